@@ -1,0 +1,47 @@
+# Every target makes the virtual environment itself when it is missing or older than what it was made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test proof check fix bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED) ## make the virtual environment
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "Making $(VENV): this takes some minutes the first time."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## generate the long video of configs/tiny.yaml on a private local Ray
+	$(BIN)/python jobs/demo.py
+
+test: check ## everything that must hold before a commit: check, then the tests
+	$(BIN)/pytest
+
+proof: check ## the tests together with the slow and the chaos proofs
+	$(BIN)/pytest -m "not gpu"
+
+check: $(INSTALLED) ## lint, formatting, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: $(INSTALLED) ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## run the benchmarks
+	@if [ -f benchmarks/run.py ]; then $(BIN)/python benchmarks/run.py; \
+	else echo "There is no benchmark yet: benchmarks/run.py does not exist."; fi
+
+clean: ## remove caches and builds (the virtual environment stays)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +

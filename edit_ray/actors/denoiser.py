@@ -1,0 +1,163 @@
+"""The GPU actor: denoises and decodes segments. The only process that may hold a CUDA context."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from edit_ray.actors.messages import Progress, RunSpec, code_version, statistics
+from edit_ray.cache.stores.store import Key
+from edit_ray.engine.latent_files import latent_tail, load_latents, save_latents
+from edit_ray.engine.segment import SegmentEngine, usable_cores
+from edit_ray.errors import RunCancelled
+from edit_ray.runs.folder import publish
+from edit_ray.runs.plan import SegmentPlan
+from edit_ray.video.encode import encode, join
+
+
+class Store(Protocol):
+    """What the GPU actor asks of the CacheStore actor."""
+
+    def put(self, key: Key, tensor: torch.Tensor) -> None: ...
+    def get(self, key: Key) -> torch.Tensor | None: ...
+
+
+class DenoiserActor:
+    """Carries out one piece of work per call; between calls it only remembers what could be had again.
+
+    Every call names its whole run, so that a restarted actor goes on where the last one died: the model is loaded, the
+    prompts are encoded and the decoder's state is rebuilt from committed latents whenever they are not at hand.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._engine: SegmentEngine | None = None
+        self._loaded_for: object = None
+        self._loading = threading.Lock()
+        self._device = threading.Lock()
+        self._stopped: set[str] = set()
+        self._progress: Progress | None = None
+
+    def describe(self) -> dict[str, str | int]:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        return {"version": code_version(), "pid": os.getpid(), "device": device}
+
+    def progress(self) -> Progress | None:
+        return self._progress
+
+    def sees(self, path: Path) -> bool:
+        """Whether a file of the caller's is visible on this node."""
+        return path.exists()
+
+    def prepare_run(self, spec: RunSpec) -> dict[str, float]:
+        """Loads the model if another one is loaded, encodes every prompt of the run, frees the text encoder's place."""
+        started = time.perf_counter()
+        self._stopped.discard(spec.run_id)
+        self._ready_engine(spec)
+        return statistics(prepare_s=time.perf_counter() - started)
+
+    def denoise_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
+        """Denoises one segment and makes its latents durable.
+
+        Raises RunCancelled when the run is stopped meanwhile, SegmentFailed when the latents are not finite.
+        """
+        engine = self._ready_engine(spec)
+        history = self._history(spec, segment.index)
+        sampling = spec.config.sampling
+
+        def on_step(step: int, num_steps: int) -> None:
+            self._progress = Progress(spec.run_id, segment.index, step, num_steps)
+            if spec.run_id in self._stopped:
+                raise RunCancelled(f"run {spec.run_id} was stopped")
+
+        with self._at_work(engine) as started:
+            latents = engine.denoise(
+                sampling, prompt=segment.prompt, seed=segment.seed, history=history, on_step=on_step
+            )
+        known = 0 if history is None else history.shape[2]
+        save_latents(spec.folder.latents(segment.index), latents[:, :, known:])
+        if spec.layout.history_latents:
+            self._store.put(_tail_key(spec, segment.index), latents[:, :, -spec.layout.history_latents :])
+        return statistics(denoise_s=time.perf_counter() - started)
+
+    def decode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
+        """Decodes one segment's new latents into its media file."""
+        engine = self._ready_engine(spec)
+        latents = load_latents(spec.folder.latents(segment.index))
+        before = [spec.folder.latents(k) for k in range(segment.index)]
+        with self._at_work(engine) as started:
+            frames = engine.decode(
+                spec.run_id if spec.layout.history_latents else None,
+                latents,
+                position=spec.layout.first_latent(segment.index),
+                preceding=lambda count: latent_tail(before, count),
+            ).numpy()
+            decoded = time.perf_counter()
+        media = spec.folder.media(segment.index)
+        draft = media.with_name(f".{media.name}.part")
+        encode(frames, draft, fps=spec.config.sampling.fps, options=spec.config.output)
+        publish(draft, media)
+        assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
+        return statistics(
+            decode_s=decoded - started, encode_s=time.perf_counter() - decoded, media_bytes=media.stat().st_size
+        )
+
+    def finalize_run(self, spec: RunSpec) -> dict[str, float]:
+        """Joins the segments into `final.mp4`."""
+        started = time.perf_counter()
+        draft = spec.folder.final.with_name(".final.mp4.part")
+        join([spec.folder.media(segment.index) for segment in spec.plan.segments], draft)
+        publish(draft, spec.folder.final)
+        return statistics(finalize_s=time.perf_counter() - started)
+
+    def stop_run(self, run_id: str) -> None:
+        """What runs for this run ends at its next step."""
+        self._stopped.add(run_id)
+
+    def release_run(self, run_id: str) -> None:
+        """Frees what is kept for an ended run; the model stays loaded."""
+        self._stopped.discard(run_id)
+        if self._engine is not None:
+            self._engine.release(run_id)
+        self._progress = None
+
+    def _ready_engine(self, spec: RunSpec) -> SegmentEngine:
+        """The engine of this run's model, with this run's prompts encoded."""
+        config = spec.config
+        threads = config.engine.cpu_threads or usable_cores()  # Ray would leave one
+        with self._loading:
+            if self._engine is None or self._loaded_for != config.model:
+                self._engine = None  # the last model goes before the next one comes
+                self._engine, self._loaded_for = SegmentEngine.load(config.model, threads), config.model
+            torch.set_num_threads(threads)
+            self._engine.encode_prompts(config.prompts, config.sampling.negative_prompt)
+            return self._engine
+
+    @contextmanager
+    def _at_work(self, engine: SegmentEngine) -> Iterator[float]:
+        """On a CPU one thing at a time: two would only take each other's cores. Yields the time at which work began."""
+        if engine.device.type == "cpu":
+            with self._device:
+                yield time.perf_counter()
+        else:
+            yield time.perf_counter()
+
+    def _history(self, spec: RunSpec, segment_index: int) -> torch.Tensor | None:
+        """The predecessor's last latents: from the store, else from what was committed."""
+        if segment_index == 0 or not spec.layout.history_latents:
+            return None
+        tail = self._store.get(_tail_key(spec, segment_index - 1))
+        if tail is None:
+            tail = latent_tail([spec.folder.latents(k) for k in range(segment_index)], spec.layout.history_latents)
+        return tail
+
+
+def _tail_key(spec: RunSpec, segment_index: int) -> Key:
+    return (spec.run_id, segment_index, "latents_tail")

@@ -1,0 +1,221 @@
+"""How the actors become Ray actors: names, options, placement, start and end. All of Ray's options stand here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import Any
+
+import ray
+from ray import PlacementGroupID
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from edit_ray.actors.messages import GROUP_OF, RunSpec, code_version
+from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.errors import ActorVersionMismatch, ConfigError, ResourcesUnavailable
+
+NAMESPACE = "edit_ray"
+SCHEDULER, DENOISER, CACHE_STORE = "segment_scheduler", "denoiser", "cache_store"
+PLACEMENT = "edit_ray_worker"
+
+_STAYS = {"namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+
+
+def connect(address: str | None = None) -> None:
+    """Joins the Ray that is running (address None: the one that Ray itself finds, else a new local one)."""
+    if not ray.is_initialized():
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+
+
+def connect_if_running(address: str | None = None) -> bool:
+    """Joins a running Ray, and starts none: False when there is none to join."""
+    try:
+        if not ray.is_initialized():
+            ray.init(address=address or "auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError:
+        return False
+    return True
+
+
+def segment_scheduler() -> Any:
+    """The handle of the one segment scheduler, made if there is none.
+
+    Raises ActorVersionMismatch when it runs other code than this process.
+    """
+    actor: Any = ray.remote(num_cpus=0)(SegmentSchedulerActor)
+    handle = actor.options(name=SCHEDULER, **_STAYS).remote(RayCrew())
+    check_version(SCHEDULER, ray.get(handle.describe.remote()))
+    return handle
+
+
+def find_segment_scheduler() -> Any | None:
+    """The handle of the segment scheduler if one lives."""
+    try:
+        return ray.get_actor(SCHEDULER, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def check_version(name: str, description: dict[str, Any]) -> None:
+    if description["version"] != code_version():
+        raise ActorVersionMismatch(
+            f"the living actor {name!r} runs edit_ray {description['version']}, this process {code_version()}; "
+            "end the old actors with `edit-ray down`, then start again"
+        )
+
+
+def end_actors() -> list[str]:
+    """Ends every actor of ours in this Ray, the segment scheduler last; returns the names of those that lived."""
+    ended = []
+    for name in (DENOISER, CACHE_STORE, SCHEDULER):
+        with contextlib.suppress(ValueError):
+            handle = ray.get_actor(name, namespace=NAMESPACE)
+            if name == SCHEDULER and (group := _placement()) is not None:
+                remove_placement_group(group)
+            ray.kill(handle)
+            ended.append(name)
+    return ended
+
+
+class RayCrew:
+    """The GPU actor and the CacheStore actor on one node, found or made, as the segment scheduler calls them."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, Any] = {}
+
+    async def start(self, spec: RunSpec) -> None:
+        await asyncio.to_thread(self._start, spec)
+
+    async def denoiser(self, method: str, *arguments: Any) -> Any:
+        call = getattr(self._handles[DENOISER], method).options(concurrency_group=GROUP_OF.get(method, "control"))
+        return await _reply(DENOISER, call.remote(*arguments))
+
+    async def store(self, method: str, *arguments: Any) -> Any:
+        return await _reply(CACHE_STORE, getattr(self._handles[CACHE_STORE], method).remote(*arguments))
+
+    async def end(self) -> None:
+        await asyncio.to_thread(end_actors)
+
+    def _start(self, spec: RunSpec) -> None:
+        from edit_ray.actors.cache_store import CacheStoreActor  # here, because a client needs none of torch
+        from edit_ray.actors.denoiser import DenoiserActor
+
+        deadline = time.monotonic() + spec.config.engine.start_timeout_s
+        num_gpus = _gpus_for(spec.config.model.device)
+        needs = {"CPU": 1, "GPU": num_gpus} if num_gpus else {"CPU": 1}
+        group = _placement() or placement_group([needs], name=PLACEMENT, lifetime="detached")
+        try:
+            _await_placement(group, needs, deadline)
+            beside = PlacementGroupSchedulingStrategy(group)
+            budget = spec.config.store.host_bytes
+            store = self._find_or_make(
+                CACHE_STORE, CacheStoreActor, {"num_cpus": 0, "max_restarts": -1}, beside, budget
+            )
+            denoiser = self._find_or_make(
+                DENOISER,
+                DenoiserActor,
+                {"num_cpus": 1, "num_gpus": num_gpus, "max_restarts": -1, "concurrency_groups": _groups()},
+                beside,
+                StoreCalls(store),
+            )
+        except ResourcesUnavailable:
+            remove_placement_group(group)
+            raise
+        check_version(CACHE_STORE, _answer(CACHE_STORE, store.describe, deadline))
+        described = _answer(DENOISER, denoiser.describe, deadline)
+        check_version(DENOISER, described)
+        if num_gpus and described["device"] == "cpu":
+            raise ResourcesUnavailable(
+                "model.device asks for a GPU, and the living GPU actor has none; run `edit-ray down` first"
+            )
+        ray.get(store.set_budget.remote(budget))
+        _check_shared(spec, denoiser)
+        self._handles = {CACHE_STORE: store, DENOISER: denoiser}
+
+    def _find_or_make(self, name: str, actor: type, options: dict[str, Any], strategy: Any, *arguments: Any) -> Any:
+        named = {"name": name, "scheduling_strategy": strategy, **_STAYS}
+        return ray.remote(**options)(actor).options(**named).remote(*arguments)
+
+
+class StoreCalls:
+    """The CacheStore actor as the GPU actor calls it: blocking, two calls a segment; while it is dead, it is empty."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def put(self, key: Any, tensor: Any) -> None:
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            ray.get(self._handle.put.remote(key, tensor))
+
+    def get(self, key: Any) -> Any:
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            return ray.get(self._handle.get.remote(key))
+        return None
+
+
+async def _reply(name: str, reference: Any) -> Any:
+    try:
+        return await reference
+    except ray.exceptions.RayActorError as lost:
+        raise ConnectionError(f"the actor {name!r} is gone: {type(lost).__name__}") from None
+
+
+def _groups() -> dict[str, int]:
+    return {"denoise": 1, "decode": 1, "control": 4}
+
+
+def _placement() -> PlacementGroup | None:
+    """Our placement group, in whichever namespace it was made."""
+    for group_id, group in placement_group_table().items():
+        if group["name"] == PLACEMENT and group["state"] != "REMOVED":
+            return PlacementGroup(PlacementGroupID(bytes.fromhex(group_id)))
+    return None
+
+
+def _gpus_for(device: str) -> int:
+    if device == "auto":
+        return 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    return 1 if device == "cuda" else 0
+
+
+def _await_placement(group: PlacementGroup, needs: dict[str, int], deadline: float) -> None:
+    """Waits for the worker's place. Raises ResourcesUnavailable with what is there and what is missing."""
+    if not group.wait(max(0.0, deadline - time.monotonic())):
+        has, free = ray.cluster_resources(), ray.available_resources()
+        lines = [f"{name}: {n} needed, {free.get(name, 0):g} free of {has.get(name, 0):g}" for name, n in needs.items()]
+        raise ResourcesUnavailable(
+            f"the GPU actor found no place in this Ray cluster within engine.start_timeout_s ({'; '.join(lines)}); "
+            "free or add resources, or choose another model.device"
+        )
+
+
+def _answer(name: str, method: Any, deadline: float) -> Any:
+    """What the actor says, waiting while it is being started, or started again."""
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            return ray.get(method.remote(), timeout=left)
+        except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError):
+            time.sleep(0.2)
+    raise ResourcesUnavailable(f"the actor {name!r} did not answer within engine.start_timeout_s")
+
+
+def _check_shared(spec: RunSpec, denoiser: Any) -> None:
+    """The scheduler's node and the GPU actor's must see one folder. Raises ConfigError."""
+    spec.root.mkdir(parents=True, exist_ok=True)
+    probe = spec.root / f".{spec.run_id}.probe"
+    probe.touch()
+    try:
+        if not ray.get(denoiser.sees.remote(probe)):
+            raise ConfigError(
+                [f"output: {spec.root} is not shared by this cluster's nodes; choose a folder that all of them see"]
+            )
+    finally:
+        probe.unlink()

@@ -1,0 +1,61 @@
+"""What the cache and the stores can be told."""
+
+import re
+from fractions import Fraction
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from edit_ray.options import Options
+
+MAX_BYTES = 2**50
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate(("k", "M", "G", "T"), start=1)},
+    "KB": 1000,
+    **{f"{prefix}iB": 1024**power for power, prefix in enumerate(("K", "M", "G", "T"), start=1)},
+}
+_QUANTITY = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE]\+?[0-9]{1,2})?) ?([A-Za-z]*)")
+
+
+def parse_bytes(value: object) -> object:
+    """A number of bytes from `256MiB`, `1.5GB`, `1e6` or a whole number; anything else is returned as it came.
+
+    Raises:
+        ValueError: text that is no number of bytes.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str):
+        return value
+    match = _QUANTITY.fullmatch(value.strip())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{value!r} is no number of bytes such as 256MiB")
+    count = Fraction(match[1]) * _UNITS[match[2]]
+    if count.denominator != 1:
+        raise ValueError(f"{value!r} is no whole number of bytes")
+    if count > MAX_BYTES:
+        raise ValueError(f"{value!r} is more than {MAX_BYTES} bytes")
+    return int(count)
+
+
+ByteCount = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class CacheOptions(Options):
+    """When residuals are reused: `none` computes every step of every segment."""
+
+    policy: Literal["none"] = "none"
+
+
+class StoreOptions(Options):
+    """How many bytes the CacheStore actor may hold in host memory."""
+
+    host_bytes: ByteCount = Field(
+        default=2**30,
+        ge=0,
+        le=MAX_BYTES,
+        json_schema_extra={"valid": "a number of bytes from 0 to 1024TiB, such as 256MiB or 1e9"},
+    )

@@ -1,0 +1,9 @@
+"""Configurations: YAML and options in, frozen models or every mistake at once out."""
+
+from edit_ray.config.load import load_config
+from edit_ray.config.model import Config, dump_yaml
+from edit_ray.config.model_checks import check_config
+from edit_ray.config.options import PromptSegment, VideoOptions
+from edit_ray.config.output import output_root
+
+__all__ = ["Config", "PromptSegment", "VideoOptions", "check_config", "dump_yaml", "load_config", "output_root"]

@@ -1,0 +1,77 @@
+"""The configuration of a run: every layer's options in one frozen model, and what follows from them."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from edit_ray.cache.options import CacheOptions, StoreOptions
+from edit_ray.config.between import first_segment, layout_of, mistakes_between, num_segments_of
+from edit_ray.config.mistakes import Mistakes
+from edit_ray.config.options import MAX_PROMPTS, VALID_PROMPTS, PromptSegment, VideoOptions
+from edit_ray.config.strict_yaml import dump
+from edit_ray.engine.options import ContinuityOptions, EngineOptions, ModelOptions, SamplingOptions
+from edit_ray.options import Options
+from edit_ray.runs.layout import FrameLayout
+from edit_ray.video.options import OutputOptions
+
+
+class Config(Options):
+    """All that decides what a run's video looks like, and how it is made.
+
+    `config.model_dump(mode="json")` and `Config.model_validate` are inverse to each other.
+
+    Raises:
+        ValueError: as pydantic's ValidationError, naming every mistake; `load_config` says the same in sentences.
+    """
+
+    model: ModelOptions = Field(default_factory=ModelOptions)
+    sampling: SamplingOptions = Field(default_factory=SamplingOptions)
+    video: VideoOptions
+    # A list is as good as a tuple here: YAML and JSON know no tuples.
+    prompt_segments: tuple[PromptSegment, ...] = Field(
+        min_length=1, max_length=MAX_PROMPTS, strict=False, json_schema_extra={"valid": VALID_PROMPTS}
+    )
+    continuity: ContinuityOptions = Field(default_factory=ContinuityOptions)
+    cache: CacheOptions = Field(default_factory=CacheOptions)
+    store: StoreOptions = Field(default_factory=StoreOptions)
+    engine: EngineOptions = Field(default_factory=EngineOptions)
+    output: OutputOptions = Field(default_factory=OutputOptions)
+
+    @model_validator(mode="after")
+    def _check_between(self) -> Self:
+        mistakes = mistakes_between(self.sampling, self.continuity, self.video, self.prompt_segments)
+        if mistakes:
+            raise Mistakes(mistakes)
+        return self
+
+    @property
+    def layout(self) -> FrameLayout:
+        """The frames that each segment adds to the video."""
+        return layout_of(self.sampling, self.continuity)
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of the run, at least one."""
+        return num_segments_of(self.video, self.layout)
+
+    @property
+    def num_frames_total(self) -> int:
+        """Frames of the whole video; with `video.duration` they cover it and may last a little longer."""
+        return self.layout.total_frames(self.num_segments)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One prompt per segment: each entry's from the segment that contains its start, until the next entry's."""
+        layout = self.layout
+        starts = [first_segment(entry, layout) for entry in self.prompt_segments]
+        ends = [*starts[1:], self.num_segments]
+        return tuple(
+            entry.prompt
+            for entry, start, end in zip(self.prompt_segments, starts, ends, strict=True)
+            for _ in range(start, end)
+        )
+
+
+def dump_yaml(config: Config) -> str:
+    """The configuration as YAML that `load_config` reads back to an equal one."""
+    return dump(config.model_dump(mode="json", exclude_none=True))

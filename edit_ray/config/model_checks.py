@@ -1,0 +1,77 @@
+"""What a configuration must have in common with its model, read from the model's JSON files alone."""
+
+from collections.abc import Iterator, Sequence
+
+from edit_ray.config.mistakes import KeyPath, Mistake, dotted
+from edit_ray.config.model import Config
+from edit_ray.engine.model_info import ModelInfo, dtype_problem, read_model_info
+from edit_ray.errors import ModelError
+from edit_ray.runs.layout import TEMPORAL_FACTOR
+
+MAX_WORDS_NAMED = 100
+
+Text = tuple[KeyPath, str]
+
+
+def check_config(config: Config) -> list[str]:
+    """One sentence for everything about the configuration that its model, or the device, cannot do.
+
+    Loads no weights; `load_config` has made this check unless it was told not to.
+    """
+    texts: list[Text] = [
+        (("prompt_segments", index, "prompt"), entry.prompt) for index, entry in enumerate(config.prompt_segments)
+    ]
+    texts.append((("sampling", "negative_prompt"), config.sampling.negative_prompt))
+    return [mistake.text for mistake in model_mistakes(config, texts)]
+
+
+def model_mistakes(config: Config, texts: Sequence[Text]) -> list[Mistake]:
+    """What the model or the device cannot do; `texts` are the prompts with their keys."""
+    mistakes = list(_check_dtype(config))
+    try:
+        info = read_model_info(config.model.path)
+    except ModelError as error:
+        return [*mistakes, Mistake(("model", "path"), f"model.path: {error}")]
+    return [*mistakes, *_check_shape(config, info), *_check_words(texts, info)]
+
+
+def _check_dtype(config: Config) -> Iterator[Mistake]:
+    problem = dtype_problem(config.model.torch_dtype, config.model.device)
+    if problem:
+        yield Mistake(("model", "torch_dtype"), f"model.torch_dtype {problem}", needs=(("model", "device"),))
+
+
+def _check_shape(config: Config, info: ModelInfo) -> Iterator[Mistake]:
+    for name, step in (("height", info.height_step), ("width", info.width_step)):
+        given: int = getattr(config.sampling, name)
+        if given % step:
+            below = given // step * step
+            near = " or ".join(str(size) for size in (below, below + step) if size)
+            yield Mistake(
+                ("sampling", name),
+                f"sampling.{name} is {given}; it must be a multiple of {step} for this model, such as {near}.",
+            )
+    if info.scale_factor_temporal != TEMPORAL_FACTOR:
+        yield Mistake(
+            ("model", "path"),
+            f"model.path is {config.model.path!r}, whose VAE makes one latent of {info.scale_factor_temporal} frames; "
+            f"it must be {TEMPORAL_FACTOR}.",
+        )
+    if config.continuity.mode == "history" and not info.expand_timesteps:
+        yield Mistake(
+            ("continuity", "mode"),
+            "continuity.mode is 'history'; it must be none for this model, because history needs per-token timesteps "
+            "(expand_timesteps: true in its model_index.json).",
+        )
+
+
+def _check_words(texts: Sequence[Text], info: ModelInfo) -> Iterator[Mistake]:
+    if info.vocabulary is None:
+        return
+    known = sorted(info.vocabulary)
+    named = ", ".join(known[:MAX_WORDS_NAMED]) + (", …" if len(known) > MAX_WORDS_NAMED else "")
+    for path, text in texts:
+        unknown = list(dict.fromkeys(word for word in info.words(text) if word not in info.vocabulary))
+        if unknown:
+            words = ", ".join(map(repr, unknown[:20])) + (", …" if len(unknown) > 20 else "")
+            yield Mistake(path, f"{dotted(path)} has words that this model does not know: {words}; it knows: {named}.")

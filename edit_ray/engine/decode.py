@@ -1,0 +1,117 @@
+"""Decoding a stream of latents segment by segment, to the same bits as decoding it at once.
+
+Wan's decoder is causal: it takes one latent frame at a time and keeps, per convolution, the last two frames that it
+saw (the feature cache). Carried over from segment to segment, that cache makes the cut invisible. It is large and need
+not be stored: `lookback_latents` says how many latents must be decoded again to rebuild all of it that matters.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+from torch import Tensor
+
+
+def denormalise(latents: Tensor, vae_config: Mapping[str, Any]) -> Tensor:
+    """Normalised latents [B, C, T, h, w] in the scale that the VAE decodes; operation by operation as diffusers."""
+    shape = (1, vae_config["z_dim"], 1, 1, 1)
+    mean = torch.tensor(vae_config["latents_mean"]).view(shape).to(latents.device, latents.dtype)
+    inverse_std = 1.0 / torch.tensor(vae_config["latents_std"]).view(shape).to(latents.device, latents.dtype)
+    return latents / inverse_std + mean
+
+
+def lookback_latents(vae_config: Mapping[str, Any]) -> int:
+    """Latents that must be decoded anew before a point of the stream so that all frames after it are bit-equal.
+
+    Every causal convolution over time looks back two frames, each 1/rate latents long, where the rate doubles at each
+    temporal upsampling. Their sum is the decoder's view to the past. One latent more is the one being decoded, and the
+    first two of a rebuilt stream are special: the decoder emits one frame for the first and pads the second.
+    """
+    per_residual_block = 2 * 2  # two convolutions
+    per_level = per_residual_block * (vae_config["num_res_blocks"] + 1)
+    rate = 1
+    view: float = 2 + 2 * per_residual_block  # the first convolution and the middle block
+    for upsamples_time in [*reversed(vae_config["temperal_downsample"]), False]:
+        view += per_level / rate
+        if upsamples_time:
+            view += 2 / rate
+            rate *= 2
+    view += 2 / rate  # the last convolution
+    return math.ceil(view) + 1 + 2
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """Video [1, 3, F, H, W] in [-1, 1] as uint8 [F, H, W, 3]: diffusers' "np" frames times 255, rounded."""
+    frames = (video[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)
+    return frames.float().mul(255).round().to(torch.uint8)
+
+
+class StreamingDecoder:
+    """Decodes one stream of normalised latents in order, however it is cut.
+
+    Its bits are those of `vae.decode` without tiling or slicing; the VAE itself holds no state of the stream.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self._vae = vae
+        self.lookback = lookback_latents(vae.config)
+        self.reset()
+
+    @property
+    def position(self) -> int:
+        """Latents of the stream decoded so far: the index of the one that must come next."""
+        return self._position
+
+    def reset(self) -> None:
+        """Forget the stream: the next latent is the first of a new one."""
+        convolutions = sum(isinstance(module, WanCausalConv3d) for module in self._vae.decoder.modules())
+        self._feature_cache: list[Any] = [None] * convolutions
+        self._position = 0
+        self._starts = True
+
+    @torch.no_grad()
+    def rebuild(self, preceding: Tensor, position: int) -> None:
+        """Bring the decoder to `position` of a stream of which `preceding` [1, C, n, h, w] are the last latents before.
+
+        Raises `ValueError` if n is less than `min(position, lookback)`, which is what must be decoded again.
+        """
+        needed = min(position, self.lookback)
+        if preceding.shape[2] < needed:
+            raise ValueError(
+                f"{preceding.shape[2]} latents do not rebuild the decoder at latent {position}; it takes {needed}."
+            )
+        self.reset()
+        if needed:
+            for latent in self._prepare(preceding[:, :, -needed:]).split(1, dim=2):
+                self._step(latent)
+        self._position = position
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The stream's next normalised latents [1, C, n, h, w] as video [1, 3, F, H, W] in [-1, 1].
+
+        F is 4n, or 4n - 3 at the start of the stream. After an error the decoder is reset.
+        """
+        try:
+            video = torch.cat([self._step(latent) for latent in self._prepare(latents).split(1, dim=2)], dim=2)
+        except BaseException:
+            self.reset()  # half a feature cache would decode to wrong frames, silently
+            raise
+        patch_size = self._vae.config.patch_size
+        return (video if patch_size is None else unpatchify(video, patch_size)).clamp(-1.0, 1.0)
+
+    def _prepare(self, latents: Tensor) -> Tensor:
+        return denormalise(latents.to(self._vae.device, self._vae.dtype), self._vae.config)
+
+    def _step(self, latent: Tensor) -> Tensor:
+        """One latent [1, C, 1, h, w] to [1, c, 1 or 4, H', W']; alone, so that the bits do not depend on the cut."""
+        latent = self._vae.post_quant_conv(latent)
+        frames: Tensor = self._vae.decoder(
+            latent, feat_cache=self._feature_cache, feat_idx=[0], first_chunk=self._starts
+        )
+        self._starts = False
+        self._position += 1
+        return frames

@@ -1,0 +1,102 @@
+"""The denoising loop of Wan text-to-video, open on one page.
+
+Shapes: B videos (prompts times videos per prompt), C latent channels, T latent frames, h x w latent pixels, L text
+tokens of width D. It takes the same steps in the same order of arithmetic as diffusers' `WanPipeline`, so its latents
+are bit-equal to those of diffusers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from torch import Tensor
+
+from edit_ray.engine.continuity import hold_history
+
+StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one call of the loop denoises, and under whose eyes."""
+
+    latents: Tensor  # [B, C, T, h, w] float32 noise
+    prompt_embeds: Tensor  # [B, L, D] in the transformer's dtype
+    negative_prompt_embeds: Tensor | None  # [B, L, D], needed where there is guidance
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float | None = None  # of the low-noise expert
+    history: Tensor | None = None  # [B, C, k, h, w] clean latents of the predecessor's tail
+    callback: StepCallback | None = None
+    callback_tensor_inputs: tuple[str, ...] = ("latents",)
+
+
+def denoise(pipe: WanPipeline, request: Request) -> Tensor:
+    """Denoise `request.latents` with the transformers and the noise scheduler of `pipe`; returns [B, C, T, h, w].
+
+    With `history` the first k slots stay the given clean latents at every step and see timestep 0. Whatever the
+    callback changes on `pipe` (`_interrupt`, `_guidance_scale`, `scheduler`, …) acts from the next step on.
+    """
+    cond, uncond = request.prompt_embeds, request.negative_prompt_embeds  # [B, L, D]
+    x = hold_history(request.latents, request.history)  # [B, C, T, h, w]
+    clean = clean_tokens(pipe, x, request.history) if pipe.config.expand_timesteps else None
+
+    pipe.scheduler.set_timesteps(request.num_inference_steps, device=x.device)
+    timesteps = pipe.scheduler.timesteps  # [S], from high noise to low
+    warmup = len(timesteps) - request.num_inference_steps * pipe.scheduler.order
+    pipe.scheduler.set_begin_index(0)
+    pipe._num_timesteps = len(timesteps)
+
+    with pipe.progress_bar(total=request.num_inference_steps) as bar:
+        for i, t in enumerate(timesteps):
+            if pipe.interrupt:
+                continue
+            pipe._current_timestep = t
+            model, scale = expert_at(pipe, t, request)
+            timestep = t.expand(len(x)) if clean is None else (clean * t)[None].expand(len(x), -1)  # [B] or [B, tokens]
+            inputs = {"hidden_states": x.to(request.prompt_embeds.dtype), "timestep": timestep}  # x: [B, C, T, h, w]
+            inputs |= {"attention_kwargs": pipe.attention_kwargs, "return_dict": False}
+            where = {"step_index": i, "sigma": float(pipe.scheduler.sigmas[i]), "num_inference_steps": len(timesteps)}
+
+            with model.cache_context("cond", **where):
+                noise_pred = model(encoder_hidden_states=cond, **inputs)[0]  # [B, C, T, h, w]
+            if pipe.do_classifier_free_guidance:
+                with model.cache_context("uncond", **where):
+                    noise_uncond = model(encoder_hidden_states=uncond, **inputs)[0]  # [B, C, T, h, w]
+                noise_pred = noise_uncond + scale * (noise_pred - noise_uncond)
+
+            x = pipe.scheduler.step(noise_pred, t, x, return_dict=False)[0]  # [B, C, T, h, w]
+            x = hold_history(x, request.history)
+
+            if request.callback is not None:
+                tensors: dict[str, Any] = {"latents": x, "prompt_embeds": cond, "negative_prompt_embeds": uncond}
+                changed = request.callback(pipe, i, t, {name: tensors[name] for name in request.callback_tensor_inputs})
+                x = hold_history(changed.pop("latents", x), request.history)
+                cond = changed.pop("prompt_embeds", cond)
+                uncond = changed.pop("negative_prompt_embeds", uncond)
+            if i == len(timesteps) - 1 or (i >= warmup and (i + 1) % pipe.scheduler.order == 0):
+                bar.update()
+    pipe._current_timestep = None
+    return x
+
+
+def expert_at(pipe: WanPipeline, t: Tensor, request: Request) -> tuple[WanTransformer3DModel, float | None]:
+    """The transformer of timestep `t` and its guidance scale.
+
+    `transformer` works from `boundary_ratio` of the training timesteps upwards, `transformer_2` below it.
+    """
+    boundary = pipe.config.boundary_ratio
+    if boundary is None or t >= boundary * pipe.scheduler.config.num_train_timesteps:
+        return pipe.transformer, request.guidance_scale
+    return pipe.transformer_2, request.guidance_scale_2
+
+
+def clean_tokens(pipe: WanPipeline, latents: Tensor, history: Tensor | None) -> Tensor:
+    """A factor for the timestep of each token [T·h/2·w/2]: 0 where it belongs to the clean history, else 1."""
+    _, _, frames, height, width = latents.shape
+    factor = torch.ones(frames, height, width, dtype=torch.float32, device=latents.device)
+    if history is not None:
+        factor[: history.shape[2]] = 0
+    return factor[:, ::2, ::2].flatten()

@@ -1,0 +1,185 @@
+"""What a model's JSON files say about it, without its weights and without torch."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from edit_ray.engine.hub_files import HubUnreachable, hub_file
+from edit_ray.engine.locate import INDEX_FILE, is_hub_id, local_folder, locate_model
+from edit_ray.errors import ModelError
+
+TRANSFORMER_CLASS = "WanTransformer3DModel"
+VAE_CLASS = "AutoencoderKLWan"
+MAX_JSON_BYTES = 64 * 2**20
+
+_Find = Callable[[str], Path | None]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A Wan text-to-video model: sizes in pixels and frames, and the words that it was trained on.
+
+    `vocabulary` is None where any text will do, which is so for every model but those with a word-level tokenizer.
+    """
+
+    class_name: str
+    transformer_class: str
+    patch_size: tuple[int, int, int]
+    scale_factor_temporal: int
+    scale_factor_spatial: int
+    z_dim: int
+    in_channels: int
+    expand_timesteps: bool
+    boundary_ratio: float | None
+    vocabulary: frozenset[str] | None
+    _split: Callable[[str], list[str]] = field(default=str.split, repr=False, compare=False)
+
+    @property
+    def height_step(self) -> int:
+        """Pixels that the height is a multiple of."""
+        return self.scale_factor_spatial * self.patch_size[1]
+
+    @property
+    def width_step(self) -> int:
+        """Pixels that the width is a multiple of."""
+        return self.scale_factor_spatial * self.patch_size[2]
+
+    def words(self, text: str) -> list[str]:
+        """The text in the words that the tokenizer looks up."""
+        return self._split(text)
+
+
+def dtype_problem(torch_dtype: str, device: str) -> str | None:
+    """Why the device cannot run the dtype, to follow on the key's name; None where it can, or is not known yet."""
+    if device == "cpu" and torch_dtype == "float16":
+        return "is 'float16'; it must be one of float32, bfloat16 on the device cpu."
+    return None
+
+
+def read_model_info(path: str) -> ModelInfo:
+    """What the model's JSON files say; `path` as `locate_model` takes it.
+
+    Raises:
+        ModelError: no such model, not reachable, not a Wan text-to-video model, or its files are damaged.
+    """
+    location = locate_model(path)
+    folder = local_folder(location)
+    if folder is not None:
+        return _read(path, partial(_folder_file, folder))
+    assert is_hub_id(location), "locate_model returns a folder or a hub id"
+    try:
+        return _read(path, partial(hub_file, location))
+    except HubUnreachable as error:
+        raise ModelError(
+            f"{path!r} is neither a folder (there is no {Path(path).absolute()}) nor a hub id that can be reached "
+            f"({error})."
+        ) from None
+
+
+def _folder_file(folder: Path, name: str) -> Path | None:
+    return folder / name if (folder / name).is_file() else None
+
+
+def _read(path: str, find: _Find) -> ModelInfo:
+    index = _json(path, INDEX_FILE, find)
+    transformer_class = _check_classes(path, index)
+    part = "transformer" if _class_of(index, "transformer") else "transformer_2"
+    transformer = _json(path, f"{part}/config.json", find)
+    vae = _json(path, "vae/config.json", find)
+    vocabulary, split = _vocabulary(path, index, find)
+    try:
+        patch_frames, patch_height, patch_width = map(int, transformer.get("patch_size", (1, 2, 2)))
+        boundary_ratio = index.get("boundary_ratio")
+        info = ModelInfo(
+            class_name=str(index.get("_class_name")),
+            transformer_class=transformer_class,
+            patch_size=(patch_frames, patch_height, patch_width),
+            scale_factor_temporal=int(vae.get("scale_factor_temporal", 4)),
+            scale_factor_spatial=int(vae.get("scale_factor_spatial", 8)),
+            z_dim=int(vae.get("z_dim", 16)),
+            in_channels=int(transformer.get("in_channels", 16)),
+            expand_timesteps=bool(index.get("expand_timesteps", False)),
+            boundary_ratio=None if boundary_ratio is None else float(boundary_ratio),
+            vocabulary=vocabulary,
+            _split=split,
+        )
+        if min(*info.patch_size, info.scale_factor_temporal, info.scale_factor_spatial, info.z_dim) < 1:
+            raise ValueError("a size below 1")
+    except (TypeError, ValueError, OverflowError):
+        raise ModelError(
+            f"{path!r} has sizes that cannot be in its {part}/config.json, vae/config.json or {INDEX_FILE}."
+        ) from None
+    if info.in_channels != info.z_dim:
+        raise ModelError(
+            f"{path!r} is a {info.class_name} whose transformer takes {info.in_channels} channels where its VAE gives "
+            f"{info.z_dim}; it must be a Wan text-to-video model, which takes as many as the VAE gives."
+        )
+    return info
+
+
+def _check_classes(path: str, index: Mapping[str, Any]) -> str:
+    """The transformer's class, if the model's parts are Wan's."""
+    transformer = _class_of(index, "transformer") or _class_of(index, "transformer_2")
+    if transformer == TRANSFORMER_CLASS and _class_of(index, "vae") == VAE_CLASS:
+        return transformer
+    raise ModelError(
+        f"{path!r} is a {index.get('_class_name', 'model without a class name')} with the transformer "
+        f"{transformer} and the VAE {_class_of(index, 'vae')}; it must be a Wan model, with {TRANSFORMER_CLASS} and "
+        f"{VAE_CLASS}."
+    )
+
+
+def _class_of(index: Mapping[str, Any], part: str) -> str | None:
+    """The class of a part in `model_index.json`, which has [library, class] of every part, nulls for none."""
+    entry = index.get(part)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else None
+
+
+def _vocabulary(
+    path: str, index: Mapping[str, Any], find: _Find
+) -> tuple[frozenset[str] | None, Callable[[str], list[str]]]:
+    """The words of a word-level tokenizer and how it splits a text; None for tokenizers that take any text."""
+    name = "tokenizer/tokenizer.json"
+    # T5's file is large, and known to take any text.
+    if (_class_of(index, "tokenizer") or "T5").startswith("T5"):
+        return None, str.split
+    file = find(name)
+    model = {} if file is None else _json(path, name, find).get("model")
+    if file is None or not isinstance(model, dict) or model.get("type") != "WordLevel":
+        return None, str.split
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ModelError(f"{path!r} has a damaged {name}: {error}.") from None
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    return frozenset(tokenizer.get_vocab()) - special, partial(_split_words, tokenizer)
+
+
+def _split_words(tokenizer: Tokenizer, text: str) -> list[str]:
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is None:
+        return text.split()
+    return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
+def _json(path: str, name: str, find: _Find) -> dict[str, Any]:
+    file = find(name)
+    if file is None:
+        raise ModelError(f"{path!r} has no {name}; a diffusers Wan model has one.")
+    try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise ModelError(f"{path!r} has a {name} of more than {MAX_JSON_BYTES} bytes.")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{path!r} has a {name} that cannot be read as JSON: {type(error).__name__}.") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path!r} has a {name} that is no JSON object.")
+    return content

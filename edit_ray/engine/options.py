@@ -1,0 +1,46 @@
+"""What the engine can be told."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from edit_ray.options import Options
+
+
+class ModelOptions(Options):
+    """Which model, in which precision, where."""
+
+    path: str = Field(default="builtin:tiny_wan", min_length=1, max_length=1024)
+    torch_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    offload: Literal["none", "text_encoder"] = "text_encoder"
+
+
+class SamplingOptions(Options):
+    """diffusers' arguments of one segment, to the letter."""
+
+    height: int = Field(default=128, ge=16, le=4096)
+    width: int = Field(default=128, ge=16, le=4096)
+    num_frames: int = Field(default=33, ge=1, le=1025)
+    fps: int = Field(default=16, ge=1, le=120)
+    num_inference_steps: int = Field(default=30, ge=1, le=1000)
+    guidance_scale: float = Field(default=4.0, ge=0, le=100)
+    flow_shift: float = Field(default=3.0, gt=0, le=100)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    negative_prompt: str = Field(default="", max_length=2000)
+
+
+class ContinuityOptions(Options):
+    """How a segment follows its predecessor; `history` needs a model with per-token timesteps."""
+
+    mode: Literal["none", "history"] = "none"
+    history_latents: int = Field(default=3, ge=1, le=64)
+
+
+class EngineOptions(Options):
+    """How the actors work."""
+
+    cpu_threads: int | None = Field(default=None, ge=1, le=1024)
+    segment_retries: int = Field(default=2, ge=0, le=100)
+    idle_exit_s: float = Field(default=600.0, ge=0, le=7 * 86400)
+    start_timeout_s: float = Field(default=120.0, gt=0, le=86400)

@@ -1,0 +1,213 @@
+"""`EditWanPipeline`: diffusers' `WanPipeline` with an explicit denoising loop, and segments that continue others."""
+
+import logging
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.utils.torch_utils import get_module_execution_device
+from numpy.typing import NDArray
+from PIL.Image import Image
+from torch import Generator, Tensor
+
+from edit_ray.engine.continuity import check_history
+from edit_ray.engine.decode import denormalise
+from edit_ray.engine.locate import locate_model
+from edit_ray.engine.loop import Request, StepCallback, denoise
+
+Frames: TypeAlias = NDArray[np.float32] | Tensor | list[list[Image]]
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EditWanOutput(WanPipelineOutput):  # type: ignore[misc]  # diffusers ships no types that mypy can follow
+    """`.frames` is the batch as in diffusers; `output[i]` is its i-th video: [F, H, W, 3] for "np"."""
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.frames[key]
+
+
+class EditWanPipeline(WanPipeline):  # type: ignore[misc]
+    """Wan text-to-video with diffusers' components, arguments and results, and one loop that can be read and edited.
+
+    >>> pipe = EditWanPipeline.from_pretrained("builtin:tiny_wan")
+    >>> video = pipe("a red circle bouncing on a black background", height=128, width=128, num_frames=33)[0]
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str],
+        *,
+        torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+        device: str | torch.device | None = None,
+        **kwargs: object,
+    ) -> Self:
+        """Load `builtin:NAME`, a folder in diffusers' layout, or a hub id, and move it to `device` if one is given.
+
+        Everything else (`revision`, `cache_dir`, `local_files_only`, components, …) goes to diffusers as it is, which
+        resolves hub ids. Raises `ModelError` for an unknown builtin name, and what diffusers raises.
+        """
+        path = str(pretrained_model_name_or_path)
+        if path.startswith("builtin:"):
+            path = locate_model(path)
+        if torch_dtype is not None:
+            kwargs["dtype"] = torch_dtype  # diffusers' own name for it since 0.42
+        pipe: Self = super().from_pretrained(path, **kwargs)
+        return pipe if device is None else pipe.to(device)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        guidance_scale_2: float | None = None,
+        num_videos_per_prompt: int | None = 1,
+        generator: Generator | list[Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str | None = "np",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: StepCallback | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' default, never changed)
+        max_sequence_length: int = 512,
+        *,
+        history: Tensor | None = None,
+    ) -> EditWanOutput | tuple[Any]:
+        """Generate videos; all arguments but `history` mean what they mean in `diffusers.WanPipeline`.
+
+        `history` [B, C, k, h, w], for models with `expand_timesteps`: normalised latents of the predecessor's tail.
+        They fill the first k of the T latent frames, clean; the result covers the whole window, history included.
+        Returns `EditWanOutput`, or with `return_dict=False` the tuple `(batch,)`. The batch is [B, F, H, W, 3] for
+        "np", [B, F, 3, H, W] for "pt", lists of images for "pil", [B, C, T, h, w] for "latent".
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        names = callback_on_step_end_tensor_inputs
+        self.check_inputs(
+            prompt, negative_prompt, height, width, prompt_embeds, negative_prompt_embeds, names, guidance_scale_2
+        )
+        height, width, num_frames = self._fit(height, width, num_frames)
+        self._begin_call(guidance_scale, guidance_scale_2, attention_kwargs)
+        videos = num_videos_per_prompt or 1
+        cond, uncond = self._embed(
+            prompt, negative_prompt, videos, prompt_embeds, negative_prompt_embeds, max_sequence_length
+        )
+        batch = len(cond) if prompt is not None else len(cond) * videos  # diffusers does not repeat given embeddings
+        noise = self._draw_noise(batch, height, width, num_frames, generator, latents)
+        request = Request(
+            latents=noise,
+            prompt_embeds=cond,
+            negative_prompt_embeds=uncond,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_scale_2=self._guidance_scale_2,
+            history=self._check_history(history, noise),
+            callback=callback_on_step_end,
+            callback_tensor_inputs=tuple(names),
+        )
+        frames = self._decode(denoise(self, request), output_type)
+        self.maybe_free_model_hooks()
+        return EditWanOutput(frames=frames) if return_dict else (frames,)
+
+    def _begin_call(
+        self, guidance_scale: float, guidance_scale_2: float | None, attention_kwargs: dict[str, Any] | None
+    ) -> None:
+        """Set what diffusers' properties of a running call, and its callbacks, read."""
+        self._guidance_scale = guidance_scale
+        two_experts = self.config.boundary_ratio is not None
+        self._guidance_scale_2 = guidance_scale if two_experts and guidance_scale_2 is None else guidance_scale_2
+        self._attention_kwargs = attention_kwargs
+        self._current_timestep = None
+        self._interrupt = False
+
+    def _fit(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
+        """The nearest size below that the VAE and the patches divide, as diffusers chooses it."""
+        factor, (_, patch_height, patch_width) = self.vae_scale_factor_temporal, self._denoiser.config.patch_size
+        row, column = self.vae_scale_factor_spatial * patch_height, self.vae_scale_factor_spatial * patch_width
+        frames = num_frames if num_frames % factor == 1 else num_frames // factor * factor + 1
+        fitted = (height // row * row, width // column * column, max(frames, 1))
+        if fitted != (height, width, num_frames):
+            logger.warning(
+                "height, width and num_frames %s become %s: sizes are multiples of %d and %d, num_frames is %dn + 1.",
+                (height, width, num_frames),
+                fitted,
+                row,
+                column,
+                factor,
+            )
+        return fitted
+
+    @property
+    def _denoiser(self) -> WanTransformer3DModel:
+        """The transformer that shapes and types are read from; a pipeline may lack either of the two experts."""
+        return self.transformer if self.transformer is not None else self.transformer_2
+
+    def _embed(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        videos: int,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        max_sequence_length: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embeddings [B, L, D] of both branches in the transformer's dtype; the second is `None` without guidance."""
+        cond, uncond = self.encode_prompt(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            num_videos_per_prompt=videos,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            max_sequence_length=max_sequence_length,
+            device=self._execution_device,
+        )
+        dtype = self._denoiser.dtype
+        return cond.to(dtype), None if uncond is None else uncond.to(dtype)
+
+    def _draw_noise(
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        num_frames: int,
+        generator: Generator | list[Generator] | None,
+        latents: Tensor | None,
+    ) -> Tensor:
+        """Noise [B, C, T, h, w] in float32 from `generator`, or the given `latents`."""
+        channels, device = self._denoiser.config.in_channels, self._execution_device
+        noise: Tensor = self.prepare_latents(
+            batch, channels, height, width, num_frames, torch.float32, device, generator, latents
+        )
+        return noise
+
+    def _check_history(self, history: Tensor | None, noise: Tensor) -> Tensor | None:
+        if history is None:
+            return None
+        if not self.config.expand_timesteps:
+            raise ValueError(
+                "`history` needs a model with per-token timesteps: `expand_timesteps` is false in this model's config."
+            )
+        return check_history(history, noise)
+
+    def _decode(self, latents: Tensor, output_type: str | None) -> Frames:
+        """Latents [B, C, T, h, w] as `output_type`; with "latent" they are the output."""
+        if output_type == "latent":
+            return latents
+        latents = latents.to(get_module_execution_device(self.vae), dtype=self.vae.dtype)
+        video = self.vae.decode(denormalise(latents, self.vae.config), return_dict=False)[0]
+        frames: Frames = self.video_processor.postprocess_video(video, output_type=output_type)
+        return frames

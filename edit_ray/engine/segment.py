@@ -1,0 +1,157 @@
+"""`SegmentEngine`: one loaded model that denoises and decodes segments; what a GPU actor wraps, without Ray."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from edit_ray.engine.decode import StreamingDecoder, to_uint8
+from edit_ray.engine.loading import load_pipeline, with_flow_shift
+from edit_ray.engine.options import ModelOptions, SamplingOptions
+from edit_ray.engine.pipeline import EditWanPipeline
+from edit_ray.errors import SegmentFailed
+
+MAX_SEQUENCE_LENGTH = 512  # the pipeline's default, so that embeddings equal the library's
+KEPT_PROMPTS = 256  # at Wan's size an embedding takes 4 MB of host memory
+
+
+class SegmentEngine:
+    """Denoises segments by prompt and seed, and decodes runs as streams. One caller per method at a time."""
+
+    def __init__(self, pipe: EditWanPipeline, *, offload_text_encoder: bool = False) -> None:
+        self.pipe = pipe
+        self._offload_text_encoder = offload_text_encoder
+        self._embeds: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [1, L, D] on the CPU
+        self._decoders: dict[str, StreamingDecoder] = {}
+
+    @classmethod
+    def load(cls, model: ModelOptions, cpu_threads: int | None = None) -> Self:
+        """Load `model` and give torch `cpu_threads` threads, by default one per core that this process may use.
+
+        Raises `ModelError`.
+        """
+        torch.set_num_threads(cpu_threads or usable_cores())
+        return cls(load_pipeline(model), offload_text_encoder=model.offload == "text_encoder")
+
+    @property
+    def device(self) -> torch.device:
+        """Where it denoises and decodes."""
+        return torch.device(self.pipe.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the transformer's weights."""
+        dtype: torch.dtype = self.pipe.transformer.dtype
+        return dtype
+
+    @property
+    def supports_history(self) -> bool:
+        """Whether the model takes per-token timesteps, so that a segment can continue its predecessor."""
+        return bool(self.pipe.config.expand_timesteps)
+
+    def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:
+        """Encode what is not yet known, each prompt alone; then, if so loaded, the text encoder leaves the device."""
+        missing = [prompt for prompt in dict.fromkeys([*prompts, negative_prompt]) if prompt not in self._embeds]
+        if not missing:
+            return
+        device = self.device
+        self.pipe.text_encoder.to(device)
+        for prompt in missing:
+            self._embeds[prompt] = self._encode(prompt)
+        if self._offload_text_encoder and device.type != "cpu":
+            self.pipe.text_encoder.to("cpu")
+            torch.cuda.empty_cache()
+        while len(self._embeds) > max(KEPT_PROMPTS, len(missing)):
+            self._embeds.popitem(last=False)
+
+    def denoise(
+        self,
+        sampling: SamplingOptions,
+        *,
+        prompt: str,
+        seed: int,
+        history: Tensor | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """One segment's normalised latents [1, C, T, h, w], float32, on the CPU; with `history` its slots come first.
+
+        Equal, bit for bit, to `pipe(prompt, negative_prompt, generator=torch.Generator().manual_seed(seed),
+        output_type="latent", …)` on the same hardware and threads. `on_step(done, total)` is called after each step;
+        what it raises ends the segment and leaves the engine usable. Raises `SegmentFailed` if a value is not finite.
+        """
+        self.encode_prompts([prompt], sampling.negative_prompt)
+        self.pipe.scheduler = with_flow_shift(self.pipe.scheduler, sampling.flow_shift)
+        guided = sampling.guidance_scale > 1
+        output: tuple[Tensor] = self.pipe(
+            height=sampling.height,
+            width=sampling.width,
+            num_frames=sampling.num_frames,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+            prompt_embeds=self._embeds[prompt].to(self.device),
+            negative_prompt_embeds=self._embeds[sampling.negative_prompt].to(self.device) if guided else None,
+            output_type="latent",
+            callback_on_step_end=None if on_step is None else _step_callback(on_step, sampling.num_inference_steps),
+            history=history,
+            return_dict=False,
+        )
+        latents = output[0].to("cpu", torch.float32)
+        if not latents.isfinite().all():
+            raise SegmentFailed(
+                f"The segment of seed {seed} has latents that are not finite in {self.dtype}; "
+                "try model.torch_dtype 'bfloat16' or 'float32'."
+            )
+        return latents
+
+    def decode(
+        self,
+        run_id: str | None,
+        latents: Tensor,
+        *,
+        position: int = 0,
+        preceding: Callable[[int], Tensor] | None = None,
+    ) -> Tensor:
+        """New latents [1, C, n, h, w] of a run's stream as frames, uint8 [F, H, W, 3], on the CPU.
+
+        `position` counts the stream's latents before them. The decoder's state is carried from call to call; where it
+        is not at `position` (a new process, a segment done again) it is rebuilt from `preceding(count)`, which returns
+        the last `count` latents before `position`. With `run_id` `None` the latents are a stream of their own.
+        """
+        if run_id is None:
+            return to_uint8(StreamingDecoder(self.pipe.vae).decode(latents)).cpu()
+        decoder = self._decoders.setdefault(run_id, StreamingDecoder(self.pipe.vae))
+        if position == 0:
+            decoder.reset()
+        elif decoder.position != position:
+            if preceding is None:
+                raise ValueError(f"Run {run_id!r} is decoded up to latent {decoder.position}, not {position}.")
+            decoder.rebuild(preceding(min(position, decoder.lookback)), position)
+        return to_uint8(decoder.decode(latents)).cpu()
+
+    def release(self, run_id: str) -> None:
+        """Free the run's decoder state, if there is any."""
+        self._decoders.pop(run_id, None)
+
+    @torch.no_grad()
+    def _encode(self, prompt: str) -> Tensor:
+        embeds: Tensor = self.pipe.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=MAX_SEQUENCE_LENGTH, device=self.device
+        )[0]
+        return embeds.cpu()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _step_callback(on_step: Callable[[int, int], None], total: int) -> Callable[..., dict[str, Tensor]]:
+    def after_step(_pipe: object, step_index: int, _timestep: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        on_step(step_index + 1, total)
+        return tensors
+
+    return after_step

@@ -1,0 +1,122 @@
+"""Real models at toy sizes, so that tests of this package and of what is built on it need no mocks, no download."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+WORDS = ("a", "red", "green", "blue", "circle", "square", "and", "bouncing", "on", "black", "white", "background")
+TEXT_DIM = 32
+Z_DIM = 4
+
+
+def save_random_wan(
+    directory: Path,
+    *,
+    seed: int = 0,
+    expand_timesteps: bool = False,
+    two_experts: bool = False,
+    boundary_ratio: float | None = None,
+    noise_scheduler: Literal["unipc", "flow_match_euler"] = "unipc",
+) -> Path:
+    """Write a complete Wan text-to-video model with random weights in diffusers' folder layout; returns `directory`.
+
+    Latents have 4 channels at 1/8 of the pixel size and 1/4 of the frame rate, as Wan's; everything together is about
+    a megabyte. `two_experts` adds a `transformer_2`, used below `boundary_ratio` (0.5 unless given). The same seed
+    gives the same weights; the caller's random state is left alone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = WanPipeline(
+            tokenizer=word_tokenizer(WORDS),
+            text_encoder=_text_encoder(len(WORDS) + 3),
+            vae=random_vae(),
+            scheduler=_noise_scheduler(noise_scheduler),
+            transformer=_transformer(),
+            transformer_2=_transformer() if two_experts else None,
+            boundary_ratio=(boundary_ratio or 0.5) if two_experts else None,
+            expand_timesteps=expand_timesteps,
+        )
+    pipe.save_pretrained(directory)
+    _name_tokenizer_class(directory)
+    return directory
+
+
+def word_tokenizer(words: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per known word, lower-cased, an end token last; all other words become `<unk>`."""
+    vocabulary = {word: index for index, word in enumerate((PAD, END, UNKNOWN, *words))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = Lowercase()
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single=f"$A {END}", special_tokens=[(END, vocabulary[END])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, model_max_length=512
+    )
+
+
+def random_vae(**config: object) -> AutoencoderKLWan:
+    """A Wan VAE with random weights, 4 latent channels and a few thousand parameters; `config` overrides its config."""
+    defaults: dict[str, Any] = {
+        "base_dim": 4,
+        "z_dim": Z_DIM,
+        "dim_mult": [1, 2, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True],
+        "latents_mean": [0.1, -0.2, 0.3, -0.4],
+        "latents_std": [0.9, 1.1, 1.3, 0.7],
+    }
+    return AutoencoderKLWan(**(defaults | config)).eval()
+
+
+def _transformer() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=Z_DIM,
+        out_channels=Z_DIM,
+        text_dim=TEXT_DIM,
+        freq_dim=32,
+        ffn_dim=48,
+        num_layers=2,
+        rope_max_seq_len=64,
+    ).eval()
+
+
+def _text_encoder(vocab_size: int) -> UMT5EncoderModel:
+    config = UMT5Config(
+        vocab_size=vocab_size, d_model=TEXT_DIM, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0
+    )
+    return UMT5EncoderModel(config).eval()
+
+
+def _noise_scheduler(name: str) -> UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler:
+    if name == "flow_match_euler":
+        return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+def _name_tokenizer_class(directory: Path) -> None:
+    """transformers 5 writes a class name that 4.57 does not know; both know `PreTrainedTokenizerFast`."""
+    index_file, tokenizer_file = directory / "model_index.json", directory / "tokenizer" / "tokenizer_config.json"
+    index = json.loads(index_file.read_text())
+    index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
+    index_file.write_text(json.dumps(index, indent=2) + "\n")
+    tokenizer = json.loads(tokenizer_file.read_text())
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    tokenizer_file.write_text(json.dumps(tokenizer, indent=2) + "\n")

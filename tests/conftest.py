@@ -1,0 +1,63 @@
+"""What every test stands on: markers by folder, one shared Ray for the tests that need it, none for the others."""
+
+import importlib
+import importlib.util
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.demo import private_ray
+
+TESTS = Path(__file__).parent
+MARKERS_OF_FOLDER = {"ray": ("ray",), "chaos": ("ray", "chaos"), "gpu": ("gpu",)}
+
+# Ray reads these when it is imported or started, so they are set before any test module is.
+os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Otherwise an actor without GPUs makes Ray warn about how it will set CUDA_VISIBLE_DEVICES one day.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+# First, because `-m` picks among the markers at the end of the same hook.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test after the folder that it lies in; those that need Ray come last, so that none finds it started."""
+    for item in items:
+        if item.path.is_relative_to(TESTS):
+            folder = item.path.relative_to(TESTS).parts[0]
+            for name in MARKERS_OF_FOLDER.get(folder, ()):
+                item.add_marker(name)
+    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+
+
+@pytest.fixture(autouse=True)
+def _no_ray_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test without the marker `ray` that starts Ray, be it by accident, fails with a sentence that says so."""
+    if request.node.get_closest_marker("ray") or importlib.util.find_spec("ray") is None:
+        return
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        pytest.fail(f"{request.node.nodeid} starts Ray, but only tests marked `ray` may: move it to tests/ray")
+
+    monkeypatch.setattr(importlib.import_module("ray"), "init", refuse)
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[dict[str, str]]:
+    """One Ray for the session, started as `make demo` starts its own: with job submission, behind a token.
+
+    Yields the environment that reaches it; this process has joined it in namespace `edit_ray`.
+    """
+    # Ray's socket paths live under it and may have 107 characters at most, so pytest's own tmp_path is too long.
+    with tempfile.TemporaryDirectory(prefix="er-", dir="/tmp") as temp, private_ray(Path(temp)) as environment:
+        os.environ.update(environment)
+        ray = importlib.import_module("ray")
+        ray.init(address=environment["RAY_ADDRESS"], namespace="edit_ray", log_to_driver=False)
+        try:
+            yield environment
+        finally:
+            ray.shutdown()

@@ -1,0 +1,79 @@
+"""Pairs of pipelines over the same weights: diffusers' own and ours, loaded once per model."""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+import edit_ray
+from edit_ray import EditWanPipeline
+from edit_ray.testing import save_random_wan
+
+BUILTIN = "builtin:tiny_wan"
+BUILTIN_FOLDER = Path(edit_ray.__file__).parent / "assets" / "tiny_wan"
+RANDOM = {
+    "random": {},
+    "random-expand": {"expand_timesteps": True},
+    "random-two-experts": {"two_experts": True, "boundary_ratio": 0.9},
+}
+MODELS = ["random", "random-expand", *([BUILTIN] if (BUILTIN_FOLDER / "model_index.json").is_file() else [])]
+
+
+class Pair(NamedTuple):
+    """The same weights twice; every test may assign schedulers and the like, so each gets fresh pipeline objects."""
+
+    stock: WanPipeline
+    ours: EditWanPipeline
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small run fastest on one thread, and the number of threads changes bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@functools.cache
+def _loaded(folder: Path, dtype: torch.dtype) -> WanPipeline:
+    return WanPipeline.from_pretrained(folder, dtype=dtype)
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    """The folder of a model by its name in `MODELS`."""
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        if name == BUILTIN:
+            return BUILTIN_FOLDER
+        return save_random_wan(tmp_path_factory.mktemp(name), **RANDOM[name])
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pair_of(folder_of):
+    """A function that pairs up the pipelines of one model."""
+
+    def pair(name: str, dtype: torch.dtype = torch.float32) -> Pair:
+        components = dict(_loaded(folder_of(name), dtype).components)
+        config = {key: _loaded(folder_of(name), dtype).config[key] for key in ("expand_timesteps", "boundary_ratio")}
+        pipes = Pair(WanPipeline(**components, **config), EditWanPipeline(**components, **config))
+        for pipe in pipes:
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+            pipe.set_progress_bar_config(disable=True)
+        return pipes
+
+    return pair
+
+
+@pytest.fixture(params=MODELS)
+def pair(request, pair_of) -> Iterator[Pair]:
+    """Both pipelines, for every model."""
+    return pair_of(request.param)

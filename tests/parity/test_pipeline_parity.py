@@ -1,0 +1,236 @@
+"""`EditWanPipeline` gives the bits of `diffusers.WanPipeline`, for every argument of the call."""
+
+import io
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    SeaCacheConfig,
+    UniPCMultistepScheduler,
+    WanPipeline,
+)
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from edit_ray import EditWanPipeline
+
+CIRCLE = "a red circle bouncing on a black background"
+SQUARES = "a blue square and a green circle bouncing on a white background"
+NOISE_SCHEDULERS = {
+    "unipc": lambda: UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    "flow_match_euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+}
+
+
+def generate(pipe: WanPipeline, *, seed: int = 7, **kwargs) -> object:
+    """One small call; the batch as diffusers returns it."""
+    defaults = {"prompt": CIRCLE, "height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 3}
+    defaults |= {"output_type": "latent", "generator": torch.Generator().manual_seed(seed)}
+    return pipe(**(defaults | kwargs)).frames
+
+
+def assert_equal_latents(pair, **kwargs) -> torch.Tensor:
+    """Both pipelines' latents are the same bits; returns them."""
+    stock, ours = generate(pair.stock, **kwargs), generate(pair.ours, **kwargs)
+    assert stock.dtype == ours.dtype
+    assert torch.equal(stock, ours)
+    return ours
+
+
+@pytest.mark.parametrize("prompt", [CIRCLE, SQUARES], ids=["circle", "squares"])
+@pytest.mark.parametrize("size", [(64, 64), (96, 64)], ids=str)
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("noise_scheduler", NOISE_SCHEDULERS)
+def test_latents_and_frames_are_equal(pair, noise_scheduler, guidance_scale, size, prompt):
+    for pipe in pair:
+        pipe.scheduler = NOISE_SCHEDULERS[noise_scheduler]()
+    kwargs = {"prompt": prompt, "height": size[0], "width": size[1], "guidance_scale": guidance_scale}
+    latents: list[torch.Tensor] = []
+
+    def keep(pipe, step, timestep, tensors):
+        latents.append(tensors["latents"])
+        return tensors
+
+    stock, ours = (generate(pipe, output_type="np", callback_on_step_end=keep, **kwargs) for pipe in pair)
+    assert stock.shape == ours.shape == (1, 5, *size, 3)
+    assert np.array_equal(stock, ours)
+    for theirs, mine in zip(latents[:3], latents[3:], strict=True):
+        assert torch.equal(theirs, mine)
+    assert latents[-1].shape[2:] == (2, size[0] // 8, size[1] // 8)
+
+
+def test_prompts_seeds_and_guidance_matter(pair):
+    """Otherwise the equalities above would say little."""
+    base = generate(pair.ours)
+    for other in ({"prompt": SQUARES}, {"seed": 8}, {"guidance_scale": 1.0}, {"negative_prompt": SQUARES}):
+        assert not torch.equal(base, generate(pair.ours, **other)), other
+
+
+@pytest.mark.parametrize("name", ["random", "random-expand"])
+def test_bfloat16_is_cast_at_the_same_places(pair_of, name):
+    pair = pair_of(name, torch.bfloat16)
+    latents = assert_equal_latents(pair, negative_prompt=SQUARES)
+    assert latents.isfinite().all()
+    stock, ours = (generate(pipe, output_type="pt") for pipe in pair)
+    assert torch.equal(stock, ours)
+
+
+@pytest.mark.parametrize("guidance_scale_2", [None, 2.0])
+@pytest.mark.parametrize("noise_scheduler", NOISE_SCHEDULERS)
+def test_two_experts(pair_of, noise_scheduler, guidance_scale_2):
+    pair = pair_of("random-two-experts")
+    for pipe in pair:
+        pipe.scheduler = NOISE_SCHEDULERS[noise_scheduler]()
+    forwards = {"transformer": 0, "transformer_2": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        for expert in forwards:
+            model = getattr(pair.ours, expert)
+
+            def counted(*args, _forward=model.forward, _expert=expert, **kwargs):
+                forwards[_expert] += 1
+                return _forward(*args, **kwargs)
+
+            patch.setattr(model, "forward", counted)
+        generate(pair.ours, num_inference_steps=6, guidance_scale=4.0, guidance_scale_2=guidance_scale_2)
+    assert min(forwards.values()) > 0, "both experts must work, or the test shows nothing"
+    assert sum(forwards.values()) == 12
+    assert_equal_latents(pair, num_inference_steps=6, guidance_scale=4.0, guidance_scale_2=guidance_scale_2)
+
+
+def test_guidance_scale_2_needs_a_boundary(pair_of):
+    for pipe in pair_of("random"):
+        with pytest.raises(ValueError, match="boundary_ratio"):
+            generate(pipe, guidance_scale_2=2.0)
+
+
+def test_a_callback_sees_and_changes_the_same(pair):
+    seen: dict[type, list[tuple]] = {}
+
+    def change(pipe, step, timestep, tensors: Mapping[str, torch.Tensor]):
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        seen.setdefault(type(pipe), []).append((step, float(timestep), float(pipe.current_timestep), shapes))
+        if step == 1:
+            return {"latents": tensors["latents"] * 0.5, "prompt_embeds": -tensors["prompt_embeds"]}
+        return {"negative_prompt_embeds": tensors["negative_prompt_embeds"] + 1}
+
+    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    watched = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": names}
+    changed = assert_equal_latents(pair, **watched)
+    assert seen[WanPipeline] == seen[EditWanPipeline]
+    assert [step for step, *_ in seen[EditWanPipeline]] == [0, 1, 2]
+    assert not torch.equal(changed, generate(pair.ours))
+
+
+class CutGuidance(PipelineCallback):
+    """Stop guidance after the first step, as diffusers' own callbacks do it."""
+
+    tensor_inputs = ("latents",)
+
+    def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+        pipeline._guidance_scale = 0.0
+        return callback_kwargs
+
+
+class Double(PipelineCallback):
+    tensor_inputs = ("latents", "prompt_embeds")
+
+    def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+        return {name: callback_kwargs[name] * 2 for name in self.tensor_inputs}
+
+
+@pytest.mark.parametrize(
+    "callback", [CutGuidance(), MultiPipelineCallbacks([CutGuidance(), Double()])], ids=["one", "several"]
+)
+def test_pipeline_callbacks_bring_their_tensor_inputs(pair, callback):
+    changed = assert_equal_latents(pair, callback_on_step_end=callback)
+    assert not torch.equal(changed, generate(pair.ours))
+
+
+def test_interrupt_skips_the_remaining_steps(pair):
+    steps: list[int] = []
+
+    def interrupt(pipe, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = step == 1
+        return tensors
+
+    interrupted = assert_equal_latents(pair, callback_on_step_end=interrupt)
+    assert steps == [0, 1, 0, 1]
+    assert not torch.equal(interrupted, generate(pair.ours)), "the next call must not be interrupted"
+    assert_equal_latents(pair)
+
+
+def test_a_call_after_one_that_raised_is_not_affected(pair):
+    def fail(pipe, step, timestep, tensors):
+        if step == 2:
+            raise InterruptedError
+        return tensors
+
+    before = generate(pair.ours)
+    with pytest.raises(InterruptedError):
+        generate(pair.ours, callback_on_step_end=fail)
+    assert torch.equal(before, generate(pair.ours))
+
+
+def test_wrong_callback_tensor_inputs_are_refused(pair_of):
+    for pipe in pair_of("random"):
+        with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs"):
+            generate(pipe, callback_on_step_end_tensor_inputs=["noise_pred"])
+
+
+def test_several_videos_and_prompts(pair):
+    assert len(assert_equal_latents(pair, num_videos_per_prompt=2)) == 2
+    both = {"prompt": [CIRCLE, SQUARES], "negative_prompt": [SQUARES, CIRCLE]}
+    assert len(assert_equal_latents(pair, num_videos_per_prompt=2, **both)) == 4
+    pairs_of_generators = [[torch.Generator().manual_seed(seed) for seed in (1, 2)] for _ in pair]
+    stock, ours = (
+        generate(pipe, generator=generators, **both) for pipe, generators in zip(pair, pairs_of_generators, strict=True)
+    )
+    assert torch.equal(stock, ours)
+
+
+def test_given_latents_and_embeddings(pair):
+    with torch.no_grad():
+        cond, uncond = pair.ours.encode_prompt(SQUARES, CIRCLE, max_sequence_length=32)
+    noise = torch.randn(
+        1, pair.ours.transformer.config.in_channels, 2, 8, 8, generator=torch.Generator().manual_seed(3)
+    )
+    given = {"prompt": None, "prompt_embeds": cond, "negative_prompt_embeds": uncond, "latents": noise}
+    by_embedding = assert_equal_latents(pair, **given)
+    by_prompt = generate(pair.ours, prompt=SQUARES, negative_prompt=CIRCLE, latents=noise, max_sequence_length=32)
+    assert torch.equal(by_embedding, by_prompt)
+
+
+@pytest.mark.parametrize(("asked", "made"), [(1, 1), (6, 5), (8, 9), (0, 1)])
+def test_num_frames_is_rounded_alike(pair_of, asked, made):
+    pair = pair_of("random")
+    assert assert_equal_latents(pair, num_frames=asked).shape[2] == (made - 1) // 4 + 1
+
+
+def test_diffusers_caches_find_their_context(pair_of):
+    """Their hooks read branch, step and sigma from `cache_context`; without it they raise or decide otherwise."""
+    for config in (FirstBlockCacheConfig(threshold=0.5), SeaCacheConfig(threshold=5.0)):
+        pair = pair_of("random")
+        plain = generate(pair.ours, num_inference_steps=8)
+        pair.ours.transformer.enable_cache(config)
+        try:
+            cached = assert_equal_latents(pair, num_inference_steps=8)
+        finally:
+            pair.ours.transformer.disable_cache()
+        assert not torch.equal(cached, plain), "the cache never skipped, so the test shows nothing"
+
+
+@pytest.mark.parametrize("noise_scheduler", NOISE_SCHEDULERS)
+def test_the_progress_bar_ends_at_its_total(pair_of, noise_scheduler):
+    shown = []
+    for pipe in pair_of("random"):
+        pipe.scheduler = NOISE_SCHEDULERS[noise_scheduler]()
+        text = io.StringIO()
+        pipe.set_progress_bar_config(file=text, mininterval=0)
+        generate(pipe)
+        shown.append(re.findall(r"(\d+)/(\d+)", text.getvalue()))
+    assert shown[0][-1] == shown[1][-1] == ("3", "3")

@@ -1,0 +1,100 @@
+import contextlib
+import json
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from edit_ray.actors import launch
+from edit_ray.testing import save_random_wan
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+CONFIG = """
+model: {{path: "{model}"}}
+sampling: {{height: 64, width: 64, num_frames: 17, num_inference_steps: {steps}, seed: 3}}
+video: {{num_segments: {segments}}}
+prompt_segments: [{{start: 0s, prompt: a red circle}}]
+continuity: {{mode: history, history_latents: 2}}
+engine: {{start_timeout_s: 60}}
+"""
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
+
+
+@pytest.fixture
+def config(model, tmp_path):
+    """Writes a configuration of a tiny run and returns its path."""
+
+    def write(steps: int = 4, segments: int = 4, more: str = "") -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(CONFIG.format(model=model, steps=steps, segments=segments) + more)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run_id() -> str:
+    """One that no other test of the session has used."""
+    return f"test-{secrets.token_hex(4)}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _actors_end(ray_head):
+    yield
+    launch.end_actors()
+
+
+@pytest.fixture
+def spawn(ray_head):
+    """Starts a Python process that reaches the session's Ray; whatever still runs at the test's end is ended."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: str) -> subprocess.Popen[str]:
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                env=ray_head,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+@pytest.fixture
+def start_job(spawn):
+    """The job as a plain driver of its own."""
+    return lambda *arguments: spawn(str(REPOSITORY / "jobs" / "long_video.py"), *arguments)
+
+
+def manifest_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def wait_until(condition, timeout_s: float = 60.0):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"{condition} did not come true within {timeout_s} s")
+
+
+def pids() -> dict[str, int]:
+    return {
+        name: ray.get(ray.get_actor(name, namespace="edit_ray").describe.remote())["pid"]
+        for name in (launch.SCHEDULER, launch.DENOISER, launch.CACHE_STORE)
+    }

@@ -1,0 +1,197 @@
+"""The client, from other processes than the job's, while actors and drivers die."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import ray
+
+import edit_ray
+from edit_ray import LongVideoClient
+from edit_ray.actors import launch
+from edit_ray.config import load_config
+from edit_ray.engine.latent_files import load_latents
+from edit_ray.errors import ActorVersionMismatch, RunCancelled, UnknownRun
+from edit_ray.video.encode import read_frames
+from tests.ray.conftest import manifest_of, pids, wait_until
+
+WATCH = """
+import json, sys, time
+from edit_ray import LongVideoClient
+client = LongVideoClient(output=sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+for segment in client.stream(sys.argv[2], start=int(sys.argv[3])):
+    progress = client.status(sys.argv[2]).progress
+    at = [progress.segment_index, progress.step] if progress else None
+    print(json.dumps([segment.index, segment.frames.shape, at, segment.fps]), flush=True)
+"""
+
+
+@pytest.fixture
+def watch(spawn):
+    """A client in a process of its own, connected; told to `go`, it prints a line per segment."""
+
+    def start(root, run_id, start=0):
+        process = spawn("-c", WATCH, str(root), run_id, str(start))
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    return start
+
+
+def go(watcher):
+    print("go", file=watcher.stdin, flush=True)
+
+
+def test_three_actors_are_three_processes(ray_head, config, tmp_path):
+    client = LongVideoClient(output=tmp_path)
+    run_id = client.submit(config(segments=1))
+    assert [segment.index for segment in client.stream(run_id)] == [0]
+    found = pids()
+    assert len(set(found.values())) == 3
+    assert os.getpid() not in found.values()
+
+
+def test_another_process_sees_segment_0_before_segment_2_is_denoised(watch, config, tmp_path, run_id):
+    client = LongVideoClient(output=tmp_path)
+    watcher = watch(tmp_path, run_id)
+    client.submit(config(steps=150), run_id=run_id)
+    go(watcher)
+    index, shape, at, fps = json.loads(watcher.stdout.readline())
+    assert (index, shape, fps) == (0, [17, 64, 64, 3], 16)
+    assert at is not None
+    assert at < [2, 150], "segment 2 was not finished when segment 0 had arrived"
+    rest = [json.loads(line)[0] for line in watcher.stdout]
+    assert rest == [1, 2, 3]
+    late = watch(tmp_path, run_id, start=2)
+    go(late)
+    assert [json.loads(line)[0] for line in late.stdout] == [2, 3]
+
+
+def test_a_killed_driver_does_not_end_its_run(watch, start_job, config, tmp_path, run_id):
+    path = config(steps=60)
+    watcher = watch(tmp_path, run_id)
+    driver = start_job("--config", str(path), "--output", str(tmp_path), "--run-id", run_id)
+    for line in driver.stdout:
+        if line.startswith("segment 0"):
+            break
+    go(watcher)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait(10)
+    assert [json.loads(line)[0] for line in watcher.stdout] == [0, 1, 2, 3]
+    assert manifest_of(tmp_path / run_id)["state"] == "done"
+
+
+def test_every_reader_sees_the_same_frames_and_may_have_the_latents(ray_head, config, tmp_path):
+    client = LongVideoClient(output=tmp_path)
+    run_id = client.submit(load_config(config(segments=2)))
+    first = list(client.stream(run_id, latents=True))
+    again = list(client.stream(run_id))
+    for one, two in zip(first, again, strict=True):
+        assert np.array_equal(one.frames, two.frames)
+        assert two.latents is None
+    assert [tuple(segment.latents.shape[2:3]) for segment in first] == [(5,), (3,)]
+    final = read_frames(tmp_path / run_id / "final.mp4", height=64, width=64)
+    assert np.array_equal(final, np.concatenate([segment.frames for segment in again]))
+    (lazy,) = client.stream(run_id, start=1, frames=False)
+    assert lazy.frames is None
+    assert lazy.path.is_file()
+
+
+@pytest.mark.parametrize("victim", [launch.DENOISER, launch.CACHE_STORE])
+def test_a_killed_actor_changes_no_frame(ray_head, config, tmp_path, victim, run_id):
+    client = LongVideoClient(output=tmp_path)
+    path = config(steps=40)
+    whole = client.submit(path, run_id=f"{run_id}-whole")
+    list(client.stream(whole, frames=False))
+    hurt = client.submit(path, run_id=f"{run_id}-hurt")
+    stream = client.stream(hurt, frames=False)
+    next(stream)
+    os.kill(pids()[victim], signal.SIGKILL)
+    assert [segment.index for segment in stream] == [1, 2, 3]
+    for index in range(4):
+        name = f"latents/{index:05d}.safetensors"
+        assert np.array_equal(load_latents(tmp_path / whole / name), load_latents(tmp_path / hurt / name))
+    assert (tmp_path / whole / "final.mp4").read_bytes() == (tmp_path / hurt / "final.mp4").read_bytes()
+
+
+def test_cancel_keeps_what_is_committed(ray_head, config, tmp_path):
+    client = LongVideoClient(output=tmp_path)
+    run_id = client.submit(config(steps=200))
+    stream = client.stream(run_id, frames=False)
+    assert next(stream).index == 0
+    client.cancel(run_id)
+    with pytest.raises(RunCancelled, match="was stopped"):
+        list(stream)
+    assert manifest_of(tmp_path / run_id)["state"] == "cancelled"
+    assert next(client.stream(run_id)).index == 0
+
+
+def test_an_unknown_run_is_named(ray_head, tmp_path):
+    client = LongVideoClient(output=tmp_path)
+    with pytest.raises(UnknownRun, match="no run 'nobody'"):
+        next(client.stream("nobody"))
+    with pytest.raises(UnknownRun, match="no run 'nobody'"):
+        client.status("nobody")
+
+
+def test_actors_of_other_code_are_refused(ray_head, config, tmp_path, run_id):
+    LongVideoClient(output=tmp_path).submit(config(segments=1), run_id=f"{run_id}-first")
+    package = tmp_path / "edited" / "edit_ray"
+    shutil.copytree(os.path.dirname(edit_ray.__file__), package, ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    (package / "errors.py").write_text((package / "errors.py").read_text() + "\n# edited\n")
+    script = "import sys; from edit_ray import LongVideoClient; LongVideoClient(output=sys.argv[1]).submit(sys.argv[2])"
+    other = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), str(config(segments=1))],
+        cwd=tmp_path,
+        env=ray_head | {"PYTHONPATH": str(package.parent)},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert other.returncode == 1
+    assert ActorVersionMismatch.__name__ in other.stderr
+    assert "edit-ray down" in other.stderr
+
+
+def test_down_ends_the_actors_and_the_next_run_starts_them_again(ray_head, config, tmp_path, run_id):
+    client = LongVideoClient(output=tmp_path)
+    list(client.stream(client.submit(config(segments=1), run_id=f"{run_id}-before"), frames=False))
+    before = pids()
+    command = [sys.executable, "-m", "edit_ray.cli", "down"]
+    said = subprocess.run(command, env=ray_head, text=True, capture_output=True, check=True).stdout
+    assert all(name in said for name in before)
+    wait_until(lambda: not any(_alive(pid) for pid in before.values()))
+    list(client.stream(client.submit(config(segments=1), run_id=f"{run_id}-after"), frames=False))
+    assert not set(before.values()) & set(pids().values())
+
+
+def test_actors_end_themselves_when_idle(ray_head, config, tmp_path, run_id):
+    client = LongVideoClient(output=tmp_path)
+    changes = load_config(config(segments=1), ["engine.idle_exit_s=0.5"])
+    list(client.stream(client.submit(changes, run_id=f"{run_id}-short"), frames=False))
+    found = wait_until(pids, 5) if launch.find_segment_scheduler() else {}
+    wait_until(lambda: launch.find_segment_scheduler() is None, 20)
+    wait_until(lambda: not any(_alive(pid) for pid in found.values()), 20)
+    deadline = time.monotonic() + 20
+    while ray.util.placement_group_table() and time.monotonic() < deadline:
+        if all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values()):
+            break
+        time.sleep(0.1)
+    assert all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values())
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as stat:
+        return stat.read().split()[2] != "Z"

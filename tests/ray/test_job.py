@@ -1,0 +1,77 @@
+"""The job as a user runs it: submitted to Ray, as a plain driver, stopped, killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from edit_ray.video.encode import read_frames
+from tests.ray.conftest import REPOSITORY, manifest_of, wait_until
+
+FRAMES = 17 + 3 * 4 * (5 - 2)
+
+
+def ray_job_submit(environment, *arguments):
+    command = [os.path.join(os.path.dirname(sys.executable), "ray"), "job", "submit", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("options", [[], ["--working-dir", "."]], ids=["in the clone", "working dir"])
+def test_ray_job_submit(ray_head, config, tmp_path, options, run_id):
+    job = ["python", "jobs/long_video.py", "--config", str(config()), "--output", str(tmp_path), "--run-id", run_id]
+    done = ray_job_submit(ray_head, *options, "--", *job)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout + done.stderr
+    assert len(read_frames(tmp_path / run_id / "final.mp4", height=64, width=64)) == FRAMES
+    log = [line for line in done.stdout.splitlines() if line.startswith("output: ")]
+    assert log == [f"output: {tmp_path}", f"output: {tmp_path}/{run_id}/final.mp4"]
+
+
+def test_a_bad_configuration_fails_the_job_with_its_sentences(ray_head, config, tmp_path):
+    path = config(more="cachee: {}\n")
+    job = ["python", "jobs/long_video.py", "--config", str(path), "--set", "sampling.height=65"]
+    done = ray_job_submit(ray_head, "--", *job)
+    assert done.returncode == 1
+    said = done.stdout + done.stderr
+    assert "failed" in said
+    assert "cachee" in said, "every mistake is named"
+    assert "sampling.height" in said
+    assert "exit code 2" in said
+    assert "Traceback" not in said
+
+
+def test_a_run_id_is_used_once(start_job, config, tmp_path, run_id):
+    (tmp_path / "taken").mkdir()
+    job = start_job("--config", str(config()), "--output", str(tmp_path), "--run-id", "taken")
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode == 2, said
+    assert "error: run id 'taken' is taken" in said
+    assert "Traceback" not in said
+    assert list((tmp_path / "taken").iterdir()) == []
+
+
+def test_sigterm_stops_the_run_and_the_driver_within_two_seconds(start_job, config, tmp_path, run_id):
+    path = config(steps=400)
+    job = start_job("--config", str(path), "--output", str(tmp_path), "--run-id", run_id)
+    for line in job.stdout:
+        if line.startswith("run: "):
+            break
+    started = time.monotonic()
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(10) == 130
+    assert time.monotonic() - started < 2.0
+    wait_until(lambda: manifest_of(tmp_path / run_id)["state"] == "cancelled")
+
+
+def test_a_gpu_that_is_not_there_is_said_to_be_missing(start_job, config, tmp_path, run_id):
+    path = config(more="")
+    changes = ["--set", "model.device=cuda", "--set", "engine.start_timeout_s=2"]
+    job = start_job("--config", str(path), "--output", str(tmp_path), "--run-id", run_id, *changes)
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode == 1, said
+    assert "GPU" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / run_id).exists()

@@ -1,0 +1,261 @@
+"""The actors' plain classes, together, without Ray."""
+
+import asyncio
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.messages import RunSpec
+from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.config import Config
+from edit_ray.engine.latent_files import load_latents
+from edit_ray.engine.pipeline import EditWanPipeline
+from edit_ray.errors import ConfigError, RunExists, UnknownRun
+from edit_ray.runs.folder import RunFolder
+from edit_ray.testing import save_random_wan
+from edit_ray.video.encode import read_frames
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
+
+
+def config_for(model, **changes):
+    values = {
+        "model": {"path": str(model)},
+        "sampling": {"height": 32, "width": 48, "num_frames": 17, "num_inference_steps": 3, "seed": 5},
+        "video": {"num_segments": 4},
+        "prompt_segments": [
+            {"segment": 0, "prompt": "a red circle"},
+            {"segment": 2, "prompt": "a blue square"},
+        ],
+        "continuity": {"mode": "history", "history_latents": 2},
+        "engine": {"cpu_threads": 1, "idle_exit_s": 3600},
+    }
+    for key, value in changes.items():
+        values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
+    return Config.model_validate(values)
+
+
+class Crew(LocalCrew):
+    """A crew that can lose its GPU actor or its store, and does what an actor's death does: forget everything."""
+
+    def __init__(self):
+        super().__init__()
+        self.fail_once = set()
+        self.calls = []
+
+    async def denoiser(self, method, *arguments):
+        segment = arguments[1].index if len(arguments) > 1 else None
+        self.calls.append((method, segment))
+        if (method, segment) in self.fail_once:
+            self.fail_once.remove((method, segment))
+            self._denoiser = type(self._denoiser)(self._store)
+            raise ConnectionError("the actor died")
+        return await super().denoiser(method, *arguments)
+
+
+async def generate(root, config, run_id="one", crew=None):
+    crew = crew or Crew()
+    scheduler = SegmentSchedulerActor(crew)
+    await scheduler.submit(run_id, config.model_dump(mode="json"), str(root))
+    index, records = 0, []
+    while True:
+        reply = await scheduler.wait_segment(run_id, index, 60)
+        if reply.record is None:
+            assert reply.ended
+            return reply.status, records, crew
+        records.append(reply.record)
+        index += 1
+
+
+def frames_of(root, config, run_id="one"):
+    path = RunFolder(root, run_id).final
+    return read_frames(path, height=config.sampling.height, width=config.sampling.width)
+
+
+def test_a_run_makes_exactly_the_promised_frames(tmp_path, model):
+    config = config_for(model)
+    status, records, _ = asyncio.run(generate(tmp_path, config))
+    assert status.state == "done", status.error
+    assert [record.index for record in records] == [0, 1, 2, 3]
+    assert [record.prompt for record in records] == ["a red circle"] * 2 + ["a blue square"] * 2
+    assert len(frames_of(tmp_path, config)) == 17 + 3 * 4 * (5 - 2) == config.num_frames_total
+    manifest = RunFolder(tmp_path, "one").read_manifest()
+    assert manifest.state == "done"
+    assert manifest.final == "final.mp4"
+    assert manifest.segments == tuple(records)
+    left = [path.name for path in (tmp_path / "one").rglob("*") if path.name.startswith(".")]
+    assert left == [], "nothing half-written stays"
+
+
+def test_segments_that_stand_alone(tmp_path, model):
+    config = config_for(
+        model,
+        continuity={"mode": "none"},
+        video={"num_segments": 2},
+        prompt_segments=[{"segment": 0, "prompt": "a red circle"}],
+    )
+    status, _, _ = asyncio.run(generate(tmp_path, config))
+    assert status.state == "done", status.error
+    assert len(frames_of(tmp_path, config)) == 2 * 17
+
+
+def test_segment_0_equals_the_library(tmp_path, model):
+    config = config_for(model, video={"num_segments": 1}, prompt_segments=[{"segment": 0, "prompt": "a red circle"}])
+    asyncio.run(generate(tmp_path, config))
+    torch.set_num_threads(1)
+    pipe = EditWanPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    sampling = config.sampling
+    expected = pipe(
+        "a red circle",
+        sampling.negative_prompt,
+        height=sampling.height,
+        width=sampling.width,
+        num_frames=sampling.num_frames,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+        generator=torch.Generator().manual_seed(sampling.seed),
+        output_type="latent",
+    ).frames
+    assert torch.equal(load_latents(RunFolder(tmp_path, "one").latents(0)), expected)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        {("prepare_run", None)},
+        {("denoise_segment", 0)},
+        {("denoise_segment", 2), ("decode_segment", 2)},
+        {("decode_segment", 1), ("finalize_run", None)},
+    ],
+)
+def test_a_lost_actor_changes_no_frame(tmp_path, model, lost):
+    config = config_for(model)
+    asyncio.run(generate(tmp_path, config, "whole"))
+    crew = Crew()
+    crew.fail_once = set(lost)
+    status, _, crew = asyncio.run(generate(tmp_path, config, "hurt", crew))
+    assert status.state == "done", status.error
+    assert crew.fail_once == set(), "every planned failure happened"
+    for index in range(4):
+        whole, hurt = (RunFolder(tmp_path, name) for name in ("whole", "hurt"))
+        assert torch.equal(load_latents(whole.latents(index)), load_latents(hurt.latents(index)))
+        assert whole.media(index).read_bytes() == hurt.media(index).read_bytes()
+    assert np.array_equal(frames_of(tmp_path, config, "whole"), frames_of(tmp_path, config, "hurt"))
+
+
+def test_a_store_that_loses_everything_changes_no_frame(tmp_path, model):
+    config = config_for(model)
+    asyncio.run(generate(tmp_path, config, "whole"))
+    asyncio.run(generate(tmp_path, config_for(model, store={"host_bytes": 0}), "forgetful"))
+    assert (tmp_path / "whole" / "final.mp4").read_bytes() == (tmp_path / "forgetful" / "final.mp4").read_bytes()
+
+
+def test_a_segment_that_always_fails_ends_the_run_with_its_reason(tmp_path, model):
+    class Broken(Crew):
+        async def denoiser(self, method, *arguments):
+            if method == "decode_segment":
+                raise OSError("no space left")
+            return await super().denoiser(method, *arguments)
+
+    config = config_for(model, engine={"cpu_threads": 1, "segment_retries": 1})
+    status, records, _ = asyncio.run(generate(tmp_path, config, crew=Broken()))
+    assert status.state == "failed"
+    assert records == []
+    assert status.error == "decode of segment 0 failed (attempt 2 of 2): OSError: no space left"
+    assert RunFolder(tmp_path, "one").read_manifest().error == status.error
+
+
+def test_a_run_stops_between_two_steps_and_keeps_what_is_committed(tmp_path, model):
+    config = config_for(model, sampling={"num_inference_steps": 200})
+
+    async def stop_early():
+        scheduler = SegmentSchedulerActor(Crew())
+        await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path))
+        async with asyncio.timeout(30):
+            while (await scheduler.status("one")).progress is None:
+                await asyncio.sleep(0.01)
+        await scheduler.cancel("one")
+        return await scheduler.wait_segment("one", 0, 20)
+
+    reply = asyncio.run(stop_early())
+    assert reply.status.state == "cancelled"
+    assert RunFolder(tmp_path, "one").read_manifest().state == "cancelled"
+
+
+def test_two_runs_take_turns(tmp_path, model):
+    config = config_for(model, video={"num_segments": 1}, prompt_segments=[{"segment": 0, "prompt": "a red circle"}])
+
+    async def both():
+        crew = Crew()
+        scheduler = SegmentSchedulerActor(crew)
+        for run_id in ("one", "two"):
+            await scheduler.submit(run_id, config.model_dump(mode="json"), str(tmp_path))
+        return [await scheduler.wait_segment(run_id, 1, 60) for run_id in ("one", "two")], crew
+
+    replies, crew = asyncio.run(both())
+    assert [reply.status.state for reply in replies] == ["done", "done"]
+    assert [method for method, _ in crew.calls].count("prepare_run") == 2
+
+
+def test_the_actors_end_when_idle(tmp_path, model):
+    ended = []
+
+    class Ending(Crew):
+        async def end(self):
+            ended.append(True)
+
+    config = config_for(
+        model,
+        engine={"cpu_threads": 1, "idle_exit_s": 0.05},
+        video={"num_segments": 1},
+        prompt_segments=[{"segment": 0, "prompt": "a red circle"}],
+    )
+
+    async def run_and_wait():
+        scheduler = SegmentSchedulerActor(Ending())
+        await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path))
+        await scheduler.wait_segment("one", 1, 60)
+        await asyncio.sleep(0.5)
+
+    asyncio.run(run_and_wait())
+    assert ended == [True]
+
+
+def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, model):
+    config = config_for(model)
+
+    async def submit(values):
+        scheduler = SegmentSchedulerActor(Crew())
+        await scheduler.submit("one", values, str(tmp_path / "root"))
+
+    wrong = config.model_dump(mode="json")
+    wrong["sampling"]["height"] = 40
+    with pytest.raises(ConfigError, match=r"sampling\.height"):
+        asyncio.run(submit(wrong))
+    assert not (tmp_path / "root").exists()
+    (tmp_path / "root" / "one").mkdir(parents=True)
+    with pytest.raises(RunExists, match="'one' is taken"):
+        asyncio.run(submit(config.model_dump(mode="json")))
+
+
+def test_an_unknown_run_is_named():
+    with pytest.raises(UnknownRun, match="no run 'nobody'"):
+        asyncio.run(SegmentSchedulerActor(LocalCrew()).status("nobody"))
+
+
+def test_a_spec_survives_the_way_between_processes(tmp_path, model):
+    spec = RunSpec("one", tmp_path, config_for(model))
+    again = pickle.loads(pickle.dumps(spec))
+    assert again == spec
+    assert again.plan == spec.plan
+    assert dataclasses.asdict(again.plan) == dataclasses.asdict(spec.plan)

@@ -1,0 +1,204 @@
+"""Good configurations: what they mean, and that they survive being sent and written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edit_ray.cache.options import StoreOptions
+from edit_ray.config import Config, PromptSegment, VideoOptions, dump_yaml, load_config
+from edit_ray.config.durations import MAX_DURATION_S, format_duration, parse_duration
+from edit_ray.config.strict_yaml import dump, parse
+from edit_ray.engine.options import SamplingOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def config_of(*entries: dict[str, object], **sections: object) -> Config:
+    return Config.model_validate({"video": {"num_segments": 4}, "prompt_segments": entries, **sections})
+
+
+def test_shipped_configurations_are_the_three_promised() -> None:
+    assert {path.stem for path in SHIPPED} == {"tiny", "wan21_t2v_1_3b", "wan21_t2v_14b"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configuration_loads_and_survives_both_ways_of_writing(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, check_model=False)
+    sent = json.loads(json.dumps(config.model_dump(mode="json")))
+    assert Config.model_validate(sent) == config
+    (tmp_path / "run.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    assert load_config(tmp_path / "run.yaml", check_model=False) == config
+
+
+def test_the_default_video_is_what_the_readme_promises() -> None:
+    config = load_config(ROOT / "configs" / "tiny.yaml", check_model=False)
+    sampling = config.sampling
+    assert (sampling.height, sampling.width, sampling.num_frames) == (128, 128, 33)
+    assert sampling.num_inference_steps >= 20
+    assert sampling.guidance_scale > 1
+    assert config.continuity.mode == "history"
+    assert (config.num_segments, config.num_frames_total) == (4, 105)
+    assert len(set(config.prompts)) == 2
+
+
+def test_prompts_hold_from_the_segment_that_contains_their_start() -> None:
+    # 33 frames a segment at 16 fps: segment 1 is from 2.0625 s to 4.125 s.
+    config = config_of(
+        {"start": "0s", "prompt": "one"}, {"start": "2.1s", "prompt": "two"}, {"segment": 3, "prompt": "three"}
+    )
+    assert config.prompts == ("one", "two", "two", "three")
+
+
+def test_a_start_in_the_middle_of_a_segment_takes_all_of_it() -> None:
+    assert config_of({"segment": 0, "prompt": "a"}, {"start": "4.1s", "prompt": "b"}).prompts == ("a", "b", "b", "b")
+
+
+@pytest.mark.parametrize(
+    ("continuity", "duration", "segments", "frames"),
+    [
+        ({"mode": "none"}, "2.0625s", 1, 33),
+        ({"mode": "none"}, "2.1s", 2, 66),
+        ({"mode": "none"}, "1m", 30, 990),
+        ({"mode": "history", "history_latents": 3}, "6.5s", 4, 105),
+        ({"mode": "history", "history_latents": 3}, "6.6s", 5, 129),
+    ],
+)
+def test_a_duration_is_covered(continuity: dict[str, object], duration: str, segments: int, frames: int) -> None:
+    config = config_of({"segment": 0, "prompt": "a"}, video={"duration": duration}, continuity=continuity)
+    assert (config.num_segments, config.num_frames_total) == (segments, frames)
+    assert len(config.prompts) == segments
+
+
+def test_sections_can_be_given_as_objects() -> None:
+    config = Config(
+        sampling=SamplingOptions(seed=3),
+        video=VideoOptions(num_segments=1),
+        prompt_segments=(PromptSegment(segment=0, prompt="a"),),
+    )
+    assert (config.sampling.seed, config.prompts) == (3, ("a",))
+
+
+def test_a_configuration_is_frozen() -> None:
+    config = config_of({"segment": 0, "prompt": "a"})
+    with pytest.raises(ValueError, match="frozen"):
+        config.sampling.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        (5, 5),
+        ("256MiB", 2**28),
+        ("1GiB", 2**30),
+        ("1e6", 10**6),
+        (1e6, 10**6),
+        ("1.5kB", 1500),
+        ("0", 0),
+        ("1 GB", 10**9),
+    ],
+)
+def test_bytes_are_read_with_their_units(given: object, count: int) -> None:
+    assert StoreOptions.model_validate({"host_bytes": given}).host_bytes == count
+
+
+@pytest.mark.parametrize("given", ["", "MiB", "-1", "1XB", "0.3B", "1e99", "1TiBs", True, None, 0.5, -1, 2**60])
+def test_what_is_no_number_of_bytes_is_refused(given: object) -> None:
+    with pytest.raises(ValueError, match="host_bytes"):
+        StoreOptions.model_validate({"host_bytes": given})
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [("6.5s", 6.5), ("2m", 120), ("1m30s", 90), ("1h", 3600), ("0s", 0), (" 3s ", 3)]
+)
+def test_durations_are_read_with_their_units(given: str, seconds: float) -> None:
+    assert parse_duration(given) == seconds
+
+
+@pytest.mark.parametrize("given", ["", "s", "5", "-1s", "1s2m", "1e3s", "8000000000s", "1d", "٣s", "1 s"])
+def test_what_is_no_duration_is_refused(given: str) -> None:
+    with pytest.raises(ValueError, match="duration"):
+        parse_duration(given)
+
+
+@given(st.floats(0, MAX_DURATION_S))
+def test_a_written_duration_is_read_back_exactly(seconds: float) -> None:
+    assert parse_duration(format_duration(seconds)) == seconds
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+scalar = st.one_of(text, st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.none())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(text, st.one_of(scalar, st.lists(scalar), st.dictionaries(text, scalar)), min_size=1))
+def test_written_yaml_is_read_back_exactly(data: dict[str, object]) -> None:
+    document = parse(dump(data))
+    assert document.mistakes == []
+    assert document.data == data
+    assert repr(document.data) == repr(data)
+
+
+@pytest.mark.parametrize(
+    ("plain", "value"),
+    [
+        ("no", "no"),
+        ("on", "on"),
+        ("1:30", "1:30"),
+        ("1e6", 1e6),
+        ("0x10", "0x10"),
+        ("2026-01-01", "2026-01-01"),
+        ("true", True),
+        ("~", None),
+        ("", None),
+        ("007", 7),
+        ("-.5", -0.5),
+        ("=", "="),
+        ("<<", "<<"),
+    ],
+)
+def test_plain_scalars_mean_what_they_look_like(plain: str, value: object) -> None:
+    document = parse(f"key: {plain}\n")
+    assert document.mistakes == []
+    assert document.data == {"key": value}
+    assert type(document.data["key"]) is type(value)
+
+
+def test_options_are_written_over_the_file() -> None:
+    config = load_config(
+        SHIPPED[0],
+        [
+            "sampling.seed=11",
+            "sampling.seed=12",
+            "sampling.guidance_scale=1",
+            "sampling.negative_prompt='no'",
+            "video.num_segments=null",
+            "video.duration=10s",
+            "prompt_segments.1.prompt=a green ring: [bouncing] # fast",
+        ],
+        check_model=False,
+    )
+    assert (config.sampling.seed, config.sampling.guidance_scale, config.sampling.negative_prompt) == (12, 1.0, "no")
+    assert config.num_segments == 7
+    assert config.prompts[-1] == "a green ring: [bouncing] # fast"
+
+
+def test_options_alone_are_enough() -> None:
+    config = load_config(
+        None,
+        ["video.num_segments=1", "prompt_segments.0.segment=0", "prompt_segments.0.prompt=a cat"],
+        check_model=False,
+    )
+    assert config.prompts == ("a cat",)
+
+
+def test_import_loads_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, edit_ray.config; sys.exit(bool({'torch', 'ray', 'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -1,0 +1,204 @@
+"""The engine that a GPU actor wraps: segments equal the library's, errors end segments and not the engine."""
+
+import pytest
+import torch
+
+from edit_ray.engine.decode import denormalise, to_uint8
+from edit_ray.engine.loading import choose_device, choose_dtype, load_pipeline, with_flow_shift
+from edit_ray.engine.options import ModelOptions, SamplingOptions
+from edit_ray.engine.segment import SegmentEngine, usable_cores
+from edit_ray.errors import ModelError, RunCancelled, SegmentFailed
+from edit_ray.runs.layout import FrameLayout
+from edit_ray.testing import save_random_wan
+
+PROMPTS = ("a red circle", "a blue square")
+SAMPLING = SamplingOptions(
+    height=32, width=48, num_frames=9, num_inference_steps=3, guidance_scale=4.0, negative_prompt="black"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models this small run fastest on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_random_wan(tmp_path_factory.mktemp("wan"), expand_timesteps=True)
+
+
+@pytest.fixture
+def engine(folder):
+    return SegmentEngine.load(ModelOptions(path=str(folder), device="cpu"), cpu_threads=1)
+
+
+def by_library(engine, sampling=SAMPLING, *, prompt=PROMPTS[0], seed=3, **kwargs):
+    """What a user of the library gets for the same words and numbers."""
+    arguments = sampling.model_dump(include={"height", "width", "num_frames", "num_inference_steps", "guidance_scale"})
+    pipe = load_pipeline(ModelOptions(path=engine.pipe.config._name_or_path, device="cpu"))
+    pipe.scheduler = with_flow_shift(pipe.scheduler, sampling.flow_shift)
+    generator = torch.Generator().manual_seed(seed)
+    negative = sampling.negative_prompt
+    return pipe(prompt, negative, generator=generator, output_type="latent", **arguments, **kwargs).frames
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("flow_shift", [3.0, 5.0])
+def test_a_segment_equals_the_librarys(engine, guidance_scale, flow_shift):
+    sampling = SAMPLING.model_copy(update={"guidance_scale": guidance_scale, "flow_shift": flow_shift})
+    engine.encode_prompts(PROMPTS, sampling.negative_prompt)
+    latents = engine.denoise(sampling, prompt=PROMPTS[0], seed=3)
+    assert (latents.dtype, latents.device.type, latents.shape) == (torch.float32, "cpu", (1, 4, 3, 4, 6))
+    assert torch.equal(latents, by_library(engine, sampling))
+    history = latents[:, :, -1:]
+    continued = engine.denoise(sampling, prompt=PROMPTS[1], seed=4, history=history)
+    assert torch.equal(continued, by_library(engine, sampling, prompt=PROMPTS[1], seed=4, history=history))
+
+
+def test_settings_of_one_segment_do_not_reach_the_next(engine):
+    first = engine.denoise(SAMPLING, prompt=PROMPTS[0], seed=3)
+    noise_scheduler = engine.pipe.scheduler
+    engine.denoise(SAMPLING.model_copy(update={"flow_shift": 7.0}), prompt=PROMPTS[1], seed=3)
+    assert engine.pipe.scheduler.config.flow_shift == 7.0
+    assert noise_scheduler.config.flow_shift == 3.0
+    assert torch.equal(engine.denoise(SAMPLING, prompt=PROMPTS[0], seed=3), first)
+    assert not torch.equal(engine.denoise(SAMPLING, prompt=PROMPTS[0], seed=4), first)
+
+
+def test_prompts_are_encoded_once_and_up_front(engine, monkeypatch):
+    encoded = []
+    encode = engine.pipe.encode_prompt
+    monkeypatch.setattr(
+        engine.pipe, "encode_prompt", lambda prompt, *a, **kw: encoded.append(prompt) or encode(prompt, *a, **kw)
+    )
+    engine.encode_prompts([*PROMPTS, PROMPTS[0]], "black")
+    assert encoded == [*PROMPTS, "black"]
+    monkeypatch.setattr(engine.pipe, "text_encoder", None)
+    engine.denoise(SAMPLING, prompt=PROMPTS[1], seed=3)
+    assert encoded[3:] == [None], "the pipeline is given embeddings, not words"
+
+
+def test_on_step_counts_and_may_stop(engine):
+    steps = []
+    whole = engine.denoise(SAMPLING, prompt=PROMPTS[0], seed=3, on_step=lambda *done: steps.append(done))
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+
+    def stop(done, total):
+        if done == 2:
+            raise RunCancelled("stopped on request")
+
+    with pytest.raises(RunCancelled):
+        engine.denoise(SAMPLING, prompt=PROMPTS[0], seed=3, on_step=stop)
+    assert torch.equal(engine.denoise(SAMPLING, prompt=PROMPTS[0], seed=3), whole)
+
+
+def test_latents_that_are_not_finite_fail_the_segment(engine):
+    with torch.no_grad():
+        engine.pipe.transformer.proj_out.bias[0] = float("nan")
+    with pytest.raises(SegmentFailed, match="seed 3 has latents that are not finite"):
+        engine.denoise(SAMPLING, prompt=PROMPTS[0], seed=3)
+
+
+@pytest.fixture
+def stream(engine):
+    """Four segments with one history latent: [(position, new latents), …], and the whole stream."""
+    layout, parts, tail = FrameLayout(SAMPLING.num_frames, history_latents=1, fps=16), [], None
+    for index in range(4):
+        latents = engine.denoise(SAMPLING, prompt=PROMPTS[0], seed=index, history=tail)
+        position = layout.first_latent(index)
+        parts.append((position, latents[:, :, position - layout.first_latent(index + 1) :]))
+        tail = latents[:, :, -1:]
+    return parts, torch.cat([new for _, new in parts], dim=2)
+
+
+@torch.no_grad()
+def frames_at_once(engine, latents):
+    return to_uint8(engine.pipe.vae.decode(denormalise(latents, engine.pipe.vae.config), return_dict=False)[0])
+
+
+def test_a_run_is_decoded_as_one_stream(engine, stream):
+    parts, whole = stream
+    decoded = [engine.decode("run", new, position=position) for position, new in parts]
+    assert [len(frames) for frames in decoded] == [9, 8, 8, 8]
+    assert torch.equal(torch.cat(decoded), frames_at_once(engine, whole))
+
+
+def test_a_lost_or_misplaced_decoder_is_rebuilt(engine, stream):
+    parts, whole = stream
+    expected = frames_at_once(engine, whole)
+    asked = []
+
+    def preceding(count):
+        asked.append(count)
+        return whole[:, :, position - count : position]
+
+    for index in (2, 3, 3, 1):  # a new process, the next one, that one again, an earlier one again
+        position, new = parts[index]
+        frames = engine.decode("run", new, position=position, preceding=preceding)
+        assert torch.equal(frames, expected[4 * position - 3 :][: len(frames)])
+    assert asked == [5, 7, 3]
+    engine.release("run")
+    with pytest.raises(ValueError, match="'run' is decoded up to latent 0, not 3"):
+        engine.decode("run", parts[1][1], position=3)
+
+
+def test_without_a_run_every_segment_is_a_stream_of_its_own(engine, stream):
+    (_, first), (_, second), *_ = stream[0]
+    for latents in (first, second):
+        assert torch.equal(engine.decode(None, latents), frames_at_once(engine, latents))
+    engine.decode("run", first)
+    assert torch.equal(engine.decode("run", second), frames_at_once(engine, second)), "position 0 begins anew"
+
+
+def test_what_the_engine_says_of_itself(engine, folder):
+    assert (engine.device, engine.dtype, engine.supports_history) == (torch.device("cpu"), torch.float32, True)
+    options = ModelOptions(path=str(folder), device="cpu", torch_dtype="bfloat16")
+    half = SegmentEngine.load(options, cpu_threads=1)
+    assert half.dtype == torch.bfloat16
+    assert half.denoise(SAMPLING, prompt=PROMPTS[0], seed=3).dtype == torch.float32
+
+
+def test_threads_are_set_and_default_to_all_cores(folder):
+    before = torch.get_num_threads()
+    try:
+        for given, expected in ((1, 1), (None, usable_cores())):
+            SegmentEngine.load(ModelOptions(path=str(folder), device="cpu"), given)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_flow_shift_is_called_shift_by_flow_match_euler(tmp_path):
+    folder = save_random_wan(tmp_path, noise_scheduler="flow_match_euler")
+    noise_scheduler = load_pipeline(ModelOptions(path=str(folder), device="cpu")).scheduler
+    assert with_flow_shift(noise_scheduler, 3.0) is noise_scheduler
+    rebuilt = with_flow_shift(noise_scheduler, 5.0)
+    assert (type(rebuilt), rebuilt.config.shift) == (type(noise_scheduler), 5.0)
+    rebuilt.set_timesteps(4)
+    noise_scheduler.set_timesteps(4)
+    assert not torch.equal(rebuilt.sigmas, noise_scheduler.sigmas)
+
+
+def test_a_model_that_cannot_be_used_is_named(tmp_path, folder):
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "WanPipeline", "vae": ["diffusers", "AutoencoderKLWan"]}'
+    )
+    with pytest.raises(ModelError, match="cannot be loaded as a Wan model"):
+        load_pipeline(ModelOptions(path=str(tmp_path), device="cpu"))
+    with pytest.raises(ModelError, match="valid are 'float32' and 'bfloat16'"):
+        load_pipeline(ModelOptions(path=str(folder), device="cpu", torch_dtype="float16"))
+
+
+def test_devices_and_types():
+    assert choose_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    assert choose_device("cpu") == torch.device("cpu")
+    if torch.cuda.is_available():
+        assert choose_device("auto").type == "cuda"
+    else:
+        assert choose_device("auto").type == "cpu"
+        with pytest.raises(ModelError, match="no CUDA device"):
+            choose_device("cuda")

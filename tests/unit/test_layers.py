@@ -1,0 +1,94 @@
+"""The house's rules that a linter of imports cannot see: what is really loaded, and how large things have grown."""
+
+import ast
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "edit_ray"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+NEED_RAY = ("edit_ray.actors", "edit_ray.client", "edit_ray.cli")
+
+MODULE_LINES, MEDIAN_LINES, FUNCTION_LINES = 400, 150, 60
+
+
+def name_of(path: Path) -> str:
+    """edit_ray/runs/plan.py -> edit_ray.runs.plan, edit_ray/runs/__init__.py -> edit_ray.runs."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+RUNS = [name_of(path) for path in MODULES if path.is_relative_to(PACKAGE / "runs")]
+
+
+def in_fresh_python(code: str) -> str:
+    """Run code in a new interpreter at the root of the clone; its standard output."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """The absolute names that a module imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            yield str(node.module)
+
+
+def test_the_library_imports_where_ray_is_not_installed() -> None:
+    pure = [name for name in map(name_of, MODULES) if not name.startswith(NEED_RAY)]
+    assert {"edit_ray", "edit_ray.engine", "edit_ray.config", "edit_ray.runs", "edit_ray.cache"} <= set(pure)
+    in_fresh_python(
+        f"import importlib, sys\nsys.modules['ray'] = None\nfor name in {pure!r}:\n    importlib.import_module(name)\n"
+    )
+
+
+@pytest.mark.parametrize("names", [["edit_ray"], RUNS], ids=["edit_ray", "edit_ray.runs"])
+def test_import_loads_neither_ray_nor_torch(names: list[str]) -> None:
+    loaded = in_fresh_python(
+        "import importlib, sys\n"
+        f"for name in {names!r}:\n"
+        "    importlib.import_module(name)\n"
+        "print([name for name in ('ray', 'torch', 'diffusers', 'transformers') if name in sys.modules])\n"
+    )
+    assert loaded == "[]"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "runs").rglob("*.py")), ids=name_of)
+def test_runs_need_only_the_standard_library(path: Path) -> None:
+    allowed = ("edit_ray.errors", "edit_ray.runs")
+    foreign = [
+        name
+        for name in imported_names(path)
+        if name.partition(".")[0] not in sys.stdlib_module_names and not name.startswith(allowed)
+    ]
+    assert foreign == []
+
+
+def test_modules_and_functions_stay_small() -> None:
+    too_large = []
+    for path in [*MODULES, *sorted((ROOT / "jobs").rglob("*.py"))]:
+        source = path.read_text()
+        where = path.relative_to(ROOT)
+        if (lines := len(source.splitlines())) > MODULE_LINES:
+            too_large.append(f"{where} has {lines} lines, {MODULE_LINES} are allowed")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > FUNCTION_LINES:
+                    too_large.append(f"{where}:{node.lineno} {node.name} has {lines} lines, {FUNCTION_LINES} allowed")
+    assert too_large == []
+
+
+def test_the_median_module_fits_in_the_head() -> None:
+    # An empty __init__ would only make the median look better than it is.
+    sizes = [lines for path in MODULES if (lines := len(path.read_text().splitlines())) > 1]
+    assert statistics.median(sizes) <= MEDIAN_LINES

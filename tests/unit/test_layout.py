@@ -1,0 +1,103 @@
+"""Frames to segments and back."""
+
+import math
+from datetime import datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edit_ray.runs.ids import check_run_id, new_run_id
+from edit_ray.runs.layout import FrameLayout
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> FrameLayout:
+    latents = draw(st.integers(1, 257))
+    return FrameLayout(4 * (latents - 1) + 1, draw(st.integers(0, latents - 1)), draw(st.integers(1, 120)))
+
+
+def test_the_embedded_model_s_video_has_105_frames() -> None:
+    layout = FrameLayout(33, 3, 16)
+    assert layout.latent_frames == 9
+    assert [layout.frames_of(index) for index in range(4)] == [33, 24, 24, 24]
+    assert [layout.first_frame(index) for index in range(4)] == [0, 33, 57, 81]
+    assert layout.total_frames(4) == 105
+
+
+def test_without_history_every_segment_adds_all_its_frames() -> None:
+    layout = FrameLayout(81, 0, 16)
+    assert [layout.frames_of(0), layout.frames_of(5), layout.total_frames(6)] == [81, 81, 486]
+
+
+@given(layouts(), st.integers(0, 500))
+def test_frames_of_the_segments_add_up(layout: FrameLayout, num_segments: int) -> None:
+    assert sum(map(layout.frames_of, range(num_segments))) == layout.total_frames(num_segments)
+    assert layout.first_frame(num_segments) == layout.total_frames(num_segments)
+
+
+@given(layouts(), st.integers(0, 100_000))
+def test_a_segment_s_first_and_last_frames_are_found_by_their_seconds(layout: FrameLayout, index: int) -> None:
+    first, last = layout.first_frame(index), layout.first_frame(index + 1) - 1
+    assert layout.segment_at(first / layout.fps) == index
+    assert layout.segment_at(last / layout.fps) == index
+    assert layout.frame_at(last / layout.fps) == last
+
+
+@given(layouts(), st.floats(0.001, 7 * 86400))
+def test_the_fewest_segments_cover_a_duration(layout: FrameLayout, duration_s: float) -> None:
+    num_segments = layout.segments_for(duration_s)
+    assert num_segments >= 1
+    assert layout.total_frames(num_segments) >= duration_s * layout.fps - 1e-6
+    assert num_segments == 1 or layout.total_frames(num_segments - 1) < duration_s * layout.fps
+
+
+@given(layouts(), st.integers(1, 100_000))
+def test_a_whole_number_of_segments_is_its_own_cover(layout: FrameLayout, num_segments: int) -> None:
+    assert layout.segments_for(layout.total_frames(num_segments) / layout.fps) == num_segments
+
+
+def test_binary_rounding_makes_no_extra_segment() -> None:
+    assert 0.07 * 100 > 7
+    assert FrameLayout(1, 0, 100).segments_for(0.07) == 7
+    assert math.floor(0.29 * 100) == 28
+    assert FrameLayout(1, 0, 100).segment_at(0.29) == 29
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ((34, 0, 16), "4k\\+1"),
+        ((0, 0, 16), "4k\\+1"),
+        ((33, 9, 16), "less than the 9 latents"),
+        ((33, -1, 16), "at least 0"),
+        ((33, 3, 0), "fps is 0"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(arguments: tuple[int, int, int], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        FrameLayout(*arguments)
+
+
+@pytest.mark.parametrize("call", [FrameLayout(33, 0, 16).frames_of, FrameLayout(33, 0, 16).segment_at])
+def test_nothing_lies_before_the_start(call) -> None:
+    with pytest.raises(ValueError, match="at least 0"):
+        call(-1)
+
+
+@pytest.mark.parametrize("run_id", ["a", "0", "my-run_2", "a" * 64])
+def test_a_good_run_id_is_returned(run_id: str) -> None:
+    assert check_run_id(run_id) == run_id
+
+
+@pytest.mark.parametrize("run_id", ["", "A", "-a", "_a", "a/b", "..", "a\n", "a b", "ä", "a" * 65, "a" * 10_000])
+def test_a_bad_run_id_is_named_in_one_short_line(run_id: str) -> None:
+    with pytest.raises(ValueError, match=r"must be 1 to 64 of a-z, 0-9, '_' and '-'") as caught:
+        check_run_id(run_id)
+    assert repr(run_id)[:60] in str(caught.value)
+    assert len(str(caught.value)) < 220
+    assert "\n" not in str(caught.value)
+
+
+def test_a_new_run_id_tells_its_time() -> None:
+    assert new_run_id(datetime(2026, 11, 23, 10, 15), "3f2a") == "20261123-101500-3f2a"
