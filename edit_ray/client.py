@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -63,18 +64,15 @@ class LongVideoClient:
         RunExists, ResourcesUnavailable, ActorVersionMismatch.
         """
         config = _absolute(_as_config(config))
-        run_id = run_id if run_id is not None else new_run_id(datetime.now(UTC), secrets.token_hex(2))
-        try:
-            check_run_id(run_id)
-        except ValueError as mistake:
-            raise ConfigError([str(mistake)]) from None
+        run_id = check_run_id(run_id) if run_id is not None else new_run_id(datetime.now(UTC), secrets.token_hex(2))
         if problems := check_config(config):
             raise ConfigError(problems)
-        call = (run_id, config.model_dump(mode="json"), str(self.output))
-        try:
-            _ask(launch.segment_scheduler(), "submit", *call)
-        except ray.exceptions.RayActorError:  # it was just ending itself: make another, once
-            _ask(launch.segment_scheduler(), "submit", *call)
+        with tempfile.NamedTemporaryFile(dir=self.output, prefix=".probe-") as probe:
+            call = (run_id, config.model_dump(mode="json"), str(self.output), probe.name)
+            try:
+                _ask(launch.segment_scheduler(), "submit", *call)
+            except ray.exceptions.RayActorError:  # it was just ending itself: make another, once
+                _ask(launch.segment_scheduler(), "submit", *call)
         return run_id
 
     def status(self, run_id: str) -> RunStatus:

@@ -27,6 +27,7 @@ sys.path.insert(0, str(REPOSITORY))  # the code beside the job, also where the p
 
 from edit_ray.config import Config, dump_yaml, load_config, output_root  # noqa: E402
 from edit_ray.errors import EditRayError, RunCancelled  # noqa: E402
+from edit_ray.runs.ids import check_run_id  # noqa: E402
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
 
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.print_config:
             print(dump_yaml(config), end="")
             return DONE
+        if options.run_id is not None:
+            check_run_id(options.run_id)
         root = output_root(options.output or config.output.directory, os.environ)
         return _run(config, root, options.run_id)
     except EditRayError as error:

@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from edit_ray.actors.messages import GROUP_OF, RunSpec, code_version
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.engine.model_info import dtype_problem
 from edit_ray.errors import ActorVersionMismatch, ConfigError, ResourcesUnavailable
 
 NAMESPACE = "edit_ray"
@@ -122,7 +123,12 @@ class RayCrew:
             denoiser = self._find_or_make(
                 DENOISER,
                 DenoiserActor,
-                {"num_cpus": 1, "num_gpus": num_gpus, "max_restarts": -1, "concurrency_groups": _groups()},
+                {
+                    "num_cpus": 1,
+                    "num_gpus": num_gpus,
+                    "max_restarts": -1,
+                    "concurrency_groups": {"denoise": 1, "decode": 1, "control": 4},
+                },
                 beside,
                 StoreCalls(store),
             )
@@ -136,8 +142,9 @@ class RayCrew:
             raise ResourcesUnavailable(
                 "model.device asks for a GPU, and the living GPU actor has none; run `edit-ray down` first"
             )
+        if problem := dtype_problem(spec.config.model.torch_dtype, "cuda" if num_gpus else "cpu"):
+            raise ConfigError([f"model.torch_dtype {problem}"])
         ray.get(store.set_budget.remote(budget))
-        _check_shared(spec, denoiser)
         self._handles = {CACHE_STORE: store, DENOISER: denoiser}
 
     def _find_or_make(self, name: str, actor: type, options: dict[str, Any], strategy: Any, *arguments: Any) -> Any:
@@ -166,10 +173,6 @@ async def _reply(name: str, reference: Any) -> Any:
         return await reference
     except ray.exceptions.RayActorError as lost:
         raise ConnectionError(f"the actor {name!r} is gone: {type(lost).__name__}") from None
-
-
-def _groups() -> dict[str, int]:
-    return {"denoise": 1, "decode": 1, "control": 4}
 
 
 def _placement() -> PlacementGroup | None:
@@ -205,17 +208,3 @@ def _answer(name: str, method: Any, deadline: float) -> Any:
         except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError):
             time.sleep(0.2)
     raise ResourcesUnavailable(f"the actor {name!r} did not answer within engine.start_timeout_s")
-
-
-def _check_shared(spec: RunSpec, denoiser: Any) -> None:
-    """The scheduler's node and the GPU actor's must see one folder. Raises ConfigError."""
-    spec.root.mkdir(parents=True, exist_ok=True)
-    probe = spec.root / f".{spec.run_id}.probe"
-    probe.touch()
-    try:
-        if not ray.get(denoiser.sees.remote(probe)):
-            raise ConfigError(
-                [f"output: {spec.root} is not shared by this cluster's nodes; choose a folder that all of them see"]
-            )
-    finally:
-        probe.unlink()

@@ -71,8 +71,8 @@ class SegmentSchedulerActor:
     async def describe(self) -> dict[str, str | int]:
         return {"version": code_version(), "pid": os.getpid()}
 
-    async def submit(self, run_id: str, config: dict[str, Any], root: str) -> RunStatus:
-        """Queues a run whose folder is `root/run_id`.
+    async def submit(self, run_id: str, config: dict[str, Any], root: str, probe: str) -> RunStatus:
+        """Queues a run whose folder is `root/run_id`; `probe` is a file there that every node has to see.
 
         Raises ConfigError, RunExists, ResourcesUnavailable, ActorVersionMismatch; then nothing was written.
         """
@@ -82,18 +82,26 @@ class SegmentSchedulerActor:
         self._last_use += 1
         async with self._submitting:
             try:
-                await self._accept(spec)
+                await self._accept(spec, Path(probe))
             finally:
                 if self._machine.idle:
                     self._spawn(self._exit_when_idle(spec.config.engine.idle_exit_s))
         return await self.status(run_id)
 
-    async def _accept(self, spec: RunSpec) -> None:
+    async def _accept(self, spec: RunSpec, probe: Path) -> None:
         known = self._runs.get(spec.run_id)
         path = known.spec.folder.path if known else spec.folder.path
         if known or path.exists():
             raise RunExists(f"run id {spec.run_id!r} is taken by {path}; choose another run id")
         await self._crew.start(spec)
+        for who, sees in (
+            ("segment scheduler", probe.exists()),
+            ("GPU actor", await self._crew.denoiser("sees", probe)),
+        ):
+            if not sees:
+                raise ConfigError(
+                    [f"output: the {who} does not see {spec.root}; choose a folder that all nodes of the cluster share"]
+                )
         spec.folder.create(dump_yaml(spec.config))
         self._runs[spec.run_id] = _LiveRun(spec, spec.new_manifest())
         await self._save(self._runs[spec.run_id])

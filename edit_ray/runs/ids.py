@@ -3,6 +3,8 @@
 import re
 from datetime import datetime
 
+from edit_ray.errors import ConfigError
+
 RUN_ID_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 
 
@@ -10,14 +12,16 @@ def check_run_id(run_id: str) -> str:
     """The run id itself.
 
     Raises:
-        ValueError: it is no valid run id.
+        ConfigError: it is no valid run id.
     """
     # fullmatch, because `$` also matches before a final newline.
     if not isinstance(run_id, str) or re.fullmatch(RUN_ID_PATTERN, run_id) is None:
         shown = repr(run_id) if len(repr(run_id)) <= 80 else f"{repr(run_id)[:76]}…"
-        raise ValueError(
-            f"The run id {shown} is not valid; it must be 1 to 64 of a-z, 0-9, '_' and '-', "
-            "beginning with a letter or a digit."
+        raise ConfigError(
+            [
+                f"The run id {shown} is not valid; it must be 1 to 64 of a-z, 0-9, '_' and '-', "
+                "beginning with a letter or a digit."
+            ]
         )
     return run_id
 

@@ -20,7 +20,7 @@ sampling: {{height: 64, width: 64, num_frames: 17, num_inference_steps: {steps},
 video: {{num_segments: {segments}}}
 prompt_segments: [{{start: 0s, prompt: a red circle}}]
 continuity: {{mode: history, history_latents: 2}}
-engine: {{start_timeout_s: 60}}
+engine: {{start_timeout_s: 60, cpu_threads: 1}}
 """
 
 

@@ -7,7 +7,10 @@ import sys
 import time
 
 import pytest
+import torch
 
+from edit_ray import EditWanPipeline
+from edit_ray.engine.latent_files import load_latents
 from edit_ray.video.encode import read_frames
 from tests.ray.conftest import REPOSITORY, manifest_of, wait_until
 
@@ -19,13 +22,22 @@ def ray_job_submit(environment, *arguments):
     return subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, check=False)
 
 
+def latents_of_the_library(model):
+    torch.set_num_threads(1)
+    pipe = EditWanPipeline.from_pretrained(model)
+    seeded = {"generator": torch.Generator().manual_seed(3), "output_type": "latent", "guidance_scale": 4.0}
+    return pipe("a red circle", "", height=64, width=64, num_frames=17, num_inference_steps=4, **seeded).frames
+
+
 @pytest.mark.parametrize("options", [[], ["--working-dir", "."]], ids=["in the clone", "working dir"])
-def test_ray_job_submit(ray_head, config, tmp_path, options, run_id):
+def test_ray_job_submit(ray_head, config, model, tmp_path, options, run_id):
     job = ["python", "jobs/long_video.py", "--config", str(config()), "--output", str(tmp_path), "--run-id", run_id]
     done = ray_job_submit(ray_head, *options, "--", *job)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout + done.stderr
     assert len(read_frames(tmp_path / run_id / "final.mp4", height=64, width=64)) == FRAMES
+    first = load_latents(tmp_path / run_id / "latents" / "00000.safetensors")
+    assert torch.equal(first, latents_of_the_library(model)), "segment 0 is the library's"
     log = [line for line in done.stdout.splitlines() if line.startswith("output: ")]
     assert log == [f"output: {tmp_path}", f"output: {tmp_path}/{run_id}/final.mp4"]
 

@@ -65,7 +65,7 @@ class Crew(LocalCrew):
 async def generate(root, config, run_id="one", crew=None):
     crew = crew or Crew()
     scheduler = SegmentSchedulerActor(crew)
-    await scheduler.submit(run_id, config.model_dump(mode="json"), str(root))
+    await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root))
     index, records = 0, []
     while True:
         reply = await scheduler.wait_segment(run_id, index, 60)
@@ -180,7 +180,7 @@ def test_a_run_stops_between_two_steps_and_keeps_what_is_committed(tmp_path, mod
 
     async def stop_early():
         scheduler = SegmentSchedulerActor(Crew())
-        await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path))
+        await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path))
         async with asyncio.timeout(30):
             while (await scheduler.status("one")).progress is None:
                 await asyncio.sleep(0.01)
@@ -199,7 +199,7 @@ def test_two_runs_take_turns(tmp_path, model):
         crew = Crew()
         scheduler = SegmentSchedulerActor(crew)
         for run_id in ("one", "two"):
-            await scheduler.submit(run_id, config.model_dump(mode="json"), str(tmp_path))
+            await scheduler.submit(run_id, config.model_dump(mode="json"), str(tmp_path), str(tmp_path))
         return [await scheduler.wait_segment(run_id, 1, 60) for run_id in ("one", "two")], crew
 
     replies, crew = asyncio.run(both())
@@ -223,7 +223,7 @@ def test_the_actors_end_when_idle(tmp_path, model):
 
     async def run_and_wait():
         scheduler = SegmentSchedulerActor(Ending())
-        await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path))
+        await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path))
         await scheduler.wait_segment("one", 1, 60)
         await asyncio.sleep(0.5)
 
@@ -234,14 +234,16 @@ def test_the_actors_end_when_idle(tmp_path, model):
 def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, model):
     config = config_for(model)
 
-    async def submit(values):
+    async def submit(values, probe=tmp_path):
         scheduler = SegmentSchedulerActor(Crew())
-        await scheduler.submit("one", values, str(tmp_path / "root"))
+        await scheduler.submit("one", values, str(tmp_path / "root"), str(probe))
 
     wrong = config.model_dump(mode="json")
     wrong["sampling"]["height"] = 40
     with pytest.raises(ConfigError, match=r"sampling\.height"):
         asyncio.run(submit(wrong))
+    with pytest.raises(ConfigError, match=r"does not see .*root; choose a folder that all nodes"):
+        asyncio.run(submit(config.model_dump(mode="json"), tmp_path / "only on another node"))
     assert not (tmp_path / "root").exists()
     (tmp_path / "root" / "one").mkdir(parents=True)
     with pytest.raises(RunExists, match="'one' is taken"):
