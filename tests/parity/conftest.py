@@ -20,7 +20,7 @@ RANDOM = {
     "random-expand": {"expand_timesteps": True},
     "random-two-experts": {"two_experts": True, "boundary_ratio": 0.9},
 }
-MODELS = ["random", "random-expand", *([BUILTIN] if (BUILTIN_FOLDER / "model_index.json").is_file() else [])]
+MODELS = ["random", "random-expand", BUILTIN]
 
 
 class Pair(NamedTuple):

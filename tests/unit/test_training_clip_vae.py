@@ -1,0 +1,35 @@
+"""The whole-clip autoencoder of the training equals the stock chunked one."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from training.clip_vae import decode_clip, encode_clip
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    model = AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):  # all ones at the start, which would hide a gamma that is not applied
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.double()
+
+
+@pytest.mark.parametrize("num_frames", [1, 5, 17])
+def test_encode_clip_equals_stock(vae: AutoencoderKLWan, num_frames: int) -> None:
+    clip = torch.rand(2, 3, num_frames, 8, 16, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(encode_clip(vae, clip), vae.encode(clip).latent_dist.mode(), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("num_frames", [1, 5, 17])
+def test_decode_clip_equals_stock(vae: AutoencoderKLWan, num_frames: int) -> None:
+    latents = torch.randn(2, 4, 1 + num_frames // 4, 1, 2, dtype=torch.float64)
+    with torch.no_grad():
+        decoded = decode_clip(vae, latents)
+        assert decoded.shape == (2, 3, num_frames, 8, 16)
+        torch.testing.assert_close(decoded.clamp(-1, 1), vae.decode(latents).sample, rtol=1e-9, atol=1e-10)

@@ -1,0 +1,102 @@
+"""Each stage of the training runs a few steps on a CPU, saves its state and goes on from it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline
+
+from edit_ray import EditWanPipeline
+from training.loop import Loop, Ranks
+from training.recipe import SMOKE
+from training.sampling import sample_latents
+from training.train_transformer import shifted, train_transformer
+from training.train_vae import train_vae
+
+RECIPE = replace(SMOKE, clips=4, encode_batch=1, measured_batches=1, curriculum=((1.0, ((1, 1),)),), save_every_s=0.0)
+
+
+class Interrupted(Exception):
+    """Stands for a kill after a few steps."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that both stages made, with next to no training."""
+    folder = tmp_path_factory.mktemp("tiny")
+    train_vae(folder / "model", folder / "state", 1e-4, RECIPE, Ranks(), "cpu")
+    train_transformer(folder / "model", folder / "state", 1e-4, RECIPE, Ranks(), "cpu")
+    return folder
+
+
+def test_loop_resumes_where_it_was_saved(tmp_path: Path) -> None:
+    def new_loop(minutes: float) -> tuple[torch.nn.Linear, Loop]:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(2, 1)
+        options = {"recipe": RECIPE, "learning_rate": 1e-2, "betas": (0.9, 0.99), "state": tmp_path, "ranks": Ranks()}
+        return layer, Loop("layer", {"layer": layer}, minutes=minutes, **options)
+
+    layer, loop = new_loop(minutes=10)
+
+    def loss(step: int, progress: float) -> torch.Tensor:
+        if step == 3:
+            raise Interrupted
+        return layer(torch.ones(1, 2)).square().sum()
+
+    with pytest.raises(Interrupted):
+        loop.run(loss)
+    weights = layer.weight.detach().clone()
+    again, resumed = new_loop(minutes=1e-9)
+    assert resumed.step == 3
+    assert torch.equal(again.weight, weights)
+    assert resumed.optimizer.state_dict()["state"][0]["step"] == 3
+    resumed.run(loss)  # the budget is spent, so it only leaves the averaged weights
+    assert torch.equal(again.weight, resumed.averaged[0])
+    assert not torch.equal(again.weight, weights)
+
+
+def test_stages_train_and_go_on(model: Path) -> None:
+    for name in ("vae", "transformer"):
+        content = torch.load(model / "state" / f"{name}.pt", weights_only=True)
+        assert content["step"] >= 1
+        assert all(torch.isfinite(weight).all() for weight in content["averaged"])
+    before = torch.load(model / "state" / "vae.pt", weights_only=True)
+    train_vae(model / "again", model / "state", (before["seconds"] + 0.5) / 60, RECIPE, Ranks(), "cpu")
+    assert torch.load(model / "state" / "vae.pt", weights_only=True)["step"] > before["step"]
+
+
+def test_stock_pipeline_loads_it(model: Path) -> None:
+    pipe = WanPipeline.from_pretrained(model / "model")
+    assert {pipe.vae.dtype, pipe.transformer.dtype, pipe.text_encoder.dtype} == {torch.float32}
+    assert pipe.config.expand_timesteps
+    assert pipe.scheduler.config.flow_shift == 3.0
+
+
+def test_samples_and_continuations(model: Path) -> None:
+    pipe = EditWanPipeline.from_pretrained(model / "model", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a red circle bouncing on a black background"]
+    latents = sample_latents(pipe, prompts, [1], num_inference_steps=2)
+    assert latents.shape == (1, 16, 9, 16, 16)
+    following = sample_latents(pipe, prompts, [2], latents[:, :, -3:], num_inference_steps=2)
+    assert torch.equal(following[:, :, :3], latents[:, :, -3:])
+    assert torch.isfinite(following).all()
+
+
+def test_autoencoder_samples_its_mode_and_is_normalised(model: Path) -> None:
+    vae = AutoencoderKLWan.from_pretrained(model / "model" / "vae", dtype=torch.float32)
+    assert len(vae.config.latents_mean) == 16
+    assert all(std > 0 for std in vae.config.latents_std)
+    distribution = vae.encode(torch.rand(1, 3, 5, 16, 16)).latent_dist
+    torch.testing.assert_close(distribution.sample(), distribution.mode(), rtol=0, atol=1e-3)
+
+
+def test_saved_folder_names_no_place(model: Path) -> None:
+    for path in (model / "model").rglob("*.json"):
+        assert str(model) not in path.read_text()
+    assert {path.suffix for path in (model / "model").rglob("*") if path.is_file()} == {".json", ".safetensors"}
+
+
+def test_shift_keeps_the_ends_and_raises_the_middle() -> None:
+    torch.testing.assert_close(shifted(torch.tensor([0.0, 0.5, 1.0]), 3.0), torch.tensor([0.0, 0.75, 1.0]))

@@ -1,0 +1,171 @@
+"""The training loop of both stages: a budget of minutes, AdamW, averaged weights, saved state, one or more GPUs."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training.recipe import Recipe
+
+
+def mixed_precision(device: str) -> torch.autocast:
+    """bfloat16 arithmetic on a GPU; none on a CPU, where it is emulated."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of one training, as torchrun started them; one when it did not."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def start(cls, device: str) -> "Ranks":
+        """Join the other processes."""
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size == 1:
+            return cls()
+        rank = int(os.environ["RANK"])
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        return cls(rank, world_size)
+
+    def average(self, gradients: list[Tensor]) -> None:
+        """Average the gradients over the processes, in one message."""
+        if self.world_size > 1:
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= self.world_size
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+
+    def agree(self, value: float, device: torch.device) -> float:
+        """The first process's value, so that all take the same decisions."""
+        if self.world_size == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64, device=device)
+        dist.broadcast(shared, 0)
+        return shared.item()
+
+    def wait(self) -> None:
+        """Wait for the other processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+class Loop:
+    """Trains `modules` for `minutes` in all, over as many calls as it takes.
+
+    State lies in `state / f"{name}.pt"`: weights, averaged weights, moments, step and seconds; a new loop of the same
+    name goes on from there. `run(loss)` calls `loss(step, progress)`, progress rising from 0 to 1, for a scalar.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        modules: dict[str, nn.Module],
+        *,
+        recipe: Recipe,
+        learning_rate: float,
+        betas: tuple[float, float],
+        minutes: float,
+        state: Path,
+        ranks: Ranks,
+    ) -> None:
+        self.name, self.modules, self.recipe, self.ranks = name, modules, recipe, ranks
+        self.budget_s, self.path = minutes * 60, state / f"{name}.pt"
+        self.learning_rate = learning_rate
+        self.parameters: list[Tensor] = [parameter for module in modules.values() for parameter in module.parameters()]
+        self.device = self.parameters[0].device
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=learning_rate, betas=betas, weight_decay=0.0, fused=self.device.type == "cuda"
+        )
+        self.averaged = [parameter.detach().clone() for parameter in self.parameters]
+        self.step, self.seconds = 0, 0.0
+        if self.path.exists():
+            self._resume()
+        elif ranks.world_size > 1:
+            for parameter, average in zip(self.parameters, self.averaged, strict=True):
+                dist.broadcast(parameter.data, 0)
+                average.copy_(parameter.data)
+
+    def run(self, loss: Callable[[int, float], Tensor]) -> None:
+        """Train until the budget is spent, then save and leave the averaged weights in the modules."""
+        started, since_save, spent_before = time.monotonic(), time.monotonic(), self.seconds
+        total, count, since_log = torch.zeros((), device=self.device), 0, time.monotonic()
+        while True:
+            if self.step % self.recipe.agree_every_steps == 0:
+                self._synchronise()
+                elapsed = spent_before + time.monotonic() - started
+                self.seconds = self.ranks.agree(elapsed, self.device)
+            progress = self.seconds / self.budget_s
+            if progress >= 1:
+                break
+            value = loss(self.step, progress)
+            self._update(value, progress)
+            total, count = total + value.detach(), count + 1
+            if self.step % self.recipe.log_every_steps == 0 and self.ranks.rank == 0:
+                rate = count / (time.monotonic() - since_log)
+                print(
+                    f"{self.name} step {self.step} progress {progress:.3f} loss {total.item() / count:.5f} {rate:.2f}/s"
+                )
+                total, count, since_log = torch.zeros_like(total), 0, time.monotonic()
+            if time.monotonic() - since_save > self.recipe.save_every_s:
+                self.save()
+                since_save = time.monotonic()
+        self.save()
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.averaged)
+
+    def _update(self, loss: Tensor, progress: float) -> None:
+        self.optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        self.ranks.average(gradients)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        warm = min(1.0, (self.step + 1) / self.recipe.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * cosine * warm
+        self.optimizer.step()
+        self.step += 1
+        decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averaged, self.parameters, 1 - decay)
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def save(self) -> None:
+        """Write the state; a crash while writing leaves the one before."""
+        if self.ranks.rank:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "averaged": self.averaged,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        unfinished = self.path.with_suffix(".part")
+        torch.save(content, unfinished)
+        unfinished.replace(self.path)
+
+    def _resume(self) -> None:
+        content = torch.load(self.path, map_location=self.device, weights_only=True)
+        for name, module in self.modules.items():
+            module.load_state_dict(content["modules"][name])
+        for average, saved in zip(self.averaged, content["averaged"], strict=True):
+            average.copy_(saved)
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.step, self.seconds = content["step"], content["seconds"]

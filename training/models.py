@@ -1,0 +1,117 @@
+"""The parts of the embedded model, fresh, and the folder that stock diffusers loads."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from training.recipe import Recipe
+from training.scenes import vocabulary
+
+MAX_TEXT_TOKENS = 512  # WanPipeline's default `max_sequence_length`: cross-attention sees as many, mostly zeros
+CAPTION_TOKENS = 24  # the longest caption has 16
+
+
+def build_vae(recipe: Recipe) -> AutoencoderKLWan:
+    """A fresh autoencoder whose distribution is as good as a point: sampling from it equals its mode."""
+    vae = AutoencoderKLWan(
+        base_dim=recipe.vae_base_dim,
+        z_dim=recipe.vae_z_dim,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * recipe.vae_z_dim,
+        latents_std=[1.0] * recipe.vae_z_dim,
+    )
+    with torch.no_grad():
+        vae.quant_conv.weight[recipe.vae_z_dim :] = 0
+        vae.quant_conv.bias[recipe.vae_z_dim :] = -20  # log variance; no loss reaches it
+    return vae
+
+
+def build_transformer(recipe: Recipe) -> WanTransformer3DModel:
+    """A fresh transformer for the recipe's latents and text."""
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=recipe.heads,
+        attention_head_dim=64,
+        in_channels=recipe.vae_z_dim,
+        out_channels=recipe.vae_z_dim,
+        text_dim=recipe.text_dim,
+        freq_dim=256,
+        ffn_dim=recipe.ffn_dim,
+        num_layers=recipe.layers,
+    )
+
+
+def build_text_encoder(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> UMT5EncoderModel:
+    """A fresh two-layer text encoder for the tokenizer's words."""
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer),
+            d_model=recipe.text_dim,
+            d_kv=16,
+            d_ff=2 * recipe.text_dim,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words that knows the captions' words, a comma and a full stop, and nothing else."""
+    words = ["<pad>", "</s>", "<unk>", ",", ".", *vocabulary()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=MAX_TEXT_TOKENS,
+    )
+
+
+def save_pipeline(
+    folder: Path,
+    vae: AutoencoderKLWan,
+    transformer: WanTransformer3DModel,
+    text_encoder: UMT5EncoderModel,
+    recipe: Recipe,
+) -> None:
+    """Write the fp16 model in diffusers' layout; the modules are left in fp16."""
+    scheduler = UniPCMultistepScheduler(
+        num_train_timesteps=1000,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=recipe.flow_shift,
+    )
+    pipeline = WanPipeline(
+        tokenizer=build_tokenizer(),
+        text_encoder=text_encoder,
+        vae=vae,
+        scheduler=scheduler,
+        transformer=transformer,
+        expand_timesteps=True,
+    )
+    pipeline.to(torch.float16)
+    pipeline.save_pretrained(folder)
+    for path in folder.glob("*/*config.json"):
+        content = json.loads(path.read_text())
+        content.pop("_name_or_path", None)  # where it happened to be trained
+        if path.parent.name == "text_encoder":
+            content["dtype"] = "float32"  # what transformers loads when nothing is asked for, as diffusers does
+        if path.parent.name == "tokenizer":
+            # transformers 5 writes its new name of the class, which transformers 4 does not know; both know the old.
+            content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))

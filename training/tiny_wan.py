@@ -1,0 +1,58 @@
+"""Make the embedded model from nothing: clips rendered on the fly, autoencoder, text encoder, transformer.
+
+    python training/tiny_wan.py --output DIR --state DIR --minutes 10 --stage vae
+    torchrun --nproc_per_node=2 training/tiny_wan.py --output DIR --state DIR --minutes 10 --stage text_and_transformer
+
+`--minutes` is a stage's budget over all calls: an interrupted call is repeated and goes on from its last saved state.
+`--weights MODEL` gives a finished model's transformer and text encoder another round, on the same autoencoder.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
+
+from training.loop import Ranks
+from training.recipe import FULL, SMOKE
+from training.train_transformer import train_transformer
+from training.train_vae import train_vae
+
+STAGES = ("vae", "text_and_transformer")
+
+
+def main() -> None:
+    """Run the stages that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the model, in diffusers' layout")
+    parser.add_argument("--state", type=Path, required=True, help="folder of what a repeated call goes on from")
+    parser.add_argument("--minutes", type=float, default=9.0, help="budget of each stage")
+    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--weights", type=Path, help="a finished model whose text and transformer weights to begin with"
+    )
+    parser.add_argument("--learning-rate", type=float, help="of the transformer, instead of the recipe's")
+    parser.add_argument("--smoke", action="store_true", help="tiny models and batches, to see that everything runs")
+    args = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    ranks = Ranks.start(args.device)
+    recipe = SMOKE if args.smoke else FULL
+    if args.learning_rate:
+        recipe = replace(recipe, learning_rate=args.learning_rate)
+    for stage in STAGES if args.stage == "all" else [args.stage]:
+        common = (args.output, args.state, args.minutes, recipe, ranks, args.device)
+        if stage == "vae":
+            train_vae(*common)
+        else:
+            train_transformer(*common, start=args.weights)
+    if ranks.world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

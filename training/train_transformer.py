@@ -1,0 +1,217 @@
+"""Stage 2: the text encoder and the transformer, together, by flow matching on latents that are encoded once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor
+from transformers import UMT5EncoderModel
+
+from training.clip_vae import encode_clip
+from training.loop import Loop, Ranks, mixed_precision
+from training.models import (
+    CAPTION_TOKENS,
+    MAX_TEXT_TOKENS,
+    build_text_encoder,
+    build_tokenizer,
+    build_transformer,
+    save_pipeline,
+)
+from training.recipe import FIRST_TRAINING_SEED, Recipe
+from training.scenes import captions, changed_scenes, draw_scenes, render, render_change
+
+
+@dataclass(frozen=True)
+class LatentClips:
+    """Encoded clips: `latents` [N, T, C, h, w] fp16, normalised; `ids` [N, 24], the tokens of the captions.
+
+    The last quarter changes: from latent index `change` [N] on, those clips cross-fade into what `changed_ids` says.
+    """
+
+    latents: Tensor
+    ids: Tensor
+    changed_ids: Tensor
+    change: Tensor
+
+    @property
+    def plain(self) -> int:
+        """How many clips, the first ones, do not change."""
+        return len(self.ids) - len(self.ids) // 4
+
+
+def encode_clips(vae: AutoencoderKLWan, recipe: Recipe, seed: int, device: str) -> LatentClips:
+    """Render and encode the recipe's clips."""
+    generator = torch.Generator().manual_seed(seed)
+    tokenizer = build_tokenizer()
+    number, num_frames = recipe.clips, 4 * recipe.clip_latents - 3
+    before = draw_scenes(number, generator)
+    after = changed_scenes(before, generator)
+    # A change that any length of history can precede and the rest of a window follow.
+    lengths = recipe.history_lengths
+    low, high = max(lengths) + 1, recipe.clip_latents - recipe.window + min(lengths)
+    change = torch.randint(low, high + 1, (number,), generator=generator)
+    mean = torch.tensor(vae.config.latents_mean, device=device)[:, None, None, None]
+    std = torch.tensor(vae.config.latents_std, device=device)[:, None, None, None]
+
+    def tokens(texts: list[str]) -> Tensor:
+        batch = tokenizer(texts, padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt")
+        return batch.input_ids.to(device)  # type: ignore[no-any-return]
+
+    ids, changed_ids = tokens(captions(before, generator)), tokens(captions(after, generator))
+    latents = []
+    plain = number - number // 4
+    with torch.no_grad(), mixed_precision(device):
+        for start in range(0, number, recipe.encode_batch):
+            rows = slice(start, start + recipe.encode_batch)
+            first, second = before[rows].to(device), after[rows].to(device)
+            frame = torch.where(torch.arange(number) >= plain, 4 * change - 3, num_frames)[rows].to(device)
+            changes = start + recipe.encode_batch > plain
+            clip = render_change(first, second, frame, num_frames) if changes else render(first, num_frames)
+            latents.append(((encode_clip(vae, clip).float() - mean) / std).transpose(1, 2).half())
+    return LatentClips(torch.cat(latents), ids, changed_ids, change.to(device))
+
+
+def shifted(sigma: Tensor, shift: float) -> Tensor:
+    """Noise levels in [0, 1] moved towards 1, as the schedulers' `flow_shift` does."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+@dataclass(frozen=True)
+class FlowLoss:
+    """Flow matching on fresh windows: x_t = (1 - s) x_0 + s noise, target noise - x_0, timestep 1000 s.
+
+    Most batches start from nothing: the window is a clip's begin, with one timestep a clip. In the others the window
+    comes from the middle of a clip and its first latents, the history, are clean, carry timestep 0 and no loss.
+    """
+
+    clips: LatentClips
+    transformer: WanTransformer3DModel
+    text_encoder: UMT5EncoderModel
+    recipe: Recipe
+    pad: int
+    eos: int
+
+    def __call__(self, step: int, progress: float) -> Tensor:
+        turns = self.recipe.history_batches
+        return self.from_history() if turns[step % len(turns)] else self.from_text()
+
+    def from_text(self) -> Tensor:
+        """Loss of a batch of clips from their beginning."""
+        index = torch.randint(self.clips.plain, (self.recipe.batch,), device=self.clips.ids.device)
+        x0 = self.clips.latents[index, : self.recipe.window].transpose(1, 2).float()
+        sigma = self._sigma()
+        prediction, target = self._predict(x0, sigma, (1000 * sigma).floor(), self.clips.ids[index], None)
+        error = (prediction - target).square().mean(dim=(0, 1, 3, 4))
+        weight = torch.ones_like(error)
+        weight[0] = self.recipe.first_frame_weight
+        return (error * weight).sum() / weight.sum()
+
+    def from_history(self) -> Tensor:
+        """Loss of a batch of continuations, a third of them into a changed scene."""
+        recipe, device = self.recipe, self.clips.ids.device
+        number = recipe.batch
+        lengths = torch.tensor(recipe.history_lengths, device=device)
+        length = lengths[torch.randint(len(lengths), (number,), device=device)]
+        changes = torch.rand(number, device=device) < 1 / 3
+        index = torch.randint(self.clips.plain, (number,), device=device)
+        changing = torch.randint(self.clips.plain, len(self.clips.ids), (number,), device=device)
+        index = torch.where(changes, changing, index)
+        last = recipe.clip_latents - recipe.window
+        offset = torch.where(
+            changes, self.clips.change[index] - length, torch.randint(1, last + 1, (number,), device=device)
+        )
+        slots = torch.arange(recipe.window, device=device)
+        x0 = self.clips.latents[index[:, None], offset[:, None] + slots].transpose(1, 2).float()
+        ids = torch.where(changes[:, None], self.clips.changed_ids[index], self.clips.ids[index])
+        history = slots < length[:, None]
+        sigma = self._sigma()
+        tokens = x0.shape[-2] * x0.shape[-1] // 4
+        timestep = torch.where(history, 0.0, (1000 * sigma).floor()[:, None]).repeat_interleave(tokens, dim=1)
+        prediction, target = self._predict(x0, sigma, timestep, ids, history)
+        error = (prediction - target).square().mean(dim=(1, 3, 4))
+        return (error * ~history).sum() / (~history).sum()
+
+    def _sigma(self) -> Tensor:
+        """Noise levels [B], spread evenly over the quantiles of their two distributions."""
+        half, device = self.recipe.batch // 2, self.clips.ids.device
+        quantile = (torch.arange(half, device=device) + torch.rand(2, half, device=device)) / half
+        middle = shifted(torch.special.ndtri(quantile[0]).sigmoid(), self.recipe.flow_shift)
+        return torch.cat([middle, shifted(quantile[1], self.recipe.high_noise_shift)])
+
+    def _predict(
+        self, x0: Tensor, sigma: Tensor, timestep: Tensor, ids: Tensor, history: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Prediction and target, both [B, C, T, h, w] fp32; slots in `history` [B, T] are shown, not noised."""
+        noise = torch.randn_like(x0)
+        share = sigma[:, None, None, None, None]
+        noised = (1 - share) * x0 + share * noise
+        if history is not None:
+            noised = torch.where(history[:, None, :, None, None], self._worn(x0), noised)
+        with mixed_precision(x0.device.type):
+            text = self._encode_text(ids)
+            prediction = self.transformer(
+                hidden_states=noised, timestep=timestep, encoder_hidden_states=text, return_dict=False
+            )[0]
+        return prediction.float(), noise - x0
+
+    def _worn(self, x0: Tensor) -> Tensor:
+        """History as a sampler leaves it, not quite clean: so that errors are not passed on from segment to segment."""
+        shape = (len(x0), 1, 1, 1, 1)
+        worn = (torch.rand(shape, device=x0.device) < 0.75).float()
+        noise = self.recipe.history_noise * torch.rand(shape, device=x0.device) * torch.randn_like(x0)
+        tint = self.recipe.history_tint * torch.rand(shape, device=x0.device) * torch.randn_like(x0[:, :, :1, :1, :1])
+        return x0 + worn * (noise + tint)
+
+    def _encode_text(self, ids: Tensor) -> Tensor:
+        """What WanPipeline hands to the transformer: [B, 512, D], zeros after each caption's end."""
+        empty = torch.full_like(ids, self.pad)
+        empty[:, 0] = self.eos
+        dropped = torch.rand(len(ids), 1, device=ids.device) < self.recipe.empty_captions
+        ids = torch.where(dropped, empty, ids)
+        mask = ids != self.pad
+        hidden = self.text_encoder(ids, mask.long()).last_hidden_state * mask[..., None]
+        return F.pad(hidden, (0, 0, 0, MAX_TEXT_TOKENS - ids.shape[1]))
+
+
+def train_transformer(
+    output: Path, state: Path, minutes: float, recipe: Recipe, ranks: Ranks, device: str, start: Path | None = None
+) -> None:
+    """Train on `output / "vae"` for `minutes` in all and write the whole model into `output` in fp16.
+
+    Weights are fresh, or those of the finished model in the folder `start`.
+    """
+    torch.manual_seed(FIRST_TRAINING_SEED + ranks.rank)
+    vae = AutoencoderKLWan.from_pretrained(output / "vae", dtype=torch.float32).to(device)
+    tokenizer = build_tokenizer()
+    if start is None:
+        transformer, text_encoder = build_transformer(recipe), build_text_encoder(recipe, tokenizer)
+    else:
+        transformer = WanTransformer3DModel.from_pretrained(start / "transformer", dtype=torch.float32)
+        text_encoder = UMT5EncoderModel.from_pretrained(start / "text_encoder", dtype=torch.float32)
+    transformer.to(device).train()
+    text_encoder.to(device).train()
+    loop = Loop(
+        "transformer",
+        {"transformer": transformer, "text_encoder": text_encoder},
+        recipe=recipe,
+        learning_rate=recipe.learning_rate,
+        betas=(0.9, 0.99),
+        minutes=minutes,
+        state=state,
+        ranks=ranks,
+    )
+    # Other clips, and other noise, on each resumption.
+    seed = FIRST_TRAINING_SEED + loop.step * ranks.world_size + ranks.rank
+    torch.manual_seed(seed)
+    clips = encode_clips(vae, recipe, seed, device)
+    if ranks.rank == 0:
+        print(f"encoded {len(clips.ids)} clips a process, spread {clips.latents.float().std().item():.3f}")
+    if device == "cuda":
+        for block in transformer.blocks:
+            block.compile(dynamic=False)
+    loop.run(FlowLoss(clips, transformer, text_encoder, recipe, tokenizer.pad_token_id, tokenizer.eos_token_id))
+    if ranks.rank == 0:
+        save_pipeline(output, vae, transformer, text_encoder, recipe)
+    ranks.wait()
