@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -20,6 +19,8 @@ from edit_ray.errors import RunCancelled
 from edit_ray.runs.folder import publish
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.video.encode import encode, join
+
+T = TypeVar("T")
 
 
 class Store(Protocol):
@@ -40,8 +41,7 @@ class DenoiserActor:
         self._store = store
         self._engine: SegmentEngine | None = None
         self._loaded_for: object = None
-        self._loading = threading.Lock()
-        self._device = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "torch")
         self._stopped: set[str] = set()
         self._progress: Progress | None = None
 
@@ -77,37 +77,40 @@ class DenoiserActor:
             if spec.run_id in self._stopped:
                 raise RunCancelled(f"run {spec.run_id} was stopped")
 
-        with self._at_work(engine) as started:
-            latents = engine.denoise(
+        latents, denoise_s = self._compute(
+            engine,
+            lambda: engine.denoise(
                 sampling, prompt=segment.prompt, seed=segment.seed, history=history, on_step=on_step
-            )
+            ),
+        )
         known = 0 if history is None else history.shape[2]
         save_latents(spec.folder.latents(segment.index), latents[:, :, known:])
         if spec.layout.history_latents:
             self._store.put(_tail_key(spec, segment.index), latents[:, :, -spec.layout.history_latents :])
-        return statistics(denoise_s=time.perf_counter() - started)
+        return statistics(denoise_s=denoise_s)
 
     def decode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
         """Decodes one segment's new latents into its media file."""
         engine = self._ready_engine(spec)
         latents = load_latents(spec.folder.latents(segment.index))
         before = [spec.folder.latents(k) for k in range(segment.index)]
-        with self._at_work(engine) as started:
-            frames = engine.decode(
+        frames, decode_s = self._compute(
+            engine,
+            lambda: engine.decode(
                 spec.run_id if spec.layout.history_latents else None,
                 latents,
                 position=spec.layout.first_latent(segment.index),
                 preceding=lambda count: latent_tail(before, count),
-            ).numpy()
-            decoded = time.perf_counter()
+            ),
+        )
+        started = time.perf_counter()
         media = spec.folder.media(segment.index)
         draft = media.with_name(f".{media.name}.part")
-        encode(frames, draft, fps=spec.config.sampling.fps, options=spec.config.output)
+        encode(frames.numpy(), draft, fps=spec.config.sampling.fps, options=spec.config.output)
         publish(draft, media)
         assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
-        return statistics(
-            decode_s=decoded - started, encode_s=time.perf_counter() - decoded, media_bytes=media.stat().st_size
-        )
+        encode_s = time.perf_counter() - started
+        return statistics(decode_s=decode_s, encode_s=encode_s, media_bytes=media.stat().st_size)
 
     def finalize_run(self, spec: RunSpec) -> dict[str, float]:
         """Joins the segments into `final.mp4`."""
@@ -130,24 +133,30 @@ class DenoiserActor:
 
     def _ready_engine(self, spec: RunSpec) -> SegmentEngine:
         """The engine of this run's model, with this run's prompts encoded."""
+        return self._thread.submit(self._load_for, spec).result()
+
+    def _load_for(self, spec: RunSpec) -> SegmentEngine:
         config = spec.config
         threads = config.engine.cpu_threads or usable_cores()  # Ray would leave one
-        with self._loading:
-            if self._engine is None or self._loaded_for != config.model:
-                self._engine = None  # the last model goes before the next one comes
-                self._engine, self._loaded_for = SegmentEngine.load(config.model, threads), config.model
-            torch.set_num_threads(threads)
-            self._engine.encode_prompts(config.prompts, config.sampling.negative_prompt)
-            return self._engine
+        if self._engine is None or self._loaded_for != config.model:
+            self._engine = None  # the last model goes before the next one comes
+            self._engine, self._loaded_for = SegmentEngine.load(config.model, threads), config.model
+        torch.set_num_threads(threads)
+        self._engine.encode_prompts(config.prompts, config.sampling.negative_prompt)
+        return self._engine
 
-    @contextmanager
-    def _at_work(self, engine: SegmentEngine) -> Iterator[float]:
-        """On a CPU one thing at a time: two would only take each other's cores. Yields the time at which work began."""
-        if engine.device.type == "cpu":
-            with self._device:
-                yield time.perf_counter()
-        else:
-            yield time.perf_counter()
+    def _compute(self, engine: SegmentEngine, work: Callable[[], T]) -> tuple[T, float]:
+        """What the work gives, and its seconds.
+
+        On a CPU one thread does all of torch's work. OpenMP keeps a team of threads for each thread that calls it, and
+        as soon as two teams are more threads than cores, both wait asleep instead of spinning: half the speed.
+        """
+
+        def timed() -> tuple[T, float]:
+            started = time.perf_counter()
+            return work(), time.perf_counter() - started
+
+        return self._thread.submit(timed).result() if engine.device.type == "cpu" else timed()
 
     def _history(self, spec: RunSpec, segment_index: int) -> torch.Tensor | None:
         """The predecessor's last latents: from the store, else from what was committed."""

@@ -155,7 +155,7 @@ class SegmentScheduler:
         return [CloseRun(run.plan.run_id, run.end, run.error), *self._advance()]
 
     def _advance(self) -> list[Instruction]:
-        """All work that the active run can begin now."""
+        """All work that the active run can begin now, what is nearest to the viewer first."""
         if not self._queue:
             return []
         run = self._runs[self._queue[0]]
@@ -164,9 +164,9 @@ class SegmentScheduler:
             run.state = "preparing"
         ready: dict[Stage, bool] = {
             "prepare": run.state == "preparing",
-            "denoise": run.state == "running" and run.denoised < min(total, run.committed + LEAD),
-            "decode": run.state == "running" and run.decoded < run.denoised,
             "commit": run.state == "running" and run.committed < run.decoded,
+            "decode": run.state == "running" and run.decoded < run.denoised,
+            "denoise": run.state == "running" and run.denoised < min(total, run.committed + LEAD),
             "finalize": run.state in ("running", "finalizing") and run.committed == total,
         }
         if ready["finalize"]:
