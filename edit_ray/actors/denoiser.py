@@ -103,12 +103,12 @@ class DenoiserActor:
                 preceding=lambda count: latent_tail(before, count),
             ),
         )
+        assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
         started = time.perf_counter()
         media = spec.folder.media(segment.index)
         draft = media.with_name(f".{media.name}.part")
         encode(frames.numpy(), draft, fps=spec.config.sampling.fps, options=spec.config.output)
         publish(draft, media)
-        assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
         encode_s = time.perf_counter() - started
         return statistics(decode_s=decode_s, encode_s=encode_s, media_bytes=media.stat().st_size)
 
