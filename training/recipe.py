@@ -30,7 +30,7 @@ class Recipe:
     latent_noise: float = 0.03  # of each channel's spread, before decoding: sampled latents are never exact
     measured_batches: int = 8  # of `encode_batch` clips, for the latents' mean and spread
     # Latents that the transformer learns from.
-    clips: int = 8_192  # a process
+    clips: int = 12_288  # a process
     clip_latents: int = 17
     encode_batch: int = 32
     # Transformer and text encoder, one schedule.
@@ -38,12 +38,12 @@ class Recipe:
     window: int = 9  # latent frames
     learning_rate: float = 1e-3
     empty_captions: float = 0.1
-    history_batches: tuple[bool, ...] = (False, True, False, False, True, False, False, True, False, False)  # in turns
+    history_batches: tuple[bool, ...] = (False, False, True, False, False, False)  # in turns
     flow_shift: float = 3.0
     # Half of a batch draws its noise level around the middle; the other half evenly under this larger shift: which
     # colour goes where is settled at the highest levels, which a logit-normal hardly ever draws.
     high_noise_shift: float = 5.0
-    first_frame_weight: float = 3.0  # latent 0 of a clip stands for one frame, is the hardest, and all else follows it
+    first_frame_weight: float = 5.0  # latent 0 of a clip stands for one frame, is the hardest, and all else follows it
     history_lengths: tuple[int, ...] = (1, 2, 2, 3, 3, 3, 3, 3, 3, 4)
     history_noise: float = 0.1
     history_tint: float = 0.05  # a constant added to a channel of the history: the slow drift that noise is not
