@@ -33,6 +33,7 @@ def save_random_wan(
     two_experts: bool = False,
     boundary_ratio: float | None = None,
     noise_scheduler: Literal["unipc", "flow_match_euler"] = "unipc",
+    num_layers: int = 2,
 ) -> Path:
     """Write a complete Wan text-to-video model with random weights in diffusers' folder layout; returns `directory`.
 
@@ -47,8 +48,8 @@ def save_random_wan(
             text_encoder=_text_encoder(len(WORDS) + 3),
             vae=random_vae(),
             scheduler=_noise_scheduler(noise_scheduler),
-            transformer=_transformer(),
-            transformer_2=_transformer() if two_experts else None,
+            transformer=_transformer(num_layers),
+            transformer_2=_transformer(num_layers) if two_experts else None,
             boundary_ratio=(boundary_ratio or 0.5) if two_experts else None,
             expand_timesteps=expand_timesteps,
         )
@@ -83,7 +84,7 @@ def random_vae(**config: object) -> AutoencoderKLWan:
     return AutoencoderKLWan(**(defaults | config)).eval()
 
 
-def _transformer() -> WanTransformer3DModel:
+def _transformer(num_layers: int) -> WanTransformer3DModel:
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
@@ -93,7 +94,7 @@ def _transformer() -> WanTransformer3DModel:
         text_dim=TEXT_DIM,
         freq_dim=32,
         ffn_dim=48,
-        num_layers=2,
+        num_layers=num_layers,
         rope_max_seq_len=64,
     ).eval()
 

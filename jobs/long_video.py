@@ -72,11 +72,13 @@ def _run(config: Config, root: Path, run_id: str | None) -> int:
         f"run: {run_id}, {config.num_segments} segments, {config.num_frames_total} frames at {config.sampling.fps} fps",
         flush=True,
     )
-    started, frames = time.perf_counter(), 0
+    started, frames, computed, skipped = time.perf_counter(), 0, 0.0, 0.0
     try:
         with _live_bar(client, run_id, config):
             for segment in client.stream(run_id, frames=False):
                 frames += segment.num_frames
+                computed += segment.statistics.get("units_computed", 0)
+                skipped += segment.statistics.get("units_skipped", 0)
                 print(_line(segment), flush=True)
     except RunCancelled as stopped:
         print(f"stopped: {stopped}; what is committed stays in {root / run_id}")
@@ -85,6 +87,8 @@ def _run(config: Config, root: Path, run_id: str | None) -> int:
     video_s = frames / config.sampling.fps
     print(f"done: {frames} frames ({video_s:.1f} s of video) in {elapsed:.1f} s, {frames / elapsed:.2f} frames/s")
     print(f"output: {root / run_id / 'final.mp4'}", flush=True)
+    if computed + skipped:
+        print(f"cache: {config.cache.policy} skipped {skipped / (computed + skipped):.0%} of the steps", flush=True)
     return DONE
 
 

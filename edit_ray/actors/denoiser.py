@@ -16,7 +16,7 @@ from edit_ray.cache.stores.store import Key
 from edit_ray.engine.latent_files import latent_tail, load_latents, save_latents
 from edit_ray.engine.segment import SegmentEngine, usable_cores
 from edit_ray.errors import RunCancelled
-from edit_ray.runs.folder import publish
+from edit_ray.runs.folder import publish, write_atomic
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.video.encode import encode, join
 
@@ -80,14 +80,19 @@ class DenoiserActor:
         latents, denoise_s = self._compute(
             engine,
             lambda: engine.denoise(
-                sampling, prompt=segment.prompt, seed=segment.seed, history=history, on_step=on_step
+                sampling,
+                prompt=segment.prompt,
+                seed=segment.seed,
+                history=history,
+                on_step=on_step,
+                cache=spec.config.cache,
             ),
         )
         known = 0 if history is None else history.shape[2]
         save_latents(spec.folder.latents(segment.index), latents[:, :, known:])
         if spec.layout.history_latents:
             self._store.put(_tail_key(spec, segment.index), latents[:, :, -spec.layout.history_latents :])
-        return statistics(denoise_s=denoise_s)
+        return statistics(denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment))
 
     def decode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
         """Decodes one segment's new latents into its media file."""
@@ -157,6 +162,15 @@ class DenoiserActor:
             return work(), time.perf_counter() - started
 
         return self._thread.submit(timed).result() if engine.device.type == "cpu" else timed()
+
+    def _cache_statistics(self, engine: SegmentEngine, spec: RunSpec, segment: SegmentPlan) -> dict[str, int]:
+        """What the cache computed and skipped in the segment; its decisions go into the run's folder."""
+        record = engine.record
+        if record is None:
+            return {}
+        write_atomic(spec.folder.record(segment.index), record.to_json().encode())
+        skipped = sum(decision.decision == "reuse" for decision in record)
+        return {"units_computed": len(record) - skipped, "units_skipped": skipped}
 
     def _history(self, spec: RunSpec, segment_index: int) -> torch.Tensor | None:
         """The predecessor's last latents: from the store, else from what was committed."""

@@ -2,9 +2,9 @@
 
 import re
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator
 
 from edit_ray.options import Options
 
@@ -44,10 +44,32 @@ def parse_bytes(value: object) -> object:
 ByteCount = Annotated[int, BeforeValidator(parse_bytes)]
 
 
-class CacheOptions(Options):
-    """When residuals are reused: `none` computes every step of every segment."""
+def _granularity(value: object) -> str | int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value in ("stack", "per_block"):
+        return value
+    raise ValueError("no granularity")
 
-    policy: Literal["none"] = "none"
+
+class CacheOptions(Options):
+    """When residuals are reused: `none` computes every step of every segment.
+
+    Keys that are not named here are the policy's own options, such as `rel_l1_thresh`.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    policy: str = Field(default="none", min_length=1, max_length=200)
+    granularity: Annotated[str | int, PlainValidator(_granularity)] = Field(
+        default="stack", json_schema_extra={"valid": "stack, per_block, or a whole number of blocks"}
+    )
+    target_speedup: float | None = Field(default=None, gt=1, le=100)
+
+    @property
+    def policy_options(self) -> dict[str, Any]:
+        """What the policy is made with."""
+        return dict(self.model_extra or {})
 
 
 class StoreOptions(Options):

@@ -1,9 +1,12 @@
 """What a configuration must have in common with its model, read from the model's JSON files alone."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from edit_ray.config.cache_checks import cache_mistakes
 from edit_ray.config.mistakes import KeyPath, Mistake, dotted
 from edit_ray.config.model import Config
+from edit_ray.engine.locate import locate_model
 from edit_ray.engine.model_info import ModelInfo, dtype_problem, read_model_info
 from edit_ray.errors import ModelError
 from edit_ray.runs.layout import TEMPORAL_FACTOR
@@ -27,12 +30,23 @@ def check_config(config: Config) -> list[str]:
 
 def model_mistakes(config: Config, texts: Sequence[Text]) -> list[Mistake]:
     """What the model or the device cannot do; `texts` are the prompts with their keys."""
-    mistakes = list(_check_dtype(config))
+    mistakes = [
+        *_check_dtype(config),
+        *cache_mistakes(config.cache, config.sampling.num_inference_steps, _folder(config)),
+    ]
     try:
         info = read_model_info(config.model.path)
     except ModelError as error:
         return [*mistakes, Mistake(("model", "path"), f"model.path: {error}")]
     return [*mistakes, *_check_shape(config, info), *_check_words(texts, info)]
+
+
+def _folder(config: Config) -> Path | None:
+    """The model's folder, if it is at hand."""
+    try:
+        return Path(locate_model(config.model.path))
+    except ModelError:
+        return None
 
 
 def _check_dtype(config: Config) -> Iterator[Mistake]:

@@ -13,6 +13,7 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
+from edit_ray.engine.caching import expert_name
 from edit_ray.engine.continuity import hold_history
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
@@ -31,9 +32,11 @@ class Request:
     history: Tensor | None = None  # [B, C, k, h, w] clean latents of the predecessor's tail
     callback: StepCallback | None = None
     callback_tensor_inputs: tuple[str, ...] = ("latents",)
+    reset_cache: bool = True  # whether what the cache stored in earlier calls is dropped
+    prefetch_reuse: bool = False
 
 
-def denoise(pipe: WanPipeline, request: Request) -> Tensor:
+def denoise(pipe: Any, request: Request) -> Tensor:
     """Denoise `request.latents` with the transformers and the noise scheduler of `pipe`; returns [B, C, T, h, w].
 
     With `history` the first k slots stay the given clean latents at every step and see timestep 0. Whatever the
@@ -49,7 +52,8 @@ def denoise(pipe: WanPipeline, request: Request) -> Tensor:
     pipe.scheduler.set_begin_index(0)
     pipe._num_timesteps = len(timesteps)
 
-    with pipe.progress_bar(total=request.num_inference_steps) as bar:
+    cached = pipe.cached_call(request.reset_cache, request.prefetch_reuse)
+    with cached, pipe.progress_bar(total=request.num_inference_steps) as bar:
         for i, t in enumerate(timesteps):
             if pipe.interrupt:
                 continue
@@ -83,12 +87,8 @@ def denoise(pipe: WanPipeline, request: Request) -> Tensor:
 
 
 def expert_at(pipe: WanPipeline, t: Tensor, request: Request) -> tuple[WanTransformer3DModel, float | None]:
-    """The transformer of timestep `t` and its guidance scale.
-
-    `transformer` works from `boundary_ratio` of the training timesteps upwards, `transformer_2` below it.
-    """
-    boundary = pipe.config.boundary_ratio
-    if boundary is None or t >= boundary * pipe.scheduler.config.num_train_timesteps:
+    """The transformer of timestep `t` and its guidance scale."""
+    if expert_name(pipe, t) == "transformer":
         return pipe.transformer, request.guidance_scale
     return pipe.transformer_2, request.guidance_scale_2
 

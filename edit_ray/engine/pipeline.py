@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Generator, Tensor
 
+from edit_ray.engine.caching import CacheControl
 from edit_ray.engine.continuity import check_history
 from edit_ray.engine.decode import denormalise
 from edit_ray.engine.locate import locate_model
@@ -32,7 +33,7 @@ class EditWanOutput(WanPipelineOutput):  # type: ignore[misc]  # diffusers ships
         return super().__getitem__(key) if isinstance(key, str) else self.frames[key]
 
 
-class EditWanPipeline(WanPipeline):  # type: ignore[misc]
+class EditWanPipeline(CacheControl, WanPipeline):  # type: ignore[misc]
     """Wan text-to-video with diffusers' components, arguments and results, and one loop that can be read and edited.
 
     >>> pipe = EditWanPipeline.from_pretrained("builtin:tiny_wan")
@@ -85,27 +86,26 @@ class EditWanPipeline(WanPipeline):  # type: ignore[misc]
         max_sequence_length: int = 512,
         *,
         history: Tensor | None = None,
+        reset_cache: bool = True,
+        prefetch_reuse: bool = False,
     ) -> EditWanOutput | tuple[Any]:
-        """Generate videos; all arguments but `history` mean what they mean in `diffusers.WanPipeline`.
+        """Generate videos; the arguments up to `max_sequence_length` mean what they mean in `diffusers.WanPipeline`.
 
         `history` [B, C, k, h, w], for models with `expand_timesteps`: normalised latents of the predecessor's tail.
         They fill the first k of the T latent frames, clean; the result covers the whole window, history included.
-        Returns `EditWanOutput`, or with `return_dict=False` the tuple `(batch,)`. The batch is [B, F, H, W, 3] for
-        "np", [B, F, 3, H, W] for "pt", lists of images for "pil", [B, C, T, h, w] for "latent".
+        With a cache, `reset_cache=False` keeps what earlier calls stored; `prefetch_reuse` says what is read of it.
+        Returns `EditWanOutput`, or with `return_dict=False` the tuple `(batch,)`: [B, F, H, W, 3] for "np",
+        [B, F, 3, H, W] for "pt", lists of images for "pil", [B, C, T, h, w] for "latent".
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        names = callback_on_step_end_tensor_inputs
-        self.check_inputs(
-            prompt, negative_prompt, height, width, prompt_embeds, negative_prompt_embeds, names, guidance_scale_2
-        )
+        names, embeds = callback_on_step_end_tensor_inputs, (prompt_embeds, negative_prompt_embeds)
+        self.check_inputs(prompt, negative_prompt, height, width, *embeds, names, guidance_scale_2)
         height, width, num_frames = self._fit(height, width, num_frames)
         self._begin_call(guidance_scale, guidance_scale_2, attention_kwargs)
         videos = num_videos_per_prompt or 1
-        cond, uncond = self._embed(
-            prompt, negative_prompt, videos, prompt_embeds, negative_prompt_embeds, max_sequence_length
-        )
-        batch = len(cond) if prompt is not None else len(cond) * videos  # diffusers does not repeat given embeddings
+        cond, uncond = self._embed(prompt, negative_prompt, videos, *embeds, max_sequence_length)
+        batch = len(cond) * (1 if prompt is not None else videos)  # diffusers does not repeat given embeddings
         noise = self._draw_noise(batch, height, width, num_frames, generator, latents)
         request = Request(
             latents=noise,
@@ -117,6 +117,8 @@ class EditWanPipeline(WanPipeline):  # type: ignore[misc]
             history=self._check_history(history, noise),
             callback=callback_on_step_end,
             callback_tensor_inputs=tuple(names),
+            reset_cache=reset_cache,
+            prefetch_reuse=prefetch_reuse,
         )
         frames = self._decode(denoise(self, request), output_type)
         self.maybe_free_model_hooks()

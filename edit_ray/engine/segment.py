@@ -8,6 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from edit_ray.cache.options import CacheOptions
+from edit_ray.cache.records import Record
 from edit_ray.engine.decode import StreamingDecoder, to_uint8
 from edit_ray.engine.loading import load_pipeline, with_flow_shift
 from edit_ray.engine.options import ModelOptions, SamplingOptions
@@ -15,6 +17,7 @@ from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.errors import SegmentFailed
 
 MAX_SEQUENCE_LENGTH = 512  # the pipeline's default, so that embeddings equal the library's
+UNCACHED = CacheOptions()
 KEPT_PROMPTS = 256  # at Wan's size an embedding takes 4 MB of host memory
 
 
@@ -26,6 +29,7 @@ class SegmentEngine:
         self._offload_text_encoder = offload_text_encoder
         self._embeds: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [1, L, D] on the CPU
         self._decoders: dict[str, StreamingDecoder] = {}
+        self._cached_for: object = None  # the options that the pipeline's cache was enabled with
 
     @classmethod
     def load(cls, model: ModelOptions, cpu_threads: int | None = None) -> Self:
@@ -75,15 +79,18 @@ class SegmentEngine:
         seed: int,
         history: Tensor | None = None,
         on_step: Callable[[int, int], None] | None = None,
+        cache: CacheOptions = UNCACHED,
     ) -> Tensor:
         """One segment's normalised latents [1, C, T, h, w], float32, on the CPU; with `history` its slots come first.
 
         Equal, bit for bit, to `pipe(prompt, negative_prompt, generator=torch.Generator().manual_seed(seed),
         output_type="latent", …)` on the same hardware and threads. `on_step(done, total)` is called after each step;
-        what it raises ends the segment and leaves the engine usable. Raises `SegmentFailed` if a value is not finite.
+        what it raises ends the segment and leaves the engine usable. With a cache `self.record` then holds its
+        decisions. Raises `SegmentFailed` if a value is not finite.
         """
         self.encode_prompts([prompt], sampling.negative_prompt)
         self.pipe.scheduler = with_flow_shift(self.pipe.scheduler, sampling.flow_shift)
+        self._use_cache(cache, sampling)
         guided = sampling.guidance_scale > 1
         output: tuple[Tensor] = self.pipe(
             height=sampling.height,
@@ -106,6 +113,11 @@ class SegmentEngine:
                 "try model.torch_dtype 'bfloat16' or 'float32'."
             )
         return latents
+
+    @property
+    def record(self) -> Record | None:
+        """What the cache decided in the last segment; None without a cache."""
+        return None if self.pipe.cache is None else self.pipe.cache.record
 
     def decode(
         self,
@@ -135,6 +147,23 @@ class SegmentEngine:
     def release(self, run_id: str) -> None:
         """Free the run's decoder state, if there is any."""
         self._decoders.pop(run_id, None)
+
+    def _use_cache(self, cache: CacheOptions, sampling: SamplingOptions) -> None:
+        """Enable the cache that a segment asks for, unless it is that of the segment before."""
+        wanted = (cache, sampling.num_inference_steps, sampling.flow_shift)
+        if self._cached_for == wanted and (self.pipe.cache is not None or cache.policy == "none"):
+            return
+        self.pipe.disable_cache()
+        self._cached_for = None
+        if cache.policy != "none":
+            self.pipe.enable_cache(
+                cache.policy,
+                sampling.num_inference_steps,
+                cache.granularity,
+                target_speedup=cache.target_speedup,
+                **cache.policy_options,
+            )
+        self._cached_for = wanted
 
     @torch.no_grad()
     def _encode(self, prompt: str) -> Tensor:

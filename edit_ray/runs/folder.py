@@ -4,6 +4,7 @@ RUN/run.yaml                      the configuration
 RUN/manifest.json                 what is committed
 RUN/latents/NNNNN.safetensors     the latents that segment N added
 RUN/segments/NNNNN.mp4            its frames
+RUN/records/NNNNN.json            what the cache decided in it, where there is one
 RUN/final.mp4                     all frames, once the run is done
 """
 
@@ -105,7 +106,7 @@ class RunFolder:
             raise RunExists(
                 f"run id {self.run_id!r} is taken: {self.path} exists; choose another --run-id, or remove the folder"
             ) from None
-        for name in ("latents", "segments"):
+        for name in ("latents", "segments", "records"):
             (self.path / name).mkdir(mode=0o700)
         write_atomic(self.path / "run.yaml", run_yaml.encode())
 
@@ -114,6 +115,9 @@ class RunFolder:
 
     def media(self, segment_index: int) -> Path:
         return self.path / "segments" / f"{segment_index:05d}.mp4"
+
+    def record(self, segment_index: int) -> Path:
+        return self.path / "records" / f"{segment_index:05d}.json"
 
     @property
     def final(self) -> Path:

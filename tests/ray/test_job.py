@@ -1,5 +1,6 @@
 """The job as a user runs it: submitted to Ray, as a plain driver, stopped, killed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from edit_ray import EditWanPipeline
+from edit_ray.actors import launch
+from edit_ray.cache.records import Record
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.video.encode import read_frames
 from tests.ray.conftest import REPOSITORY, manifest_of, wait_until
@@ -53,6 +56,47 @@ def test_a_bad_configuration_fails_the_job_with_its_sentences(ray_head, config, 
     assert "sampling.height" in said
     assert "exit code 2" in said
     assert "Traceback" not in said
+
+
+MY_POLICY = """
+from edit_ray.cache import CachePolicy, register_policy, relative_l1
+
+@register_policy("my_policy")
+class MyPolicy(CachePolicy):
+    needs_first_block_probe = False
+
+    def __init__(self, *, rel_l1_thresh=0.1):
+        self.rel_l1_thresh = rel_l1_thresh
+
+    def reset(self, state):
+        state.user["prev"] = None
+
+    def should_compute(self, ctx) -> bool:
+        prev = ctx.state.user["prev"]
+        ctx.state.user["prev"] = ctx.e0.clone()
+        return prev is None or relative_l1(ctx.e0, prev) >= self.rel_l1_thresh
+"""
+
+
+def test_a_policy_of_an_installed_package_runs_in_the_job(ray_head, config, tmp_path, run_id):
+    """The policy of the README of the system we come from, as printed, found through its package's entry point."""
+    package = tmp_path / "site" / "mine-1.0.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[edit_ray.policies]\nmy_policy = my_policies:MyPolicy\n")
+    (package.parent / "my_policies.py").write_text(MY_POLICY)
+    launch.end_actors()  # the living ones were started without the package
+    environment = json.dumps({"env_vars": {"PYTHONPATH": str(package.parent)}})
+    job = ["python", "jobs/long_video.py", "--config", str(config()), "--output", str(tmp_path), "--run-id", run_id]
+    options = ["--set", "cache.policy=my_policy", "--set", "cache.rel_l1_thresh=100"]
+    done = ray_job_submit(ray_head, "--runtime-env-json", environment, "--", *job, *options)
+    launch.end_actors()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cache: my_policy skipped 75% of the steps" in done.stdout
+    record = Record.from_json((tmp_path / run_id / "records" / "00003.json").read_text())
+    assert record.mask("cond") == record.mask("uncond") == [True, False, False, False]
+    segments = manifest_of(tmp_path / run_id)["segments"]
+    assert [segment["statistics"]["units_skipped"] for segment in segments] == [6.0] * 4
 
 
 def test_a_run_id_is_used_once(start_job, config, tmp_path, run_id):

@@ -68,7 +68,8 @@ BAD_VALUES: list[tuple[str, tuple[str, ...]]] = [
     ("model.device=tpu", ("model.device is 'tpu'", "one of auto, cpu, cuda")),
     ("model.offload=all", ("model.offload is 'all'", "one of none, text_encoder")),
     ("continuity.mode=overlap", ("continuity.mode is 'overlap'", "one of none, history")),
-    ("cache.policy=teacache", ("cache.policy is 'teacache'", "must be none")),
+    ("cache.policy=''", ("cache.policy is ''", "must be text of 1 to 200 characters")),
+    ("cache.granularity=blocks", ("cache.granularity is 'blocks'", "must be stack, per_block, or a whole number")),
     ("output.preset=quick", ("output.preset is 'quick'", "one of ultrafast, superfast")),
     # out of range
     ("sampling.num_inference_steps=0", ("sampling.num_inference_steps is 0", "from 1 to 1000")),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from edit_ray.cache.stores.store import Key
+from edit_ray.cache.stores.store import Key, check_budget
 
 
 class HostStore:
@@ -16,10 +16,10 @@ class HostStore:
     Counts what it refuses (larger than the whole budget) and what it evicts. Not thread-safe: one owner at a time.
     """
 
+    tier = "host"
+
     def __init__(self, budget_bytes: int | None = None) -> None:
-        if budget_bytes is not None and budget_bytes < 0:
-            raise ValueError(f"budget_bytes must be 0 or more, or None for no bound; got {budget_bytes}")
-        self.budget_bytes = budget_bytes
+        self.budget_bytes = check_budget(budget_bytes)
         self.bytes_resident = 0
         self.num_evictions = 0
         self.num_refused = 0
@@ -27,7 +27,7 @@ class HostStore:
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
         self.drop(key)
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.nbytes
         if self.budget_bytes is not None and size > self.budget_bytes:
             self.num_refused += 1
             return
@@ -49,7 +49,7 @@ class HostStore:
     def drop(self, key: Key) -> None:
         tensor = self._entries.pop(key, None)
         if tensor is not None:
-            self.bytes_resident -= tensor.numel() * tensor.element_size()
+            self.bytes_resident -= tensor.nbytes
 
     def drop_where(self, condition: Callable[[Key], bool]) -> None:
         for key in [key for key in self._entries if condition(key)]:
@@ -59,5 +59,12 @@ class HostStore:
         self._entries.clear()
         self.bytes_resident = 0
 
+    def sizes(self) -> dict[Key, int]:
+        """Bytes of every entry, least recently used first."""
+        return {key: tensor.nbytes for key, tensor in self._entries.items()}
+
     def __len__(self) -> int:
         return len(self._entries)
+
+
+CPUOffloadStore = HostStore  # what the library's users know it as

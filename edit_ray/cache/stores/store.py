@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -28,5 +28,15 @@ class CacheStore(Protocol):
     def drop(self, key: Key) -> None:
         """Forgets one entry; an unknown key is no error."""
 
+    def drop_where(self, condition: Callable[[Key], bool]) -> None:
+        """Forgets every entry whose key meets the condition."""
+
     def clear(self) -> None:
         """Forgets every entry."""
+
+
+def check_budget(budget_bytes: int | None) -> int | None:
+    """The budget; ValueError if it is none."""
+    if budget_bytes is not None and budget_bytes < 0:
+        raise ValueError(f"budget_bytes must be 0 or more, or None for no bound; got {budget_bytes}")
+    return budget_bytes

@@ -1,0 +1,350 @@
+"""`Cache`: the state and the decisions of a policy over all units, branches and experts of a pipeline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edit_ray.cache.plan import BRANCHES, Expert, LoopStep, Plan, make_plan
+from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState
+from edit_ray.cache.records import Counts, Decided, Decision, Reason, Record
+from edit_ray.cache.residuals import Entry, Owner, ResidualIndex, UnitResiduals
+from edit_ray.cache.signals import StepSignals
+from edit_ray.cache.stores.store import CacheStore
+from edit_ray.cache.units import Unit
+from edit_ray.cache.walk import Walk
+
+Edit = Callable[[Tensor], Tensor]
+Answer = str | Tensor | Edit | None
+UnitHook = Callable[[PolicyContext], Answer]
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where in the loop a forward is, as its `cache_context` says."""
+
+    branch: str
+    step: int
+    sigma: float | None
+
+
+class Cache:
+    """What `enable_cache` returns and `pipe.cache` is: see, steer and edit a cache while it runs.
+
+    One call of the pipeline is one generation; nothing but stored residuals outlives it. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        policy: CachePolicy,
+        *,
+        num_inference_steps: int,
+        store: CacheStore,
+        history_len: int,
+        schedule: Callable[[], Sequence[LoopStep]] | None = None,
+    ) -> None:
+        self.policy = policy
+        self.num_steps = num_inference_steps
+        self.record = Record(num_inference_steps, 0)
+        self.experts: dict[str, Expert] = {}
+        self.on_remove: list[Callable[[], None]] = []
+        self._index = ResidualIndex(store, history_len)
+        self._schedule = schedule
+        self._hooks: list[UnitHook] = []
+        self._states: dict[Owner, UnitState] = {}
+        self._plan: Plan = {}
+        self._edit: Edit | None = None
+        self._where: Where | None = None
+        self._walk: Walk | None = None
+        self._in_call = False
+        self._done: list[tuple[str, str, int]] = []  # (expert, branch, step) of the forwards of the latest step
+
+    # What a user sees and does.
+
+    @property
+    def store(self) -> CacheStore:
+        """Where the residuals are."""
+        return self._index.store
+
+    @property
+    def stats(self) -> dict[str, Counts]:
+        """Per branch: decisions to compute, decisions to skip, bytes of the residuals put and not dropped."""
+        stored = self._index.bytes_by_branch()
+        counts = {str(branch): count for (branch,), count in self.record.counts("branch").items()}
+        for branch, count in counts.items():
+            count.bytes = stored.get(branch, 0)
+        return counts
+
+    def unit_stats(self) -> dict[tuple[str, str, int], Counts]:
+        """The same per (expert, branch, unit), without bytes."""
+        counts = self.record.counts("expert", "branch", "unit")
+        return {(str(expert), str(branch), int(unit)): count for (expert, branch, unit), count in counts.items()}
+
+    def entries(self) -> list[Entry]:
+        """Every residual that is stored now: key, tier, shape, bytes."""
+        return self._index.entries()
+
+    def plan(self, steps: Sequence[LoopStep] | None = None) -> dict[Owner, tuple[bool | None, ...]] | None:
+        """Per (expert, branch, unit) the mask of a loop, True where it will compute, None where another expert runs.
+
+        None for a policy that decides by what it sees in the loop. `steps` are the pipeline's own unless given.
+        """
+        if not self.policy.timestep_only:
+            return None
+        if steps is None:
+            if self._schedule is None:
+                raise ValueError("plan() needs the steps of the loop: this cache was not enabled by a pipeline.")
+            steps = self._schedule()
+        made = self._make_plan(steps, BRANCHES)
+        return {owner: tuple(None if p is None else p.compute for p in planned) for owner, planned in made.items()}
+
+    def on_unit(self, hook: UnitHook) -> Callable[[], None]:
+        """Call `hook(ctx)` before each unit, at every step, branch and expert; returns what takes it away again.
+
+        `ctx.decision` says what is about to happen. The hook may answer "compute" or "reuse"; a tensor [B, N, D], added
+        to the unit's input in place of what it would have computed; a function, through which the unit's residual
+        goes, computed or reused; or None, to change nothing.
+        """
+        self._hooks.append(hook)
+        return lambda: self._hooks.remove(hook)
+
+    def set_generation(self, generation: int) -> None:
+        """Name what the next call stores: the number of a segment, say."""
+        if isinstance(generation, bool) or not isinstance(generation, int) or generation < 0:
+            raise ValueError(f"generation is {generation!r}; valid is a whole number from 0.")
+        self._index.generation = generation
+
+    def set_reuse_window(self, generations: Iterable[int]) -> None:
+        """The earlier generations whose residuals the next call may read; what lies before all of them is dropped."""
+        self._index.set_window(generations)
+
+    def reset(self, clear_store: bool = True) -> None:
+        """Forget the last call; with `clear_store` also every residual that this cache has stored."""
+        self._states.clear()
+        self._plan.clear()
+        self._done.clear()
+        self.record = Record(self.num_steps, max((len(e.units) for e in self.experts.values()), default=0))
+        if clear_store:
+            self._index.clear()
+        else:
+            self._index.forget(self._index.generation)
+
+    def prefetch_reuse(self) -> None:
+        """Tell the store what the next call can read from the reuse window, in the order of use."""
+        self._index.store.prefetch(self._index.window_keys(self.policy.keeps))
+
+    def remove(self) -> None:
+        """Take the cache off every transformer, which then is as it was before."""
+        self.reset()
+        while self.on_remove:
+            self.on_remove.pop()()
+        self.experts.clear()
+
+    # What the loop and the transformers call.
+
+    @contextmanager
+    def call(
+        self, steps: Sequence[LoopStep], *, branches: Sequence[str] = BRANCHES, clear_store: bool = True
+    ) -> Iterator[None]:
+        """One denoising loop over `steps` and `branches`; what it leaves unfinished is forgotten.
+
+        Raises:
+            ValueError: the loop has another number of steps than the cache was enabled for.
+        """
+        self._check_steps(len(steps))
+        self.reset(clear_store)
+        self._in_call = True
+        try:
+            with self._guarded():
+                self._plan = self._make_plan(steps, branches) if self.policy.timestep_only else {}
+            yield
+            self._done.clear()
+        except BaseException:
+            self.reset(clear_store)
+            raise
+        finally:
+            self._in_call = False
+            self._where = self._walk = None
+
+    @contextmanager
+    def context(self, branch: str, step_index: int | None, total: int | None, sigma: float | None) -> Iterator[None]:
+        """A forward's `cache_context`."""
+        if step_index is None:
+            raise ValueError(
+                f"cache_context({branch!r}) says no step_index: the cache needs cache_context(name, step_index=…, "
+                "num_inference_steps=…) around each forward, as WanPipeline and EditWanPipeline have it."
+            )
+        self._check_steps(self.num_steps if total is None else total)
+        if not 0 <= step_index < self.num_steps:
+            raise ValueError(
+                f"cache_context({branch!r}) says step_index {step_index}; the cache expects 0 to {self.num_steps - 1}."
+            )
+        self._where = Where(branch, int(step_index), sigma)
+        try:
+            yield
+        finally:
+            self._where = None
+
+    def forward(self, expert: Expert, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One forward of a transformer, inside its `cache_context`."""
+        if self._where is None:
+            raise ValueError(
+                f"{type(expert.transformer).__name__} has a cache and was called outside of a cache_context: branch "
+                "and step are not known. Use a pipeline that sets it, or disable the cache."
+            )
+        where, self._walk = self._where, None
+        self._account(expert, where)
+        latents, timestep = expert.adapter.inputs(args, kwargs)
+        signals = expert.signals(timestep, latents, where.sigma)
+
+        def context(unit: Unit) -> PolicyContext:
+            return self._make_context(expert, where.branch, unit, where.step, signals, latents.device)
+
+        walk = self._walk = Walk(self, expert.adapter, expert.units, context)
+        try:
+            output = run(*args, **kwargs)
+            walk.check_complete(expert.units, expert.name)
+            return output
+        finally:
+            self._walk = None
+
+    def block(self, position: int, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of a block; outside of a forward, the block itself."""
+        return run(*args, **kwargs) if self._walk is None else self._walk.block(position, run, args, kwargs)
+
+    def decide(self, ctx: PolicyContext, *, can_skip: bool) -> Tensor | None:
+        """The unit's output if it is skipped, else None."""
+        with self._guarded():
+            compute, reason = self._policy_says(ctx)
+            replaced: Tensor | None = None
+            self._edit = None
+            for hook in self._hooks:
+                ctx.decision = "compute" if compute else "reuse"
+                answer = hook(ctx)
+                if isinstance(answer, Tensor):
+                    replaced, compute, reason = answer, False, "hook"
+                elif answer in ("compute", "reuse"):
+                    compute, reason, replaced = answer == "compute", "hook", None
+                elif callable(answer):
+                    self._edit = answer
+                elif answer is not None:
+                    raise TypeError(
+                        f'A unit hook answered {answer!r}; valid are "compute", "reuse", a tensor, a function, None.'
+                    )
+            output = self._stand_in(ctx, replaced) if can_skip and not compute else None
+        if output is None and not compute:
+            reason = "missing" if can_skip else "probe"
+        self._note(ctx, "compute" if output is None else "reuse", reason)
+        return output
+
+    def computed(self, ctx: PolicyContext, output: Tensor, between: Tensor | None) -> Tensor:
+        """Store what a computed unit added to its base; returns the unit's output."""
+        assert ctx.base is not None
+        residual = output - ctx.base if between is None else output - ctx.base - between
+        with self._guarded():
+            if self._edit is not None:
+                edited = self._edit(residual)
+                output, residual = output + (edited - residual), edited
+            ctx.residual = residual = residual.detach()
+            ctx.state.computed_steps.append(ctx.step)
+            self._index.put(ctx.state, ctx.step, residual, self.policy.keeps)
+            if not self.policy.timestep_only:
+                self.policy.on_computed(ctx)
+        return output
+
+    def _policy_says(self, ctx: PolicyContext) -> tuple[bool, Reason]:
+        planned = self._plan.get((ctx.expert, ctx.branch, ctx.unit_index))
+        cell = planned[ctx.step] if planned else None
+        if cell is None:
+            return bool(self.policy.should_compute(ctx)), "policy"
+        ctx.signal, ctx.accumulated, ctx.threshold = cell.signal, cell.accumulated, cell.threshold
+        return cell.compute, "plan"
+
+    def _stand_in(self, ctx: PolicyContext, replaced: Tensor | None) -> Tensor | None:
+        assert ctx.base is not None
+        output = self.policy.reconstruct(ctx) if replaced is None else ctx.base + replaced
+        if output is not None and self._edit is not None:
+            output = ctx.base + self._edit(output - ctx.base)
+        return output
+
+    def _note(self, ctx: PolicyContext, decision: Decided, reason: Reason) -> None:
+        self.record.decisions.append(
+            Decision(
+                step=ctx.step,
+                branch=ctx.branch,
+                expert=ctx.expert,
+                unit=ctx.unit_index,
+                decision=decision,
+                reason=reason,
+                **{name: _finite(getattr(ctx, name)) for name in ("signal", "accumulated", "threshold")},
+            )
+        )
+
+    def _make_context(
+        self, expert: Expert, branch: str, unit: Unit, step: int, signals: StepSignals, device: torch.device | None
+    ) -> PolicyContext:
+        owner = (expert.name, branch, unit.index)
+        if owner not in self._states:
+            state = self._states[owner] = UnitState(*owner)
+            with self._guarded():
+                self.policy.reset(state)
+        return PolicyContext(
+            step=step,
+            num_steps=self.num_steps,
+            branch=branch,
+            expert=expert.name,
+            unit_index=unit.index,
+            num_units=len(expert.units),
+            state=self._states[owner],
+            signals=signals,
+            residuals=UnitResiduals(self._index, owner, device),
+        )
+
+    def _make_plan(self, steps: Sequence[LoopStep], branches: Sequence[str]) -> Plan:
+        """The policy run ahead of the loop, on states of its own."""
+        self._check_steps(len(steps))
+        states, self._states = self._states, {}
+        try:
+            return make_plan(self.policy, self.experts, steps, branches, self._make_context)
+        finally:
+            self._states = states
+
+    def _check_steps(self, total: int) -> None:
+        if total != self.num_steps:
+            raise ValueError(
+                f"The cache was enabled for num_inference_steps={self.num_steps}, and the loop makes {total} steps: "
+                "enable it with the loop's number."
+            )
+        self.policy.check(total)
+
+    def _account(self, expert: Expert, where: Where) -> None:
+        """Notice, where no one says so, that a new call has begun: its steps do not go on from those before."""
+        this = (expert.name, where.branch, where.step)
+        if not self._in_call and self._done:
+            last = self._done[-1][2]
+            if this in self._done or where.step not in (last, last + 1):
+                self.reset()
+        if self._done and self._done[-1][2] != where.step:
+            self._done.clear()
+        self._done.append(this)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Code of a policy, a hook or a store: if it fails, the model is left usable and uncached."""
+        try:
+            yield
+        except Exception as error:
+            self.remove()
+            error.add_note("edit_ray has removed the cache whose policy, hook or store failed: the model is uncached.")
+            raise
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinities."""
+    return value if value is None or math.isfinite(value) else None

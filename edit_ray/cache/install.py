@@ -1,0 +1,153 @@
+"""Putting a cache on a transformer and taking it off again.
+
+Transformer and blocks are given a subclass of their own class that listens to their calls: their parameters, buffers,
+hooks and `state_dict` stay as they are, LoRA loading finds them under the same names, a block that is compiled stays
+compiled (the cache acts outside of it), and taking the cache off restores the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache as memoised
+from typing import Any
+
+from torch import nn
+
+from edit_ray.cache.adapters import adapter_of
+from edit_ray.cache.controller import Cache
+from edit_ray.cache.plan import Expert, LoopStep
+from edit_ray.cache.policies import check_granularity, make_policy
+from edit_ray.cache.policies.policy import CachePolicy
+from edit_ray.cache.stores.device import GPUStore
+from edit_ray.cache.stores.store import CacheStore
+from edit_ray.cache.units import split_blocks
+
+_LINK = "_edit_ray_link"
+
+
+def apply_cache_on_transformer(
+    transformer: nn.Module | Mapping[str, nn.Module],
+    policy: str | CachePolicy = "teacache",
+    num_inference_steps: int = 50,
+    granularity: str | int = "stack",
+    store: CacheStore | None = None,
+    history_len: int | None = None,
+    schedule: Callable[[], Sequence[LoopStep]] | None = None,
+    **policy_kwargs: Any,
+) -> Cache:
+    """Cache a transformer's block stack; works under any pipeline that sets diffusers' `cache_context` with steps.
+
+    Args:
+        transformer: A diffusers transformer; or several that share the steps of one loop, by the name of the expert
+            ("transformer", "transformer_2").
+        policy: When to recompute: a registered name with its options in `policy_kwargs`, or a policy.
+        num_inference_steps: Steps of the loop, as it counts them.
+        granularity: What one decision covers: "stack", "per_block", or groups of so many blocks.
+        store: Where residuals live; on the device unless given.
+        history_len: How many computed residuals of a unit are kept, at least as many as the policy reads.
+
+    Raises:
+        ValueError, TypeError: unknown or incomplete policy, bad options or granularity, a model that it cannot cache.
+    """
+    transformers = {"transformer": transformer} if isinstance(transformer, nn.Module) else dict(transformer)
+    made = make_policy(policy, policy_kwargs)
+    check_granularity(made, granularity)
+    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps is {num_inference_steps!r}; valid is a whole number from 1.")
+    if history_len is not None and history_len < made.history_len:
+        raise ValueError(f"history_len is {history_len}; this policy reads the last {made.history_len} residuals.")
+    experts = [_expert(name, module, granularity) for name, module in transformers.items()]
+    cache = Cache(
+        made,
+        num_inference_steps=num_inference_steps,
+        store=GPUStore() if store is None else store,
+        history_len=history_len or made.history_len,
+        schedule=schedule,
+    )
+    for expert in experts:
+        _install(cache, expert)
+    cache.reset(clear_store=False)
+    return cache
+
+
+def remove_cache_from_transformer(transformer: nn.Module) -> None:
+    """Take the cache off; without one, nothing happens. Transformers that share a cache lose it together."""
+    link = transformer.__dict__.get(_LINK)
+    if link is not None:
+        link[0].remove()
+
+
+def _expert(name: str, transformer: nn.Module, granularity: str | int) -> Expert:
+    """What the cache needs to know of a transformer.
+
+    Raises:
+        ValueError: it cannot be cached, or is cached already.
+    """
+    kind = type(transformer).__name__
+    if _LINK in transformer.__dict__:
+        raise ValueError(f"This {kind} has a cache already; disable that first.")
+    if getattr(transformer, "_orig_mod", None) is not None or transformer._compiled_call_impl is not None:
+        raise ValueError(
+            f"This {kind} is compiled as a whole, which freezes every decision: compile its blocks instead "
+            "(transformer.compile_repeated_blocks())."
+        )
+    adapter = adapter_of(transformer)
+    if not hasattr(transformer, "cache_context"):
+        raise ValueError(f"{kind} has no cache_context: the branch and the step of a forward cannot be known.")
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ValueError(f"This {kind} has one of diffusers' own caches; disable that first.")
+    return Expert(name, transformer, adapter, split_blocks(len(adapter.blocks(transformer)), granularity))
+
+
+def _install(cache: Cache, expert: Expert) -> None:
+    cache.experts[expert.name] = expert
+    _listen(cache, expert.transformer, _listening_transformer, (cache, expert))
+    for position, block in enumerate(expert.adapter.blocks(expert.transformer)):
+        _listen(cache, block, _listening_block, (cache, position))
+
+
+def _listen(cache: Cache, module: nn.Module, listening: Callable[[type], Any], link: tuple[Any, ...]) -> None:
+    original = type(module)
+    module.__dict__[_LINK] = link
+    module.__class__ = listening(original)
+
+    def restore() -> None:
+        module.__class__ = original
+        del module.__dict__[_LINK]
+
+    cache.on_remove.append(restore)
+
+
+# One class for all blocks of a class: compiled code is specialised on it, and is shared by the blocks only then.
+@memoised
+def _listening_block(cls: Any) -> Any:
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        cache, position = self.__dict__[_LINK]
+        return cache.block(position, super(listening, self).__call__, args, kwargs)
+
+    listening = _subclass(cls, {"__call__": __call__})
+    return listening
+
+
+@memoised
+def _listening_transformer(cls: Any) -> Any:
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        cache, expert = self.__dict__[_LINK]
+        return cache.forward(expert, super(listening, self).__call__, args, kwargs)
+
+    @contextmanager
+    def cache_context(self: nn.Module, name: str, **where: Any) -> Iterator[None]:
+        cache, _ = self.__dict__[_LINK]
+        steps = (where.get("step_index"), where.get("num_inference_steps"), where.get("sigma"))
+        with super(listening, self).cache_context(name, **where), cache.context(name, *steps):
+            yield
+
+    listening = _subclass(cls, {"__call__": __call__, "cache_context": cache_context})
+    return listening
+
+
+def _subclass(cls: Any, methods: dict[str, Any]) -> Any:
+    """Of the same name and module, so that saving a model writes its own class."""
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), names | methods)

@@ -1,0 +1,83 @@
+"""Known masks: the decisions of a policy that needs nothing but timesteps, made before the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edit_ray.cache.adapters import ModelAdapter
+from edit_ray.cache.policies.policy import CachePolicy, PolicyContext
+from edit_ray.cache.residuals import Owner
+from edit_ray.cache.signals import StepSignals
+from edit_ray.cache.units import Unit
+
+BRANCHES = ("cond", "uncond")
+
+
+@dataclass(frozen=True)
+class LoopStep:
+    """One step of a denoising loop as it is known before it: which transformer, at which timestep [] and sigma."""
+
+    expert: str
+    timestep: Tensor
+    sigma: float | None = None
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One transformer under a cache."""
+
+    name: str
+    transformer: nn.Module
+    adapter: ModelAdapter
+    units: tuple[Unit, ...]
+
+    def signals(self, timestep: Tensor, latents: Tensor | None, sigma: float | None) -> StepSignals:
+        """What a forward at `timestep`, [B] or [B, tokens], shows to the policies."""
+        # The last token is never of a clean history, whose timestep is 0.
+        return StepSignals(
+            lambda: self.adapter.embed_timestep(self.transformer, timestep.flatten()[-1:]), latents, sigma
+        )
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A decision made before the loop, with what the policy compared."""
+
+    compute: bool
+    signal: float | None
+    accumulated: float | None
+    threshold: float | None
+
+
+Plan = dict[Owner, list[Planned | None]]
+"""By (expert, branch, unit), a decision for each step of the loop; None where another expert runs."""
+
+MakeContext = Callable[[Expert, str, Unit, int, StepSignals, torch.device | None], PolicyContext]
+
+
+def make_plan(
+    policy: CachePolicy,
+    experts: Mapping[str, Expert],
+    steps: Sequence[LoopStep],
+    branches: Sequence[str],
+    context: MakeContext,
+) -> Plan:
+    """Ask the policy for every unit at every step, as the loop would."""
+    plan: Plan = {}
+    for step, at in enumerate(steps):
+        expert = experts[at.expert]
+        device = next(expert.transformer.parameters()).device
+        signals = expert.signals(at.timestep.reshape(1).to(device), None, at.sigma)
+        for branch in branches:
+            for unit in expert.units:
+                ctx = context(expert, branch, unit, step, signals, None)
+                compute = bool(policy.should_compute(ctx))
+                if compute:
+                    ctx.state.computed_steps.append(step)
+                cells = plan.setdefault((expert.name, branch, unit.index), [None] * len(steps))
+                cells[step] = Planned(compute, ctx.signal, ctx.accumulated, ctx.threshold)
+    return plan

@@ -1,0 +1,33 @@
+"""When to recompute: one module per technique. Importing the package registers them all."""
+
+from edit_ray.cache.policies.always import Always
+from edit_ray.cache.policies.dicache import DiCache
+from edit_ray.cache.policies.fbcache import FirstBlockCache
+from edit_ray.cache.policies.magcache import MagCache
+from edit_ray.cache.policies.make import check_granularity, make_policy
+from edit_ray.cache.policies.policy import POLICIES, CachePolicy, PolicyContext, register_policy
+from edit_ray.cache.policies.schedule import Schedule
+from edit_ray.cache.policies.seacache import SeaCache
+from edit_ray.cache.policies.signals import relative_l1
+from edit_ray.cache.policies.taylorseer import TaylorSeer
+from edit_ray.cache.policies.teacache import TeaCache
+from edit_ray.cache.policies.warmstart_reuse import WarmstartReuse
+
+__all__ = [
+    "POLICIES",
+    "Always",
+    "CachePolicy",
+    "DiCache",
+    "FirstBlockCache",
+    "MagCache",
+    "PolicyContext",
+    "Schedule",
+    "SeaCache",
+    "TaylorSeer",
+    "TeaCache",
+    "WarmstartReuse",
+    "check_granularity",
+    "make_policy",
+    "register_policy",
+    "relative_l1",
+]

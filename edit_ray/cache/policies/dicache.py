@@ -1,0 +1,98 @@
+"""DiCache: the first block probes how far the step has moved, and aligns old residuals with where it has moved to.
+
+Source: J. Bu et al., "DiCache: Let Diffusion Model Determine Its Own Cache" (arXiv 2508.17356); the rule is that of the
+authors' script for Wan2.1 with a probe of one block.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edit_ray.cache.policies.accumulate import accumulate
+from edit_ray.cache.policies.checks import finite, fraction, whole
+from edit_ray.cache.policies.forecast import read_history
+from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
+from edit_ray.cache.policies.signals import relative_l1
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def alignment(probe: Tensor, latest: Tensor, before: Tensor) -> Tensor:
+    """How far `probe` has gone on the way from `before` to `latest` and beyond, from 1 to 2; 1 where there is no way.
+
+    All three are residuals of the probe [B, N, D], the latter two of the last two computed steps. Returns a scalar [].
+    """
+    gone = (probe - before).abs().float().mean()
+    way = (latest - before).abs().float().mean()
+    return (gone / way).nan_to_num(nan=1.0).clamp(1, 2)
+
+
+@register_policy("dicache")
+class DiCache(CachePolicy):
+    """Skips while the relative changes of the probe's output, from step to step, add up to less than a threshold.
+
+    A skipped unit adds R2 + gamma (R1 - R2), its whole residuals at the last computed step (1) and at the one before
+    (2), with gamma of `alignment`; R1 where there is one only. A unit that computes goes on from the probe. Kept per
+    unit and branch, beside the store: the probe's last output and its residuals at those steps, [B, N, D] each.
+    """
+
+    granularities = ("stack", "groups")
+    needs_first_block_probe = True
+    history_len = 2
+
+    def __init__(self, *, rel_l1_thresh: float = 0.08, probe_depth: int = 1, retention_ratio: float = 0.2) -> None:
+        """The names are the authors', but for `retention_ratio` (`ret_ratio` there).
+
+        Args:
+            rel_l1_thresh: Skip while less than this has accumulated; 0 or below never skips.
+            probe_depth: Blocks in the probe: 1.
+            retention_ratio: Share of the steps, from the first, that always compute.
+        """
+        self.rel_l1_thresh = finite("rel_l1_thresh", rel_l1_thresh)
+        if whole("probe_depth", probe_depth) != 1:
+            raise ValueError(f"probe_depth is {probe_depth}; valid is 1, the unit's first block.")
+        self.retention_ratio = fraction("retention_ratio", retention_ratio)
+
+    def reset(self, state: UnitState) -> None:
+        """See `CachePolicy`."""
+        state.user.update(previous=None, accumulated=0.0, probes={})
+
+    def should_compute(self, ctx: PolicyContext) -> bool:
+        """See `CachePolicy`."""
+        user = ctx.state.user
+        previous, user["previous"] = user["previous"], ctx.base
+        ctx.threshold = self.rel_l1_thresh
+        retained = ctx.step < int(ctx.num_steps * self.retention_ratio)
+        if previous is None or retained or self.rel_l1_thresh <= 0:
+            return True
+        assert ctx.base is not None
+        ctx.signal = relative_l1(ctx.base, previous)
+        compute, ctx.accumulated = accumulate(user["accumulated"], ctx.signal, self.rel_l1_thresh)
+        user["accumulated"] = ctx.accumulated
+        return compute
+
+    def warm(self, ctx: PolicyContext) -> None:
+        """See `CachePolicy`: as after a computed step."""
+        ctx.state.user.update(previous=ctx.base, accumulated=0.0)
+
+    def on_computed(self, ctx: PolicyContext) -> None:
+        """See `CachePolicy`."""
+        user, computed = ctx.state.user, ctx.state.computed_steps
+        user["accumulated"] = 0.0
+        probes = user["probes"] | {ctx.step: ctx.first_block_residual}
+        user["probes"] = {step: probe for step, probe in probes.items() if step in computed[-2:]}
+
+    def reconstruct(self, ctx: PolicyContext) -> Tensor | None:
+        """See `CachePolicy`."""
+        history, probes = read_history(ctx, 2), ctx.state.user["probes"]
+        if history is None or ctx.hidden is None or ctx.first_block_residual is None:
+            return None
+        # The stored residuals are those of the blocks after the probe.
+        whole_residuals: list[tuple[Tensor, Tensor]] = [(probes[step], probes[step] + tail) for step, tail in history]
+        (latest, residual), *before = whole_residuals
+        if before:
+            earlier, earlier_residual = before[0]
+            gamma = alignment(ctx.first_block_residual, latest, earlier).to(residual.dtype)
+            residual = earlier_residual + gamma * (residual - earlier_residual)
+        return ctx.hidden + residual

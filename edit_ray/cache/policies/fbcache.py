@@ -1,0 +1,46 @@
+"""First-Block-Cache: skip the other blocks while the first one adds much the same as when they last ran.
+
+Source: Cheng Zeyi's github.com/chengzeyi/ParaAttention; the rule is that of diffusers' `hooks/first_block_cache.py`.
+"""
+
+from __future__ import annotations
+
+from edit_ray.cache.policies.checks import finite
+from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
+from edit_ray.cache.policies.signals import relative_l1
+
+
+@register_policy("fbcache")
+class FirstBlockCache(CachePolicy):
+    """Skips while the first block's residual is within a relative distance of that of the last computed step.
+
+    That residual [B, N, D] is kept per unit and branch, beside the store.
+    """
+
+    granularities = ("stack", "groups")
+    needs_first_block_probe = True
+
+    def __init__(self, *, rel_l1_thresh: float = 0.1) -> None:
+        """`rel_l1_thresh`: skip up to this distance, mean|r - r'| / mean|r'|; 0 or below never skips."""
+        self.rel_l1_thresh = finite("rel_l1_thresh", rel_l1_thresh)
+
+    def reset(self, state: UnitState) -> None:
+        """See `CachePolicy`."""
+        state.user["reference"] = None
+
+    def should_compute(self, ctx: PolicyContext) -> bool:
+        """See `CachePolicy`."""
+        reference = ctx.state.user["reference"]
+        ctx.threshold = self.rel_l1_thresh
+        if reference is None or self.rel_l1_thresh <= 0:
+            return True
+        assert ctx.first_block_residual is not None
+        ctx.signal = relative_l1(ctx.first_block_residual, reference)
+        return not ctx.signal <= self.rel_l1_thresh  # so that what is not a number computes
+
+    def warm(self, ctx: PolicyContext) -> None:
+        """See `CachePolicy`: the distance is taken from a computed step, and this is none."""
+
+    def on_computed(self, ctx: PolicyContext) -> None:
+        """See `CachePolicy`."""
+        ctx.state.user["reference"] = ctx.first_block_residual

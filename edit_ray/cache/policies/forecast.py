@@ -1,0 +1,67 @@
+"""What a unit's residual will be, from those of its last computed steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from edit_ray.cache.policies.policy import PolicyContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Forecast = Callable[[Sequence[tuple[int, "Tensor"]], int, int], "Tensor"]
+
+
+def forecast(history: Sequence[tuple[int, Tensor]], step: int, max_order: int) -> Tensor:
+    """The residual at `step` by TaylorSeer's expansion around the newest of `history`, (step, residual) newest first.
+
+    Divided differences D0 = F, D(j+1) = (Dj - Dj of the computed step before) / (steps between the two) stand for the
+    derivatives; the result is the sum of Dj k^j / j!, k steps after the newest. The newest `max_order` + 1 residuals
+    determine them: that equals updating them at each computed step. In float32, returned in the residuals' dtype.
+
+    Source: J. Liu et al., "From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers".
+    """
+    factors: list[Tensor] = []
+    last = 0
+    for computed, residual in reversed(history[: max_order + 1]):
+        updated = [residual.float()]
+        for order, previous in enumerate(factors[:max_order]):
+            updated.append((updated[order] - previous) / (computed - last))
+        factors, last = updated, computed
+    result = factors[0]
+    for order, factor in enumerate(factors[1:], start=1):
+        result = result + factor * ((step - last) ** order / math.factorial(order))
+    return result.to(history[0][1].dtype)
+
+
+def extrapolate(history: Sequence[tuple[int, Tensor]], step: int, order: int) -> Tensor:
+    """`forecast` of order 0 or 1, rounded as diffusers' `hooks/sea_cache.py` rounds its own."""
+    (latest, residual), *before = history[: order + 1]
+    if not before:
+        return residual
+    previous, earlier = before[0]
+    change = residual.float() - earlier.float()
+    return (residual.float() + change * ((step - latest) / (latest - previous))).to(residual.dtype)
+
+
+def read_history(ctx: PolicyContext, count: int) -> list[tuple[int, Tensor]] | None:
+    """The last `count` computed residuals, newest first, or as many as have been computed; None if the store lost one.
+
+    Going on with what is left would make the output depend on what a store happens to hold.
+    """
+    computed = ctx.state.computed_steps[-count:][::-1]
+    history = ctx.history()[: len(computed)]
+    return history if history and [step for step, _ in history] == computed else None
+
+
+def add_forecast(ctx: PolicyContext, max_order: int, predict: Forecast = forecast) -> Tensor | None:
+    """The unit's output [B, N, D] with a predicted residual; None if one of those that it takes is missing."""
+    if ctx.base is None:
+        return None
+    if max_order == 0:
+        residual = ctx.read_residual()
+        return None if residual is None else ctx.base + residual
+    history = read_history(ctx, max_order + 1)
+    return None if history is None else ctx.base + predict(history, ctx.step, max_order)

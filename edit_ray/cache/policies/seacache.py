@@ -1,0 +1,146 @@
+"""SeaCache: skip while the latents have changed little, seen through a filter that keeps what is signal by now.
+
+Source: "SeaCache: Spectral-Evolution-Aware Cache" (arXiv 2602.18993); the rule is that of diffusers'
+`hooks/sea_cache.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edit_ray.cache.policies.accumulate import accumulate
+from edit_ray.cache.policies.checks import finite, positive, whole
+from edit_ray.cache.policies.forecast import add_forecast, extrapolate
+from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, Signals, UnitState, register_policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def wiener_filter(latents: Tensor, sigma: float, power_exp: float) -> Tensor:
+    """Latents [B, C, T, h, w] at noise level `sigma`, less what is likely to be noise.
+
+    Per axis of (T, h, w) the gain at frequency f is a P / (a² P + sigma²) with P = 1 / |f|^power_exp and a = 1 - sigma;
+    the product over the axes is scaled to mean 1, so that distances compare between noise levels.
+    """
+    import torch  # here, so that a configuration is checked without it
+
+    sigma = min(max(sigma, 1e-6), 1 - 1e-6)
+    signal, gain = 1 - sigma, torch.ones((), device=latents.device)
+    for axis in (2, 3, 4):
+        size = latents.shape[axis]
+        frequency = torch.fft.fftfreq(size, device=latents.device, dtype=torch.float32)
+        power = 1 / (frequency.abs().pow(power_exp) + 1e-16)
+        axis_gain = signal * power / (signal**2 * power + sigma**2 + 1e-16)
+        gain = gain * axis_gain.reshape([size if dim == axis else 1 for dim in range(5)])
+    mean = gain.mean()
+    gain = gain / torch.where(mean.isfinite() & (mean > 0), mean, 1.0)
+    spectrum = torch.fft.fftn(latents.float(), dim=(2, 3, 4))
+    filtered: Tensor = torch.fft.ifftn(spectrum * gain, dim=(2, 3, 4)).real
+    return filtered.to(latents.dtype)
+
+
+def distance(current: Tensor, previous: Tensor) -> float:
+    """mean|current - previous| / mean|previous| [B, ...] per batch element, then the mean; one synchronisation."""
+    previous = previous.float().flatten(1)
+    change = (current.float().flatten(1) - previous).abs().mean(dim=1)
+    ratios: list[float] = (change / (previous.abs().mean(dim=1) + 1e-16)).tolist()
+    return sum(ratios) / len(ratios)
+
+
+@register_policy("seacache")
+class SeaCache(CachePolicy):
+    """Skips while the changes of the filtered latents since the last computed step add up to less than a threshold.
+
+    All units of a forward see the same signal, which is made once for all of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        threshold: float = 0.25,
+        residual_order: int = 1,
+        retention_steps: int = 1,
+        cache_end_steps: int = 1,
+        max_consecutive_cached: int = 2,
+        power_exp: float = 3.0,
+    ) -> None:
+        """The names are diffusers'.
+
+        Args:
+            threshold: Skip while less than this has accumulated; 0 or below never skips.
+            residual_order: 0 reuses the last computed residual, 1 extrapolates linearly from the last two.
+            retention_steps: So many first steps always compute.
+            cache_end_steps: So many last steps always compute.
+            max_consecutive_cached: Skips in a row at most; 0 for no limit.
+            power_exp: How fast a clean video's spectrum falls off with the frequency.
+        """
+        self.threshold = finite("threshold", threshold)
+        self.residual_order = whole("residual_order", residual_order)
+        if self.residual_order > 1:
+            raise ValueError(f"residual_order is {residual_order}; valid are 0 and 1.")
+        self.retention_steps = whole("retention_steps", retention_steps)
+        self.cache_end_steps = whole("cache_end_steps", cache_end_steps)
+        self.max_consecutive_cached = whole("max_consecutive_cached", max_consecutive_cached)
+        self.power_exp = positive("power_exp", power_exp)
+        self.history_len = self.residual_order + 1
+        # Of the latest forward, for all its units.
+        self._filtered: tuple[Signals, Tensor] | None = None
+        self._measured: tuple[Tensor, Tensor, float] | None = None
+
+    def reset(self, state: UnitState) -> None:
+        """See `CachePolicy`."""
+        state.user.update(previous=None, accumulated=0.0)
+
+    def should_compute(self, ctx: PolicyContext) -> bool:
+        """See `CachePolicy`."""
+        user = ctx.state.user
+        current, previous = self._filter(ctx), user["previous"]
+        user["previous"] = current
+        ctx.threshold = self.threshold
+        if previous is None or previous.shape != current.shape or self._must_compute(ctx):
+            return True
+        ctx.signal = self._distance(current, previous)
+        compute, ctx.accumulated = accumulate(user["accumulated"], ctx.signal, self.threshold)
+        user["accumulated"] = ctx.accumulated
+        return compute
+
+    def warm(self, ctx: PolicyContext) -> None:
+        """See `CachePolicy`: as after a computed step."""
+        ctx.state.user.update(previous=self._filter(ctx), accumulated=0.0)
+
+    def on_computed(self, ctx: PolicyContext) -> None:
+        """See `CachePolicy`."""
+        ctx.state.user["accumulated"] = 0.0
+
+    def reconstruct(self, ctx: PolicyContext) -> Tensor | None:
+        """See `CachePolicy`."""
+        return add_forecast(ctx, self.residual_order, extrapolate)
+
+    def _must_compute(self, ctx: PolicyContext) -> bool:
+        computed, limit = ctx.state.computed_steps, self.max_consecutive_cached
+        return (
+            self.threshold <= 0
+            or ctx.step < self.retention_steps
+            or ctx.step >= ctx.num_steps - self.cache_end_steps
+            or bool(limit and computed and ctx.step - computed[-1] > limit)
+        )
+
+    def _filter(self, ctx: PolicyContext) -> Tensor:
+        if ctx.latents is None or ctx.sigma is None:
+            missing = "its latents" if ctx.latents is None else "sigma, which the loop passes to cache_context(sigma=…)"
+            raise ValueError(
+                f"seacache filters a forward's latents by their noise level; step {ctx.step} lacks {missing}."
+            )
+        if not 0 <= ctx.sigma <= 1:
+            raise ValueError(f"seacache needs the sigma of a flow-matching loop, from 0 to 1, and got {ctx.sigma}.")
+        if self._filtered is None or self._filtered[0] is not ctx.signals:
+            self._filtered = ctx.signals, wiener_filter(ctx.latents, ctx.sigma, self.power_exp).detach()
+        return self._filtered[1]
+
+    def _distance(self, current: Tensor, previous: Tensor) -> float:
+        """`distance`, measured once for all units of a forward."""
+        measured = self._measured
+        if measured is None or measured[0] is not current or measured[1] is not previous:
+            measured = self._measured = current, previous, distance(current, previous)
+        return measured[2]

@@ -1,0 +1,119 @@
+"""TeaCache: skip while the timestep embedding has changed little, as a polynomial translates its change.
+
+Source: F. Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model"; the rule and the
+coefficients for Wan2.1 are those of github.com/ali-vilab/TeaCache, `TeaCache4Wan2.1/teacache_generate.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from edit_ray.cache.policies.accumulate import accumulate
+from edit_ray.cache.policies.checks import finite, flag, numbers
+from edit_ray.cache.policies.per_branch import parse_per_branch, pick_per_branch
+from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
+from edit_ray.cache.policies.signals import relative_l1
+
+# By variant: for `e0` (use_ret_steps), for `e`. Highest power first.
+WAN_COEFFICIENTS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "t2v-1.3B": (
+        (-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02),
+        (2.39676752e03, -1.31110545e03, 2.01331979e02, -8.29855975e00, 1.37887774e-01),
+    ),
+    "t2v-14B": (
+        (-3.03318725e05, 4.90537029e04, -2.65530556e03, 5.87365115e01, -3.15583525e-01),
+        (-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
+    ),
+    "i2v-480p": (
+        (2.57151496e05, -3.54229917e04, 1.40286849e03, -1.35890334e01, 1.32517977e-01),
+        (-3.02331670e02, 2.23948934e02, -5.25463970e01, 5.87348440e00, -2.01973289e-01),
+    ),
+    "i2v-720p": (
+        (8.10705460e03, 2.13393892e03, -3.72934672e02, 1.66203073e01, -4.17769401e-02),
+        (-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683),
+    ),
+}
+
+
+def polynomial(coefficients: Sequence[float], x: float) -> float:
+    """Its value at x; highest power first."""
+    value = 0.0
+    for coefficient in coefficients:
+        value = value * x + coefficient
+    return value
+
+
+def must_compute(step: int, num_steps: int, use_ret_steps: bool) -> bool:
+    """Whether a step computes whatever the signal: the first 5 do with `use_ret_steps`, else the first and the last."""
+    return step < 5 if use_ret_steps else step < 1 or step >= num_steps - 1
+
+
+@register_policy("teacache")
+class TeaCache(CachePolicy):
+    """Skips while the translated changes of the signal since the last computed step add up to less than a threshold.
+
+    The signal depends on timesteps and weights alone, so that both branches and all units decide alike, and before the
+    loop begins.
+    """
+
+    timestep_only = True
+
+    def __init__(
+        self,
+        *,
+        rel_l1_thresh: float = 0.2,
+        wan_variant: str | None = None,
+        coefficients: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
+        use_ret_steps: bool = False,
+    ) -> None:
+        """Exactly one of `wan_variant` and `coefficients` is given.
+
+        Args:
+            rel_l1_thresh: Skip while less than this has accumulated; 0 or below never skips.
+            wan_variant: Whose published coefficients to use: t2v-1.3B, t2v-14B, i2v-480p or i2v-720p.
+            coefficients: Of another model: of the polynomial that translates the relative change of the signal, highest
+                power first; or such a sequence per "cond" and "uncond", or per "transformer/cond" and so on.
+            use_ret_steps: Watch `e0` and compute the first 5 steps, instead of `e` and the first and the last.
+        """
+        self.rel_l1_thresh = finite("rel_l1_thresh", rel_l1_thresh)
+        self.use_ret_steps = flag("use_ret_steps", use_ret_steps)
+        variants = ", ".join(WAN_COEFFICIENTS)
+        if (wan_variant is None) == (coefficients is None):
+            given = "neither" if coefficients is None else "both"
+            raise ValueError(
+                f"teacache takes either wan_variant= (one of {variants}) or coefficients= (fitted to the model at "
+                f"hand), and was given {given}."
+            )
+        if wan_variant is not None:
+            if wan_variant not in WAN_COEFFICIENTS:
+                raise ValueError(
+                    f"wan_variant is {wan_variant!r}; valid are {variants}, or coefficients= in its place."
+                )
+            coefficients = WAN_COEFFICIENTS[wan_variant][0 if use_ret_steps else 1]
+        self.coefficients = parse_per_branch("coefficients", coefficients, numbers)
+
+    def reset(self, state: UnitState) -> None:
+        """See `CachePolicy`."""
+        state.user.update(previous=None, accumulated=0.0)
+
+    def should_compute(self, ctx: PolicyContext) -> bool:
+        """See `CachePolicy`."""
+        user = ctx.state.user
+        signal, previous = ctx.e0 if self.use_ret_steps else ctx.e, user["previous"]
+        user["previous"] = signal
+        ctx.threshold = self.rel_l1_thresh
+        if previous is None:
+            return True
+        ctx.signal = relative_l1(signal, previous)
+        if must_compute(ctx.step, ctx.num_steps, self.use_ret_steps):
+            user["accumulated"] = 0.0
+            return True
+        coefficients = pick_per_branch("coefficients", self.coefficients, ctx.expert, ctx.branch)
+        change = polynomial(coefficients, ctx.signal)
+        compute, ctx.accumulated = accumulate(user["accumulated"], change, self.rel_l1_thresh)
+        user["accumulated"] = 0.0 if compute else ctx.accumulated
+        return compute
+
+    def warm(self, ctx: PolicyContext) -> None:
+        """See `CachePolicy`: as after a computed step."""
+        ctx.state.user.update(previous=ctx.e0 if self.use_ret_steps else ctx.e, accumulated=0.0)

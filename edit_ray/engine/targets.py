@@ -1,0 +1,39 @@
+"""A wanted speedup, turned into a policy's threshold before the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from edit_ray.cache.policies import CachePolicy
+
+THRESHOLD_OF = {"teacache": "rel_l1_thresh", "magcache": "threshold"}
+"""The option that decides how much a policy with a known mask skips."""
+
+
+def check_target(name: str, policy: CachePolicy, options: Mapping[str, Any]) -> None:
+    """Raises ValueError where a target cannot choose the threshold."""
+    if name not in THRESHOLD_OF or not policy.timestep_only:
+        raise ValueError(
+            f"target_speedup needs a policy whose mask a threshold decides before the loop: {', '.join(THRESHOLD_OF)}; "
+            f"the policy is {name!r}."
+        )
+    if THRESHOLD_OF[name] in options:
+        raise ValueError(f"target_speedup and {THRESHOLD_OF[name]} were both given; each decides the other.")
+
+
+def threshold_for(speedup: float, computed_share: Callable[[float], float], highest: float = 64.0) -> float:
+    """A threshold at which 1 / `computed_share(threshold)` is as near to `speedup` as any makes it.
+
+    `computed_share`, of all forwards, falls as the threshold rises, in steps; the one at `speedup` is found by halving.
+    """
+    low, high = 0.0, highest
+    if 1 / computed_share(high) <= speedup:
+        return high
+    for _ in range(60):
+        middle = (low + high) / 2
+        if 1 / computed_share(middle) < speedup:
+            low = middle
+        else:
+            high = middle
+    return min((high, low), key=lambda threshold: (abs(1 / computed_share(threshold) - speedup), threshold))

@@ -1,0 +1,50 @@
+"""Things chosen by name: what is built in, what a module registers, what an installed package offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Classes by name. `group` is the entry-point group in which installed packages offer more of them."""
+
+    def __init__(self, kind: str, group: str) -> None:
+        self.kind, self.group = kind, group
+        self._classes: dict[str, type[T]] = {}
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """A decorator that gives a class its name.
+
+        Raises:
+            ValueError: another class has it. The same class, defined anew (a module loaded twice), replaces itself.
+        """
+
+        def give_name(cls: type[T]) -> type[T]:
+            taken = self._classes.get(name)
+            if taken is not None and taken.__qualname__ != cls.__qualname__:
+                raise ValueError(f"The {self.kind} name {name!r} is taken by {taken.__module__}.{taken.__qualname__}.")
+            self._classes[name] = cls
+            return cls
+
+        return give_name
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted({*self._classes, *entry_points(group=self.group).names})
+
+    def find(self, name: str) -> type[T]:
+        """The class of a name.
+
+        Raises:
+            ValueError: nothing has this name; says which there are.
+        """
+        if name not in self._classes:
+            for entry_point in entry_points(group=self.group, name=name):
+                self._classes.setdefault(name, entry_point.load())
+        if name not in self._classes:
+            raise ValueError(f"There is no {self.kind} named {name!r}; there are {', '.join(self.names())}.")
+        return self._classes[name]

@@ -1,0 +1,191 @@
+"""Every policy at every granularity that it declares: never skipping is exact, known masks need no synchronisation."""
+
+import itertools
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from edit_ray.cache import apply_cache_on_transformer
+from edit_ray.cache.policies import POLICIES
+from edit_ray.cache.policies.teacache import WAN_COEFFICIENTS
+from tests.parity.conftest import BUILTIN
+
+STEPS = 6
+RATIOS = [1.0] * STEPS
+FLAT = [0.0, 0.0, 0.0, 0.0, 1.0]
+# By policy: options that never skip, and options that skip a lot.
+OPTIONS = {
+    "always": ({}, None),
+    "dicache": ({"rel_l1_thresh": 0.0}, {"rel_l1_thresh": 10.0}),
+    "fbcache": ({"rel_l1_thresh": -1.0}, {"rel_l1_thresh": 10.0}),
+    "magcache": ({"threshold": 0.0, "mag_ratios": RATIOS}, {"threshold": 10.0, "mag_ratios": RATIOS}),
+    "schedule": ({"mask": [True] * STEPS}, {"mask": [True, False] * (STEPS // 2)}),
+    "seacache": ({"threshold": 0.0}, {"threshold": 10.0}),
+    "taylorseer": ({"cache_interval": 1}, {"cache_interval": 3, "disable_cache_before_step": 1}),
+    "teacache": (
+        {"rel_l1_thresh": 0.0, "wan_variant": "t2v-1.3B"},
+        {"rel_l1_thresh": 2.5, "coefficients": FLAT},
+    ),
+    "warmstart_reuse": (
+        {"rel_l1_thresh": 0.0, "wan_variant": "t2v-1.3B"},
+        {"rel_l1_thresh": 2.5, "coefficients": FLAT},
+    ),
+}
+VALUES = {"stack": "stack", "per_block": "per_block", "groups": 3}
+MATRIX = [
+    (name, VALUES[kind])
+    for name in sorted(POLICIES.names())
+    if name in OPTIONS
+    for kind in ("stack", "per_block", "groups")
+    if kind in (("stack", "per_block", "groups") if name == "warmstart_reuse" else POLICIES.find(name).granularities)
+]
+SKIPPING = [(name, granularity) for name, granularity in MATRIX if OPTIONS[name][1]]
+CALL = {
+    "prompt": "a red circle and a blue square bouncing on a black background",
+    "height": 64,
+    "width": 64,
+    "num_frames": 5,
+    "num_inference_steps": STEPS,
+    "guidance_scale": 4.0,
+    "output_type": "latent",
+    "return_dict": False,
+}
+
+
+def latents(pipe, seed=0, **changes):
+    return pipe(**(CALL | changes), generator=torch.Generator().manual_seed(seed))[0]
+
+
+@pytest.fixture(scope="module")
+def builtin(pair_of):
+    return pair_of(BUILTIN).ours
+
+
+@pytest.fixture(scope="module")
+def uncached(builtin):
+    return latents(builtin)
+
+
+def test_every_built_in_policy_is_here():
+    built_in = {name for name in POLICIES.names() if POLICIES.find(name).__module__.startswith("edit_ray.")}
+    assert built_in == set(OPTIONS)
+
+
+@pytest.mark.parametrize(("name", "granularity"), MATRIX)
+def test_never_skipping_is_bit_equal_and_removal_restores(builtin, uncached, name, granularity):
+    keys = list(builtin.transformer.state_dict())
+    builtin.enable_cache(name, STEPS, granularity, **OPTIONS[name][0])
+    try:
+        assert torch.equal(latents(builtin), uncached)
+        assert list(builtin.transformer.state_dict()) == keys
+        assert {decision.decision for decision in builtin.cache.record} == {"compute"}
+    finally:
+        builtin.disable_cache()
+    assert list(builtin.transformer.state_dict()) == keys
+
+
+def test_after_all_of_them_the_model_is_as_it_was(builtin, uncached):
+    assert torch.equal(latents(builtin), uncached)
+
+
+@pytest.mark.parametrize(("variant", "use_ret_steps"), list(itertools.product(WAN_COEFFICIENTS, [False, True])))
+def test_the_official_coefficients_at_threshold_0_never_skip(builtin, uncached, variant, use_ret_steps):
+    options = {"wan_variant": variant, "use_ret_steps": use_ret_steps, "rel_l1_thresh": 0.0}
+    builtin.enable_cache("teacache", STEPS, **options)
+    try:
+        assert torch.equal(latents(builtin), uncached)
+    finally:
+        builtin.disable_cache()
+
+
+@pytest.mark.parametrize(("name", "granularity"), SKIPPING)
+def test_under_stock_diffusers_masks_and_latents_are_the_same(builtin, uncached, name, granularity):
+    options = OPTIONS[name][1]
+    builtin.enable_cache(name, STEPS, granularity, **options)
+    try:
+        ours, record = latents(builtin), builtin.cache.record
+    finally:
+        builtin.disable_cache()
+    assert not torch.equal(ours, uncached)
+    stock = WanPipeline(**builtin.components, expand_timesteps=True)
+    stock.set_progress_bar_config(disable=True)
+    cache = apply_cache_on_transformer(stock.transformer, name, STEPS, granularity, **options)
+    try:
+        assert torch.equal(latents(stock), ours)
+        same = [(d.step, d.branch, d.expert, d.unit, d.decision) for d in record]
+        assert [(d.step, d.branch, d.expert, d.unit, d.decision) for d in cache.record] == same
+    finally:
+        cache.remove()
+
+
+@pytest.mark.parametrize(("name", "granularity"), SKIPPING)
+def test_guidance_survives(builtin, name, granularity):
+    """cond - uncond of a skipped step does not become zero, as it does where a state ignores the branch."""
+    seen = {}
+
+    def keep(ctx):
+        if ctx.decision == "reuse" and ctx.unit_index == 0:
+            seen[ctx.step, ctx.branch] = ctx.residuals.latest()
+
+    builtin.enable_cache(name, STEPS, granularity, **OPTIONS[name][1])
+    try:
+        builtin.cache.on_unit(keep)
+        latents(builtin)
+    finally:
+        builtin.disable_cache()
+    both = [step for step, branch in seen if branch == "cond" and (step, "uncond") in seen]
+    assert both
+    assert all((seen[step, "cond"] - seen[step, "uncond"]).abs().max() > 0 for step in both)
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts what would wait for a GPU: values that are brought to Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def synchronisations_in_the_loop(pipe):
+    """Those from the end of the first step to the end of the last."""
+    mode = Synchronisations()
+
+    def count(_pipe, step, *_):
+        if step == 0:
+            mode.__enter__()
+        if step == STEPS - 1:
+            mode.__exit__(None, None, None)
+        return {}
+
+    latents(pipe, callback_on_step_end=count)
+    return mode.count
+
+
+@pytest.mark.parametrize("name", ["magcache", "schedule", "taylorseer", "teacache", "warmstart_reuse"])
+def test_known_masks_are_said_before_and_need_no_synchronisation(builtin, name):
+    without = synchronisations_in_the_loop(builtin)
+    builtin.enable_cache(name, STEPS, **OPTIONS[name][1])
+    try:
+        plan = builtin.cache.plan()
+        assert synchronisations_in_the_loop(builtin) == without
+        for branch in ("cond", "uncond"):
+            assert tuple(builtin.cache.record.mask(branch)) == plan["transformer", branch, 0]
+    finally:
+        builtin.disable_cache()
+
+
+@pytest.mark.parametrize("name", ["dicache", "fbcache", "seacache"])
+def test_the_others_take_at_most_one_synchronisation_a_decision(builtin, name):
+    without = synchronisations_in_the_loop(builtin)
+    builtin.enable_cache(name, STEPS, **OPTIONS[name][1])
+    try:
+        assert builtin.cache.plan() is None
+        assert synchronisations_in_the_loop(builtin) - without <= 2 * (STEPS - 1)
+    finally:
+        builtin.disable_cache()

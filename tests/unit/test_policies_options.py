@@ -1,0 +1,255 @@
+"""What options may be, what a policy must be, and that a threshold of 0 or below never skips."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from edit_ray.cache.policies import (
+    POLICIES,
+    CachePolicy,
+    DiCache,
+    FirstBlockCache,
+    MagCache,
+    Schedule,
+    SeaCache,
+    TaylorSeer,
+    TeaCache,
+    WarmstartReuse,
+    check_granularity,
+    make_policy,
+    register_policy,
+    relative_l1,
+)
+from edit_ray.cache.policies.per_branch import parse_per_branch, pick_per_branch
+from edit_ray.cache.policies.teacache import WAN_COEFFICIENTS
+from tests.unit.policy_unit import RecordedSignals, Unit
+
+OPTIONS = {
+    "always": {},
+    "teacache": {"wan_variant": "t2v-1.3B"},
+    "fbcache": {},
+    "magcache": {"mag_ratios": [1.0]},
+    "taylorseer": {},
+    "seacache": {},
+    "dicache": {},
+    "schedule": {"mask": [True] * 12},
+    "warmstart_reuse": {"wan_variant": "t2v-1.3B"},
+}
+NEVER = [
+    ("always", {}),
+    *(("fbcache", {"rel_l1_thresh": at}) for at in (0, -1.0)),
+    *(("magcache", {"threshold": at, "mag_ratios": [1.0]}) for at in (0, -1.0)),
+    *(("magcache", {"max_skip_steps": 0, "mag_ratios": [1.0]}),),
+    *(("taylorseer", {"cache_interval": at}) for at in (1, 0, -3)),
+    *(("seacache", {"threshold": at}) for at in (0, -1.0)),
+    *(("dicache", {"rel_l1_thresh": at}) for at in (0, -1.0)),
+    ("schedule", {"mask": [True] * 12}),
+    *(
+        ("teacache", {"wan_variant": variant, "use_ret_steps": ret, "rel_l1_thresh": at})
+        for variant in WAN_COEFFICIENTS
+        for ret in (True, False)
+        for at in (0, -1.0)
+    ),
+    ("warmstart_reuse", {"rel_l1_thresh": 0, "wan_variant": "t2v-14B"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), NEVER, ids=str)
+def test_never_means_never_even_where_nothing_changes(name, options):
+    unit = Unit(make_policy(name, options), 12)
+    same = RecordedSignals(torch.ones(1, 2), torch.ones(1, 6, 2), torch.ones(1, 1, 2, 2, 2), 0.5)
+    hidden, probe = torch.ones(1, 2, 2), torch.full((1, 2, 2), 2.0)
+    assert all(unit.step(step, signals=same, hidden=hidden, probe=probe).computed for step in range(12))
+
+
+def test_the_same_units_skip_above_zero():
+    """Or the test above would say little."""
+    for name, options in (
+        ("fbcache", {"rel_l1_thresh": 0.01}),
+        ("magcache", {"threshold": 0.01, "mag_ratios": [1.0]}),
+        ("taylorseer", {"cache_interval": 2}),
+        ("seacache", {"threshold": 0.01}),
+        ("dicache", {"rel_l1_thresh": 0.01}),
+        ("teacache", {"wan_variant": "t2v-14B", "rel_l1_thresh": 0.01}),
+    ):
+        unit = Unit(make_policy(name, options), 12)
+        same = RecordedSignals(torch.ones(1, 2), torch.ones(1, 6, 2), torch.ones(1, 1, 2, 2, 2), 0.5)
+        hidden, probe = torch.ones(1, 2, 2), torch.full((1, 2, 2), 2.0)
+        mask = [unit.step(step, signals=same, hidden=hidden, probe=probe).computed for step in range(12)]
+        assert not all(mask), name
+
+
+def test_every_policy_is_registered_and_made_by_its_name():
+    assert set(OPTIONS) <= set(POLICIES.names())
+    for name, options in OPTIONS.items():
+        assert type(make_policy(name, options)) is POLICIES.find(name)
+
+
+def test_what_policies_declare():
+    probes = {name for name, options in OPTIONS.items() if make_policy(name, options).needs_first_block_probe}
+    static = {name for name, options in OPTIONS.items() if make_policy(name, options).timestep_only}
+    assert probes == {"fbcache", "dicache"}
+    assert static == {"always", "teacache", "magcache", "taylorseer", "schedule", "warmstart_reuse"}
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "sentence"),
+    [
+        (lambda: TeaCache(), ValueError, "(one of t2v-1.3B, t2v-14B, i2v-480p, i2v-720p) or coefficients="),
+        (lambda: TeaCache(wan_variant="t2v-1.3B", coefficients=[1]), ValueError, "was given both"),
+        (lambda: TeaCache(wan_variant="t2v-2B"), ValueError, "wan_variant is 't2v-2B'; valid are t2v-1.3B, t2v-14B"),
+        (lambda: TeaCache(coefficients=[]), ValueError, "coefficients is empty"),
+        (lambda: TeaCache(coefficients=[1, math.nan]), ValueError, "coefficients[1] is nan; valid is a finite number"),
+        (lambda: TeaCache(coefficients="12"), TypeError, "coefficients is '12'; valid is a sequence of finite numbers"),
+        (lambda: TeaCache(coefficients=3), TypeError, "coefficients is 3"),
+        (lambda: TeaCache(coefficients=torch.ones(2, 2)), TypeError, "coefficients[0] is [1.0, 1.0]"),
+        (lambda: TeaCache(coefficients={}), ValueError, "coefficients is an empty mapping"),
+        (lambda: TeaCache(coefficients={"both": [1]}), ValueError, "coefficients has the key 'both'; valid are"),
+        (lambda: TeaCache(coefficients={"/cond": [1]}), ValueError, "has the key '/cond'"),
+        (lambda: TeaCache(coefficients={"cond": [math.inf]}), ValueError, "coefficients['cond'][0] is inf"),
+        (lambda: TeaCache(wan_variant="t2v-14B", use_ret_steps=1), TypeError, "use_ret_steps is 1; valid are True and"),
+        (lambda: TeaCache(wan_variant="t2v-14B", rel_l1_thresh=math.nan), ValueError, "rel_l1_thresh is nan; valid is"),
+        (lambda: TeaCache(wan_variant="t2v-14B", rel_l1_thresh="0.1"), TypeError, "rel_l1_thresh is '0.1'; valid is"),
+        (lambda: TeaCache(wan_variant="t2v-14B", rel_l1_thresh=True), TypeError, "rel_l1_thresh is True"),
+        (lambda: FirstBlockCache(rel_l1_thresh=math.inf), ValueError, "rel_l1_thresh is inf; valid is a finite number"),
+        (lambda: FirstBlockCache(rel_l1_thresh=None), TypeError, "rel_l1_thresh is None"),
+        (lambda: MagCache(), ValueError, "magcache needs mag_ratios="),
+        (lambda: MagCache(mag_ratios=[1, 0]), ValueError, "mag_ratios[1] is 0.0; valid is a finite number above 0"),
+        (lambda: MagCache(mag_ratios=[1], threshold=math.nan), ValueError, "threshold is nan"),
+        (lambda: MagCache(mag_ratios=[1], max_skip_steps=-1), ValueError, "max_skip_steps is -1; valid is a whole"),
+        (lambda: MagCache(mag_ratios=[1], max_skip_steps=1.5), TypeError, "max_skip_steps is 1.5; valid is a whole"),
+        (lambda: MagCache(mag_ratios=[1], retention_ratio=1.2), ValueError, "retention_ratio is 1.2; valid is a"),
+        (lambda: TaylorSeer(cache_interval=2.0), TypeError, "cache_interval is 2.0; valid is a whole number."),
+        (lambda: TaylorSeer(max_order=-1), ValueError, "max_order is -1; valid is a whole number from 0."),
+        (lambda: TaylorSeer(disable_cache_before_step=-1), ValueError, "disable_cache_before_step is -1"),
+        (lambda: TaylorSeer(disable_cache_after_step=-1), ValueError, "disable_cache_after_step is -1"),
+        (lambda: SeaCache(threshold=math.inf), ValueError, "threshold is inf"),
+        (lambda: SeaCache(residual_order=2), ValueError, "residual_order is 2; valid are 0 and 1."),
+        (lambda: SeaCache(power_exp=0), ValueError, "power_exp is 0.0; valid is a finite number above 0."),
+        (lambda: SeaCache(max_consecutive_cached=-2), ValueError, "max_consecutive_cached is -2"),
+        (lambda: SeaCache(retention_steps=-1), ValueError, "retention_steps is -1"),
+        (lambda: SeaCache(cache_end_steps=True), TypeError, "cache_end_steps is True"),
+        (lambda: DiCache(rel_l1_thresh=math.nan), ValueError, "rel_l1_thresh is nan"),
+        (lambda: DiCache(probe_depth=2), ValueError, "probe_depth is 2; valid is 1"),
+        (lambda: DiCache(retention_ratio=-0.1), ValueError, "retention_ratio is -0.1"),
+        (lambda: Schedule(mask=[]), ValueError, "mask is empty; valid is a sequence of True and False"),
+        (lambda: Schedule(mask="1011"), TypeError, "mask is '1011'; valid is a sequence of True and False"),
+        (lambda: Schedule(mask=[True, 2]), TypeError, "mask[1] is 2; valid are True and False"),
+        (lambda: Schedule(mask=[True], residual_order=3), ValueError, "residual_order is 3"),
+        (lambda: Schedule(mask=[True] * 4).check(5), ValueError, "mask has 4 entries, and the loop has 5 steps"),
+        (lambda: Schedule(mask={"cond": [True]}).check(2), ValueError, "mask['cond'] has 1 entries, and the"),
+        (lambda: WarmstartReuse(align="first", inner="always"), ValueError, "align is 'first'; valid are 'step' and"),
+        (lambda: WarmstartReuse(combine="sum", inner="always"), ValueError, "combine is 'sum'; valid are 'latest' and"),
+        (lambda: WarmstartReuse(warm_steps=-1, inner="always"), ValueError, "warm_steps is -1"),
+        (lambda: WarmstartReuse(inner="teacup"), ValueError, "no cache policy named 'teacup'; there are always, "),
+        (lambda: WarmstartReuse(), ValueError, "teacache takes either wan_variant="),
+        (lambda: WarmstartReuse(inner="fbcache", thresh=1), TypeError, "'fbcache' has no option thresh; it takes"),
+        (lambda: WarmstartReuse(inner=FirstBlockCache(), rel_l1_thresh=1), TypeError, "a policy that is made already"),
+        (lambda: WarmstartReuse(inner=WarmstartReuse(inner="always")), ValueError, "inner is warmstart_reuse"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused_in_a_sentence(make, error, sentence):
+    with pytest.raises(error, match=re.escape(sentence)):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "error", "sentence"),
+    [
+        ("teacup", {}, ValueError, "no cache policy named 'teacup'; there are always, dicache, fbcache"),
+        (3, {}, TypeError, "policy is 3; valid are always, dicache"),
+        ("always", {"thresh": 1}, TypeError, "'always' has no option thresh; it takes none."),
+        ("fbcache", {"thresh": 1}, TypeError, "'fbcache' has no option thresh; it takes rel_l1_thresh."),
+        ("schedule", {}, TypeError, "'schedule' needs the option mask; it takes mask, residual_order."),
+        (FirstBlockCache(), {"rel_l1_thresh": 1}, TypeError, "FirstBlockCache is a policy that is made already"),
+    ],
+)
+def test_policies_that_cannot_be_made(policy, options, error, sentence):
+    with pytest.raises(error, match=re.escape(sentence)):
+        make_policy(policy, options)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Policies registered in a test are gone after it."""
+    monkeypatch.setattr(POLICIES, "_classes", dict(POLICIES._classes))
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_half_implemented_policy_is_refused():
+    @register_policy("half")
+    class Half(CachePolicy):
+        pass
+
+    with pytest.raises(TypeError, match=r"'half' \(.*Half\) lacks the method should_compute\."):
+        make_policy("half", {})
+
+    @register_policy("stranger")
+    class Stranger:
+        pass
+
+    with pytest.raises(TypeError, match=r"'stranger' is .*Stranger, which is no subclass of CachePolicy\."):
+        make_policy("stranger", {})
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_seeds_custom_policy_runs():
+    @register_policy("my_policy")
+    class MyPolicy(CachePolicy):
+        needs_first_block_probe = False
+
+        def __init__(self, *, rel_l1_thresh=0.1):
+            self.rel_l1_thresh = rel_l1_thresh
+
+        def reset(self, state):
+            state.user["prev"] = None
+
+        def should_compute(self, ctx) -> bool:
+            prev = ctx.state.user["prev"]
+            ctx.state.user["prev"] = ctx.e0.clone()
+            return prev is None or relative_l1(ctx.e0, prev) >= self.rel_l1_thresh
+
+    policy = make_policy("my_policy", {"rel_l1_thresh": 0.3})
+    signals = [RecordedSignals(e0=torch.full((1, 6, 2), value)) for value in (1.0, 1.1, 1.2, 2.0)]
+    assert Unit(policy, 4).mask(signals) == [True, False, False, True]
+    for granularity in ("stack", "per_block", 3):
+        check_granularity(policy, granularity)
+
+
+@pytest.mark.parametrize(
+    ("policy", "good", "bad", "sentence"),
+    [
+        (FirstBlockCache(), ["stack", 2], ["per_block", 1, 0, True, "2"], '"stack" or an integer from 2'),
+        (MagCache(mag_ratios=[1]), ["stack"], ["per_block", 2, None], 'MagCache works with "stack".'),
+        (TaylorSeer(), ["stack", "per_block", 1, 4], ["blocks", -1, 2.0, []], '"stack" or "per_block" or an integer'),
+        (WarmstartReuse(inner=FirstBlockCache()), ["stack", 3], ["per_block"], 'WarmstartReuse works with "stack" or'),
+    ],
+)  # fmt: skip
+def test_a_granularity_without_meaning_names_those_with_one(policy, good, bad, sentence):
+    for granularity in good:
+        check_granularity(policy, granularity)
+    for granularity in bad:
+        with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+            check_granularity(policy, granularity)
+        assert str(caught.value).startswith(f"granularity is {granularity!r}; ")
+
+
+@pytest.mark.parametrize("declared", [(), ("blocks",)])
+def test_granularities_that_there_are_not(declared):
+    class Odd(Schedule):
+        granularities = declared
+
+    with pytest.raises(TypeError, match="valid are some of stack, per_block, groups"):
+        check_granularity(Odd(mask=[True]), "stack")
+
+
+def test_the_narrowest_entry_is_picked():
+    entries = parse_per_branch("x", {"cond": 1, "transformer_2/cond": 2, "uncond": 3}, lambda name, value: value)
+    assert pick_per_branch("x", entries, "transformer", "cond") == 1
+    assert pick_per_branch("x", entries, "transformer_2", "cond") == 2
+    assert pick_per_branch("x", entries, "transformer_2", "uncond") == 3
+    assert pick_per_branch("x", parse_per_branch("x", 5, lambda name, value: value), "any", "cond") == 5
+    with pytest.raises(ValueError, match='x has entries for cond, none of which is for the branch "uncond" of "t"'):
+        pick_per_branch("x", {"cond": 1}, "t", "uncond")
