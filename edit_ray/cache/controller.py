@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edit_ray.cache.plan import BRANCHES, Expert, LoopStep, Plan, make_plan
+from edit_ray.cache.plan import BRANCHES, Expert, LoopStep, Plan, check_not_compiled, make_plan
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState
 from edit_ray.cache.records import Counts, Decided, Decision, Reason, Record
 from edit_ray.cache.residuals import Entry, Owner, ResidualIndex, UnitResiduals
@@ -156,6 +156,7 @@ class Cache:
 
         Raises:
             ValueError: the loop has another number of steps than the cache was enabled for.
+            RuntimeError: no forward of the loop went through the cache.
         """
         self._check_steps(len(steps))
         self.reset(clear_store)
@@ -165,6 +166,11 @@ class Cache:
                 self._plan = self._make_plan(steps, branches) if self.policy.timestep_only else {}
             yield
             self._done.clear()
+            if not self.record:
+                raise RuntimeError(
+                    "The cache was never asked in a whole loop: the transformers that it is on were not called. "
+                    "Disable it before changing the pipeline's transformers, and enable it again."
+                )
         except BaseException:
             self.reset(clear_store)
             raise
@@ -198,6 +204,7 @@ class Cache:
                 f"{type(expert.transformer).__name__} has a cache and was called outside of a cache_context: branch "
                 "and step are not known. Use a pipeline that sets it, or disable the cache."
             )
+        check_not_compiled(expert.transformer)
         where, self._walk = self._where, None
         self._account(expert, where)
         latents, timestep = expert.adapter.inputs(args, kwargs)

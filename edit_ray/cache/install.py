@@ -16,7 +16,7 @@ from torch import nn
 
 from edit_ray.cache.adapters import adapter_of
 from edit_ray.cache.controller import Cache
-from edit_ray.cache.plan import Expert, LoopStep
+from edit_ray.cache.plan import Expert, LoopStep, check_not_compiled
 from edit_ray.cache.policies import check_granularity, make_policy
 from edit_ray.cache.policies.policy import CachePolicy
 from edit_ray.cache.stores.device import GPUStore
@@ -87,11 +87,7 @@ def _expert(name: str, transformer: nn.Module, granularity: str | int) -> Expert
     kind = type(transformer).__name__
     if _LINK in transformer.__dict__:
         raise ValueError(f"This {kind} has a cache already; disable that first.")
-    if getattr(transformer, "_orig_mod", None) is not None or transformer._compiled_call_impl is not None:
-        raise ValueError(
-            f"This {kind} is compiled as a whole, which freezes every decision: compile its blocks instead "
-            "(transformer.compile_repeated_blocks())."
-        )
+    check_not_compiled(transformer)
     adapter = adapter_of(transformer)
     if not hasattr(transformer, "cache_context"):
         raise ValueError(f"{kind} has no cache_context: the branch and the step of a forward cannot be known.")

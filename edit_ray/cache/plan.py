@@ -43,6 +43,15 @@ class Expert:
         )
 
 
+def check_not_compiled(transformer: nn.Module) -> None:
+    """Raises ValueError for a transformer that is compiled as a whole; its blocks may be."""
+    if getattr(transformer, "_orig_mod", None) is not None or transformer._compiled_call_impl is not None:
+        raise ValueError(
+            f"This {type(transformer).__name__} is compiled as a whole, which freezes every decision: compile its "
+            "blocks instead (transformer.compile_repeated_blocks())."
+        )
+
+
 @dataclass(frozen=True)
 class Planned:
     """A decision made before the loop, with what the policy compared."""

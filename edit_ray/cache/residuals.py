@@ -47,10 +47,16 @@ class ResidualIndex:
 
     def entries(self) -> list[Entry]:
         """What is stored now, with the tier that holds it."""
-        tier_of: Callable[[Key], str] | None = getattr(self.store, "tier_of", None)
-        tier = getattr(self.store, "tier", type(self.store).__name__)
-        held = [entry for entry in self._entries.values() if self.store.get(entry.key) is not None]
-        return [Entry(e.key, tier_of(e.key) if tier_of else tier, e.shape, e.bytes) for e in held]
+        located = [(entry, self._tier_of(entry.key)) for entry in self._entries.values()]
+        return [Entry(entry.key, tier, entry.shape, entry.bytes) for entry, tier in located if tier is not None]
+
+    def _tier_of(self, key: Key) -> str | None:
+        """Of a store that can tell; of any other its only tier, if reading finds the entry."""
+        if hasattr(self.store, "tier_of"):
+            found: str | None = self.store.tier_of(key)
+            return found
+        tier: str = getattr(self.store, "tier", type(self.store).__name__)
+        return None if self.store.get(key) is None else tier
 
     def bytes_by_branch(self) -> dict[str, int]:
         """Bytes put and not dropped, by branch."""

@@ -1,0 +1,413 @@
+"""What else is done to a transformer goes on with a cache: LoRA, compiled blocks, VACE, per-token timesteps, saving."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, WanImageToVideoPipeline, WanTransformer3DModel, WanVACETransformer3DModel
+from PIL import Image
+
+from edit_ray import EditWanPipeline
+from edit_ray.cache import (
+    CachePolicy,
+    CPUOffloadStore,
+    DiskOffloadStore,
+    GPUStore,
+    TieredStore,
+    apply_cache_on_transformer,
+    remove_cache_from_transformer,
+)
+from edit_ray.testing import save_random_wan
+
+STEPS = 4
+CALL = {
+    "prompt": "a red circle",
+    "height": 32,
+    "width": 32,
+    "num_frames": 5,
+    "num_inference_steps": STEPS,
+    "max_sequence_length": 32,
+    "output_type": "latent",
+    "return_dict": False,
+}
+GRANULARITIES = ["stack", "per_block", 2]
+
+
+class Mask(CachePolicy):
+    """Computes where its mask says so; remembers every embedding that it was shown."""
+
+    def __init__(self, mask=(True,) * STEPS, timestep_only=True):
+        self.mask, self.timestep_only, self.seen = mask, timestep_only, []
+
+    def should_compute(self, ctx):
+        self.seen.append((ctx.step, ctx.branch, ctx.e, ctx.e0))
+        return self.mask[ctx.step]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Models this small run fastest on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_random_wan(tmp_path_factory.mktemp("wan"), num_layers=3)
+
+
+@pytest.fixture(scope="module")
+def expanding(tmp_path_factory):
+    folder = save_random_wan(tmp_path_factory.mktemp("wan22"), expand_timesteps=True, num_layers=2)
+    return quiet(EditWanPipeline.from_pretrained(folder))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return quiet(EditWanPipeline.from_pretrained(folder))
+
+
+@pytest.fixture
+def pipe(loaded, folder):
+    """A transformer of its own, as tests change it."""
+    loaded.transformer = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    yield loaded
+    loaded.disable_cache()
+
+
+@pytest.fixture
+def graphs():
+    """The graphs that dynamo has compiled for `backend_of(graphs)`."""
+    torch._dynamo.reset()
+    yield []
+    torch._dynamo.reset()
+
+
+def backend_of(graphs):
+    def keep(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    return keep
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents(pipe, **changes):
+    return pipe(**(CALL | changes), generator=torch.Generator().manual_seed(0))[0]
+
+
+def other_linear(like):
+    torch.manual_seed(1)
+    return torch.nn.Linear(like.in_features, like.out_features)
+
+
+# Stores
+
+
+@pytest.fixture(params=["host", "disk", "tiered", "tiered without promotion"])
+def store(request, tmp_path):
+    """The tiered ones keep one residual on the device, one in host memory, the others on disk."""
+    if request.param == "host":
+        return CPUOffloadStore()
+    if request.param == "disk":
+        return DiskOffloadStore(tmp_path)
+    tiers = [(GPUStore(), 1000), (CPUOffloadStore(), 1000), (DiskOffloadStore(tmp_path), None)]
+    return TieredStore(tiers, promote=request.param == "tiered")
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_every_store_serves_the_same_residuals(pipe, store, granularity):
+    mask = (True, False, True, False)
+    pipe.enable_cache(Mask(mask), STEPS, granularity)
+    expected = latents(pipe)
+    pipe.disable_cache()
+    pipe.enable_cache(Mask(mask), STEPS, granularity, store=store)
+    assert torch.equal(latents(pipe), expected)
+    assert pipe.cache.record.mask() == list(mask)
+    assert 0 < store.bytes_resident == sum(entry.bytes for entry in pipe.cache.entries())
+    if isinstance(store, TieredStore) and granularity == "per_block":
+        assert {entry.tier for entry in pipe.cache.entries()} == {"device", "host", "disk"}
+    pipe.disable_cache()
+    assert (len(store), store.bytes_resident) == (0, 0)
+
+
+def test_listing_the_entries_moves_none(pipe, tmp_path):
+    store = TieredStore([(GPUStore(), 1000), (DiskOffloadStore(tmp_path), None)])
+    pipe.enable_cache(Mask(), STEPS, "per_block", store=store)
+    latents(pipe)
+    before = store.num_spills
+    listed = {entry.key: entry.tier for entry in pipe.cache.entries()}
+    assert {entry.key: entry.tier for entry in pipe.cache.entries()} == listed
+    assert store.num_spills == before
+
+
+# LoRA loading finds modules by their names, puts others in their places, and loads a state dict.
+
+
+def test_a_cached_model_is_named_and_loaded_as_before(pipe):
+    model = pipe.transformer
+    names, modules, keys = dict(model.named_parameters()), dict(model.named_modules()), list(model.state_dict())
+    pipe.enable_cache(Mask(), STEPS, "per_block")
+    assert dict(model.named_parameters()) == names
+    assert dict(model.named_modules()) == modules
+    assert list(model.state_dict()) == keys
+    assert model.get_submodule("blocks.1.attn1.to_q") is modules["blocks.1.attn1.to_q"]
+    assert isinstance(model, WanTransformer3DModel)
+    before = latents(pipe)
+    halved = {key: value / 2 for key, value in model.state_dict().items()}
+    assert model.load_state_dict(halved).missing_keys == []
+    assert not torch.equal(latents(pipe), before)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_linear_that_is_replaced_inside_a_block_acts(pipe, granularity):
+    attention = pipe.transformer.blocks[2].attn1
+    original, other = attention.to_q, other_linear(attention.to_q)
+    before = latents(pipe)
+    attention.to_q = other
+    replaced = latents(pipe)
+    attention.to_q = original
+    pipe.enable_cache(Mask(), STEPS, granularity)
+    pipe.transformer.get_submodule("blocks.2.attn1").to_q = other
+    assert torch.equal(latents(pipe), replaced)
+    pipe.disable_cache()
+    assert torch.equal(latents(pipe), replaced)
+    assert not torch.equal(before, replaced)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
+def test_a_lora_that_is_loaded_under_the_cache_acts_and_goes(pipe):
+    from peft import LoraConfig
+
+    def add_lora():
+        torch.manual_seed(0)
+        pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), "x")
+
+    before = latents(pipe)
+    add_lora()
+    adapted = latents(pipe)
+    pipe.transformer.delete_adapters("x")
+    pipe.enable_cache(Mask(), STEPS, "per_block")
+    add_lora()
+    assert torch.equal(latents(pipe), adapted)
+    pipe.transformer.delete_adapters("x")
+    assert torch.equal(latents(pipe), before)
+    assert not torch.equal(before, adapted)
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("first", ["compiled", "cached"])
+def test_compiled_blocks_are_cached_and_not_compiled_again(pipe, graphs, first):
+    mask = (True, False, True, False)
+    pipe.enable_cache(Mask(mask), STEPS, 2)
+    skipping = latents(pipe)
+    pipe.disable_cache()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend_of(graphs))
+    uncached, needed = latents(pipe), len(graphs)
+    assert needed > 0
+    torch._dynamo.reset()
+    for block in pipe.transformer.blocks:
+        block._compiled_call_impl = None
+    graphs.clear()
+
+    if first == "cached":
+        pipe.enable_cache(Mask(), STEPS, 2)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend_of(graphs))
+    if first == "compiled":
+        pipe.enable_cache(Mask(), STEPS, 2)
+    assert torch.equal(latents(pipe), uncached)
+    assert len(graphs) == needed
+    pipe.cache.policy.mask = mask
+    assert torch.equal(latents(pipe), skipping)
+    assert pipe.cache.record.mask() == list(mask)
+    assert len(graphs) == needed
+    assert all(block._compiled_call_impl is not None for block in pipe.transformer.blocks)
+
+
+def test_blocks_that_ran_compiled_before_are_compiled_once_more_for_the_cache(pipe, graphs):
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend_of(graphs))
+    uncached, needed = latents(pipe), len(graphs)
+    for _ in range(2):
+        pipe.enable_cache(Mask(), STEPS, "per_block")
+        assert torch.equal(latents(pipe), uncached)
+        pipe.disable_cache()
+        assert torch.equal(latents(pipe), uncached)
+    assert len(graphs) == 2 * needed
+
+
+def test_a_model_compiled_as_a_whole_is_refused(pipe):
+    compiled = torch.compile(pipe.transformer, backend="eager")
+    with pytest.raises(ValueError, match=r"compiled as a whole, which freezes every decision: compile its blocks"):
+        apply_cache_on_transformer(compiled, Mask(), STEPS)
+    pipe.transformer.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"This WanTransformer3DModel is compiled as a whole.*compile_repeated_blocks"):
+        pipe.enable_cache(Mask(), STEPS)
+    assert pipe.cache is None
+
+
+def test_a_model_that_is_compiled_as_a_whole_under_the_cache_is_refused(pipe):
+    model = pipe.transformer
+    apply_cache_on_transformer(model, Mask(), STEPS)
+    model.compile(backend="eager")
+    inputs = (torch.randn(1, 4, 2, 4, 4), torch.tensor([500]), torch.randn(1, 8, 32))
+    with (
+        model.cache_context("cond", step_index=0, num_inference_steps=STEPS),
+        pytest.raises(ValueError, match="compiled as a whole"),
+    ):
+        model(*inputs)
+
+
+# Wan VACE adds hints between its blocks.
+
+
+@pytest.fixture(scope="module")
+def vace():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return WanVACETransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=32,
+            freq_dim=32,
+            ffn_dim=48,
+            num_layers=5,
+            rope_max_seq_len=64,
+            vace_layers=[0, 1, 3, 4],
+            vace_in_channels=8,
+        ).eval()
+
+
+@torch.no_grad()
+def forward(model, *, step=None, control=None, scale=5.0):
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 2, 4, 4, generator=generator),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 8, 32, generator=generator),
+        "control_hidden_states": torch.randn(1, 8, 2, 4, 4, generator=generator) if control is None else control,
+        "control_hidden_states_scale": torch.full((4,), scale),
+        "return_dict": False,
+    }
+    if step is None:
+        return model(**inputs)[0]
+    with model.cache_context("cond", step_index=step, num_inference_steps=STEPS):
+        return model(**inputs)[0]
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_vace_hints_are_neither_lost_nor_added_twice(vace, granularity):
+    uncached = forward(vace)
+    apply_cache_on_transformer(vace, Mask((True, True, False, False)), STEPS, granularity)
+    try:
+        outputs = [forward(vace, step=step) for step in range(3)]
+        fewer_hints = forward(vace, step=3, scale=0.0)
+    finally:
+        remove_cache_from_transformer(vace)
+    assert torch.equal(outputs[0], uncached)
+    assert torch.equal(outputs[1], uncached)
+    assert (outputs[2] - uncached).abs().max() <= 1e-5 * uncached.abs().max()
+    assert (fewer_hints - uncached).abs().max() > 1e-2 * uncached.abs().max()  # the hints are those of the step itself
+    assert torch.equal(forward(vace), uncached)
+
+
+# Wan2.2 with per-token timesteps: the clean history is at timestep 0.
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_history_changes_no_bit_of_a_run_that_never_skips(expanding, granularity):
+    history = torch.randn(1, 4, 1, 4, 4, generator=torch.Generator().manual_seed(5))
+    before = latents(expanding, history=history)
+    expanding.enable_cache(Mask(), STEPS, granularity)
+    try:
+        assert torch.equal(latents(expanding, history=history), before)
+    finally:
+        expanding.disable_cache()
+    assert not torch.equal(latents(expanding), before)
+
+
+@pytest.mark.parametrize("timestep_only", [True, False])
+def test_a_policy_sees_the_embedding_of_the_noisy_timestep(expanding, timestep_only):
+    seen = []
+    for history in (None, torch.randn(1, 4, 1, 4, 4)):
+        policy = Mask(timestep_only=timestep_only)
+        expanding.enable_cache(policy, STEPS)
+        latents(expanding, history=history)
+        expanding.disable_cache()
+        seen.append(policy.seen)
+    without, with_history = seen
+    assert [item[:2] for item in with_history] == [(step, b) for step in range(STEPS) for b in ("cond", "uncond")]
+    for (*_, e, e0), (*_, other_e, other_e0) in zip(without, with_history, strict=True):
+        assert torch.equal(e, other_e)
+        assert torch.equal(e0, other_e0)
+    assert e.shape == (1, 24)
+    assert e0.shape == (1, 6, 24)
+    assert len({tuple(e.flatten().tolist()) for *_, e, _ in without}) == STEPS
+
+
+# Pipelines that say too little, or do not ask.
+
+
+def test_a_pipeline_that_names_only_the_branch_is_an_error(expanding):
+    other = quiet(WanImageToVideoPipeline(**expanding.components, expand_timesteps=True))
+    image = Image.new("RGB", (32, 32), (200, 30, 30))
+    names = ("prompt", "height", "width", "num_frames", "num_inference_steps")
+    arguments = {"image": image, "output_type": "latent"} | {name: CALL[name] for name in names}
+    other(**arguments)
+    apply_cache_on_transformer(other.transformer, Mask(), STEPS)
+    try:
+        with pytest.raises(ValueError, match=r"cache_context\('cond'\) says no step_index: the cache needs"):
+            other(**arguments)
+    finally:
+        remove_cache_from_transformer(other.transformer)
+    other(**arguments)
+
+
+def test_a_cache_whose_blocks_are_not_called_is_an_error(pipe):
+    pipe.enable_cache(Mask(), STEPS, 2)
+    pipe.transformer.blocks = WanTransformer3DModel.from_config(pipe.transformer.config).blocks
+    with pytest.raises(RuntimeError, match="asked for 0 of 2 units in one forward"):
+        latents(pipe)
+
+
+def test_a_cache_whose_transformer_is_not_called_is_an_error(pipe, folder):
+    pipe.enable_cache(Mask(), STEPS)
+    pipe.transformer = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    with pytest.raises(RuntimeError, match="never asked"):
+        latents(pipe)
+
+
+# Others that write the model, or that cache it.
+
+
+def test_a_cached_transformer_is_saved_under_its_own_class(pipe, tmp_path):
+    pipe.enable_cache(Mask(), STEPS)
+    pipe.transformer.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "WanTransformer3DModel"
+    saved = WanTransformer3DModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(saved[key], value) for key, value in pipe.transformer.state_dict().items())
+    assert len(saved) == len(pipe.transformer.state_dict())
+    pipe.save_pretrained(tmp_path / "whole")
+    assert (
+        json.loads((tmp_path / "whole" / "model_index.json").read_text())["transformer"][1] == "WanTransformer3DModel"
+    )
+
+
+def test_a_model_with_a_cache_of_diffusers_is_refused_until_that_is_off(pipe):
+    before = latents(pipe)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="has one of diffusers' own caches; disable that first"):
+        pipe.enable_cache(Mask(), STEPS)
+    pipe.transformer.disable_cache()
+    pipe.enable_cache(Mask(), STEPS)
+    assert torch.equal(latents(pipe), before)
