@@ -86,11 +86,14 @@ def adapter_of(transformer: nn.Module) -> ModelAdapter:
         ValueError: there is none.
     """
     names = [cls.__name__ for cls in type(transformer).__mro__]
-    known = set(ADAPTERS.names())
+    for name in names:
+        if ADAPTERS.registered(name):
+            return ADAPTERS.find(name)()
+    known = ADAPTERS.names()
     for name in names:
         if name in known:
             return ADAPTERS.find(name)()
     raise ValueError(
-        f"The cache knows no {names[0]}; it knows {', '.join(sorted(known))}. "
+        f"The cache knows no {names[0]}; it knows {', '.join(known)}. "
         "Another model needs an adapter: edit_ray.cache.register_adapter."
     )

@@ -18,7 +18,8 @@ def cache_mistakes(cache: CacheOptions, num_inference_steps: int, model_folder: 
     options = cache.policy_options
     if cache.policy == "none":
         for name in [*options, *(["target_speedup"] if cache.target_speedup is not None else [])]:
-            yield Mistake(("cache", name), f"cache.{name} is an option of no policy: cache.policy is none.")
+            said = f"cache.{name} is an option of no policy: cache.policy is none."
+            yield Mistake(("cache", name), said, needs=(("cache", "policy"),))
         return
     valid = ["none", *(name for name in POLICIES.names() if name != LIBRARY_ONLY)]
     if cache.policy not in valid:

@@ -49,8 +49,8 @@ class CacheControl:
             raise ValueError("A cache is enabled already; call disable_cache() first.")
         pipe: Any = self
         if isinstance(policy, str):
-            folder = Path(str(pipe.config.get("_name_or_path") or ""))
-            policy_kwargs = calibrated_options(folder, policy, policy_kwargs)
+            name = pipe.config.get("_name_or_path")
+            policy_kwargs = calibrated_options(Path(name) if name else None, policy, policy_kwargs)
             if target_speedup is not None:
                 option, threshold = self._threshold(policy, num_inference_steps, target_speedup, policy_kwargs)
                 policy_kwargs[option] = threshold

@@ -30,7 +30,7 @@ def threshold_for(speedup: float, computed_share: Callable[[float], float], high
     low, high = 0.0, highest
     if 1 / computed_share(high) <= speedup:
         return high
-    for _ in range(60):
+    for _ in range(40):
         middle = (low + high) / 2
         if 1 / computed_share(middle) < speedup:
             low = middle

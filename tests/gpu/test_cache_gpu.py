@@ -30,6 +30,7 @@ KNOWN = {
 def pipe(request):
     pipe = EditWanPipeline.from_pretrained("builtin:tiny_wan", torch_dtype=request.param, device="cuda")
     pipe.set_progress_bar_config(disable=True)
+    synchronisations_in_the_loop(pipe)  # the first loop, and the first that is watched, wait for the device once more
     return pipe
 
 

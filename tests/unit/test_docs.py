@@ -1,0 +1,175 @@
+"""docs/caching.md: its code runs, commands and configurations are understood, its tables are those of the classes."""
+
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from edit_ray.cache.policies import POLICIES, CachePolicy, PolicyContext, WarmstartReuse
+from edit_ray.cache.policies.per_branch import parse_per_branch
+from edit_ray.cache.policies.policy import UnitState
+from edit_ray.cli import _parser
+from edit_ray.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "caching.md").read_text()
+# What is changed so that the code takes seconds on a CPU; everything else runs as it is printed.
+SMALLER = {
+    "steps = 30": "steps = 6",
+    "height=128": "height=32",
+    "width=128": "width=32",
+    "num_frames=33": "num_frames=5",
+}
+REQUIRED = {"schedule": {"mask": [True]}, "teacache": {"coefficients": [1.0]}, "magcache": {"mag_ratios": [1.0]}}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Models this small run fastest on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def blocks(language, text=PAGE):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def sections():
+    """The python code of each section that has some, by its heading, in the order of the page."""
+    parts = re.split(r"^## (.*)\n", PAGE, flags=re.MULTILINE)[1:]
+    return {
+        heading: code for heading, text in zip(parts[::2], parts[1::2], strict=True) if (code := blocks("python", text))
+    }
+
+
+def rows(heading):
+    """The cells of the table whose first column has this heading, one list a row."""
+    lines = PAGE[PAGE.index(f"| {heading} |") :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.fixture(scope="module")
+def names():
+    """What the quick start leaves, which every other section begins with."""
+    found = {}
+    run(found, "Quick start")
+    found["pipe"].set_progress_bar_config(disable=True)
+    return found
+
+
+def run(names, heading):
+    for code in sections()[heading]:
+        for old, new in SMALLER.items():
+            code = code.replace(old, new)
+        exec(compile(code, f"<docs/caching.md, {heading}>", "exec"), names)
+
+
+def test_the_quick_start_runs(names, capsys):
+    assert names["video"].shape == (5, 32, 32, 3)
+    assert names["pipe"].cache is None
+
+
+@pytest.mark.parametrize("heading", [heading for heading in sections() if heading != "Quick start"])
+def test_a_section_runs(names, heading, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert names["pipe"].cache is None
+    own = dict(names)
+    try:
+        run(own, heading)
+    finally:
+        own["pipe"].disable_cache()
+    if heading == "Warm start":
+        printed = [line for line in capsys.readouterr().out.splitlines() if line[0].isdigit()]
+        assert printed == ["0 [True, True]", "1 [False, False]", "2 [False, False]", "3 [True, True]"]
+
+
+def test_everything_is_tested():
+    assert sum(map(len, sections().values())) == len(blocks("python"))
+    assert set(re.findall(r"^```(\w+)$", PAGE, re.MULTILINE)) == {"python", "console", "yaml", "toml"}
+    assert [old for old in SMALLER if old not in "".join(blocks("python"))] == []
+
+
+def test_commands_are_understood():
+    commands = [line for block in blocks("console") for line in block.splitlines()]
+    assert {shlex.split(line)[1] for line in commands} == {"report", "calibrate"}
+    for line in commands:
+        program, *arguments = shlex.split(line)
+        assert program == "edit-ray"
+        _parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize("section", blocks("yaml"))
+def test_configurations_are_valid(section, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(section + "video: {num_segments: 1}\nprompt_segments: [{segment: 0, prompt: a red circle}]\n")
+    assert load_config(path).cache.policy != "none"
+    (override,) = re.findall(r"`--set (\S+)`", PAGE)
+    if override.partition("=")[0].removeprefix("cache.") in section:
+        assert load_config(path, [override]) != load_config(path)
+
+
+def test_the_entry_point_is_the_one_that_is_looked_up():
+    (block,) = blocks("toml")
+    assert f'[project.entry-points."{POLICIES.group}"]' in block
+
+
+def option_of(text):
+    """`name` or `name=default` as a pair, the second None where there is no default."""
+    name, equals, default = text.partition("=")
+    return name, eval(default) if equals else inspect.Parameter.empty
+
+
+def test_the_table_of_policies_is_that_of_the_classes():
+    table = {row[0].strip("`"): row[1:] for row in rows("policy")}
+    ours = {name for name in POLICIES.names() if POLICIES.find(name).__module__.startswith("edit_ray.")}
+    assert set(table) == ours
+    for name, (_, options, known, granularities) in table.items():
+        cls = POLICIES.find(name)
+        parameters = inspect.signature(cls).parameters.values()
+        expected = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        assert dict(map(option_of, re.findall(r"`([^`]+)`", options))) == expected, name
+        if cls is WarmstartReuse:
+            assert (known, granularities) == ("as inner", "as inner")
+        else:
+            made = cls(**REQUIRED.get(name, {}))
+            assert known == ("yes" if made.timestep_only else "no"), name
+            assert tuple(granularities.split(", ")) == made.granularities, name
+
+
+def test_the_tables_for_writers_are_those_of_the_classes():
+    described = {name.strip("()") for row in rows("`ctx.`") for name in re.findall(r"`([\w.()]+)`", row[0])}
+    for name in described:
+        part, _, below = name.partition(".")
+        assert (
+            hasattr(UnitState("", "", 0), below)
+            if part == "state"
+            else hasattr(PolicyContext, part) or (part in PolicyContext.__dataclass_fields__)
+        ), name
+    attributes = {name.strip("`"): default for name, default, _ in rows("class attribute")}
+    assert set(attributes) == {
+        name for name, value in vars(CachePolicy).items() if not name.startswith("_") and not callable(value)
+    }
+    for name, default in attributes.items():
+        value = getattr(CachePolicy, name)
+        assert default == ("all" if name == "granularities" else f"`{value}`")
+
+
+def test_mappings_are_keyed_as_it_says():
+    sentence = " ".join(PAGE.split()).partition("one entry per branch")[2].partition(".")[0]
+    keys = re.findall(r'"([^"]+)"', sentence)
+    assert len(keys) == 3
+    assert list(parse_per_branch("x", dict.fromkeys(keys, 1), lambda name, value: value)) == keys
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", PAGE):
+        path, _, heading = target.partition("#")
+        text = (ROOT / "docs" / path).read_text() if path.endswith(".md") else PAGE
+        assert (ROOT / "docs" / path).exists(), target
+        anchors = {line.strip("# ").lower().replace(" ", "-") for line in text.splitlines() if line.startswith("#")}
+        assert not heading or heading in anchors, target
