@@ -39,8 +39,8 @@ fix: $(INSTALLED) ## mend what ruff can mend
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED) ## run the benchmarks
-	@if [ -f benchmarks/run.py ]; then $(BIN)/python benchmarks/run.py; \
-	else echo "There is no benchmark yet: benchmarks/run.py does not exist."; fi
+	$(BIN)/python benchmarks/skip_overhead.py
+	$(BIN)/python benchmarks/policies.py --quick
 
 clean: ## remove caches and builds (the virtual environment stays)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -49,6 +49,7 @@ CALL = {
     "num_frames": 5,
     "num_inference_steps": STEPS,
     "guidance_scale": 4.0,
+    "max_sequence_length": 32,
     "output_type": "latent",
     "return_dict": False,
 }

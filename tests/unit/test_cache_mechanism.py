@@ -21,6 +21,7 @@ CALL = {
     "width": 32,
     "num_frames": 5,
     "num_inference_steps": STEPS,
+    "max_sequence_length": 32,
     "output_type": "latent",
     "return_dict": False,
 }

@@ -1,0 +1,210 @@
+"""What the front compares: policies of this package and the caches of others, each with its settings.
+
+Thresholds were chosen on other prompts and seeds than those measured, so that each method's settings reach from about
+0.8 to 0.25 of the blocks; no peer has fewer settings than any of ours.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusers import (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    SeaCacheConfig,
+    TaylorSeerCacheConfig,
+    WanPipeline,
+)
+
+from edit_ray import EditWanPipeline
+from edit_ray.engine.calibration import FILE_NAME, read_calibration
+
+Setting = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pipelines:
+    """The same components under our pipeline and under diffusers' own; `steps` is the length of the loop."""
+
+    ours: EditWanPipeline
+    stock: WanPipeline
+    steps: int
+
+
+Enable = Callable[[Pipelines, Setting], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of caching: `enable(pipelines, setting)` is entered to get the pipeline on which it is on."""
+
+    name: str
+    group: str
+    enable: Enable
+    settings: list[Setting] = field(default_factory=list)
+
+
+def our(
+    policy: str, options_of: Callable[[Pipelines, Setting], Setting] = lambda pipelines, setting: setting
+) -> Enable:
+    """A policy of this package under our pipeline; `options_of` makes its options of a setting."""
+
+    @contextmanager
+    def enable(pipelines: Pipelines, setting: Setting) -> Iterator[EditWanPipeline]:
+        pipelines.ours.enable_cache(policy, pipelines.steps, **options_of(pipelines, setting))
+        try:
+            yield pipelines.ours
+        finally:
+            pipelines.ours.disable_cache()
+
+    return enable
+
+
+def periodic_mask(steps: int, first: int, every: int) -> list[bool]:
+    """True for the first steps, then for every so-manieth, and for the last."""
+    return [step < first or (step - first + 1) % every == 0 or step == steps - 1 for step in range(steps)]
+
+
+def periodic(pipelines: Pipelines, setting: Setting) -> Setting:
+    """`schedule` with a mask of `periodic_mask`."""
+    return {
+        "mask": periodic_mask(pipelines.steps, setting["first"], setting["every"]),
+        "residual_order": setting["residual_order"],
+    }
+
+
+def teacache_mask(pipelines: Pipelines, setting: Setting) -> Setting:
+    """`schedule` with the masks that teacache plans at a threshold, extrapolating where teacache reuses."""
+    pipe = pipelines.ours
+    try:
+        cache = pipe.enable_cache("teacache", pipelines.steps, rel_l1_thresh=setting["rel_l1_thresh"])
+        plan = cache.plan() or {}
+    finally:
+        pipe.disable_cache()
+    masks = {f"{expert}/{branch}": [bool(step) for step in mask] for (expert, branch, _), mask in plan.items()}
+    return {"mask": masks, "residual_order": 1}
+
+
+def diffusers_cache(config_of: Callable[[Pipelines, Setting], Any]) -> Enable:
+    """One of diffusers' own caches, under its own pipeline."""
+
+    @contextmanager
+    def enable(pipelines: Pipelines, setting: Setting) -> Iterator[WanPipeline]:
+        transformer = pipelines.stock.transformer
+        transformer.enable_cache(config_of(pipelines, setting))
+        try:
+            yield pipelines.stock
+        finally:
+            transformer.disable_cache()
+
+    return enable
+
+
+def magcache_config(pipelines: Pipelines, setting: Setting) -> Any:
+    """diffusers' MagCache with the model's ratios: it takes one list, the mean of the branches' here.
+
+    Raises:
+        ValueError: the model has no calibration.
+    """
+    folder = Path(str(pipelines.ours.config.get("_name_or_path") or ""))
+    ratios = read_calibration(folder / FILE_NAME).get("magcache", {}).get("mag_ratios")
+    if ratios is None:
+        raise ValueError("the model has no calibration for magcache")
+    if isinstance(ratios, Mapping):
+        ratios = [sum(step) / len(step) for step in zip(*ratios.values(), strict=True)]
+    return MagCacheConfig(num_inference_steps=pipelines.steps, mag_ratios=ratios, **setting)
+
+
+def cache_dit(taylorseer: bool) -> Enable:
+    """DBCache of the package cache-dit under diffusers' pipeline, with its TaylorSeer or without."""
+
+    @contextmanager
+    def enable(pipelines: Pipelines, setting: Setting) -> Iterator[WanPipeline]:
+        import cache_dit  # of the extra `bench`
+
+        stock = pipelines.stock
+        held = set(stock.transformer.__dict__)
+        cache_dit.enable_cache(
+            stock,
+            cache_config=cache_dit.DBCacheConfig(num_inference_steps=pipelines.steps, **setting),
+            calibrator_config=cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylorseer else None,
+        )
+        try:
+            yield stock
+        finally:
+            cache_dit.disable_cache(stock)
+            for left in set(stock.transformer.__dict__) - held:  # it leaves a `forward` on the object
+                del stock.transformer.__dict__[left]
+
+    return enable
+
+
+def thresholds(option: str, *values: float, **fixed: Any) -> list[Setting]:
+    """One setting a value."""
+    return [{option: value, **fixed} for value in values]
+
+
+_FIRST_BLOCK = (0.05, 0.08, 0.12, 0.16, 0.22, 0.3)
+_MAG = [
+    {"threshold": threshold, "max_skip_steps": skips, "retention_ratio": 0.2}
+    for threshold, skips in ((0.03, 1), (0.06, 2), (0.12, 2), (0.24, 4), (0.5, 6), (1.0, 8))
+]
+_SEA = [
+    {"threshold": threshold, "max_consecutive_cached": skips}
+    for threshold, skips in ((0.1, 2), (0.15, 2), (0.25, 2), (0.4, 2), (0.4, 4), (0.6, 6))
+]
+_DB = [
+    {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": 4, "residual_diff_threshold": threshold}
+    for threshold in _FIRST_BLOCK
+]
+
+METHODS = [
+    Method("teacache", "ours", our("teacache"), thresholds("rel_l1_thresh", 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)),
+    Method("fbcache", "ours", our("fbcache"), thresholds("rel_l1_thresh", *_FIRST_BLOCK)),
+    Method("magcache", "ours", our("magcache"), _MAG),
+    Method(
+        "taylorseer",
+        "ours",
+        our("taylorseer"),
+        [
+            {"cache_interval": interval, "max_order": order, "disable_cache_before_step": 3}
+            for interval, order in ((2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (5, 1))
+        ],
+    ),
+    Method("seacache", "ours", our("seacache"), _SEA),
+    Method("dicache", "ours", our("dicache"), thresholds("rel_l1_thresh", 0.05, 0.08, 0.12, 0.2, 0.3, 0.4)),
+    Method(
+        "schedule",
+        "ours",
+        our("schedule", periodic),
+        [
+            {"first": first, "every": every, "residual_order": order}
+            for first, every, order in ((4, 2, 0), (4, 2, 1), (4, 3, 0), (4, 3, 1), (2, 3, 1), (2, 4, 1))
+        ],
+    ),
+    Method(
+        "schedule of teacache",
+        "ours",
+        our("schedule", teacache_mask),
+        thresholds("rel_l1_thresh", 0.05, 0.1, 0.15, 0.2, 0.3, 0.4),
+    ),
+    Method(
+        "diffusers FirstBlockCache",
+        "peer",
+        diffusers_cache(lambda pipelines, setting: FirstBlockCacheConfig(**setting)),
+        thresholds("threshold", *_FIRST_BLOCK),
+    ),
+    Method("diffusers MagCache", "peer", diffusers_cache(magcache_config), _MAG),
+    Method("diffusers SeaCache", "peer", diffusers_cache(lambda pipelines, setting: SeaCacheConfig(**setting)), _SEA),
+    # As it comes it finds nothing in Wan to hook, whatever its interval: one setting shows it.
+    Method(
+        "diffusers TaylorSeer",
+        "peer",
+        diffusers_cache(lambda pipelines, setting: TaylorSeerCacheConfig(**setting)),
+        [{"cache_interval": 5}],
+    ),
+    Method("cache-dit DBCache", "peer", cache_dit(taylorseer=False), _DB),
+    Method("cache-dit DBCache + TaylorSeer", "peer", cache_dit(taylorseer=True), _DB),
+]

@@ -1,0 +1,307 @@
+"""The front of cache policies and of other packages' caches: likeness to the uncached video against blocks evaluated.
+
+    python benchmarks/policies.py --output benchmarks/results/front            everything, 16 prompts x 2 seeds
+    python benchmarks/policies.py --quick                                      a look: a minute or two on a CPU
+    python benchmarks/policies.py --methods teacache,"diffusers MagCache"      some of them
+
+All in one process on the same weights in float32: an uncached run of each prompt and seed is the reference, then each
+method at each setting makes the same videos, one at a time. At a share of the blocks a method enters with its best
+measured point at or below it, nothing is interpolated. Writes results.json (after every point), front.png, and with
+--videos side-by-side mp4s of the first prompt (left: uncached) in the output folder.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # read when it is imported
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run as a file, from anywhere
+
+import torch  # noqa: E402
+from diffusers import WanPipeline  # noqa: E402
+from rich.console import Console  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from benchmarks.measure import Point, mean, psnr, ssim  # noqa: E402
+from benchmarks.methods import METHODS, Method, Pipelines, Setting  # noqa: E402
+from benchmarks.report import SPEEDUPS, as_json, plot, tables, write_videos  # noqa: E402
+from edit_ray import EditWanPipeline  # noqa: E402
+from training.evaluate import scenes_of  # noqa: E402
+from training.sampling import decode  # noqa: E402
+
+BUILTIN = "builtin:tiny_wan"
+SCENE_SEED, NOISE_SEED = 77_000, 770_000  # neither the training's nor the calibration's
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is generated: prompts x seeds at one size."""
+
+    prompts: list[str]
+    seeds: int
+    height: int = 128
+    width: int = 128
+    num_frames: int = 33
+    num_inference_steps: int = 30
+    guidance_scale: float = 4.0
+
+    def samples(self) -> Iterator[tuple[str, int]]:
+        """Prompt and noise seed of every sample, the seeds of a prompt side by side."""
+        for index, prompt in enumerate(self.prompts):
+            for seed in range(self.seeds):
+                yield prompt, NOISE_SEED + index * self.seeds + seed
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A video [3, T, H, W] in [0, 1] on the CPU, the blocks that were evaluated for it and the loop's seconds."""
+
+    video: Tensor
+    blocks: int
+    seconds: float
+
+
+class OutOfTime(Exception):
+    """The minutes given are over."""
+
+
+@dataclass
+class Bench:
+    """Generates and measures; `deadline` is of `time.monotonic`."""
+
+    pipelines: Pipelines
+    task: Task
+    deadline: float = float("inf")
+    references: dict[str, list[Sample]] = field(default_factory=dict)
+    _blocks: int = 0
+
+    def __post_init__(self) -> None:
+        """Count each block that runs by its self-attention, which a skipped block does not reach."""
+        for expert in (self.pipelines.ours.transformer, self.pipelines.ours.transformer_2):
+            for block in expert.blocks if expert is not None else ():
+                block.attn1.register_forward_pre_hook(self._count)
+
+    def _count(self, module: torch.nn.Module, args: Any) -> None:
+        self._blocks += 1
+
+    def generate(self, pipe: Any, prompt: str, seed: int) -> Sample:
+        """One video."""
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
+        size = {key: value for key, value in asdict(self.task).items() if key not in ("prompts", "seeds")}
+        self._blocks = 0
+        _synchronise()
+        started = time.perf_counter()
+        latents = pipe(
+            prompt,
+            **size,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+            return_dict=False,
+        )[0]
+        _synchronise()
+        seconds = time.perf_counter() - started
+        video = decode(self.pipelines.ours, latents)[0].float().clamp(-1, 1) / 2 + 0.5
+        return Sample(video.cpu(), self._blocks, seconds)
+
+    def measure_references(self) -> None:
+        """The uncached runs: of our pipeline, and of diffusers' for the times of what runs under it.
+
+        Raises:
+            RuntimeError: the two differ.
+        """
+        pipes = {"ours": self.pipelines.ours, "peer": self.pipelines.stock}
+        prompt, seed = next(self.task.samples())
+        self.generate(pipes["ours"], prompt, seed)  # the first call of a process is slow
+        self.references = {group: [] for group in pipes}
+        for prompt, seed in self.task.samples():
+            for group, pipe in pipes.items():
+                self.references[group].append(self.generate(pipe, prompt, seed))
+        for ours, stock in zip(*self.references.values(), strict=True):
+            if psnr(ours.video, stock.video) < 60:
+                raise RuntimeError("Uncached, our pipeline and diffusers' give different videos: nothing to compare.")
+
+    def measure(self, method: Method, setting: Setting) -> tuple[Point, Tensor]:
+        """A point, and the video of the first sample.
+
+        The method is turned on anew for each sample, so that nothing that it keeps comes from another.
+        """
+        made: list[Sample] = []
+        for prompt, seed in self.task.samples():
+            with ExitStack() as stack:
+                try:
+                    pipe = stack.enter_context(method.enable(self.pipelines, setting))
+                except (ImportError, ValueError, TypeError) as error:
+                    raise NotPossible(f"{type(error).__name__}: {error}") from error
+                made.append(self.generate(pipe, prompt, seed))
+        references = self.references[method.group]
+        pairs = list(zip(made, references, strict=True))
+        shares = [sample.blocks / reference.blocks for sample, reference in pairs]
+        point = Point(
+            method=method.name,
+            group=method.group,
+            setting=setting,
+            share=mean(shares),
+            time=sum(sample.seconds for sample in made) / sum(reference.seconds for reference in references),
+            psnr=[psnr(sample.video, reference.video) for sample, reference in pairs],
+            ssim=[ssim(sample.video, reference.video) for sample, reference in pairs],
+            shares=shares,
+        )
+        return point, made[0].video
+
+    def check_unchanged(self) -> None:
+        """Whether the model is what it was before all methods; raises RuntimeError if it is not."""
+        again = self.generate(self.pipelines.ours, *next(self.task.samples()))
+        if (
+            again.blocks != self.references["ours"][0].blocks
+            or psnr(again.video, self.references["ours"][0].video) < 60
+        ):
+            raise RuntimeError("A method has changed the model: the uncached video is another one now.")
+
+
+class NotPossible(Exception):
+    """A method cannot be turned on here; the message says why."""
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def in_turns(methods: list[Method]) -> list[tuple[Method, Setting]]:
+    """The first setting of each method, then the second of each: what a run cut short has is of all methods."""
+    rows = zip_longest(*([(method, setting) for setting in method.settings] for method in methods))
+    return [pair for row in rows for pair in row if pair is not None]
+
+
+def load(model: str, device: str, steps: int) -> Pipelines:
+    """Both pipelines on one set of components, in float32 proper."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    ours = EditWanPipeline.from_pretrained(model, torch_dtype=torch.float32, device=device)
+    config = {key: ours.config[key] for key in ("expand_timesteps", "boundary_ratio")}
+    stock = WanPipeline(**ours.components, **config)
+    for pipe in (ours, stock):
+        pipe.set_progress_bar_config(disable=True)
+    return Pipelines(ours, stock, steps)
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """Command, date, commit, device and versions."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "diffusers", "transformers", "edit_ray", "cache-dit"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "HEAD") + ("" if not git("status", "--porcelain") else " and changes"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "versions": versions,
+    }
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=BUILTIN, help="what EditWanPipeline.from_pretrained takes")
+    parser.add_argument("--prompts", type=Path, help="a file with a prompt a line; drawn for the embedded model")
+    parser.add_argument("--num-prompts", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=2, help="videos of each prompt")
+    parser.add_argument("--methods", help=f"some of: {', '.join(method.name for method in METHODS)}")
+    parser.add_argument("--quick", action="store_true", help="2 prompts, 1 seed, 6 steps, small, few settings")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="add no point after this time")
+    parser.add_argument("--output", type=Path, default=Path("runs/front"), help="a folder")
+    parser.add_argument("--videos", action="store_true", help="also mp4s of the first prompt")
+    args = parser.parse_args()
+    if args.prompts is None and args.model != BUILTIN:
+        parser.error(f"--prompts is needed for any model but {BUILTIN}")
+    names = [method.name for method in METHODS]
+    args.methods = names if args.methods is None else [name.strip() for name in args.methods.split(",")]
+    if unknown := [name for name in args.methods if name not in names]:
+        parser.error(f"--methods has {', '.join(unknown)}; valid are {', '.join(names)}")
+    if args.seeds < 1 or args.num_prompts < 1:
+        parser.error("--seeds and --num-prompts take a number from 1")
+    return args
+
+
+def task_of(args: argparse.Namespace) -> Task:
+    """What the command line asks to be generated."""
+    if args.prompts is not None:
+        prompts = [line for line in args.prompts.read_text().splitlines() if line.strip()][: args.num_prompts]
+    else:
+        prompts = scenes_of(args.num_prompts, SCENE_SEED)[1]
+    task = Task(prompts, args.seeds)
+    if args.quick:
+        return replace(task, prompts=prompts[:2], seeds=1, height=64, width=64, num_frames=9, num_inference_steps=6)
+    return task
+
+
+def main() -> None:
+    """Measure, print, write."""
+    args = arguments()
+    started = time.monotonic()
+    task = task_of(args)
+    bench = Bench(load(args.model, args.device, task.num_inference_steps), task, started + 60 * args.minutes)
+    methods = [method for method in METHODS if method.name in args.methods]
+    if args.quick:
+        methods = [replace(method, settings=method.settings[1::2] or method.settings) for method in methods]
+    console = Console(width=150 if not sys.stdout.isatty() else None)
+    args.output.mkdir(parents=True, exist_ok=True)
+    about = provenance(args.device) | {"model": args.model, "task": asdict(task)}
+    points: list[Point] = []
+    skipped: dict[str, str] = {}
+    missing = [(method.name, setting) for method, setting in in_turns(methods)]
+    videos: dict[int, Tensor] = {}
+    try:
+        bench.measure_references()
+        for method, setting in in_turns(methods):
+            if method.name not in skipped:
+                try:
+                    point, video = bench.measure(method, setting)
+                except NotPossible as reason:
+                    skipped[method.name] = str(reason)
+                else:
+                    videos[len(points)] = video
+                    points.append(point)
+                    line = (
+                        f"{time.monotonic() - started:6.0f} s  {method.name} {setting}: {point.share:.3f} of the blocks"
+                    )
+                    print(f"{line}, {mean(point.psnr):.2f} dB", flush=True)
+            missing.remove((method.name, setting))
+            content = as_json(about, points, skipped, missing, task.seeds)
+            (args.output / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+        bench.check_unchanged()
+    except OutOfTime:
+        print(f"Out of time; {len(missing)} points are missing.")
+    for table in tables(points, skipped, missing, task.seeds):
+        console.print(table)
+    if points:
+        plot(points, args.output / "front.png", f"{len(task.prompts)} prompts x {task.seeds} seeds, {args.model}")
+    if args.videos and points:
+        write_videos(points, videos, bench.references["ours"][0].video, args.output / "videos", SPEEDUPS[1])
+
+
+if __name__ == "__main__":
+    main()

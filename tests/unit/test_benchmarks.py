@@ -1,0 +1,104 @@
+"""The pure parts of the front's benchmark: likeness, intervals, and which points enter."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.measure import MOST_DB, Point, best_at, compare, mean, mean_interval, psnr, ssim
+from benchmarks.methods import METHODS, periodic_mask
+from benchmarks.policies import in_turns
+
+
+def video(seed=0):
+    return torch.rand(3, 2, 24, 20, generator=torch.Generator().manual_seed(seed))
+
+
+def point(share, *figures, method="m", group="ours"):
+    return Point(method, group, {}, share, share, list(figures), [1.0] * len(figures), [share] * len(figures))
+
+
+def test_identical_videos_have_an_ssim_of_one_and_the_highest_psnr():
+    assert ssim(video(), video()) == pytest.approx(1, abs=1e-12)
+    assert psnr(video(), video()) == MOST_DB
+
+
+def test_psnr_of_a_known_error():
+    assert psnr(torch.full((3, 1, 8, 8), 0.6), torch.full((3, 1, 8, 8), 0.5)) == pytest.approx(20, abs=1e-4)
+
+
+def test_ssim_of_flat_videos_is_the_luminance_term():
+    a, b = 0.25, 0.75
+    expected = (2 * a * b + 1e-4) / (a * a + b * b + 1e-4)
+    assert ssim(torch.full((1, 1, 16, 16), a), torch.full((1, 1, 16, 16), b)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_ssim_of_an_inverted_window_by_hand():
+    """In one window of 11 x 11 pixels the weighted moments are sums that can be written down."""
+    x = torch.rand(11, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y = 1 - x
+    weights = torch.tensor([[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / 4.5) for j in range(11)] for i in range(11)])
+    weights = weights.double() / weights.double().sum()
+    mean_x, mean_y = (weights * x).sum(), (weights * y).sum()
+    variance = (weights * (x - mean_x) ** 2).sum()
+    expected = (2 * mean_x * mean_y + 1e-4) / (mean_x**2 + mean_y**2 + 1e-4) * (9e-4 - 2 * variance)
+    assert ssim(x, y) == pytest.approx((expected / (2 * variance + 9e-4)).item(), abs=1e-6)
+
+
+def test_a_method_enters_with_its_best_measured_point_and_nothing_between_points():
+    points = [point(0.8, 40.0), point(0.51, 35.0), point(0.3, 20.0), point(0.2, 22.0)]
+    assert best_at(points, 0.5) is points[3], "a cheaper point may be the better one; 0.51 is above"
+    assert best_at(points, 0.51) is points[1]
+    assert best_at(points, 0.1) is None
+    third = point(1 / 3 + 1e-15, 30.0)
+    assert best_at([third], 1 / 3) is third, "a rounding error is no share"
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 90)), max_size=8), st.floats(0, 1), st.floats(0, 1))
+@settings(deadline=None)
+def test_more_blocks_never_make_the_best_point_worse(drawn, one, other):
+    points = [point(share, figure) for share, figure in drawn]
+    fewer, more = (best_at(points, share) for share in sorted((one, other)))
+    assert fewer is None or (more is not None and mean(more.psnr) >= mean(fewer.psnr))
+
+
+def test_the_difference_is_paired():
+    """A constant lead over samples that differ much among themselves is a certain one."""
+    peer = [10.0, 50.0, 20.0, 40.0]
+    ours = [figure + 1 for figure in peer]
+    found = compare([point(0.5, *ours), point(0.5, *peer, group="peer")], 2.0, seeds=2)
+    assert found.difference == pytest.approx((1, 1, 1))
+    assert compare([point(0.5, *ours)], 2.0, seeds=2).difference is None
+
+
+def test_the_interval_draws_prompts_with_all_their_seeds():
+    assert mean_interval([1.0, 3.0, 0.0, 4.0], seeds=2) == pytest.approx((2, 2, 2)), "both prompts have the mean 2"
+    middle, low, high = mean_interval([1.0, 3.0, 0.0, 4.0], seeds=1)
+    assert low < middle == 2 < high
+
+
+def test_the_interval_covers_the_mean_of_a_normal_distribution_about_as_often_as_it_says():
+    draws = torch.randn(300, 30, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    intervals = [mean_interval(row.tolist(), seeds=1, resamples=400) for row in draws]
+    covered = sum(low <= 0 <= high for _, low, high in intervals)
+    assert 0.88 * 300 <= covered <= 0.99 * 300
+
+
+def test_periodic_mask():
+    assert "".join("01"[step] for step in periodic_mask(10, 3, 3)) == "1110010011"
+    assert all(periodic_mask(7, 2, 1))
+
+
+def test_every_working_peer_has_at_least_as_many_settings_as_ours():
+    most = max(len(method.settings) for method in METHODS if method.group == "ours")
+    few = [method.name for method in METHODS if method.group == "peer" and len(method.settings) < most]
+    assert few == ["diffusers TaylorSeer"], "which hooks nothing, whatever the setting"
+    assert all(not any(s in m.settings[:i] for i, s in enumerate(m.settings)) for m in METHODS), "no setting twice"
+
+
+def test_a_run_cut_short_has_all_methods():
+    turns = in_turns(METHODS)
+    assert [method.name for method, _ in turns[: len(METHODS)]] == [method.name for method in METHODS]
+    assert len(turns) == sum(len(method.settings) for method in METHODS)
