@@ -132,8 +132,6 @@ class Cache:
         self.record = Record(self.num_steps, max((len(e.units) for e in self.experts.values()), default=0))
         if clear_store:
             self._index.clear()
-        else:
-            self._index.forget(self._index.generation)
 
     def prefetch_reuse(self) -> None:
         """Tell the store what the next call can read from the reuse window, in the order of use."""
@@ -159,7 +157,7 @@ class Cache:
             RuntimeError: no forward of the loop went through the cache.
         """
         self._check_steps(len(steps))
-        self.reset(clear_store)
+        self._begin(clear_store)
         self._in_call = True
         try:
             with self._guarded():
@@ -172,7 +170,7 @@ class Cache:
                     "Disable it before changing the pipeline's transformers, and enable it again."
                 )
         except BaseException:
-            self.reset(clear_store)
+            self._begin(clear_store)
             raise
         finally:
             self._in_call = False
@@ -330,13 +328,18 @@ class Cache:
             )
         self.policy.check(total)
 
+    def _begin(self, clear_store: bool) -> None:
+        """As nothing but stored residuals of other generations outlives a call."""
+        self.reset(clear_store)
+        self._index.forget(self._index.generation)
+
     def _account(self, expert: Expert, where: Where) -> None:
         """Notice, where no one says so, that a new call has begun: its steps do not go on from those before."""
         this = (expert.name, where.branch, where.step)
         if not self._in_call and self._done:
             last = self._done[-1][2]
             if this in self._done or where.step not in (last, last + 1):
-                self.reset()
+                self._begin(clear_store=False)
         if self._done and self._done[-1][2] != where.step:
             self._done.clear()
         self._done.append(this)

@@ -287,6 +287,27 @@ def test_nothing_crosses_from_one_call_to_the_next(pipe):
     assert pipe.cache.record.mask() == [True, False, False, False, False]
 
 
+@pytest.mark.parametrize("reset_first", [True, False])
+def test_a_generation_reads_what_an_earlier_one_computed(pipe, reset_first):
+    options = {"warm_steps": 2, "inner": "schedule", "mask": [True, False, True, False, True]}
+    pipe.enable_cache("warmstart_reuse", STEPS, 2, **options)
+    masks = []
+    for generation in range(4):
+        if reset_first:
+            pipe.cache.reset(clear_store=False)
+        pipe.cache.set_generation(generation)
+        pipe.cache.set_reuse_window(range(max(0, generation - 2), generation))
+        if not reset_first:
+            pipe.cache.reset(clear_store=False)
+        plan = pipe.cache.plan()
+        latents(pipe, seed=generation, reset_cache=False, prefetch_reuse=True)
+        masks.append(pipe.cache.record.mask())
+        assert tuple(masks[-1]) == plan["transformer", "cond", 0]
+        assert {entry.key[0] for entry in pipe.cache.entries()} <= {generation - 2, generation - 1, generation}
+    # With a window of two every third generation computes its opening.
+    assert [mask[:2] for mask in masks] == [[True, True], [False, False], [False, False], [True, True]]
+
+
 def test_an_exception_in_the_loop_leaks_nothing(pipe):
     pipe.enable_cache(Mask((False,) * STEPS), STEPS)
     expected = latents(pipe)
