@@ -20,12 +20,12 @@ class Registry(Generic[T]):
         """A decorator that gives a class its name.
 
         Raises:
-            ValueError: another class has it. The same class, defined anew (a module loaded twice), replaces itself.
+            ValueError: a class of another name has it. The same class, defined anew in a notebook, replaces itself.
         """
 
         def give_name(cls: type[T]) -> type[T]:
             taken = self._classes.get(name)
-            if taken is not None and taken.__qualname__ != cls.__qualname__:
+            if taken is not None and taken.__name__ != cls.__name__:
                 raise ValueError(f"The {self.kind} name {name!r} is taken by {taken.__module__}.{taken.__qualname__}.")
             self._classes[name] = cls
             return cls
