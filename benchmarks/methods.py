@@ -146,14 +146,15 @@ def thresholds(option: str, *values: float, **fixed: Any) -> list[Setting]:
     return [{option: value, **fixed} for value in values]
 
 
-_FIRST_BLOCK = (0.05, 0.08, 0.12, 0.16, 0.22, 0.3)
+_TEA = (0.07, 0.09, 0.12, 0.15, 0.19, 0.25)
+_FIRST_BLOCK = (0.06, 0.08, 0.12, 0.15, 0.22, 0.3)
 _MAG = [
     {"threshold": threshold, "max_skip_steps": skips, "retention_ratio": 0.2}
-    for threshold, skips in ((0.03, 1), (0.06, 2), (0.12, 2), (0.24, 4), (0.5, 6), (1.0, 8))
+    for threshold, skips in ((0.05, 2), (0.07, 2), (0.1, 2), (0.15, 3), (0.25, 4), (0.35, 4))
 ]
 _SEA = [
     {"threshold": threshold, "max_consecutive_cached": skips}
-    for threshold, skips in ((0.1, 2), (0.15, 2), (0.25, 2), (0.4, 2), (0.4, 4), (0.6, 6))
+    for threshold, skips in ((0.1, 2), (0.15, 2), (0.25, 2), (0.4, 2), (0.4, 4), (0.5, 4))
 ]
 _DB = [
     {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": 4, "residual_diff_threshold": threshold}
@@ -161,7 +162,7 @@ _DB = [
 ]
 
 METHODS = [
-    Method("teacache", "ours", our("teacache"), thresholds("rel_l1_thresh", 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)),
+    Method("teacache", "ours", our("teacache"), thresholds("rel_l1_thresh", *_TEA)),
     Method("fbcache", "ours", our("fbcache"), thresholds("rel_l1_thresh", *_FIRST_BLOCK)),
     Method("magcache", "ours", our("magcache"), _MAG),
     Method(
@@ -181,14 +182,14 @@ METHODS = [
         our("schedule", periodic),
         [
             {"first": first, "every": every, "residual_order": order}
-            for first, every, order in ((4, 2, 0), (4, 2, 1), (4, 3, 0), (4, 3, 1), (2, 3, 1), (2, 4, 1))
+            for first, every, order in ((6, 2, 0), (6, 2, 1), (6, 3, 1), (3, 3, 0), (3, 3, 1), (2, 4, 1))
         ],
     ),
     Method(
         "schedule of teacache",
         "ours",
         our("schedule", teacache_mask),
-        thresholds("rel_l1_thresh", 0.05, 0.1, 0.15, 0.2, 0.3, 0.4),
+        thresholds("rel_l1_thresh", *_TEA),
     ),
     Method(
         "diffusers FirstBlockCache",
