@@ -278,6 +278,12 @@ def main() -> None:
     skipped: dict[str, str] = {}
     missing = [(method.name, setting) for method, setting in in_turns(methods)]
     videos: dict[int, Tensor] = {}
+
+    def write() -> None:
+        content = as_json(about, points, skipped, missing, task.seeds)
+        (args.output / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+
+    write()
     try:
         bench.measure_references()
         for method, setting in in_turns(methods):
@@ -294,8 +300,7 @@ def main() -> None:
                     )
                     print(f"{line}, {mean(point.psnr):.2f} dB", flush=True)
             missing.remove((method.name, setting))
-            content = as_json(about, points, skipped, missing, task.seeds)
-            (args.output / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+            write()
         bench.check_unchanged()
     except OutOfTime:
         print(f"Out of time; {len(missing)} points are missing.")
