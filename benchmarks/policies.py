@@ -19,7 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -39,13 +39,15 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.measure import Point, mean, psnr, ssim  # noqa: E402
 from benchmarks.methods import METHODS, Method, Pipelines, Setting  # noqa: E402
-from benchmarks.report import SPEEDUPS, as_json, plot, tables, write_videos  # noqa: E402
+from benchmarks.report import SPEEDUPS, as_json, plot, tables, title, write_videos  # noqa: E402
 from edit_ray import EditWanPipeline  # noqa: E402
 from training.evaluate import scenes_of  # noqa: E402
 from training.sampling import decode  # noqa: E402
 
 BUILTIN = "builtin:tiny_wan"
 SCENE_SEED, NOISE_SEED = 77_000, 770_000  # neither the training's nor the calibration's
+_THE_SAME = 60.0  # dB: what rounding leaves of two runs of the same
+_DECODED_TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Sample:
-    """A video [3, T, H, W] in [0, 1] on the CPU, the blocks that were evaluated for it and the loop's seconds."""
+    """Latents [1, C, t, h, w], the blocks that were evaluated for them and the loop's seconds."""
 
-    video: Tensor
+    latents: Tensor
     blocks: int
     seconds: float
 
@@ -88,7 +90,9 @@ class Bench:
     task: Task
     deadline: float = float("inf")
     references: dict[str, list[Sample]] = field(default_factory=dict)
+    videos: list[Tensor] = field(default_factory=list)  # of our references
     _blocks: int = 0
+    _embeds: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Count each block that runs by its self-attention, which a skipped block does not reach."""
@@ -104,20 +108,33 @@ class Bench:
         if time.monotonic() > self.deadline:
             raise OutOfTime
         size = {key: value for key, value in asdict(self.task).items() if key not in ("prompts", "seeds")}
+        embeds = self._encode(prompt)
         self._blocks = 0
         _synchronise()
         started = time.perf_counter()
         latents = pipe(
-            prompt,
+            **embeds,
             **size,
             generator=torch.Generator().manual_seed(seed),
             output_type="latent",
             return_dict=False,
         )[0]
         _synchronise()
-        seconds = time.perf_counter() - started
-        video = decode(self.pipelines.ours, latents)[0].float().clamp(-1, 1) / 2 + 0.5
-        return Sample(video.cpu(), self._blocks, seconds)
+        return Sample(latents, self._blocks, time.perf_counter() - started)
+
+    def _encode(self, prompt: str) -> dict[str, Tensor]:
+        """The embeddings of a prompt, made once: they are no part of the loop."""
+        if prompt not in self._embeds:
+            pipe = self.pipelines.ours
+            embeds = pipe.encode_prompt(prompt, "", max_sequence_length=512, device=pipe._execution_device)
+            self._embeds[prompt] = dict(zip(("prompt_embeds", "negative_prompt_embeds"), embeds, strict=True))
+        return self._embeds[prompt]
+
+    def decode(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """Their videos, each [3, T, H, W] in [0, 1]."""
+        latents = torch.cat([sample.latents for sample in samples])
+        clips = [decode(self.pipelines.ours, part) for part in latents.split(_DECODED_TOGETHER)]
+        return list(torch.cat(clips).float().clamp(-1, 1) / 2 + 0.5)
 
     def measure_references(self) -> None:
         """The uncached runs: of our pipeline, and of diffusers' for the times of what runs under it.
@@ -133,8 +150,9 @@ class Bench:
         for prompt, seed in self.task.samples():
             for group, pipe in pipes.items():
                 self.references[group].append(self.generate(pipe, prompt, seed))
-        for ours, stock in zip(*self.references.values(), strict=True):
-            if psnr(ours.video, stock.video) < 60:
+        self.videos, stock = (self.decode(samples) for samples in self.references.values())
+        for ours, other in zip(self.videos, stock, strict=True):
+            if psnr(ours, other) < _THE_SAME:
                 raise RuntimeError("Uncached, our pipeline and diffusers' give different videos: nothing to compare.")
 
     def measure(self, method: Method, setting: Setting) -> tuple[Point, Tensor]:
@@ -150,28 +168,25 @@ class Bench:
                 except (ImportError, ValueError, TypeError) as error:
                     raise NotPossible(f"{type(error).__name__}: {error}") from error
                 made.append(self.generate(pipe, prompt, seed))
-        references = self.references[method.group]
-        pairs = list(zip(made, references, strict=True))
-        shares = [sample.blocks / reference.blocks for sample, reference in pairs]
+        references, videos = self.references[method.group], self.decode(made)
+        shares = [sample.blocks / reference.blocks for sample, reference in zip(made, references, strict=True)]
         point = Point(
             method=method.name,
             group=method.group,
             setting=setting,
             share=mean(shares),
             time=sum(sample.seconds for sample in made) / sum(reference.seconds for reference in references),
-            psnr=[psnr(sample.video, reference.video) for sample, reference in pairs],
-            ssim=[ssim(sample.video, reference.video) for sample, reference in pairs],
+            psnr=[psnr(video, reference) for video, reference in zip(videos, self.videos, strict=True)],
+            ssim=[ssim(video, reference) for video, reference in zip(videos, self.videos, strict=True)],
             shares=shares,
         )
-        return point, made[0].video
+        return point, videos[0].cpu()
 
     def check_unchanged(self) -> None:
         """Whether the model is what it was before all methods; raises RuntimeError if it is not."""
         again = self.generate(self.pipelines.ours, *next(self.task.samples()))
-        if (
-            again.blocks != self.references["ours"][0].blocks
-            or psnr(again.video, self.references["ours"][0].video) < 60
-        ):
+        same = psnr(self.decode([again])[0], self.videos[0]) >= _THE_SAME
+        if not same or again.blocks != self.references["ours"][0].blocks:
             raise RuntimeError("A method has changed the model: the uncached video is another one now.")
 
 
@@ -202,12 +217,13 @@ def load(model: str, device: str, steps: int) -> Pipelines:
 
 
 def provenance(device: str) -> dict[str, Any]:
-    """Command, date, commit, device and versions."""
+    """Command, date, commit (of git, or where that is not to be had of the variable COMMIT), device and versions."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
+    commit = git("rev-parse", "HEAD") + (" and changes" if git("status", "--porcelain") else "")
     versions = {"python": platform.python_version()}
     for package in ("torch", "diffusers", "transformers", "edit_ray", "cache-dit"):
         try:
@@ -217,7 +233,7 @@ def provenance(device: str) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD") + ("" if not git("status", "--porcelain") else " and changes"),
+        "commit": os.environ.get("COMMIT") or commit,
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "versions": versions,
     }
@@ -270,10 +286,10 @@ def main() -> None:
     bench = Bench(load(args.model, args.device, task.num_inference_steps), task, started + 60 * args.minutes)
     methods = [method for method in METHODS if method.name in args.methods]
     if args.quick:
-        methods = [replace(method, settings=method.settings[3::2] or method.settings) for method in methods]
+        methods = [replace(method, settings=method.settings[:3:2]) for method in methods]
     console = Console(width=150 if not sys.stdout.isatty() else None)
     args.output.mkdir(parents=True, exist_ok=True)
-    about = provenance(args.device) | {"model": args.model, "task": asdict(task)}
+    about: dict[str, Any] = provenance(args.device) | {"model": args.model, "task": asdict(task)}
     points: list[Point] = []
     skipped: dict[str, str] = {}
     missing = [(method.name, setting) for method, setting in in_turns(methods)]
@@ -307,9 +323,9 @@ def main() -> None:
     for table in tables(points, skipped, missing, task.seeds):
         console.print(table)
     if points:
-        plot(points, args.output / "front.png", f"{len(task.prompts)} prompts x {task.seeds} seeds, {args.model}")
+        plot(points, args.output / "front.png", title(about))
     if args.videos and points:
-        write_videos(points, videos, bench.references["ours"][0].video, args.output / "videos", SPEEDUPS[1])
+        write_videos(points, videos, bench.videos[0].cpu(), args.output / "videos", SPEEDUPS[1])
 
 
 if __name__ == "__main__":

@@ -1,17 +1,24 @@
-"""What the front's measurements look like: tables, JSON, a plot, videos."""
+"""What the front's measurements look like: tables, JSON, a plot, videos.
 
+python benchmarks/report.py benchmarks/results/front        results.json there -> front.md and front.png beside it
+"""
+
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
+
 import torch
+from rich import box
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from benchmarks.measure import Interval, Point, best_at, compare, mean, mean_interval
-from edit_ray.video.encode import encode
-from edit_ray.video.options import OutputOptions
 
 SPEEDUPS = (1.5, 2.0, 2.5)
 _FPS = 16
@@ -81,7 +88,14 @@ def as_json(
     }
 
 
-def plot(points: Sequence[Point], path: Path, title: str) -> None:
+def title(about: Mapping[str, Any]) -> str:
+    """What was measured, on what and when."""
+    task = about["task"]
+    samples = f"{len(task['prompts'])} prompts x {task['seeds']} seeds, {task['num_inference_steps']} steps"
+    return f"{about['model']}, {samples}; {about['device']}, {about['date'][:10]}"
+
+
+def plot(points: Sequence[Point], path: Path, heading: str) -> None:
     """PSNR over the share of blocks, one line a method, peers dashed; without matplotlib, nothing but a word."""
     try:
         from matplotlib.figure import Figure
@@ -94,6 +108,9 @@ def plot(points: Sequence[Point], path: Path, title: str) -> None:
         axes.axvline(1 / speedup, color="0.8", zorder=0)
         axes.annotate(f"1/{speedup:g}", (1 / speedup, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
     cached = [point for point in points if point.share < 1]  # what skipped nothing has nothing to compare
+    if not cached:
+        print("No front.png: nothing was skipped.")
+        return
     for index, method in enumerate(dict.fromkeys(point.method for point in cached)):
         line = sorted((point for point in cached if point.method == method), key=lambda point: point.share)
         style = {"ours": "o-", "peer": "s--"}[line[0].group]
@@ -102,7 +119,7 @@ def plot(points: Sequence[Point], path: Path, title: str) -> None:
             shares, figures, style, color=f"C{index}" if index < 10 else f"{0.15 * (index - 9):.2f}", label=method
         )
     axes.set(xlabel="blocks evaluated / all blocks (probes counted)", ylabel="PSNR against uncached, dB")
-    axes.set_title(title, pad=18)
+    axes.set_title(heading, pad=18)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=110)
@@ -115,6 +132,9 @@ def write_videos(
 
     `videos` are those of the points by index, and like `reference` [3, T, H, W] in [0, 1].
     """
+    from edit_ray.video.encode import encode  # here, as tables and plots need no ffmpeg
+    from edit_ray.video.options import OutputOptions
+
     folder.mkdir(parents=True, exist_ok=True)
     for method in dict.fromkeys(point.method for point in points):
         best = best_at((point for point in points if point.method == method), 1 / speedup)
@@ -123,3 +143,25 @@ def write_videos(
         both = torch.cat([reference, videos[points.index(best)]], dim=3)  # [3, T, H, 2 W]
         frames = (both * 255).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
         encode(frames, folder / f"{method.replace(' ', '_')}.mp4", fps=_FPS, options=OutputOptions())
+
+
+def main() -> None:
+    """Tables and plot of results that were measured before."""
+    folder = Path(sys.argv[1])
+    content = json.loads((folder / "results.json").read_text())
+    names = Point.__dataclass_fields__
+    points = [Point(**{key: value for key, value in point.items() if key in names}) for point in content["points"]]
+    missing = [(left["method"], left["setting"]) for left in content["missing"]]
+    with (folder / "front.md").open("w") as file:
+        file.write(f"# The front\n\n{title(content)}.\n\n")
+        about = {key: content[key] for key in ("command", "date", "commit", "device", "versions")}
+        file.writelines(f"- {key}: {value}\n" for key, value in about.items())
+        for table in tables(points, content["skipped"], missing, content["task"]["seeds"]):
+            table.box, table.title, heading = box.MARKDOWN, None, table.title
+            file.write(f"\n## {heading}\n\n")
+            Console(file=file, width=220).print(table)
+    plot(points, folder / "front.png", title(content))
+
+
+if __name__ == "__main__":
+    main()

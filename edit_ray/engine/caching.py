@@ -16,7 +16,7 @@ from edit_ray.cache.plan import LoopStep
 from edit_ray.cache.policies import CachePolicy, make_policy
 from edit_ray.cache.stores.store import CacheStore
 from edit_ray.engine.calibration import calibrated_options
-from edit_ray.engine.targets import THRESHOLD_OF, check_target, threshold_for
+from edit_ray.engine.targets import THRESHOLD_OF, check_target, option_for
 
 
 class CacheControl:
@@ -52,8 +52,8 @@ class CacheControl:
             name = pipe.config.get("_name_or_path")
             policy_kwargs = calibrated_options(Path(name) if name else None, policy, policy_kwargs)
             if target_speedup is not None:
-                option, threshold = self._threshold(policy, num_inference_steps, target_speedup, policy_kwargs)
-                policy_kwargs[option] = threshold
+                option, value = self._threshold(policy, num_inference_steps, target_speedup, policy_kwargs)
+                policy_kwargs[option] = value
         elif target_speedup is not None:
             raise ValueError("target_speedup needs the name of a policy, whose threshold it then chooses.")
         names = ("transformer", "transformer_2")
@@ -72,12 +72,12 @@ class CacheControl:
 
     def _threshold(
         self, policy: str, num_inference_steps: int, target_speedup: float, options: dict[str, Any]
-    ) -> tuple[str, float]:
+    ) -> tuple[str, Any]:
         """The option and the value that make a policy compute one forward in `target_speedup`."""
         check_target(policy, make_policy(policy, options), options)
         option = THRESHOLD_OF[policy]
 
-        def computed_share(threshold: float) -> float:
+        def computed_share(threshold: Any) -> float:
             try:
                 tried: dict[str, Any] = {**options, option: threshold}
                 cache = self.enable_cache(policy, num_inference_steps, **tried)
@@ -87,7 +87,7 @@ class CacheControl:
             decisions = [compute for mask in masks for compute in mask if compute is not None]
             return sum(decisions) / len(decisions)
 
-        return option, threshold_for(target_speedup, computed_share)
+        return option, option_for(option, target_speedup, computed_share)
 
     def disable_cache(self) -> None:
         """Compute everything again; without a cache, nothing happens."""

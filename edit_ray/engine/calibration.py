@@ -14,6 +14,7 @@ CALIBRATED = {
     "teacache": ("coefficients", "wan_variant", "use_ret_steps"),
     "magcache": ("mag_ratios",),
     "schedule": ("mask",),
+    "ranked": ("skip_rank",),
 }
 
 

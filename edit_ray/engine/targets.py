@@ -7,8 +7,11 @@ from typing import Any
 
 from edit_ray.cache.policies import CachePolicy
 
-THRESHOLD_OF = {"teacache": "rel_l1_thresh", "magcache": "threshold"}
+THRESHOLD_OF = {"teacache": "rel_l1_thresh", "magcache": "threshold", "ranked": "skips"}
 """The option that decides how much a policy with a known mask skips."""
+WHOLE = frozenset({"skips"})
+"""Those of them that are whole numbers."""
+_HIGHEST_WHOLE = 2.0**20  # more than any loop has forwards
 
 
 def check_target(name: str, policy: CachePolicy, options: Mapping[str, Any]) -> None:
@@ -20,6 +23,13 @@ def check_target(name: str, policy: CachePolicy, options: Mapping[str, Any]) -> 
         )
     if THRESHOLD_OF[name] in options:
         raise ValueError(f"target_speedup and {THRESHOLD_OF[name]} were both given; each decides the other.")
+
+
+def option_for(option: str, speedup: float, computed_share: Callable[[Any], float]) -> Any:
+    """The value of an option of `THRESHOLD_OF` for a speedup; see `threshold_for`."""
+    if option not in WHOLE:
+        return threshold_for(speedup, computed_share)
+    return int(threshold_for(speedup, lambda threshold: computed_share(int(threshold)), _HIGHEST_WHOLE))
 
 
 def threshold_for(speedup: float, computed_share: Callable[[float], float], highest: float = 64.0) -> float:

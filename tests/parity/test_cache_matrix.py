@@ -14,6 +14,7 @@ from tests.parity.conftest import BUILTIN
 
 STEPS = 6
 RATIOS = [1.0] * STEPS
+RANKS = {branch: [None, *range(first, 2 * STEPS - 2, 2)] for first, branch in enumerate(("cond", "uncond"))}
 FLAT = [0.0, 0.0, 0.0, 0.0, 1.0]
 # By policy: options that never skip, and options that skip a lot.
 OPTIONS = {
@@ -21,6 +22,7 @@ OPTIONS = {
     "dicache": ({"rel_l1_thresh": 0.0}, {"rel_l1_thresh": 10.0}),
     "fbcache": ({"rel_l1_thresh": -1.0}, {"rel_l1_thresh": 10.0}),
     "magcache": ({"threshold": 0.0, "mag_ratios": RATIOS}, {"threshold": 10.0, "mag_ratios": RATIOS}),
+    "ranked": ({"skip_rank": RANKS, "skips": 0}, {"skip_rank": RANKS, "skips": STEPS}),
     "schedule": ({"mask": [True] * STEPS}, {"mask": [True, False] * (STEPS // 2)}),
     "seacache": ({"threshold": 0.0}, {"threshold": 10.0}),
     "taylorseer": ({"cache_interval": 1}, {"cache_interval": 3, "disable_cache_before_step": 1}),
@@ -168,7 +170,7 @@ def synchronisations_in_the_loop(pipe):
     return mode.count
 
 
-@pytest.mark.parametrize("name", ["magcache", "schedule", "taylorseer", "teacache", "warmstart_reuse"])
+@pytest.mark.parametrize("name", ["magcache", "ranked", "schedule", "taylorseer", "teacache", "warmstart_reuse"])
 def test_known_masks_are_said_before_and_need_no_synchronisation(builtin, name):
     without = synchronisations_in_the_loop(builtin)
     builtin.enable_cache(name, STEPS, **OPTIONS[name][1])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.measure import MOST_DB, Point, best_at, compare, mean, mean_interval, psnr, ssim
-from benchmarks.methods import METHODS, periodic_mask
+from benchmarks.methods import METHODS
 from benchmarks.policies import in_turns
 
 
@@ -84,11 +84,6 @@ def test_the_interval_covers_the_mean_of_a_normal_distribution_about_as_often_as
     intervals = [mean_interval(row.tolist(), seeds=1, resamples=400) for row in draws]
     covered = sum(low <= 0 <= high for _, low, high in intervals)
     assert 0.88 * 300 <= covered <= 0.99 * 300
-
-
-def test_periodic_mask():
-    assert "".join("01"[step] for step in periodic_mask(10, 3, 3)) == "1110010011"
-    assert all(periodic_mask(7, 2, 1))
 
 
 def test_every_working_peer_has_at_least_as_many_settings_as_ours():

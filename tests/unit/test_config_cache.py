@@ -59,7 +59,7 @@ def problems_of(path: Path, overrides: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(problem.removeprefix(str(path)) for problem in caught.value.problems)
 
 
-VALID = "none, always, dicache, fbcache, magcache, schedule, seacache, taylorseer, teacache"
+VALID = "none, always, dicache, fbcache, magcache, ranked, schedule, seacache, taylorseer, teacache"
 # The lines of the section, the line that is named, and words of the sentence.
 BAD: list[tuple[tuple[str, ...], int, tuple[str, ...]]] = [
     (("policy: tea",), 6, ("cache.policy is 'tea'; it must be one of none, always, dicache, fb",)),

@@ -11,7 +11,7 @@ import torch
 from edit_ray.cache.policies import POLICIES, CachePolicy, PolicyContext, WarmstartReuse
 from edit_ray.cache.policies.per_branch import parse_per_branch
 from edit_ray.cache.policies.policy import UnitState
-from edit_ray.cli import _parser
+from edit_ray.cli.main import parser
 from edit_ray.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +100,7 @@ def test_commands_are_understood():
     for line in commands:
         program, *arguments = shlex.split(line)
         assert program == "edit-ray"
-        _parser().parse_args(arguments)
+        parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize("section", blocks("yaml"))

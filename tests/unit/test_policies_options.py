@@ -34,6 +34,7 @@ OPTIONS = {
     "taylorseer": {},
     "seacache": {},
     "dicache": {},
+    "ranked": {"skip_rank": {"cond": [None, *range(11)], "uncond": [None] * 12}},
     "schedule": {"mask": [True] * 12},
     "warmstart_reuse": {"wan_variant": "t2v-1.3B"},
 }
@@ -45,6 +46,8 @@ NEVER = [
     *(("taylorseer", {"cache_interval": at}) for at in (1, 0, -3)),
     *(("seacache", {"threshold": at}) for at in (0, -1.0)),
     *(("dicache", {"rel_l1_thresh": at}) for at in (0, -1.0)),
+    ("ranked", {"skip_rank": {"cond": [None] * 12}}),
+    *(("ranked", {"skip_rank": list(range(12)), "skips": at}) for at in (0, -1)),
     ("schedule", {"mask": [True] * 12}),
     *(
         ("teacache", {"wan_variant": variant, "use_ret_steps": ret, "rel_l1_thresh": at})
@@ -91,7 +94,7 @@ def test_what_policies_declare():
     probes = {name for name, options in OPTIONS.items() if make_policy(name, options).needs_first_block_probe}
     static = {name for name, options in OPTIONS.items() if make_policy(name, options).timestep_only}
     assert probes == {"fbcache", "dicache"}
-    assert static == {"always", "teacache", "magcache", "taylorseer", "schedule", "warmstart_reuse"}
+    assert static == {"always", "teacache", "magcache", "taylorseer", "ranked", "schedule", "warmstart_reuse"}
 
 
 @pytest.mark.parametrize(

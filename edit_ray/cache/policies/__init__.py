@@ -6,6 +6,7 @@ from edit_ray.cache.policies.fbcache import FirstBlockCache
 from edit_ray.cache.policies.magcache import MagCache
 from edit_ray.cache.policies.make import check_granularity, make_policy
 from edit_ray.cache.policies.policy import POLICIES, CachePolicy, PolicyContext, register_policy
+from edit_ray.cache.policies.ranked import Ranked
 from edit_ray.cache.policies.schedule import Schedule
 from edit_ray.cache.policies.seacache import SeaCache
 from edit_ray.cache.policies.signals import relative_l1
@@ -21,6 +22,7 @@ __all__ = [
     "FirstBlockCache",
     "MagCache",
     "PolicyContext",
+    "Ranked",
     "Schedule",
     "SeaCache",
     "TaylorSeer",

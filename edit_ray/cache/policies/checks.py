@@ -81,6 +81,12 @@ def mask(name: str, value: Any) -> tuple[bool, ...]:
     return tuple(bool(item) for item in items)
 
 
+def ranks(name: str, value: Any) -> tuple[int | None, ...]:
+    """At least one of whole numbers from 0 and None; raises as `whole` does."""
+    items = _items(name, value, "whole numbers from 0 and None")
+    return tuple(None if item is None else whole(f"{name}[{i}]", item) for i, item in enumerate(items))
+
+
 def _items(name: str, value: Any, valid: str) -> list[Any]:
     if hasattr(value, "tolist"):  # numpy's and torch's own; a scalar among them gives no list
         value = value.tolist()

@@ -1,0 +1,64 @@
+"""The command line of `edit-ray`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from edit_ray.cli import measure, runs
+from edit_ray.errors import EditRayError
+
+_COMMANDS = {
+    "down": runs.down,
+    "list": runs.list_runs,
+    "status": runs.status,
+    "cancel": runs.cancel,
+    "report": runs.report,
+    "calibrate": measure.calibrate,
+    "tune": measure.tune,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point; returns the exit code: 0 done, 1 failed, 2 bad input."""
+    options = parser().parse_args(arguments)
+    try:
+        return _COMMANDS[options.command](options)
+    except EditRayError as error:
+        print(f"edit-ray: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError | LookupError) else 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(prog="edit-ray", description="Looks after the actors and runs of edit_ray.")
+    top.add_argument("--address", help="the Ray to join (default: the one that Ray itself finds)")
+    top.add_argument("--output", help="the folder that holds runs (default: $EDIT_RAY_OUTPUT or ~/edit_ray_outputs)")
+    commands = top.add_subparsers(dest="command", required=True)
+    commands.add_parser("down", help="end all actors; runs in progress end where they are")
+    commands.add_parser("list", help="the runs that the segment scheduler knows")
+    for name, says in (("status", "where one run stands"), ("cancel", "stop one run; what is committed stays")):
+        commands.add_parser(name, help=says).add_argument("run_id")
+    report = commands.add_parser("report", help="what a cache decided, as one HTML page")
+    report.add_argument("source", metavar="RECORD_OR_RUN", help="a record of decisions (JSON), or a run's id or folder")
+    report.add_argument("--page", type=Path, help="where to write it (default: report.html in the run, or beside)")
+    calibrate = commands.add_parser("calibrate", help="measure what a policy has to know of a model")
+    _add_measuring(calibrate)
+    calibrate.add_argument("--policy", choices=["teacache", "magcache", "ranked"], required=True)
+    calibrate.add_argument("--file", type=Path, required=True, help="the calibration to write to (JSON)")
+    calibrate.add_argument("--use-ret-steps", action="store_true", help="teacache: watch e0 instead of e")
+    calibrate.add_argument("--batch-size", type=int, default=1, help="ranked: prompts that are denoised together")
+    tune = commands.add_parser("tune", help="find the policy that computes least at a likeness to the uncached frames")
+    _add_measuring(tune)
+    tune.add_argument("--psnr", type=float, required=True, help="the least likeness, in dB, as a mean over the prompts")
+    tune.add_argument("--seeds", type=int, default=1, help="videos of each prompt")
+    tune.add_argument("--policies", help="some of them, such as teacache,dicache")
+    return top
+
+
+def _add_measuring(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", type=Path, required=True, help="model and sampling of a run's configuration")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one of its values")
+    command.add_argument("--prompts", type=Path, required=True, help="a text file, one prompt a line")
