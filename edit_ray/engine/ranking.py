@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,6 @@ from edit_ray.engine.segment import MAX_SEQUENCE_LENGTH
 Slot = tuple[str, int]
 """A forward of the loop: whose it is, such as "transformer/cond", and its step."""
 MOST_SKIPPED = 2 / 3  # of all forwards
-AT_ONCE = 16  # one skip is added a round for each so many forwards that still compute
-APART = 3  # steps between skips of one branch that are added together: nearer ones would not know of each other
 
 
 @dataclass(frozen=True)
@@ -30,24 +29,23 @@ class Round:
 
 
 def rank_skips(measure: Callable[[Collection[Slot]], float], slots: Sequence[Slot], most: int) -> Iterator[Round]:
-    """Leave out forwards until `most` of them are skipped, always those after which the rest stays most alike.
+    """Leave out forwards until `most` of them are skipped, always the one after which the rest stays most alike.
 
-    Every round measures each of `slots` that still computes, on top of all that are skipped already, and adds the best
-    one to those, or the best few as long as much still computes. `measure(skipped)` gives the likeness in dB.
+    `measure(skipped)` gives the likeness in dB. As skipping more hardly makes it better, what a forward was measured at
+    on top of fewer skips is the most that it can reach now: one that is still best when measured anew is the best, and
+    most of the others need not be.
+
+    Source: M. Minoux, "Accelerated greedy algorithms for maximizing submodular set functions" (1978).
     """
     skipped: list[Slot] = []
-    while len(skipped) < min(most, len(slots)):
-        left = [slot for slot in slots if slot not in skipped]
-        likeness = {slot: measure([*skipped, slot]) for slot in left}
-        best = sorted(left, key=lambda slot: -likeness[slot])
-        added: list[Slot] = []
-        for slot in best:
-            if len(added) == min(max(1, len(left) // AT_ONCE), most - len(skipped)):
-                break
-            if all(slot[0] != other[0] or abs(slot[1] - other[1]) >= APART for other in added):
-                added.append(slot)
-        skipped += added
-        yield Round(tuple(skipped), likeness[best[0]])
+    waiting = [(-math.inf, index, -1) for index in range(len(slots))]  # what is best known comes first
+    while waiting and len(skipped) < most:
+        bound, index, measured_at = heapq.heappop(waiting)
+        if measured_at == len(skipped):
+            skipped.append(slots[index])
+            yield Round(tuple(skipped), -bound)
+        else:
+            heapq.heappush(waiting, (-measure([*skipped, slots[index]]), index, len(skipped)))
 
 
 class SkipMeasure:
@@ -80,14 +78,18 @@ class SkipMeasure:
 
     def slots(self) -> list[Slot]:
         """The forwards that can be skipped: all but the first of each expert, which have nothing to reuse."""
-        self.pipe.scheduler.set_timesteps(self.num_steps)
-        experts = [step.expert for step in loop_steps(self.pipe, self.pipe.scheduler)]
+        experts = self._experts()
         later = [step for step, expert in enumerate(experts) if expert in experts[:step]]
         return [(f"{experts[step]}/{branch}", step) for step in later for branch in self.branches]
 
     def owners(self) -> list[str]:
         """All that have forwards: per expert "transformer/cond" and, with guidance, "transformer/uncond"."""
-        return list(dict.fromkeys(owner for owner, _ in self.slots()))
+        return [f"{expert}/{branch}" for expert in dict.fromkeys(self._experts()) for branch in self.branches]
+
+    def _experts(self) -> list[str]:
+        """Which expert each step is of."""
+        self.pipe.scheduler.set_timesteps(self.num_steps)
+        return [step.expert for step in loop_steps(self.pipe, self.pipe.scheduler)]
 
     def __call__(self, skipped: Collection[Slot]) -> float:
         """Mean over the prompts of the signal-to-noise ratio in dB, for a signal of variance 1; at most 100."""

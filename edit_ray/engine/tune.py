@@ -70,7 +70,7 @@ def tune(measure: Measure, psnr: float, policies: Sequence[str] = tuple(TUNABLE)
             tried.add(value)
             try:
                 trial = _try(measure, policy, {option: value}, psnr, least)
-            except ValueError:  # a policy that has to know the model, on one that nobody has calibrated
+            except (ValueError, TypeError):  # a policy that has to know the model, on one that nobody has calibrated
                 break
             yield trial
             if trial.verdict == "holds":
@@ -131,7 +131,7 @@ class Videos:
         """PSNR in dB and share of computed blocks of one video after the other.
 
         Raises:
-            ValueError: the policy cannot work on this model with these options.
+            ValueError, TypeError: the policy cannot work on this model with these options.
         """
         for index, reference in enumerate(self._reference):
             cache = self.pipe.enable_cache(policy, self.call["num_inference_steps"], **options)

@@ -23,7 +23,12 @@ SMALLER = {
     "width=128": "width=32",
     "num_frames=33": "num_frames=5",
 }
-REQUIRED = {"schedule": {"mask": [True]}, "teacache": {"coefficients": [1.0]}, "magcache": {"mag_ratios": [1.0]}}
+REQUIRED = {
+    "schedule": {"mask": [True]},
+    "ranked": {"skip_rank": [None]},
+    "teacache": {"coefficients": [1.0]},
+    "magcache": {"mag_ratios": [1.0]},
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -96,7 +101,7 @@ def test_everything_is_tested():
 
 def test_commands_are_understood():
     commands = [line for block in blocks("console") for line in block.splitlines()]
-    assert {shlex.split(line)[1] for line in commands} == {"report", "calibrate"}
+    assert {shlex.split(line)[1] for line in commands} == {"report", "calibrate", "tune"}
     for line in commands:
         program, *arguments = shlex.split(line)
         assert program == "edit-ray"
