@@ -8,6 +8,8 @@ EditRayError
 ├── ResourcesUnavailable                       the cluster lacks what the actors need
 ├── ActorVersionMismatch                       living actors run other code than the caller
 ├── SegmentFailed                              a segment failed more often than it may
+├── EntryLost                                  a stored residual that the plan promised is gone
+├── StaleLease                                 a lease of a store, or of a holder, that is no more
 └── RunCancelled                               the run was stopped on request
 """
 
@@ -51,6 +53,14 @@ class ActorVersionMismatch(EditRayError):
 
 class SegmentFailed(EditRayError):
     """A segment failed more often than `engine.segment_retries` allows."""
+
+
+class EntryLost(EditRayError):
+    """A residual that the reuse plan promised to a segment cannot be had."""
+
+
+class StaleLease(EditRayError):
+    """Someone speaks of a segment that was given to another, or by a store that lives no more."""
 
 
 class RunCancelled(EditRayError):

@@ -1,44 +1,100 @@
-"""The CacheStore actor: the memory that survives the GPU actor."""
+"""The CacheStore actor: host memory and disk, and what of a run's residuals is where."""
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from edit_ray.actors.messages import code_version
-from edit_ray.cache.stores.host import HostStore
-from edit_ray.cache.stores.store import Key
+from edit_ray.cache.options import StoreOptions
+from edit_ray.cache.stores.arena import Arena
+from edit_ray.cache.stores.disk_tier import DiskTier
+from edit_ray.cache.stores.op_table import Op
+from edit_ray.cache.stores.open_segment import Lease
+from edit_ray.cache.stores.shared_tiers import TABLES_BYTES, SharedTiers
+from edit_ray.cache.tiering.events import Uses
+from edit_ray.errors import ConfigError, StaleLease
 
 
 class CacheStoreActor:
-    """Owns the host tier. Knows keys and tensors, nothing of runs beyond the key's first field, their id."""
+    """Owns the arena and the disk tier, from the first run that reuses anything until its end. Knows keys and bytes,
+    of runs only their ids. It never holds a CUDA context.
+    """
 
-    def __init__(self, budget_bytes: int) -> None:
-        self._store = HostStore(budget_bytes)
+    def __init__(self) -> None:
+        self._tiers: SharedTiers | None = None
+        self._made_for: tuple[StoreOptions, Path] | None = None
+        self._runs: set[str] = set()
         self._lock = threading.Lock()
 
     def describe(self) -> dict[str, str | int]:
-        return {"version": code_version(), "pid": os.getpid(), "budget_bytes": self._store.budget_bytes or 0}
+        return {"version": code_version(), "pid": os.getpid()}
 
-    def set_budget(self, budget_bytes: int) -> None:
-        """The budget of the runs to come; what is over it goes at the next put."""
-        with self._lock:
-            self._store.budget_bytes = budget_bytes
+    def follow(self, run_id: str, uses: Uses, segment: int, options: StoreOptions, directory: Path) -> None:
+        """A run begins, or goes on with `segment`: which entries it reads when. `directory` is the disk tier's.
 
-    def put(self, key: Key, tensor: torch.Tensor) -> None:
+        Raises ConfigError where the tiers cannot be made, ResourcesUnavailable where shared memory is too small.
+        """
         with self._lock:
-            self._store.put(key, tensor)
+            if self._tiers is None or self._made_for != (options, directory):
+                self._close()
+                self._tiers, self._made_for = _make(options, directory), (options, directory)
+            self._tiers.follow(uses, segment)
+            self._runs.add(run_id)
 
-    def get(self, key: Key) -> torch.Tensor | None:
-        with self._lock:
-            return self._store.get(key)
+    def prepare(
+        self,
+        run_id: str,
+        segment: int,
+        attempt: int,
+        holder: str,
+        ops: Sequence[Op],
+        dtype: torch.dtype,
+        shape: Sequence[int],
+    ) -> Lease:
+        """See `SharedTiers.prepare`. Raises StaleLease where this incarnation was not told of the run."""
+        return self._of(run_id).prepare(run_id, segment, attempt, holder, ops, dtype, shape)
+
+    def complete(self, run_id: str, segment: int, attempt: int, holder: str) -> dict[str, Any]:
+        """See `SharedTiers.complete`; returns its statistics."""
+        tiers = self._of(run_id)
+        tiers.complete(run_id, segment, attempt, holder)
+        return tiers.statistics()
 
     def drop_run(self, run_id: str) -> None:
+        """Forget all of a run; an unknown one is none."""
         with self._lock:
-            self._store.drop_where(lambda key: key[0] == run_id)
+            if run_id in self._runs and self._tiers is not None:
+                self._tiers.drop_run(run_id)
+            self._runs.discard(run_id)
 
-    def bytes_resident(self) -> int:
+    def close(self) -> None:
+        """Give the memory back; what is on disk stays."""
         with self._lock:
-            return self._store.bytes_resident
+            self._close()
+
+    def _of(self, run_id: str) -> SharedTiers:
+        with self._lock:
+            if self._tiers is None or run_id not in self._runs:
+                raise StaleLease(f"This CacheStore actor was not told of the run {run_id!r}.")
+            return self._tiers
+
+    def _close(self) -> None:
+        if self._tiers is not None:
+            self._tiers.close()
+        self._tiers = self._made_for = None
+        self._runs.clear()
+
+
+def _make(options: StoreOptions, directory: Path) -> SharedTiers:
+    try:
+        disk = DiskTier(directory, allow_tmpfs=options.allow_tmpfs)
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"store.directory cannot be used: {error}"]) from None
+    arena = Arena.create(options.host_bytes + TABLES_BYTES)
+    return SharedTiers(arena, options.host_bytes, disk, options.disk_bytes)

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from edit_ray.actors.leases import SegmentLeases, Store
 from edit_ray.actors.messages import Progress, RunSpec, code_version, statistics
-from edit_ray.cache.stores.store import Key
+from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.engine.latent_files import latent_tail, load_latents, save_latents
 from edit_ray.engine.segment import SegmentEngine, usable_cores
 from edit_ray.errors import RunCancelled
@@ -21,13 +22,6 @@ from edit_ray.runs.plan import SegmentPlan
 from edit_ray.video.encode import encode, join
 
 T = TypeVar("T")
-
-
-class Store(Protocol):
-    """What the GPU actor asks of the CacheStore actor."""
-
-    def put(self, key: Key, tensor: torch.Tensor) -> None: ...
-    def get(self, key: Key) -> torch.Tensor | None: ...
 
 
 class DenoiserActor:
@@ -44,6 +38,7 @@ class DenoiserActor:
         self._thread = ThreadPoolExecutor(1, "torch")
         self._stopped: set[str] = set()
         self._progress: Progress | None = None
+        self._leases: dict[str, SegmentLeases | None] = {}  # by run; None for one that reuses nothing
 
     def describe(self) -> dict[str, str | int]:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -63,12 +58,15 @@ class DenoiserActor:
         self._ready_engine(spec)
         return statistics(prepare_s=time.perf_counter() - started)
 
-    def denoise_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
-        """Denoises one segment and makes its latents durable.
+    def denoise_segment(self, spec: RunSpec, segment: SegmentPlan, attempt: int) -> dict[str, float]:
+        """Denoises one segment and makes its latents durable, and what others reuse of it.
 
-        Raises RunCancelled when the run is stopped meanwhile, SegmentFailed when the latents are not finite.
+        Raises RunCancelled when the run is stopped meanwhile, SegmentFailed when the latents are not finite, EntryLost
+        when what it should reuse is gone.
         """
         engine = self._ready_engine(spec)
+        leases = self._leases_of(spec, engine)
+        store = None if leases is None else leases.begin(segment.index, attempt, engine.history_len)
         history = self._history(spec, segment.index)
         sampling = spec.config.sampling
 
@@ -86,13 +84,16 @@ class DenoiserActor:
                 history=history,
                 on_step=on_step,
                 cache=spec.config.cache,
+                segment_index=segment.index,
+                store=store,
             ),
         )
         known = 0 if history is None else history.shape[2]
         save_latents(spec.folder.latents(segment.index), latents[:, :, known:])
-        if spec.layout.history_latents:
-            self._store.put(_tail_key(spec, segment.index), latents[:, :, -spec.layout.history_latents :])
-        return statistics(denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment))
+        reused = {}
+        if leases is not None and store is not None:
+            reused = _reuse_statistics(store, leases.complete(segment.index, attempt))
+        return statistics(denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused)
 
     def decode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
         """Decodes one segment's new latents into its media file."""
@@ -132,6 +133,9 @@ class DenoiserActor:
     def release_run(self, run_id: str) -> None:
         """Frees what is kept for an ended run; the model stays loaded."""
         self._stopped.discard(run_id)
+        leases = self._leases.pop(run_id, None)
+        if leases is not None:
+            leases.close()
         if self._engine is not None:
             self._engine.release(run_id)
         self._progress = None
@@ -163,6 +167,20 @@ class DenoiserActor:
 
         return self._thread.submit(timed).result() if engine.device.type == "cpu" else timed()
 
+    def _leases_of(self, spec: RunSpec, engine: SegmentEngine) -> SegmentLeases | None:
+        if spec.run_id not in self._leases:
+            config = spec.config
+            reuse = self._thread.submit(
+                engine.plan_reuse,
+                spec.run_id,
+                len(spec.plan.segments),
+                config.cache,
+                config.sampling,
+                config.store.disk_bytes,
+            ).result()
+            self._leases[spec.run_id] = None if reuse is None else SegmentLeases(self._store, spec, reuse)
+        return self._leases[spec.run_id]
+
     def _cache_statistics(self, engine: SegmentEngine, spec: RunSpec, segment: SegmentPlan) -> dict[str, int]:
         """What the cache computed and skipped in the segment; its decisions go into the run's folder."""
         record = engine.record
@@ -173,14 +191,23 @@ class DenoiserActor:
         return {"units_computed": len(record) - skipped, "units_skipped": skipped}
 
     def _history(self, spec: RunSpec, segment_index: int) -> torch.Tensor | None:
-        """The predecessor's last latents: from the store, else from what was committed."""
+        """The predecessor's last latents, from what was committed."""
         if segment_index == 0 or not spec.layout.history_latents:
             return None
-        tail = self._store.get(_tail_key(spec, segment_index - 1))
-        if tail is None:
-            tail = latent_tail([spec.folder.latents(k) for k in range(segment_index)], spec.layout.history_latents)
-        return tail
+        return latent_tail([spec.folder.latents(k) for k in range(segment_index)], spec.layout.history_latents)
 
 
-def _tail_key(spec: RunSpec, segment_index: int) -> Key:
-    return (spec.run_id, segment_index, "latents_tail")
+def _reuse_statistics(store: PlannedStore, tiers: dict[str, Any]) -> dict[str, float]:
+    """What the segment reused, what it waited for, and what the tiers hold after it."""
+    prefetch = tiers["counters"].prefetch
+    return {
+        "entries_read": store.waits.reads,
+        "entries_written": store.waits.writes,
+        "reuse_wait_s": store.waits.seconds,
+        "host_bytes": tiers["bytes"]["host"],
+        "disk_bytes": tiers["on_disk_bytes"],
+        **{
+            f"prefetch_{outcome}": getattr(prefetch, outcome)
+            for outcome in ("requested", "useful", "late", "wasted", "unfulfilled", "cancelled")
+        },
+    }

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -116,9 +117,8 @@ class RayCrew:
         try:
             _await_placement(group, needs, deadline)
             beside = PlacementGroupSchedulingStrategy(group)
-            budget = spec.config.store.host_bytes
             store = self._find_or_make(
-                CACHE_STORE, CacheStoreActor, {"num_cpus": 0, "max_restarts": -1}, beside, budget
+                CACHE_STORE, CacheStoreActor, {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 4}, beside
             )
             denoiser = self._find_or_make(
                 DENOISER,
@@ -144,7 +144,6 @@ class RayCrew:
             )
         if problem := dtype_problem(spec.config.model.torch_dtype, "cuda" if num_gpus else "cpu"):
             raise ConfigError([f"model.torch_dtype {problem}"])
-        ray.get(store.set_budget.remote(budget))
         self._handles = {CACHE_STORE: store, DENOISER: denoiser}
 
     def _find_or_make(self, name: str, actor: type, options: dict[str, Any], strategy: Any, *arguments: Any) -> Any:
@@ -153,19 +152,21 @@ class RayCrew:
 
 
 class StoreCalls:
-    """The CacheStore actor as the GPU actor calls it: blocking, two calls a segment; while it is dead, it is empty."""
+    """The CacheStore actor as the GPU actor calls it: the call is under way at once, its answer can be waited for."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    def put(self, key: Any, tensor: Any) -> None:
-        with contextlib.suppress(ray.exceptions.RayActorError):
-            ray.get(self._handle.put.remote(key, tensor))
+    def call(self, method: str, *arguments: Any) -> Callable[[], Any]:
+        reference = getattr(self._handle, method).remote(*arguments)
 
-    def get(self, key: Any) -> Any:
-        with contextlib.suppress(ray.exceptions.RayActorError):
-            return ray.get(self._handle.get.remote(key))
-        return None
+        def reply() -> Any:
+            try:
+                return ray.get(reference)
+            except ray.exceptions.RayActorError as lost:
+                raise ConnectionError(f"the actor {CACHE_STORE!r} is gone: {type(lost).__name__}") from None
+
+        return reply
 
 
 async def _reply(name: str, reference: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,13 +18,12 @@ class LocalCrew:
     def __init__(self) -> None:
         self._store: CacheStoreActor | None = None
         self._denoiser: DenoiserActor | None = None
-        self._threads = {group: ThreadPoolExecutor(1, group) for group in ("denoise", "decode", "control")}
+        self._threads = {group: ThreadPoolExecutor(1, group) for group in ("denoise", "decode", "control", "store")}
 
     async def start(self, spec: RunSpec) -> None:
         if self._store is None:
-            self._store = CacheStoreActor(spec.config.store.host_bytes)
-            self._denoiser = DenoiserActor(self._store)
-        self._store.set_budget(spec.config.store.host_bytes)
+            self._store = CacheStoreActor()
+            self._denoiser = DenoiserActor(self)
 
     async def denoiser(self, method: str, *arguments: Any) -> Any:
         threads = self._threads[GROUP_OF.get(method, "control")]
@@ -32,6 +32,12 @@ class LocalCrew:
     async def store(self, method: str, *arguments: Any) -> Any:
         return await asyncio.to_thread(getattr(self._store, method), *arguments)
 
+    def call(self, method: str, *arguments: Any) -> Callable[[], Any]:
+        """The store as the GPU actor calls it."""
+        return self._threads["store"].submit(getattr(self._store, method), *arguments).result
+
     async def end(self) -> None:
         for threads in self._threads.values():
             threads.shutdown(wait=False)
+        if self._store is not None:
+            self._store.close()

@@ -11,7 +11,16 @@ from typing import Any, Protocol
 
 from edit_ray.actors.messages import Progress, RunSpec, RunStatus, StreamReply, code_version
 from edit_ray.config import Config, check_config, dump_yaml
-from edit_ray.errors import ConfigError, EditRayError, RunCancelled, RunExists, SegmentFailed, UnknownRun
+from edit_ray.errors import (
+    ConfigError,
+    EditRayError,
+    EntryLost,
+    RunCancelled,
+    RunExists,
+    SegmentFailed,
+    StaleLease,
+    UnknownRun,
+)
 from edit_ray.runs.events import (
     CancelAsked,
     CloseRun,
@@ -28,7 +37,12 @@ from edit_ray.runs.plan import SegmentPlan
 from edit_ray.runs.scheduler import SegmentScheduler
 
 ENDED_RUNS_KEPT = 100
-_REPEATABLE = (SegmentFailed, RunCancelled)  # errors of ours that another attempt may not meet again
+_REPEATABLE = (
+    SegmentFailed,
+    RunCancelled,
+    EntryLost,
+    StaleLease,
+)  # errors of ours that another attempt may not meet again
 
 
 class Crew(Protocol):
@@ -208,7 +222,7 @@ class SegmentSchedulerActor:
 
     async def _denoise(self, run: _LiveRun, work: Work) -> None:
         segment = _segment(run, work)
-        figures = await self._crew.denoiser("denoise_segment", run.spec, segment)
+        figures = await self._crew.denoiser("denoise_segment", run.spec, segment, work.attempt)
         run.statistics[segment.index] = figures
 
     async def _decode(self, run: _LiveRun, work: Work) -> None:

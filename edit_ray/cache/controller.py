@@ -16,7 +16,7 @@ from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState
 from edit_ray.cache.records import Counts, Decided, Decision, Reason, Record
 from edit_ray.cache.residuals import Entry, Owner, ResidualIndex, UnitResiduals
 from edit_ray.cache.signals import StepSignals
-from edit_ray.cache.stores.store import CacheStore
+from edit_ray.cache.stores.store import CacheStore, Key
 from edit_ray.cache.units import Unit
 from edit_ray.cache.walk import Walk
 
@@ -73,6 +73,11 @@ class Cache:
         return self._index.store
 
     @property
+    def history_len(self) -> int:
+        """How many of its latest residuals each unit keeps."""
+        return self._index.history_len
+
+    @property
     def stats(self) -> dict[str, Counts]:
         """Per branch: decisions to compute, decisions to skip, bytes of the residuals put and not dropped."""
         stored = self._index.bytes_by_branch()
@@ -119,6 +124,10 @@ class Cache:
         if isinstance(generation, bool) or not isinstance(generation, int) or generation < 0:
             raise ValueError(f"generation is {generation!r}; valid is a whole number from 0.")
         self._index.generation = generation
+
+    def use_store(self, store: CacheStore, stored: Iterable[Key] = ()) -> None:
+        """Put residuals into another store from the next call on, where earlier generations have left `stored`."""
+        self._index.adopt(store, stored)
 
     def set_reuse_window(self, generations: Iterable[int]) -> None:
         """The earlier generations whose residuals the next call may read; what lies before all of them is dropped."""

@@ -65,6 +65,7 @@ class CacheOptions(Options):
         default="stack", json_schema_extra={"valid": "stack, per_block, or a whole number of blocks"}
     )
     target_speedup: float | None = Field(default=None, gt=1, le=100)
+    reuse_window: int = Field(default=0, ge=0, le=1000)
 
     @property
     def policy_options(self) -> dict[str, Any]:
@@ -73,7 +74,7 @@ class CacheOptions(Options):
 
 
 class StoreOptions(Options):
-    """How many bytes the CacheStore actor may hold in host memory."""
+    """How many bytes the CacheStore actor may hold in shared memory and on disk (None: no bound), and where."""
 
     host_bytes: ByteCount = Field(
         default=2**30,
@@ -81,3 +82,11 @@ class StoreOptions(Options):
         le=MAX_BYTES,
         json_schema_extra={"valid": "a number of bytes from 0 to 1024TiB, such as 256MiB or 1e9"},
     )
+    disk_bytes: ByteCount | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_BYTES,
+        json_schema_extra={"valid": "a number of bytes from 0 to 1024TiB, such as 20GiB, or null for no bound"},
+    )
+    directory: str | None = Field(default=None, min_length=1, max_length=4096)
+    allow_tmpfs: bool = False

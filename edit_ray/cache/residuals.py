@@ -45,6 +45,14 @@ class ResidualIndex:
         if len(steps) > self.history_len and not keeps(steps[-1 - self.history_len]):
             self._drop((self.generation, *owner, steps[-1 - self.history_len]))
 
+    def adopt(self, store: CacheStore, stored: Iterable[Key]) -> None:
+        """Go on with another store, and with what earlier generations have left there, each in the order of steps."""
+        self.store = store
+        self._steps, self._entries = {}, {}
+        for generation, expert, branch, unit, step in stored:
+            owner = (str(expert), str(branch), int(unit or 0))
+            self._steps.setdefault((int(generation or 0), owner), []).append(int(step or 0))
+
     def entries(self) -> list[Entry]:
         """What is stored now, with the tier that holds it."""
         located = [(entry, self._tier_of(entry.key)) for entry in self._entries.values()]

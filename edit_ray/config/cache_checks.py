@@ -10,24 +10,31 @@ from edit_ray.config.mistakes import Mistake
 from edit_ray.engine.calibration import calibrated_options
 from edit_ray.engine.targets import check_target
 
-LIBRARY_ONLY = "warmstart_reuse"
+REUSING = "warmstart_reuse"  # the policy that reads other segments' residuals
 
 
 def cache_mistakes(cache: CacheOptions, num_inference_steps: int, model_folder: Path | None) -> Iterator[Mistake]:
     """Everything that is wrong with the section; `model_folder` is where the model's own calibration may lie."""
     options = cache.policy_options
     if cache.policy == "none":
-        for name in [*options, *(["target_speedup"] if cache.target_speedup is not None else [])]:
+        of_policy = {"target_speedup": cache.target_speedup is not None, "reuse_window": cache.reuse_window > 0}
+        for name in [*options, *(name for name, given in of_policy.items() if given)]:
             said = f"cache.{name} is an option of no policy: cache.policy is none."
             yield Mistake(("cache", name), said, needs=(("cache", "policy"),))
         return
-    valid = ["none", *(name for name in POLICIES.names() if name != LIBRARY_ONLY)]
+    valid = ["none", *POLICIES.names()]
     if cache.policy not in valid:
-        why = ", which works in the library and not yet in a run" if cache.policy == LIBRARY_ONLY else ""
-        yield Mistake(
-            ("cache", "policy"), f"cache.policy is {cache.policy!r}{why}; it must be one of {', '.join(valid)}."
-        )
+        yield Mistake(("cache", "policy"), f"cache.policy is {cache.policy!r}; it must be one of {', '.join(valid)}.")
         return
+    if (cache.policy == REUSING) != (cache.reuse_window > 0):
+        said = (
+            f"cache.reuse_window is {cache.reuse_window} and cache.policy {cache.policy!r}; for segments that reuse "
+            f"each other's residuals the policy is {REUSING!r} and the window 1 or more, for others neither."
+        )
+        yield Mistake(("cache", "reuse_window" if cache.reuse_window else "policy"), said)
+    elif options.get("align", "step") == "last":
+        said = "cache.align is 'last', which works in the library; in a run it must be 'step'."
+        yield Mistake(("cache", "align"), said)
     try:
         policy = make_policy(cache.policy, calibrated_options(model_folder, cache.policy, options))
         check_granularity(policy, cache.granularity)

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.records import Record
+from edit_ray.cache.stores.device import GPUStore
+from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.engine.decode import StreamingDecoder, to_uint8
 from edit_ray.engine.loading import load_pipeline, with_flow_shift
 from edit_ray.engine.options import ModelOptions, SamplingOptions
 from edit_ray.engine.pipeline import EditWanPipeline
+from edit_ray.engine.reuse import Reuse, plan_run_reuse
 from edit_ray.errors import SegmentFailed
 
 MAX_SEQUENCE_LENGTH = 512  # the pipeline's default, so that embeddings equal the library's
@@ -80,17 +83,25 @@ class SegmentEngine:
         history: Tensor | None = None,
         on_step: Callable[[int, int], None] | None = None,
         cache: CacheOptions = UNCACHED,
+        segment_index: int = 0,
+        store: PlannedStore | None = None,
     ) -> Tensor:
         """One segment's normalised latents [1, C, T, h, w], float32, on the CPU; with `history` its slots come first.
 
         Equal, bit for bit, to `pipe(prompt, negative_prompt, generator=torch.Generator().manual_seed(seed),
         output_type="latent", …)` on the same hardware and threads. `on_step(done, total)` is called after each step;
         what it raises ends the segment and leaves the engine usable. With a cache `self.record` then holds its
-        decisions. Raises `SegmentFailed` if a value is not finite.
+        decisions. `store` follows the reuse plan of the run whose segment this is, for a policy that reuses between
+        segments. Raises `SegmentFailed` if a value is not finite.
         """
         self.encode_prompts([prompt], sampling.negative_prompt)
         self.pipe.scheduler = with_flow_shift(self.pipe.scheduler, sampling.flow_shift)
         self._use_cache(cache, sampling)
+        if self.pipe.cache is not None:
+            stored = [] if store is None else store.planned_reads()
+            self.pipe.cache.use_store(GPUStore() if store is None else store, stored)
+            self.pipe.cache.set_generation(segment_index)
+            self.pipe.cache.set_reuse_window(int(key[0] or 0) for key in stored)
         guided = sampling.guidance_scale > 1
         output: tuple[Tensor] = self.pipe(
             height=sampling.height,
@@ -104,8 +115,11 @@ class SegmentEngine:
             output_type="latent",
             callback_on_step_end=None if on_step is None else _step_callback(on_step, sampling.num_inference_steps),
             history=history,
+            reset_cache=store is None,
             return_dict=False,
         )
+        if store is not None:
+            store.finish()
         latents = output[0].to("cpu", torch.float32)
         if not latents.isfinite().all():
             raise SegmentFailed(
@@ -113,6 +127,21 @@ class SegmentEngine:
                 "try model.torch_dtype 'bfloat16' or 'float32'."
             )
         return latents
+
+    def plan_reuse(
+        self, run_id: str, num_segments: int, cache: CacheOptions, sampling: SamplingOptions, budget: int | None
+    ) -> Reuse | None:
+        """What the segments of a run reuse of each other; None where their cache looks at each alone."""
+        if not cache.reuse_window:
+            return None
+        self.pipe.scheduler = with_flow_shift(self.pipe.scheduler, sampling.flow_shift)
+        self._use_cache(cache, sampling)
+        return plan_run_reuse(self.pipe, run_id, num_segments, cache.reuse_window, sampling, budget)
+
+    @property
+    def history_len(self) -> int:
+        """How many of its own latest residuals each unit reads."""
+        return 1 if self.pipe.cache is None else self.pipe.cache.history_len
 
     @property
     def record(self) -> Record | None:

@@ -59,17 +59,26 @@ def problems_of(path: Path, overrides: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(problem.removeprefix(str(path)) for problem in caught.value.problems)
 
 
-VALID = "none, always, dicache, fbcache, magcache, ranked, schedule, seacache, taylorseer, teacache"
+VALID = "none, always, dicache, fbcache, magcache, ranked, schedule, seacache, taylorseer, teacache, warmstart_reuse"
 # The lines of the section, the line that is named, and words of the sentence.
 BAD: list[tuple[tuple[str, ...], int, tuple[str, ...]]] = [
     (("policy: tea",), 6, ("cache.policy is 'tea'; it must be one of none, always, dicache, fb",)),
     (("policy: ''",), 6, ("cache.policy is ''; it must be text of 1 to 200 characters",)),
     (("policy: [teacache]",), 6, ("cache.policy is a list of 1; it must be text",)),
     (("rel_l1_thresh: 0.1", "policy: ~"), 7, ("cache.policy is empty (null); it must be text",)),
+    # reuse between segments
     (
         ("policy: warmstart_reuse", "wan_variant: t2v-14B"),
         6,
-        ("cache.policy is 'warmstart_reuse', which works in the library and not yet in a run; it must be one of none",),
+        ("cache.reuse_window is 0 and cache.policy 'warmstart_reuse'; for segments that reuse each other's residuals",),
+    ),
+    (("policy: always", "reuse_window: 2"), 7, ("cache.reuse_window is 2 and cache.policy 'always'; for segments",)),
+    (("policy: none", "reuse_window: 2"), 7, ("cache.reuse_window is an option of no policy",)),
+    (("reuse_window: -1", "policy: always"), 6, ("cache.reuse_window is -1; it must be",)),
+    (
+        ("policy: warmstart_reuse", "inner: always", "reuse_window: 2", "align: last"),
+        9,
+        ("cache.align is 'last', which works in the library; in a run it must be 'step'",),
     ),
     # options of no policy
     (("rel_l1_thresh: 0.1",), 6, ("cache.rel_l1_thresh is an option of no policy: cache.policy is none",)),
@@ -165,7 +174,7 @@ def test_what_is_no_granularity_is_one_sentence(model: Path, tmp_path: Path, giv
 def test_an_unknown_policy_is_told_every_valid_one(model: Path, tmp_path: Path) -> None:
     (problem,) = problems_of(write(model, tmp_path, "policy: tea"))
     named = problem.removesuffix(".").rpartition("one of ")[2].split(", ")
-    assert set(named) == {"none", *POLICIES.names()} - {"warmstart_reuse"}
+    assert set(named) == {"none", *POLICIES.names()}
     assert set(VALID.split(", ")) <= set(named)
 
 

@@ -1,179 +1,239 @@
-"""Stores stacked into tiers, fastest first: each within a byte budget, what is in the way moves one down."""
+"""Stores stacked into tiers, fastest first: the planner of `tiering` decides what is where, this carries it out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
+from edit_ray.cache.stores.direct_io import DiskFull, as_disk_full
 from edit_ray.cache.stores.store import CacheStore, Key, check_budget
-
-
-@dataclass(frozen=True)
-class _Entry:
-    size: int
-    device: torch.device | None  # from which it was put, and to which it returns; None for what a store held before
-
-
-class _Tier:
-    """One store, what it holds, and how much it may hold."""
-
-    def __init__(self, store: CacheStore, budget_bytes: int | None) -> None:
-        self.store, self.budget_bytes = store, check_budget(budget_bytes)
-        self.name: str = getattr(store, "tier", type(store).__name__)
-        held: dict[Key, int] = store.sizes() if hasattr(store, "sizes") else {}
-        self.entries = {key: _Entry(size, None) for key, size in held.items()}  # least recently used first
-        self.bytes = sum(held.values())
-
-    def could_hold(self, size: int) -> bool:
-        return self.budget_bytes is None or size <= self.budget_bytes
-
-    def put(self, key: Key, tensor: torch.Tensor, device: torch.device | None) -> None:
-        self.store.put(key, tensor)
-        self.entries[key] = _Entry(tensor.nbytes, device)
-        self.bytes += tensor.nbytes
-
-    def touch(self, key: Key) -> None:
-        self.entries[key] = self.entries.pop(key)
-
-    def drop(self, key: Key) -> None:
-        self.bytes -= self.entries.pop(key).size
-        self.store.drop(key)
+from edit_ray.cache.tiering.events import (
+    Abandon,
+    Advance,
+    Complete,
+    Drop,
+    Event,
+    Failure,
+    Follow,
+    Found,
+    Free,
+    Full,
+    Granted,
+    Move,
+    Moved,
+    MoveFailed,
+    Place,
+    Prefetch,
+    Read,
+    Uses,
+    Write,
+)
+from edit_ray.cache.tiering.eviction import EvictionPolicy
+from edit_ray.cache.tiering.planner import TierPlanner
+from edit_ray.cache.tiering.residency import STAGING
 
 
 class TieredStore:
     """A `CacheStore` of several, given from fast to slow, each with the bytes it may hold, or None for no bound.
 
-    An entry goes into the first tier that could hold it were it empty. Where that is full, the least recently used
-    entries spill into the next one that could hold them, and out of the last they are evicted: `num_spills` and
-    `num_evictions` count them, `num_refused` what is larger than every tier. With `promote`, what `get` finds moves up
+    An entry goes into the first tier that could hold it were it empty. Where that is full, what goes first by
+    `eviction` spills into the next one that could hold it, and out of the last it is evicted: `num_spills` and
+    `num_evictions` count that, `num_refused` what is larger than every tier. With `promote`, what `get` finds moves up
     again. The stores should have no bound of their own. Not thread-safe: one owner at a time.
+
+    `eviction` is "lru", the least recently used first; "furthest_next_use", which wants `follow` and `advance`, goes by
+    a reuse plan; or another registered name, or an EvictionPolicy object. `counters` has all that was counted.
 
     >>> TieredStore([(GPUStore(), 384 << 20), (CPUOffloadStore(), 768 << 20), (DiskOffloadStore(directory), None)])
     """
 
-    def __init__(self, tiers: Sequence[tuple[CacheStore, int | None]], promote: bool = True) -> None:
-        """Raises ValueError: no tier, two of the same name, or a budget below 0."""
-        self._tiers = [_Tier(store, budget_bytes) for store, budget_bytes in tiers]
-        names = [tier.name for tier in self._tiers]
+    def __init__(
+        self,
+        tiers: Sequence[tuple[CacheStore, int | None]],
+        promote: bool = True,
+        eviction: str | EvictionPolicy = "lru",
+    ) -> None:
+        """Raises ValueError: no tier, two of the same name, a budget below 0, or no such eviction policy."""
+        names = [str(getattr(store, "tier", type(store).__name__)) for store, _ in tiers]
         if not names or len(set(names)) < len(names):
             raise ValueError(
                 f"The tiers are {', '.join(names) or 'none'}; valid is at least one, each under a name of its own "
                 "(the attribute `tier` of its store)."
             )
         self.promote = promote
-        self.num_spills = self.num_evictions = self.num_refused = 0
-        for level, tier in enumerate(self._tiers):
-            for key in [key for key in tier.entries if self._level_of(key) != level]:
-                tier.drop(key)
-        for level in range(len(self._tiers)):
-            self._make_room(level, 0)
+        budgets = [(name, check_budget(budget_bytes)) for name, (_, budget_bytes) in zip(names, tiers, strict=True)]
+        self._planner = TierPlanner(budgets, eviction, staging_bytes=None)  # what is moved up is in hand for a moment
+        self._stores = {name: store for name, (store, _) in zip(names, tiers, strict=True)}
+        self._in_hand: dict[Key, torch.Tensor] = {}
+        self._devices: dict[Key, torch.device] = {}  # from which an entry was put, and to which it returns
+        self._requests = 0
+        for name, store in self._stores.items():
+            held: dict[Key, int] = store.sizes() if hasattr(store, "sizes") else {}
+            for key, size in held.items():
+                self._handle(Found(key, size, name))
+        self.counters = self._planner.counters
+
+    @property
+    def num_spills(self) -> int:
+        """Moves down, one for each entry and tier."""
+        return self.counters.spills
+
+    @property
+    def num_evictions(self) -> int:
+        """Entries that had to go, because the last tier was full."""
+        return self.counters.drops.get("evicted", 0)
+
+    @property
+    def num_refused(self) -> int:
+        """Tensors larger than every tier."""
+        return self.counters.refusals.get("too_large", 0)
 
     @property
     def tier_bytes(self) -> dict[str, int]:
         """Bytes in each tier, by its name."""
-        return {tier.name: tier.bytes for tier in self._tiers}
+        return {account.name: account.resident for account in self._planner.tiers.accounts if account.name != STAGING}
 
     @property
     def bytes_resident(self) -> int:
         """Bytes in all tiers."""
-        return sum(tier.bytes for tier in self._tiers)
+        return sum(self.tier_bytes.values())
 
     def tier_of(self, key: Key) -> str | None:
         """The name of the tier that holds an entry, None if none does; moves nothing."""
-        level = self._level_of(key)
-        return None if level is None else self._tiers[level].name
+        place = self._planner.place(key)
+        return None if place is None else place.tier
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
         self.drop(key)
-        level = self._level_for(tensor.nbytes, 0)
-        if level is None:
-            self.num_refused += 1
-        else:
-            self._put(key, tensor, tensor.device, level)
+        with self._request(Write(self._next(), key, tensor.nbytes)) as granted:
+            (place,) = granted.writes
+            fits = place is None or self._write(place, tensor)
+        if not fits:
+            self._handle(Drop((key,), "full"))
 
     def get(self, key: Key) -> torch.Tensor | None:
         """The tensor or None; from the tiers host and disk it is on the CPU, unless it is promoted to the device."""
-        level = self._level_of(key)
-        return None if level is None else self._fetch(key, level, self.promote)
+        with self._request(Read(self._next(), key, self.promote)) as granted:
+            (place,) = granted.reads
+            tensor = None if place is None else self._stores[place.tier].get(key)
+            if place is not None and tensor is None:  # lost by the store itself
+                self._handle(Drop((key,), "lost"))
+        return tensor
 
     def prefetch(self, keys: Iterable[Key]) -> None:
         """Move entries up, in the order of use, until the first tier is full of them; with `promote` off as well.
 
-        For now it returns when they have moved.
+        It returns when they have moved.
         """
-        first, staged, total = self._tiers[0], [], 0
-        for key in keys:
-            level = self._level_of(key)
-            size = 0 if level is None else self._tiers[level].entries[key].size
-            if level is None or not first.could_hold(size):
-                continue
-            if not first.could_hold(total + size):
-                break
-            if self._fetch(key, level, promote=True) is not None:
-                staged.append(key)
-                total += size
-        for key in reversed(staged):
-            first.touch(key)  # so that what is used last makes way first
+        self._handle(Prefetch(self._next(), tuple(keys)))
+
+    def follow(self, uses: Uses) -> None:
+        """Go by this plan, at position 0: for each key that will be read, at which positions, and in which order."""
+        self._handle(Follow(uses))
+
+    def advance(self, position: int) -> None:
+        """The plan has come to this position: the index of the segment that is made now."""
+        self._handle(Advance(position))
 
     def drop(self, key: Key) -> None:
-        level = self._level_of(key)
-        if level is not None:
-            self._tiers[level].drop(key)
+        self._handle(Drop((key,)))
 
     def drop_where(self, condition: Callable[[Key], bool]) -> None:
-        for key in [key for tier in self._tiers for key in tier.entries if condition(key)]:
-            self.drop(key)
+        self._handle(Drop(tuple(key for key in self._planner.sizes() if condition(key))))
 
     def clear(self) -> None:
         self.drop_where(lambda key: True)
 
     def sizes(self) -> dict[Key, int]:
-        """Bytes of every entry, from the slowest tier to the fastest, least recently used first."""
-        return {key: entry.size for tier in reversed(self._tiers) for key, entry in tier.entries.items()}
+        """Bytes of every entry, from the slowest tier to the fastest, in the order in which they would go."""
+        return self._planner.sizes()
 
     def __len__(self) -> int:
-        return sum(len(tier.entries) for tier in self._tiers)
+        return len(self._planner)
 
-    def _level_of(self, key: Key) -> int | None:
-        return next((level for level, tier in enumerate(self._tiers) if key in tier.entries), None)
+    def _next(self) -> int:
+        self._requests += 1
+        return self._requests
 
-    def _level_for(self, size: int, first: int) -> int | None:
-        """The first tier from `first` on that could hold so many bytes were it empty."""
-        return next((i for i in range(first, len(self._tiers)) if self._tiers[i].could_hold(size)), None)
+    @contextmanager
+    def _request(self, event: Read | Write) -> Iterator[Granted]:
+        """What is granted, which here is at once; nothing of it stays if the stores fail."""
+        try:
+            granted = self._handle(event)
+            assert granted is not None
+            yield granted
+        except BaseException:
+            self._handle(Abandon(event.request))
+            raise
+        self._handle(Complete(event.request))
 
-    def _fetch(self, key: Key, level: int, promote: bool) -> torch.Tensor | None:
-        tier = self._tiers[level]
-        tensor = tier.store.get(key)
-        if tensor is None:  # lost by the store itself
-            tier.drop(key)
+    def _handle(self, event: Event) -> Granted | None:
+        """Tell the planner, and carry out at once whatever follows from it; the grant, if there is one.
+
+        Raises what a store raises, when all else has been carried out.
+        """
+        todo, granted, error = deque(self._planner.handle(event)), None, None
+        while todo:
+            instruction = todo.popleft()
+            if isinstance(instruction, Granted):
+                granted = instruction
+            elif isinstance(instruction, Free):
+                self._free(instruction.place)
+            elif isinstance(instruction, Move):
+                failure: Failure | None = "transient"
+                try:
+                    failure = self._move(instruction.source, instruction.target)
+                except BaseException as raised:
+                    failure = "full" if _is_full(raised) else "transient"
+                    error = error if failure == "full" else raised
+                ticket = instruction.target.ticket
+                todo.extend(self._planner.handle(MoveFailed(ticket, failure) if failure else Moved(ticket)))
+        if error is not None:
+            raise error
+        return granted
+
+    def _write(self, place: Place, tensor: torch.Tensor) -> bool:
+        """Put a tensor where it was granted a place; False if that is full below its budget, twice."""
+        store = self._stores[place.tier]
+        self._devices[place.key] = tensor.device
+        try:
+            store.put(place.key, tensor)
+        except OSError as error:
+            if not _is_full(error):
+                raise
+            self._handle(Full(place.tier, place.size))
+            try:
+                store.put(place.key, tensor)
+            except OSError as again:
+                if not _is_full(again):
+                    raise
+                return False
+        return True
+
+    def _move(self, source: Place, target: Place) -> Failure | None:
+        key = source.key
+        tensor = self._in_hand.get(key) if source.tier == STAGING else self._stores[source.tier].get(key)
+        if tensor is None:
+            return "lost"
+        if target.tier == STAGING:
+            self._in_hand[key] = tensor
             return None
-        target = self._level_for(tensor.nbytes, 0) if promote else None
-        if target is None or target >= level:
-            tier.touch(key)
-            return tensor
-        device = tier.entries[key].device
-        if device is not None and self._tiers[target].name == "device":
-            tensor = tensor.to(device)
-        tier.drop(key)
-        self._put(key, tensor, device, target)
-        return tensor
+        if target.tier == "device" and key in self._devices:
+            tensor = tensor.to(self._devices[key])
+        self._stores[target.tier].put(key, tensor)
+        return None
 
-    def _put(self, key: Key, tensor: torch.Tensor, device: torch.device | None, level: int) -> None:
-        self._make_room(level, tensor.nbytes)
-        self._tiers[level].put(key, tensor, device)
+    def _free(self, place: Place) -> None:
+        if place.tier == STAGING:
+            self._in_hand.pop(place.key, None)
+        else:
+            self._stores[place.tier].drop(place.key)
+        if self._planner.place(place.key) is None:
+            self._devices.pop(place.key, None)
 
-    def _make_room(self, level: int, size: int) -> None:
-        """Move out what is in the way of so many bytes, least recently used first."""
-        tier = self._tiers[level]
-        while not tier.could_hold(tier.bytes + size):
-            victim, entry = next(iter(tier.entries.items()))
-            lower = self._level_for(entry.size, level + 1)
-            tensor = None if lower is None else tier.store.get(victim)
-            tier.drop(victim)
-            if lower is None:
-                self.num_evictions += 1
-            elif tensor is not None:
-                self._put(victim, tensor, entry.device, lower)
-                self.num_spills += 1
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and isinstance(as_disk_full(error), DiskFull)

@@ -1,0 +1,107 @@
+"""How the GPU actor gets at what its segments reuse: two calls a segment to the CacheStore actor, none in the loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from edit_ray.actors.messages import RunSpec
+from edit_ray.cache.stores.arena import Arena, owner_lives
+from edit_ray.cache.stores.op_table import OpTable
+from edit_ray.cache.stores.open_segment import Lease
+from edit_ray.cache.stores.planned import PlannedStore
+from edit_ray.engine.reuse import Reuse
+from edit_ray.errors import ConfigError, StaleLease
+
+Reply = Callable[[], Any]
+"""Waits for the answer to a call, and raises what the call has raised."""
+
+
+class Store(Protocol):
+    """The CacheStore actor as the GPU actor calls it."""
+
+    def call(self, method: str, *arguments: Any) -> Reply: ...
+
+
+class SegmentLeases:
+    """One run's leases. The next segment's is asked for while this one is made, so that the store brings ahead what
+    that one reads. A store that has died meanwhile is told of the run anew.
+    """
+
+    def __init__(self, store: Store, spec: RunSpec, reuse: Reuse) -> None:
+        """Raises ConfigError where one residual is more than the host tier."""
+        options = spec.config.store
+        if any(segment.working for segment in reuse.plan.segments) and reuse.form.size > options.host_bytes:
+            raise ConfigError(
+                [f"store.host_bytes is {options.host_bytes}; one residual of this run has {reuse.form.size} bytes."]
+            )
+        self._store, self._spec, self.reuse = store, spec, reuse
+        self._holder = f"{os.getpid()}-{_started(os.getpid())}"
+        self._directory = Path(options.directory) if options.directory else spec.root / ".cache_store"
+        self._arena: Arena | None = None
+        self._ahead: dict[int, Reply] = {}
+
+    def begin(self, segment: int, attempt: int, history_len: int) -> PlannedStore:
+        """The store for a segment; the next segment's is asked for."""
+        lease = self._asked_ahead(segment) if attempt == 0 else None
+        if lease is None:
+            lease = self._lease(segment, attempt)
+        if self._arena is None or str(self._arena.path) != lease.arena:
+            self.close()
+            self._arena = Arena.open(lease.arena)
+        self._ahead.clear()
+        following = segment + 1
+        if following < len(self.reuse.plan.segments):
+            self._ahead[following] = self._prepare(following, 0)
+        return PlannedStore(
+            self._arena,
+            OpTable(self._arena.memory(lease.table), lease.num_ops),
+            self.reuse.ops(segment),
+            self.reuse.form,
+            prefix=(self._spec.run_id,),
+            history_len=history_len,
+        )
+
+    def complete(self, segment: int, attempt: int) -> dict[str, Any]:
+        """What the segment has written is safe, and others may read it; returns the store's statistics."""
+        statistics: dict[str, Any] = self._store.call("complete", self._spec.run_id, segment, attempt, self._holder)()
+        return statistics
+
+    def close(self) -> None:
+        """Unmap the arena."""
+        if self._arena is not None:
+            self._arena.close()
+        self._arena = None
+
+    def _asked_ahead(self, segment: int) -> Lease | None:
+        """The lease that was asked for while the segment before was made, if the store that gave it still lives."""
+        reply = self._ahead.pop(segment, None)
+        try:
+            lease: Lease | None = None if reply is None else reply()
+        except (StaleLease, ConnectionError):
+            return None
+        return lease if lease is not None and owner_lives(lease.arena) else None
+
+    def _lease(self, segment: int, attempt: int) -> Lease:
+        try:
+            lease: Lease = self._prepare(segment, attempt)()
+        except StaleLease:
+            uses = self.reuse.plan.uses()
+            options = self._spec.config.store
+            self._store.call("follow", self._spec.run_id, uses, segment, options, self._directory)()
+            lease = self._prepare(segment, attempt)()
+        return lease
+
+    def _prepare(self, segment: int, attempt: int) -> Reply:
+        form = self.reuse.form
+        ops = self.reuse.ops(segment)
+        return self._store.call(
+            "prepare", self._spec.run_id, segment, attempt, self._holder, ops, form.dtype, form.shape
+        )
+
+
+def _started(pid: int) -> str:
+    """When a process began, in the kernel's clock ticks: with it a pid is not mistaken for a later one's."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

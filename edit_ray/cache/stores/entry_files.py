@@ -1,0 +1,277 @@
+"""Entries as files of one directory: what is in it, and how each is written, read and found again."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from edit_ray.cache.stores.allocator import ALIGNMENT, rounded
+from edit_ray.cache.stores.direct_io import (
+    DirectFiles,
+    DiskFull,
+    FileCalls,
+    aligned_buffer,
+    as_disk_full,
+    is_tmpfs,
+    memory_of,
+)
+from edit_ray.cache.stores.store import Key
+from edit_ray.cache.stores.tensor_file import (
+    FileEntry,
+    check_dtype,
+    checksum_of,
+    file_name,
+    header_of,
+    header_size,
+    parse_header,
+)
+
+_WHOLE = re.compile(r"[0-9a-f]{32}\.safetensors")
+_UNFINISHED = re.compile(r"[0-9a-f]{32}(-[0-9]+)?\.unfinished")
+
+Fault = Literal["missing", "length", "header", "checksum", "read", "write", "full", "remove"]
+"""What went wrong with a file. The first four lose the entry and remove the file; `read` may pass and keeps both."""
+UNREADABLE: tuple[Fault, ...] = ("missing", "length", "header", "checksum")
+
+
+class EntryFiles:
+    """A directory of entries, which belongs to one store at a time; files of others in it stay as they are.
+
+    A file is named after the hash of its key and appears whole, by a rename. Nothing is synced: what a crash tears is
+    found by its length or checksums, here or when it is read. `faults` counts by class. Any thread may call anything.
+    """
+
+    def __init__(
+        self,
+        directory: str | PathLike[str],
+        *,
+        num_transfers: int = 1,
+        allow_tmpfs: bool = False,
+        calls: FileCalls | None = None,
+    ) -> None:
+        """Opens or makes the directory and reads the header of every file of ours. Moves `num_transfers` at once.
+
+        Raises ValueError: `directory` is a file, or lies in memory and `allow_tmpfs` is not given.
+        """
+        self.directory = Path(directory)
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"directory is {str(directory)!r}, which is a file; valid is a folder, or a name for one.")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not allow_tmpfs and is_tmpfs(self.directory):
+            raise ValueError(
+                f"directory is {str(directory)!r}, which lies in memory (tmpfs) and not on a disk; "
+                "valid is a folder on a disk, or allow_tmpfs=True."
+            )
+        self.files = DirectFiles(calls, num_transfers)
+        self.faults: dict[Fault, int] = dict.fromkeys(get_args(Fault), 0)
+        self.bytes_resident = 0
+        self._entries: dict[Key, FileEntry] = {}
+        self._writing: dict[Key, int] = {}  # the ticket of the write that may publish a key
+        self._tickets = 0
+        self._lock = threading.RLock()
+        self._scan()
+
+    def entries(self) -> dict[Key, FileEntry]:
+        """What can be read now, oldest first."""
+        with self._lock:
+            return dict(self._entries)
+
+    def entry(self, key: Key) -> FileEntry | None:
+        """What is known of one entry."""
+        return self._entries.get(key)
+
+    def known_keys(self) -> set[Key]:
+        """What can be read now or is being written."""
+        with self._lock:
+            return {*self._entries, *self._writing}
+
+    def begin(self, key: Key) -> tuple[int, Path | None]:
+        """Forget what is under a key, as it will be written: the ticket for `write`, and a file for `remove`."""
+        file_name(key)
+        with self._lock:
+            aside = self._set_aside(key)
+            self._tickets += 1
+            self._writing[key] = self._tickets
+            return self._tickets, aside
+
+    def write(self, key: Key, ticket: int, memory: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> bool:
+        """Write a tensor from memory that starts at a multiple of 4096 and has `rounded` of its bytes.
+
+        False if the key was dropped or written anew since the ticket was given. Raises OSError, DiskFull if there is
+        no room, and ValueError; nothing is left then.
+        """
+        draft = self._draft(key, ticket)
+        try:
+            header, entry = self._described(key, memory, dtype, shape)
+            parts = [memory_of(header), memory[: rounded(entry.nbytes)]]
+            self.files.write(draft, parts, len(parts[0]) + entry.nbytes)
+            if self._publish(key, ticket, draft, entry):
+                return True
+        except BaseException as error:
+            self._give_up(key, ticket, draft, error)
+            if isinstance(error, OSError):
+                raise as_disk_full(error) from None
+            raise
+        self.remove(draft)
+        return False
+
+    def read(self, key: Key, into: memoryview) -> FileEntry | None:
+        """Read an entry into memory that starts at a multiple of 4096 and has `rounded` of its bytes.
+
+        None, and rubbish in `into`, if there is no such entry, or no longer, or it cannot be read now.
+        """
+        while (entry := self._entries.get(key)) is not None:
+            fault = self._load(key, entry, into)
+            if fault is None:
+                return entry
+            with self._lock:
+                if self._entries.get(key) is not entry:
+                    continue  # dropped or replaced meanwhile: no fault
+                self.faults[fault] += 1
+                aside = None if fault == "read" else self._set_aside(key)
+            self.remove(aside)
+            return None
+        return None
+
+    def drop(self, key: Key) -> Path | None:
+        """Forget an entry, and a write of it in flight: what is left to do is to `remove` the file returned."""
+        with self._lock:
+            self._writing.pop(key, None)
+            return self._set_aside(key)
+
+    def remove(self, path: Path | None) -> None:
+        """Remove a file that `begin` or `drop` has set aside; large ones take milliseconds."""
+        if path is not None:
+            self._unlink(path)
+
+    def remove_unfinished(self) -> None:
+        """Remove what writers left that were stopped, and what was set aside; nobody may be writing."""
+        with os.scandir(self.directory) as found:
+            left = [item.path for item in found if _UNFINISHED.fullmatch(item.name) and _is_file(item)]
+        for path in left:
+            self.remove(Path(path))
+
+    def _described(
+        self, key: Key, memory: memoryview, dtype: torch.dtype, shape: Sequence[int]
+    ) -> tuple[torch.Tensor, FileEntry]:
+        check_dtype(dtype)
+        sized = FileEntry(dtype, tuple(shape), "")
+        if len(memory) < rounded(sized.nbytes):
+            raise ValueError(f"memory has {len(memory)} bytes; {key} needs {rounded(sized.nbytes)}.")
+        entry = FileEntry(dtype, sized.shape, checksum_of(memory[: sized.nbytes]))
+        text = header_of(key, entry)
+        header = aligned_buffer(len(text))
+        memory_of(header)[:] = text
+        return header, entry
+
+    def _publish(self, key: Key, ticket: int, draft: Path, entry: FileEntry) -> bool:
+        with self._lock:
+            if self._writing.get(key) != ticket:
+                return False
+            self.files.calls.rename(draft, self._path(key))
+            del self._writing[key]
+            self._add(key, entry)
+            return True
+
+    def _give_up(self, key: Key, ticket: int, draft: Path, error: BaseException) -> None:
+        self.remove(draft)
+        with self._lock:
+            if self._writing.get(key) == ticket:
+                del self._writing[key]
+            if isinstance(error, OSError):
+                self.faults["full" if isinstance(as_disk_full(error), DiskFull) else "write"] += 1
+
+    def _load(self, key: Key, entry: FileEntry, into: memoryview) -> Fault | None:
+        if len(into) < rounded(entry.nbytes):
+            raise ValueError(f"into has {len(into)} bytes; {key} needs {rounded(entry.nbytes)}.")
+        expected = header_of(key, entry)
+        header = memory_of(aligned_buffer(len(expected)))
+        try:
+            parts = [header, into[: rounded(entry.nbytes)]]
+            whole = self.files.read(self._path(key), parts, len(expected) + entry.nbytes)
+        except FileNotFoundError:
+            return "missing"
+        except OSError:
+            return "read"
+        if not whole:
+            return "length"
+        if header != expected:
+            return "header"
+        return None if checksum_of(into[: entry.nbytes]) == entry.checksum else "checksum"
+
+    def _scan(self) -> None:
+        self.remove_unfinished()
+        with os.scandir(self.directory) as found:
+            ours = [
+                (item.stat().st_mtime_ns, item.path) for item in found if _WHOLE.fullmatch(item.name) and _is_file(item)
+            ]
+        for path in (Path(path) for _, path in sorted(ours)):
+            try:
+                described = self._header_of_file(path)
+            except OSError:
+                self._count("read")
+                continue
+            if isinstance(described, str):
+                self._count(described)
+                self.remove(path)
+            else:
+                self._add(*described)
+
+    def _header_of_file(self, path: Path) -> tuple[Key, FileEntry] | Fault:
+        with open(path, "rb", buffering=0) as file:
+            start = file.read(ALIGNMENT)
+            size = header_size(start)
+            described = None if size is None else parse_header(start + file.read(size - len(start)))
+            if size is None or described is None or path.name != file_name(described[0]):
+                return "header"
+            return described if os.fstat(file.fileno()).st_size == size + described[1].nbytes else "length"
+
+    def _set_aside(self, key: Key) -> Path | None:
+        """With the lock held: take an entry out, by a rename, which is quick; the file that is left of it."""
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return None
+        self.bytes_resident -= entry.nbytes
+        self._tickets += 1  # no draft has its name
+        path, aside = self._path(key), self._draft(key, self._tickets)
+        try:
+            self.files.calls.rename(path, aside)
+        except FileNotFoundError:
+            return None
+        except OSError:
+            self._unlink(path)  # by no means may the next one to open the folder find it
+            return None
+        return aside
+
+    def _unlink(self, path: Path) -> None:
+        try:
+            self.files.calls.unlink(path)
+        except FileNotFoundError:
+            return
+        except OSError:
+            self._count("remove")
+
+    def _add(self, key: Key, entry: FileEntry) -> None:
+        self._entries[key] = entry
+        self.bytes_resident += entry.nbytes
+
+    def _count(self, fault: Fault) -> None:
+        with self._lock:
+            self.faults[fault] += 1
+
+    def _path(self, key: Key) -> Path:
+        return self.directory / file_name(key)
+
+    def _draft(self, key: Key, ticket: int) -> Path:
+        return self._path(key).with_name(f"{self._path(key).stem}-{ticket}.unfinished")
+
+
+def _is_file(item: os.DirEntry[str]) -> bool:
+    return item.is_file(follow_symlinks=False)

@@ -1,0 +1,38 @@
+"""A segment between `prepare` and `complete`, as the store sees it and as it is handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from edit_ray.cache.stores.allocator import Extent
+from edit_ray.cache.stores.op_table import UNTOUCHED, Op, OpTable
+
+
+@dataclass(frozen=True)
+class Lease:
+    """What `prepare` hands out: the arena's path, and where in it the table of the segment's ops is."""
+
+    arena: str
+    table: Extent
+    num_ops: int
+
+
+@dataclass
+class OpenSegment:
+    """A segment that was prepared and not completed; `requests` are the planner's, one for each op."""
+
+    ops: Sequence[Op]
+    holder: object
+    attempt: int
+    extent: Extent
+    table: OpTable
+    requests: range
+    form: tuple[torch.dtype, tuple[int, ...]]
+    seen: list[int] = field(init=False)  # the states at the last look
+    done: set[int] = field(default_factory=set)  # ops that are over
+
+    def __post_init__(self) -> None:
+        self.seen = [UNTOUCHED] * len(self.ops)

@@ -1,0 +1,70 @@
+"""What a run's segments may reuse of each other: the form of its residuals, and the plan of their writes and reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from edit_ray.cache.controller import Cache
+from edit_ray.cache.policies import WarmstartReuse
+from edit_ray.cache.stores.op_table import Op
+from edit_ray.cache.stores.planned import Form
+from edit_ray.cache.tiering.reuse_plan import ReusePlan, make_reuse_plan
+from edit_ray.engine.caching import loop_steps
+from edit_ray.engine.options import SamplingOptions
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """A run's plan, and the form of everything in it."""
+
+    plan: ReusePlan
+    form: Form
+
+    def ops(self, segment: int) -> list[Op]:
+        """What a segment reads and writes, in the order of use."""
+        planned = self.plan.segments[segment]
+        ops = [(read.step, Op(tuple(read.key), read.size, writes=False)) for read in planned.reads]
+        ops += [(write.step, Op(tuple(write.key), write.size, writes=True)) for write in planned.writes]
+        return [op for _, op in sorted(ops, key=lambda step_and_op: step_and_op[0])]
+
+
+def plan_run_reuse(
+    pipe: Any, run_id: str, num_segments: int, window: int, sampling: SamplingOptions, budget: int | None
+) -> Reuse:
+    """The reuse plan of a run with the cache that is enabled on `pipe`, whose policy must be `warmstart_reuse`.
+
+    `budget` bounds the bytes that are alive at a time; what does not fit is computed by every segment.
+    """
+    cache: Cache = pipe.cache
+    policy = cache.policy
+    assert isinstance(policy, WarmstartReuse)
+    form = residual_form(pipe, sampling)
+    pipe.scheduler.set_timesteps(sampling.num_inference_steps)
+    plan = make_reuse_plan(
+        run_id,
+        num_segments,
+        window=window,
+        warm_steps=policy.warm_steps,
+        experts=[step.expert for step in loop_steps(pipe, pipe.scheduler)],
+        unit_bytes={name: [form.size] * len(expert.units) for name, expert in cache.experts.items()},
+        branches=("cond", "uncond") if sampling.guidance_scale > 1 else ("cond",),
+        align="step",
+        combine="latest" if policy.combine == "latest" else "mean",
+        budget=budget,
+    )
+    return Reuse(plan, form)
+
+
+def residual_form(pipe: Any, sampling: SamplingOptions) -> Form:
+    """A residual is [1, tokens, width] in the transformer's type."""
+    config = pipe.transformer.config
+    frames, height, width = config.patch_size
+    tokens = (
+        ((sampling.num_frames - 1) // pipe.vae_scale_factor_temporal + 1)
+        // frames
+        * (sampling.height // pipe.vae_scale_factor_spatial // height)
+        * (sampling.width // pipe.vae_scale_factor_spatial // width)
+    )
+    width = config.num_attention_heads * config.attention_head_dim
+    return Form(pipe.transformer.device, pipe.transformer.dtype, (1, tokens, width))

@@ -1,0 +1,180 @@
+"""The arena: one file, the same bytes for every process, nothing left of it when its owner is gone."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from edit_ray.cache.stores import arena as arena_module
+from edit_ray.cache.stores.allocator import Extent
+from edit_ray.cache.stores.arena import Arena, SharedMemoryFull, remove_stale
+from edit_ray.errors import ResourcesUnavailable
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = 4096
+OWNER = """
+import sys, torch
+from edit_ray.cache.stores.arena import Arena
+from edit_ray.cache.stores.allocator import Extent
+arena = Arena.create(8 * 4096, sys.argv[1])
+tensor = arena.tensor(Extent(4096, 8192), torch.float32, (2, 1000))
+tensor.copy_(torch.arange(2000.).view(2, 1000))
+print(arena.path, flush=True)
+for line in sys.stdin:
+    print(tensor.sum().item(), flush=True)
+"""
+
+
+@pytest.fixture
+def owner(tmp_path):
+    """Another process that owns an arena in tmp_path, and that arena's path."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        yield process, Path(process.stdout.readline().strip())
+        process.kill()
+
+
+def test_two_processes_see_each_other_s_bytes_and_a_killed_owner_s_arena_goes(owner, tmp_path):
+    process, path = owner
+    with Arena.open(path) as opened:
+        assert not opened.owned
+        tensor = opened.tensor(Extent(PAGE, 2 * PAGE), torch.float32, (2, 1000))
+        assert torch.equal(tensor, torch.arange(2000.0).view(2, 1000))
+        tensor.fill_(0.5)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert float(process.stdout.readline()) == 1000.0
+
+        with Arena.create(PAGE, tmp_path) as mine:  # while the owner lives, its arena stays
+            assert sorted(tmp_path.iterdir()) == sorted([path, mine.path])
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert path.exists()
+        with Arena.create(PAGE, tmp_path) as mine:
+            assert list(tmp_path.iterdir()) == [mine.path]
+        assert torch.equal(tensor, torch.full((2, 1000), 0.5))  # who still maps it may go on reading
+    with pytest.raises(FileNotFoundError):
+        Arena.open(path)
+
+
+def test_tensors_are_views_of_the_same_bytes(tmp_path):
+    with Arena.create(4 * PAGE, tmp_path) as arena, Arena.open(arena.path) as other:
+        extent = Extent(PAGE, 2 * PAGE)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool):
+            for shape in ((3, 5), (), (0,), (2, 0), (2 * PAGE // dtype.itemsize,)):
+                value = (torch.randn(shape) * 10).to(dtype)
+                tensor = arena.tensor(extent, dtype, shape)
+                assert (tensor.dtype, tensor.shape, tensor.is_contiguous()) == (dtype, value.shape, True)
+                tensor.copy_(value)
+                assert torch.equal(other.tensor(extent, dtype, shape), value)
+                assert bytes(other.memory(extent)[: value.nbytes]) == bytes(value.reshape(-1).view(torch.uint8).numpy())
+        assert not any(other.memory(Extent(0, PAGE)))
+        assert not any(other.memory(Extent(3 * PAGE, PAGE)))
+        assert arena.tensor(extent, torch.uint8, (1,)).data_ptr() % PAGE == 0
+
+
+def test_what_is_not_in_the_arena_is_refused(tmp_path):
+    with Arena.create(2 * PAGE - 5, tmp_path) as arena:
+        assert arena.size_bytes == 2 * PAGE == arena.path.stat().st_size
+        for extent in (Extent(PAGE, 2 * PAGE), Extent(-PAGE, PAGE), Extent(PAGE, -PAGE), Extent(3 * PAGE, 0)):
+            with pytest.raises(ValueError, match="lies outside of the arena, which has 8192 bytes"):
+                arena.memory(extent)
+        with pytest.raises(ValueError, match=r"torch.int64 \(513,\) has 4104 bytes; the extent has 4096"):
+            arena.tensor(Extent(0, PAGE), torch.int64, (513,))
+    with pytest.raises(ValueError, match="size_bytes is 0"):
+        Arena.create(0, tmp_path)
+    with pytest.raises(ValueError, match="is no folder"):
+        Arena.create(PAGE, tmp_path / "nowhere")
+
+
+def test_a_view_outlives_the_arena_and_the_file_does_not(tmp_path):
+    arena = Arena.create(PAGE, tmp_path)
+    tensor = arena.tensor(Extent(0, PAGE), torch.uint8, (PAGE,))
+    arena.close()
+    arena.close()
+    assert not list(tmp_path.iterdir())
+    assert tensor.fill_(7).sum() == 7 * PAGE
+    with pytest.raises(ValueError, match="is closed"):
+        arena.memory(Extent(0, PAGE))
+
+
+def test_who_only_opened_it_leaves_the_file(tmp_path):
+    with Arena.create(PAGE, tmp_path) as arena:
+        Arena.open(arena.path).close()
+        assert arena.path.exists()
+
+
+@pytest.mark.parametrize("directory", [None, "/dev/shm"])
+def test_too_little_shared_memory_is_said_with_both_figures_before_anything_is_made(tmp_path, monkeypatch, directory):
+    monkeypatch.setattr(os, "posix_fallocate", lambda *arguments: pytest.fail("it asked for the memory"))
+    if directory and not os.path.isdir(directory):
+        pytest.skip("no /dev/shm here")
+    directory = directory or tmp_path
+    space = os.statvfs(directory)
+    free = space.f_bavail * space.f_frsize
+    with pytest.raises(SharedMemoryFull, match=rf"needs {4 * free} bytes .* has \d+ \(\d+ MiB\) free: lower") as caught:
+        Arena.create(4 * free, directory)
+    assert isinstance(caught.value, ResourcesUnavailable)
+    with pytest.raises(SharedMemoryFull, match=f"needs {2 * free} bytes"):
+        Arena.create(4 * free, directory, minimum_bytes=2 * free)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_smaller_arena_where_the_caller_allows_one(tmp_path, monkeypatch):
+    space = SimpleNamespace(f_bavail=200, f_frsize=PAGE // 2, f_blocks=1000)
+    monkeypatch.setattr(os, "statvfs", lambda folder: space)
+    with Arena.create(200 * PAGE, tmp_path, minimum_bytes=50 * PAGE) as arena:
+        assert arena.size_bytes == 87 * PAGE
+    with Arena.create(200 * PAGE, tmp_path, minimum_bytes=95 * PAGE) as arena:
+        assert arena.size_bytes == 95 * PAGE
+    with Arena.create(100 * PAGE, tmp_path, minimum_bytes=1) as arena:
+        assert arena.size_bytes == 100 * PAGE
+    space.f_blocks = space.f_bavail = 0  # a tmpfs without a limit
+    with Arena.create(200 * PAGE, tmp_path) as arena:
+        assert arena.size_bytes == 200 * PAGE
+
+
+def test_shared_memory_that_goes_while_it_is_asked_for_leaves_nothing(tmp_path, monkeypatch):
+    def refuse(descriptor, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(SharedMemoryFull, match="needs 4096 bytes"):
+        Arena.create(PAGE, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("advice", [arena_module._POPULATE_WRITE, 9999], ids=["populated", "no such advice"])
+def test_every_page_is_there_from_the_start(tmp_path, monkeypatch, advice):
+    monkeypatch.setattr(arena_module, "_POPULATE_WRITE", advice)
+    before = mapped_kib()
+    with Arena.create(16 << 20, tmp_path):
+        assert mapped_kib() - before >= 16 << 10
+
+
+def mapped_kib():
+    """KiB of file and shared-memory pages that this process has touched."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(int(status[name].split()[0]) for name in ("RssFile", "RssShmem"))
+
+
+def test_other_files_and_living_arenas_are_not_stale(tmp_path):
+    (tmp_path / "edit_ray-1-00.arena").write_bytes(b"of a dead owner")
+    others = [tmp_path / "other.arena", tmp_path / "edit_ray-1.txt", tmp_path / "edit_ray-folder.arena"]
+    others[0].touch()
+    others[1].touch()
+    others[2].mkdir()
+    target = tmp_path / "target"
+    target.touch()
+    (tmp_path / "edit_ray-link.arena").symlink_to(target)
+    with Arena.create(PAGE, tmp_path) as arena:
+        assert remove_stale(tmp_path) == []
+        assert sorted(tmp_path.iterdir()) == sorted([*others, target, tmp_path / "edit_ray-link.arena", arena.path])

@@ -1,0 +1,214 @@
+"""Whatever happens to the files of a disk tier: a get is right or None, the file is removed, nothing is executed."""
+
+import os
+import pickle
+import random
+import tracemalloc
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from edit_ray.cache import DiskOffloadStore
+from edit_ray.cache.stores.tensor_file import file_name, parse_header
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
+
+
+def make(path):
+    return DiskOffloadStore(path, allow_tmpfs=True)
+
+
+class Executed:
+    def __reduce__(self):
+        return pytest.fail, ("a file was unpickled",)
+
+
+def truncate(chosen, path, other):
+    os.truncate(path, chosen.randrange(path.stat().st_size))
+
+
+def flip(chosen, path, other):
+    content = bytearray(path.read_bytes())
+    for _ in range(chosen.choice([1, 1, 2, 10])):
+        content[chosen.randrange(len(content))] ^= 1 << chosen.randrange(8)
+    path.write_bytes(content)
+
+
+def flip_in_header(chosen, path, other):
+    content = bytearray(path.read_bytes())
+    content[chosen.randrange(400)] ^= 1 << chosen.randrange(8)
+    path.write_bytes(content)
+
+
+def swap_bytes(chosen, path, other):
+    """Two digits of the header, as of a shape: what no length and no single bit shows."""
+    content = bytearray(path.read_bytes())
+    digits = [index for index in range(8, 400) if content[index : index + 1].isdigit()]
+    for _ in range(100):
+        one, two = chosen.sample(digits, 2)
+        content[one], content[two] = content[two], content[one]
+    path.write_bytes(content)
+
+
+def swap_files(chosen, path, other):
+    aside = path.with_name("aside")
+    path.rename(aside)
+    other.rename(path)
+    aside.rename(other)
+
+
+def zeros(chosen, path, other):
+    size = path.stat().st_size
+    start = chosen.choice([0, 4096])
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(bytes(size - start))
+
+
+def grow(chosen, path, other):
+    with open(path, "ab") as file:
+        file.write(b"x" * chosen.choice([1, 4096, 10_000]))
+
+
+def become_foreign(chosen, path, other):
+    key = ["a", 1]
+    chosen.choice(
+        [
+            lambda: torch.save({"tensor": Executed()}, path),
+            lambda: path.write_bytes(pickle.dumps(Executed())),
+            lambda: save_file({"tensor": torch.ones(3)}, path, {"key": str(key)}),
+            lambda: save_file({"tensor": torch.ones(3)}, path),
+            lambda: path.write_bytes(chosen.randbytes(chosen.randrange(20_000))),
+            lambda: path.write_bytes((2**60).to_bytes(8, "little") + b"{}"),
+            lambda: path.write_bytes((4088).to_bytes(8, "little") + b"[" * 4088),
+            lambda: path.write_bytes((4088).to_bytes(8, "little") + b'{"__metadata__": 3}'.ljust(4088)),
+            lambda: path.write_bytes(b""),
+        ]
+    )()
+
+
+DAMAGES = (truncate, flip, flip, flip_in_header, swap_bytes, swap_files, zeros, grow, become_foreign)
+
+
+def damage_some(folder, seed, count):
+    """Put `count` entries, damage half of the files or more, read all; how often which was done, how many differed."""
+    chosen = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    store, expected, done = make(folder), {}, Counter()
+    for number in range(count):
+        shape = chosen.choice([(), (7,), (3, 50), (50, 3), (1024,), (2, 9, 70), (4, 0)])
+        tensor = (torch.randn(shape, generator=generator) * 50).to(chosen.choice(DTYPES))
+        key = ("run", seed, number, None)
+        store.put(key, tensor)
+        expected[key] = tensor
+    whole = {key: (folder / file_name(key)).read_bytes() for key in expected}
+    for key in chosen.sample(list(expected), count // 2):
+        damage = chosen.choice(DAMAGES)
+        other = chosen.choice([one for one in expected if one != key])
+        damage(chosen, folder / file_name(key), folder / file_name(other))
+        done[damage.__name__] += 1
+    damaged = {key for key, content in whole.items() if (folder / file_name(key)).read_bytes() != content}
+    if seed % 2:
+        store = make(folder)
+    for key, tensor in expected.items():
+        found = store.get(key)
+        if key in damaged:
+            assert found is None
+        else:
+            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(found, tensor)
+    assert set(os.listdir(folder)) == {file_name(key) for key in expected if key not in damaged}
+    assert store.num_unreadable == len(damaged)
+    assert (len(store), store.files.faults["read"]) == (len(expected) - len(damaged), 0)
+    store.clear()
+    assert os.listdir(folder) == []
+    return done, len(damaged)
+
+
+def damaged_in_total(tmp_path, rounds):
+    """The number of files that differed, over rounds in which the store stays open or opens the folder again."""
+    results = [damage_some(tmp_path, seed, 100) for seed in range(rounds)]
+    done, damaged = sum((counts for counts, _ in results), Counter()), sum(number for _, number in results)
+    print(f"{damaged} files damaged by {dict(done)}")
+    assert set(done) == {damage.__name__ for damage in DAMAGES}
+    return damaged
+
+
+def test_200_damaged_entries_are_200_misses(tmp_path):
+    assert damaged_in_total(tmp_path, 5) >= 200
+
+
+@pytest.mark.slow
+def test_5000_damaged_entries_are_5000_misses(tmp_path):
+    assert damaged_in_total(tmp_path, 100) >= 5000
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_every_byte_of_a_file_is_guarded(tmp_path, reopened):
+    key, tensor = ("run", 3, None), torch.randn(3, 5)
+    store = make(tmp_path)
+    store.put(key, tensor)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    for index in [*range(0, 500), *range(500, 4096, 97), *range(4096, len(content))]:
+        changed = bytearray(content)
+        changed[index] ^= 1 << (index % 8)
+        path.write_bytes(changed)
+        again = make(tmp_path) if reopened else store
+        if reopened and index < 4096:
+            assert (len(again), again.num_unreadable, path.exists()) == (0, 1, False)
+        assert again.get(key) is None
+        assert not path.exists()
+        if not reopened:
+            store.put(key, tensor)
+            assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("change", [-1, 1, -5000, 4096])
+def test_a_file_of_another_length_goes_when_the_folder_is_opened(tmp_path, change):
+    make(tmp_path).put(("a",), torch.ones(5000))
+    (path,) = tmp_path.iterdir()
+    os.truncate(path, path.stat().st_size + change)
+    store = make(tmp_path)
+    assert (len(store), store.files.faults["length"], path.exists()) == (0, 1, False)
+
+
+def test_an_earlier_file_of_the_same_key_is_not_taken_for_the_later(tmp_path):
+    store = make(tmp_path)
+    store.put(("a",), torch.zeros(4))
+    (path,) = tmp_path.iterdir()
+    earlier = path.read_bytes()
+    store.put(("a",), torch.ones(4))
+    path.write_bytes(earlier)
+    assert store.get(("a",)) is None
+
+
+@pytest.mark.parametrize("length", [2**60, 2**64 - 8, 2**64 - 1, 2**31, 100 << 20, 0, 1])
+def test_a_length_out_of_bounds_takes_no_memory(tmp_path, length):
+    path = tmp_path / file_name(("a",))
+    path.write_bytes(length.to_bytes(8, "little") + b"{}")
+    tracemalloc.start()
+    store = make(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert (len(store), store.num_unreadable, list(tmp_path.iterdir())) == (0, 1, [])
+
+
+def test_what_no_header_of_ours_is_parsed_to_nothing():
+    for text in (b"", b"\xff", b"[]", b"3", b"null", b'{"__metadata__": [], "tensor": 1}', b"9" * 5000, b"[" * 60_000):
+        assert parse_header(bytes(8) + text) is None
+
+
+def test_names_like_ours_that_are_no_files_stay(tmp_path):
+    target = tmp_path / "target"
+    target.write_text("mine")
+    (tmp_path / file_name(("a",))).symlink_to(target)
+    (tmp_path / file_name(("b",))).mkdir()
+    os.mkfifo(tmp_path / file_name(("c",)))
+    store = make(tmp_path)
+    assert (len(store), store.num_unreadable, len(list(tmp_path.iterdir()))) == (0, 0, 4)
+    store.put(("a",), torch.ones(3))
+    assert torch.equal(store.get(("a",)), torch.ones(3))
+    assert target.read_text() == "mine"

@@ -1,0 +1,329 @@
+"""Entries as files: stock safetensors reads them, direct I/O writes them, and every fault of the disk is a class."""
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from xxhash import xxh3_64_hexdigest
+
+from edit_ray.cache import DiskOffloadStore
+from edit_ray.cache.stores.direct_io import DirectFiles, DiskFull, FileCalls, aligned_buffer, is_tmpfs, memory_of
+from edit_ray.cache.stores.tensor_file import LONGEST_HEADER
+
+ROOT = Path(__file__).resolve().parents[2]
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)
+FAULTS = ("missing", "length", "header", "checksum", "read", "write", "full", "remove")
+KEY = ("run", 1, None)
+
+
+class Faulty(FileCalls):
+    """Calls that record the flags of `open` and fail as told: `fail[name]` lists errnos, None where it goes well."""
+
+    def __init__(self, **fail):
+        self.fail, self.flags = fail, []
+
+    def _check(self, name):
+        if self.fail.get(name) and (number := self.fail[name].pop(0)):
+            raise OSError(number, os.strerror(number))
+
+    def open(self, path, flags):
+        self.flags.append(flags)
+        self._check("open")
+        return super().open(path, flags)
+
+    def write(self, descriptor, parts, offset):
+        self._check("write")
+        return super().write(descriptor, parts, offset)
+
+    def read(self, descriptor, parts, offset):
+        self._check("read")
+        return super().read(descriptor, parts, offset)
+
+    def rename(self, source, target):
+        if target.suffix == ".safetensors":
+            self._check("publish")
+        super().rename(source, target)
+
+    def unlink(self, path):
+        self._check("unlink")
+        super().unlink(path)
+
+    def direct(self):
+        return [bool(flags & os.O_DIRECT) for flags in self.flags]
+
+
+class NoDirect(Faulty):
+    """A filesystem that refuses O_DIRECT at one of the calls."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def open(self, path, flags):
+        if self.at == "open" and flags & os.O_DIRECT:
+            self.flags.append(flags)
+            raise OSError(errno.EINVAL, "no O_DIRECT")
+        return super().open(path, flags)
+
+    def write(self, descriptor, parts, offset):
+        if self.at == "write" and self.direct()[-1]:
+            raise OSError(errno.EINVAL, "no O_DIRECT")
+        return super().write(descriptor, parts, offset)
+
+    def read(self, descriptor, parts, offset):
+        if self.at == "read" and self.direct()[-1]:
+            raise OSError(errno.EINVAL, "no O_DIRECT")
+        return super().read(descriptor, parts, offset)
+
+
+def make(path, calls=None):
+    return DiskOffloadStore(path, allow_tmpfs=True, calls=calls)
+
+
+def faults(store):
+    return {name: count for name, count in store.files.faults.items() if count}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stock_safetensors_reads_our_files(tmp_path, dtype):
+    store = make(tmp_path)
+    assert tuple(store.files.faults) == FAULTS
+    for number, shape in enumerate([(3, 5), (), (0,), (2, 0, 3), (2048,), (2049,), (1, 4096, 24)]):
+        tensor = (torch.randn(shape) * 10).to(dtype)
+        store.put((number,), tensor)
+        (path,) = tmp_path.iterdir()
+        found = load_file(path)["tensor"]
+        assert (found.dtype, found.shape) == (dtype, tensor.shape)
+        assert torch.equal(found, tensor)
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        assert (start % 4096, len(content)) == (0, start + tensor.nbytes)
+        with safe_open(path, "pt") as file:
+            assert file.metadata()["key"] == json.dumps([number])
+            assert file.metadata()["xxh3_64"] == xxh3_64_hexdigest(content[start:])
+        assert torch.equal(store.get((number,)), tensor)
+        store.drop((number,))
+    assert (list(tmp_path.iterdir()), faults(store)) == ([], {})
+
+
+def test_a_key_makes_the_header_longer_up_to_a_bound(tmp_path):
+    store, tensor = make(tmp_path), torch.arange(5)
+    for length in (3000, 5000, 60_000):
+        store.put(("k" * length,), tensor)
+        assert torch.equal(make(tmp_path).get(("k" * length,)), tensor)
+    with pytest.raises(ValueError, match=f"valid are {LONGEST_HEADER}"):
+        store.put(("k" * LONGEST_HEADER,), tensor)
+    assert (len(store), len(list(tmp_path.iterdir())), faults(store)) == (3, 3, {})
+
+
+def test_a_type_that_files_do_not_hold_is_refused(tmp_path):
+    store = make(tmp_path)
+    with pytest.raises(ValueError, match=r"A file holds no torch.complex64; valid are torch.float64, torch.float32"):
+        store.put(KEY, torch.zeros(3, dtype=torch.complex64))
+    assert (len(store), list(tmp_path.iterdir())) == (0, [])
+
+
+@pytest.mark.parametrize("at", ["open", "write"])
+def test_where_direct_io_is_refused_files_are_written_buffered_from_then_on(tmp_path, at):
+    calls = NoDirect(at)
+    store, tensor = make(tmp_path, calls), torch.randn(3000)
+    store.put(KEY, tensor)
+    assert calls.direct() == [True, False]
+    assert torch.equal(store.get(KEY), tensor)
+    store.put(("other",), tensor)
+    assert calls.direct() == [True, False, False, False]
+    assert not store.files.files.direct
+    assert torch.equal(load_file(sorted(tmp_path.iterdir())[0])["tensor"], tensor)
+    assert faults(store) == {}
+
+
+def test_where_direct_io_is_refused_at_the_first_read_it_is_read_buffered(tmp_path):
+    tensor = torch.randn(3000)
+    make(tmp_path).put(KEY, tensor)
+    calls = NoDirect("read")
+    store = make(tmp_path, calls)
+    for _ in range(2):
+        assert torch.equal(store.get(KEY), tensor)
+    assert calls.direct() == [True, False, False]
+
+
+def test_an_invalid_argument_that_is_not_about_direct_io_is_an_error_and_changes_nothing(tmp_path):
+    calls = Faulty(write=[errno.EINVAL, errno.EINVAL])
+    store = make(tmp_path, calls)
+    with pytest.raises(OSError, match="Invalid argument"):
+        store.put(KEY, torch.ones(3))
+    store.put(KEY, torch.ones(3))
+    assert calls.direct() == [True, False, True]
+    assert faults(store) == {"write": 1}
+
+
+class Bits(FileCalls):
+    """A filesystem that moves a few bytes at each call."""
+
+    def write(self, descriptor, parts, offset):
+        return super().write(descriptor, [parts[0][:1000]], offset)
+
+    def read(self, descriptor, parts, offset):
+        return super().read(descriptor, [parts[0][:1000]], offset)
+
+
+def test_calls_that_move_less_than_asked_are_repeated(tmp_path):
+    store, tensor = make(tmp_path, Bits()), torch.randn(3000)
+    store.put(KEY, tensor)
+    assert torch.equal(store.get(KEY), tensor)
+    assert torch.equal(make(tmp_path).get(KEY), tensor)
+
+
+@pytest.mark.parametrize("call", ["open", "write", "publish"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT], ids=["no space", "quota"])
+def test_a_full_disk_is_said_by_type_and_leaves_nothing(tmp_path, call, number):
+    store = make(tmp_path, Faulty(**{call: [None, number]}))
+    store.put(("other",), torch.ones(5))
+    with pytest.raises(DiskFull) as caught:
+        store.put(KEY, torch.ones(5000))
+    assert caught.value.errno == number
+    assert (len(store), store.bytes_resident, len(list(tmp_path.iterdir()))) == (1, 20, 1)
+    assert (store.get(KEY), faults(store)) == (None, {"full": 1})
+    store.put(KEY, torch.ones(5000))  # after the caller has made room
+    assert torch.equal(store.get(KEY), torch.ones(5000))
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_file_leaves_nothing(tmp_path):
+    class FillsUp(FileCalls):
+        def write(self, descriptor, parts, offset):
+            if offset >= 8192:
+                raise OSError(errno.ENOSPC, "full")
+            return super().write(descriptor, [parts[0][:4096]], offset)
+
+    store = make(tmp_path, FillsUp())
+    with pytest.raises(DiskFull, match="full"):
+        store.put(KEY, torch.ones(5000))
+    assert (list(tmp_path.iterdir()), len(store), faults(store)) == ([], 0, {"full": 1})
+
+
+FULL_DISK = """
+import os, sys, torch
+from edit_ray.cache import DiskOffloadStore
+from edit_ray.cache.stores.direct_io import DiskFull
+store = DiskOffloadStore(sys.argv[1], allow_tmpfs=True)
+full = 0
+for number in range(8):
+    try:
+        store.put((number,), torch.full((1 << 18,), number, dtype=torch.uint8))
+    except DiskFull:
+        full += 1
+        if len(os.listdir(sys.argv[1])) != len(store):
+            sys.exit("something was left")
+        store.drop((number - 3,))
+        store.put((number,), torch.full((1 << 18,), number, dtype=torch.uint8))
+assert all((store.get(key) == key[0]).all() for key in store.sizes())
+print("full", full, "held", len(store), store.files.faults)
+"""
+
+
+def test_a_real_disk_that_fills_up(tmp_path):
+    mounted = 'mount -t tmpfs -o size=1m none "$0" && exec "$@"'
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted, str(tmp_path)]
+    try:
+        subprocess.run([*command, "true"], check=True, capture_output=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        pytest.skip("this user may not mount a filesystem of its own")
+    command += [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("full 5 held 3")
+    assert "'full': 5" in done.stdout
+    assert "'write': 0" in done.stdout
+
+
+def test_a_real_limit_of_the_file_s_size_leaves_nothing(tmp_path):
+    store, tensor = make(tmp_path), torch.randn(100_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            store.put(KEY, tensor)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not isinstance(caught.value, DiskFull)
+    assert (list(tmp_path.iterdir()), len(store), faults(store)) == ([], 0, {"write": 1})
+    store.put(KEY, tensor)
+    assert torch.equal(store.get(KEY), tensor)
+
+
+@pytest.mark.parametrize("call", ["open", "read"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES, errno.ESTALE], ids=errno.errorcode.get)
+def test_a_read_error_that_may_pass_is_a_miss_and_the_file_stays(tmp_path, call, number):
+    make(tmp_path).put(KEY, torch.ones(5))
+    store = make(tmp_path, Faulty(**{call: [number, number]}))
+    assert (store.get(KEY), store.get(KEY)) == (None, None)
+    assert (len(store), store.bytes_resident, store.num_unreadable, faults(store)) == (1, 20, 0, {"read": 2})
+    assert torch.equal(store.get(KEY), torch.ones(5))
+
+
+def test_a_file_that_cannot_be_removed_is_counted(tmp_path):
+    store = make(tmp_path, Faulty(unlink=[errno.EIO]))
+    store.put(KEY, torch.ones(5))
+    store.drop(KEY)
+    assert (store.get(KEY), len(store), faults(store)) == (None, 0, {"remove": 1})
+    assert (len(make(tmp_path)), list(tmp_path.iterdir())) == (0, [])  # the next one to open the folder removes it
+
+
+def test_what_a_stopped_writer_left_is_removed_and_no_fault(tmp_path):
+    name = "0123456789abcdef" * 2
+    (tmp_path / f"{name}.unfinished").write_bytes(b"x")
+    (tmp_path / f"{name}-17.unfinished").write_bytes(b"x")
+    (tmp_path / f"{name}-x.unfinished").write_bytes(b"another's")
+    (tmp_path / f"{name}-18.safetensors").write_bytes(b"another's")
+    store = make(tmp_path)
+    assert (len(store), faults(store)) == (0, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}-18.safetensors", f"{name}-x.unfinished"]
+
+
+def test_a_directory_in_memory_is_no_disk_unless_allowed(tmp_path):
+    shared = Path("/dev/shm")
+    if not (shared.is_dir() and is_tmpfs(shared)):
+        pytest.skip("no tmpfs here")
+    folder = shared / f"edit_ray-test-{os.getpid()}"
+    try:
+        with pytest.raises(ValueError, match=rf"directory is '{folder}', .* \(tmpfs\) .* or allow_tmpfs=True"):
+            DiskOffloadStore(folder)
+        store = make(folder)
+        store.put(KEY, torch.ones(5))
+        assert torch.equal(store.get(KEY), torch.ones(5))
+        store.clear()
+    finally:
+        folder.rmdir()
+
+
+def test_the_root_is_on_a_disk_or_not_as_mount_says():
+    kind = subprocess.run(["stat", "-f", "-c", "%T", "/"], capture_output=True, text=True, check=True).stdout.strip()
+    assert is_tmpfs(Path("/")) == (kind in ("tmpfs", "ramfs"))
+
+
+def test_a_file_of_another_size_is_not_read(tmp_path):
+    files, buffer = DirectFiles(), memory_of(aligned_buffer(8192))
+    files.write(tmp_path / "file", [buffer], 5000)
+    assert (tmp_path / "file").stat().st_size == 5000
+    assert [files.read(tmp_path / "file", [buffer], size) for size in (4999, 5000, 5001)] == [False, True, False]
+
+
+def test_a_direct_read_of_an_odd_size_stays_in_its_room(tmp_path):
+    store, tensor = make(tmp_path), torch.randint(0, 256, (5001,), dtype=torch.uint8)
+    store.put(KEY, tensor)
+    neighbours = aligned_buffer(4 * 4096).fill_(77)
+    assert store.files.read(KEY, memory_of(neighbours)[4096 : 3 * 4096]).nbytes == 5001
+    assert torch.equal(neighbours[4096 : 4096 + 5001], tensor)
+    assert (neighbours[:4096] == 77).all()
+    assert (neighbours[3 * 4096 :] == 77).all()
+    with pytest.raises(ValueError, match=r"into has 4096 bytes; .* needs 8192"):
+        store.files.read(KEY, memory_of(neighbours)[:4096])

@@ -1,0 +1,392 @@
+"""The disk tier's threads: straight between an arena and files, in any order of completion, whatever fails."""
+
+import errno
+import os
+import threading
+from concurrent.futures import CancelledError, wait
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from edit_ray.cache.stores.allocator import Extent
+from edit_ray.cache.stores.arena import Arena
+from edit_ray.cache.stores.direct_io import DiskFull, FileCalls, aligned_buffer, memory_of
+from edit_ray.cache.stores.disk_tier import DiskTier
+from edit_ray.cache.stores.tensor_file import FileEntry, file_name
+
+PAGE = 4096
+
+
+class Gate(FileCalls):
+    """Holds every call of a kind (`open` is one of a reader) until the gate is opened, and says when one has come."""
+
+    def __init__(self, call):
+        self.call, self.opened, self.arrived = call, threading.Event(), threading.Semaphore(0)
+
+    def _hold(self, call):
+        if call == self.call:
+            self.arrived.release()
+            assert self.opened.wait(20)
+
+    def open(self, path, flags):
+        if not flags & os.O_WRONLY:
+            self._hold("open")
+        return super().open(path, flags)
+
+    def write(self, descriptor, parts, offset):
+        self._hold("write")
+        return super().write(descriptor, parts, offset)
+
+    def read(self, descriptor, parts, offset):
+        self._hold("read")
+        return super().read(descriptor, parts, offset)
+
+
+def filled(value, size=PAGE):
+    return memory_of(aligned_buffer(size).fill_(value))
+
+
+def write(tier, key, value, size=PAGE):
+    return tier.write(key, filled(value, size), torch.uint8, (size,))
+
+
+def read(tier, key, size=PAGE):
+    """The value that fills an entry, None for a miss."""
+    into = aligned_buffer(size)
+    entry = tier.read(key, memory_of(into)).result(20)
+    if entry is None:
+        return None
+    assert (entry.dtype, entry.shape) == (torch.uint8, (size,))
+    (value,) = set(into[:size].tolist())
+    return value
+
+
+@pytest.fixture
+def open_tier(tmp_path):
+    tiers = []
+
+    def open_tier(calls=None, num_threads=2):
+        tiers.append(DiskTier(tmp_path, num_threads=num_threads, allow_tmpfs=True, calls=calls))
+        return tiers[-1]
+
+    yield open_tier
+    for tier in tiers:
+        tier.close()
+
+
+def test_from_arena_to_file_and_back(open_tier, tmp_path):
+    tier = open_tier()
+    with Arena.create(64 * PAGE, tmp_path) as arena:
+        source, target = Extent(0, 4 * PAGE), Extent(8 * PAGE, 4 * PAGE)
+        for number, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)):
+            for shape in ((3, 50), (), (0,), (2, PAGE // dtype.itemsize), (1, 777)):
+                key, value = ("run", number, None, *shape), (torch.randn(shape) * 10).to(dtype)
+                arena.memory(source)[:] = b"?" * source.size
+                arena.memory(Extent(4 * PAGE, 12 * PAGE))[:] = b"?" * 12 * PAGE
+                arena.tensor(source, dtype, shape).copy_(value)
+                assert tier.write(key, arena.memory(source), dtype, shape).result()
+                entry = tier.read(key, arena.memory(target)).result()
+                assert entry == tier.files.entry(key)
+                assert (entry.dtype, entry.shape, entry.nbytes) == (dtype, shape, value.nbytes)
+                assert torch.equal(arena.tensor(target, *(entry.dtype, entry.shape)), value)
+                assert set(arena.memory(Extent(12 * PAGE, 4 * PAGE))) == {ord("?")}
+    assert tier.files.bytes_resident == sum(entry.nbytes for entry in tier.files.entries().values())
+    again = open_tier()
+    assert again.files.entries() == tier.files.entries()
+    tier.clear()
+
+
+def test_many_entries_at_once_over_all_threads(open_tier, tmp_path):
+    tier = open_tier(num_threads=4)
+    done = wait([write(tier, (number,), number, 3 * PAGE) for number in range(64)]).done
+    assert all(future.result() for future in done)
+    into = [aligned_buffer(3 * PAGE) for _ in range(64)]
+    reads = [tier.read((number,), memory_of(buffer)) for number, buffer in enumerate(into)]
+    assert all(future.result() for future in reads)
+    assert all((buffer == number).all() for number, buffer in enumerate(into))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 64
+    tier.clear()
+    tier.close()
+    assert (list(tmp_path.iterdir()), set(tier.files.faults.values())) == ([], {0})
+
+
+def test_an_entry_is_there_when_it_is_whole_and_what_it_replaces_goes_at_once(open_tier, tmp_path):
+    gate = Gate("write")
+    gate.opened.set()
+    tier = open_tier(gate)
+    assert write(tier, ("a",), 1).result()
+    gate.opened.clear()
+    future = write(tier, ("a",), 2)
+    assert (read(tier, ("a",)), tier.files.entries(), tier.files.bytes_resident) == (None, {}, 0)
+    assert not list(tmp_path.glob("*.safetensors"))
+    gate.opened.set()
+    assert future.result()
+    assert read(tier, ("a",)) == 2
+
+
+@pytest.mark.parametrize("last", ["dropped", "cleared", "written anew"])
+def test_a_write_that_is_overtaken_publishes_nothing(open_tier, tmp_path, last):
+    gate = Gate("write")
+    tier = open_tier(gate)
+    first = write(tier, ("a",), 1)
+    gate.arrived.acquire()
+    second = write(tier, ("a",), 2) if last == "written anew" else None
+    if last == "dropped":
+        tier.drop(("a",))
+    elif last == "cleared":
+        tier.clear()
+    gate.opened.set()
+    assert not first.result()
+    if second:
+        assert second.result()
+    assert read(tier, ("a",)) == (2 if second else None)
+    tier.close()
+    assert len(list(tmp_path.iterdir())) == (1 if second else 0)
+    assert set(tier.files.faults.values()) == {0}
+
+
+@pytest.mark.parametrize("at", ["open", "read"])
+@pytest.mark.parametrize("last", ["dropped", "replaced"])
+def test_a_read_that_is_overtaken_is_right_or_a_miss_and_no_fault(open_tier, at, last):
+    gate = Gate(at)
+    tier = open_tier(gate)
+    assert write(tier, ("a",), 1).result()
+    into = aligned_buffer(PAGE)
+    future = tier.read(("a",), memory_of(into))
+    assert gate.arrived.acquire(timeout=20)
+    if last == "dropped":
+        tier.drop(("a",))
+    else:
+        assert write(tier, ("a",), 2).result()
+    gate.opened.set()
+    found = future.result()
+    if at == "read":
+        assert (into == 1).all()  # the file was open, and held what was there when the read was asked for
+    elif last == "dropped":
+        assert found is None
+    else:
+        assert (into == 2).all()
+    assert read(tier, ("a",)) == (None if last == "dropped" else 2)
+    assert set(tier.files.faults.values()) == {0}
+
+
+def test_closing_with_a_full_queue_cancels_what_waits_and_leaves_no_drafts(open_tier, tmp_path):
+    gate = Gate("write")
+    tier = open_tier(gate, num_threads=1)
+    gate.opened.set()
+    assert write(tier, ("kept",), 9).result()
+    assert write(tier, ("replaced",), 9).result()
+    gate.opened.clear()
+    gate.arrived.acquire()
+    gate.arrived.acquire()
+    moving = write(tier, ("a",), 1)
+    gate.arrived.acquire()
+    begun = write(tier, ("b",), 2)  # by the second thread, which waits for its turn at the disk, or not even that
+    waiting = [write(tier, (name,), 2) for name in ("c", "replaced")]
+    waiting.append(tier.read(("kept",), filled(0)))
+    tier.drop(("kept",))
+    closing = threading.Thread(target=tier.close)
+    closing.start()
+    for future in waiting:
+        with pytest.raises(CancelledError):
+            future.result(20)
+    gate.opened.set()
+    closing.join(20)
+    assert moving.result()
+    assert begun.cancelled() or begun.result()
+    names = {file_name((name,)) for name in ("a", "b" if not begun.cancelled() else "a")}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    for call in (lambda: write(tier, ("a",), 1), lambda: tier.read(("a",), filled(0)), lambda: tier.drop(("a",))):
+        with pytest.raises(RuntimeError, match="is closed"):
+            call()
+    assert read(open_tier(), ("a",)) == 1
+
+
+def test_a_queued_read_may_be_cancelled(open_tier):
+    gate = Gate("write")
+    tier = open_tier(gate, num_threads=1)
+    moving = [write(tier, (name,), 1) for name in "ab"]  # of the two threads, one is at the disk
+    waiting = tier.read(("a",), filled(0))
+    gate.arrived.acquire()
+    assert not gate.arrived.acquire(blocking=False)
+    assert waiting.cancel()
+    gate.opened.set()
+    assert all(future.result() for future in moving)
+    assert read(tier, ("a",)) == 1
+
+
+def test_memory_that_is_too_short_is_refused(open_tier, tmp_path):
+    tier = open_tier()
+    with pytest.raises(ValueError, match=r"memory has 4096 bytes; \('a',\) needs 8192"):
+        tier.write(("a",), filled(0), torch.float32, (1025,)).result()
+    assert write(tier, ("a",), 1, 2 * PAGE).result()
+    with pytest.raises(ValueError, match=r"into has 4096 bytes; .* needs 8192"):
+        tier.read(("a",), filled(0)).result()
+    with pytest.raises(TypeError):
+        tier.write((1.5,), filled(0), torch.uint8, (1,))
+    with pytest.raises(ValueError, match="num_threads is 0"):
+        DiskTier(tmp_path, num_threads=0)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+class Faults(FileCalls):
+    """Fails the next calls as told."""
+
+    def __init__(self):
+        self.next = None
+        self.hits = 0
+
+    def _maybe(self, *names):
+        if self.next and self.next[0] in names:
+            number, self.next = self.next[1], None
+            self.hits += 1
+            raise OSError(number, os.strerror(number))
+
+    def open(self, path, flags):
+        self._maybe("open")
+        return super().open(path, flags)
+
+    def write(self, descriptor, parts, offset):
+        self._maybe("write")
+        return super().write(descriptor, parts, offset)
+
+    def read(self, descriptor, parts, offset):
+        self._maybe("read")
+        return super().read(descriptor, parts, offset)
+
+    def rename(self, source, target):
+        self._maybe("rename")
+        super().rename(source, target)
+
+
+KEYS = st.integers(0, 2).map(lambda number: ("run", number))
+FAULT = st.one_of(
+    st.none(),
+    st.tuples(st.sampled_from(["open", "write", "read"]), st.sampled_from([errno.EIO, errno.ENOSPC, errno.EINVAL])),
+    st.tuples(st.just("rename"), st.sampled_from([errno.EIO, errno.ENOSPC])),
+)
+
+
+class AgainstADict(RuleBasedStateMachine):
+    """Random histories with faults: what is read is what was written last, or nothing; the index matches the folder."""
+
+    folder = None  # given by the test
+    fired: dict[str, int]
+
+    @initialize()
+    def begin(self):
+        for path in self.folder.iterdir():
+            path.unlink()
+        self.calls, self.expected, self.doubtful, self.value = Faults(), {}, set(), 0
+        self.tier = DiskTier(self.folder, allow_tmpfs=True, calls=self.calls)
+
+    def count(self, name):
+        self.fired[name] = self.fired.get(name, 0) + 1
+
+    @rule(key=KEYS, pages=st.integers(0, 3), cut=st.integers(0, 5), fault=FAULT)
+    def write(self, key, pages, cut, fault):
+        self.calls.next = fault
+        self.value = (self.value + 1) % 256
+        size = max(0, pages * PAGE - cut)
+        buffer = aligned_buffer(pages * PAGE).fill_(self.value)
+        future = self.tier.write(key, memory_of(buffer), torch.uint8, (size,))
+        self.expected.pop(key, None)
+        self.doubtful.discard(key)
+        try:
+            assert future.result(20)
+            self.expected[key] = (self.value, size)
+            self.count("write")
+        except DiskFull:
+            self.count("write, full")
+        except OSError:
+            self.count("write, failed")
+
+    @rule(key=KEYS, fault=FAULT)
+    def read(self, key, fault):
+        self.calls.next = fault
+        into, hits = aligned_buffer(3 * PAGE), self.calls.hits
+        entry = self.tier.read(key, memory_of(into)).result(20)
+        if entry is None:
+            if self.tier.files.entry(key):
+                assert self.calls.hits > hits  # it may pass
+                self.count("read, failed")
+            elif key in self.expected:
+                assert key in self.doubtful
+                self.expected.pop(key)
+                self.doubtful.discard(key)
+                self.count("read, lost")
+            return
+        value, size = self.expected[key]
+        assert key not in self.doubtful
+        assert (entry.shape, into[:size].tolist()) == ((size,), [value] * size)
+        self.count("read")
+
+    @rule(key=KEYS, fault=FAULT)
+    def drop(self, key, fault):
+        self.calls.next = fault
+        self.tier.drop(key)
+        self.expected.pop(key, None)
+        self.doubtful.discard(key)
+        self.count("drop")
+
+    @precondition(lambda self: set(self.expected) - self.doubtful)
+    @rule(data=st.data())
+    def damage(self, data):
+        self.calls.next = None
+        key = data.draw(st.sampled_from(sorted(set(self.expected) - self.doubtful)))
+        path = self.folder / file_name(key)
+        if path.exists():
+            with open(path, "r+b") as file:
+                file.seek(data.draw(st.integers(0, path.stat().st_size - 1)))
+                byte = file.read(1)
+                file.seek(-1, os.SEEK_CUR)
+                file.write(bytes([byte[0] ^ 0x41]))
+            self.doubtful.add(key)
+            self.count("damage")
+
+    @rule()
+    def reopen(self):
+        self.calls.next = None
+        self.tier.close()
+        self.tier = DiskTier(self.folder, allow_tmpfs=True, calls=self.calls)
+        self.count("reopen")
+
+    @invariant()
+    def the_index_is_what_may_be_there(self):
+        entries = self.tier.files.entries()
+        sure = set(self.expected) - self.doubtful
+        assert sure <= set(entries) <= set(self.expected)
+        assert self.tier.files.bytes_resident == sum(entry.nbytes for entry in entries.values())
+
+    def teardown(self):
+        self.tier.close()
+        assert {path.name for path in self.folder.iterdir()} == {file_name(key) for key in self.tier.files.entries()}
+
+
+def run_histories(folder, number):
+    fired = {}
+    kind = type("Machine", (AgainstADict,), {"folder": folder, "fired": fired})
+    given = {"max_examples": number, "stateful_step_count": 20, "deadline": None, "database": None, "derandomize": True}
+    kind.TestCase.settings = settings(**given)
+    kind.TestCase("runTest").runTest()
+    print(fired)
+    writes, reads = {"write", "write, full", "write, failed"}, {"read", "read, failed", "read, lost"}
+    assert set(fired) == writes | reads | {"drop", "damage", "reopen"}
+
+
+def test_300_histories_with_faults(tmp_path):
+    run_histories(tmp_path, 300)
+
+
+@pytest.mark.slow
+def test_10000_histories_with_faults(tmp_path):
+    run_histories(tmp_path, 10_000)
+
+
+def test_an_entry_s_size_is_that_of_its_tensor():
+    assert FileEntry(torch.bfloat16, (3, 5), "").nbytes == 30
+    assert FileEntry(torch.float32, (), "").nbytes == 4
+    assert FileEntry(torch.float32, (3, 0), "").nbytes == 0

@@ -1,0 +1,237 @@
+"""The arena over the disk as a segment uses it: what was written is read, in little memory, whatever happens between."""
+
+import random
+import time
+
+import pytest
+import torch
+
+from edit_ray.cache.stores.arena import Arena
+from edit_ray.cache.stores.disk_tier import DiskTier
+from edit_ray.cache.stores.op_table import Op, OpTable
+from edit_ray.cache.stores.planned import Form, PlannedStore
+from edit_ray.cache.stores.shared_tiers import TABLES_BYTES, SharedTiers
+from edit_ray.cache.tiering.reuse_plan import make_reuse_plan
+from edit_ray.errors import EntryLost, StaleLease
+
+RUN, EXPERT = "run", "transformer"
+SHAPE = (1, 64, 32)
+SIZE = 64 * 32 * 4
+FORM = Form(torch.device("cpu"), torch.float32, SHAPE)
+UNITS, WARM = 2, 3
+
+
+def plan_of(num_segments=8, window=4):
+    return make_reuse_plan(
+        RUN, num_segments, window=window, warm_steps=WARM, experts=[EXPERT] * 6, unit_bytes={EXPERT: [SIZE] * UNITS}
+    )
+
+
+def ops_of(segment_plan):
+    ops = [
+        (p.step, Op(tuple(p.key), p.size, writes))
+        for writes, of in ((False, segment_plan.reads), (True, segment_plan.writes))
+        for p in of
+    ]
+    return [op for _, op in sorted(ops, key=lambda item: item[0])]
+
+
+def tensor_of(key):
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(hash(key) & 0xFFFF))
+
+
+@pytest.fixture
+def tiers_in(tmp_path):
+    """Makes the tiers of a host that holds so many entries; the same directory each time."""
+    made = []
+
+    def make(entries=3):
+        host = entries * SIZE
+        arena = Arena.create(host + TABLES_BYTES, tmp_path)
+        made.append(SharedTiers(arena, host, DiskTier(tmp_path / "disk", allow_tmpfs=True)))
+        return made[-1]
+
+    yield make
+    for tiers in made:
+        tiers.close()
+        tiers.planner.check()
+
+
+def begin(tiers, plan, segment, attempt=0, holder=1):
+    ops = ops_of(plan.segments[segment])
+    lease = tiers.prepare(RUN, segment, attempt, holder, ops, torch.float32, SHAPE)
+    arena = Arena.open(lease.arena)
+    table = OpTable(arena.memory(lease.table), lease.num_ops)
+    return PlannedStore(arena, table, ops, FORM, prefix=(RUN,), timeout_s=10)
+
+
+def make(store, segment, upto=None):
+    """What the segment's loop does: at each step, branch and unit it reads or writes."""
+    read = 0
+    for op in store.ops[:upto]:
+        key = op.key[1:]
+        if op.writes:
+            store.put(key, tensor_of(op.key))
+            assert torch.equal(store.get(key), tensor_of(op.key))
+        else:
+            assert torch.equal(store.get(key), tensor_of(op.key))
+            read += 1
+    return read
+
+
+@pytest.mark.parametrize("entries", [1, 2, 5, 100])
+def test_a_run_reads_what_it_wrote_in_however_little_memory(tiers_in, entries):
+    tiers, plan = tiers_in(entries), plan_of()
+    tiers.follow(plan.uses())
+    stores = {0: begin(tiers, plan, 0)}
+    read = 0
+    for segment in range(8):
+        store = stores.pop(segment)
+        if segment + 1 < 8:
+            stores[segment + 1] = begin(tiers, plan, segment + 1)  # asked for while this one is made
+        read += make(store, segment)
+        store.finish()
+        tiers.complete(RUN, segment, 0, 1)
+        assert tiers.statistics()["bytes"]["host"] <= entries * SIZE
+    assert read == sum(len(s.reads) for s in plan.segments) > 60
+    figures = tiers.statistics()
+    assert figures["peak_bytes"]["host"] <= entries * SIZE
+    assert figures["entries"] == 0, "nothing is kept that nobody will read"
+    prefetch = figures["counters"].prefetch
+    assert prefetch.open == 0
+    assert (prefetch.useful + prefetch.late > 0) == (entries < 12)
+    assert list(tiers.disk.files.directory.glob("*.safetensors")) == []
+
+
+def test_what_a_completed_segment_wrote_outlives_its_store(tiers_in):
+    plan = plan_of()
+    first = tiers_in()
+    first.follow(plan.uses())
+    store = begin(first, plan, 0)
+    make(store, 0)
+    store.finish()
+    first.complete(RUN, 0, 0, 1)
+    half = begin(first, plan, 1)
+    make(half, 1, upto=4)
+    first.close()  # as if it had died; what it has written by then is there
+
+    second = tiers_in()
+    second.follow(plan.uses(), 1)
+    with pytest.raises(StaleLease, match="Segment 1 of 'run' was given to another"):
+        second.complete(RUN, 1, 0, 1)
+    again = begin(second, plan, 1, attempt=1)
+    assert make(again, 1) == len(plan.segments[1].reads)
+    again.finish()
+    second.complete(RUN, 1, 1, 1)
+
+
+def test_an_attempt_that_was_given_up_leaves_nothing(tiers_in):
+    plan = plan_of()
+    tiers = tiers_in(4)
+    tiers.follow(plan.uses())
+    store = begin(tiers, plan, 0, holder="dead")
+    make(store, 0, upto=5)
+    tiers.holder_gone("dead")
+    figures = tiers.statistics()
+    assert (figures["entries"], figures["bytes"]["host"], figures["bytes"]["disk"]) == (0, 0, 0)
+    with pytest.raises(StaleLease):
+        tiers.complete(RUN, 0, 0, "dead")
+    again = begin(tiers, plan, 0, attempt=1, holder="new")
+    make(again, 0)
+    again.finish()
+    tiers.complete(RUN, 0, 1, "new")
+    later = begin(tiers, plan, 1, holder="new")
+    make(later, 1)
+
+
+def test_the_last_reader_may_be_made_again(tiers_in):
+    plan = plan_of(num_segments=3, window=2)
+    tiers = tiers_in(2)
+    tiers.follow(plan.uses())
+    for segment in (0, 1):
+        store = begin(tiers, plan, segment)
+        make(store, segment)
+        store.finish()
+        tiers.complete(RUN, segment, 0, 1)
+    for attempt in range(3):
+        store = begin(tiers, plan, 2, attempt)
+        assert make(store, 2) == len(plan.segments[2].reads)
+    store.finish()
+    tiers.complete(RUN, 2, 2, 1)
+    assert tiers.statistics()["entries"] == 0
+
+
+def test_a_lost_entry_is_said_and_not_made_up(tiers_in):
+    plan = plan_of()
+    tiers = tiers_in(1)
+    tiers.follow(plan.uses())
+    store = begin(tiers, plan, 0)
+    make(store, 0)
+    store.finish()
+    tiers.complete(RUN, 0, 0, 1)
+    for file in tiers.disk.files.directory.glob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    with pytest.raises(EntryLost, match="has lost"):
+        make(begin(tiers, plan, 1), 1)
+    assert tiers.statistics()["faults"]["checksum"] > 0
+
+
+def test_a_planned_write_that_was_not_computed_is_said(tiers_in):
+    plan = plan_of()
+    tiers = tiers_in(2)
+    store = begin(tiers, plan, 0)
+    make(store, 0, upto=3)
+    with pytest.raises(EntryLost, match="was not computed"):
+        store.finish()
+
+
+def test_reads_that_are_passed_over_make_room(tiers_in):
+    plan = plan_of()
+    tiers = tiers_in(2)
+    tiers.follow(plan.uses())
+    store = begin(tiers, plan, 0)
+    make(store, 0)
+    store.finish()
+    tiers.complete(RUN, 0, 0, 1)
+    store = begin(tiers, plan, 1)
+    last = store.ops[-1]
+    assert torch.equal(store.get(last.key[1:]), tensor_of(last.key))
+    store.finish()
+    tiers.complete(RUN, 1, 0, 1)
+
+
+def test_own_residuals_stay_as_long_as_they_are_read(tiers_in):
+    tiers = tiers_in(2)
+    store = begin(tiers, plan_of(), 0)
+    store._history_len = 2
+    for step in range(10, 14):
+        store.put((0, EXPERT, "cond", 0, step), torch.full(SHAPE, float(step)))
+    assert store.get((0, EXPERT, "cond", 0, 11)) is None
+    assert store.get((0, EXPERT, "cond", 0, 12))[0, 0, 0] == 12
+    assert store.waits.writes == 0
+
+
+def test_random_delays_change_nothing(tiers_in, monkeypatch):
+    noise = random.Random(3)
+    plan, tiers = plan_of(6, 2), tiers_in(2)
+    read, write = tiers.disk.files.read, tiers.disk.files.write
+
+    def slow(call):
+        def wrapped(*arguments):
+            time.sleep(noise.random() * 0.01)
+            return call(*arguments)
+
+        return wrapped
+
+    monkeypatch.setattr(tiers.disk.files, "read", slow(read))
+    monkeypatch.setattr(tiers.disk.files, "write", slow(write))
+    tiers.follow(plan.uses())
+    store = begin(tiers, plan, 0)
+    for segment in range(6):
+        following = begin(tiers, plan, segment + 1) if segment < 5 else None
+        make(store, segment)
+        store.finish()
+        tiers.complete(RUN, segment, 0, 1)
+        store = following

@@ -1,0 +1,229 @@
+"""`check_store` passes for every store of ours and for a small one from outside, and fails for each that is broken."""
+
+import tempfile
+from itertools import count
+
+import pytest
+import torch
+
+from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
+from edit_ray.cache.stores.allocator import ExtentAllocator
+from edit_ray.cache.stores.arena import Arena
+from edit_ray.cache.stores.disk_tier import DiskTier
+from edit_ray.testing import check_store
+
+
+class SmallStore:
+    """Twenty lines from outside: everything a store needs, over a dict."""
+
+    def __init__(self):
+        self.entries = {}
+
+    def put(self, key, tensor):
+        self.entries[key] = tensor.clone()
+
+    def get(self, key):
+        return self.entries.get(key)
+
+    def prefetch(self, keys):
+        pass
+
+    def drop(self, key):
+        self.entries.pop(key, None)
+
+    def drop_where(self, condition):
+        self.entries = {key: tensor for key, tensor in self.entries.items() if not condition(key)}
+
+    def clear(self):
+        self.entries.clear()
+
+
+class ArenaStore(SmallStore):
+    """Entries in the extents of an arena, used as its owner uses it; with a disk tier, they only pass through."""
+
+    def __init__(self, arena, disk=None):
+        super().__init__()
+        self.arena, self.disk, self.allocator = arena, disk, ExtentAllocator(arena.size_bytes)
+
+    def put(self, key, tensor):
+        self.drop(key)
+        extent = self.allocator.allocate(tensor.nbytes)
+        self.arena.tensor(extent, tensor.dtype, tensor.shape).copy_(tensor)
+        if self.disk:
+            assert self.disk.write(key, self.arena.memory(extent), tensor.dtype, tensor.shape).result()
+            self.allocator.free(extent)
+        self.entries[key] = (extent, tensor.dtype, tensor.shape)
+
+    def get(self, key):
+        if key not in self.entries:
+            return None
+        extent, dtype, shape = self.entries[key]
+        if self.disk:
+            extent = self.allocator.allocate(extent.size)
+            entry = self.disk.read(key, self.arena.memory(extent)).result()
+            assert (entry.dtype, entry.shape) == (dtype, shape)
+            self.allocator.free(extent)
+        return self.arena.tensor(extent, dtype, shape).clone()
+
+    def drop(self, key):
+        extent, *_ = self.entries.pop(key, (None,))
+        if self.disk:
+            self.disk.drop(key)
+        elif extent:
+            self.allocator.free(extent)
+
+    def drop_where(self, condition):
+        for key in [key for key in self.entries if condition(key)]:
+            self.drop(key)
+
+    def clear(self):
+        self.drop_where(lambda key: True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A new folder at each call."""
+    numbers = count()
+    return lambda: tmp_path / str(next(numbers))
+
+
+def test_our_stores_and_a_small_one_from_outside_keep_the_contract(folder):
+    check_store(SmallStore)
+    check_store(GPUStore)
+    check_store(CPUOffloadStore)
+    check_store(lambda: DiskOffloadStore(folder(), allow_tmpfs=True))
+
+
+@pytest.mark.parametrize("budgets", [(300, 500, None), (0, 0, None), (10**6, None, None)])
+def test_tiers_keep_the_contract(folder, budgets):
+    def make():
+        stores = GPUStore(), CPUOffloadStore(), DiskOffloadStore(folder(), allow_tmpfs=True)
+        return TieredStore(list(zip(stores, budgets, strict=True)))
+
+    check_store(make)
+
+
+@pytest.mark.parametrize("budget", [0, 40, 400])
+def test_a_store_with_a_budget_may_forget_and_never_errs(budget):
+    check_store(lambda: CPUOffloadStore(budget), may_forget=True)
+    with pytest.raises(AssertionError, match="may_forget=True"):
+        check_store(lambda: CPUOffloadStore(budget))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_an_arena_keeps_the_contract_alone_and_over_a_disk_tier(folder, on_disk):
+    with tempfile.TemporaryDirectory() as directory, Arena.create(1 << 20, directory) as arena:
+        tiers = []
+
+        def make():
+            if on_disk:
+                tiers.append(DiskTier(folder(), allow_tmpfs=True))
+            return ArenaStore(arena, tiers[-1] if on_disk else None)
+
+        check_store(make)
+        for tier in tiers:
+            tier.close()
+            assert set(tier.files.faults.values()) == {0}
+
+
+class Casts(SmallStore):
+    def get(self, key):
+        tensor = super().get(key)
+        return tensor.float() if tensor is not None and tensor.dtype == torch.float64 else tensor
+
+
+class LosesTheShapeOfANumber(SmallStore):
+    def put(self, key, tensor):
+        super().put(key, torch.atleast_1d(tensor))
+
+
+class ReadsMemoryInOrder(SmallStore):
+    def put(self, key, tensor):
+        self.entries[key] = tensor.as_strided(tensor.shape, torch.empty(tensor.shape).stride()).clone()
+
+
+class CleansNumbers(SmallStore):
+    def put(self, key, tensor):
+        super().put(key, tensor.nan_to_num() if tensor.is_floating_point() else tensor)
+
+
+class LosesTheSign(SmallStore):
+    def put(self, key, tensor):
+        super().put(key, tensor + 0 if tensor.is_floating_point() else tensor)
+
+
+class KeepsTheFirst(SmallStore):
+    def put(self, key, tensor):
+        self.entries.setdefault(key, tensor.clone())
+
+
+class JoinsKeys(SmallStore):
+    def put(self, key, tensor):
+        super().put("/".join(map(str, key)), tensor)
+
+    def get(self, key):
+        return super().get("/".join(map(str, key)))
+
+    def drop(self, key):
+        super().drop("/".join(map(str, key)))
+
+
+class HasOneBuffer(SmallStore):
+    buffer = torch.empty(1 << 16, dtype=torch.uint8)
+
+    def get(self, key):
+        tensor = super().get(key)
+        if tensor is None:
+            return None
+        place = self.buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        return place.copy_(tensor)
+
+
+class InsistsOnTheKey(SmallStore):
+    def drop(self, key):
+        del self.entries[key]
+
+
+class DropsNothing(SmallStore):
+    def drop(self, key):
+        pass
+
+
+class DropsAll(SmallStore):
+    def drop_where(self, condition):
+        self.clear()
+
+
+class DropsNoneWhere(SmallStore):
+    def drop_where(self, condition):
+        pass
+
+
+class ClearsNothing(SmallStore):
+    def clear(self):
+        pass
+
+
+class EndsWhenCleared(SmallStore):
+    def clear(self):
+        self.entries = None
+
+
+class ForgetsOnPrefetch(SmallStore):
+    def prefetch(self, keys):
+        self.entries.clear()
+
+
+BROKEN = [kind for kind in SmallStore.__subclasses__() if kind is not ArenaStore]
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda kind: kind.__name__)
+def test_a_broken_store_fails(broken):
+    with pytest.raises({InsistsOnTheKey: KeyError, EndsWhenCleared: AttributeError}.get(broken, AssertionError)):
+        check_store(broken)
+
+
+@pytest.mark.parametrize("broken", [Casts, CleansNumbers, KeepsTheFirst, JoinsKeys, DropsNothing, HasOneBuffer])
+def test_a_store_that_may_forget_still_must_not_err(broken):
+    with pytest.raises(AssertionError):
+        check_store(broken, may_forget=True)

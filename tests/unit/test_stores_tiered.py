@@ -1,0 +1,359 @@
+"""The tiered store: what is in the way goes down in order, budgets hold, and whatever comes back is what was put."""
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
+from edit_ray.cache.stores.host import HostStore
+from edit_ray.cache.tiering.eviction import EvictionPolicy, FurthestNextUse
+
+
+def bytes_of(count: int, fill: int = 0) -> torch.Tensor:
+    return torch.full((count,), fill, dtype=torch.uint8)
+
+
+def on_disk(path):
+    """A store in a folder of the test's, which on some machines lies in memory."""
+    return DiskOffloadStore(path, allow_tmpfs=True)
+
+
+def tiers(path, *budgets, **options):
+    stores = [GPUStore(), CPUOffloadStore(), on_disk(path)]
+    return TieredStore(list(zip(stores, budgets, strict=False)), **options)
+
+
+def test_the_least_recently_used_spills_tier_by_tier_and_out_of_the_last(tmp_path):
+    store = tiers(tmp_path, 2, 2, 2)
+    where = {}
+    for name in "abcdefg":
+        store.put((name,), bytes_of(1, ord(name)))
+        where[name] = [store.tier_of((other,)) for other in "abcdefg"[: ord(name) - 96]]
+    assert where["c"] == ["host", "device", "device"]
+    assert where["e"] == ["disk", "host", "host", "device", "device"]
+    assert where["g"] == [None, "disk", "disk", "host", "host", "device", "device"]
+    assert (store.num_spills, store.num_evictions, store.num_refused) == (5 + 3, 1, 0)
+    assert store.tier_bytes == {"device": 2, "host": 2, "disk": 2}
+    assert torch.equal(store.get(("b",)), bytes_of(1, ord("b")))
+    assert [store.tier_of((name,)) for name in "bcdefg"] == ["device", "disk", "disk", "host", "host", "device"]
+
+
+def test_without_promotion_what_is_read_stays_where_it_is(tmp_path):
+    store = tiers(tmp_path, 1, 2, None, promote=False)
+    for name in "abcd":
+        store.put((name,), bytes_of(1, ord(name)))
+    for name in "bab":
+        assert torch.equal(store.get((name,)), bytes_of(1, ord(name)))
+    assert [store.tier_of((name,)) for name in "abcd"] == ["disk", "host", "host", "device"]
+    store.put(("e",), bytes_of(1))  # b was used after c
+    assert [store.tier_of((name,)) for name in "abcde"] == ["disk", "host", "disk", "host", "device"]
+
+
+def test_what_a_tier_cannot_hold_goes_to_the_next_and_what_none_can_is_refused(tmp_path):
+    store = tiers(tmp_path, 2, 4, 8)
+    for name, size in (("small", 2), ("medium", 3), ("large", 8), ("huge", 9)):
+        store.put((name,), bytes_of(size, size))
+    assert [store.tier_of((name,)) for name in ("small", "medium", "large")] == ["device", "host", "disk"]
+    assert store.get(("huge",)) is None
+    assert (store.num_refused, store.num_spills, store.num_evictions) == (1, 0, 0)
+    assert torch.equal(store.get(("large",)), bytes_of(8, 8))
+    assert store.tier_of(("large",)) == "disk"
+
+
+def test_prefetch_moves_up_what_is_used_first_as_far_as_the_first_tier_goes(tmp_path):
+    store = tiers(tmp_path, 3, 2, None, promote=False)
+    store.put(("too large",), bytes_of(4))
+    for name in "abcdefgh":
+        store.put((name,), bytes_of(1, ord(name)))
+    store.prefetch([("too large",), ("unknown",), ("b",), ("h",), ("a",), ("c",), ("d",)])
+    in_device = [name for name in "abcdefgh" if store.tier_of((name,)) == "device"]
+    assert in_device == ["a", "b", "h"]
+    store.put(("i",), bytes_of(1))  # what is used last makes way
+    assert [name for name in "abh" if store.tier_of((name,)) == "device"] == ["b", "h"]
+    assert all(torch.equal(store.get((name,)), bytes_of(1, ord(name))) for name in "abcdefgh")
+
+
+def test_what_the_tiers_held_before_is_found_and_counted(tmp_path):
+    for age, name in enumerate("cba"):
+        known = set(tmp_path.iterdir())
+        on_disk(tmp_path).put((name,), bytes_of(2, ord(name)))
+        (path,) = set(tmp_path.iterdir()) - known
+        os.utime(path, (10 - age, 10 - age))
+    assert list(on_disk(tmp_path).sizes()) == [("a",), ("b",), ("c",)]
+    store = tiers(tmp_path, 2, 2, 4)
+    assert store.num_evictions == 1
+    assert store.tier_bytes == {"device": 0, "host": 0, "disk": 4}
+    assert store.get(("a",)) is None
+    assert torch.equal(store.get(("b",)), bytes_of(2, ord("b")))
+    assert store.tier_of(("b",)) == "device"
+
+    host, disk = HostStore(), on_disk(tmp_path / "other")
+    host.put(("a",), bytes_of(1, 1))
+    disk.put(("a",), bytes_of(1, 2))
+    store = TieredStore([(host, 1), (disk, 1)])
+    assert (len(store), store.bytes_resident, len(disk)) == (1, 1, 0)
+    assert torch.equal(store.get(("a",)), bytes_of(1, 1))
+
+
+def test_what_a_tier_loses_by_itself_is_a_miss(tmp_path):
+    store = tiers(tmp_path, 1, 0, None)
+    for name in "ab":
+        store.put((name,), bytes_of(1))
+    (file,) = tmp_path.iterdir()
+    file.unlink()
+    assert store.get(("a",)) is None
+    assert (len(store), store.tier_of(("a",)), store.tier_bytes["disk"]) == (1, None, 0)
+
+
+def test_tiers_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="The tiers are none"):
+        TieredStore([])
+    with pytest.raises(ValueError, match="The tiers are host, host"):
+        TieredStore([(HostStore(), 1), (HostStore(), 1)])
+
+
+NAMES = st.integers(0, 7)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    budgets=st.tuples(st.integers(0, 6), st.integers(0, 8), st.integers(0, 12)),
+    promote=st.booleans(),
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("put"), NAMES, st.integers(0, 9)),
+            st.tuples(st.sampled_from(["get", "drop"]), NAMES),
+            st.tuples(st.just("prefetch"), st.lists(NAMES, max_size=6)),
+        ),
+        max_size=25,
+    ),
+)
+def test_tiers_keep_their_budgets_and_account_for_every_entry(budgets, promote, steps):
+    with tempfile.TemporaryDirectory() as folder:
+        stores = [GPUStore(), CPUOffloadStore(), on_disk(folder)]
+        store = TieredStore(list(zip(stores, budgets, strict=True)), promote=promote)
+        last, removed = {}, 0
+        for fill, (action, name, *size) in enumerate(steps):
+            before = len(store)
+            if action == "put":
+                removed += store.tier_of((name,)) is not None
+                last[name] = bytes_of(size[0], fill)
+                store.put((name,), last[name])
+            elif action == "get":
+                held, found = store.tier_of((name,)), store.get((name,))
+                assert (found is None) == (held is None)
+                assert found is None or torch.equal(found, last[name])
+            elif action == "drop":
+                store.drop((name,))
+                removed += before - len(store)
+            else:
+                store.prefetch([(key,) for key in name])
+            assert list(store.tier_bytes.values()) == [one.bytes_resident for one in stores]
+            assert all(one.bytes_resident <= budget for one, budget in zip(stores, budgets, strict=True))
+            assert len(list(Path(folder).iterdir())) == len(stores[2])
+        puts = sum(step[0] == "put" for step in steps)
+        assert puts == len(store) + removed + store.num_evictions + store.num_refused
+        assert sum(len(one) for one in stores) == len(store)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    budgets=st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3)),
+    steps=st.lists(st.tuples(st.sampled_from(["put", "get"]), NAMES), max_size=30),
+)
+def test_equal_sizes_lie_in_the_order_of_their_last_use(budgets, steps):
+    with tempfile.TemporaryDirectory() as folder:
+        store = tiers(folder, *budgets)
+        recent = []  # newest first
+        for action, name in steps:
+            if action == "put":
+                store.put((name,), bytes_of(1))
+            elif store.get((name,)) is None:
+                continue
+            recent = [name, *(other for other in recent if other != name)]
+            recent = recent[: sum(budgets)]
+            expected = [
+                tier for tier, budget in zip(("device", "host", "disk"), budgets, strict=True) for _ in range(budget)
+            ]
+            assert [store.tier_of((other,)) for other in recent] == expected[: len(recent)]
+        assert len(store) == len(recent)
+
+
+# Other choices of victims
+
+
+PLAN = {("a",): [(2, 3)], ("b",): [(0, 0), (1, 1)], ("c",): [(1, 2)]}
+
+
+def test_by_a_plan_what_is_needed_last_spills_and_what_is_dead_is_not_written(tmp_path):
+    store = tiers(tmp_path, 2, None, eviction=FurthestNextUse(PLAN))
+    for name in "abc":
+        store.put((name,), bytes_of(1, ord(name)))
+    assert [store.tier_of((name,)) for name in "abc"] == ["host", "device", "device"]
+    assert torch.equal(store.get(("b",)), bytes_of(1, ord("b")))
+    store.advance(1)
+    for name in "bc":
+        assert torch.equal(store.get((name,)), bytes_of(1, ord(name)))
+        assert store.tier_of((name,)) is None, "nobody will read it again"
+    assert store.counters.drops == {"dead": 2}
+    store.advance(2)
+    assert torch.equal(store.get(("a",)), bytes_of(1, ord("a")))
+    assert (len(store), store.bytes_resident, store.num_spills) == (0, 0, 1)
+
+
+def test_a_run_that_leaves_its_plan_loses_nothing_by_it(tmp_path):
+    store = tiers(tmp_path, 1, None, eviction="furthest_next_use")
+    store.follow(PLAN)
+    for name in "abc":
+        store.put((name,), bytes_of(1, ord(name)))
+    for name in "aabbcc":  # none of these is planned at position 0, but b
+        assert torch.equal(store.get((name,)), bytes_of(1, ord(name)))
+        assert store.tier_of((name,)) == "device", "from here on the least recently used goes first"
+
+
+class Biggest(EvictionPolicy):
+    """What is biggest goes first: from outside of the package, and told the sizes by the keys."""
+
+    def order(self, key):
+        return (-key[1],)
+
+    def touch(self, key): ...
+
+    def read(self, key):
+        return False
+
+    def forget(self, key): ...
+
+
+def test_victims_are_chosen_by_whatever_is_given(tmp_path):
+    store = tiers(tmp_path, 5, None, eviction=Biggest())
+    for size in (1, 3, 2):
+        store.put(("entry", size), bytes_of(size))
+    assert [store.tier_of(("entry", size)) for size in (1, 2, 3)] == ["device", "device", "host"]
+    with pytest.raises(ValueError, match="no eviction policy named 'lifo'; there are furthest_next_use, lru"):
+        tiers(tmp_path, 1, eviction="lifo")
+    with pytest.raises(TypeError, match="eviction is 3"):
+        tiers(tmp_path, 1, eviction=3)
+
+
+def test_a_rolling_window_of_attention_blocks_is_stored_like_residuals(tmp_path):
+    """The planner knows keys and bytes alone: here K and V of each layer, for the last four chunks of a video."""
+    store, window, layers = tiers(tmp_path, 500, 400, None, eviction="furthest_next_use"), 4, 3
+    generator = torch.Generator().manual_seed(0)
+    kept, order, uses = {}, 0, {}
+    for chunk in range(12):
+        for earlier in range(max(0, chunk - window), chunk):
+            for layer in range(layers):
+                uses.setdefault(("kv", earlier, layer), []).append((chunk, order := order + 1))
+    store.follow(uses)
+    for chunk in range(12):
+        store.advance(chunk)
+        for earlier in range(max(0, chunk - window), chunk):
+            for layer in range(layers):
+                assert torch.equal(store.get(("kv", earlier, layer)), kept["kv", earlier, layer])
+        for layer in range(layers):
+            key = ("kv", chunk, layer)
+            kept[key] = torch.randn(2, 4, 16, generator=generator).to(torch.bfloat16)
+            store.put(key, kept[key])
+        store.advance(chunk + 1)  # what only this chunk would have read is dead now
+        alive = {key for key in store.sizes() if key in uses}
+        assert all(chunk - window < key[1] <= chunk for key in alive)
+    assert store.counters.misses == 0
+    assert store.num_spills > 0
+
+
+# Stores that fail
+
+
+class SmallDisk(DiskOffloadStore):
+    """A disk that is full before its budget is: it takes two entries."""
+
+    def put(self, key, tensor):
+        self.drop(key)
+        if len(self) >= 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().put(key, tensor)
+
+
+def test_a_disk_that_is_full_below_its_budget_lets_the_oldest_go(tmp_path):
+    store = TieredStore([(GPUStore(), 1), (SmallDisk(tmp_path, allow_tmpfs=True), 100)])
+    for name in "abcd":
+        store.put((name,), bytes_of(1, ord(name)))
+    assert [store.tier_of((name,)) for name in "abcd"] == [None, "disk", "disk", "device"]
+    assert (store.counters.retries, store.num_evictions, store.counters.drops) == (1, 1, {"evicted": 1})
+    store.put(("large",), bytes_of(2, 5))  # straight to the disk
+    assert [store.tier_of((name,)) for name in "bcd"] == [None, None, "device"]
+    assert torch.equal(store.get(("large",)), bytes_of(2, 5))
+    store.put(("larger",), bytes_of(50, 6))
+    assert store.tier_of(("larger",)) == "disk"
+
+
+class NoDisk(GPUStore):
+    """Takes nothing: full, or broken."""
+
+    tier = "disk"
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def put(self, key, tensor):
+        raise self.error
+
+
+def test_what_a_full_disk_refuses_twice_is_dropped_and_counted():
+    store = TieredStore([(GPUStore(), 1), (NoDisk(OSError(errno.ENOSPC, "full")), 100)])
+    store.put(("a",), bytes_of(1))
+    store.put(("b",), bytes_of(1))
+    store.put(("large",), bytes_of(2))
+    assert [store.tier_of((name,)) for name in ("a", "b", "large")] == [None, "device", None]
+    assert store.counters.drops == {"full": 2}
+    assert store.tier_bytes == {"device": 1, "disk": 0}
+
+
+def test_an_error_of_a_store_reaches_the_caller_and_the_accounts_stay_right():
+    device, disk = GPUStore(), NoDisk(RuntimeError("unplugged"))
+    store = TieredStore([(device, 1), (disk, 100)])
+    store.put(("a",), bytes_of(1))
+    with pytest.raises(RuntimeError, match="unplugged"):
+        store.put(("b",), bytes_of(1))
+    with pytest.raises(RuntimeError, match="unplugged"):
+        store.put(("large",), bytes_of(2))
+    assert store.tier_bytes == {"device": device.bytes_resident, "disk": 0}
+    assert (store.get(("large",)), len(store)) == (None, device.bytes_resident)
+    store.put(("c",), bytes_of(1, 3))
+    assert torch.equal(store.get(("c",)), bytes_of(1, 3))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    budgets=st.tuples(st.integers(0, 6), st.integers(0, 8), st.integers(0, 12)),
+    reads=st.lists(st.tuples(st.integers(0, 3), NAMES), max_size=25),
+    steps=st.lists(st.tuples(NAMES, st.integers(0, 5), st.booleans()), max_size=25),
+)
+def test_by_any_plan_nothing_wrong_comes_back(budgets, reads, steps):
+    """The run follows the plan or not, whatever the plan."""
+    uses = {}
+    for order, (position, name) in enumerate(sorted(reads)):
+        uses.setdefault((name,), []).append((position, order))
+    stores = [GPUStore(), CPUOffloadStore(), GPUStore()]
+    stores[2].tier = "disk"
+    store = TieredStore(list(zip(stores, budgets, strict=True)), eviction=FurthestNextUse(uses))
+    last = {}
+    for fill, (name, size, read) in enumerate(steps):
+        if read:
+            found = store.get((name,))
+            assert found is None or torch.equal(found, last[name])
+        else:
+            last[name] = bytes_of(size, fill)
+            store.put((name,), last[name])
+        if fill % 5 == 4:
+            store.advance(fill // 5)
+        assert list(store.tier_bytes.values()) == [one.bytes_resident for one in stores]
+        assert all(one.bytes_resident <= budget for one, budget in zip(stores, budgets, strict=True))
