@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -72,13 +72,12 @@ def _run(config: Config, root: Path, run_id: str | None) -> int:
         f"run: {run_id}, {config.num_segments} segments, {config.num_frames_total} frames at {config.sampling.fps} fps",
         flush=True,
     )
-    started, frames, computed, skipped = time.perf_counter(), 0, 0.0, 0.0
+    started, frames, figures = time.perf_counter(), 0, list[Mapping[str, float]]()
     try:
         with _live_bar(client, run_id, config):
             for segment in client.stream(run_id, frames=False):
                 frames += segment.num_frames
-                computed += segment.statistics.get("units_computed", 0)
-                skipped += segment.statistics.get("units_skipped", 0)
+                figures.append(segment.statistics)
                 print(_line(segment), flush=True)
     except RunCancelled as stopped:
         print(f"stopped: {stopped}; what is committed stays in {root / run_id}")
@@ -87,9 +86,31 @@ def _run(config: Config, root: Path, run_id: str | None) -> int:
     video_s = frames / config.sampling.fps
     print(f"done: {frames} frames ({video_s:.1f} s of video) in {elapsed:.1f} s, {frames / elapsed:.2f} frames/s")
     print(f"output: {root / run_id / 'final.mp4'}", flush=True)
-    if computed + skipped:
-        print(f"cache: {config.cache.policy} skipped {skipped / (computed + skipped):.0%} of the steps", flush=True)
+    for line in cache_lines(config, figures):
+        print(line, flush=True)
     return DONE
+
+
+def cache_lines(config: Config, figures: Sequence[Mapping[str, float]]) -> Iterator[str]:
+    """What the cache has skipped, and what the segments have reused of each other."""
+
+    def total(name: str) -> int:
+        return int(sum(segment.get(name, 0) for segment in figures))
+
+    computed, skipped = total("units_computed"), total("units_skipped")
+    if computed + skipped:
+        yield f"cache: {config.cache.policy} skipped {skipped / (computed + skipped):.0%} of the steps"
+    if "entries_read" in (figures[-1] if figures else {}):
+        peak = {name: max(segment[name] for segment in figures) for name in ("host_bytes", "disk_bytes")}
+        yield (
+            f"reuse: {total('entries_written')} residuals stored and {total('entries_read')} read; at most "
+            f"{peak['host_bytes'] / 2**20:.1f} MiB in host memory (of {config.store.host_bytes / 2**20:.1f}) and "
+            f"{peak['disk_bytes'] / 2**20:.1f} MiB on disk"
+        )
+        outcomes = ("useful", "late", "wasted", "unfulfilled", "cancelled")
+        counts = ", ".join(f"{figures[-1][f'prefetch_{outcome}']:.0f} {outcome}" for outcome in outcomes)
+        waited = sum(segment["reuse_wait_s"] for segment in figures)
+        yield f"prefetch: {figures[-1]['prefetch_requested']:.0f} from disk, {counts}; waited {waited:.2f} s"
 
 
 def _line(segment: Segment) -> str:

@@ -67,11 +67,13 @@ class CacheStoreActor:
         return tiers.statistics()
 
     def drop_run(self, run_id: str) -> None:
-        """Forget all of a run; an unknown one is none."""
+        """Forget all of a run; an unknown one is none. With the last one the memory is given back."""
         with self._lock:
             if run_id in self._runs and self._tiers is not None:
                 self._tiers.drop_run(run_id)
             self._runs.discard(run_id)
+            if not self._runs:
+                self._close()
 
     def close(self) -> None:
         """Give the memory back; what is on disk stays."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -254,11 +255,13 @@ class SegmentSchedulerActor:
     async def _close(self, close: CloseRun) -> None:
         run = self._runs[close.run_id]
         final = run.spec.folder.relative(run.spec.folder.final) if close.state == "done" else None
+        # Before anyone is told: whoever waits for the end may end the actors, and then nothing must be left behind.
+        for call, method in ((self._crew.denoiser, "release_run"), (self._crew.store, "drop_run")):
+            with contextlib.suppress(ConnectionError):  # it holds nothing then
+                await call(method, close.run_id)
         await self._save(run, state=close.state, error=close.error, final=final)
         self._forget_old_runs()
         self._spawn(self._exit_when_idle(run.spec.config.engine.idle_exit_s))
-        await self._crew.store("drop_run", close.run_id)
-        await self._crew.denoiser("release_run", close.run_id)
 
     async def _save(self, run: _LiveRun, **changes: Any) -> None:
         """Writes the manifest with these fields changed, and only then lets anybody see it."""

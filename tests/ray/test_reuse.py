@@ -1,0 +1,42 @@
+"""Segments that reuse each other's residuals, on Ray: a store of a process of its own, over shared memory and disk."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from edit_ray import LongVideoClient
+from tests.ray.conftest import pids, wait_until
+
+# One residual: [1, 5 * 4 * 4, 24] in float32, 2 pages; so the host tier holds two of the eight.
+REUSE = """
+cache: {policy: warmstart_reuse, inner: fbcache, rel_l1_thresh: 0.2, warm_steps: 4, reuse_window: 3}
+store: {host_bytes: 16KiB, allow_tmpfs: true}
+"""
+
+
+def generate(client, config, run_id, kill=None, after=1):
+    """The bytes of the whole video; `kill` names the actor that dies once segment `after` is there."""
+    client.submit(config, run_id=run_id)
+    statistics = []
+    for segment in client.stream(run_id, frames=False):
+        statistics.append(segment.statistics)
+        if kill is not None and segment.index == after:
+            os.kill(pids()[kill], signal.SIGKILL)
+    return (client.output / run_id / "final.mp4").read_bytes(), statistics
+
+
+@pytest.mark.parametrize("victim", ["cache_store", "denoiser"])
+def test_a_killed_store_or_gpu_actor_changes_no_frame_and_leaves_nothing(ray_head, config, tmp_path, victim, run_id):
+    path = config(steps=12, segments=6, more=REUSE)
+    client = LongVideoClient(output=tmp_path)
+    whole, statistics = generate(client, path, run_id)
+    assert sum(segment["entries_read"] for segment in statistics) == 4 * 8
+    assert all(segment["host_bytes"] <= 16384 for segment in statistics)
+    assert statistics[-1]["prefetch_requested"] > 0
+    hurt, _ = generate(client, path, f"{run_id}-hurt", kill=victim)
+    assert whole == hurt
+    assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
+    mine = f"edit_ray-{pids()['cache_store']}-"
+    assert wait_until(lambda: not [path for path in Path("/dev/shm").glob("edit_ray-*") if path.name.startswith(mine)])
