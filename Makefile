@@ -23,7 +23,8 @@ demo: $(INSTALLED) ## generate the long video of configs/tiny.yaml on a private 
 	$(BIN)/python jobs/demo.py
 
 test: check ## everything that must hold before a commit: check, then the tests
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/ray
+	$(BIN)/pytest tests/ray
 
 proof: check ## the tests together with the slow and the chaos proofs
 	$(BIN)/pytest -m "not gpu"
@@ -39,6 +40,7 @@ fix: $(INSTALLED) ## mend what ruff can mend
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED) ## run the benchmarks
+	$(BIN)/python benchmarks/store_io.py
 	$(BIN)/python benchmarks/skip_overhead.py
 	$(BIN)/python benchmarks/policies.py --quick
 
