@@ -148,9 +148,22 @@ def test_each_segment_is_asked_for_before_the_one_before_it_ends(tmp_path, model
     assert all(log.index(("prepare", k)) < log.index(("complete", k - 1)) for k in range(1, SEGMENTS))
 
 
-def test_a_host_tier_smaller_than_one_residual_is_said(tmp_path, model):
+@pytest.mark.parametrize(
+    ("store", "words"),
+    [
+        (
+            {"host_bytes": RESIDUAL - 1},
+            f"store.host_bytes is {RESIDUAL - 1}; one residual of this run has {RESIDUAL} bytes",
+        ),
+        ({"host_bytes": 2**49}, "of shared memory, and /dev/shm has"),
+        ({"directory": "FILE"}, "store.directory cannot be used: directory is 'FILE', which is a file"),
+    ],
+    ids=["too small", "too large", "no folder"],
+)
+def test_a_store_that_cannot_be_made_ends_the_run_with_a_sentence(tmp_path, model, store, words):
+    (tmp_path / "file").touch()
     config = config_for(model).model_dump(mode="json")
-    config["store"]["host_bytes"] = RESIDUAL - 1
+    config["store"] |= {key: str(tmp_path / "file") if value == "FILE" else value for key, value in store.items()}
 
     async def submit():
         crew = Crew()
@@ -162,4 +175,5 @@ def test_a_host_tier_smaller_than_one_residual_is_said(tmp_path, model):
 
     status = asyncio.run(submit())
     assert status.state == "failed"
-    assert f"store.host_bytes is {RESIDUAL - 1}; one residual of this run has {RESIDUAL} bytes" in status.error
+    assert words.replace("FILE", str(tmp_path / "file")) in status.error
+    assert "attempt" not in status.error, "another would fail the same way"

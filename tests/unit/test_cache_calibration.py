@@ -87,7 +87,9 @@ def test_a_threshold_comes_as_near_to_the_speedup_as_any_can(jumps, counts, spee
 def test_targets_need_a_threshold_that_nobody_gave():
     ratios = {"mag_ratios": [1.0]}
     check_target("magcache", make_policy("magcache", ratios), ratios)
-    with pytest.raises(ValueError, match=r"target_speedup needs a policy .*: teacache, magcache, ranked; the policy is 'fb"):
+    with pytest.raises(
+        ValueError, match=r"target_speedup needs a policy .*: teacache, magcache, ranked; the policy is 'fb"
+    ):
         check_target("fbcache", make_policy("fbcache", {}), {})
     for name, option, given_ in (
         ("teacache", "rel_l1_thresh", {"coefficients": [1.0], "rel_l1_thresh": 0.1}),

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -135,6 +136,10 @@ class SharedTiers:
     def statistics(self) -> dict[str, Any]:
         """Bytes and peaks of each tier, and all counters."""
         return self._do(self._statistics)
+
+    def check(self) -> None:
+        """AssertionError unless all adds up: bytes of every tier, extents of the arena, outcomes of every prefetch."""
+        self._do(self._check)
 
     def close(self) -> None:
         """End the threads and the arena; what is on disk stays."""
@@ -291,6 +296,13 @@ class SharedTiers:
     def _forget(self, key: Key) -> None:
         if self._saved.pop(key, None) is not None:
             self.disk.drop(key)
+
+    def _check(self) -> None:
+        self.planner.check()
+        taken = [*self._extents.values(), *(opened.extent for opened in self._open.values())]
+        assert sum(extent.size for extent in taken) + self._allocator.free_bytes == self._allocator.size_bytes
+        ends = sorted((extent.offset, extent.offset + extent.size) for extent in taken)
+        assert all(end <= start for (_, end), (start, _) in pairwise(ends)), "extents overlap"
 
     def _statistics(self) -> dict[str, Any]:
         tiers = self.planner.tiers.accounts

@@ -1,0 +1,219 @@
+"""Random histories of a run over the shared tiers, with faults: no wrong tensor, never over budget, all adds up."""
+
+import errno
+import functools
+import itertools
+import shutil
+import time
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from edit_ray.cache.stores.arena import Arena
+from edit_ray.cache.stores.disk_tier import DiskTier
+from edit_ray.cache.stores.op_table import Op, OpTable
+from edit_ray.cache.stores.planned import Form, PlannedStore
+from edit_ray.cache.stores.shared_tiers import TABLES_BYTES, SharedTiers
+from edit_ray.cache.tiering.reuse_plan import make_reuse_plan
+from edit_ray.errors import EntryLost, StaleLease
+from tests.unit.test_disk_tier import Faults
+
+RUN, EXPERT, SHAPE = "run", "transformer", (1, 16, 16)
+SIZE, SEGMENTS = 16 * 16 * 4, 5
+FORM = Form(torch.device("cpu"), torch.float32, SHAPE)
+FAULTS = st.tuples(
+    st.sampled_from(["open", "write", "read", "rename"]), st.sampled_from([errno.EIO, errno.ENOSPC, errno.EINVAL])
+)
+
+
+@functools.cache
+def plan_of(window, warm_steps):
+    return make_reuse_plan(
+        RUN, SEGMENTS, window=window, warm_steps=warm_steps, experts=[EXPERT] * 4, unit_bytes={EXPERT: [SIZE]}
+    )
+
+
+def ops_of(segment):
+    ops = [(p.step, Op(tuple(p.key), p.size, False)) for p in segment.reads]
+    ops += [(p.step, Op(tuple(p.key), p.size, True)) for p in segment.writes]
+    return [op for _, op in sorted(ops, key=lambda step_and_op: step_and_op[0])]
+
+
+class Histories(RuleBasedStateMachine):
+    """A run that is made segment by segment, with everything that may happen in between."""
+
+    folder = None  # given by the test
+    fired: dict[str, int]
+
+    @initialize(entries=st.integers(1, 4), window=st.integers(1, 3), warm_steps=st.integers(1, 3))
+    def begin(self, entries, window, warm_steps):
+        shutil.rmtree(self.folder / "disk", ignore_errors=True)
+        self.host, self.plan, self.calls = entries * 4096, plan_of(window, warm_steps), Faults()
+        self.tiers = self.store = None
+        self.written, self.versions = {}, itertools.count(1)  # what complete segments have written
+        self.segment, self.attempt, self.holder = 0, 0, 0
+        self.open_store()
+
+    def count(self, name):
+        self.fired[name] = self.fired.get(name, 0) + 1
+
+    def open_store(self):
+        arena = Arena.create(self.host + TABLES_BYTES, self.folder)
+        disk = DiskTier(self.folder / "disk", allow_tmpfs=True, calls=self.calls)
+        self.tiers = SharedTiers(arena, self.host, disk)
+        self.tiers.follow(self.plan.uses(), self.segment)
+        self.store = None
+
+    def prepare(self, segment, attempt):
+        ops = ops_of(self.plan.segments[segment])
+        lease = self.tiers.prepare(RUN, segment, attempt, self.holder, ops, torch.float32, SHAPE)
+        table = OpTable(self.tiers.arena.memory(lease.table), lease.num_ops)
+        return PlannedStore(self.tiers.arena, table, ops, FORM, prefix=(RUN,), timeout_s=5)
+
+    def make_again(self):
+        """The segment's attempt has failed."""
+        self.store, self.attempt = None, self.attempt + 1
+
+    @rule(number=st.integers(1, 20))
+    def use(self, number):
+        """Some of the segment's reads and writes."""
+        if self.segment == SEGMENTS:
+            return
+        if self.store is None:
+            self.store, self.next, self.drafts = self.prepare(self.segment, self.attempt), 0, {}
+        try:
+            for op in self.store.ops[self.next : self.next + number]:
+                self.next += 1
+                if op.writes:
+                    value = float(next(self.versions))
+                    self.store.put(op.key[1:], torch.full(SHAPE, value))
+                    self.drafts[op.key] = value
+                    self.count("write")
+                else:
+                    read = self.store.get(op.key[1:])
+                    assert torch.equal(read, torch.full(SHAPE, self.written[op.key])), "a wrong tensor"
+                    self.count("read")
+        except EntryLost:
+            self.count("lost")
+            if not self.calls.hits and not self.damaged():
+                raise
+            self.make_again()
+
+    @rule()
+    def complete(self):
+        """The segment is made, or cannot be saved and is made again."""
+        if self.store is None or self.next < len(self.store.ops):
+            return
+        self.store.finish()
+        try:
+            self.tiers.complete(RUN, self.segment, self.attempt, self.holder)
+        except OSError:
+            self.count("complete, failed")
+            assert self.calls.hits
+            self.make_again()
+            return
+        self.count("complete")
+        self.written |= self.drafts
+        self.segment, self.attempt, self.store = self.segment + 1, 0, None
+
+    @rule(number=st.integers(1, 3), ahead=st.booleans())
+    def make_segments(self, number, ahead):
+        """Whole segments, so that histories come further than the first."""
+        for _ in range(number):
+            self.use(1)
+            if ahead:
+                self.ask_ahead()
+            self.use(100)
+            self.complete()
+
+    @rule()
+    def ask_ahead(self):
+        if self.store is not None and self.segment + 1 < SEGMENTS:
+            self.prepare(self.segment + 1, 0)
+            self.count("ahead")
+
+    @rule()
+    def gpu_actor_dies(self):
+        stale = self.holder
+        self.tiers.holder_gone(stale)
+        self.holder += 1
+        if self.segment < SEGMENTS:
+            with pytest.raises(StaleLease):
+                self.tiers.complete(RUN, self.segment, self.attempt, stale)
+        self.make_again()
+        self.count("gpu actor dies")
+
+    @rule()
+    def store_dies(self):
+        self.tiers.close()
+        self.open_store()
+        self.make_again()
+        self.count("store dies")
+
+    @rule(fault=FAULTS)
+    def fault(self, fault):
+        self.calls.next = fault
+        self.count("fault")
+
+    @rule(which=st.integers(0, 9), where=st.integers(0, 9999))  # not of what is there: threads write it
+    def damage(self, which, where):
+        """A byte of a file turns over; an entry may be gone for good, and the run begins anew."""
+        files = sorted((self.folder / "disk").glob("*.safetensors"))
+        if not files:
+            return
+        path = files[which % len(files)]
+        content = bytearray(path.read_bytes())
+        content[where % len(content)] ^= 0xFF
+        path.write_bytes(content)
+        self.use(100)
+        self.count("damage")
+        self.tiers.drop_run(RUN)
+        self.written, self.segment, self.attempt, self.store = {}, 0, 0, None
+        self.tiers.follow(self.plan.uses())
+        assert self.tiers.statistics()["entries"] == 0
+
+    def damaged(self):
+        return sum(self.tiers.disk.files.faults[fault] for fault in ("missing", "length", "header", "checksum"))
+
+    @invariant()
+    def all_adds_up(self):
+        if self.tiers is not None:
+            self.tiers.check()
+            assert self.tiers.statistics()["peak_bytes"]["host"] <= self.host
+
+    def teardown(self):
+        if self.tiers is None:
+            return
+        self.calls.next = None
+        self.tiers.drop_run(RUN)
+        self.tiers.check()
+        deadline = time.monotonic() + 5
+        while (figures := self.tiers.statistics())["bytes"]["host"] and time.monotonic() < deadline:
+            time.sleep(0.001)  # what was on its way holds its place until it has arrived
+        assert (figures["bytes"]["host"], figures["entries"]) == (0, 0)
+        assert figures["counters"].prefetch.open == 0
+        self.tiers.close()
+
+
+def run_histories(folder, number):
+    fired = {}
+    kind = type("Machine", (Histories,), {"folder": folder, "fired": fired})
+    given = {"max_examples": number, "stateful_step_count": 20, "deadline": None, "database": None, "derandomize": True}
+    kind.TestCase.settings = settings(**given)
+    kind.TestCase("runTest").runTest()
+    print(fired)
+    assert list(folder.glob("edit_ray-*")) == []
+    expected = {"write", "read", "lost", "complete", "complete, failed", "ahead", "fault", "damage"}
+    assert set(fired) == expected | {"gpu actor dies", "store dies"}
+
+
+def test_300_histories(tmp_path):
+    run_histories(tmp_path, 300)
+
+
+@pytest.mark.slow
+def test_10000_histories(tmp_path):
+    run_histories(tmp_path, 10_000)
