@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -13,33 +14,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from edit_ray.cache.stores.allocator import Extent, ExtentAllocator, room_of
+from edit_ray.cache.stores.allocator import Extent, ExtentAllocator, room_of, rounded
 from edit_ray.cache.stores.arena import Arena
 from edit_ray.cache.stores.direct_io import DiskFull
 from edit_ray.cache.stores.disk_tier import DiskTier
 from edit_ray.cache.stores.op_table import DONE, NEEDED, SKIPPED, Op, OpTable, table_bytes
 from edit_ray.cache.stores.open_segment import Lease, OpenSegment
 from edit_ray.cache.stores.store import Key
-from edit_ray.cache.tiering.events import (
-    Abandon,
-    Advance,
-    Complete,
-    Drop,
-    Event,
-    Failure,
-    Follow,
-    Found,
-    Free,
-    Granted,
-    Move,
-    Moved,
-    MoveFailed,
-    Need,
-    Place,
-    Prepare,
-    Refused,
-    Uses,
-)
+from edit_ray.cache.tiering import events
 from edit_ray.cache.tiering.planner import TierPlanner
 from edit_ray.errors import StaleLease
 
@@ -66,24 +48,26 @@ class SharedTiers:
             raise ValueError(f"The arena has {arena.size_bytes} bytes; it needs {host_bytes + TABLES_BYTES}.")
         self.arena, self.disk = arena, disk
         self.planner = TierPlanner([("host", host_bytes), ("disk", disk_bytes)], "furthest_next_use")
-        self._allocator = ExtentAllocator(arena.size_bytes)
+        # Tables lie apart: among the entries a small one could take the room of a large one.
+        self._allocator, self._tables = ExtentAllocator(rounded(host_bytes)), ExtentAllocator(TABLES_BYTES)
+        self._tables_at = rounded(host_bytes)
         self._extents: dict[int, Extent] = {}  # ticket of a place in the host tier -> where it is
         self._saved: dict[Key, Future[bool]] = {}  # of each entry: whether its file is whole
         self._open: dict[tuple[str, int], OpenSegment] = {}
         self._op_of: dict[int, tuple[OpenSegment, int]] = {}
         self._last_request = 0
-        self._uses: Uses = {}
+        self._uses: events.Uses = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closed = False
         for key, entry in disk.files.entries().items():
             self._saved[key] = _done(True)
-            self._handle(Found(key, room_of(entry.nbytes), "disk"))
+            self._handle(events.Found(key, room_of(entry.nbytes), "disk"))
         self._thread = threading.Thread(target=self._serve, name="tiers", daemon=True)
         self._thread.start()
 
     # What may be called from any thread.
 
-    def follow(self, uses: Uses, segment: int = 0) -> None:
+    def follow(self, uses: events.Uses, segment: int = 0) -> None:
         """A run begins, or goes on, with a segment: by which segments each of its entries will be read, and in which
         order within the run. What none of them reads is dropped.
         """
@@ -129,10 +113,6 @@ class SharedTiers:
         """Drop all that belongs to a run."""
         self._do(lambda: self._drop_run(run))
 
-    def drop_segment(self, run: str, segment: int) -> None:
-        """Drop what a segment has written."""
-        self._do(lambda: self._drop([key for key in self._saved if key[:2] == (run, segment)]))
-
     def statistics(self) -> dict[str, Any]:
         """Bytes and peaks of each tier, and all counters."""
         return self._do(self._statistics)
@@ -140,6 +120,14 @@ class SharedTiers:
     def check(self) -> None:
         """AssertionError unless all adds up: bytes of every tier, extents of the arena, outcomes of every prefetch."""
         self._do(self._check)
+
+    def flush(self, timeout_s: float = 60.0) -> None:
+        """Wait until nothing is on its way between the tiers. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout_s
+        while self._do(lambda: bool(self.planner.tiers.ways)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"Entries are still on their way after {timeout_s} s.")
+            time.sleep(_POLL_S)
 
     def close(self) -> None:
         """End the threads and the arena; what is on disk stays."""
@@ -185,9 +173,10 @@ class SharedTiers:
         for of_run, later in [which for which in self._open if which[0] == run and which[1] >= segment]:
             self._abandon(of_run, later)
         self._drop([op.key for op in ops if op.writes])
-        extent = self._allocator.allocate(table_bytes(len(ops)))
-        if extent is None:
+        place = self._tables.allocate(table_bytes(len(ops)))
+        if place is None:
             raise ValueError(f"{len(ops)} ops are too many for the {TABLES_BYTES} bytes of the arena's tables.")
+        extent = Extent(self._tables_at + place.offset, place.size)
         table = OpTable(self.arena.memory(extent), len(ops))
         table.clear()
         requests = range(self._last_request + 1, self._last_request + 1 + len(ops))
@@ -198,10 +187,10 @@ class SharedTiers:
             self._op_of[request] = (opened, index)
             size = room_of(op.size)
             reads, writes = ((), ((op.key, size),)) if op.writes else ((op.key,), ())
-            self._handle(Prepare(request, reads, writes))
+            self._handle(events.Prepare(request, reads, writes))
         return Lease(str(self.arena.path), extent, len(ops))
 
-    def _follow(self, uses: Uses, segment: int) -> None:
+    def _follow(self, uses: events.Uses, segment: int) -> None:
         self._uses = uses
         # One use more than planned: a segment that is made again reads what its first attempt was the last to read.
         left = {
@@ -209,8 +198,8 @@ class SharedTiers:
             for key, of_key in uses.items()
             if of_key[-1][0] >= segment
         }
-        self._handle(Follow(left))
-        self._handle(Advance(segment))
+        self._handle(events.Follow(left))
+        self._handle(events.Advance(segment))
         self._drop([key for key in self._saved if self._last_read(key) < segment])
 
     def _last_read(self, key: Key) -> float:
@@ -231,16 +220,16 @@ class SharedTiers:
     def _on_state(self, opened: OpenSegment, index: int, state: int) -> None:
         op, request = opened.ops[index], opened.requests[index]
         if state == NEEDED:
-            self._handle(Need(request))
+            self._handle(events.Need(request))
             return
         opened.done.add(index)
         self._op_of.pop(request, None)
         if state == SKIPPED:
-            self._handle(Abandon(request))
+            self._handle(events.Abandon(request))
         elif state == DONE:
             if op.writes:
                 self._save(op.key, opened, index)
-            self._handle(Complete(request))
+            self._handle(events.Complete(request))
 
     def _save(self, key: Key, opened: OpenSegment, index: int) -> None:
         """Write through, from where the segment has put it."""
@@ -260,7 +249,7 @@ class SharedTiers:
         if self._open.get((run, segment)) is not opened:
             raise StaleLease(f"Segment {segment} of {run!r} was given to another, or given up.")
         self._release(run, segment)
-        self._handle(Advance(segment + 1))
+        self._handle(events.Advance(segment + 1))
         self._drop([key for key in self._saved if self._last_read(key) <= segment])
 
     def _abandon(self, run: str, segment: int) -> None:
@@ -275,8 +264,8 @@ class SharedTiers:
         for index, request in enumerate(opened.requests):
             if index not in opened.done:
                 self._op_of.pop(request, None)
-                self._handle(Abandon(request))
-        self._allocator.free(opened.extent)
+                self._handle(events.Abandon(request))
+        self._tables.free(Extent(opened.extent.offset - self._tables_at, opened.extent.size))
 
     def _holder_gone(self, holder: object) -> None:
         for which in [which for which, opened in self._open.items() if opened.holder == holder]:
@@ -289,7 +278,7 @@ class SharedTiers:
         self._drop([key for key in self._saved if key[0] == run])
 
     def _drop(self, keys: Sequence[Key]) -> None:
-        self._handle(Drop(tuple(keys)))
+        self._handle(events.Drop(tuple(keys)))
         for key in keys:
             self._forget(key)
 
@@ -299,9 +288,10 @@ class SharedTiers:
 
     def _check(self) -> None:
         self.planner.check()
-        taken = [*self._extents.values(), *(opened.extent for opened in self._open.values())]
-        assert sum(extent.size for extent in taken) + self._allocator.free_bytes == self._allocator.size_bytes
-        ends = sorted((extent.offset, extent.offset + extent.size) for extent in taken)
+        entries, tables = self._extents.values(), [opened.extent for opened in self._open.values()]
+        for taken, allocator in ((entries, self._allocator), (tables, self._tables)):
+            assert sum(extent.size for extent in taken) + allocator.free_bytes == allocator.size_bytes
+        ends = sorted((extent.offset, extent.offset + extent.size) for extent in (*entries, *tables))
         assert all(end <= start for (_, end), (start, _) in pairwise(ends)), "extents overlap"
 
     def _statistics(self) -> dict[str, Any]:
@@ -317,26 +307,26 @@ class SharedTiers:
 
     # Carrying out.
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: events.Event) -> None:
         for instruction in self.planner.handle(event):
             match instruction:
-                case Granted(request, reads, writes):
+                case events.Granted(request, reads, writes):
                     self._give(request, (*reads, *writes)[0])
-                case Refused(request):
+                case events.Refused(request):
                     self._give(request, None)
-                case Free(place):
+                case events.Free(place):
                     self._free(place)
-                case Move(source, target):
+                case events.Move(source, target):
                     self._move(source, target)
 
-    def _give(self, request: int, place: Place | None) -> None:
+    def _give(self, request: int, place: events.Place | None) -> None:
         if request not in self._op_of:
             return
         opened, index = self._op_of[request]
         extent = None if place is None else self._extent(place)
         opened.table.give(index, None if extent is None else extent.offset)
 
-    def _extent(self, place: Place) -> Extent | None:
+    def _extent(self, place: events.Place) -> Extent | None:
         """Where a place in the host tier is, found for it when it is first asked for."""
         if place.ticket not in self._extents:
             extent = self._allocator.allocate(place.size)
@@ -345,7 +335,7 @@ class SharedTiers:
             self._extents[place.ticket] = extent
         return self._extents[place.ticket]
 
-    def _free(self, place: Place) -> None:
+    def _free(self, place: events.Place) -> None:
         if place.tier == "host":
             extent = self._extents.pop(place.ticket, None)
             if extent is not None:
@@ -360,19 +350,19 @@ class SharedTiers:
             for index, op in enumerate(opened.ops)
         )
 
-    def _move(self, source: Place, target: Place) -> None:
+    def _move(self, source: events.Place, target: events.Place) -> None:
         """Down, there is nothing to do but to wait for the file; up, it is read."""
         key, ticket = source.key, target.ticket
         if target.tier == "disk":
             saved = self._saved.get(key)
             if saved is None:
-                self._later(lambda: self._handle(MoveFailed(ticket, "lost")))
+                self._later(lambda: self._handle(events.MoveFailed(ticket, "lost")))
             else:
                 saved.add_done_callback(lambda future: self._later(lambda: self._spilled(ticket, future)))
             return
         extent = self._extent(target)
         if extent is None:
-            self._later(lambda: self._handle(MoveFailed(ticket, "transient")))
+            self._later(lambda: self._handle(events.MoveFailed(ticket, "transient")))
             return
         read = self.disk.read(key, self.arena.memory(extent))
         read.add_done_callback(lambda future: self._later(lambda: self._loaded(key, ticket, future)))
@@ -382,16 +372,16 @@ class SharedTiers:
 
     def _spilled(self, ticket: int, saved: Future[bool]) -> None:
         failure = _failure_of(saved)
-        self._handle(Moved(ticket) if failure is None else MoveFailed(ticket, failure))
+        self._handle(events.Moved(ticket) if failure is None else events.MoveFailed(ticket, failure))
 
     def _loaded(self, key: Key, ticket: int, read: Future[Any]) -> None:
         failure = _failure_of(read)
         if failure is None and read.result() is None:
             failure = "transient" if self.disk.files.entry(key) is not None else "lost"
-        self._handle(Moved(ticket) if failure is None else MoveFailed(ticket, failure))
+        self._handle(events.Moved(ticket) if failure is None else events.MoveFailed(ticket, failure))
 
 
-def _failure_of(future: Future[Any]) -> Failure | None:
+def _failure_of(future: Future[Any]) -> events.Failure | None:
     if future.cancelled():
         return "transient"
     error = future.exception()
