@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from edit_ray.cli import measure, runs
+from edit_ray.cli import measure, plan, runs
 from edit_ray.errors import EditRayError
 
 _COMMANDS = {
@@ -18,6 +18,7 @@ _COMMANDS = {
     "report": runs.report,
     "calibrate": measure.calibrate,
     "tune": measure.tune,
+    "plan": plan.plan,
 }
 
 
@@ -55,10 +56,17 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--psnr", type=float, required=True, help="the least likeness, in dB, as a mean over the prompts")
     tune.add_argument("--seeds", type=int, default=1, help="videos of each prompt")
     tune.add_argument("--policies", help="some of them, such as teacache,dicache")
+    planned = commands.add_parser("plan", help="what a run's segments will reuse of each other, and what that costs")
+    _add_config(planned, "a run's configuration")
+    planned.add_argument("--forward-ms", type=float, help="milliseconds of one forward of the transformer")
     return top
 
 
-def _add_measuring(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", type=Path, required=True, help="model and sampling of a run's configuration")
+def _add_config(command: argparse.ArgumentParser, says: str) -> None:
+    command.add_argument("--config", type=Path, required=True, help=says)
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one of its values")
+
+
+def _add_measuring(command: argparse.ArgumentParser) -> None:
+    _add_config(command, "model and sampling of a run's configuration")
     command.add_argument("--prompts", type=Path, required=True, help="a text file, one prompt a line")

@@ -24,6 +24,7 @@ _Find = Callable[[str], Path | None]
 class ModelInfo:
     """A Wan text-to-video model: sizes in pixels and frames, and the words that it was trained on.
 
+    `width` is that of the transformer's hidden states; `num_blocks` has each expert that the model has, and no other.
     `vocabulary` is None where any text will do, which is so for every model but those with a word-level tokenizer.
     """
 
@@ -34,6 +35,8 @@ class ModelInfo:
     scale_factor_spatial: int
     z_dim: int
     in_channels: int
+    width: int
+    num_blocks: Mapping[str, int]
     expand_timesteps: bool
     boundary_ratio: float | None
     vocabulary: frozenset[str] | None
@@ -88,8 +91,12 @@ def _folder_file(folder: Path, name: str) -> Path | None:
 def _read(path: str, find: _Find) -> ModelInfo:
     index = _json(path, INDEX_FILE, find)
     transformer_class = _check_classes(path, index)
-    part = "transformer" if _class_of(index, "transformer") else "transformer_2"
-    transformer = _json(path, f"{part}/config.json", find)
+    experts = {
+        name: _json(path, f"{name}/config.json", find)
+        for name in ("transformer", "transformer_2")
+        if _class_of(index, name)
+    }
+    transformer, parts = next(iter(experts.values())), ", ".join(f"{name}/config.json" for name in experts)
     vae = _json(path, "vae/config.json", find)
     vocabulary, split = _vocabulary(path, index, find)
     try:
@@ -103,16 +110,19 @@ def _read(path: str, find: _Find) -> ModelInfo:
             scale_factor_spatial=int(vae.get("scale_factor_spatial", 8)),
             z_dim=int(vae.get("z_dim", 16)),
             in_channels=int(transformer.get("in_channels", 16)),
+            width=int(transformer.get("num_attention_heads", 40)) * int(transformer.get("attention_head_dim", 128)),
+            num_blocks={name: int(expert.get("num_layers", 40)) for name, expert in experts.items()},
             expand_timesteps=bool(index.get("expand_timesteps", False)),
             boundary_ratio=None if boundary_ratio is None else float(boundary_ratio),
             vocabulary=vocabulary,
             _split=split,
         )
-        if min(*info.patch_size, info.scale_factor_temporal, info.scale_factor_spatial, info.z_dim) < 1:
+        sizes = (info.scale_factor_temporal, info.scale_factor_spatial, info.z_dim, info.width)
+        if min(*info.patch_size, *sizes, *info.num_blocks.values()) < 1:
             raise ValueError("a size below 1")
     except (TypeError, ValueError, OverflowError):
         raise ModelError(
-            f"{path!r} has sizes that cannot be in its {part}/config.json, vae/config.json or {INDEX_FILE}."
+            f"{path!r} has sizes that cannot be in its {parts}, vae/config.json or {INDEX_FILE}."
         ) from None
     if info.in_channels != info.z_dim:
         raise ModelError(

@@ -9,9 +9,10 @@ from edit_ray.cache.controller import Cache
 from edit_ray.cache.policies import WarmstartReuse
 from edit_ray.cache.stores.op_table import Op
 from edit_ray.cache.stores.planned import Form
-from edit_ray.cache.tiering.reuse_plan import ReusePlan, make_reuse_plan
+from edit_ray.cache.tiering.reuse_plan import ReusePlan
 from edit_ray.engine.caching import loop_steps
 from edit_ray.engine.options import SamplingOptions
+from edit_ray.engine.reuse_numbers import plan_from_numbers, residual_shape
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,15 @@ def plan_run_reuse(
     assert isinstance(policy, WarmstartReuse)
     form = residual_form(pipe, sampling)
     pipe.scheduler.set_timesteps(sampling.num_inference_steps)
-    plan = make_reuse_plan(
+    plan = plan_from_numbers(
         run_id,
         num_segments,
-        window=window,
-        warm_steps=policy.warm_steps,
+        window,
+        policy,
+        sampling,
         experts=[step.expert for step in loop_steps(pipe, pipe.scheduler)],
-        unit_bytes={name: [form.size] * len(expert.units) for name, expert in cache.experts.items()},
-        branches=("cond", "uncond") if sampling.guidance_scale > 1 else ("cond",),
-        align="step",
-        combine="latest" if policy.combine == "latest" else "mean",
+        num_units={name: len(expert.units) for name, expert in cache.experts.items()},
+        size=form.size,
         budget=budget,
     )
     return Reuse(plan, form)
@@ -59,12 +59,11 @@ def plan_run_reuse(
 def residual_form(pipe: Any, sampling: SamplingOptions) -> Form:
     """A residual is [1, tokens, width] in the transformer's type."""
     config = pipe.transformer.config
-    frames, height, width = config.patch_size
-    tokens = (
-        ((sampling.num_frames - 1) // pipe.vae_scale_factor_temporal + 1)
-        // frames
-        * (sampling.height // pipe.vae_scale_factor_spatial // height)
-        * (sampling.width // pipe.vae_scale_factor_spatial // width)
+    shape = residual_shape(
+        sampling,
+        patch_size=config.patch_size,
+        scale_factor_temporal=pipe.vae_scale_factor_temporal,
+        scale_factor_spatial=pipe.vae_scale_factor_spatial,
+        width=config.num_attention_heads * config.attention_head_dim,
     )
-    width = config.num_attention_heads * config.attention_head_dim
-    return Form(pipe.transformer.device, pipe.transformer.dtype, (1, tokens, width))
+    return Form(pipe.transformer.device, pipe.transformer.dtype, shape)

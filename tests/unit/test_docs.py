@@ -101,7 +101,7 @@ def test_everything_is_tested():
 
 def test_commands_are_understood():
     commands = [line for block in blocks("console") for line in block.splitlines()]
-    assert {shlex.split(line)[1] for line in commands} == {"report", "calibrate", "tune"}
+    assert {shlex.split(line)[1] for line in commands} == {"report", "calibrate", "tune", "plan"}
     for line in commands:
         program, *arguments = shlex.split(line)
         assert program == "edit-ray"
