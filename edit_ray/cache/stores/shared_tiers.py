@@ -28,6 +28,7 @@ from edit_ray.errors import StaleLease
 T = TypeVar("T")
 TABLES_BYTES = 1 << 20  # of the arena, beyond the host tier's budget
 _POLL_S = 0.0005
+_LAST = 2**62  # in the order of use, after everything that is planned
 
 
 class SharedTiers:
@@ -192,9 +193,10 @@ class SharedTiers:
 
     def _follow(self, uses: events.Uses, segment: int) -> None:
         self._uses = uses
-        # One use more than planned: a segment that is made again reads what its first attempt was the last to read.
+        # One use more than planned, and further off than any: a segment that is made again, even if it was complete and
+        # nobody heard of it, reads what its first attempt was the last to read.
         left = {
-            key: [*(use for use in of_key if use[0] >= segment), (of_key[-1][0] + 1, of_key[-1][1])]
+            key: [*(use for use in of_key if use[0] >= segment), (of_key[-1][0] + 1, _LAST + of_key[-1][1])]
             for key, of_key in uses.items()
             if of_key[-1][0] >= segment
         }
@@ -250,7 +252,7 @@ class SharedTiers:
             raise StaleLease(f"Segment {segment} of {run!r} was given to another, or given up.")
         self._release(run, segment)
         self._handle(events.Advance(segment + 1))
-        self._drop([key for key in self._saved if self._last_read(key) <= segment])
+        self._drop([key for key in self._saved if self._last_read(key) < segment])
 
     def _abandon(self, run: str, segment: int) -> None:
         opened = self._open.get((run, segment))
