@@ -41,6 +41,8 @@ fix: $(INSTALLED) ## mend what ruff can mend
 
 bench: $(INSTALLED) ## run the benchmarks
 	$(BIN)/python benchmarks/store_io.py
+	$(BIN)/python benchmarks/tiered_longrun.py --mib-scale 1/64
+	$(BIN)/python benchmarks/tiered_longrun.py --mib-scale 1/64 --actor
 	$(BIN)/python benchmarks/skip_overhead.py
 	$(BIN)/python benchmarks/policies.py --quick
 

@@ -14,16 +14,11 @@ machine that does nothing else.
 import argparse
 import json
 import os
-import platform
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -39,6 +34,7 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.measure import Point, mean, psnr, ssim  # noqa: E402
 from benchmarks.methods import METHODS, Method, Pipelines, Setting  # noqa: E402
+from benchmarks.provenance import provenance  # noqa: E402
 from benchmarks.report import SPEEDUPS, as_json, plot, tables, title, write_videos  # noqa: E402
 from edit_ray import EditWanPipeline  # noqa: E402
 from training.evaluate import scenes_of  # noqa: E402
@@ -214,29 +210,6 @@ def load(model: str, device: str, steps: int) -> Pipelines:
     for pipe in (ours, stock):
         pipe.set_progress_bar_config(disable=True)
     return Pipelines(ours, stock, steps)
-
-
-def provenance(device: str) -> dict[str, Any]:
-    """Command, date, commit (of git, or where that is not to be had of the variable COMMIT), device and versions."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    commit = git("rev-parse", "HEAD") + (" and changes" if git("status", "--porcelain") else "")
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "diffusers", "transformers", "edit_ray", "cache-dit"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": os.environ.get("COMMIT") or commit,
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "versions": versions,
-    }
 
 
 def arguments() -> argparse.Namespace:
