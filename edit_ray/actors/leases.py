@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.engine.reuse import Reuse
 from edit_ray.errors import ConfigError, StaleLease
 
+logger = logging.getLogger(__name__)
 Reply = Callable[[], Any]
 """Waits for the answer to a call, and raises what the call has raised."""
 
@@ -41,28 +43,34 @@ class SegmentLeases:
         self._holder = f"{os.getpid()}-{_started(os.getpid())}"
         self._directory = Path(options.directory) if options.directory else spec.root / ".cache_store"
         self._arena: Arena | None = None
+        self._store_of_segment: PlannedStore | None = None
         self._ahead: dict[int, Reply] = {}
 
     def begin(self, segment: int, attempt: int, history_len: int) -> PlannedStore:
         """The store for a segment; the next segment's is asked for."""
+        self._settle()  # before the store takes the places of a segment that has failed
         lease = self._asked_ahead(segment) if attempt == 0 else None
         if lease is None:
             lease = self._lease(segment, attempt)
         if self._arena is None or str(self._arena.path) != lease.arena:
             self.close()
             self._arena = Arena.open(lease.arena)
+            if self._on_gpu and not self._arena.register():
+                logger.warning("CUDA does not register the arena of %d bytes: copies wait.", self._arena.size_bytes)
         self._ahead.clear()
         following = segment + 1
         if following < len(self.reuse.plan.segments):
             self._ahead[following] = self._prepare(following, 0)
-        return PlannedStore(
+        self._store_of_segment = PlannedStore(
             self._arena,
             OpTable(self._arena.memory(lease.table), lease.num_ops),
             self.reuse.ops(segment),
             self.reuse.form,
             prefix=(self._spec.run_id,),
             history_len=history_len,
+            ahead_bytes=self._spec.config.store.device_bytes if self._on_gpu else 0,
         )
+        return self._store_of_segment
 
     def complete(self, segment: int, attempt: int) -> dict[str, Any]:
         """What the segment has written is safe, and others may read it; returns the store's statistics."""
@@ -71,9 +79,19 @@ class SegmentLeases:
 
     def close(self) -> None:
         """Unmap the arena."""
+        self._settle()
         if self._arena is not None:
             self._arena.close()
         self._arena = None
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.reuse.form.device.type == "cuda"
+
+    def _settle(self) -> None:
+        if self._store_of_segment is not None:
+            self._store_of_segment.settle()
+        self._store_of_segment = None
 
     def _asked_ahead(self, segment: int) -> Lease | None:
         """The lease that was asked for while the segment before was made, if the store that gave it still lives."""
