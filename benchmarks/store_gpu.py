@@ -4,25 +4,28 @@
     python benchmarks/store_gpu.py --no-ray                                         its class in a process of its own
 
 - device: put + get of the device tier.
-- host: put until the bytes are in the arena, then get until the tensor is ready on the device, by a segment and the
-  next one, for residuals of 12 and 43 MB; nothing is loaded ahead. Beside it copies between device and pinned memory.
+- host: from put, of one residual, until another of the segment before is ready on the device, its bytes on their way
+  only after the first one's are in the arena; of 12 and 43 MB, nothing loaded ahead. Beside it, alternating, a copy
+  from the device into pinned memory and back.
 - put: how long the loop is held up by the writes of a generation of 192 MB, while the GPU computes.
-- prefetch: segments that compute, read and write with a host tier that is too small, so that everything comes from
-  disk; what the computing stream waits for reads, by what their transfer takes (disk to arena is not counted in it).
+- prefetch: segments that read in their first step what one before has written there, with a host tier that does not
+  hold it all; how long reads make the computing stream wait, by what their copies to the device take (from disk to
+  arena is not counted in it).
 
 Prints a table, and writes results.json.
 """
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a file, from anywhere
@@ -36,6 +39,7 @@ from benchmarks.store_process import AnyStore, RayStore, StoreProcess  # noqa: E
 from edit_ray.actors.leases import SegmentLeases  # noqa: E402
 from edit_ray.actors.messages import RunSpec  # noqa: E402
 from edit_ray.cache.stores.device import GPUStore  # noqa: E402
+from edit_ray.cache.stores.op_table import Op  # noqa: E402
 from edit_ray.cache.stores.planned import Form, PlannedStore  # noqa: E402
 from edit_ray.cache.stores.store import Key  # noqa: E402
 from edit_ray.cache.tiering.reuse_plan import make_reuse_plan  # noqa: E402
@@ -51,7 +55,11 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """Segments that each write one residual per unit and branch, and read those of the one before."""
+    """Segments of some units and two branches, and what they reuse.
+
+    With align "last" each writes an entry per unit and branch in its last step, and reads those of the segment before
+    in its first. With "step" one computes its first step and writes it, and the four after it read that.
+    """
 
     shape: tuple[int, ...]
     units: int
@@ -59,23 +67,24 @@ class Task:
     host_entries: int
     ahead_entries: int
     directory: Path
+    align: Literal["step", "last"] = "last"
 
     @property
     def form(self) -> Form:
         return Form(DEVICE, torch.bfloat16, self.shape)
 
-    def leases(self, store: AnyStore) -> SegmentLeases:
+    def leases(self, store: AnyStore, reuse: type[Reuse]) -> SegmentLeases:
         """The GPU actor's side of a run with this plan."""
         plan = make_reuse_plan(
             RUN,
             self.segments,
-            window=1,
+            window=1 if self.align == "last" else 4,
             warm_steps=1,
             experts=[EXPERT] * 2,
             unit_bytes={EXPERT: [self.form.size] * self.units},
             branches=BRANCHES,
-            align="last",
-            combine="mean",
+            align=self.align,
+            combine="mean" if self.align == "last" else "latest",
         )
         options = {
             "device_bytes": self.ahead_entries * self.form.size,
@@ -84,7 +93,7 @@ class Task:
         }
         prompts = [{"segment": 0, "prompt": "a red circle"}]
         config = Config.model_validate({"store": options, "video": {"num_segments": 1}, "prompt_segments": prompts})
-        return SegmentLeases(store, RunSpec(RUN, self.directory, config), Reuse(plan, self.form))
+        return SegmentLeases(store, RunSpec(RUN, self.directory, config), reuse(plan, self.form))
 
 
 def seconds(action: Callable[[], object], wait: bool = True) -> float:
@@ -96,17 +105,19 @@ def seconds(action: Callable[[], object], wait: bool = True) -> float:
     return time.perf_counter() - started
 
 
-def run_segments(task: Task, store: AnyStore, act: Callable[[PlannedStore, int], None]) -> SegmentLeases:
-    """Every segment in turn: `act(planned, segment)` carries out its ops."""
-    leases = task.leases(store)
+def run_segments(
+    task: Task, store: AnyStore, act: Callable[[PlannedStore, int], None], reuse: type[Reuse] = Reuse
+) -> dict[str, Any]:
+    """Every segment in turn: `act(planned, segment)` carries out its ops. The store's statistics after the last."""
+    leases, statistics = task.leases(store, reuse), {}
     for segment in range(task.segments):
         planned = leases.begin(segment, 0, history_len=1)
         act(planned, segment)
         planned.finish()
-        leases.complete(segment, 0)
+        statistics = leases.complete(segment, 0)
     leases.close()
     store.call("drop_run", RUN)()
-    return leases
+    return statistics
 
 
 def device_figures(form: Form, rounds: int = 200) -> Figures:
@@ -117,35 +128,58 @@ def device_figures(form: Form, rounds: int = 200) -> Figures:
         store.put((0, 1), tensor)
         assert store.get((0, 1)) is not None
 
-    return {"ms": 1000 * statistics.median(seconds(both, wait=False) for _ in range(rounds)), "bar": 0.02}
+    return {"ms": 1000 * median(seconds(both, wait=False) for _ in range(rounds)), "bar": 0.02}
+
+
+class Alternating(Reuse):
+    """Each write before a read, so that the two make a round trip."""
+
+    def ops(self, segment: int) -> list[Op]:
+        ops = super().ops(segment)
+        pairs = zip_longest((op for op in ops if op.writes), (op for op in ops if not op.writes))
+        return [op for pair in pairs for op in pair if op is not None]
 
 
 def host_figures(task: Task, store: AnyStore) -> Figures:
-    """Each entry's put and get, both waited for, against pinned copies of as many bytes made in between."""
+    """Round trips, and those of bare copies made in between."""
     form = task.form
     pinned = torch.empty(form.shape, dtype=form.dtype, pin_memory=True)
     there = torch.randn(form.shape, device=DEVICE).bfloat16()
-    put_s: dict[Any, float] = {}
     trips: list[float] = []
     bare: list[float] = []
+    calls: dict[str, list[float]] = {"put": [], "get": []}
+
+    def round_trip(planned: PlannedStore, written: Key, read: Key) -> None:
+        started = time.perf_counter()
+        planned.put(written, there)
+        put = time.perf_counter()
+        planned.copies.loading.wait_stream(planned.copies.leaving)  # type: ignore[attr-defined]  # a GPU has both
+        got = time.perf_counter()
+        planned.get(read)
+        calls["put"].append(put - started)
+        calls["get"].append(time.perf_counter() - got)
+
+    def bare_trip() -> None:
+        pinned.copy_(there, non_blocking=True)
+        there.copy_(pinned, non_blocking=True)
 
     def act(planned: PlannedStore, segment: int) -> None:
-        for index, op in enumerate(planned.ops):
-            key = op.key[1:]
-            _await_place(planned, index)
-            if op.writes:
-                put_s[op.key] = seconds(lambda key=key: planned.put(key, there))  # type: ignore[misc]
-                planned.clear()
-            else:
-                trips.append(put_s[op.key] + seconds(lambda key=key: planned.get(key)))  # type: ignore[misc]
-                bare.append(
-                    seconds(lambda: pinned.copy_(there, non_blocking=True))
-                    + seconds(lambda: there.copy_(pinned, non_blocking=True))
-                )
+        for index in range(0, len(planned.ops), 2):
+            written, other = planned.ops[index : index + 2]
+            for of_both in (index, index + 1):
+                _await_place(planned, of_both)
+            if other.writes:  # the first segment has nothing to read
+                planned.put(written.key[1:], there)
+                planned.put(other.key[1:], there)
+                continue
+            trips.append(seconds(lambda pair=(written, other): round_trip(planned, *(op.key[1:] for op in pair))))  # type: ignore[misc]
+            bare.append(seconds(bare_trip))
+            planned.clear()
 
-    run_segments(task, store, act)
-    ours, copies = 1000 * statistics.median(trips), 1000 * statistics.median(bare)
-    return {"round_trips": len(trips), "ms": ours, "pinned_ms": copies, "rate_of_pinned": copies / ours}
+    run_segments(task, store, act, Alternating)
+    ours, copies = 1000 * median(trips), 1000 * median(bare)
+    in_calls = {f"{name}_call_ms": 1000 * median(times) for name, times in calls.items()}
+    return {"round_trips": len(trips), "ms": ours, "pinned_ms": copies, "rate_of_pinned": copies / ours} | in_calls
 
 
 def _await_place(planned: PlannedStore, index: int) -> None:
@@ -187,7 +221,7 @@ def put_figures(task: Task, store: AnyStore) -> Figures:
         held_up.append(1000 * total)
 
     run_segments(task, store, act)
-    return {"generations_ms": held_up, "ms": statistics.median(held_up), "most_ms": max(held_up), "bar": 10}
+    return {"generations_ms": held_up, "ms": median(held_up), "most_ms": max(held_up), "bar": 10}
 
 
 def value_of(key: Key) -> int:
@@ -196,44 +230,46 @@ def value_of(key: Key) -> int:
     return (int(segment or 0) * 16 + int(unit or 0) * 2 + BRANCHES.index(str(branch))) % 251
 
 
-def prefetch_figures(task: Task, store: AnyStore, compute_ms: float) -> Figures:
-    """The computing stream's stalls at reads, and what was read: each value is compared."""
+def prefetch_figures(task: Task, store: AnyStore, compute_ms: float, steps: int) -> Figures:
+    """The computing stream's stalls at reads in loops of so many steps; each value that was read is compared."""
     work = Work(compute_ms)
     stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    waited: list[float] = []
+    host_waits: list[float] = []
+
+    def use(planned: PlannedStore, op: Op) -> None:
+        if op.writes:
+            value = torch.full(task.shape, value_of(op.key), dtype=torch.bfloat16, device=DEVICE)
+            return planned.put(op.key[1:], value)
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
+        found = planned.get(op.key[1:])
+        after.record()
+        assert found is not None
+        wrong.add_((found != value_of(op.key)).sum())
+        stalls.append((before, after))
 
     def act(planned: PlannedStore, segment: int) -> None:
-        for index, op in enumerate(planned.ops):
-            work()
-            value = value_of(op.key)
-            if op.writes:
-                planned.put(op.key[1:], torch.full(task.shape, value, dtype=torch.bfloat16, device=DEVICE))
-                continue
-            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            before.record()
-            found = planned.get(op.key[1:])
-            after.record()
-            assert found is not None
-            wrong.add_((found != value).sum())
-            if segment > 1:  # the first ones find the disk's queue empty and the memory new
-                stalls.append((before, after))
-            if index % 8 == 7:
-                torch.cuda.synchronize()  # as a scheduler's step does: the loop does not run far ahead of the device
-        waited.append(planned.waits.seconds)
+        for step in range(steps):
+            for op in planned.ops:
+                if step == 0:
+                    use(planned, op)
+                work()
+            torch.cuda.synchronize()  # as a scheduler's step may: the loop does not run far ahead of the device
+        host_waits.append(planned.waits.seconds)
 
-    run_segments(task, store, act)
-    torch.cuda.synchronize()
+    of_store = run_segments(task, store, act)
     stalled_ms = sum(before.elapsed_time(after) for before, after in stalls)
     pinned = torch.empty(task.shape, dtype=torch.bfloat16, pin_memory=True)
-    copy_ms = 1000 * statistics.median(seconds(lambda: pinned.to(DEVICE, non_blocking=True)) for _ in range(20))
+    copy_ms = 1000 * median(seconds(lambda: pinned.to(DEVICE, non_blocking=True)) for _ in range(20))
     transfer_ms = copy_ms * len(stalls)
     return {
         "reads": len(stalls),
         "wrong_values": int(wrong.item()),
+        "from_disk": of_store["counters"].prefetch.requested,
         "stalled_ms": stalled_ms,
         "transfer_ms": transfer_ms,
-        "host_waits_s": waited,
+        "host_waits_s": host_waits,
         "hidden": 1 - stalled_ms / transfer_ms,
         "bar": 0.95,
     }
@@ -248,9 +284,11 @@ def measure(folder: Path, store: AnyStore, quick: bool) -> dict[str, Figures]:
         task = Task(shape, trips // 2, 4, 3 * trips, 0, folder / name[:2])
         figures[f"host round trip, {name}"] = host_figures(task, store)
     figures["put of 192 MB"] = put_figures(Task(small, 8, 12, 100, 40, folder / "put"), store)
-    for name, shape, units in (("12 MB", small, 8), ("43 MB", large, 8)):
-        task = Task(shape, units, 4 if quick else 12, 8, 6, folder / f"ahead-{name[:2]}")
-        figures[f"prefetch, {name} from disk"] = prefetch_figures(task, store, 12 if name == "12 MB" else 45)
+    # Of 16 entries that a segment reads 10 are in the arena at a time, and 7 loaded ahead; a block of 1.3B takes 6 ms
+    # at 14,040 tokens, and here a unit is four of them.
+    for name, shape, unit_ms in (("12 MB", small, 6), ("43 MB", large, 22)):
+        task = Task(shape, 8, 3 if quick else 10, 10, 7, folder / f"ahead-{name[:2]}", "step")
+        figures[f"prefetch, {name}"] = prefetch_figures(task, store, unit_ms, steps=4)
     return figures
 
 

@@ -10,16 +10,18 @@ import pytest
 import torch
 
 from edit_ray.actors.cache_store import CacheStoreActor
-from edit_ray.actors.denoiser import DenoiserActor
 from edit_ray.actors.leases import SegmentLeases
 from edit_ray.actors.messages import RunSpec
+from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.stores.allocator import Extent
 from edit_ray.cache.stores.arena import Arena
 from edit_ray.cache.stores.copies import StreamCopies
 from edit_ray.cache.stores.planned import Form
 from edit_ray.cache.tiering.reuse_plan import make_reuse_plan
 from edit_ray.config import Config
+from edit_ray.engine.options import ModelOptions, SamplingOptions
 from edit_ray.engine.reuse import Reuse
+from edit_ray.engine.segment import SegmentEngine
 from edit_ray.testing import save_random_wan
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
@@ -140,13 +142,13 @@ class Delayed(StreamCopies):
         return taken
 
     def out(self, taken, place):
-        self.pause(self._leaving)
+        self.pause(self.leaving)
         copy = super().out(taken, place)
-        self.pause(self._leaving)
+        self.pause(self.leaving)
         return copy
 
     def load(self, place):
-        self.pause(self._loading)
+        self.pause(self.loading)
         return super().load(place)
 
     def use(self, loaded):
@@ -221,6 +223,7 @@ def test_a_failed_segment_writes_nothing_into_what_is_given_to_others(store, tmp
 KILLED = """
 import sys, torch
 from pathlib import Path
+from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.stores.allocator import Extent
 from edit_ray.cache.stores.arena import Arena
 from edit_ray.cache.stores.op_table import Op, OpTable
@@ -262,38 +265,36 @@ def test_a_killed_gpu_actor_leaves_nothing(store, tmp_path):
     leases.close()
 
 
-CONFIG = {
-    "sampling": {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 6, "seed": 5},
-    "video": {"num_segments": 4},
-    "prompt_segments": [{"segment": 0, "prompt": "a red circle"}],
-    "cache": {
-        "policy": "warmstart_reuse",
-        "inner": "fbcache",
-        "rel_l1_thresh": 0.2,
-        "warm_steps": 3,
-        "reuse_window": 2,
-    },
-}
+CACHE = CacheOptions.model_validate(
+    {"policy": "warmstart_reuse", "inner": "fbcache", "rel_l1_thresh": 0.2, "warm_steps": 3, "reuse_window": 2}
+)
+SAMPLING = SamplingOptions(height=64, width=64, num_frames=17, num_inference_steps=6)
 
 
 @pytest.mark.parametrize("granularity", ["stack", 2])
 def test_latents_are_the_same_through_every_size_of_every_tier(tmp_path, granularity):
     model = save_random_wan(tmp_path / "wan", num_layers=4)
+    engine = SegmentEngine.load(ModelOptions(path=str(model), device="cuda"), 1)
+    cache = CACHE.model_copy(update={"granularity": granularity})
+    reuse = engine.plan_reuse(RUN, 4, cache, SAMPLING, None)
+    size = reuse.form.size
     made = []
     for number, (host, device) in enumerate([(100, 100), (100, 0), (2, 0), (2, 3)]):
-        values = CONFIG | {
-            "model": {"path": str(model), "device": "cuda"},
-            "store": {"host_bytes": host * 64 * 1024, "device_bytes": device * 64 * 1024, "allow_tmpfs": True},
-        }
-        values["cache"] = values["cache"] | {"granularity": granularity}
         store = Direct()
-        actor, spec = DenoiserActor(store), RunSpec(f"run-{number}", tmp_path, Config.model_validate(values))
-        spec.folder.create("")
-        actor.prepare_run(spec)
-        read = sum(actor.denoise_segment(spec, segment, 0)["entries_read"] for segment in spec.plan.segments)
-        assert read > 0
-        made.append([spec.folder.latents(k).read_bytes() for k in range(4)])
-        actor.release_run(spec.run_id)
+        options = {"host_bytes": host * 2 * size, "device_bytes": device * size, "allow_tmpfs": True}
+        prompts = [{"segment": 0, "prompt": "a red circle"}]
+        config = Config.model_validate({"store": options, "video": {"num_segments": 4}, "prompt_segments": prompts})
+        leases = SegmentLeases(store, RunSpec(RUN, tmp_path / str(number), config), reuse)
+        made.append([])
+        for segment in range(4):
+            planned = leases.begin(segment, 0, engine.history_len)
+            made[-1].append(
+                engine.denoise(
+                    SAMPLING, prompt="a red circle", seed=segment, cache=cache, segment_index=segment, store=planned
+                )
+            )
+            leases.complete(segment, 0)
+            assert planned.waits.reads == (0 if segment in (0, 3) else 3 * 2 * {"stack": 1, 2: 2}[granularity])
+        leases.close()
         store.actor.close()
-    assert all(other == made[0] for other in made[1:])
-    assert actor._engine.device.type == "cuda"
+    assert all(torch.equal(torch.stack(other), torch.stack(made[0])) for other in made[1:])

@@ -102,7 +102,7 @@ class StreamCopies:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._loading, self._leaving = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.loading, self.leaving = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def take(self, tensor: Tensor) -> Taken:
         ready = torch.cuda.Event()
@@ -111,15 +111,15 @@ class StreamCopies:
 
     def out(self, taken: Taken, place: Tensor) -> Copy:
         assert taken.ready is not None
-        with torch.cuda.stream(self._leaving):
-            self._leaving.wait_event(taken.ready)
+        with torch.cuda.stream(self.leaving):
+            self.leaving.wait_event(taken.ready)
             place.copy_(taken.tensor, non_blocking=True)
-        return self._on_stream(self._leaving, taken.tensor)
+        return self._on_stream(self.leaving, taken.tensor)
 
     def load(self, place: Tensor) -> Loaded:
-        with torch.cuda.stream(self._loading):
+        with torch.cuda.stream(self.loading):
             tensor = place.to(self._device, non_blocking=True)
-        return Loaded(tensor, self._on_stream(self._loading, tensor))
+        return Loaded(tensor, self._on_stream(self.loading, tensor))
 
     def use(self, loaded: Loaded) -> Tensor:
         assert isinstance(loaded.copy, _OnStream)

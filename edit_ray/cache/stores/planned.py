@@ -83,7 +83,8 @@ class PlannedStore:
         self._prefix, self._history_len = tuple(prefix), history_len
         self._index_of: dict[tuple[Key, bool], int] = {(op.key, op.writes): i for i, op in enumerate(ops)}
         self._own: dict[Owner, OrderedDict[Key, torch.Tensor]] = {}
-        self._copies = copies_for(form.device)
+        self.copies = copies_for(form.device)
+        self._next = 0  # the first op that has neither been used nor passed over
         self._most_ahead = ahead_bytes // max(form.size, 1)  # entries
         self._to_load = deque(i for i, op in enumerate(ops) if not op.writes)  # reads neither begun nor asked for
         self._loaded: dict[int, Loaded] = {}  # reads begun and not yet asked for
@@ -103,9 +104,9 @@ class PlannedStore:
         index = self._index_of.get(((*self._prefix, *key), True))
         if index is not None:
             self.waits.writes += 1
-            self._pass_over(index)
+            self._come_to(index)
             whole = tensor.reshape(self.form.shape).to(self.form.dtype).contiguous()
-            self._leaving.append(_Leaving(index, self._copies.take(whole)))
+            self._leaving.append(_Leaving(index, self.copies.take(whole)))
         self._go_on()
         self._leave_at_most(self._most_ahead)
 
@@ -119,13 +120,13 @@ class PlannedStore:
             return None
         self.waits.reads += 1
         self._go_on()
-        self._pass_over(index)
+        self._come_to(index)
         loaded = self._loaded.pop(index, None)
         if loaded is None:
-            loaded = self._copies.load(self._place(index, self._await_place(index)))
+            loaded = self.copies.load(self._place(index, self._await_place(index)))
         self._moving.append((index, loaded.copy))
         self._go_on()
-        return self._copies.use(loaded)
+        return self.copies.use(loaded)
 
     def prefetch(self, keys: Iterable[Key]) -> None:
         """Nothing to do: the store knows the plan."""
@@ -159,7 +160,7 @@ class PlannedStore:
             EntryLost: the plan had it written, and it was not computed.
         """
         self._leave_at_most(0)
-        self._pass_over(len(self.ops))
+        self._come_to(len(self.ops))
         self.settle()
         if self._unwritten:
             key = self.ops[self._unwritten[0]].key
@@ -184,7 +185,7 @@ class PlannedStore:
             if offset is None or offset < 0:
                 break  # the others come after it
             index = self._to_load.popleft()
-            self._loaded[index] = self._copies.load(self._place(index, offset))
+            self._loaded[index] = self.copies.load(self._place(index, offset))
 
     def _leave_at_most(self, number: int) -> None:
         """Wait for places until no more than so many writes have none."""
@@ -195,7 +196,7 @@ class PlannedStore:
     def _let_go(self, offset: int | None) -> None:
         """Copy what waits longest to its place."""
         leaving = self._leaving.popleft()
-        copy = self._copies.out(leaving.taken, self._place(leaving.index, offset))
+        copy = self.copies.out(leaving.taken, self._place(leaving.index, offset))
         if copy.done():
             self.table.mark(leaving.index, DONE)
         else:
@@ -207,18 +208,18 @@ class PlannedStore:
             raise EntryLost(f"The store has lost {self.ops[index].key}, which the plan wants at this step.")
         return self.arena.tensor(Extent(offset, room_of(self.form.size)), self.form.dtype, self.form.shape)
 
-    def _pass_over(self, before: int) -> None:
-        """Skip what was not used of the ops before one; from that one on is what will be loaded ahead."""
-        in_hand = {leaving.index for leaving in self._leaving} | {index for index, _ in self._moving}
-        for index in self.table.untouched(before):
-            if index in in_hand:
-                continue
-            self.table.mark(index, SKIPPED)
-            if self.ops[index].writes:
-                self._unwritten.append(index)
-            elif loaded := self._loaded.pop(index, None):
+    def _come_to(self, index: int) -> None:
+        """Pass over the ops before one that were not used; the plan lists all in the order of use."""
+        if index < self._next:
+            raise EntryLost(f"The plan has {self.ops[min(index, len(self.ops) - 1)].key} used once, and earlier.")
+        for passed in range(self._next, index):
+            self.table.mark(passed, SKIPPED)
+            if self.ops[passed].writes:
+                self._unwritten.append(passed)
+            elif loaded := self._loaded.pop(passed, None):
                 loaded.copy.wait()  # the place is another's from now on
-        while self._to_load and self._to_load[0] <= before:
+        self._next = index + 1
+        while self._to_load and self._to_load[0] <= index:
             self._to_load.popleft()
 
     def _await_place(self, index: int) -> int | None:
