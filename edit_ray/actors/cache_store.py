@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,16 @@ class CacheStoreActor:
         """See `SharedTiers.prepare`. Raises StaleLease where this incarnation was not told of the run."""
         return self._of(run_id).prepare(run_id, segment, attempt, holder, ops, dtype, shape)
 
-    def complete(self, run_id: str, segment: int, attempt: int, holder: str) -> dict[str, Any]:
+    def complete(self, run_id: str, segment: int, attempt: int, holder: str, store: str) -> dict[str, Any]:
         """See `SharedTiers.complete`; returns its statistics."""
         tiers = self._of(run_id)
-        tiers.complete(run_id, segment, attempt, holder)
+        tiers.complete(run_id, segment, attempt, holder, store)
         return tiers.statistics()
+
+    def give_up(self, run_id: str, holder: str) -> None:
+        """See `SharedTiers.give_up`; an unknown run is none."""
+        with suppress(StaleLease):
+            self._of(run_id).give_up(run_id, holder)
 
     def drop_run(self, run_id: str) -> None:
         """Forget all of a run; an unknown one is none. With the last one the memory is given back."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache.stores.arena import Arena, owner_lives
+from edit_ray.cache.stores.holders import this_holder
 from edit_ray.cache.stores.op_table import OpTable
 from edit_ray.cache.stores.open_segment import Lease
 from edit_ray.cache.stores.planned import PlannedStore
@@ -38,9 +39,10 @@ class SegmentLeases:
                 [f"store.host_bytes is {options.host_bytes}; one residual of this run has {reuse.form.size} bytes."]
             )
         self._store, self._spec, self.reuse = store, spec, reuse
-        self._holder = f"{os.getpid()}-{_started(os.getpid())}"
+        self._holder = this_holder()
         self._directory = Path(options.directory) if options.directory else spec.root / ".cache_store"
         self._arena: Arena | None = None
+        self._given_by = ""  # the incarnation of the store that gave the last lease
         self._ahead: dict[int, Reply] = {}
 
     def begin(self, segment: int, attempt: int, history_len: int) -> PlannedStore:
@@ -49,8 +51,9 @@ class SegmentLeases:
         if lease is None:
             lease = self._lease(segment, attempt)
         if self._arena is None or str(self._arena.path) != lease.arena:
-            self.close()
+            self._unmap()
             self._arena = Arena.open(lease.arena)
+        self._given_by = lease.store
         self._ahead.clear()
         following = segment + 1
         if following < len(self.reuse.plan.segments):
@@ -66,11 +69,17 @@ class SegmentLeases:
 
     def complete(self, segment: int, attempt: int) -> dict[str, Any]:
         """What the segment has written is safe, and others may read it; returns the store's statistics."""
-        statistics: dict[str, Any] = self._store.call("complete", self._spec.run_id, segment, attempt, self._holder)()
+        which = (self._spec.run_id, segment, attempt, self._holder, self._given_by)
+        statistics: dict[str, Any] = self._store.call("complete", *which)()
         return statistics
 
     def close(self) -> None:
-        """Unmap the arena."""
+        """Give up what is not complete, and unmap the arena."""
+        with suppress(ConnectionError):  # it holds nothing then
+            self._store.call("give_up", self._spec.run_id, self._holder)()
+        self._unmap()
+
+    def _unmap(self) -> None:
         if self._arena is not None:
             self._arena.close()
         self._arena = None
@@ -100,8 +109,3 @@ class SegmentLeases:
         return self._store.call(
             "prepare", self._spec.run_id, segment, attempt, self._holder, ops, form.dtype, form.shape
         )
-
-
-def _started(pid: int) -> str:
-    """When a process began, in the kernel's clock ticks: with it a pid is not mistaken for a later one's."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
