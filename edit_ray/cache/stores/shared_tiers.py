@@ -17,6 +17,7 @@ import torch
 from edit_ray.cache.stores.allocator import Extent, ExtentAllocator, room_of, rounded
 from edit_ray.cache.stores.arena import Arena
 from edit_ray.cache.stores.disk_tier import DiskTier
+from edit_ray.cache.stores.heap import HeapArena
 from edit_ray.cache.stores.holders import began_before, is_gone
 from edit_ray.cache.stores.mover import Mover
 from edit_ray.cache.stores.op_table import DONE, NEEDED, SKIPPED, Op, OpTable, table_bytes
@@ -238,7 +239,8 @@ class SharedTiers:
             size = room_of(op.size)
             reads, writes = ((), ((op.key, size),)) if op.writes else ((op.key,), ())
             self._mover.handle(events.Prepare(request, reads, writes))
-        return Lease(str(self.arena.path), extent, len(ops), self.incarnation)
+        path = "" if isinstance(self.arena, HeapArena) else str(self.arena.path)
+        return Lease(path, extent, len(ops), self.incarnation)
 
     def _follow(self, uses: events.Uses, segment: int) -> None:
         self._uses = uses
