@@ -2,7 +2,7 @@
 
 import re
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator
 
@@ -75,7 +75,10 @@ class CacheOptions(Options):
 
 class StoreOptions(Options):
     """How many bytes of what segments reuse may be on a GPU on their way from and to the CacheStore actor, and how many
-    that one may hold in shared memory and on disk (None: no bound), and where.
+    that one may hold in host memory and on disk (None: no bound), and where.
+
+    `shared_memory`: `require` it for the host tier; or, with `auto` where there is too little of it and with `never`,
+    take other memory, whose bytes travel through Ray's object store.
     """
 
     device_bytes: ByteCount = Field(
@@ -98,3 +101,4 @@ class StoreOptions(Options):
     )
     directory: str | None = Field(default=None, min_length=1, max_length=4096)
     allow_tmpfs: bool = False
+    shared_memory: Literal["auto", "require", "never"] = "auto"

@@ -161,18 +161,21 @@ class PlannedStore:
         """
         self._leave_at_most(0)
         self._come_to(len(self.ops))
-        self.settle()
+        for _, copy in self._moving:
+            copy.wait()
+        self._go_on()
         if self._unwritten:
             key = self.ops[self._unwritten[0]].key
             raise EntryLost(f"The plan has {key} written in this segment, and it was not computed.")
 
     def settle(self) -> None:
-        """Nothing of this store's is on its way when this returns: the places may be given to others."""
+        """Nothing is on its way when this returns, and nothing will be: the places may be given to others."""
         self._leaving.clear()
         self._to_load.clear()
         for copy in [*(copy for _, copy in self._moving), *(loaded.copy for loaded in self._loaded.values())]:
             copy.wait()
-        self._go_on()
+        self._moving.clear()
+        self._loaded.clear()
 
     def _go_on(self) -> None:
         """Say what is over, and begin what can be begun without waiting."""
