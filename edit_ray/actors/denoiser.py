@@ -20,6 +20,7 @@ from edit_ray.errors import RunCancelled
 from edit_ray.runs.folder import publish, write_atomic
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.video.encode import encode, join
+from edit_ray.video.stream_files import write_part
 
 T = TypeVar("T")
 
@@ -112,9 +113,8 @@ class DenoiserActor:
         assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
         started = time.perf_counter()
         media = spec.folder.media(segment.index)
-        draft = media.with_name(f".{media.name}.part")
-        encode(frames.numpy(), draft, fps=spec.config.sampling.fps, options=spec.config.output)
-        publish(draft, media)
+        encoded = encode(frames.numpy(), fps=spec.config.sampling.fps, options=spec.config.output)
+        write_part(spec.folder.path, spec.part(segment), segment.index, encoded)
         encode_s = time.perf_counter() - started
         return statistics(decode_s=decode_s, encode_s=encode_s, media_bytes=media.stat().st_size)
 
@@ -122,7 +122,8 @@ class DenoiserActor:
         """Joins the segments into `final.mp4`."""
         started = time.perf_counter()
         draft = spec.folder.final.with_name(".final.mp4.part")
-        join([spec.folder.media(segment.index) for segment in spec.plan.segments], draft)
+        media = [spec.folder.media(segment.index) for segment in spec.plan.segments]
+        join(spec.folder.init, media, draft, comment=spec.settings)
         publish(draft, spec.folder.final)
         return statistics(finalize_s=time.perf_counter() - started)
 
