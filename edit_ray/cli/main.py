@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edit_ray.cli import measure, plan, runs
+from edit_ray.cli.serve import serve
 from edit_ray.errors import EditRayError
 
 _COMMANDS = {
@@ -16,6 +17,7 @@ _COMMANDS = {
     "status": runs.status,
     "cancel": runs.cancel,
     "report": runs.report,
+    "serve": serve,
     "calibrate": measure.calibrate,
     "tune": measure.tune,
     "plan": plan.plan,
@@ -45,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="what a cache decided, as one HTML page")
     report.add_argument("source", metavar="RECORD_OR_RUN", help="a record of decisions (JSON), or a run's id or folder")
     report.add_argument("--page", type=Path, help="where to write it (default: report.html in the run, or beside)")
+    served = commands.add_parser("serve", help="a run's page and media, for browsers on this machine")
+    served.add_argument("run_id")
+    served.add_argument("--port", type=int, default=8642, help="of 127.0.0.1 (default: 8642; 0: any free one)")
     calibrate = commands.add_parser("calibrate", help="measure what a policy has to know of a model")
     _add_measuring(calibrate)
     calibrate.add_argument("--policy", choices=["teacache", "magcache", "ranked"], required=True)
