@@ -22,7 +22,7 @@ def serve(options: argparse.Namespace) -> int:
         folder.read_manifest()
     except ValueError as error:
         raise ConfigError([str(error)]) from None
-    fps = load_config(folder.path / "run.yaml").sampling.fps
+    fps = load_config(folder.path / "run.yaml", check_model=False).sampling.fps
     try:
         server = PageServer(folder.path, lambda: run_status(folder, fps), options.port)
     except OSError as error:

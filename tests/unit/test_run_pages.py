@@ -1,7 +1,8 @@
-"""`edit-ray serve` as a process: a finished run's page, from the first request to Ctrl-C."""
+"""A finished run in the browser: `edit-ray serve` as a process, and `edit-ray report`."""
 
 import asyncio
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from edit_ray.cli.main import main
 from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for, generate
+from tests.unit.test_cache_report import Page
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 
@@ -61,3 +63,19 @@ def test_a_run_is_served_until_the_keyboard_says_so(root):
         "playlist": None,
         "prompts": [{"start_s": 0, "prompt": "a red circle"}, {"start_s": 17 / 16, "prompt": "a blue square"}],
     }
+
+
+def test_a_runs_report_has_its_frames_times_and_joins(root, capsys):
+    assert main(["--output", str(root), "report", "one"]) == 0
+    page = Page((root / "one" / "report.html").read_text())
+    assert capsys.readouterr().out == f"{root / 'one' / 'report.html'}\n"
+    assert len(page.all("img")) == 4, "two frames of each segment"
+    assert all(text in page.text for text in ("Who worked when", "Joins and drift", "a blue square", "history_latents"))
+    assert "What the cache decided" not in page.text, "there was no cache"
+    shutil.copytree(root / "one", root / "two")
+    (root / "two" / "segments" / "00000-t0.m4s").unlink()
+    assert main(["--output", str(root), "report", str(root / "two")]) == 0
+    assert len(Page((root / "two" / "report.html").read_text()).all("img")) == 2, "what was dropped is left out"
+    (root / "two" / "segments" / "00001-t0.m4s").write_bytes(b"damaged")
+    assert main(["--output", str(root), "report", "two"]) == 2
+    assert "00001-t0.m4s cannot be read" in capsys.readouterr().err
