@@ -20,6 +20,8 @@ from edit_ray.errors import RunCancelled
 from edit_ray.runs.folder import publish, write_atomic
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.video.encode import encode, join
+from edit_ray.video.joins import Joins
+from edit_ray.video.stream_files import write_part
 
 T = TypeVar("T")
 
@@ -38,6 +40,7 @@ class DenoiserActor:
         self._thread = ThreadPoolExecutor(1, "torch")
         self._stopped: set[str] = set()
         self._progress: Progress | None = None
+        self._joins = Joins()
         self._leases: dict[str, SegmentLeases | None] = {}  # by run; None for one that reuses nothing
 
     def describe(self) -> dict[str, str | int]:
@@ -75,7 +78,7 @@ class DenoiserActor:
             if spec.run_id in self._stopped:
                 raise RunCancelled(f"run {spec.run_id} was stopped")
 
-        latents, denoise_s = self._compute(
+        latents, denoise_at, denoise_s = self._compute(
             engine,
             lambda: engine.denoise(
                 sampling,
@@ -92,15 +95,19 @@ class DenoiserActor:
         save_latents(spec.folder.latents(segment.index), latents[:, :, known:])
         reused = {}
         if leases is not None and store is not None:
+            began = time.time()
             reused = _reuse_statistics(store, leases.complete(segment.index, attempt))
-        return statistics(denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused)
+            reused |= {"complete_at": began, "complete_s": time.time() - began}
+        return statistics(
+            denoise_at=denoise_at, denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused
+        )
 
     def decode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
         """Decodes one segment's new latents into its media file."""
         engine = self._ready_engine(spec)
         latents = load_latents(spec.folder.latents(segment.index))
         before = [spec.folder.latents(k) for k in range(segment.index)]
-        frames, decode_s = self._compute(
+        frames, decode_at, decode_s = self._compute(
             engine,
             lambda: engine.decode(
                 spec.run_id if spec.layout.history_latents else None,
@@ -110,19 +117,20 @@ class DenoiserActor:
             ),
         )
         assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
-        started = time.perf_counter()
+        encode_at = time.time()
         media = spec.folder.media(segment.index)
-        draft = media.with_name(f".{media.name}.part")
-        encode(frames.numpy(), draft, fps=spec.config.sampling.fps, options=spec.config.output)
-        publish(draft, media)
-        encode_s = time.perf_counter() - started
-        return statistics(decode_s=decode_s, encode_s=encode_s, media_bytes=media.stat().st_size)
+        encoded = encode(frames.numpy(), fps=spec.config.sampling.fps, options=spec.config.output)
+        write_part(spec.folder.path, spec.part(segment), segment.index, encoded)
+        encode_s = time.time() - encode_at
+        times = {"decode_at": decode_at, "decode_s": decode_s, "encode_at": encode_at, "encode_s": encode_s}
+        return statistics(media_bytes=media.stat().st_size, **times, **self._seen(spec, segment))
 
     def finalize_run(self, spec: RunSpec) -> dict[str, float]:
         """Joins the segments into `final.mp4`."""
         started = time.perf_counter()
         draft = spec.folder.final.with_name(".final.mp4.part")
-        join([spec.folder.media(segment.index) for segment in spec.plan.segments], draft)
+        media = [spec.folder.media(segment.index) for segment in spec.plan.segments]
+        join(spec.folder.init, media, draft, comment=spec.settings)
         publish(draft, spec.folder.final)
         return statistics(finalize_s=time.perf_counter() - started)
 
@@ -133,12 +141,19 @@ class DenoiserActor:
     def release_run(self, run_id: str) -> None:
         """Frees what is kept for an ended run; the model stays loaded."""
         self._stopped.discard(run_id)
+        self._joins.forget(run_id)
         leases = self._leases.pop(run_id, None)
         if leases is not None:
             leases.close()
         if self._engine is not None:
             self._engine.release(run_id)
         self._progress = None
+
+    def _seen(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
+        """What the written segment looks like, and how it joins its predecessor."""
+        before = spec.part(spec.plan.segments[segment.index - 1]) if segment.index else None
+        size = {"height": spec.config.sampling.height, "width": spec.config.sampling.width}
+        return self._joins.measure(spec.run_id, spec.folder.path, spec.part(segment), before, **size)
 
     def _ready_engine(self, spec: RunSpec) -> SegmentEngine:
         """The engine of this run's model, with this run's prompts encoded."""
@@ -154,16 +169,16 @@ class DenoiserActor:
         self._engine.encode_prompts(config.prompts, config.sampling.negative_prompt)
         return self._engine
 
-    def _compute(self, engine: SegmentEngine, work: Callable[[], T]) -> tuple[T, float]:
-        """What the work gives, and its seconds.
+    def _compute(self, engine: SegmentEngine, work: Callable[[], T]) -> tuple[T, float, float]:
+        """What the work gives, when it began (in unix seconds), and its seconds.
 
         On a CPU one thread does all of torch's work. OpenMP keeps a team of threads for each thread that calls it, and
         as soon as two teams are more threads than cores, both wait asleep instead of spinning: half the speed.
         """
 
-        def timed() -> tuple[T, float]:
-            started = time.perf_counter()
-            return work(), time.perf_counter() - started
+        def timed() -> tuple[T, float, float]:
+            began, started = time.time(), time.perf_counter()
+            return work(), began, time.perf_counter() - started
 
         return self._thread.submit(timed).result() if engine.device.type == "cpu" else timed()
 
