@@ -54,10 +54,16 @@ class DenoiserActor:
         return path.exists()
 
     def prepare_run(self, spec: RunSpec) -> dict[str, float]:
-        """Loads the model if another one is loaded, encodes every prompt of the run, frees the text encoder's place."""
+        """Loads the model if another one is loaded, encodes every prompt of the run, frees the text encoder's place.
+
+        What the run begins from is encoded, and made durable. Raises ConfigError for a file that cannot be used.
+        """
         started = time.perf_counter()
         self._stopped.discard(spec.run_id)
-        self._ready_engine(spec)
+        engine, config = self._ready_engine(spec), spec.config
+        if config.continuity.init is not None and not spec.folder.init_latents.exists():
+            latents, _ = self._compute(engine, lambda: engine.encode_init(config.continuity, config.sampling))
+            save_latents(spec.folder.init_latents, latents)
         return statistics(prepare_s=time.perf_counter() - started)
 
     def denoise_segment(self, spec: RunSpec, segment: SegmentPlan, attempt: int) -> dict[str, float]:
@@ -199,13 +205,16 @@ class DenoiserActor:
     def _context(self, engine: SegmentEngine, spec: RunSpec, segment_index: int) -> dict[str, torch.Tensor]:
         """What a segment continues: made of committed latents alone, whatever this actor has seen of the run."""
         if segment_index == 0:
-            return {}
+            begun = spec.config.continuity.init is not None
+            return {spec.config.continuity.mode: load_latents(spec.folder.init_latents)} if begun else {}
         position, preceding = spec.layout.first_latent(segment_index), self._preceding(spec, segment_index)
         return engine.context(spec.config.continuity, spec.run_id, position=position, preceding=preceding)
 
     def _preceding(self, spec: RunSpec, segment_index: int) -> Preceding:
         """Reads the last latents of the stream before a segment."""
         before = [spec.folder.latents(k) for k in range(segment_index)]
+        if spec.layout.init_latents:
+            before.insert(0, spec.folder.init_latents)
         return lambda count: latent_tail(before, count)
 
 

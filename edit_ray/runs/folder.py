@@ -3,6 +3,7 @@
 RUN/run.yaml                      the configuration
 RUN/manifest.json                 what is committed
 RUN/latents/NNNNN.safetensors     the latents that segment N added
+RUN/latents/init.safetensors      those of the picture or clip that segment 0 continues, where there is one
 RUN/segments/NNNNN.mp4            its frames
 RUN/records/NNNNN.json            what the cache decided in it, where there is one
 RUN/final.mp4                     all frames, once the run is done
@@ -112,6 +113,10 @@ class RunFolder:
 
     def latents(self, segment_index: int) -> Path:
         return self.path / "latents" / f"{segment_index:05d}.safetensors"
+
+    @property
+    def init_latents(self) -> Path:
+        return self.path / "latents" / "init.safetensors"
 
     def media(self, segment_index: int) -> Path:
         return self.path / "segments" / f"{segment_index:05d}.mp4"
