@@ -22,6 +22,8 @@ from edit_ray.errors import RunCancelled
 from edit_ray.runs.folder import publish, write_atomic
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.video.encode import encode, join
+from edit_ray.video.joins import Joins
+from edit_ray.video.stream_files import write_part
 
 T = TypeVar("T")
 
@@ -40,6 +42,7 @@ class DenoiserActor:
         self._thread = ThreadPoolExecutor(1, "torch")
         self._stopped: set[str] = set()
         self._progress: Progress | None = None
+        self._joins = Joins()
         self._leases: dict[str, SegmentLeases | None] = {}  # by run; None for one that reuses nothing
 
     def describe(self) -> dict[str, str | int]:
@@ -124,17 +127,19 @@ class DenoiserActor:
         assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
         started = time.perf_counter()
         media = spec.folder.media(segment.index)
-        draft = media.with_name(f".{media.name}.part")
-        encode(frames.numpy(), draft, fps=spec.config.sampling.fps, options=spec.config.output)
-        publish(draft, media)
+        encoded = encode(frames.numpy(), fps=spec.config.sampling.fps, options=spec.config.output)
+        write_part(spec.folder.path, spec.part(segment), segment.index, encoded)
         encode_s = time.perf_counter() - started
-        return statistics(decode_s=decode_s, encode_s=encode_s, media_bytes=media.stat().st_size)
+        return statistics(
+            decode_s=decode_s, encode_s=encode_s, media_bytes=media.stat().st_size, **self._seen(spec, segment)
+        )
 
     def finalize_run(self, spec: RunSpec) -> dict[str, float]:
         """Joins the segments into `final.mp4`."""
         started = time.perf_counter()
         draft = spec.folder.final.with_name(".final.mp4.part")
-        join([spec.folder.media(segment.index) for segment in spec.plan.segments], draft)
+        media = [spec.folder.media(segment.index) for segment in spec.plan.segments]
+        join(spec.folder.init, media, draft, comment=spec.settings)
         publish(draft, spec.folder.final)
         return statistics(finalize_s=time.perf_counter() - started)
 
@@ -145,12 +150,19 @@ class DenoiserActor:
     def release_run(self, run_id: str) -> None:
         """Frees what is kept for an ended run; the model stays loaded."""
         self._stopped.discard(run_id)
+        self._joins.forget(run_id)
         leases = self._leases.pop(run_id, None)
         if leases is not None:
             leases.close()
         if self._engine is not None:
             self._engine.release(run_id)
         self._progress = None
+
+    def _seen(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
+        """What the written segment looks like, and how it joins its predecessor."""
+        before = spec.part(spec.plan.segments[segment.index - 1]) if segment.index else None
+        size = {"height": spec.config.sampling.height, "width": spec.config.sampling.width}
+        return self._joins.measure(spec.run_id, spec.folder.path, spec.part(segment), before, **size)
 
     def _ready_engine(self, spec: RunSpec) -> SegmentEngine:
         """The engine of this run's model, with this run's prompts encoded."""

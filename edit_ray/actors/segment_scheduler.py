@@ -36,6 +36,7 @@ from edit_ray.runs.events import (
 from edit_ray.runs.folder import Manifest, SegmentRecord
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.runs.scheduler import SegmentScheduler
+from edit_ray.video.stream_files import StreamFiles
 
 ENDED_RUNS_KEPT = 100
 _REPEATABLE = (
@@ -63,6 +64,7 @@ class Crew(Protocol):
 class _LiveRun:
     spec: RunSpec
     manifest: Manifest
+    stream: StreamFiles
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     saving: asyncio.Lock = field(default_factory=asyncio.Lock)
     statistics: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -118,7 +120,7 @@ class SegmentSchedulerActor:
                     [f"output: the {who} does not see {spec.root}; choose a folder that all nodes of the cluster share"]
                 )
         spec.folder.create(dump_yaml(spec.config))
-        self._runs[spec.run_id] = _LiveRun(spec, spec.new_manifest())
+        self._runs[spec.run_id] = _LiveRun(spec, spec.new_manifest(), spec.stream_files())
         await self._save(self._runs[spec.run_id])
         self._apply(RunSubmitted(spec.plan))
 
@@ -231,7 +233,7 @@ class SegmentSchedulerActor:
         run.statistics[segment.index] |= await self._crew.denoiser("decode_segment", run.spec, segment)
 
     async def _commit(self, run: _LiveRun, work: Work) -> None:
-        """Latents and media are durable already: now the manifest, then whoever waits."""
+        """Latents and media are durable already: now what plays, then the manifest, then whoever waits."""
         segment, folder = _segment(run, work), run.spec.folder
         record = SegmentRecord(
             index=segment.index,
@@ -243,6 +245,7 @@ class SegmentSchedulerActor:
             media=folder.relative(folder.media(segment.index)),
             statistics=run.statistics[segment.index],
         )
+        await asyncio.to_thread(run.stream.append, run.spec.part(segment))
         await self._save(run, segments=(*run.manifest.segments, record))
         del run.statistics[segment.index]
 
@@ -259,6 +262,8 @@ class SegmentSchedulerActor:
         for call, method in ((self._crew.denoiser, "release_run"), (self._crew.store, "drop_run")):
             with contextlib.suppress(ConnectionError):  # it holds nothing then
                 await call(method, close.run_id)
+        with contextlib.suppress(OSError):  # an end must be told even where nothing can be written
+            await asyncio.to_thread(run.stream.end)
         await self._save(run, state=close.state, error=close.error, final=final)
         self._forget_old_runs()
         self._spawn(self._exit_when_idle(run.spec.config.engine.idle_exit_s))

@@ -93,6 +93,14 @@ def test_a_run_makes_exactly_the_promised_frames(tmp_path, model):
     assert manifest.state == "done"
     assert manifest.final == "final.mp4"
     assert manifest.segments == tuple(records)
+    assert [record.media for record in records] == [f"segments/0000{index}-t0.m4s" for index in range(4)]
+    assert ["seam_score" in record.statistics for record in records] == [False, True, True, True]
+    plays = [tmp_path / "one" / name for name in ("stream.mp4", "live.m3u8", "final.mp4")]
+    size = {"height": config.sampling.height, "width": config.sampling.width}
+    stream, live, final = (read_frames(path, **size) for path in plays)
+    assert np.array_equal(stream, final)
+    assert np.array_equal(live, final)
+    assert (tmp_path / "one" / "live-0.m3u8").read_text().endswith("#EXT-X-ENDLIST\n")
     left = [path.name for path in (tmp_path / "one").rglob("*") if path.name.startswith(".")]
     assert left == [], "nothing half-written stays"
 
