@@ -161,16 +161,7 @@ class SegmentEngine:
         Latents alone decide it: where frames are needed and are not at hand, they are decoded again from `preceding`,
         which returns the last `count` latents before `position`.
         """
-        slots = continuity.carried_latents
-        if not slots:
-            return {}
-        if not continuity.carried_frames:
-            return {continuity.mode: preceding(slots)}
-        frames = self._stream(run_id).last_frames(continuity.carried_frames, position, preceding)
-        if continuity.overlap_source == "reencode":
-            return {"overlap": encode(self.pipe.vae, frames).cpu()}
-        first = encode(self.pipe.vae, frames[:, :, :1]).cpu()
-        return {"overlap": torch.cat([first, preceding(slots)[:, :, 1:]], dim=2)}
+        return self._stream(run_id).context(continuity, position, preceding)
 
     def encode_init(self, continuity: ContinuityOptions, sampling: SamplingOptions) -> Tensor:
         """The latents [1, C, k, h, w] of the user's picture or clip, float32, on the CPU; raises `ConfigError`."""

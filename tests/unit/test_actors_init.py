@@ -33,7 +33,7 @@ def model(tmp_path_factory):
 def files(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (9, 40, 64, 3), np.uint8)
     Image.fromarray(noise[0]).save(tmp_path / "a.png")
-    encode(noise, tmp_path / "a.mp4", fps=16, options=OutputOptions(crf=0))
+    (tmp_path / "a.mp4").write_bytes(encode(noise, fps=16, options=OutputOptions(crf=0)))
     return {"picture": str(tmp_path / "a.png"), "clip": str(tmp_path / "a.mp4")}
 
 
@@ -83,10 +83,10 @@ def test_what_is_shown_of_it_and_what_is_made_of_it(tmp_path, model, files, kind
     assert len(at_once) == spec.config.num_frames_total == sum(FRAMES_OF[kind])
     first = 0
     for segment in spec.plan.segments:
-        shown = read_frames(spec.folder.media(segment.index), **SIZE)
+        shown = read_frames(spec.folder.media(segment.index), **SIZE, init=spec.folder.init)
         wanted = at_once[first : first + len(shown)].numpy()
         draft = tmp_path / "wanted.mp4"
-        encode(wanted, draft, fps=16, options=spec.config.output)
+        draft.write_bytes(encode(wanted, fps=16, options=spec.config.output))
         assert np.array_equal(shown, read_frames(draft, **SIZE)), "as the joined stream decodes"
         first += len(shown)
     assert first == len(at_once)

@@ -28,7 +28,7 @@ def picture(path, width=80, height=40, **save):
 def clip(path, frames=12, width=64, height=32):
     """Frame f is a grey of 10 + 20 f."""
     grey = (10 + 20 * np.arange(frames, dtype=np.uint8))[:, None, None, None]
-    encode(np.broadcast_to(grey, (frames, height, width, 3)), path, fps=16, options=OutputOptions(crf=0))
+    path.write_bytes(encode(np.broadcast_to(grey, (frames, height, width, 3)), fps=16, options=OutputOptions(crf=0)))
     return str(path)
 
 
@@ -105,7 +105,7 @@ def test_a_file_that_is_something_else(tmp_path, content, name, kind):
 def test_a_file_that_is_cut_off(tmp_path, share):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
-    encode(noise[None].repeat(9, 0), tmp_path / "a.mp4", fps=16, options=OutputOptions())
+    (tmp_path / "a.mp4").write_bytes(encode(noise[None].repeat(9, 0), fps=16, options=OutputOptions()))
     for name in ("a.png", "a.mp4"):
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content[: int(len(content) * share)])
