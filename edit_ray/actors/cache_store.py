@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from edit_ray.actors.figures import TierFigures
 from edit_ray.actors.messages import code_version
 from edit_ray.cache.options import StoreOptions
 from edit_ray.cache.stores import carried
@@ -23,6 +25,7 @@ from edit_ray.cache.stores.open_segment import Lease
 from edit_ray.cache.stores.shared_tiers import TABLES_BYTES, SharedTiers
 from edit_ray.cache.tiering.events import Uses
 from edit_ray.errors import ConfigError, ResourcesUnavailable, StaleLease
+from edit_ray.metrics.totals import Snapshot
 
 
 class CacheStoreActor:
@@ -34,10 +37,17 @@ class CacheStoreActor:
         self._tiers: SharedTiers | None = None
         self._made_for: tuple[StoreOptions, Path] | None = None
         self._runs: set[str] = set()
+        self._figures, self._incarnation = TierFigures(), secrets.token_hex(8)
         self._lock = threading.Lock()
 
     def describe(self) -> dict[str, str | int]:
         return {"version": code_version(), "pid": os.getpid()}
+
+    def metrics(self) -> Snapshot:
+        """What this actor has counted, and what its tiers hold now."""
+        with self._lock:
+            self._figures.look(self._tiers)
+            return self._figures.totals.snapshot(self._incarnation)
 
     def follow(self, run_id: str, uses: Uses, segment: int, options: StoreOptions, directory: Path) -> None:
         """A run begins, or goes on with `segment`: which entries it reads when. `directory` is the disk tier's.
@@ -126,6 +136,7 @@ class CacheStoreActor:
 
     def _close(self) -> None:
         if self._tiers is not None:
+            self._figures.look(self._tiers)
             self._tiers.close()
         self._tiers = self._made_for = None
         self._runs.clear()
