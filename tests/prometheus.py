@@ -1,20 +1,16 @@
 """Prometheus as the tests use it: its programs, what a page says, a server that scrapes."""
 
-import os
 import shutil
 
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.unit.chromium import require
 
 
 def need(program):
     """The path of a program; without it the test is skipped, or fails where EDIT_RAY_REQUIRE names `prometheus`."""
     path = shutil.which(program)
-    if path is None:
-        says = f"{program} is not installed (apt-get install prometheus)"
-        if "prometheus" in os.environ.get("EDIT_RAY_REQUIRE", "").split(","):
-            pytest.fail(says)
-        pytest.skip(says)
+    require("prometheus", path is not None, f"{program} is not installed (apt-get install prometheus)")
     return path
 
 
