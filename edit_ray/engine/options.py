@@ -31,10 +31,35 @@ class SamplingOptions(Options):
 
 
 class ContinuityOptions(Options):
-    """How a segment follows its predecessor; `history` needs a model with per-token timesteps."""
+    """How a segment follows its predecessor.
 
-    mode: Literal["none", "history"] = "none"
+    `none`: not at all. `warm_start`: it reuses residuals, and nothing else. `history`: it is shown the last
+    `history_latents` latents clean, by models with per-token timesteps. `overlap`: it is shown them as noisy as the
+    rest, by any model; `overlap_source` says whether they are taken as they are (`latent`), encoded anew from their
+    frames (`reencode`), or only the first of them is (`hybrid`). `adain` draws the colours of each segment that much
+    towards those of the first.
+    """
+
+    mode: Literal["none", "warm_start", "history", "overlap"] = "none"
     history_latents: int = Field(default=3, ge=1, le=64)
+    overlap_source: Literal["hybrid", "latent", "reencode"] = "hybrid"
+    adain: float = Field(default=0.0, ge=0, le=0.25)
+
+    @property
+    def carried_latents(self) -> int:
+        """Latents that a segment takes over from its predecessor, k; 0 where each is a clip of its own."""
+        return self.history_latents if self.mode in ("history", "overlap") else 0
+
+    @property
+    def carried_frames(self) -> int:
+        """Frames in which what precedes a segment ends that must be decoded before it: those of its k latents, or 0."""
+        needs_frames = self.mode == "overlap" and self.overlap_source != "latent"
+        return frames_of(self.history_latents) if needs_frames else 0
+
+
+def frames_of(latents: int) -> int:
+    """Frames of a clip of so many latents: one of the first, four of each other."""
+    return 4 * (latents - 1) + 1
 
 
 class EngineOptions(Options):
