@@ -2,7 +2,7 @@
 
 import re
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator
 
@@ -74,7 +74,11 @@ class CacheOptions(Options):
 
 
 class StoreOptions(Options):
-    """How many bytes the CacheStore actor may hold in shared memory and on disk (None: no bound), and where."""
+    """How many bytes the CacheStore actor may hold in host memory and on disk (None: no bound), and where.
+
+    `shared_memory`: `require` it for the host tier; or, with `auto` where there is too little of it and with `never`,
+    take other memory, whose bytes travel through Ray's object store.
+    """
 
     host_bytes: ByteCount = Field(
         default=2**30,
@@ -90,3 +94,4 @@ class StoreOptions(Options):
     )
     directory: str | None = Field(default=None, min_length=1, max_length=4096)
     allow_tmpfs: bool = False
+    shared_memory: Literal["auto", "require", "never"] = "auto"
