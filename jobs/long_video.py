@@ -130,7 +130,8 @@ def _live_bar(client: LongVideoClient, run_id: str, config: Config) -> Iterator[
     steps, over = config.sampling.num_inference_steps, threading.Event()
 
     def follow(bar: Progress) -> None:
-        task = bar.add_task("denoising", total=steps * config.num_segments)
+        total = None if config.num_segments is None else steps * config.num_segments
+        task = bar.add_task("denoising", total=total)
         while not over.wait(0.5):
             with contextlib.suppress(Exception):  # a bar is no reason to fail
                 at = client.status(run_id).progress

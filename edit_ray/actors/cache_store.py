@@ -104,6 +104,13 @@ class CacheStoreActor:
         with suppress(StaleLease):
             self._of(run_id).give_up(run_id, holder)
 
+    def leave_run(self, run_id: str) -> None:
+        """A run has ended and may go on one day: what it has on disk stays, memory is given back with the last run."""
+        with self._lock:
+            self._runs.discard(run_id)
+            if not self._runs:
+                self._close()
+
     def drop_run(self, run_id: str) -> None:
         """Forget all of a run; an unknown one is none. With the last one the memory is given back."""
         with self._lock:

@@ -42,6 +42,8 @@ class SegmentLeases:
                 [f"store.host_bytes is {options.host_bytes}; one residual of this run has {reuse.form.size} bytes."]
             )
         self._store, self._spec, self.reuse = store, spec, reuse
+        self._run_id = spec.residuals_id
+        self._followed = False  # whether the store was told of the run by this object
         self._holder = this_holder()
         self._directory = Path(options.directory) if options.directory else spec.root / ".cache_store"
         self._arena: Arena | None = None
@@ -64,7 +66,7 @@ class SegmentLeases:
             table,
             self.reuse.ops(segment),
             self.reuse.form,
-            prefix=(self._spec.run_id,),
+            prefix=(self._run_id,),
             history_len=history_len,
         )
         if isinstance(table, CarriedTable):
@@ -79,7 +81,7 @@ class SegmentLeases:
     def close(self) -> None:
         """Give up what is not complete, and unmap the arena."""
         with suppress(ConnectionError):  # it holds nothing then
-            self._store.call("give_up", self._spec.run_id, self._holder)()
+            self._store.call("give_up", self._run_id, self._holder)()
         self._unmap()
 
     def _unmap(self) -> None:
@@ -126,26 +128,29 @@ class SegmentLeases:
     def _lives(self, lease: Lease) -> bool:
         if lease.arena:
             return owner_lives(lease.arena)
-        lives: bool = self._store.call("incarnation", self._spec.run_id)() == lease.store
+        lives: bool = self._store.call("incarnation", self._run_id)() == lease.store
         return lives
 
     def _lease(self, segment: int, attempt: int) -> Lease:
-        try:
-            lease: Lease = self._prepare(segment, attempt)()
-        except StaleLease:
-            uses = self.reuse.plan.uses()
-            options = self._spec.config.store
-            self._store.call("follow", self._spec.run_id, uses, segment, options, self._directory)()
-            lease = self._prepare(segment, attempt)()
+        """A lease that was not asked for ahead. A store that does not know the run is told of it, and so is one that
+        knows it from an earlier holder: what that one has read will be read again.
+        """
+        lease: Lease
+        if self._followed:
+            with suppress(StaleLease):
+                lease = self._prepare(segment, attempt)()
+                return lease
+        uses, options = self.reuse.plan.uses(), self._spec.config.store
+        self._store.call("follow", self._run_id, uses, segment, options, self._directory)()
+        self._followed = True
+        lease = self._prepare(segment, attempt)()
         return lease
 
     def _prepare(self, segment: int, attempt: int) -> Reply:
         form = self.reuse.form
         ops = self.reuse.ops(segment)
-        return self._store.call(
-            "prepare", self._spec.run_id, segment, attempt, self._holder, ops, form.dtype, form.shape
-        )
+        return self._store.call("prepare", self._run_id, segment, attempt, self._holder, ops, form.dtype, form.shape)
 
     def _which(self, segment: int, attempt: int) -> tuple[str, int, int, str, str]:
         """What the store knows a segment by that it has handed out."""
-        return self._spec.run_id, segment, attempt, self._holder, self._given_by
+        return self._run_id, segment, attempt, self._holder, self._given_by

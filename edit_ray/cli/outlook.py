@@ -68,6 +68,7 @@ def look_ahead(config: Config, info: ModelInfo, experts: Sequence[str], policy: 
         ValueError: the model has fewer blocks than a group of the granularity.
     """
     sampling, store, granularity = config.sampling, config.store, config.cache.granularity
+    num_segments = _counted(config)
     shape = residual_shape(
         sampling,
         patch_size=info.patch_size,
@@ -80,7 +81,7 @@ def look_ahead(config: Config, info: ModelInfo, experts: Sequence[str], policy: 
     followed, whole = (
         plan_from_numbers(
             "",
-            config.num_segments,
+            num_segments,
             config.cache.reuse_window,
             policy,
             sampling,
@@ -104,11 +105,16 @@ def look_ahead(config: Config, info: ModelInfo, experts: Sequence[str], policy: 
         _entries(whole) * room_of(size),
         sum(share(read.key) for segment in followed.segments for read in segment.reads),
         sum(shares[slot.expert][slot.unit] for slot in followed.computed),
-        config.num_segments * len(experts) * len(branches_of(sampling)),
+        num_segments * len(experts) * len(branches_of(sampling)),
         tuple(_choices(config, info, experts[: policy.warm_steps], policy, size)),
         _simulate(replace(whole, segments=whole.segments[:count]), store, share),
-        min(count, config.num_segments),
+        min(count, num_segments),
     )
+
+
+def _counted(config: Config) -> int:
+    assert config.num_segments is not None, "a run that reuses anything has a number of segments"
+    return config.num_segments
 
 
 def _entries(plan: ReusePlan) -> int:
@@ -136,7 +142,7 @@ def _choices(config: Config, info: ModelInfo, warm: Sequence[str], policy: Warms
         forwards = branches * sum(sum(shares[expert]) for expert in warm)
         for window in sorted({*WINDOWS, config.cache.reuse_window}):
             # All residuals are alike, and so are the segments' turns with them: one stands for all.
-            num, unit = config.num_segments, {"one": [size]}
+            num, unit = _counted(config), {"one": [size]}
             one = make_reuse_plan(
                 "", num, window=window, warm_steps=1, experts=["one"], unit_bytes=unit, branches=("cond",)
             )

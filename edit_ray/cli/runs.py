@@ -86,9 +86,16 @@ def _read_records(source: Path) -> dict[str, Record]:
     records = {}
     for file in files:
         try:
-            records[f"segment {int(file.stem)}" if file.stem.isdigit() else file.stem] = Record.from_json(
-                file.read_text()
-            )
+            records[_title(file.stem)] = Record.from_json(file.read_text())
         except (OSError, ValueError) as error:
             raise ConfigError([f"{file} cannot be read: {error}"]) from None
     return records
+
+
+def _title(stem: str) -> str:
+    """`segment 3` for 00003-t0, `segment 3, take 1` for 00003-t1; any other name is its own."""
+    match = re.fullmatch(r"([0-9]{5,})-t([0-9]+)", stem)
+    if match is None:
+        return stem
+    segment, take = map(int, match.groups())
+    return f"segment {segment}, take {take}" if take else f"segment {segment}"

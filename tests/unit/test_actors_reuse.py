@@ -5,6 +5,7 @@ import asyncio
 import pytest
 import torch
 
+from edit_ray.actors.cache_store import CacheStoreActor
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.cache.stores.shared_tiers import SharedTiers
@@ -50,23 +51,23 @@ class Crew(LocalCrew):
         super().__init__()
         self.lost = dict(lost)
 
-    async def denoiser(self, method, *arguments):
-        segment = arguments[1].index if len(arguments) > 1 else None
+    async def denoiser(self, worker, method, *arguments):
+        segment = getattr(arguments[1], "index", None) if len(arguments) > 1 else None
         if method == "denoise_segment" and segment in self.lost:
             lost = self.lost.pop(segment)
             if "store" in lost:
-                self._store.close()
-                self._store = type(self._store)()
+                self.workers[worker].store.close()
+                self.workers[worker].store = CacheStoreActor()
             if "gpu" in lost:
-                self._denoiser = type(self._denoiser)(self)
+                await self.restart_denoiser(worker)
                 raise ConnectionError("the actor died")
-        return await super().denoiser(method, *arguments)
+        return await super().denoiser(worker, method, *arguments)
 
 
 async def generate(root, config, run_id, crew=None):
     crew = crew or Crew()
     scheduler = SegmentSchedulerActor(crew)
-    await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root))
+    await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), "")
     index, records = 0, []
     while (reply := await scheduler.wait_segment(run_id, index, 60)).record is not None:
         records.append(reply.record)
@@ -174,7 +175,7 @@ def test_a_store_that_cannot_be_made_ends_the_run_with_a_sentence(tmp_path, mode
     async def submit():
         crew = Crew()
         scheduler = SegmentSchedulerActor(crew)
-        await scheduler.submit("one", config, str(tmp_path), str(tmp_path))
+        await scheduler.submit("one", config, str(tmp_path), str(tmp_path), "")
         reply = await scheduler.wait_segment("one", 0, 60)
         await crew.end()
         return reply.status

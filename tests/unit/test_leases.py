@@ -60,9 +60,8 @@ def leases_for(tmp_path):
             "prompt_segments": [{"segment": 0, "prompt": "a red circle"}],
             "store": {"host_bytes": host_bytes, "allow_tmpfs": True, "shared_memory": way},
         }
-        return stores[-1], SegmentLeases(
-            stores[-1], RunSpec(RUN, tmp_path, Config.model_validate(values)), Reuse(plan, form)
-        )
+        spec = RunSpec(RUN, tmp_path, Config.model_validate(values), num_segments)
+        return stores[-1], SegmentLeases(stores[-1], spec, Reuse(plan, form))
 
     yield make
     for store in stores:
@@ -122,8 +121,7 @@ def test_between_prepare_and_complete_nobody_is_called_in_shared_memory(leases_f
     store, leases = leases_for("require")
     for segment in range(4):
         make_segment(leases, segment)
-    # The first is asked for twice, as the store has to be told of the run.
-    first = ["prepare", "follow", "prepare", "prepare", "complete"]
+    first = ["follow", "prepare", "prepare", "complete"]
     assert store.asked == [*first, "prepare", "complete", "prepare", "complete", "complete"]
 
 
