@@ -87,7 +87,8 @@ class SegmentSchedulerActor:
 
         Raises UnknownRun, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers, ResourcesUnavailable.
         """
-        if (await self._known(run_id)) is None:
+        known = await self._known(run_id)
+        if known is None or known.ended:
             manifest = await asyncio.to_thread(RunFolder(Path(root), run_id).read_manifest)
             if manifest.state == "done" and len(manifest.segments) == manifest.num_segments:
                 return RunStatus.of(Path(root, run_id), manifest)
