@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test proof check fix bench clean
+.PHONY: help venv demo test proof chaos check fix bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: check ## everything that must hold before a commit: check, then the tests
 
 proof: check ## the tests together with the slow and the chaos proofs
 	$(BIN)/pytest -m "not gpu"
+
+chaos: $(INSTALLED) ## kill processes of runs at random instants; KILLS=300 and SEED=7 choose how often and when
+	$(if $(SEED),SEED=$(SEED)) KILLS=$(or $(KILLS),20) $(BIN)/pytest tests/chaos -m chaos -s
 
 check: $(INSTALLED) ## lint, formatting, types, import rules
 	$(BIN)/ruff check .

@@ -146,7 +146,8 @@ def cache_lines(config: Config, figures: Sequence[Mapping[str, float]]) -> Itera
     computed, skipped = total("units_computed"), total("units_skipped")
     if computed + skipped:
         yield f"cache: {config.cache.policy} skipped {skipped / (computed + skipped):.0%} of the steps"
-    if "entries_read" in (figures[-1] if figures else {}):
+    figures = [segment for segment in figures if "entries_read" in segment]  # a crash may have taken some of them
+    if figures:
         peak = {name: max(segment[name] for segment in figures) for name in ("host_bytes", "disk_bytes")}
         yield (
             f"reuse: {total('entries_written')} residuals stored and {total('entries_read')} read; at most "

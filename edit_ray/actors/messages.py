@@ -12,7 +12,7 @@ from typing import Any
 
 import edit_ray
 from edit_ray.config import Config
-from edit_ray.runs.events import RunState
+from edit_ray.runs.events import RunState, Stage
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.layout import FrameLayout
 from edit_ray.runs.manifest import Begun, Manifest, SegmentRecord
@@ -161,6 +161,7 @@ class RunStatus:
     width: int
     fps: int
     dropped_before: int = 0  # the media of segments before this one are gone
+    at_work: tuple[tuple[Stage, int | None], ...] = ()  # the stages that it is in, each with its segment
     error: str | None = None
     progress: Progress | None = None
 

@@ -151,7 +151,8 @@ class SegmentSchedulerActor:
 
     def _status_without_progress(self, run: LiveRun, progress: Progress | None = None) -> RunStatus:
         status = RunStatus.of(run.spec.folder.path, run.manifest, self._state(run), progress)
-        return status if run.unrecorded is None else replace(status, error=run.unrecorded.error)
+        error = status.error if run.unrecorded is None else run.unrecorded.error
+        return replace(status, error=error, at_work=self._machine.at_work(run.spec.run_id))
 
     async def _status(self, run: LiveRun) -> RunStatus:
         progress: Progress | None = None

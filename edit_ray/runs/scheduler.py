@@ -14,6 +14,7 @@ from edit_ray.runs.events import (
     Instruction,
     RunState,
     RunSubmitted,
+    Stage,
     StopWork,
     Work,
     WorkDone,
@@ -54,6 +55,11 @@ class SegmentScheduler:
         """Where a run stands; None once it has ended."""
         run = self._runs.get(run_id)
         return run.shown_state if run else None
+
+    def at_work(self, run_id: str) -> tuple[tuple[Stage, int | None], ...]:
+        """The stages in which a run is worked on at this moment, each with its segment."""
+        run = self._runs.get(run_id)
+        return tuple((work.stage, work.segment_index) for work in run.in_flight.values()) if run else ()
 
     @property
     def idle(self) -> bool:
