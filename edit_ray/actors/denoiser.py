@@ -16,7 +16,8 @@ from edit_ray.actors.messages import Progress, RunSpec, code_version, statistics
 from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.engine.latent_files import latent_tail, load_latents, save_latents
 from edit_ray.engine.segment import SegmentEngine, usable_cores
-from edit_ray.errors import RunCancelled
+from edit_ray.errors import RunCancelled, SegmentFailed
+from edit_ray.runs.event_log import append_event
 from edit_ray.runs.folder import publish, write_atomic
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.video.encode import encode, join
@@ -66,9 +67,25 @@ class DenoiserActor:
         """
         engine = self._ready_engine(spec)
         leases = self._leases_of(spec, engine)
+        append_event(spec.folder.events, "segment_begun", segment=segment.index, attempt=attempt)
+        made_again = 0 if leases is None else self._make_lost_again(spec, engine, leases, segment.index, attempt)
         store = None if leases is None else leases.begin(segment.index, attempt, engine.history_len)
+        if store is not None and segment.index + 1 < len(spec.plan.segments):
+            append_event(spec.folder.events, "prepare_asked", segment=segment.index + 1)
+        latents, denoise_s = self._denoise(spec, engine, segment, store)
+        save_latents(spec.folder.latents(segment.index), latents)
+        reused = {}
+        if leases is not None and store is not None:
+            reused = _reuse_statistics(store, leases.complete(segment.index, attempt))
+            reused["segments_made_again"] = made_again
+        append_event(spec.folder.events, "segment_made", segment=segment.index, attempt=attempt)
+        return statistics(denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused)
+
+    def _denoise(
+        self, spec: RunSpec, engine: SegmentEngine, segment: SegmentPlan, store: PlannedStore | None
+    ) -> tuple[torch.Tensor, float]:
+        """The latents that a segment adds, and the seconds that they took."""
         history = self._history(spec, segment.index)
-        sampling = spec.config.sampling
 
         def on_step(step: int, num_steps: int) -> None:
             self._progress = Progress(spec.run_id, segment.index, step, num_steps)
@@ -78,7 +95,7 @@ class DenoiserActor:
         latents, denoise_s = self._compute(
             engine,
             lambda: engine.denoise(
-                sampling,
+                spec.config.sampling,
                 prompt=segment.prompt,
                 seed=segment.seed,
                 history=history,
@@ -88,12 +105,32 @@ class DenoiserActor:
                 store=store,
             ),
         )
-        known = 0 if history is None else history.shape[2]
-        save_latents(spec.folder.latents(segment.index), latents[:, :, known:])
-        reused = {}
-        if leases is not None and store is not None:
-            reused = _reuse_statistics(store, leases.complete(segment.index, attempt))
-        return statistics(denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused)
+        return latents[:, :, 0 if history is None else history.shape[2] :], denoise_s
+
+    def _make_lost_again(
+        self, spec: RunSpec, engine: SegmentEngine, leases: SegmentLeases, segment: int, attempt: int
+    ) -> int:
+        """Makes earlier segments again for residuals that the store has lost; how many. Their latents stay.
+
+        The same config, seed and hardware give the same bits, which is checked. A segment before which others are lost
+        waits for those; that ends at the latest with the first one, which reads nothing.
+        """
+        lost, again = leases.lost(segment, attempt), max(attempt, 1)
+        made = 0
+        for index in lost:
+            made += 1 + self._make_lost_again(spec, engine, leases, index, again)
+            store = leases.begin(index, again, engine.history_len, ahead=False)
+            latents, _ = self._denoise(spec, engine, spec.plan.segments[index], store)
+            if not torch.equal(latents, load_latents(spec.folder.latents(index))):
+                leases.give_up()
+                raise SegmentFailed(
+                    f"segment {index} was made again, as residuals of it were lost, and its latents differ from the "
+                    "committed ones"
+                )
+            leases.complete(index, again)
+        if lost:
+            leases.follow(segment)
+        return made
 
     def decode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
         """Decodes one segment's new latents into its media file."""

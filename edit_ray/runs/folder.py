@@ -5,6 +5,7 @@ RUN/manifest.json                 what is committed
 RUN/latents/NNNNN.safetensors     the latents that segment N added
 RUN/segments/NNNNN.mp4            its frames
 RUN/records/NNNNN.json            what the cache decided in it, where there is one
+RUN/events.jsonl                  what happened when, one line each (`event_log`)
 RUN/final.mp4                     all frames, once the run is done
 """
 
@@ -118,6 +119,10 @@ class RunFolder:
 
     def record(self, segment_index: int) -> Path:
         return self.path / "records" / f"{segment_index:05d}.json"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
 
     @property
     def final(self) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from edit_ray import LongVideoClient
+from edit_ray.runs.event_log import read_events
 from tests.ray.conftest import pids, wait_until
 
 # One residual: [1, 5 * 4 * 4, 24] in float32, 2 pages; so the host tier holds two of the eight.
@@ -27,6 +28,12 @@ def generate(client, config, run_id, kill=None, after=1):
     return (client.output / run_id / "final.mp4").read_bytes(), statistics
 
 
+def asked_before_the_one_before_ended(events, num_segments):
+    at = {(event["event"], event["segment"]): event["monotonic"] for event in events}
+    for k in range(1, num_segments):
+        assert at["prepare_asked", k] < at["segment_made", k - 1]
+
+
 @pytest.mark.parametrize("victim", ["cache_store", "denoiser"])
 def test_a_killed_store_or_gpu_actor_changes_no_frame_and_leaves_nothing(ray_head, config, tmp_path, victim, run_id):
     path = config(steps=12, segments=6, more=REUSE)
@@ -35,6 +42,7 @@ def test_a_killed_store_or_gpu_actor_changes_no_frame_and_leaves_nothing(ray_hea
     assert sum(segment["entries_read"] for segment in statistics) == 4 * 8
     assert all(segment["host_bytes"] <= 16384 for segment in statistics)
     assert statistics[-1]["prefetch_requested"] > 0
+    asked_before_the_one_before_ended(read_events(tmp_path / run_id / "events.jsonl"), 6)
     hurt, _ = generate(client, path, f"{run_id}-hurt", kill=victim)
     assert whole == hurt
     assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
