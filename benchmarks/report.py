@@ -28,7 +28,7 @@ Missing = Sequence[tuple[str, Mapping[str, Any]]]
 
 def described(setting: Mapping[str, Any]) -> str:
     """A setting on one line."""
-    return " ".join(f"{key}={value}" for key, value in setting.items())
+    return " ".join(f"{key}={f'{value:.3g}' if isinstance(value, float) else value}" for key, value in setting.items())
 
 
 def tables(points: Sequence[Point], skipped: Mapping[str, str], missing: Missing, seeds: int) -> list[Table]:
@@ -142,7 +142,7 @@ def write_videos(
             continue
         both = torch.cat([reference, videos[points.index(best)]], dim=3)  # [3, T, H, 2 W]
         frames = (both * 255).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
-        encode(frames, folder / f"{method.replace(' ', '_')}.mp4", fps=_FPS, options=OutputOptions())
+        (folder / f"{method.replace(' ', '_')}.mp4").write_bytes(encode(frames, fps=_FPS, options=OutputOptions()))
 
 
 def main() -> None:

@@ -31,7 +31,8 @@ POLL_S = 10.0  # how long one question for the next segment may stay open
 class Segment:
     """One committed segment.
 
-    `frames` are uint8 [F, H, W, 3], decoded from the file at `path`, so that every reader at any time sees the same;
+    `frames` are uint8 [F, H, W, 3], decoded from the fragment at `path` (it plays behind the run's `init.mp4`), so that
+    every reader at any time sees the same;
     `latents` float32 [1, C, t, h, w], normalised, the lossless source. Each is None unless it was asked for.
     """
 
@@ -136,7 +137,7 @@ class LongVideoClient:
         assert record is not None
         folder = Path(reply.status.path)
         manifest = RunFolder(folder.parent, folder.name).read_manifest()
-        path = folder / record.media
+        path, init = folder / record.media, folder / "init.mp4"
         return Segment(
             index=record.index,
             prompt=record.prompt,
@@ -146,7 +147,7 @@ class LongVideoClient:
             fps=manifest.fps,
             path=path,
             statistics=record.statistics,
-            frames=read_frames(path, height=manifest.height, width=manifest.width) if frames else None,
+            frames=read_frames(path, height=manifest.height, width=manifest.width, init=init) if frames else None,
             latents=_load_latents(folder / record.latents) if latents else None,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from edit_ray.engine.reuse import Reuse
 from edit_ray.errors import ConfigError, EntryLost, StaleLease
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 Reply = Callable[[], Any]
 """Waits for the answer to a call, and raises what the call has raised."""
 
@@ -46,6 +48,7 @@ class SegmentLeases:
         self._holder = this_holder()
         self._directory = Path(options.directory) if options.directory else spec.root / ".cache_store"
         self._arena: Arena | None = None
+        self._store_of_segment: PlannedStore | None = None
         self._given_by = ""  # the incarnation of the store that gave the last lease
         self._ahead: dict[int, Reply] = {}
 
@@ -57,24 +60,27 @@ class SegmentLeases:
         missing = self._told(segment, lambda: self._store.call("missing", self._spec.run_id, reads)()) if reads else []
         return sorted({int(key[1]) for key in missing})
 
-    def begin(self, segment: int, attempt: int, history_len: int, ahead: bool = True) -> PlannedStore:
-        """The store for a segment; with `ahead` the next segment's is asked for."""
+    def begin(self, segment: int, attempt: int, history_len: int, then_next: bool = True) -> PlannedStore:
+        """The store for a segment; the next segment's is asked for, unless that is not what comes next."""
+        self._settle()  # before the store takes the places of a segment that has failed
         lease: Lease | None = self._asked_ahead(segment) if attempt == 0 else None
         if lease is None:
             lease = self._told(segment, lambda: self._prepare(segment, attempt)())
         self._given_by = lease.store
         self._ahead.clear()
         following = segment + 1
-        if ahead and following < len(self.reuse.plan.segments):
+        if then_next and following < len(self.reuse.plan.segments):
             self._ahead[following] = self._prepare(following, 0)
         arena, table = self._mapped(lease) if lease.arena else self._carried(segment, attempt)
-        store = PlannedStore(
+        ahead = self._spec.config.store.device_bytes if self._on_gpu and lease.arena else 0
+        store = self._store_of_segment = PlannedStore(
             arena,
             table,
             self.reuse.ops(segment),
             self.reuse.form,
             prefix=(self._spec.run_id,),
             history_len=history_len,
+            ahead_bytes=ahead,
         )
         if isinstance(table, CarriedTable):
             table.waits = store.waits
@@ -87,6 +93,7 @@ class SegmentLeases:
 
     def give_up(self) -> None:
         """Nothing stays of what is not complete."""
+        self._settle()
         with suppress(ConnectionError):  # it holds nothing then
             self._store.call("give_up", self._spec.run_id, self._holder)()
 
@@ -100,11 +107,22 @@ class SegmentLeases:
             self._arena.close()
         self._arena = None
 
+    @property
+    def _on_gpu(self) -> bool:
+        return self.reuse.form.device.type == "cuda"
+
+    def _settle(self) -> None:
+        if self._store_of_segment is not None:
+            self._store_of_segment.settle()
+        self._store_of_segment = None
+
     def _mapped(self, lease: Lease) -> tuple[Arena, OpTable]:
         """The store's own memory, of which this process sees the same file."""
         if self._arena is None or str(self._arena.path) != lease.arena:
             self._unmap()
             self._arena = Arena.open(lease.arena)
+            if self._on_gpu and not self._arena.register():
+                logger.warning("CUDA does not register the arena of %d bytes: copies wait.", self._arena.size_bytes)
         return self._arena, OpTable(self._arena.memory(lease.table), lease.num_ops)
 
     def _carried(self, segment: int, attempt: int) -> tuple[Arena, OpTable]:

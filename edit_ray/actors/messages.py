@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,8 @@ from edit_ray.config import Config
 from edit_ray.runs.events import RunState
 from edit_ray.runs.folder import Manifest, RunFolder, SegmentRecord
 from edit_ray.runs.layout import FrameLayout
-from edit_ray.runs.plan import RunPlan, plan_run
+from edit_ray.runs.plan import RunPlan, SegmentPlan, plan_run
+from edit_ray.video.stream_files import Part, StreamFiles
 
 GROUP_OF = {
     "denoise_segment": "denoise",
@@ -49,6 +51,23 @@ class RunSpec:
             layout=self.layout,
             retries=self.config.engine.segment_retries,
         )
+
+    def part(self, segment: SegmentPlan) -> Part:
+        """Where the segment's frames lie, and which of the video's they are."""
+        media = self.folder.relative(self.folder.media(segment.index))
+        return Part(media, segment.first_frame, segment.num_frames)
+
+    def stream_files(self) -> StreamFiles:
+        """The run's playing files; they begin with what `rebuild` is told."""
+        sampling = self.config.sampling
+        return StreamFiles(self.folder.path, fps=sampling.fps, longest=sampling.num_frames)
+
+    @property
+    def settings(self) -> str:
+        """What the frames follow from, as JSON; the same for every run of the same configuration."""
+        said = self.config.model_dump(mode="json", include={"model", "sampling", "continuity", "cache"})
+        segments = [{"prompt": segment.prompt, "seed": segment.seed} for segment in self.plan.segments]
+        return json.dumps({"edit_ray": edit_ray.__version__, **said, "segments": segments})
 
     def new_manifest(self) -> Manifest:
         sampling = self.config.sampling

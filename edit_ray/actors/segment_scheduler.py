@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from edit_ray.actors.messages import Progress, RunSpec, RunStatus, StreamReply, code_version
+from edit_ray.actors.messages import Progress, RunSpec, RunStatus, StreamReply, code_version, statistics
 from edit_ray.config import Config, check_config, dump_yaml
 from edit_ray.errors import (
     ConfigError,
@@ -36,6 +37,7 @@ from edit_ray.runs.events import (
 from edit_ray.runs.folder import Manifest, SegmentRecord
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.runs.scheduler import SegmentScheduler
+from edit_ray.video.stream_files import StreamFiles
 
 ENDED_RUNS_KEPT = 100
 _REPEATABLE = (
@@ -63,6 +65,7 @@ class Crew(Protocol):
 class _LiveRun:
     spec: RunSpec
     manifest: Manifest
+    stream: StreamFiles
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     saving: asyncio.Lock = field(default_factory=asyncio.Lock)
     statistics: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -118,7 +121,7 @@ class SegmentSchedulerActor:
                     [f"output: the {who} does not see {spec.root}; choose a folder that all nodes of the cluster share"]
                 )
         spec.folder.create(dump_yaml(spec.config))
-        self._runs[spec.run_id] = _LiveRun(spec, spec.new_manifest())
+        self._runs[spec.run_id] = _LiveRun(spec, spec.new_manifest(), spec.stream_files())
         await self._save(self._runs[spec.run_id])
         self._apply(RunSubmitted(spec.plan))
 
@@ -231,8 +234,11 @@ class SegmentSchedulerActor:
         run.statistics[segment.index] |= await self._crew.denoiser("decode_segment", run.spec, segment)
 
     async def _commit(self, run: _LiveRun, work: Work) -> None:
-        """Latents and media are durable already: now the manifest, then whoever waits."""
+        """Latents and media are durable already: now what plays, then the manifest, then whoever waits."""
         segment, folder = _segment(run, work), run.spec.folder
+        began = time.time()
+        await asyncio.to_thread(run.stream.append, run.spec.part(segment))
+        published = statistics(publish_at=began, publish_s=time.time() - began)
         record = SegmentRecord(
             index=segment.index,
             prompt=segment.prompt,
@@ -241,7 +247,7 @@ class SegmentSchedulerActor:
             num_frames=segment.num_frames,
             latents=folder.relative(folder.latents(segment.index)),
             media=folder.relative(folder.media(segment.index)),
-            statistics=run.statistics[segment.index],
+            statistics=run.statistics[segment.index] | published,
         )
         await self._save(run, segments=(*run.manifest.segments, record))
         del run.statistics[segment.index]
@@ -259,6 +265,8 @@ class SegmentSchedulerActor:
         for call, method in ((self._crew.denoiser, "release_run"), (self._crew.store, "drop_run")):
             with contextlib.suppress(ConnectionError):  # it holds nothing then
                 await call(method, close.run_id)
+        with contextlib.suppress(OSError):  # an end must be told even where nothing can be written
+            await asyncio.to_thread(run.stream.end)
         await self._save(run, state=close.state, error=close.error, final=final)
         self._forget_old_runs()
         self._spawn(self._exit_when_idle(run.spec.config.engine.idle_exit_s))

@@ -3,9 +3,11 @@
 RUN/run.yaml                      the configuration
 RUN/manifest.json                 what is committed
 RUN/latents/NNNNN.safetensors     the latents that segment N added
-RUN/segments/NNNNN.mp4            its frames
+RUN/latents/init.safetensors      those of the picture or clip that segment 0 continues, where there is one
+RUN/segments/NNNNN-tT.m4s         its frames, playable behind init.mp4; T is the take
 RUN/records/NNNNN.json            what the cache decided in it, where there is one
 RUN/events.jsonl                  what happened when, one line each (`event_log`)
+RUN/init.mp4, stream.mp4, live*.m3u8  what plays while the run goes on
 RUN/final.mp4                     all frames, once the run is done
 """
 
@@ -114,8 +116,16 @@ class RunFolder:
     def latents(self, segment_index: int) -> Path:
         return self.path / "latents" / f"{segment_index:05d}.safetensors"
 
-    def media(self, segment_index: int) -> Path:
-        return self.path / "segments" / f"{segment_index:05d}.mp4"
+    @property
+    def init_latents(self) -> Path:
+        return self.path / "latents" / "init.safetensors"
+
+    def media(self, segment_index: int, take: int = 0) -> Path:
+        return self.path / "segments" / f"{segment_index:05d}-t{take}.m4s"
+
+    @property
+    def init(self) -> Path:
+        return self.path / "init.mp4"
 
     def record(self, segment_index: int) -> Path:
         return self.path / "records" / f"{segment_index:05d}.json"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -11,6 +14,7 @@ import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
 
+from edit_ray.video.fmp4 import TICKS_PER_FRAME, read_fragment, split
 from edit_ray.video.options import OutputOptions
 
 Frames = npt.NDArray[np.uint8]
@@ -26,45 +30,89 @@ class EncodeError(RuntimeError):
     """ffmpeg failed; the message ends with its last words."""
 
 
-def encode(frames: Frames, path: Path, *, fps: int, options: OutputOptions) -> None:
-    """Writes `frames` [F, H, W, 3] as an MP4 whose every frame can be decoded on its own segment's terms.
+def encode(frames: Frames, *, fps: int, options: OutputOptions) -> bytes:
+    """`frames` [F, H, W, 3] as a fragmented MP4 of a single fragment, which plays by itself.
 
-    No B-frames and a closed group: files of equal shape can be joined without another encoding.
+    No B-frames and a closed group of pictures. Raises EncodeError, also when ffmpeg dies or loses a frame: what it has
+    written by then is never returned.
     """
     count, height, width, _ = frames.shape
-    _ffmpeg(
+    # x264 describes a video of key frames alone otherwise, and the init must not depend on the number of frames.
+    group = max(count, 2)
+    data = _ffmpeg(
         *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"),
         *("-an", "-vf", _TO_BT709, "-pix_fmt", "yuv420p", *_BT709),
         *("-c:v", "libx264", "-preset", options.preset, "-crf", str(options.crf)),
-        *("-bf", "0", "-g", str(count), "-sc_threshold", "0", "-video_track_timescale", str(1000 * fps)),
-        *(*_REPRODUCIBLE, "-movflags", "+faststart", "-f", "mp4", str(path)),
+        *("-bf", "0", "-g", str(group), "-sc_threshold", "0", "-video_track_timescale", str(TICKS_PER_FRAME * fps)),
+        *(*_REPRODUCIBLE, "-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-f", "mp4", "-"),
         given=np.ascontiguousarray(frames).tobytes(),
+        subject=f"{count} frames",
     )
+    try:
+        encoded = read_fragment(split(data)[1]).num_frames
+    except ValueError as broken:
+        raise EncodeError(f"ffmpeg wrote something else than one fragment: {broken}") from None
+    if encoded != count:
+        raise EncodeError(f"ffmpeg was given {count} frames and encoded {encoded}")
+    return data
 
 
-def join(parts: Sequence[Path], path: Path) -> None:
-    """Puts MP4 files made by `encode` behind each other without touching a frame."""
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as listing:
-        for part in parts:
-            quoted = str(part).replace("'", "'\\''")
-            listing.write(f"file '{quoted}'\n")
-        listing.flush()
-        _ffmpeg(
-            *("-f", "concat", "-safe", "0", "-i", listing.name, "-c", "copy", "-fflags", "+bitexact"),
-            *("-map_metadata", "-1", "-movflags", "+faststart", "-f", "mp4", str(path)),
+def join(init: Path, parts: Sequence[Path], path: Path, *, comment: str = "") -> None:
+    """Writes an ordinary MP4 of placed fragments in order, without touching a frame; `comment` becomes its metadata.
+
+    Raises EncodeError, OSError.
+    """
+    with (
+        tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as metadata,
+        tempfile.TemporaryFile() as said,
+    ):
+        escaped = re.sub(r"([=;#\\\n])", r"\\\1", comment)
+        metadata.write(f";FFMETADATA1\ncomment={escaped}\n")
+        metadata.flush()
+        command = _command(
+            *("-i", "-", "-f", "ffmetadata", "-i", metadata.name, "-map", "0", "-map_metadata", "1", "-c", "copy"),
+            *("-fflags", "+bitexact", "-movflags", "+faststart", "-f", "mp4", str(path)),
         )
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said) as process:
+            assert process.stdin is not None
+            try:
+                with contextlib.suppress(BrokenPipeError):  # it has ended, and its exit code tells why
+                    for file in (init, *parts):
+                        with file.open("rb") as source:
+                            shutil.copyfileobj(source, process.stdin)
+            except BaseException:
+                process.kill()
+                raise
+            finally:
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
+        said.seek(0)
+        _check(process.returncode, said.read(), path.name)
 
 
-def read_frames(path: Path, *, height: int, width: int) -> Frames:
-    """All frames of a file as uint8 [F, H, W, 3]."""
-    raw = _ffmpeg("-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-fps_mode", "passthrough", "-")
+def read_frames(path: Path, *, height: int, width: int, init: Path | None = None) -> Frames:
+    """All frames of a video as uint8 [F, H, W, 3]; a fragment alone is read behind its `init`. Raises EncodeError."""
+    decode = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-fps_mode", "passthrough", "-")
+    if init is None:
+        raw = _ffmpeg("-i", str(path), *decode, subject=path.name)
+    else:
+        raw = _ffmpeg("-i", "-", *decode, given=init.read_bytes() + path.read_bytes(), subject=path.name)
     return np.frombuffer(raw, dtype=np.uint8).reshape(-1, height, width, 3)
 
 
-def _ffmpeg(*arguments: str, given: bytes | None = None) -> bytes:
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-nostdin", "-y", *arguments]
-    done = subprocess.run(command, input=given, capture_output=True, check=False)
-    if done.returncode:
-        words = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise EncodeError(f"ffmpeg failed on {arguments[-1]}: {words[0]}")
+def _command(*arguments: str) -> list[str]:
+    return [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-nostdin", "-y", *arguments]
+
+
+def _ffmpeg(*arguments: str, subject: str, given: bytes | None = None) -> bytes:
+    done = subprocess.run(_command(*arguments), input=given, capture_output=True, check=False)
+    _check(done.returncode, done.stderr, subject)
     return done.stdout
+
+
+def _check(code: int, said: bytes, subject: str) -> None:
+    if code < 0:
+        raise EncodeError(f"ffmpeg was killed by signal {-code} while it worked on {subject}")
+    if code:
+        words = said.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {code}"]
+        raise EncodeError(f"ffmpeg failed on {subject}: {words[0]}")

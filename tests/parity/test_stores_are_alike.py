@@ -80,7 +80,7 @@ def through_the_actor(pipe, granularity, folder, store, *, host_entries=2, ahead
     leases = SegmentLeases(store, RunSpec("run", folder, Config.model_validate(values)), reuse)
 
     def attempt_at(segment, attempt, on_step=None):
-        planned = leases.begin(segment, attempt, cache.history_len, ahead)
+        planned = leases.begin(segment, attempt, cache.history_len, then_next=ahead)
         cache.use_store(planned, planned.planned_reads())
         cache.set_generation(segment)
         cache.set_reuse_window({key[0] for key in planned.planned_reads()})

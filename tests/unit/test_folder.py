@@ -7,7 +7,9 @@ import pytest
 from edit_ray.errors import RunExists, UnknownRun
 from edit_ray.runs.folder import Manifest, RunFolder, SegmentRecord, write_atomic
 
-RECORD = SegmentRecord(0, "a prompt", 7, 0, 33, "latents/00000.safetensors", "segments/00000.mp4", {"denoise_s": 1.5})
+RECORD = SegmentRecord(
+    0, "a prompt", 7, 0, 33, "latents/00000.safetensors", "segments/00000-t0.m4s", {"denoise_s": 1.5}
+)
 MANIFEST = Manifest("one", "0.1.0", "running", 128, 128, 16, 2, 57, (RECORD,))
 
 

@@ -1,8 +1,21 @@
+"""Frames to files and back: exact counts, equal bytes, and no half file whatever happens to ffmpeg."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from edit_ray.video.encode import EncodeError, encode, join, read_frames
+from edit_ray.video.fmp4 import read_fragment, split
 from edit_ray.video.options import OutputOptions
+from edit_ray.video.stream_files import Part, write_part
+from tests.unit.video_frames import FFMPEG
 
 OPTIONS = OutputOptions(crf=12)
 
@@ -15,9 +28,20 @@ def moving_square(count: int, start: int = 0) -> np.ndarray:
     return frames
 
 
+def parts_of(folder: Path, *lengths: int) -> list[Path]:
+    """Placed fragments of a moving square, behind their init."""
+    paths, first = [], 0
+    for index, count in enumerate(lengths):
+        part = Part(f"it's part {index}.m4s", first, count)
+        write_part(folder, part, index, encode(moving_square(count, first), fps=16, options=OPTIONS))
+        paths.append(folder / part.path)
+        first += count
+    return paths
+
+
 def test_every_frame_comes_back_nearly_as_it_was(tmp_path):
     frames = moving_square(33)
-    encode(frames, tmp_path / "a.mp4", fps=16, options=OPTIONS)
+    (tmp_path / "a.mp4").write_bytes(encode(frames, fps=16, options=OPTIONS))
     back = read_frames(tmp_path / "a.mp4", height=48, width=64)
     assert back.shape == frames.shape
     error = np.abs(back.astype(int) - frames).mean(axis=(1, 2, 3))
@@ -25,24 +49,113 @@ def test_every_frame_comes_back_nearly_as_it_was(tmp_path):
 
 
 def test_the_same_frames_give_the_same_bytes(tmp_path):
-    for name in ("a.mp4", "b.mp4"):
-        encode(moving_square(9), tmp_path / name, fps=16, options=OPTIONS)
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    assert len({encode(moving_square(9), fps=16, options=OPTIONS) for _ in range(2)}) == 1
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        parts = parts_of(tmp_path / name, 9, 8)
+        join(tmp_path / name / "init.mp4", parts, tmp_path / name / "final.mp4", comment="seed: 7")
+    for name in ("init.mp4", "it's part 0.m4s", "it's part 1.m4s", "final.mp4"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_joined_parts_have_exactly_their_frames(tmp_path):
     lengths = (33, 24, 24, 1)
-    parts = []
-    for index, count in enumerate(lengths):
-        parts.append(tmp_path / f"it's part {index}.mp4")
-        encode(moving_square(count, sum(lengths[:index])), parts[-1], fps=16, options=OPTIONS)
-    join(parts, tmp_path / "all.mp4")
+    parts, init = parts_of(tmp_path, *lengths), tmp_path / "init.mp4"
+    join(init, parts, tmp_path / "all.mp4")
     joined = read_frames(tmp_path / "all.mp4", height=48, width=64)
     assert len(joined) == sum(lengths)
-    assert np.array_equal(joined, np.concatenate([read_frames(part, height=48, width=64) for part in parts]))
+    assert np.array_equal(joined, np.concatenate([read_frames(p, height=48, width=64, init=init) for p in parts]))
+
+
+@pytest.mark.parametrize("comment", ["", "a=b;c#d\\e\nf, 'g' \"h\" ü 円", "x" * 300_000])
+def test_a_joined_file_tells_how_it_was_made(tmp_path, comment):
+    parts = parts_of(tmp_path, 2, 2)
+    join(tmp_path / "init.mp4", parts, tmp_path / "all.mp4", comment=comment)
+    asked = [FFMPEG, "-loglevel", "error", "-i", str(tmp_path / "all.mp4"), "-f", "ffmetadata", "-"]
+    said = subprocess.run(asked, capture_output=True, check=True).stdout.decode()
+    escaped = comment
+    for special in "\\=;#\n":
+        escaped = escaped.replace(special, "\\" + special)
+    assert (f"comment={escaped}\n" in said) if comment else ("comment" not in said)
 
 
 def test_an_unreadable_file_is_named(tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video")
-    with pytest.raises(EncodeError, match="ffmpeg failed"):
+    with pytest.raises(EncodeError, match=r"ffmpeg failed on bad\.mp4"):
         read_frames(tmp_path / "bad.mp4", height=48, width=64)
+    with pytest.raises(EncodeError, match=r"ffmpeg failed on all\.mp4"):
+        join(tmp_path / "bad.mp4", [], tmp_path / "all.mp4")
+    with pytest.raises(FileNotFoundError, match=r"lost\.m4s"):
+        join(tmp_path / "bad.mp4", [tmp_path / "lost.m4s"], tmp_path / "all.mp4")
+
+
+def children(pid: int) -> list[int]:
+    """Living processes that `pid` started."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def await_child(pid: int) -> int:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if found := children(pid):
+            return found[0]
+        time.sleep(0.001)
+    raise AssertionError("no child was started")
+
+
+def test_a_killed_encoder_is_an_error_and_leaves_nobody():
+    frames = np.random.default_rng(0).integers(0, 256, (60, 256, 256, 3), np.uint8)  # seconds of work
+    killed = []
+
+    def kill() -> None:
+        child = await_child(os.getpid())
+        os.kill(child, signal.SIGKILL)
+        killed.append(child)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(EncodeError, match="killed by signal 9 while it worked on 60 frames"):
+        encode(frames, fps=16, options=OutputOptions(preset="veryslow"))
+    killer.join()
+    assert not Path(f"/proc/{killed[0]}").exists(), "it was waited for"
+
+
+ENCODE_NOISE = """
+import numpy as np
+from edit_ray.video.encode import encode
+from edit_ray.video.options import OutputOptions
+frames = np.random.default_rng(0).integers(0, 256, (40, 128, 128, 3), np.uint8)
+encode(frames, fps=16, options=OutputOptions(preset="veryslow"))
+"""
+
+
+def test_an_encoder_ends_when_its_parent_is_killed():
+    parent = subprocess.Popen([sys.executable, "-c", ENCODE_NOISE])
+    child = await_child(parent.pid)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        if Path(f"/proc/{child}/stat").read_text().split(") ")[-1].startswith("Z"):
+            break  # ended; whoever adopted it has not looked yet
+        time.sleep(0.02)
+    else:
+        assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_frame_that_was_not_encoded_is_noticed(monkeypatch, tmp_path):
+    short = encode(moving_square(4), fps=16, options=OPTIONS)
+    (tmp_path / "short.mp4").write_bytes(short)
+    script = tmp_path / "ffmpeg"
+    script.write_text(f"#!/bin/sh\ncat > {tmp_path}/given\ncat {tmp_path}/short.mp4\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
+    with pytest.raises(EncodeError, match="given 5 frames and encoded 4"):
+        encode(moving_square(5), fps=16, options=OPTIONS)
+    (tmp_path / "short.mp4").write_bytes(short[:-100])
+    with pytest.raises(EncodeError, match="something else than one fragment"):
+        encode(moving_square(4), fps=16, options=OPTIONS)
+    assert read_fragment(split(short)[1]).num_frames == 4

@@ -1,0 +1,62 @@
+"""HLS playlists (RFC 8216) as text: which fragments a player reads one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+ENDLIST = "#EXT-X-ENDLIST\n"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One fragment in a playlist; `uri` is relative to the playlist's."""
+
+    uri: str
+    num_frames: int
+
+
+@dataclass(frozen=True)
+class MediaPlaylist:
+    """The form of a run's media playlist.
+
+    Args:
+        fps: frames a second.
+        longest: frames of the longest fragment that will ever be in it; the target duration covers it from the start.
+        sliding: whether fragments leave it at the front. One that does not may only grow (`EVENT`).
+        init: URI of the file that every fragment needs before it.
+    """
+
+    fps: int
+    longest: int
+    sliding: bool = False
+    init: str = "init.mp4"
+
+    def text(self, entries: Iterable[Entry], *, first: int = 0, ended: bool = False) -> str:
+        """The playlist of `entries`, the first of which is fragment number `first` of the video."""
+        target_s = -(-self.longest // self.fps)
+        lines = [
+            *("#EXTM3U", "#EXT-X-VERSION:7", f"#EXT-X-TARGETDURATION:{target_s}", f"#EXT-X-MEDIA-SEQUENCE:{first}"),
+            *([] if self.sliding else ["#EXT-X-PLAYLIST-TYPE:EVENT"]),
+            *("#EXT-X-INDEPENDENT-SEGMENTS", f'#EXT-X-MAP:URI="{self.init}"'),
+        ]
+        for entry in entries:
+            lines += (f"#EXTINF:{entry.num_frames / self.fps:.6f},", entry.uri)
+        return "\n".join(lines) + "\n" + (ENDLIST if ended else "")
+
+    def replaces(self, text: str, present: str) -> bool:
+        """Whether players that have read `present` may find `text` in its place."""
+        if self.sliding:
+            return not present.endswith(ENDLIST) or text == present
+        return text.startswith(present)
+
+
+def multivariant(media_playlist: str, *, bandwidth: int) -> str:
+    """The playlist that names one media playlist; `bandwidth` is the highest bit rate in it."""
+    return f"#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-STREAM-INF:BANDWIDTH={bandwidth}\n{media_playlist}\n"
+
+
+def named_in(multivariant_playlist: str) -> str | None:
+    """The media playlist that a text of `multivariant` names; None if it is something else."""
+    lines = multivariant_playlist.splitlines()
+    return lines[3] if len(lines) == 4 and lines[2].startswith("#EXT-X-STREAM-INF:") else None

@@ -1,0 +1,191 @@
+"""The files of a run's folder that play while the run goes on.
+
+RUN/init.mp4              what every fragment needs before it
+RUN/segments/NNNNN-tT.m4s one segment's fragment, at its place in the video; T is the take
+RUN/stream.mp4            init and all fragments so far: can be opened at any moment
+RUN/live-N.m3u8           a media playlist; a re-roll or an extension begins another, as players trust one to only grow
+RUN/live.m3u8             names the newest of them
+
+A fragment is durable before a playlist names it. `stream.mp4` and the playlists follow from the fragments alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from edit_ray.video.fmp4 import place, split
+from edit_ray.video.hls import Entry, MediaPlaylist, multivariant, named_in
+
+
+@dataclass(frozen=True)
+class Part:
+    """One segment's fragment: its path relative to the run's folder, and its frames in the video."""
+
+    path: str
+    first_frame: int
+    num_frames: int
+
+
+def write_part(folder: Path, part: Part, number: int, encoded: bytes) -> None:
+    """Makes what `encode` returned the fragment of segment `number`, and its init the run's if that has none yet.
+
+    Raises ValueError if the init differs from the run's: then its frames cannot be played behind the others.
+    """
+    init, fragment = split(encoded)
+    path = folder / "init.mp4"
+    if not path.exists():
+        _write(path, init)
+    elif path.read_bytes() != init:
+        raise ValueError(
+            f"segment {number} is encoded in another way than {path} says, and cannot follow what is there"
+        )
+    _write(folder / part.path, place(fragment, sequence_number=number + 1, first_frame=part.first_frame))
+
+
+class StreamFiles:
+    """Keeps `stream.mp4` and the playlists of one run's folder telling of the same segments.
+
+    `keep` bounds how many of the latest segments they tell of (None: all); `longest` is the most frames of a segment.
+    A new one begins with `rebuild`. One caller at a time. Methods raise OSError, and may then be called again.
+    """
+
+    def __init__(self, folder: Path, *, fps: int, longest: int, keep: int | None = None) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._playlist = MediaPlaylist(fps, longest, sliding=keep is not None)
+        self._parts: list[Part] = []
+        self._first = 0  # number of the first of them
+        self._bytes = 0  # of stream.mp4 with all of them
+
+    def rebuild(self, parts: Sequence[Part], first: int = 0) -> None:
+        """Starts from exactly these segments, `parts[0]` being segment `first`, whatever the files hold.
+
+        A playlist that already names more is left as it is until another segment than it names is appended.
+        """
+        self._parts, self._first = list(parts), first
+        self._slide()
+        self._write_stream(self._parts)
+        self._tell(ended=False)
+
+    def append(self, part: Part) -> None:
+        """Adds the segment that follows; the last one again changes nothing.
+
+        Raises ValueError if its first frame is not the next one.
+        """
+        if part in self._parts[-1:]:
+            return
+        end = self._parts[-1].first_frame + self._parts[-1].num_frames if self._parts else part.first_frame
+        if part.first_frame != end:
+            raise ValueError(f"{part.path} begins at frame {part.first_frame}, the next one is frame {end}")
+        length = self._bytes
+        self._parts.append(part)
+        try:
+            self._slide()
+            self._extend_stream(part)
+            self._tell(ended=False)
+        except BaseException:
+            self._parts.remove(part)
+            self._bytes = length
+            raise
+
+    def end(self) -> None:
+        """Says in the playlist that nothing follows."""
+        if self._parts:
+            self._tell(ended=True)
+
+    def _slide(self) -> None:
+        if self._keep is not None:
+            dropped = max(0, len(self._parts) - self._keep)
+            self._first += dropped
+            del self._parts[:dropped]
+
+    def _extend_stream(self, part: Part) -> None:
+        path = self._folder / "stream.mp4"
+        present = path.stat().st_size if path.exists() else 0
+        if len(self._parts) == 1 or self._keep is not None or present < self._bytes:
+            self._write_stream(self._parts)
+            return
+        with path.open("r+b") as stream, (self._folder / part.path).open("rb") as source:
+            stream.truncate(self._bytes)  # half a fragment may be there, from a write that failed
+            stream.seek(self._bytes)
+            shutil.copyfileobj(source, stream)
+            length = stream.tell()
+        self._bytes = length
+
+    def _write_stream(self, parts: Sequence[Part]) -> None:
+        path = self._folder / "stream.mp4"
+        if not parts:
+            path.unlink(missing_ok=True)
+            self._bytes = 0
+            return
+        with _replacing(path) as stream:
+            for name in ("init.mp4", *(part.path for part in parts)):
+                with (self._folder / name).open("rb") as source:
+                    shutil.copyfileobj(source, stream)
+            length = stream.tell()
+        self._bytes = length
+
+    def _tell(self, *, ended: bool) -> None:
+        """Writes the playlist: the newest one, unless its readers could not follow."""
+        text = self._playlist.text([Entry(p.path, p.num_frames) for p in self._parts], first=self._first, ended=ended)
+        name = newest_playlist(self._folder)
+        present = _text(self._folder / name) if name else None
+        if present is not None and present.startswith(text):
+            return
+        if name is None or present is None or not self._playlist.replaces(text, present):
+            if not self._parts:
+                return
+            name = f"live-{self._next_number()}.m3u8"
+            _write(self._folder / name, text.encode())
+            _write(self._folder / "live.m3u8", multivariant(name, bandwidth=self._bandwidth()).encode())
+        else:
+            _write(self._folder / name, text.encode())
+
+    def _next_number(self) -> int:
+        numbers = [path.stem.removeprefix("live-") for path in self._folder.glob("live-*.m3u8")]
+        return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+
+    def _bandwidth(self) -> int:
+        sizes = [(self._folder / part.path).stat().st_size for part in self._parts]
+        fps = self._playlist.fps
+        return max(-(-8 * size * fps // part.num_frames) for size, part in zip(sizes, self._parts, strict=True))
+
+
+def newest_playlist(folder: Path) -> str | None:
+    """The media playlist that a run's `live.m3u8` names; None where there is none yet."""
+    present = _text(folder / "live.m3u8")
+    return named_in(present) if present is not None else None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return None
+
+
+def _write(path: Path, data: bytes) -> None:
+    with _replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A draft that takes the place of `path`, durably, once it is written: a reader sees the old content or the new."""
+    draft = path.with_name(f".{path.name}.part")
+    with draft.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,313 @@
+"""What plays while it grows: exact frames after every append, the same files after every crash."""
+
+import errno
+import os
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from edit_ray.video.encode import encode
+from edit_ray.video.options import OutputOptions
+from edit_ray.video.stream_files import Part, StreamFiles, write_part
+from tests.unit.video_frames import FRAME_BYTES, numbered, numbers_in, reading, shown_by
+
+OPTIONS = OutputOptions(preset="ultrafast")
+LONGEST = 9
+
+
+def make_part(folder: Path, index: int, first_frame: int, num_frames: int, take: int = 0, fps: int = 16) -> Part:
+    """A segment's fragment whose frames show their numbers."""
+    (folder / "segments").mkdir(exist_ok=True)
+    part = Part(f"segments/{index:05d}-t{take}.m4s", first_frame, num_frames)
+    write_part(folder, part, index, encode(numbered(first_frame, num_frames), fps=fps, options=OPTIONS))
+    return part
+
+
+def make_parts(folder: Path, count: int, **options) -> list[Part]:
+    parts, first = [], 0
+    for index in range(count):
+        parts.append(make_part(folder, index, first, LONGEST if index == 0 else 8, **options))
+        first += parts[-1].num_frames
+    return parts
+
+
+def frames_of(*parts: Part) -> list[int]:
+    return [frame for part in parts for frame in range(part.first_frame, part.first_frame + part.num_frames)]
+
+
+def media_playlist(folder: Path) -> Path:
+    return folder / (folder / "live.m3u8").read_text().splitlines()[-1]
+
+
+def listed(folder: Path) -> list[str]:
+    return [line for line in media_playlist(folder).read_text().splitlines() if not line.startswith("#")]
+
+
+def has_ended(folder: Path) -> bool:
+    return media_playlist(folder).read_text().endswith("#EXT-X-ENDLIST\n")
+
+
+@pytest.fixture
+def files(tmp_path):
+    stream = StreamFiles(tmp_path, fps=16, longest=LONGEST)
+    stream.rebuild([])
+    return stream
+
+
+def test_nothing_is_there_before_the_first_segment(files, tmp_path):
+    files.end()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_stream_plays_after_every_segment_with_exactly_its_frames(files, tmp_path):
+    parts = make_parts(tmp_path, 5)
+    for count, part in enumerate(parts, 1):
+        files.append(part)
+        assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts[:count])
+        assert listed(tmp_path) == [part.path for part in parts[:count]]
+    files.end()
+    assert has_ended(tmp_path)
+    assert shown_by(tmp_path / "live.m3u8") == frames_of(*parts)
+    assert [path.name for path in tmp_path.rglob(".*")] == []
+
+
+def test_the_same_segment_twice_is_there_once(files, tmp_path):
+    parts = make_parts(tmp_path, 2)
+    for part in (parts[0], parts[0], parts[1], parts[1]):
+        files.append(part)
+    assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts)
+    assert listed(tmp_path) == [part.path for part in parts]
+
+
+def test_a_segment_out_of_order_is_refused(files, tmp_path):
+    parts = make_parts(tmp_path, 3)
+    files.append(parts[0])
+    with pytest.raises(ValueError, match="begins at frame 17, the next one is frame 9"):
+        files.append(parts[2])
+    files.append(parts[1])
+    assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts[:2])
+
+
+def test_a_segment_encoded_in_another_way_is_refused(tmp_path):
+    make_part(tmp_path, 0, 0, 9)
+    with pytest.raises(ValueError, match="segment 1 is encoded in another way"):
+        make_part(tmp_path, 1, 9, 8, fps=24)
+    assert not (tmp_path / "segments" / "00001-t0.m4s").exists()
+
+
+def test_a_torn_write_is_mended_by_the_next_one(files, tmp_path):
+    parts = make_parts(tmp_path, 3)
+    files.append(parts[0])
+    with (tmp_path / "stream.mp4").open("ab") as stream:
+        stream.write((tmp_path / parts[1].path).read_bytes()[:-7])
+    files.append(parts[1])
+    assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts[:2])
+    (tmp_path / "stream.mp4").unlink()
+    files.append(parts[2])
+    assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts)
+
+
+@pytest.mark.parametrize("keep", [None, 2])
+def test_a_full_disk_changes_nothing_that_was_told(tmp_path, monkeypatch, keep):
+    files = StreamFiles(tmp_path, fps=16, longest=LONGEST, keep=keep)
+    parts = make_parts(tmp_path, 4)
+    files.rebuild(parts[:2])
+    real = os.fsync
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        files.append(parts[2])
+    assert listed(tmp_path) == [part.path for part in parts[:2]]
+    monkeypatch.setattr(os, "fsync", real)
+    for part in parts[2:]:
+        files.append(part)
+    kept = parts if keep is None else parts[-keep:]
+    assert shown_by(tmp_path / "stream.mp4") == frames_of(*kept)
+    assert listed(tmp_path) == [part.path for part in kept]
+
+
+def test_after_a_crash_the_playlist_never_shrinks(files, tmp_path):
+    """Killed between the playlist and the manifest: a viewer has seen a segment that the manifest does not know."""
+    parts = make_parts(tmp_path, 3)
+    for part in parts:
+        files.append(part)
+    told = media_playlist(tmp_path).read_bytes()
+    again = StreamFiles(tmp_path, fps=16, longest=LONGEST)
+    again.rebuild(parts[:2])
+    assert media_playlist(tmp_path).read_bytes() == told
+    assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts[:2])
+    again.append(parts[2])
+    assert media_playlist(tmp_path).read_bytes() == told
+    assert media_playlist(tmp_path).name == "live-0.m3u8"
+    assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts)
+
+
+def test_a_reroll_and_an_extension_begin_a_new_playlist_and_keep_the_old(files, tmp_path):
+    parts = make_parts(tmp_path, 3)
+    for part in parts:
+        files.append(part)
+    files.end()
+    old = media_playlist(tmp_path).read_bytes()
+    files.rebuild(parts[:1])
+    assert media_playlist(tmp_path).name == "live-0.m3u8", "the old take is shown until there is another"
+    second = make_part(tmp_path, 1, 9, 8, take=1)
+    files.append(second)
+    assert media_playlist(tmp_path).name == "live-1.m3u8"
+    assert listed(tmp_path) == [parts[0].path, second.path]
+    assert (tmp_path / "live-0.m3u8").read_bytes() == old
+    assert shown_by(tmp_path / "live-0.m3u8") == frames_of(*parts)
+    files.end()
+    files.rebuild([parts[0], second])
+    assert has_ended(tmp_path), "a finished video stays finished until it is extended"
+    third = make_part(tmp_path, 2, 17, 8, take=1)
+    files.append(third)
+    files.end()
+    assert media_playlist(tmp_path).name == "live-2.m3u8"
+    assert shown_by(tmp_path / "live.m3u8") == shown_by(tmp_path / "stream.mp4") == frames_of(parts[0], second, third)
+
+
+def test_the_latest_segments_of_an_endless_video(tmp_path):
+    files = StreamFiles(tmp_path, fps=16, longest=LONGEST, keep=3)
+    files.rebuild([])
+    parts = make_parts(tmp_path, 6)
+    for count, part in enumerate(parts, 1):
+        files.append(part)
+        kept = parts[max(0, count - 3) : count]
+        assert listed(tmp_path) == [part.path for part in kept]
+        assert f"#EXT-X-MEDIA-SEQUENCE:{count - len(kept)}\n" in media_playlist(tmp_path).read_text()
+        assert shown_by(tmp_path / "stream.mp4") == frames_of(*kept)
+    again = StreamFiles(tmp_path, fps=16, longest=LONGEST, keep=3)
+    again.rebuild(parts[3:5], first=3)
+    again.append(parts[5])
+    again.end()
+    assert listed(tmp_path) == [part.path for part in parts[3:]]
+    assert shown_by(tmp_path / "live.m3u8") == frames_of(*parts[3:])
+    assert media_playlist(tmp_path).name == "live-0.m3u8"
+
+
+class Histories(RuleBasedStateMachine):
+    """Segments, crashes, re-rolls and ends in any order; a playlist that was once read only ever grows."""
+
+    folder: Path  # set by the test, with fragments of every segment and take in it
+    parts: dict[tuple[int, int], Part]
+
+    @initialize()
+    def begin(self):
+        for path in self.folder.iterdir():
+            if path.suffix == ".m3u8" or path.name == "stream.mp4":
+                path.unlink()
+        self.told: list[Part] = []
+        self.take = 0
+        self.seen: dict[str, str] = {}
+        self.start([])
+
+    def start(self, parts):
+        self.files = StreamFiles(self.folder, fps=16, longest=LONGEST)
+        self.files.rebuild(parts)
+        self.told = list(parts)
+
+    @precondition(lambda self: len(self.told) < 4)
+    @rule()
+    def next_segment(self):
+        self.told.append(self.parts[len(self.told), self.take])
+        self.files.append(self.told[-1])
+        assert listed(self.folder)[: len(self.told)] == [part.path for part in self.told]
+
+    @precondition(lambda self: self.told)
+    @rule()
+    def same_segment(self):
+        self.files.append(self.told[-1])
+
+    @rule(uncommitted=st.integers(0, 1))
+    def crash(self, uncommitted):
+        self.start(self.told[: len(self.told) - uncommitted])
+
+    @precondition(lambda self: self.take < 2)
+    @rule(data=st.data())
+    def reroll(self, data):
+        self.take += 1
+        self.start(self.told[: data.draw(st.integers(0, len(self.told)))])
+
+    @rule()
+    def end(self):
+        self.files.end()
+        if self.told:
+            assert has_ended(self.folder)
+            assert listed(self.folder) == [part.path for part in self.told]
+
+    @invariant()
+    def a_viewer_never_loses_what_was_told(self):
+        for path in self.folder.glob("live-*.m3u8"):
+            text = path.read_text()
+            assert text.startswith(self.seen.get(path.name, ""))
+            self.seen[path.name] = text
+
+    @invariant()
+    def the_stream_is_its_fragments(self):
+        stream = self.folder / "stream.mp4"
+        if not self.told:
+            assert not stream.exists()
+        else:
+            names = ["init.mp4", *(part.path for part in self.told)]
+            assert stream.read_bytes() == b"".join((self.folder / name).read_bytes() for name in names)
+
+
+def test_any_history_leaves_files_that_agree(tmp_path):
+    parts = {}
+    for take in range(3):
+        for index in range(4):
+            parts[index, take] = make_part(tmp_path, index, index * 8, 8, take)
+    machine = type("Bound", (Histories,), {"folder": tmp_path, "parts": parts})
+    checks = settings(max_examples=60, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck))
+    run_state_machine_as_test(machine, settings=checks)
+
+
+def follow(folder: Path, fps: int, lengths: list[int], timeout_s: float) -> list[int]:
+    """What ffmpeg shows that follows `live.m3u8` from its first segment to its end, each segment made while it reads.
+
+    A segment is told only when frames of the last but one have arrived: ffmpeg looks into two before it shows one.
+    """
+    files = StreamFiles(folder, fps=fps, longest=max(lengths))
+    files.rebuild([])
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    parts = [make_part(folder, *segment, fps=fps) for segment in zip(range(len(lengths)), starts, lengths, strict=True)]
+    files.append(parts[0])
+    command = reading(folder / "live.m3u8", "-live_start_index", "0", "-fpsprobesize", "0")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as follower:
+        late = threading.Timer(timeout_s, follower.kill)
+        late.start()
+        seen = b""
+        for part, before in zip(parts[1:], starts, strict=False):
+            files.append(part)
+            seen += follower.stdout.read((before + 1) * FRAME_BYTES - len(seen))
+        files.end()
+        rest, complaints = follower.communicate()
+        late.cancel()
+    assert (complaints, follower.returncode) == (b"", 0)
+    return numbers_in(seen + rest)
+
+
+@pytest.mark.parametrize("fps", [16, 24])
+def test_ffmpeg_follows_the_growing_playlist_and_shows_every_frame_once(tmp_path, fps):
+    assert follow(tmp_path, fps, [9, 8, 8, 8], timeout_s=30) == list(range(33))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fps", [16, 24])
+def test_ffmpeg_follows_a_long_video_to_its_end(tmp_path, fps):
+    assert follow(tmp_path, fps, [33, *[24] * 39], timeout_s=300) == list(range(33 + 39 * 24))
