@@ -22,25 +22,28 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 WAYS = ("require", "never")
 
 
+def leases_on(store, folder, way, dtype=torch.float32, shape=(1, 8, 24), host_bytes=2 * 4096, num_segments=4):
+    """A run's leases: window 4, two units, of residuals of this dtype and shape."""
+    form = Form(torch.device("cpu"), dtype, shape)
+    plan = make_reuse_plan(
+        RUN, num_segments, window=4, warm_steps=2, experts=[EXPERT] * 4, unit_bytes={EXPERT: [form.size] * 2}
+    )
+    values = {
+        "video": {"num_segments": num_segments},
+        "prompt_segments": [{"segment": 0, "prompt": "a red circle"}],
+        "store": {"host_bytes": host_bytes, "allow_tmpfs": True, "shared_memory": way},
+    }
+    return SegmentLeases(store, RunSpec(RUN, folder, Config.model_validate(values)), Reuse(plan, form))
+
+
 @pytest.fixture
 def leases_for(tmp_path):
-    """Makes a run's leases: window 4, two units, of residuals of this dtype and shape."""
+    """Makes a store and a run's leases on it."""
     stores = []
 
-    def make(way, dtype=torch.float32, shape=(1, 8, 24), host_bytes=2 * 4096, num_segments=4):
+    def make(*arguments, **options):
         stores.append(StoreHere())
-        form = Form(torch.device("cpu"), dtype, shape)
-        plan = make_reuse_plan(
-            RUN, num_segments, window=4, warm_steps=2, experts=[EXPERT] * 4, unit_bytes={EXPERT: [form.size] * 2}
-        )
-        values = {
-            "video": {"num_segments": num_segments},
-            "prompt_segments": [{"segment": 0, "prompt": "a red circle"}],
-            "store": {"host_bytes": host_bytes, "allow_tmpfs": True, "shared_memory": way},
-        }
-        return stores[-1], SegmentLeases(
-            stores[-1], RunSpec(RUN, tmp_path, Config.model_validate(values)), Reuse(plan, form)
-        )
+        return stores[-1], leases_on(stores[-1], tmp_path, *arguments, **options)
 
     yield make
     for store in stores:

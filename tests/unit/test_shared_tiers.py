@@ -282,7 +282,6 @@ def test_a_holder_is_a_process_and_no_later_one_of_its_pid(other_process):
     assert not is_gone(this_holder())
     assert began_before(this_holder(), holder) or start_of("self") == start_of(process.pid)
     process.kill()
-    process.poll()
     assert wait_until(lambda: is_gone(holder)), "dead, although nobody has asked for it"
 
 
