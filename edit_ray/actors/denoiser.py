@@ -65,7 +65,7 @@ class DenoiserActor:
         self._stopped.discard(spec.run_id)
         engine, config = self._ready_engine(spec), spec.config
         if config.continuity.init is not None and not spec.folder.init_latents.exists():
-            latents, _ = self._compute(engine, lambda: engine.encode_init(config.continuity, config.sampling))
+            latents, _, _ = self._compute(engine, lambda: engine.encode_init(config.continuity, config.sampling))
             save_latents(spec.folder.init_latents, latents)
         return statistics(prepare_s=time.perf_counter() - started)
 
@@ -103,18 +103,22 @@ class DenoiserActor:
                 return match_statistics(added, load_latents(spec.folder.latents(0)), continuity.adain)
             return added
 
-        latents, denoise_s = self._compute(engine, work)
+        latents, denoise_at, denoise_s = self._compute(engine, work)
         save_latents(spec.folder.latents(segment.index), latents)
         reused = {}
         if leases is not None and store is not None:
+            began = time.time()
             reused = _reuse_statistics(store, leases.complete(segment.index, attempt))
-        return statistics(denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused)
+            reused |= {"complete_at": began, "complete_s": time.time() - began}
+        return statistics(
+            denoise_at=denoise_at, denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused
+        )
 
     def decode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
         """Decodes one segment's new latents into its media file."""
         engine = self._ready_engine(spec)
         latents = load_latents(spec.folder.latents(segment.index))
-        frames, decode_s = self._compute(
+        frames, decode_at, decode_s = self._compute(
             engine,
             lambda: engine.decode(
                 spec.run_id if spec.layout.history_latents else None,
@@ -125,14 +129,13 @@ class DenoiserActor:
             ),
         )
         assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
-        started = time.perf_counter()
+        encode_at = time.time()
         media = spec.folder.media(segment.index)
         encoded = encode(frames.numpy(), fps=spec.config.sampling.fps, options=spec.config.output)
         write_part(spec.folder.path, spec.part(segment), segment.index, encoded)
-        encode_s = time.perf_counter() - started
-        return statistics(
-            decode_s=decode_s, encode_s=encode_s, media_bytes=media.stat().st_size, **self._seen(spec, segment)
-        )
+        encode_s = time.time() - encode_at
+        times = {"decode_at": decode_at, "decode_s": decode_s, "encode_at": encode_at, "encode_s": encode_s}
+        return statistics(media_bytes=media.stat().st_size, **times, **self._seen(spec, segment))
 
     def finalize_run(self, spec: RunSpec) -> dict[str, float]:
         """Joins the segments into `final.mp4`."""
@@ -178,16 +181,16 @@ class DenoiserActor:
         self._engine.encode_prompts(config.prompts, config.sampling.negative_prompt)
         return self._engine
 
-    def _compute(self, engine: SegmentEngine, work: Callable[[], T]) -> tuple[T, float]:
-        """What the work gives, and its seconds.
+    def _compute(self, engine: SegmentEngine, work: Callable[[], T]) -> tuple[T, float, float]:
+        """What the work gives, when it began (in unix seconds), and its seconds.
 
         On a CPU one thread does all of torch's work. OpenMP keeps a team of threads for each thread that calls it, and
         as soon as two teams are more threads than cores, both wait asleep instead of spinning: half the speed.
         """
 
-        def timed() -> tuple[T, float]:
-            started = time.perf_counter()
-            return work(), time.perf_counter() - started
+        def timed() -> tuple[T, float, float]:
+            began, started = time.time(), time.perf_counter()
+            return work(), began, time.perf_counter() - started
 
         return self._thread.submit(timed).result() if engine.device.type == "cpu" else timed()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from edit_ray.actors.messages import Progress, RunSpec, RunStatus, StreamReply, code_version
+from edit_ray.actors.messages import Progress, RunSpec, RunStatus, StreamReply, code_version, statistics
 from edit_ray.config import Config, check_config, dump_yaml
 from edit_ray.errors import (
     ConfigError,
@@ -235,6 +236,9 @@ class SegmentSchedulerActor:
     async def _commit(self, run: _LiveRun, work: Work) -> None:
         """Latents and media are durable already: now what plays, then the manifest, then whoever waits."""
         segment, folder = _segment(run, work), run.spec.folder
+        began = time.time()
+        await asyncio.to_thread(run.stream.append, run.spec.part(segment))
+        published = statistics(publish_at=began, publish_s=time.time() - began)
         record = SegmentRecord(
             index=segment.index,
             prompt=segment.prompt,
@@ -243,9 +247,8 @@ class SegmentSchedulerActor:
             num_frames=segment.num_frames,
             latents=folder.relative(folder.latents(segment.index)),
             media=folder.relative(folder.media(segment.index)),
-            statistics=run.statistics[segment.index],
+            statistics=run.statistics[segment.index] | published,
         )
-        await asyncio.to_thread(run.stream.append, run.spec.part(segment))
         await self._save(run, segments=(*run.manifest.segments, record))
         del run.statistics[segment.index]
 

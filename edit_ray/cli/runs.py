@@ -3,16 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import re
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from edit_ray.errors import ConfigError, UnknownRun
-from edit_ray.runs.ids import RUN_ID_PATTERN
-
-if TYPE_CHECKING:
-    from edit_ray.cache.records import Record
 
 
 def down(options: argparse.Namespace) -> int:
@@ -53,42 +43,3 @@ def cancel(options: argparse.Namespace) -> int:
     LongVideoClient(output=options.output, address=options.address).cancel(options.run_id)
     print(f"asked {options.run_id} to stop")
     return 0
-
-
-def report(options: argparse.Namespace) -> int:
-    from edit_ray.cache.report import render_report
-    from edit_ray.config import output_root
-
-    source = Path(options.source)
-    if not source.exists():
-        if re.fullmatch(RUN_ID_PATTERN, options.source) is None:
-            raise UnknownRun(f"{options.source} is no file, no folder and no run's id")
-        source = output_root(options.output, os.environ) / options.source
-    page = options.page or (source / "report.html" if source.is_dir() else source.with_suffix(".html"))
-    text = render_report(_read_records(source), f"What the cache did in {source.resolve().stem}")
-    try:
-        page.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError([f"the page {page} cannot be written: {error.strerror}"]) from None
-    print(page)
-    return 0
-
-
-def _read_records(source: Path) -> dict[str, Record]:
-    """The records of a run's folder by segment, or the one in a file. Raises UnknownRun, ConfigError."""
-    from edit_ray.cache.records import Record
-
-    files = sorted((source / "records").glob("*.json")) if source.is_dir() else [source]
-    if not source.exists() or not files:
-        raise UnknownRun(
-            f"{source} is no record and no run with records; a run has some if its cache.policy is not none"
-        )
-    records = {}
-    for file in files:
-        try:
-            records[f"segment {int(file.stem)}" if file.stem.isdigit() else file.stem] = Record.from_json(
-                file.read_text()
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError([f"{file} cannot be read: {error}"]) from None
-    return records

@@ -134,7 +134,7 @@ class StreamFiles:
     def _tell(self, *, ended: bool) -> None:
         """Writes the playlist: the newest one, unless its readers could not follow."""
         text = self._playlist.text([Entry(p.path, p.num_frames) for p in self._parts], first=self._first, ended=ended)
-        name = self._newest()
+        name = newest_playlist(self._folder)
         present = _text(self._folder / name) if name else None
         if present is not None and present.startswith(text):
             return
@@ -147,10 +147,6 @@ class StreamFiles:
         else:
             _write(self._folder / name, text.encode())
 
-    def _newest(self) -> str | None:
-        present = _text(self._folder / "live.m3u8")
-        return named_in(present) if present is not None else None
-
     def _next_number(self) -> int:
         numbers = [path.stem.removeprefix("live-") for path in self._folder.glob("live-*.m3u8")]
         return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
@@ -159,6 +155,12 @@ class StreamFiles:
         sizes = [(self._folder / part.path).stat().st_size for part in self._parts]
         fps = self._playlist.fps
         return max(-(-8 * size * fps // part.num_frames) for size, part in zip(sizes, self._parts, strict=True))
+
+
+def newest_playlist(folder: Path) -> str | None:
+    """The media playlist that a run's `live.m3u8` names; None where there is none yet."""
+    present = _text(folder / "live.m3u8")
+    return named_in(present) if present is not None else None
 
 
 def _text(path: Path) -> str | None:

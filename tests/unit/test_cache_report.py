@@ -12,7 +12,7 @@ from edit_ray.cache.report import render_report
 from edit_ray.cli import main
 from edit_ray.runs.folder import RunFolder
 
-VOID = {"meta"}
+VOID = {"meta", "img"}
 few = settings(max_examples=40, deadline=None)
 numbers = st.none() | st.floats(-1e6, 1e6) | st.integers(-5, 5)
 
