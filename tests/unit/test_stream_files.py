@@ -288,7 +288,8 @@ def follow(folder: Path, fps: int, lengths: list[int], timeout_s: float) -> list
     parts = [make_part(folder, *segment, fps=fps) for segment in zip(range(len(lengths)), starts, lengths, strict=True)]
     files.append(parts[0])
     command = reading(folder / "live.m3u8", "-live_start_index", "0", "-fpsprobesize", "0")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as follower:
+    complaints = folder / "complaints"
+    with complaints.open("w") as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as follower:
         late = threading.Timer(timeout_s, follower.kill)
         late.start()
         seen = b""
@@ -296,10 +297,11 @@ def follow(folder: Path, fps: int, lengths: list[int], timeout_s: float) -> list
             files.append(part)
             seen += follower.stdout.read((before + 1) * FRAME_BYTES - len(seen))
         files.end()
-        rest, complaints = follower.communicate()
+        seen += follower.stdout.read()
+        follower.wait()
         late.cancel()
-    assert (complaints, follower.returncode) == (b"", 0)
-    return numbers_in(seen + rest)
+    assert (complaints.read_text(), follower.returncode) == ("", 0)
+    return numbers_in(seen)
 
 
 @pytest.mark.parametrize("fps", [16, 24])
