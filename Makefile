@@ -6,10 +6,10 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv page demo test proof check fix bench clean
+.PHONY: help venv page demo test test-gpu proof check fix bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(INSTALLED) ## make the virtual environment
 
@@ -36,6 +36,9 @@ test: check ## everything that must hold before a commit: check, then the tests
 
 proof: check ## the tests together with the slow and the chaos proofs
 	$(BIN)/pytest -m "not gpu"
+
+test-gpu: $(INSTALLED) ## what only a CUDA device can show
+	$(BIN)/pytest -m gpu tests/gpu
 
 check: $(INSTALLED) ## lint, formatting, types, import rules
 	$(BIN)/ruff check .

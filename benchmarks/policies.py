@@ -3,12 +3,14 @@
     python benchmarks/policies.py --output benchmarks/results/front            everything, 16 prompts x 2 seeds
     python benchmarks/policies.py --quick                                      a look: a minute or two on a CPU
     python benchmarks/policies.py --methods teacache,"diffusers MagCache"      some of them
+    python benchmarks/policies.py --device cuda --processes 8                  prompts dealt out among processes
 
-All in one process on the same weights in float32: an uncached run of each prompt and seed is the reference, then each
-method at each setting makes the same videos, one at a time. At a share of the blocks a method enters with its best
-measured point at or below it, nothing is interpolated. Writes results.json (after every point), front.png, and with
---videos side-by-side mp4s of the first prompt (left: uncached) in the output folder. Times mean something only on a
-machine that does nothing else.
+All on the same weights in float32: an uncached run of each prompt and seed is the reference, then each method at each
+setting makes the same videos, one at a time. At a share of the blocks a method enters with its best measured point at
+or below it, nothing is interpolated. With several processes likeness is measured by all of them at once, then the
+times by one alone, on the first prompt. Writes results.json (after every point), front.png, and with --videos
+side-by-side mp4s of the first prompt (left: uncached) in the output folder. Times mean something only on a machine
+that does nothing else.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
@@ -36,6 +38,7 @@ from benchmarks.measure import Point, mean, psnr, ssim  # noqa: E402
 from benchmarks.methods import METHODS, Method, Pipelines, Setting  # noqa: E402
 from benchmarks.provenance import provenance  # noqa: E402
 from benchmarks.report import SPEEDUPS, as_json, plot, tables, title, write_videos  # noqa: E402
+from benchmarks.shards import Shard, joined, measure_in_processes  # noqa: E402
 from edit_ray import EditWanPipeline  # noqa: E402
 from training.evaluate import scenes_of  # noqa: E402
 from training.sampling import decode  # noqa: E402
@@ -44,6 +47,7 @@ BUILTIN = "builtin:tiny_wan"
 SCENE_SEED, NOISE_SEED = 77_000, 770_000  # neither the training's nor the calibration's
 _THE_SAME = 60.0  # dB: what rounding leaves of two runs of the same
 _DECODED_TOGETHER = 16
+WHOLE = Shard()
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,12 @@ class Task:
     num_inference_steps: int = 30
     guidance_scale: float = 4.0
 
-    def samples(self) -> Iterator[tuple[str, int]]:
-        """Prompt and noise seed of every sample, the seeds of a prompt side by side."""
+    def samples(self, shard: Shard = WHOLE) -> Iterator[tuple[str, int]]:
+        """Prompt and noise seed of every sample of a shard, the seeds of a prompt side by side."""
         for index, prompt in enumerate(self.prompts):
             for seed in range(self.seeds):
-                yield prompt, NOISE_SEED + index * self.seeds + seed
+                if shard.has(index):
+                    yield prompt, NOISE_SEED + index * self.seeds + seed
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class Bench:
     pipelines: Pipelines
     task: Task
     deadline: float = float("inf")
+    shard: Shard = WHOLE
     references: dict[str, list[Sample]] = field(default_factory=dict)
     videos: list[Tensor] = field(default_factory=list)  # of our references
     _blocks: int = 0
@@ -139,11 +145,11 @@ class Bench:
             RuntimeError: the two differ.
         """
         pipes = {"ours": self.pipelines.ours, "peer": self.pipelines.stock}
-        prompt, seed = next(self.task.samples())
+        prompt, seed = next(self.task.samples(self.shard))
         for pipe in pipes.values():
             self.generate(pipe, prompt, seed)  # a first call is slow
         self.references = {group: [] for group in pipes}
-        for prompt, seed in self.task.samples():
+        for prompt, seed in self.task.samples(self.shard):
             for group, pipe in pipes.items():
                 self.references[group].append(self.generate(pipe, prompt, seed))
         self.videos, stock = (self.decode(samples) for samples in self.references.values())
@@ -157,13 +163,13 @@ class Bench:
         The method is turned on anew for each sample, so that nothing that it keeps comes from another.
         """
         made: list[Sample] = []
-        for prompt, seed in self.task.samples():
+        for prompt, seed in self.task.samples(self.shard):
             with ExitStack() as stack:
                 try:
                     pipe = stack.enter_context(method.enable(self.pipelines, setting))
+                    made.append(self.generate(pipe, prompt, seed))
                 except (ImportError, ValueError, TypeError) as error:
                     raise NotPossible(f"{type(error).__name__}: {error}") from error
-                made.append(self.generate(pipe, prompt, seed))
         references, videos = self.references[method.group], self.decode(made)
         shares = [sample.blocks / reference.blocks for sample, reference in zip(made, references, strict=True)]
         point = Point(
@@ -180,7 +186,7 @@ class Bench:
 
     def check_unchanged(self) -> None:
         """Whether the model is what it was before all methods; raises RuntimeError if it is not."""
-        again = self.generate(self.pipelines.ours, *next(self.task.samples()))
+        again = self.generate(self.pipelines.ours, *next(self.task.samples(self.shard)))
         same = psnr(self.decode([again])[0], self.videos[0]) >= _THE_SAME
         if not same or again.blocks != self.references["ours"][0].blocks:
             raise RuntimeError("A method has changed the model: the uncached video is another one now.")
@@ -224,6 +230,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch's on the CPU; small models are fastest on one")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="add no point after this time")
+    parser.add_argument("--processes", type=int, default=1, help="measure likeness in so many at once")
+    parser.add_argument("--shard", type=Shard.parse, default=WHOLE, help="only every N-th prompt, such as 0/8")
     parser.add_argument("--output", type=Path, default=Path("runs/front"), help="a folder")
     parser.add_argument("--videos", action="store_true", help="also mp4s of the first prompt")
     args = parser.parse_args()
@@ -233,8 +241,8 @@ def arguments() -> argparse.Namespace:
     args.methods = names if args.methods is None else [name.strip() for name in args.methods.split(",")]
     if unknown := [name for name in args.methods if name not in names]:
         parser.error(f"--methods has {', '.join(unknown)}; valid are {', '.join(names)}")
-    if args.seeds < 1 or args.num_prompts < 1:
-        parser.error("--seeds and --num-prompts take a number from 1")
+    if args.seeds < 1 or args.num_prompts < 1 or args.processes < 1:
+        parser.error("--seeds, --num-prompts and --processes take a number from 1")
     return args
 
 
@@ -250,55 +258,87 @@ def task_of(args: argparse.Namespace) -> Task:
     return task
 
 
+@dataclass
+class Results:
+    """What is measured, as it grows; `missing` are the pairs of method and setting to come."""
+
+    missing: list[tuple[str, Setting]]
+    points: list[Point] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    videos: dict[int, Tensor] = field(default_factory=dict)  # of the first sample, by point
+
+
+def measure_all(bench: Bench, methods: list[Method], write: Callable[[Results], None]) -> Results:
+    """Every method at every setting, until the time is over; `write` is called after each."""
+    started = time.monotonic()
+    results = Results([(method.name, setting) for method, setting in in_turns(methods)])
+    write(results)
+    try:
+        bench.measure_references()
+        for method, setting in in_turns(methods):
+            if method.name not in results.skipped:
+                try:
+                    point, video = bench.measure(method, setting)
+                except NotPossible as reason:
+                    results.skipped[method.name] = str(reason)
+                else:
+                    results.videos[len(results.points)] = video
+                    results.points.append(point)
+                    seconds = f"{time.monotonic() - started:6.0f} s"
+                    name = f"{method.name} {setting}"
+                    print(f"{seconds}  {name}: {point.share:.3f} of the blocks, {mean(point.psnr):.2f} dB", flush=True)
+            results.missing.remove((method.name, setting))
+            write(results)
+        bench.check_unchanged()
+    except OutOfTime:
+        print(f"Out of time; {len(results.missing)} points are missing.")
+    return results
+
+
+def measure_in_parts(args: argparse.Namespace, bench: Bench, methods: list[Method]) -> Results:
+    """Likeness by several processes at once; then times by this one alone, of the first prompt's videos."""
+    gpus = torch.cuda.device_count() if args.device == "cuda" else 0
+    shards = measure_in_processes(args.processes, sys.argv[1:], args.output / "shards", gpus)
+    timed = measure_all(bench, methods, lambda results: None)
+    points = joined(shards, timed.points)
+    measured = [(point.method, point.setting) for point in points]
+    there = [(method.name, setting) for method, setting in in_turns(methods) if method.name not in timed.skipped]
+    found = [(point.method, point.setting) for point in timed.points]
+    videos = {index: timed.videos[found.index(name)] for index, name in enumerate(measured)}
+    return Results([name for name in there if name not in measured], points, timed.skipped, videos)
+
+
 def main() -> None:
     """Measure, print, write."""
     args = arguments()
     torch.set_num_threads(args.threads)
-    started = time.monotonic()
+    deadline = time.monotonic() + 60 * args.minutes
     task = task_of(args)
-    bench = Bench(load(args.model, args.device, task.num_inference_steps), task, started + 60 * args.minutes)
+    in_parts = args.processes > 1 and args.shard == WHOLE
+    pipelines = load(args.model, args.device, task.num_inference_steps)
+    # In parts this process has the first prompt alone, and its time begins when the others are through.
+    shard = Shard(0, len(task.prompts)) if in_parts else args.shard
+    bench = Bench(pipelines, task, float("inf") if in_parts else deadline, shard)
     methods = [method for method in METHODS if method.name in args.methods]
     if args.quick:
         methods = [replace(method, settings=method.settings[:3:2]) for method in methods]
-    console = Console(width=150 if not sys.stdout.isatty() else None)
     args.output.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = provenance(args.device) | {"model": args.model, "task": asdict(task)}
-    points: list[Point] = []
-    skipped: dict[str, str] = {}
-    missing = [(method.name, setting) for method, setting in in_turns(methods)]
-    videos: dict[int, Tensor] = {}
 
-    def write() -> None:
-        content = as_json(about, points, skipped, missing, task.seeds)
+    def write(results: Results) -> None:
+        content = as_json(about, results.points, results.skipped, results.missing, task.seeds)
         (args.output / "results.json").write_text(json.dumps(content, indent=1) + "\n")
 
-    write()
-    try:
-        bench.measure_references()
-        for method, setting in in_turns(methods):
-            if method.name not in skipped:
-                try:
-                    point, video = bench.measure(method, setting)
-                except NotPossible as reason:
-                    skipped[method.name] = str(reason)
-                else:
-                    videos[len(points)] = video
-                    points.append(point)
-                    line = (
-                        f"{time.monotonic() - started:6.0f} s  {method.name} {setting}: {point.share:.3f} of the blocks"
-                    )
-                    print(f"{line}, {mean(point.psnr):.2f} dB", flush=True)
-            missing.remove((method.name, setting))
-            write()
-        bench.check_unchanged()
-    except OutOfTime:
-        print(f"Out of time; {len(missing)} points are missing.")
-    for table in tables(points, skipped, missing, task.seeds):
+    results = measure_in_parts(args, bench, methods) if in_parts else measure_all(bench, methods, write)
+    write(results)
+    console = Console(width=150 if not sys.stdout.isatty() else None)
+    for table in tables(results.points, results.skipped, results.missing, task.seeds):
         console.print(table)
-    if points:
-        plot(points, args.output / "front.png", title(about))
-    if args.videos and points:
-        write_videos(points, videos, bench.videos[0].cpu(), args.output / "videos", SPEEDUPS[1])
+    if results.points and args.shard == WHOLE:
+        plot(results.points, args.output / "front.png", title(about))
+        if args.videos:
+            folder = args.output / "videos"
+            write_videos(results.points, results.videos, bench.videos[0].cpu(), folder, SPEEDUPS[1])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,13 +31,20 @@ def provenance(device: str) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *_without_output(sys.argv)]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": os.environ.get("COMMIT") or commit,
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "machine": f"{_processor()}, {os.cpu_count()} cores, Linux {platform.release()}",
         "versions": versions,
     }
+
+
+def _without_output(arguments: Sequence[str]) -> list[str]:
+    """A command line less where it writes, which changes nothing that is measured."""
+    named = {index for index, argument in enumerate(arguments) if argument in ("--output", "--directory")}
+    dropped = named | {index + 1 for index in named}
+    return [argument for index, argument in enumerate(arguments) if index not in dropped]
 
 
 def _processor() -> str:

@@ -28,7 +28,7 @@ Missing = Sequence[tuple[str, Mapping[str, Any]]]
 
 def described(setting: Mapping[str, Any]) -> str:
     """A setting on one line."""
-    return " ".join(f"{key}={value}" for key, value in setting.items())
+    return " ".join(f"{key}={f'{value:.3g}' if isinstance(value, float) else value}" for key, value in setting.items())
 
 
 def tables(points: Sequence[Point], skipped: Mapping[str, str], missing: Missing, seeds: int) -> list[Table]:

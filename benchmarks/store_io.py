@@ -10,12 +10,9 @@ measured on.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,11 +26,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from edit_ray.cache.stores.allocator import ExtentAllocator
-from edit_ray.cache.stores.arena import Arena
-from edit_ray.cache.stores.disk_tier import DiskTier
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run as a file, from anywhere
+
+from benchmarks.provenance import provenance  # noqa: E402
+from edit_ray.cache.stores.allocator import ExtentAllocator  # noqa: E402
+from edit_ray.cache.stores.arena import Arena  # noqa: E402
+from edit_ray.cache.stores.disk_tier import DiskTier  # noqa: E402
+
 SHAPES = {"12 MB": (1, 4096, 1536), "43 MB": (1, 14_040, 1536)}  # bf16 residuals of Wan2.1-1.3B
 ENTRIES = 8  # on their way at once
 ARENA_BAR, DISK_BAR = 1.3, 1.2
@@ -130,24 +130,6 @@ def disk_figures(folder: Path, arena: Arena, shape: tuple[int, ...], pairs: int,
         return figures
 
 
-def about() -> Figures:
-    """Command, date, commit and machine."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    return {
-        "command": " ".join(["python", "benchmarks/store_io.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": os.environ.get("COMMIT")
-        or git("rev-parse", "HEAD") + (" and changes" if git("status", "--porcelain") else ""),
-        "machine": f"{processor}, {os.cpu_count()} cores, Linux {platform.release()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -174,7 +156,9 @@ def main() -> None:
     Console().print(table)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(about() | {"threads": args.threads, "figures": figures}, indent=1) + "\n")
+        args.output.write_text(
+            json.dumps(provenance("cpu") | {"threads": args.threads, "figures": figures}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

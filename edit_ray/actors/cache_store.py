@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import torch
 
 from edit_ray.actors.messages import code_version
 from edit_ray.cache.options import StoreOptions
+from edit_ray.cache.stores import carried
 from edit_ray.cache.stores.arena import Arena
+from edit_ray.cache.stores.carried import Bytes
 from edit_ray.cache.stores.disk_tier import DiskTier
+from edit_ray.cache.stores.heap import HeapArena
 from edit_ray.cache.stores.op_table import Op
 from edit_ray.cache.stores.open_segment import Lease
 from edit_ray.cache.stores.shared_tiers import TABLES_BYTES, SharedTiers
 from edit_ray.cache.tiering.events import Uses
-from edit_ray.errors import ConfigError, StaleLease
+from edit_ray.errors import ConfigError, ResourcesUnavailable, StaleLease
 
 
 class CacheStoreActor:
@@ -60,11 +64,45 @@ class CacheStoreActor:
         """See `SharedTiers.prepare`. Raises StaleLease where this incarnation was not told of the run."""
         return self._of(run_id).prepare(run_id, segment, attempt, holder, ops, dtype, shape)
 
-    def complete(self, run_id: str, segment: int, attempt: int, holder: str) -> dict[str, Any]:
+    def complete(self, run_id: str, segment: int, attempt: int, holder: str, store: str) -> dict[str, Any]:
         """See `SharedTiers.complete`; returns its statistics."""
         tiers = self._of(run_id)
-        tiers.complete(run_id, segment, attempt, holder)
+        tiers.complete(run_id, segment, attempt, holder, store)
         return tiers.statistics()
+
+    def fetch(
+        self, run_id: str, segment: int, attempt: int, holder: str, store: str, index: int, skipped: Sequence[int]
+    ) -> Bytes | None:
+        """The bytes of a read, for who cannot map the arena; see `carried.fetch`."""
+        tiers = self._of(run_id)
+        return carried.fetch(tiers.arena, tiers.opened(run_id, segment, attempt, holder, store), index, skipped)
+
+    def keep(
+        self,
+        run_id: str,
+        segment: int,
+        attempt: int,
+        holder: str,
+        store: str,
+        index: int,
+        data: Bytes,
+        skipped: Sequence[int],
+    ) -> None:
+        """The bytes of a write, from who cannot map the arena; see `carried.keep`."""
+        tiers = self._of(run_id)
+        carried.keep(tiers.arena, tiers.opened(run_id, segment, attempt, holder, store), index, data, skipped)
+
+    def incarnation(self, run_id: str) -> str:
+        """Of the store that serves the run now; "" if none does."""
+        try:
+            return self._of(run_id).incarnation
+        except StaleLease:
+            return ""
+
+    def give_up(self, run_id: str, holder: str) -> None:
+        """See `SharedTiers.give_up`; an unknown run is none."""
+        with suppress(StaleLease):
+            self._of(run_id).give_up(run_id, holder)
 
     def drop_run(self, run_id: str) -> None:
         """Forget all of a run; an unknown one is none. With the last one the memory is given back."""
@@ -98,5 +136,20 @@ def _make(options: StoreOptions, directory: Path) -> SharedTiers:
         disk = DiskTier(directory, allow_tmpfs=options.allow_tmpfs)
     except (OSError, ValueError) as error:
         raise ConfigError([f"store.directory cannot be used: {error}"]) from None
-    arena = Arena.create(options.host_bytes + TABLES_BYTES)
-    return SharedTiers(arena, options.host_bytes, disk, options.disk_bytes)
+    return SharedTiers(_memory(options), options.host_bytes, disk, options.disk_bytes)
+
+
+def _memory(options: StoreOptions) -> Arena:
+    """The host tier's. Raises ResourcesUnavailable."""
+    size = options.host_bytes + TABLES_BYTES
+    if options.shared_memory == "never":
+        return HeapArena(size)
+    try:
+        return Arena.create(size)
+    except (ResourcesUnavailable, ValueError) as no_shared_memory:  # ValueError: there is no folder for it
+        if options.shared_memory == "require":
+            raise ResourcesUnavailable(str(no_shared_memory)) from None
+        try:
+            return HeapArena(size)
+        except ResourcesUnavailable as no_memory:
+            raise ResourcesUnavailable(f"{no_shared_memory} {no_memory}") from None

@@ -14,8 +14,10 @@ import torch
 from edit_ray.actors.leases import SegmentLeases, Store
 from edit_ray.actors.messages import Progress, RunSpec, code_version, statistics
 from edit_ray.cache.stores.planned import PlannedStore
+from edit_ray.engine.continuity import match_statistics
 from edit_ray.engine.latent_files import latent_tail, load_latents, save_latents
 from edit_ray.engine.segment import SegmentEngine, usable_cores
+from edit_ray.engine.stream import Preceding
 from edit_ray.errors import RunCancelled
 from edit_ray.runs.folder import publish, write_atomic
 from edit_ray.runs.plan import SegmentPlan
@@ -55,10 +57,16 @@ class DenoiserActor:
         return path.exists()
 
     def prepare_run(self, spec: RunSpec) -> dict[str, float]:
-        """Loads the model if another one is loaded, encodes every prompt of the run, frees the text encoder's place."""
+        """Loads the model if another one is loaded, encodes every prompt of the run, frees the text encoder's place.
+
+        What the run begins from is encoded, and made durable. Raises ConfigError for a file that cannot be used.
+        """
         started = time.perf_counter()
         self._stopped.discard(spec.run_id)
-        self._ready_engine(spec)
+        engine, config = self._ready_engine(spec), spec.config
+        if config.continuity.init is not None and not spec.folder.init_latents.exists():
+            latents, _, _ = self._compute(engine, lambda: engine.encode_init(config.continuity, config.sampling))
+            save_latents(spec.folder.init_latents, latents)
         return statistics(prepare_s=time.perf_counter() - started)
 
     def denoise_segment(self, spec: RunSpec, segment: SegmentPlan, attempt: int) -> dict[str, float]:
@@ -70,29 +78,33 @@ class DenoiserActor:
         engine = self._ready_engine(spec)
         leases = self._leases_of(spec, engine)
         store = None if leases is None else leases.begin(segment.index, attempt, engine.history_len)
-        history = self._history(spec, segment.index)
-        sampling = spec.config.sampling
+        sampling, continuity = spec.config.sampling, spec.config.continuity
 
         def on_step(step: int, num_steps: int) -> None:
             self._progress = Progress(spec.run_id, segment.index, step, num_steps)
             if spec.run_id in self._stopped:
                 raise RunCancelled(f"run {spec.run_id} was stopped")
 
-        latents, denoise_at, denoise_s = self._compute(
-            engine,
-            lambda: engine.denoise(
+        def work() -> torch.Tensor:
+            latents = engine.denoise(
                 sampling,
                 prompt=segment.prompt,
                 seed=segment.seed,
-                history=history,
+                **self._context(engine, spec, segment.index),
                 on_step=on_step,
                 cache=spec.config.cache,
                 segment_index=segment.index,
                 store=store,
-            ),
-        )
-        known = 0 if history is None else history.shape[2]
-        save_latents(spec.folder.latents(segment.index), latents[:, :, known:])
+            )
+            added = latents[
+                :, :, spec.layout.first_latent(segment.index) - spec.layout.first_latent(segment.index + 1) :
+            ]
+            if continuity.adain and segment.index:
+                return match_statistics(added, load_latents(spec.folder.latents(0)), continuity.adain)
+            return added
+
+        latents, denoise_at, denoise_s = self._compute(engine, work)
+        save_latents(spec.folder.latents(segment.index), latents)
         reused = {}
         if leases is not None and store is not None:
             began = time.time()
@@ -106,14 +118,14 @@ class DenoiserActor:
         """Decodes one segment's new latents into its media file."""
         engine = self._ready_engine(spec)
         latents = load_latents(spec.folder.latents(segment.index))
-        before = [spec.folder.latents(k) for k in range(segment.index)]
         frames, decode_at, decode_s = self._compute(
             engine,
             lambda: engine.decode(
                 spec.run_id if spec.layout.history_latents else None,
                 latents,
                 position=spec.layout.first_latent(segment.index),
-                preceding=lambda count: latent_tail(before, count),
+                preceding=self._preceding(spec, segment.index),
+                keep_frames=spec.config.continuity.carried_frames,
             ),
         )
         assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
@@ -205,11 +217,20 @@ class DenoiserActor:
         skipped = sum(decision.decision == "reuse" for decision in record)
         return {"units_computed": len(record) - skipped, "units_skipped": skipped}
 
-    def _history(self, spec: RunSpec, segment_index: int) -> torch.Tensor | None:
-        """The predecessor's last latents, from what was committed."""
-        if segment_index == 0 or not spec.layout.history_latents:
-            return None
-        return latent_tail([spec.folder.latents(k) for k in range(segment_index)], spec.layout.history_latents)
+    def _context(self, engine: SegmentEngine, spec: RunSpec, segment_index: int) -> dict[str, torch.Tensor]:
+        """What a segment continues: made of committed latents alone, whatever this actor has seen of the run."""
+        if segment_index == 0:
+            begun = spec.config.continuity.init is not None
+            return {spec.config.continuity.mode: load_latents(spec.folder.init_latents)} if begun else {}
+        position, preceding = spec.layout.first_latent(segment_index), self._preceding(spec, segment_index)
+        return engine.context(spec.config.continuity, spec.run_id, position=position, preceding=preceding)
+
+    def _preceding(self, spec: RunSpec, segment_index: int) -> Preceding:
+        """Reads the last latents of the stream before a segment."""
+        before = [spec.folder.latents(k) for k in range(segment_index)]
+        if spec.layout.init_latents:
+            before.insert(0, spec.folder.init_latents)
+        return lambda count: latent_tail(before, count)
 
 
 def _reuse_statistics(store: PlannedStore, tiers: dict[str, Any]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from edit_ray.cache.options import CacheOptions
 from edit_ray.config.durations import format_duration
 from edit_ray.config.mistakes import KeyPath, Mistake, dotted
 from edit_ray.config.options import MAX_SEGMENTS, PromptSegment, VideoOptions
@@ -20,8 +21,13 @@ def layout_of(sampling: SamplingOptions, continuity: ContinuityOptions) -> Frame
     Raises:
         ValueError: `num_frames` and `history_latents` do not fit each other.
     """
-    history_latents = continuity.history_latents if continuity.mode == "history" else 0
-    return FrameLayout(sampling.num_frames, history_latents, sampling.fps)
+    return FrameLayout(
+        sampling.num_frames,
+        continuity.carried_latents,
+        sampling.fps,
+        init_latents=continuity.preceding_latents,
+        denoise_needs_frames=continuity.carried_frames > 0,
+    )
 
 
 def num_segments_of(video: VideoOptions, layout: FrameLayout) -> int:
@@ -43,13 +49,14 @@ def first_segment(entry: PromptSegment, layout: FrameLayout) -> int:
 def mistakes_between(
     sampling: SamplingOptions,
     continuity: ContinuityOptions,
+    cache: CacheOptions,
     video: VideoOptions,
     prompt_segments: Sequence[PromptSegment],
 ) -> list[Mistake]:
-    """Every mistake between these sections, at most those of the segment's shape where that is wrong."""
-    shape = list(_check_shape(sampling, continuity))
-    if shape:
-        return shape
+    """Every mistake between these sections, at most those of a segment alone where there are some."""
+    mistakes = [*_check_shape(sampling, continuity), *_check_continuity(continuity, cache)]
+    if mistakes:
+        return mistakes
     layout = layout_of(sampling, continuity)
     num_segments = num_segments_of(video, layout)
     return [*_check_length(video, layout, num_segments), *_check_storyboard(prompt_segments, layout, num_segments)]
@@ -62,7 +69,7 @@ def _check_shape(sampling: SamplingOptions, continuity: ContinuityOptions) -> It
         path: KeyPath = ("sampling", "num_frames")
         near = f"such as {below} or {below + TEMPORAL_FACTOR}"
         yield Mistake(path, f"{dotted(path)} is {frames}; it must be {TEMPORAL_FACTOR}k+1, {near}.")
-    elif continuity.mode == "history" and continuity.history_latents >= latents:
+    elif continuity.carried_latents >= latents:
         path = ("continuity", "history_latents")
         yield Mistake(
             path,
@@ -78,6 +85,31 @@ def _check_shape(sampling: SamplingOptions, continuity: ContinuityOptions) -> It
             f"{dotted(path)} is {frames} at {sampling.height}x{sampling.width}, {pixels} pixels a segment; "
             f"height · width · num_frames must be at most {MAX_SEGMENT_PIXELS}.",
             needs=(("sampling", "height"), ("sampling", "width")),
+        )
+
+
+def _check_continuity(continuity: ContinuityOptions, cache: CacheOptions) -> Iterator[Mistake]:
+    mode: KeyPath = ("continuity", "mode")
+    if continuity.mode == "warm_start" and not cache.reuse_window:
+        yield Mistake(
+            mode,
+            "continuity.mode is 'warm_start', and no segment reuses residuals of another; it needs cache.policy "
+            "warmstart_reuse and a cache.reuse_window of 1 or more.",
+            needs=(("cache",),),
+        )
+    if continuity.init is not None and not continuity.carried_latents:
+        yield Mistake(
+            ("continuity", "init"),
+            f"continuity.init is {continuity.init!r}; it needs continuity.mode history or overlap, as with "
+            f"{continuity.mode} no segment continues anything.",
+            needs=(mode,),
+        )
+    if continuity.adain and not continuity.carried_latents:
+        yield Mistake(
+            ("continuity", "adain"),
+            f"continuity.adain is {continuity.adain:g}; it must be 0 where continuity.mode is {continuity.mode}, "
+            "as it corrects what segments take over from each other.",
+            needs=(mode,),
         )
 
 

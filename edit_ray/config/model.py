@@ -39,7 +39,7 @@ class Config(Options):
 
     @model_validator(mode="after")
     def _check_between(self) -> Self:
-        mistakes = mistakes_between(self.sampling, self.continuity, self.video, self.prompt_segments)
+        mistakes = mistakes_between(self.sampling, self.continuity, self.cache, self.video, self.prompt_segments)
         if mistakes:
             raise Mistakes(mistakes)
         return self

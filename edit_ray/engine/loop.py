@@ -14,7 +14,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
 from edit_ray.engine.caching import expert_name
-from edit_ray.engine.continuity import hold_history
+from edit_ray.engine.continuity import Held, hold
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
@@ -29,7 +29,7 @@ class Request:
     num_inference_steps: int
     guidance_scale: float
     guidance_scale_2: float | None = None  # of the low-noise expert
-    history: Tensor | None = None  # [B, C, k, h, w] clean latents of the predecessor's tail
+    held: Held | None = None  # what the first k latent slots are
     callback: StepCallback | None = None
     callback_tensor_inputs: tuple[str, ...] = ("latents",)
     reset_cache: bool = True  # whether what the cache stored in earlier calls is dropped
@@ -39,15 +39,16 @@ class Request:
 def denoise(pipe: Any, request: Request) -> Tensor:
     """Denoise `request.latents` with the transformers and the noise scheduler of `pipe`; returns [B, C, T, h, w].
 
-    With `history` the first k slots stay the given clean latents at every step and see timestep 0. Whatever the
-    callback changes on `pipe` (`_interrupt`, `_guidance_scale`, `scheduler`, …) acts from the next step on.
+    The first k slots stay what `held` says, at the noise level of every step. Whatever the callback changes on `pipe`
+    (`_interrupt`, `_guidance_scale`, `scheduler`, …) acts from the next step on.
     """
     cond, uncond = request.prompt_embeds, request.negative_prompt_embeds  # [B, L, D]
-    x = hold_history(request.latents, request.history)  # [B, C, T, h, w]
-    clean = clean_tokens(pipe, x, request.history) if pipe.config.expand_timesteps else None
+    x, held = request.latents, request.held  # [B, C, T, h, w]
+    clean = clean_tokens(x, held) if pipe.config.expand_timesteps else None
 
     pipe.scheduler.set_timesteps(request.num_inference_steps, device=x.device)
     timesteps = pipe.scheduler.timesteps  # [S], from high noise to low
+    x = hold(x, held, float(pipe.scheduler.sigmas[0]))
     warmup = len(timesteps) - request.num_inference_steps * pipe.scheduler.order
     pipe.scheduler.set_begin_index(0)
     pipe._num_timesteps = len(timesteps)
@@ -72,12 +73,13 @@ def denoise(pipe: Any, request: Request) -> Tensor:
                 noise_pred = noise_uncond + scale * (noise_pred - noise_uncond)
 
             x = pipe.scheduler.step(noise_pred, t, x, return_dict=False)[0]  # [B, C, T, h, w]
-            x = hold_history(x, request.history)
+            sigma = float(pipe.scheduler.sigmas[i + 1])
+            x = hold(x, held, sigma)
 
             if request.callback is not None:
                 tensors: dict[str, Any] = {"latents": x, "prompt_embeds": cond, "negative_prompt_embeds": uncond}
                 changed = request.callback(pipe, i, t, {name: tensors[name] for name in request.callback_tensor_inputs})
-                x = hold_history(changed.pop("latents", x), request.history)
+                x = hold(changed.pop("latents", x), held, sigma)
                 cond = changed.pop("prompt_embeds", cond)
                 uncond = changed.pop("negative_prompt_embeds", uncond)
             if i == len(timesteps) - 1 or (i >= warmup and (i + 1) % pipe.scheduler.order == 0):
@@ -93,10 +95,10 @@ def expert_at(pipe: WanPipeline, t: Tensor, request: Request) -> tuple[WanTransf
     return pipe.transformer_2, request.guidance_scale_2
 
 
-def clean_tokens(pipe: WanPipeline, latents: Tensor, history: Tensor | None) -> Tensor:
-    """A factor for the timestep of each token [T·h/2·w/2]: 0 where it belongs to the clean history, else 1."""
+def clean_tokens(latents: Tensor, held: Held | None) -> Tensor:
+    """A factor for the timestep of each token [T·h/2·w/2]: 0 where it belongs to a clean context, else 1."""
     _, _, frames, height, width = latents.shape
     factor = torch.ones(frames, height, width, dtype=torch.float32, device=latents.device)
-    if history is not None:
-        factor[: history.shape[2]] = 0
+    if held is not None and held.noise is None:
+        factor[: held.slots] = 0
     return factor[:, ::2, ::2].flatten()

@@ -16,7 +16,7 @@ from PIL.Image import Image
 from torch import Generator, Tensor
 
 from edit_ray.engine.caching import CacheControl
-from edit_ray.engine.continuity import check_history
+from edit_ray.engine.continuity import Held, check_context
 from edit_ray.engine.decode import denormalise
 from edit_ray.engine.locate import locate_model
 from edit_ray.engine.loop import Request, StepCallback, denoise
@@ -86,16 +86,16 @@ class EditWanPipeline(CacheControl, WanPipeline):  # type: ignore[misc]
         max_sequence_length: int = 512,
         *,
         history: Tensor | None = None,
+        overlap: Tensor | None = None,
         reset_cache: bool = True,
         prefetch_reuse: bool = False,
     ) -> EditWanOutput | tuple[Any]:
         """Generate videos; the arguments up to `max_sequence_length` mean what they mean in `diffusers.WanPipeline`.
 
-        `history` [B, C, k, h, w], for models with `expand_timesteps`: normalised latents of the predecessor's tail.
-        They fill the first k of the T latent frames, clean; the result covers the whole window, history included.
-        With a cache, `reset_cache=False` keeps what earlier calls stored; `prefetch_reuse` says what is read of it.
-        Returns `EditWanOutput`, or with `return_dict=False` the tuple `(batch,)`: [B, F, H, W, 3] for "np",
-        [B, F, 3, H, W] for "pt", lists of images for "pil", [B, C, T, h, w] for "latent".
+        `history` or `overlap` [B, C, k, h, w]: normalised latents that the first k of T stay, clean (for models with
+        `expand_timesteps`) or as noisy as the rest. With a cache, `reset_cache=False` keeps what earlier calls stored,
+        `prefetch_reuse` says what is read of it. Returns `EditWanOutput`, or with `return_dict=False` `(batch,)`: "np"
+        [B, F, H, W, 3], "pt" [B, F, 3, H, W], "pil" lists of images, "latent" [B, C, T, h, w].
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -114,7 +114,7 @@ class EditWanPipeline(CacheControl, WanPipeline):  # type: ignore[misc]
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             guidance_scale_2=self._guidance_scale_2,
-            history=self._check_history(history, noise),
+            held=self._hold(history, overlap, noise),
             callback=callback_on_step_end,
             callback_tensor_inputs=tuple(names),
             reset_cache=reset_cache,
@@ -196,14 +196,19 @@ class EditWanPipeline(CacheControl, WanPipeline):  # type: ignore[misc]
         )
         return noise
 
-    def _check_history(self, history: Tensor | None, noise: Tensor) -> Tensor | None:
+    def _hold(self, history: Tensor | None, overlap: Tensor | None, noise: Tensor) -> Held | None:
+        if overlap is not None:
+            if history is not None:
+                raise ValueError("`history` and `overlap` are both given; a segment continues one of them.")
+            context = check_context("overlap", overlap, noise)
+            return Held(context, noise[:, :, : context.shape[2]])
         if history is None:
             return None
         if not self.config.expand_timesteps:
             raise ValueError(
                 "`history` needs a model with per-token timesteps: `expand_timesteps` is false in this model's config."
             )
-        return check_history(history, noise)
+        return Held(check_context("history", history, noise))
 
     def _decode(self, latents: Tensor, output_type: str | None) -> Frames:
         """Latents [B, C, T, h, w] as `output_type`; with "latent" they are the output."""

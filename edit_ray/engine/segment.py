@@ -12,11 +12,14 @@ from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.records import Record
 from edit_ray.cache.stores.device import GPUStore
 from edit_ray.cache.stores.planned import PlannedStore
-from edit_ray.engine.decode import StreamingDecoder, to_uint8
+from edit_ray.engine.decode import to_uint8
+from edit_ray.engine.encode import encode, to_video
+from edit_ray.engine.init_file import read_init
 from edit_ray.engine.loading import load_pipeline, with_flow_shift
-from edit_ray.engine.options import ModelOptions, SamplingOptions
+from edit_ray.engine.options import ContinuityOptions, ModelOptions, SamplingOptions, frames_of
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.reuse import Reuse, plan_run_reuse
+from edit_ray.engine.stream import Preceding, RunStream
 from edit_ray.errors import SegmentFailed
 
 MAX_SEQUENCE_LENGTH = 512  # the pipeline's default, so that embeddings equal the library's
@@ -31,7 +34,7 @@ class SegmentEngine:
         self.pipe = pipe
         self._offload_text_encoder = offload_text_encoder
         self._embeds: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [1, L, D] on the CPU
-        self._decoders: dict[str, StreamingDecoder] = {}
+        self._streams: dict[str, RunStream] = {}
         self._cached_for: object = None  # the options that the pipeline's cache was enabled with
 
     @classmethod
@@ -81,12 +84,13 @@ class SegmentEngine:
         prompt: str,
         seed: int,
         history: Tensor | None = None,
+        overlap: Tensor | None = None,
         on_step: Callable[[int, int], None] | None = None,
         cache: CacheOptions = UNCACHED,
         segment_index: int = 0,
         store: PlannedStore | None = None,
     ) -> Tensor:
-        """One segment's normalised latents [1, C, T, h, w], float32, on the CPU; with `history` its slots come first.
+        """One segment's normalised latents [1, C, T, h, w], float32, on the CPU; those of a context come first.
 
         Equal, bit for bit, to `pipe(prompt, negative_prompt, generator=torch.Generator().manual_seed(seed),
         output_type="latent", …)` on the same hardware and threads. `on_step(done, total)` is called after each step;
@@ -115,6 +119,7 @@ class SegmentEngine:
             output_type="latent",
             callback_on_step_end=None if on_step is None else _step_callback(on_step, sampling.num_inference_steps),
             history=history,
+            overlap=overlap,
             reset_cache=store is None,
             return_dict=False,
         )
@@ -148,34 +153,49 @@ class SegmentEngine:
         """What the cache decided in the last segment; None without a cache."""
         return None if self.pipe.cache is None else self.pipe.cache.record
 
+    def context(
+        self, continuity: ContinuityOptions, run_id: str, *, position: int, preceding: Preceding
+    ) -> dict[str, Tensor]:
+        """What the segment after `position` latents of a run's stream continues, as `denoise` takes it; empty for none.
+
+        Latents alone decide it: where frames are needed and are not at hand, they are decoded again from `preceding`,
+        which returns the last `count` latents before `position`.
+        """
+        return self._stream(run_id).context(continuity, position, preceding)
+
+    def encode_init(self, continuity: ContinuityOptions, sampling: SamplingOptions) -> Tensor:
+        """The latents [1, C, k, h, w] of the user's picture or clip, float32, on the CPU; raises `ConfigError`."""
+        assert continuity.init is not None, "there is a file to begin from"
+        count = frames_of(continuity.init_latents)
+        frames = read_init(continuity.init, frames=count, height=sampling.height, width=sampling.width)
+        return encode(self.pipe.vae, to_video(frames)).cpu()
+
     def decode(
         self,
         run_id: str | None,
         latents: Tensor,
         *,
         position: int = 0,
-        preceding: Callable[[int], Tensor] | None = None,
+        preceding: Preceding | None = None,
+        keep_frames: int = 0,
     ) -> Tensor:
         """New latents [1, C, n, h, w] of a run's stream as frames, uint8 [F, H, W, 3], on the CPU.
 
         `position` counts the stream's latents before them. The decoder's state is carried from call to call; where it
         is not at `position` (a new process, a segment done again) it is rebuilt from `preceding(count)`, which returns
-        the last `count` latents before `position`. With `run_id` `None` the latents are a stream of their own.
+        the last `count` latents before `position`. The last `keep_frames` frames stay at hand for `context`. With
+        `run_id` `None` the latents are a stream of their own.
         """
         if run_id is None:
-            return to_uint8(StreamingDecoder(self.pipe.vae).decode(latents)).cpu()
-        decoder = self._decoders.setdefault(run_id, StreamingDecoder(self.pipe.vae))
-        if position == 0:
-            decoder.reset()
-        elif decoder.position != position:
-            if preceding is None:
-                raise ValueError(f"Run {run_id!r} is decoded up to latent {decoder.position}, not {position}.")
-            decoder.rebuild(preceding(min(position, decoder.lookback)), position)
-        return to_uint8(decoder.decode(latents)).cpu()
+            return to_uint8(RunStream(self.pipe.vae).decode(latents, 0)).cpu()
+        return to_uint8(self._stream(run_id).decode(latents, position, preceding, keep_frames)).cpu()
 
     def release(self, run_id: str) -> None:
         """Free the run's decoder state, if there is any."""
-        self._decoders.pop(run_id, None)
+        self._streams.pop(run_id, None)
+
+    def _stream(self, run_id: str) -> RunStream:
+        return self._streams.setdefault(run_id, RunStream(self.pipe.vae))
 
     def _use_cache(self, cache: CacheOptions, sampling: SamplingOptions) -> None:
         """Enable the cache that a segment asks for, unless it is that of the segment before."""

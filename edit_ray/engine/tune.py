@@ -141,6 +141,9 @@ class Videos:
                 self.pipe.disable_cache()
             yield measured
 
+    def __len__(self) -> int:
+        return len(self._samples)
+
     def _frames(self, index: int) -> Tensor:
         prompt, seed = self._samples[index]
         generator = torch.Generator().manual_seed(seed)

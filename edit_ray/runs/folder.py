@@ -3,6 +3,7 @@
 RUN/run.yaml                      the configuration
 RUN/manifest.json                 what is committed
 RUN/latents/NNNNN.safetensors     the latents that segment N added
+RUN/latents/init.safetensors      those of the picture or clip that segment 0 continues, where there is one
 RUN/segments/NNNNN-tT.m4s         its frames, playable behind init.mp4; T is the take
 RUN/records/NNNNN.json            what the cache decided in it, where there is one
 RUN/init.mp4, stream.mp4, live*.m3u8  what plays while the run goes on
@@ -113,6 +114,10 @@ class RunFolder:
 
     def latents(self, segment_index: int) -> Path:
         return self.path / "latents" / f"{segment_index:05d}.safetensors"
+
+    @property
+    def init_latents(self) -> Path:
+        return self.path / "latents" / "init.safetensors"
 
     def media(self, segment_index: int, take: int = 0) -> Path:
         return self.path / "segments" / f"{segment_index:05d}-t{take}.m4s"

@@ -27,15 +27,18 @@ class FrameLayout:
     num_frames: int
     history_latents: int
     fps: int
+    init_latents: int = 0
+    denoise_needs_frames: bool = False
 
     def __post_init__(self) -> None:
         if self.num_frames < 1 or self.num_frames % TEMPORAL_FACTOR != 1:
             raise ValueError(f"num_frames is {self.num_frames}; it must be 4k+1, such as 33 or 81.")
-        if not 0 <= self.history_latents < self.latent_frames:
-            raise ValueError(
-                f"history_latents is {self.history_latents}; it must be at least 0 and less than the "
-                f"{self.latent_frames} latents of a segment of {self.num_frames} frames."
-            )
+        for name in ("history_latents", "init_latents"):
+            if not 0 <= getattr(self, name) < self.latent_frames:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be at least 0 and less than the "
+                    f"{self.latent_frames} latents of a segment of {self.num_frames} frames."
+                )
         if self.fps < 1:
             raise ValueError(f"fps is {self.fps}; it must be at least 1.")
 
@@ -43,6 +46,11 @@ class FrameLayout:
     def latent_frames(self) -> int:
         """Latents of one segment along time, T."""
         return (self.num_frames - 1) // TEMPORAL_FACTOR + 1
+
+    @property
+    def first_frames(self) -> int:
+        """Frames that the first segment adds."""
+        return self.num_frames if self.init_latents == 0 else TEMPORAL_FACTOR * (self.latent_frames - self.init_latents)
 
     @property
     def later_frames(self) -> int:
@@ -54,7 +62,7 @@ class FrameLayout:
     def frames_of(self, segment_index: int) -> int:
         """Frames that the segment adds to the video."""
         self._check_index(segment_index)
-        return self.num_frames if segment_index == 0 else self.later_frames
+        return self.first_frames if segment_index == 0 else self.later_frames
 
     def first_frame(self, segment_index: int) -> int:
         """Index in the video of the first frame that the segment adds."""
@@ -65,17 +73,17 @@ class FrameLayout:
         """Index in the run's latent stream of the first latent that the segment adds."""
         self._check_index(segment_index)
         later = self.latent_frames - self.history_latents
-        return 0 if segment_index == 0 else self.latent_frames + (segment_index - 1) * later
+        return self.init_latents if segment_index == 0 else self.latent_frames + (segment_index - 1) * later
 
     def total_frames(self, num_segments: int) -> int:
         """Frames of a video of that many segments."""
         self._check_index(num_segments)
-        return 0 if num_segments == 0 else self.num_frames + (num_segments - 1) * self.later_frames
+        return 0 if num_segments == 0 else self.first_frames + (num_segments - 1) * self.later_frames
 
     def segments_for(self, duration_s: float) -> int:
         """The fewest segments, at least one, whose frames last `duration_s` seconds."""
         frames = math.ceil(duration_s * self.fps - _ROUNDING)
-        return 1 + max(0, math.ceil((frames - self.num_frames) / self.later_frames))
+        return 1 + max(0, math.ceil((frames - self.first_frames) / self.later_frames))
 
     def frame_at(self, second: float) -> int:
         """Index of the frame that is shown at that second."""
@@ -86,7 +94,7 @@ class FrameLayout:
         if second < 0:
             raise ValueError(f"second is {second}; it must be at least 0.")
         frame = self.frame_at(second)
-        return 0 if frame < self.num_frames else 1 + (frame - self.num_frames) // self.later_frames
+        return 0 if frame < self.first_frames else 1 + (frame - self.first_frames) // self.later_frames
 
     @staticmethod
     def _check_index(index: int) -> None:

@@ -22,7 +22,8 @@ def test_the_call_has_every_parameter_and_default_of_diffusers():
     ours = list(inspect.signature(EditWanPipeline.__call__).parameters.values())
     same, extras = ours[: len(stock)], ours[len(stock) :]
     assert [(p.name, p.default, p.kind) for p in same] == [(p.name, p.default, p.kind) for p in stock]
-    assert {p.name: p.default for p in extras} == {"history": None, "reset_cache": True, "prefetch_reuse": False}
+    defaults = {"history": None, "overlap": None, "reset_cache": True, "prefetch_reuse": False}
+    assert {p.name: p.default for p in extras} == defaults
     assert all(p.kind is p.KEYWORD_ONLY for p in extras)
 
 

@@ -40,3 +40,15 @@ def test_a_killed_store_or_gpu_actor_changes_no_frame_and_leaves_nothing(ray_hea
     assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
     mine = f"edit_ray-{pids()['cache_store']}-"
     assert wait_until(lambda: not [path for path in Path("/dev/shm").glob("edit_ray-*") if path.name.startswith(mine)])
+
+
+def test_without_shared_memory_the_frames_are_the_same(ray_head, config, tmp_path, run_id):
+    client = LongVideoClient(output=tmp_path)
+    shared, _ = generate(client, config(steps=12, segments=6, more=REUSE), run_id)
+    more = REUSE.replace("16KiB", "16KiB, shared_memory: never")
+    carried, statistics = generate(client, config(steps=12, segments=6, more=more), f"{run_id}-carried")
+    assert shared == carried
+    assert sum(segment["entries_read"] for segment in statistics) == 4 * 8
+    hurt, _ = generate(client, config(steps=12, segments=6, more=more), f"{run_id}-hurt", kill="cache_store")
+    assert carried == hurt
+    assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []

@@ -12,6 +12,7 @@ from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.config import Config
+from edit_ray.engine.continuity import match_statistics
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.errors import ConfigError, RunExists, UnknownRun
@@ -159,6 +160,43 @@ def test_a_lost_actor_changes_no_frame(tmp_path, model, lost):
         assert torch.equal(load_latents(whole.latents(index)), load_latents(hurt.latents(index)))
         assert whole.media(index).read_bytes() == hurt.media(index).read_bytes()
     assert np.array_equal(frames_of(tmp_path, config, "whole"), frames_of(tmp_path, config, "hurt"))
+
+
+MODES = {
+    "none": {"mode": "none"},
+    "hybrid": {"mode": "overlap", "overlap_source": "hybrid", "adain": 0.1},
+    "latent": {"mode": "overlap", "overlap_source": "latent"},
+    "reencode": {"mode": "overlap", "overlap_source": "reencode"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_in_every_mode_a_lost_actor_changes_no_frame(tmp_path, model, mode):
+    config = config_for(model, continuity=MODES[mode] | {"history_latents": 2})
+    crew = Crew()
+    crew.fail_once = {("denoise_segment", 1), ("decode_segment", 2)}
+    for name, its_crew in (("whole", None), ("hurt", crew)):
+        status, records, _ = asyncio.run(generate(tmp_path, config, name, its_crew))
+        assert status.state == "done", status.error
+        assert sum(record.num_frames for record in records) == config.num_frames_total
+    assert crew.fail_once == set(), "every planned failure happened"
+    assert np.array_equal(frames_of(tmp_path, config, "whole"), frames_of(tmp_path, config, "hurt"))
+    for index in range(4):
+        whole, hurt = (load_latents(RunFolder(tmp_path, name).latents(index)) for name in ("whole", "hurt"))
+        assert torch.equal(whole, hurt)
+
+
+def test_adain_draws_what_a_segment_adds_towards_the_first_segment(tmp_path, model):
+    latents = {}
+    for factor in (0.0, 0.25):
+        config = config_for(model, continuity={"mode": "history", "adain": factor}, video={"num_segments": 3})
+        asyncio.run(generate(tmp_path, config, f"run{factor:g}".replace(".", "-")))
+        folder = RunFolder(tmp_path, f"run{factor:g}".replace(".", "-"))
+        latents[factor] = [load_latents(folder.latents(index)) for index in range(3)]
+    plain, drawn = latents.values()
+    assert torch.equal(drawn[0], plain[0])
+    assert torch.equal(drawn[1], match_statistics(plain[1], plain[0], 0.25))
+    assert not torch.equal(drawn[2], match_statistics(plain[2], plain[0], 0.25)), "it continues what was drawn"
 
 
 def test_a_segment_that_always_fails_ends_the_run_with_its_reason(tmp_path, model):

@@ -24,8 +24,11 @@ def model(tmp_path_factory):
     return save_random_wan(tmp_path_factory.mktemp("model") / "wan", num_layers=4)
 
 
-def config_for(model, host=100, granularity="stack", **cache):
-    reuse = {"policy": "warmstart_reuse", "inner": "fbcache", "rel_l1_thresh": 0.2, "warm_steps": 3, "reuse_window": 3}
+def config_for(model, host=100, granularity="stack", shared_memory="require", **cache):
+    inner = {"inner": "fbcache", "rel_l1_thresh": 0.2}
+    if granularity != "stack":  # where a unit may be a single block, the first one is no probe
+        inner = {"inner": "taylorseer", "cache_interval": 2, "disable_cache_before_step": 2, "max_order": 1}
+    reuse = {"policy": "warmstart_reuse", "warm_steps": 3, "reuse_window": 3, **inner}
     return Config.model_validate(
         {
             "model": {"path": str(model)},
@@ -34,7 +37,7 @@ def config_for(model, host=100, granularity="stack", **cache):
             "prompt_segments": [{"segment": 0, "prompt": "a red circle"}],
             "continuity": {"mode": "none"},
             "cache": reuse | {"granularity": granularity} | cache,
-            "store": {"host_bytes": host * 4096, "allow_tmpfs": True},
+            "store": {"host_bytes": host * 4096, "allow_tmpfs": True, "shared_memory": shared_memory},
             "engine": {"cpu_threads": 1, "idle_exit_s": 3600},
         }
     )
@@ -80,13 +83,15 @@ def latents_of(root, run_id):
     return torch.cat([load_latents(RunFolder(root, run_id).latents(k)) for k in range(SEGMENTS)])
 
 
-@pytest.mark.parametrize("granularity", ["stack", 2])
+@pytest.mark.parametrize("granularity", ["stack", "per_block", 3])
 def test_latents_are_the_same_in_much_memory_and_in_little(tmp_path, model, granularity):
     records = asyncio.run(generate(tmp_path, config_for(model, 100, granularity), "much"))
     little = asyncio.run(generate(tmp_path, config_for(model, 2, granularity), "little"))
-    assert torch.equal(latents_of(tmp_path, "much"), latents_of(tmp_path, "little"))
-    units = {"stack": 1, 2: 2}[granularity]
-    for made in (records, little):
+    carried = asyncio.run(generate(tmp_path, config_for(model, 2, granularity, "never"), "carried"))
+    for other in ("little", "carried"):
+        assert torch.equal(latents_of(tmp_path, "much"), latents_of(tmp_path, other))
+    units = {"stack": 1, "per_block": 4, 3: 2}[granularity]
+    for made in (records, little, carried):
         counts = [(r.statistics["entries_written"], r.statistics["entries_read"]) for r in made]
         opening = 3 * 2 * units
         assert counts == [(opening, 0), *[(0, opening)] * 3, (opening, 0), (0, opening)]
@@ -112,13 +117,14 @@ def test_reuse_shows_in_what_is_computed_and_in_the_latents(tmp_path, model):
     assert [record.statistics["units_skipped"] for record in reusing] == [0, 6, 6, 6, 0, 6]
 
 
+@pytest.mark.parametrize("shared_memory", ["require", "never"])
 @pytest.mark.parametrize(
     "lost",
     [{2: "store"}, {2: "gpu"}, {1: "store", 3: "gpu"}, {4: "gpu and store"}, {0: "gpu", 5: "store"}],
     ids=str,
 )
-def test_a_lost_actor_changes_no_latents(tmp_path, model, lost):
-    config = config_for(model, 2)
+def test_a_lost_actor_changes_no_latents(tmp_path, model, lost, shared_memory):
+    config = config_for(model, 2, shared_memory=shared_memory)
     asyncio.run(generate(tmp_path, config, "whole"))
     crew = Crew(lost)
     asyncio.run(generate(tmp_path, config, "hurt", crew))

@@ -1,6 +1,7 @@
 """The pure parts of the front's benchmark: likeness, intervals, and which points enter."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from benchmarks.measure import MOST_DB, Point, best_at, compare, mean, mean_interval, psnr, ssim
 from benchmarks.methods import METHODS
-from benchmarks.policies import in_turns
+from benchmarks.policies import Task, in_turns
+from benchmarks.shards import Shard, joined
 
 
 def video(seed=0):
@@ -97,3 +99,39 @@ def test_a_run_cut_short_has_all_methods():
     turns = in_turns(METHODS)
     assert [method.name for method, _ in turns[: len(METHODS)]] == [method.name for method in METHODS]
     assert len(turns) == sum(len(method.settings) for method in METHODS)
+
+
+def results(shard, prompts=3, seeds=2):
+    """What a process would write that measures 10 x prompt + seed everywhere."""
+    own = [10.0 * prompt + seed for prompt in range(prompts) if shard.has(prompt) for seed in range(seeds)]
+    return {
+        "task": {"prompts": ["p"] * prompts, "seeds": seeds},
+        "points": [asdict(Point("m", "ours", {"skips": 1}, 0.5, 9.0, own, own, own))],
+    }
+
+
+@pytest.mark.parametrize("of", [1, 2, 3])
+def test_shards_join_in_the_order_of_samples_with_times_of_one_alone(of):
+    alone = Point("m", "ours", {"skips": 1}, 0.5, 0.6, [1.0], [1.0], [1.0])
+    (found,) = joined([results(Shard(index, of)) for index in range(of)], [alone])
+    assert found.psnr == found.ssim == found.shares == [0.0, 1.0, 10.0, 11.0, 20.0, 21.0]
+    assert (found.time, found.share) == (0.6, 10.5)
+
+
+def test_what_a_shard_lacks_is_not_joined():
+    alone = Point("m", "ours", {"skips": 1}, 0.5, 0.6, [1.0], [1.0], [1.0])
+    assert joined([results(Shard(0, 2)), results(Shard(1, 2)) | {"points": []}], [alone]) == []
+    assert joined([results(Shard(0, 2)), results(Shard(1, 2))], []) == []
+
+
+@pytest.mark.parametrize("text", ["3/3", "-1/2", "1", "x/2", "0/0"])
+def test_a_shard_that_is_none_is_refused(text):
+    with pytest.raises(ValueError):  # noqa: PT011 (int has words of its own)
+        Shard.parse(text)
+
+
+def test_the_shards_samples_are_those_of_the_whole():
+    task = Task(["a", "b", "c"], seeds=2)
+    parts = [list(task.samples(Shard(index, 2))) for index in range(2)]
+    assert sorted(parts[0] + parts[1], key=lambda sample: sample[1]) == list(task.samples())
+    assert len(parts[0]) == 4

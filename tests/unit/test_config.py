@@ -67,12 +67,29 @@ def test_a_start_in_the_middle_of_a_segment_takes_all_of_it() -> None:
         ({"mode": "none"}, "1m", 30, 990),
         ({"mode": "history", "history_latents": 3}, "6.5s", 4, 105),
         ({"mode": "history", "history_latents": 3}, "6.6s", 5, 129),
+        ({"mode": "overlap"}, "6.6s", 5, 129),
     ],
 )
 def test_a_duration_is_covered(continuity: dict[str, object], duration: str, segments: int, frames: int) -> None:
     config = config_of({"segment": 0, "prompt": "a"}, video={"duration": duration}, continuity=continuity)
     assert (config.num_segments, config.num_frames_total) == (segments, frames)
     assert len(config.prompts) == segments
+
+
+def test_segments_that_reuse_residuals_alone_are_clips_of_their_own() -> None:
+    cache = {"policy": "warmstart_reuse", "reuse_window": 2, "inner": "always"}
+    config = config_of(
+        {"segment": 0, "prompt": "a"}, video={"num_segments": 3}, continuity={"mode": "warm_start"}, cache=cache
+    )
+    assert config.num_frames_total == 3 * 33
+    assert not config.layout.denoise_needs_frames
+
+
+@pytest.mark.parametrize(("source", "needs"), [("hybrid", True), ("reencode", True), ("latent", False)])
+def test_what_is_encoded_anew_must_be_decoded_first(source: str, needs: bool) -> None:
+    continuity = {"mode": "overlap", "overlap_source": source}
+    config = config_of({"segment": 0, "prompt": "a"}, video={"num_segments": 3}, continuity=continuity)
+    assert config.layout.denoise_needs_frames == needs
 
 
 def test_sections_can_be_given_as_objects() -> None:

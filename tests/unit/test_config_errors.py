@@ -67,7 +67,9 @@ BAD_VALUES: list[tuple[str, tuple[str, ...]]] = [
     ("model.torch_dtype=float64", ("model.torch_dtype is 'float64'", "one of float32, bfloat16, float16")),
     ("model.device=tpu", ("model.device is 'tpu'", "one of auto, cpu, cuda")),
     ("model.offload=all", ("model.offload is 'all'", "one of none, text_encoder")),
-    ("continuity.mode=overlap", ("continuity.mode is 'overlap'", "one of none, history")),
+    ("continuity.mode=overlay", ("continuity.mode is 'overlay'", "one of none, warm_start, history, overlap")),
+    ("continuity.overlap_source=pixels", ("overlap_source is 'pixels'", "one of hybrid, latent, reencode")),
+    ("continuity.adain=0.3", ("continuity.adain is 0.3", "from 0 to 0.25")),
     ("cache.policy=''", ("cache.policy is ''", "must be text of 1 to 200 characters")),
     ("cache.granularity=blocks", ("cache.granularity is 'blocks'", "must be stack, per_block, or a whole number")),
     ("output.preset=quick", ("output.preset is 'quick'", "one of ultrafast, superfast")),
@@ -155,6 +157,12 @@ BETWEEN: list[tuple[list[str], tuple[str, ...]]] = [
         ["continuity.mode=history", "continuity.history_latents=9"],
         ("continuity.history_latents is 9", "less than the 9 latents", "33 frames"),
     ),
+    (
+        ["continuity.mode=overlap", "continuity.history_latents=9"],
+        ("continuity.history_latents is 9", "less than the 9 latents"),
+    ),
+    (["continuity.mode=warm_start"], ("continuity.mode is 'warm_start'", "cache.reuse_window of 1 or more")),
+    (["continuity.adain=0.1", "continuity.mode=none"], ("continuity.adain is 0.1", "0 where continuity.mode is none")),
     (
         ["sampling.height=4096", "sampling.width=4096", "sampling.num_frames=1025"],
         ("sampling.num_frames is 1025 at 4096x4096", "at most 2147483648"),

@@ -14,7 +14,8 @@ from edit_ray.runs.layout import FrameLayout
 @st.composite
 def layouts(draw: st.DrawFn) -> FrameLayout:
     latents = draw(st.integers(1, 257))
-    return FrameLayout(4 * (latents - 1) + 1, draw(st.integers(0, latents - 1)), draw(st.integers(1, 120)))
+    history, init = (draw(st.integers(0, latents - 1)) for _ in range(2))
+    return FrameLayout(4 * (latents - 1) + 1, history, draw(st.integers(1, 120)), init)
 
 
 def test_the_embedded_model_s_video_has_105_frames() -> None:
@@ -28,6 +29,21 @@ def test_the_embedded_model_s_video_has_105_frames() -> None:
 def test_without_history_every_segment_adds_all_its_frames() -> None:
     layout = FrameLayout(81, 0, 16)
     assert [layout.frames_of(0), layout.frames_of(5), layout.total_frames(6)] == [81, 81, 486]
+
+
+def test_a_clip_that_is_continued_is_no_part_of_the_video() -> None:
+    layout = FrameLayout(33, 3, 16, init_latents=3)
+    assert [layout.frames_of(index) for index in range(3)] == [24, 24, 24]
+    assert [layout.first_latent(index) for index in range(3)] == [3, 9, 15]
+    assert FrameLayout(33, 3, 16, init_latents=1).total_frames(4) == 32 + 3 * 24
+
+
+@given(layouts(), st.integers(0, 500))
+def test_each_latent_after_the_first_of_a_stream_is_four_frames(layout: FrameLayout, index: int) -> None:
+    added = layout.first_latent(index + 1) - layout.first_latent(index)
+    starts = layout.history_latents == 0 and index > 0  # a stream of its own
+    starts |= layout.init_latents == 0 and index == 0
+    assert layout.frames_of(index) == 4 * added - 3 * starts
 
 
 @given(layouts(), st.integers(0, 500))
@@ -72,9 +88,10 @@ def test_binary_rounding_makes_no_extra_segment() -> None:
         ((33, 9, 16), "less than the 9 latents"),
         ((33, -1, 16), "at least 0"),
         ((33, 3, 0), "fps is 0"),
+        ((33, 3, 16, 9), "init_latents is 9"),
     ],
 )
-def test_a_layout_that_cannot_be_is_refused(arguments: tuple[int, int, int], word: str) -> None:
+def test_a_layout_that_cannot_be_is_refused(arguments: tuple[int, ...], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         FrameLayout(*arguments)
 

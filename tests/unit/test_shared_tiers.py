@@ -1,13 +1,20 @@
 """The arena over the disk as a segment uses it: what was written is read, in however little memory."""
 
+import errno
+import os
 import random
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from edit_ray.cache.stores.allocator import Extent, room_of
 from edit_ray.cache.stores.arena import Arena
+from edit_ray.cache.stores.direct_io import FileCalls
 from edit_ray.cache.stores.disk_tier import DiskTier
+from edit_ray.cache.stores.holders import began_before, is_gone, this_holder
 from edit_ray.cache.stores.op_table import Op, OpTable
 from edit_ray.cache.stores.planned import Form, PlannedStore
 from edit_ray.cache.stores.shared_tiers import TABLES_BYTES, SharedTiers
@@ -57,12 +64,12 @@ def tiers_in(tmp_path):
         tiers.planner.check()
 
 
-def begin(tiers, plan, segment, attempt=0, holder=1):
+def begin(tiers, plan, segment, attempt=0, holder=1, ahead=0):
     ops = ops_of(plan.segments[segment])
     lease = tiers.prepare(RUN, segment, attempt, holder, ops, torch.float32, SHAPE)
     arena = Arena.open(lease.arena)
     table = OpTable(arena.memory(lease.table), lease.num_ops)
-    return PlannedStore(arena, table, ops, FORM, prefix=(RUN,), timeout_s=10)
+    return PlannedStore(arena, table, ops, FORM, prefix=(RUN,), ahead_bytes=ahead * SIZE, timeout_s=10)
 
 
 def make(store, segment, upto=None):
@@ -80,15 +87,17 @@ def make(store, segment, upto=None):
 
 
 @pytest.mark.parametrize("entries", [1, 2, 5, 100])
-def test_a_run_reads_what_it_wrote_in_however_little_memory(tiers_in, entries):
+@pytest.mark.parametrize("ahead", [0, 1, 3, 100])
+def test_a_run_reads_what_it_wrote_in_however_little_memory(tiers_in, entries, ahead):
     tiers, plan = tiers_in(entries), plan_of()
     tiers.follow(plan.uses())
-    stores = {0: begin(tiers, plan, 0)}
+    stores = {0: begin(tiers, plan, 0, ahead=ahead)}
     read = 0
     for segment in range(8):
         store = stores.pop(segment)
         if segment + 1 < 8:
-            stores[segment + 1] = begin(tiers, plan, segment + 1)  # asked for while this one is made
+            # asked for while this one is made
+            stores[segment + 1] = begin(tiers, plan, segment + 1, ahead=ahead)
         read += make(store, segment)
         store.finish()
         tiers.complete(RUN, segment, 0, 1)
@@ -248,3 +257,141 @@ def test_random_delays_change_nothing(tiers_in, monkeypatch):
         store.finish()
         tiers.complete(RUN, segment, 0, 1)
         store = following
+
+
+# Holders: processes that write into the arena.
+
+
+@pytest.fixture
+def other_process():
+    """A process that lives until it is ended, and its name as a holder."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process, f"{process.pid}-{start_of(process.pid)}"
+        process.kill()
+
+
+def start_of(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+def test_a_holder_is_a_process_and_no_later_one_of_its_pid(other_process):
+    process, holder = other_process
+    assert not is_gone(holder)
+    assert is_gone(f"{process.pid}-{int(start_of(process.pid)) - 1}"), "another process had this pid"
+    assert not is_gone(this_holder())
+    assert began_before(this_holder(), holder) or start_of("self") == start_of(process.pid)
+    process.kill()
+    process.poll()
+    assert wait_until(lambda: is_gone(holder)), "dead, although nobody has asked for it"
+
+
+def wait_until(condition, timeout_s=10.0):
+    deadline = time.monotonic() + timeout_s
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return met
+
+
+def test_what_a_holder_may_still_write_to_returns_when_its_process_is_gone(tiers_in, other_process):
+    process, holder = other_process
+    plan, tiers = plan_of(), tiers_in(4)
+    tiers.follow(plan.uses())
+    store = begin(tiers, plan, 0, holder=holder)
+    make(store, 0, upto=2)  # two more have a place
+    wait_until(lambda: store.table.place(3) >= 0)
+    view = store.arena.tensor(Extent(store.table.place(3), room_of(SIZE)), FORM.dtype, SHAPE)
+    again = begin(tiers, plan, 0, attempt=1, holder="successor")
+    figures = tiers.statistics()
+    assert (figures["orphans"], figures["bytes"]["host"] > 0) == (1, True)
+    with pytest.raises(StaleLease):
+        tiers.complete(RUN, 0, 0, holder)
+    view.fill_(7.0)  # the last copy of who does not know yet
+    tiers.check()
+    process.kill()
+    make(again, 0)  # takes the whole arena, as soon as it can be had
+    assert is_gone(holder)
+    again.finish()
+    tiers.complete(RUN, 0, 1, "successor")
+    figures = tiers.statistics()
+    assert (figures["orphans"], figures["stale_leases"]) == (0, 1)
+    assert make(begin(tiers, plan, 1, holder="successor"), 1) == len(plan.segments[1].reads)
+
+
+def test_a_holder_that_began_earlier_cannot_take_a_run_back(tiers_in, other_process):
+    _, holder = other_process
+    earlier = f"{os.getpid()}-{int(start_of(os.getpid())) - 1}"
+    plan, tiers = plan_of(), tiers_in(4)
+    tiers.follow(plan.uses())
+    begin(tiers, plan, 0, holder=holder)
+    with pytest.raises(StaleLease, match="which began later"):
+        begin(tiers, plan, 0, attempt=1, holder=earlier)
+    tiers.holder_gone(holder)
+    tiers.drop_run(RUN)
+    begin(tiers, plan, 0, holder=earlier)
+    assert tiers.statistics()["stale_leases"] == 1
+
+
+def test_a_lease_of_another_incarnation_is_refused_and_counted(tiers_in):
+    plan, tiers = plan_of(), tiers_in(2)
+    tiers.follow(plan.uses())
+    store = begin(tiers, plan, 0)
+    make(store, 0)
+    store.finish()
+    for refused in ((1, 1, ""), (0, 2, ""), (0, 1, "another store")):
+        with pytest.raises(StaleLease):
+            tiers.complete(RUN, 0, *refused)
+    tiers.complete(RUN, 0, 0, 1, tiers.incarnation)
+    assert tiers.statistics()["stale_leases"] == 3
+
+
+def test_a_holder_that_gives_up_gets_nothing_dropped_of_what_it_completed(tiers_in):
+    plan, tiers = plan_of(), tiers_in(4)
+    tiers.follow(plan.uses())
+    store = begin(tiers, plan, 0, holder=this_holder())
+    make(store, 0)
+    store.finish()
+    tiers.complete(RUN, 0, 0, this_holder())
+    begin(tiers, plan, 1, holder=this_holder())
+    tiers.give_up(RUN, this_holder())
+    keys = [op.key for op in store.ops if op.writes]
+    assert tiers.missing([*keys, ("no", "such")]) == [("no", "such")]
+    assert tiers.statistics()["orphans"] == 0
+
+
+def test_what_is_complete_is_synced_and_nothing_before(tiers_in):
+    plan, tiers, synced = plan_of(), tiers_in(2), []
+
+    class Calls(FileCalls):
+        def sync(self, path):
+            synced.append(path)
+            super().sync(path)
+
+    tiers.disk.files.files.calls = Calls()
+    tiers.follow(plan.uses())
+    store = begin(tiers, plan, 0)
+    make(store, 0)
+    store.finish()
+    assert synced == []
+    tiers.complete(RUN, 0, 0, 1)
+    assert len(set(synced)) == sum(op.writes for op in store.ops) + 1, "every file, and the folder"
+
+
+def test_what_cannot_be_synced_is_not_complete(tiers_in):
+    plan, tiers = plan_of(), tiers_in(2)
+
+    class Calls(FileCalls):
+        def sync(self, path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    tiers.follow(plan.uses())
+    store = begin(tiers, plan, 0)
+    make(store, 0)
+    store.finish()
+    whole, tiers.disk.files.files.calls = tiers.disk.files.files.calls, Calls()
+    with pytest.raises(OSError, match="Input/output"):
+        tiers.complete(RUN, 0, 0, 1)
+    tiers.disk.files.files.calls = whole
+    again = begin(tiers, plan, 0, attempt=1)
+    make(again, 0)
+    again.finish()
+    tiers.complete(RUN, 0, 1, 1)

@@ -45,6 +45,13 @@ class FileCalls:
     def unlink(self, path: Path) -> None:
         os.unlink(path)
 
+    def sync(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
 
 class DirectFiles:
     """Writes and reads whole files with O_DIRECT. Where that is refused, at `open` or later, it does so no more.

@@ -57,6 +57,11 @@ class DiskTier:
         self._check_open()
         return self._threads.submit(self.files.read, key, into)
 
+    def sync(self, keys: Sequence[Key]) -> None:
+        """Make entries durable that are whole. Raises OSError, at once if a file cannot be synced."""
+        self._check_open()
+        self.files.sync(keys)
+
     def drop(self, key: Key) -> None:
         """Forget an entry at once, also one that is being written; its file goes when a thread is free."""
         self._check_open()

@@ -6,6 +6,7 @@ import os
 import re
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Literal, get_args
@@ -44,8 +45,9 @@ UNREADABLE: tuple[Fault, ...] = ("missing", "length", "header", "checksum")
 class EntryFiles:
     """A directory of entries, which belongs to one store at a time; files of others in it stay as they are.
 
-    A file is named after the hash of its key and appears whole, by a rename. Nothing is synced: what a crash tears is
-    found by its length or checksums, here or when it is read. `faults` counts by class. Any thread may call anything.
+    A file is named after the hash of its key and appears whole, by a rename. Only `sync` makes it durable: what a crash
+    tears is found by its length or checksums, here or when it is read. `faults` counts by class. Any thread may call
+    anything.
     """
 
     def __init__(
@@ -139,6 +141,13 @@ class EntryFiles:
             self.remove(aside)
             return None
         return None
+
+    def sync(self, keys: Sequence[Key]) -> None:
+        """What of these entries is there survives the loss of power when this returns. Raises OSError."""
+        for path in [self._path(key) for key in keys if key in self._entries]:
+            with suppress(FileNotFoundError):  # dropped meanwhile
+                self.files.calls.sync(path)
+        self.files.calls.sync(self.directory)
 
     def drop(self, key: Key) -> Path | None:
         """Forget an entry, and a write of it in flight: what is left to do is to `remove` the file returned."""

@@ -4,43 +4,55 @@ from __future__ import annotations
 
 import math
 import queue
+import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 
 from edit_ray.cache.stores.allocator import Extent, ExtentAllocator, room_of, rounded
 from edit_ray.cache.stores.arena import Arena
-from edit_ray.cache.stores.direct_io import DiskFull
 from edit_ray.cache.stores.disk_tier import DiskTier
+from edit_ray.cache.stores.heap import HeapArena
+from edit_ray.cache.stores.holders import began_before, is_gone
+from edit_ray.cache.stores.mover import Mover
 from edit_ray.cache.stores.op_table import DONE, NEEDED, SKIPPED, Op, OpTable, table_bytes
 from edit_ray.cache.stores.open_segment import Lease, OpenSegment
 from edit_ray.cache.stores.store import Key
 from edit_ray.cache.tiering import events
-from edit_ray.cache.tiering.planner import TierPlanner
 from edit_ray.errors import StaleLease
 
 T = TypeVar("T")
 TABLES_BYTES = 1 << 20  # of the arena, beyond the host tier's budget
-_POLL_S = 0.0005
+_POLL_S, _GONE_POLL_S = 0.0005, 0.05  # between looks at open segments, and at whether a holder is gone
 _LAST = 2**62  # in the order of use, after everything that is planned
 
 
 class SharedTiers:
-    """Carries out what the tier planner decides: places in the arena, files on disk, words in the tables.
+    """Serves the tiers to the segments of runs: gives each op its place, and makes what a segment wrote visible.
 
-    Whatever is written goes to disk at once, so an entry that makes room in the arena has nothing left to move, and
-    what a completed segment wrote outlives this process. One thread owns the planner; `prepare` and `complete` may be
-    called from any.
+    What a completed segment wrote outlives this process, as it is on disk. One thread owns the planner; the public
+    methods may be called from any.
+
+    A holder is a process that writes into the arena by itself (`holders`). What was given to it and is taken back,
+    because another has its segment now, stays as it is until the process is gone: its last copies may be on their way.
     """
 
-    def __init__(self, arena: Arena, host_bytes: int, disk: DiskTier, disk_bytes: int | None = None) -> None:
-        """Takes over both. Entries that the disk holds are found; those of segments not completed should be dropped.
+    def __init__(
+        self,
+        arena: Arena,
+        host_bytes: int,
+        disk: DiskTier,
+        disk_bytes: int | None = None,
+        *,
+        is_gone: Callable[[object], bool] = is_gone,
+    ) -> None:
+        """Takes over both. `is_gone` says whether a holder cannot write any more. Entries that the disk holds
+        are found; those of segments not completed should be dropped.
 
         Raises:
             ValueError: the arena is smaller than `host_bytes` and `TABLES_BYTES` together.
@@ -48,21 +60,29 @@ class SharedTiers:
         if arena.size_bytes < host_bytes + TABLES_BYTES:
             raise ValueError(f"The arena has {arena.size_bytes} bytes; it needs {host_bytes + TABLES_BYTES}.")
         self.arena, self.disk = arena, disk
-        self.planner = TierPlanner([("host", host_bytes), ("disk", disk_bytes)], "furthest_next_use")
+        self._is_gone = is_gone
+        self.incarnation = secrets.token_hex(8)
         # Tables lie apart: among the entries a small one could take the room of a large one.
-        self._allocator, self._tables = ExtentAllocator(rounded(host_bytes)), ExtentAllocator(TABLES_BYTES)
-        self._tables_at = rounded(host_bytes)
-        self._extents: dict[int, Extent] = {}  # ticket of a place in the host tier -> where it is
-        self._saved: dict[Key, Future[bool]] = {}  # of each entry: whether its file is whole
+        self._tables, self._tables_at = ExtentAllocator(TABLES_BYTES), rounded(host_bytes)
         self._open: dict[tuple[str, int], OpenSegment] = {}
+        self._orphans: list[OpenSegment] = []  # taken from holders that may still write
+        self._holders: dict[str, object] = {}  # of each run, the last
         self._op_of: dict[int, tuple[OpenSegment, int]] = {}
         self._last_request = 0
+        self._stale = 0  # calls that were refused
         self._uses: events.Uses = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closed = False
-        for key, entry in disk.files.entries().items():
-            self._saved[key] = _done(True)
-            self._handle(events.Found(key, room_of(entry.nbytes), "disk"))
+        self._mover = Mover(
+            arena,
+            host_bytes,
+            disk,
+            disk_bytes,
+            later=self._inbox.put,
+            give=self._give,
+            being_written=self._being_written,
+        )
+        self.planner = self._mover.planner
         self._thread = threading.Thread(target=self._serve, name="tiers", daemon=True)
         self._thread.start()
 
@@ -86,29 +106,44 @@ class SharedTiers:
     ) -> Lease:
         """Begin to bring what a segment reads, in the order of use, and to make room for what it writes.
 
-        An earlier attempt at the same segment is dropped whole. Raises ValueError where no table is left.
+        An earlier attempt at the same segment is dropped whole.
+
+        Raises:
+            StaleLease: a holder that began later has the run, and lives.
+            ValueError: no table is left.
         """
         return self._do(lambda: self._prepare(run, segment, attempt, holder, ops, (dtype, tuple(shape))))
 
-    def complete(self, run: str, segment: int, attempt: int, holder: object) -> None:
-        """The segment is made: what it wrote is on disk when this returns, and from now on others may read it.
+    def complete(self, run: str, segment: int, attempt: int, holder: object, store: str = "") -> None:
+        """The segment is made: what it wrote is safe on disk when this returns, and from now on others may read it.
+
+        `store` is the incarnation that gave the lease; "" for this one, whichever it is.
 
         Raises:
-            StaleLease: another attempt or another holder has the segment.
+            StaleLease: another attempt, another holder or another store has the segment.
             OSError: something could not be saved; the segment has to be made again.
         """
-        opened, saved = self._do(lambda: self._finish(run, segment, attempt, holder))
-        for future in saved:
+        opened, saved = self._do(lambda: self._finish(run, segment, attempt, holder, store))
+        for future in saved.values():
             future.result()
+        self.disk.sync(list(saved))
         self._do(lambda: self._close_segment(run, segment, opened))
 
-    def abandon(self, run: str, segment: int) -> None:
-        """Drop an open segment whole; unknown ones are none."""
-        self._do(lambda: self._abandon(run, segment))
+    def opened(self, run: str, segment: int, attempt: int, holder: object, store: str = "") -> OpenSegment:
+        """A segment that is being made. Raises StaleLease as `complete` does."""
+        return self._do(lambda: self._of(run, segment, attempt, holder, store))
+
+    def missing(self, keys: Sequence[Key]) -> list[Key]:
+        """Which of these entries are nowhere."""
+        return self._do(lambda: [key for key in keys if self.planner.place(key) is None])
+
+    def give_up(self, run: str, holder: object) -> None:
+        """A holder is through with a run, whatever it has not completed."""
+        self._do(lambda: self._give_up(run, holder))
 
     def holder_gone(self, holder: object) -> None:
         """Drop every open segment of a holder, whose process must be gone."""
-        self._do(lambda: self._holder_gone(holder))
+        self._do(lambda: self._give_up(None, holder))
 
     def drop_run(self, run: str) -> None:
         """Drop all that belongs to a run."""
@@ -133,7 +168,7 @@ class SharedTiers:
     def close(self) -> None:
         """End the threads and the arena; what is on disk stays."""
         if not self._closed:
-            self._do(lambda: setattr(self, "_closed", True))
+            self._do(self._end)
             self._thread.join()
             self.disk.close()
             self.arena.close()
@@ -147,17 +182,28 @@ class SharedTiers:
             try:
                 future.set_result(work())
             except BaseException as error:
+                if isinstance(error, StaleLease):
+                    self._stale += 1
                 future.set_exception(error)
 
         self._inbox.put(run)
         return future.result()
 
     def _serve(self) -> None:
+        looked = 0.0
         while not self._closed:
             with suppress(queue.Empty):
-                self._inbox.get(timeout=_POLL_S if self._open else None)()
+                self._inbox.get(timeout=_POLL_S if self._open else _GONE_POLL_S if self._orphans else None)()
             for opened in list(self._open.values()):
                 self._look(opened)
+            if self._orphans and time.monotonic() - looked > _GONE_POLL_S:
+                looked = time.monotonic()
+                self._take_back_orphans()
+
+    def _end(self) -> None:
+        self._closed = True
+        for opened in self._open.values():
+            opened.close()
 
     def _prepare(
         self,
@@ -168,12 +214,16 @@ class SharedTiers:
         ops: Sequence[Op],
         form: tuple[torch.dtype, tuple[int, ...]],
     ) -> Lease:
+        later = self._holders.get(run)
+        if began_before(holder, later) and not self._is_gone(later):
+            raise StaleLease(f"The run {run!r} was given to the process {later}, which began later.")
+        self._holders[run] = holder
         if attempt:  # what an earlier attempt has read will be read again
             self._follow(self._uses, segment)
         # Later ones, asked for ahead, stand in line before this one now, and hold what it may need.
-        for of_run, later in [which for which in self._open if which[0] == run and which[1] >= segment]:
-            self._abandon(of_run, later)
-        self._drop([op.key for op in ops if op.writes])
+        for which in [which for which in self._open if which[0] == run and which[1] >= segment]:
+            self._abandon(*which, by=holder)
+        self._mover.drop([op.key for op in ops if op.writes])
         place = self._tables.allocate(table_bytes(len(ops)))
         if place is None:
             raise ValueError(f"{len(ops)} ops are too many for the {TABLES_BYTES} bytes of the arena's tables.")
@@ -188,8 +238,9 @@ class SharedTiers:
             self._op_of[request] = (opened, index)
             size = room_of(op.size)
             reads, writes = ((), ((op.key, size),)) if op.writes else ((op.key,), ())
-            self._handle(events.Prepare(request, reads, writes))
-        return Lease(str(self.arena.path), extent, len(ops))
+            self._mover.handle(events.Prepare(request, reads, writes))
+        path = "" if isinstance(self.arena, HeapArena) else str(self.arena.path)
+        return Lease(path, extent, len(ops), self.incarnation)
 
     def _follow(self, uses: events.Uses, segment: int) -> None:
         self._uses = uses
@@ -200,14 +251,14 @@ class SharedTiers:
             for key, of_key in uses.items()
             if of_key[-1][0] >= segment
         }
-        self._handle(events.Follow(left))
-        self._handle(events.Advance(segment))
-        self._drop([key for key in self._saved if self._last_read(key) < segment])
+        self._mover.handle(events.Follow(left))
+        self._mover.handle(events.Advance(segment))
+        self._drop_read_before(segment)
 
-    def _last_read(self, key: Key) -> float:
-        """The last segment that reads an entry; what is in no plan may be read at any time."""
-        of_key = self._uses.get(key)
-        return of_key[-1][0] if of_key else math.inf
+    def _drop_read_before(self, segment: int) -> None:
+        """What is in no plan may be read at any time."""
+        last_reads = {key: self._uses[key][-1][0] if self._uses.get(key) else math.inf for key in self._mover.saved}
+        self._mover.drop([key for key, last in last_reads.items() if last < segment])
 
     def _look(self, opened: OpenSegment) -> None:
         """What the segment has done since the last look."""
@@ -222,128 +273,84 @@ class SharedTiers:
     def _on_state(self, opened: OpenSegment, index: int, state: int) -> None:
         op, request = opened.ops[index], opened.requests[index]
         if state == NEEDED:
-            self._handle(events.Need(request))
+            self._mover.handle(events.Need(request))
             return
         opened.done.add(index)
         self._op_of.pop(request, None)
         if state == SKIPPED:
-            self._handle(events.Abandon(request))
+            self._mover.handle(events.Abandon(request))
         elif state == DONE:
             if op.writes:
-                self._save(op.key, opened, index)
-            self._handle(events.Complete(request))
+                self._mover.save(op.key, opened.table.place(index) or 0, op.size, *opened.form)
+            self._mover.handle(events.Complete(request))
 
-    def _save(self, key: Key, opened: OpenSegment, index: int) -> None:
-        """Write through, from where the segment has put it."""
-        extent = Extent(opened.table.place(index) or 0, room_of(opened.ops[index].size))
-        dtype, shape = opened.form
-        self._saved[key] = self.disk.write(key, self.arena.memory(extent), dtype, shape)
-
-    def _finish(self, run: str, segment: int, attempt: int, holder: object) -> tuple[OpenSegment, list[Future[bool]]]:
+    def _of(self, run: str, segment: int, attempt: int, holder: object, store: str) -> OpenSegment:
         opened = self._open.get((run, segment))
-        if opened is None or (opened.attempt, opened.holder) != (attempt, holder):
+        known = None if opened is None else (opened.attempt, opened.holder, self.incarnation)
+        if opened is None or known != (attempt, holder, store or self.incarnation):
             raise StaleLease(f"Segment {segment} of {run!r} was given to another, or given up.")
+        return opened
+
+    def _finish(
+        self, run: str, segment: int, attempt: int, holder: object, store: str
+    ) -> tuple[OpenSegment, dict[Key, Future[bool]]]:
+        opened, saved = self._of(run, segment, attempt, holder, store), self._mover.saved
         self._look(opened)
-        written = [op.key for op in opened.ops if op.writes]
-        return opened, [self._saved[key] for key in written if key in self._saved]
+        return opened, {op.key: saved[op.key] for op in opened.ops if op.writes and op.key in saved}
 
     def _close_segment(self, run: str, segment: int, opened: OpenSegment) -> None:
         if self._open.get((run, segment)) is not opened:
             raise StaleLease(f"Segment {segment} of {run!r} was given to another, or given up.")
-        self._release(run, segment)
-        self._handle(events.Advance(segment + 1))
-        self._drop([key for key in self._saved if self._last_read(key) < segment])
+        self._take_back(self._open.pop((run, segment)))
+        self._mover.handle(events.Advance(segment + 1))
+        self._drop_read_before(segment)
 
-    def _abandon(self, run: str, segment: int) -> None:
-        opened = self._open.get((run, segment))
-        if opened is not None:
-            self._release(run, segment)
-            self._drop([op.key for op in opened.ops if op.writes])
-
-    def _release(self, run: str, segment: int) -> None:
-        """Take back a segment's table and whatever its ops still hold."""
+    def _abandon(self, run: str, segment: int, by: object) -> None:
+        """Drop an open segment whole; what its holder may still write to is taken back when that cannot be any more."""
         opened = self._open.pop((run, segment))
-        for index, request in enumerate(opened.requests):
-            if index not in opened.done:
-                self._op_of.pop(request, None)
-                self._handle(events.Abandon(request))
+        self._mover.drop([op.key for op in opened.ops if op.writes])
+        if opened.holder == by or self._is_gone(opened.holder):
+            self._take_back(opened)
+        else:
+            self._end_ops(opened, [index for index in range(len(opened.ops)) if opened.table.place(index) == -1])
+            self._orphans.append(opened)
+
+    def _take_back_orphans(self) -> None:
+        gone = [opened for opened in self._orphans if self._is_gone(opened.holder)]
+        self._orphans = [opened for opened in self._orphans if opened not in gone]
+        for opened in gone:
+            self._take_back(opened)
+
+    def _take_back(self, opened: OpenSegment) -> None:
+        """A segment's table and whatever its ops still hold."""
+        opened.close()
+        self._end_ops(opened, range(len(opened.ops)))
         self._tables.free(Extent(opened.extent.offset - self._tables_at, opened.extent.size))
 
-    def _holder_gone(self, holder: object) -> None:
+    def _end_ops(self, opened: OpenSegment, indices: Iterable[int]) -> None:
+        """Give up those of a segment's ops that are not over."""
+        for index in indices:
+            if index not in opened.done:
+                opened.done.add(index)
+                self._op_of.pop(opened.requests[index], None)
+                self._mover.handle(events.Abandon(opened.requests[index]))
+
+    def _give_up(self, run: str | None, holder: object) -> None:
         for which in [which for which, opened in self._open.items() if opened.holder == holder]:
-            self._abandon(*which)
+            if run in (None, which[0]):
+                self._abandon(*which, by=holder)
 
     def _drop_run(self, run: str) -> None:
+        self._holders.pop(run, None)
         for of_run, segment in list(self._open):
             if of_run == run:
-                self._abandon(of_run, segment)
-        self._drop([key for key in self._saved if key[0] == run])
+                self._abandon(of_run, segment, by=None)
+        self._mover.drop([key for key in self._mover.saved if key[0] == run])
 
-    def _drop(self, keys: Sequence[Key]) -> None:
-        self._handle(events.Drop(tuple(keys)))
-        for key in keys:
-            self._forget(key)
-
-    def _forget(self, key: Key) -> None:
-        if self._saved.pop(key, None) is not None:
-            self.disk.drop(key)
-
-    def _check(self) -> None:
-        self.planner.check()
-        entries, tables = self._extents.values(), [opened.extent for opened in self._open.values()]
-        for taken, allocator in ((entries, self._allocator), (tables, self._tables)):
-            assert sum(extent.size for extent in taken) + allocator.free_bytes == allocator.size_bytes
-        ends = sorted((extent.offset, extent.offset + extent.size) for extent in (*entries, *tables))
-        assert all(end <= start for (_, end), (start, _) in pairwise(ends)), "extents overlap"
-
-    def _statistics(self) -> dict[str, Any]:
-        tiers = self.planner.tiers.accounts
-        return {
-            "bytes": {tier.name: tier.resident + tier.reserved for tier in tiers},
-            "peak_bytes": {tier.name: tier.peak for tier in tiers},
-            "on_disk_bytes": self.disk.files.bytes_resident,
-            "entries": len(self._saved),
-            "faults": dict(self.disk.files.faults),
-            "counters": self.planner.counters,
-        }
-
-    # Carrying out.
-
-    def _handle(self, event: events.Event) -> None:
-        for instruction in self.planner.handle(event):
-            match instruction:
-                case events.Granted(request, reads, writes):
-                    self._give(request, (*reads, *writes)[0])
-                case events.Refused(request):
-                    self._give(request, None)
-                case events.Free(place):
-                    self._free(place)
-                case events.Move(source, target):
-                    self._move(source, target)
-
-    def _give(self, request: int, place: events.Place | None) -> None:
-        if request not in self._op_of:
-            return
-        opened, index = self._op_of[request]
-        extent = None if place is None else self._extent(place)
-        opened.table.give(index, None if extent is None else extent.offset)
-
-    def _extent(self, place: events.Place) -> Extent | None:
-        """Where a place in the host tier is, found for it when it is first asked for."""
-        if place.ticket not in self._extents:
-            extent = self._allocator.allocate(place.size)
-            if extent is None:
-                return None
-            self._extents[place.ticket] = extent
-        return self._extents[place.ticket]
-
-    def _free(self, place: events.Place) -> None:
-        if place.tier == "host":
-            extent = self._extents.pop(place.ticket, None)
-            if extent is not None:
-                self._allocator.free(extent)
-        if self.planner.place(place.key) is None and not self._being_written(place.key):
-            self._forget(place.key)
+    def _give(self, request: int, offset: int | None) -> None:
+        if request in self._op_of:
+            opened, index = self._op_of[request]
+            opened.table.give(index, offset)
 
     def _being_written(self, key: Key) -> bool:
         return any(
@@ -352,47 +359,12 @@ class SharedTiers:
             for index, op in enumerate(opened.ops)
         )
 
-    def _move(self, source: events.Place, target: events.Place) -> None:
-        """Down, there is nothing to do but to wait for the file; up, it is read."""
-        key, ticket = source.key, target.ticket
-        if target.tier == "disk":
-            saved = self._saved.get(key)
-            if saved is None:
-                self._later(lambda: self._handle(events.MoveFailed(ticket, "lost")))
-            else:
-                saved.add_done_callback(lambda future: self._later(lambda: self._spilled(ticket, future)))
-            return
-        extent = self._extent(target)
-        if extent is None:
-            self._later(lambda: self._handle(events.MoveFailed(ticket, "transient")))
-            return
-        read = self.disk.read(key, self.arena.memory(extent))
-        read.add_done_callback(lambda future: self._later(lambda: self._loaded(key, ticket, future)))
+    def _check(self) -> None:
+        entries = self._mover.check()
+        tables = [opened.extent for opened in (*self._open.values(), *self._orphans)]
+        assert sum(extent.size for extent in tables) + self._tables.free_bytes == self._tables.size_bytes
+        assert all(extent.offset + extent.size <= self._tables_at for extent in entries), "an entry among the tables"
+        assert all(extent.offset >= self._tables_at for extent in tables), "a table among the entries"
 
-    def _later(self, work: Callable[[], None]) -> None:
-        self._inbox.put(work)
-
-    def _spilled(self, ticket: int, saved: Future[bool]) -> None:
-        failure = _failure_of(saved)
-        self._handle(events.Moved(ticket) if failure is None else events.MoveFailed(ticket, failure))
-
-    def _loaded(self, key: Key, ticket: int, read: Future[Any]) -> None:
-        failure = _failure_of(read)
-        if failure is None and read.result() is None:
-            failure = "transient" if self.disk.files.entry(key) is not None else "lost"
-        self._handle(events.Moved(ticket) if failure is None else events.MoveFailed(ticket, failure))
-
-
-def _failure_of(future: Future[Any]) -> events.Failure | None:
-    if future.cancelled():
-        return "transient"
-    error = future.exception()
-    if error is None:
-        return None
-    return "full" if isinstance(error, DiskFull) else "transient"
-
-
-def _done(value: bool) -> Future[bool]:
-    future: Future[bool] = Future()
-    future.set_result(value)
-    return future
+    def _statistics(self) -> dict[str, Any]:
+        return {**self._mover.statistics(), "stale_leases": self._stale, "orphans": len(self._orphans)}

@@ -1,0 +1,126 @@
+"""Six segments decoded one by one are one video decoded at once, bit for bit, also when a new process goes on."""
+
+import pytest
+import torch
+
+from edit_ray.config.between import layout_of
+from edit_ray.engine.decode import denormalise, lookback_latents, to_uint8
+from edit_ray.engine.options import ContinuityOptions, ModelOptions, SamplingOptions
+from edit_ray.engine.segment import SegmentEngine
+from edit_ray.engine.stream import RunStream
+from edit_ray.testing import save_random_wan
+
+SEGMENTS, RESUMED = 6, 4
+SAMPLING = SamplingOptions(height=32, width=32, num_frames=49, num_inference_steps=2, guidance_scale=1.0)
+CARRIED = {
+    "history": {"mode": "history"},
+    "overlap-hybrid": {"mode": "overlap", "overlap_source": "hybrid"},
+    "overlap-latent": {"mode": "overlap", "overlap_source": "latent"},
+    "overlap-reencode": {"mode": "overlap", "overlap_source": "reencode"},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models this small run fastest on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_random_wan(tmp_path_factory.mktemp("wan"), expand_timesteps=True)
+
+
+def new_engine(folder):
+    engine = SegmentEngine.load(ModelOptions(path=str(folder), device="cpu"), cpu_threads=1)
+    engine.pipe.set_progress_bar_config(disable=True)
+    return engine
+
+
+def make(engine, continuity, parts, until, *, decode=True):
+    """Segments from len(parts) on, appended to `parts`; their frames, as the GPU actor makes them."""
+    layout, frames = layout_of(SAMPLING, continuity), []
+
+    def preceding(count):
+        return torch.cat(parts[:index], dim=2)[:, :, -count:]
+
+    for index in range(len(parts), until):
+        position = layout.first_latent(index)
+        context = engine.context(continuity, "run", position=position, preceding=preceding) if index else {}
+        latents = engine.denoise(SAMPLING, prompt="a red circle", seed=index, **context)
+        parts.append(latents[:, :, position - layout.first_latent(index + 1) :])
+        if decode:
+            run_id = "run" if continuity.carried_latents else None
+            keep = continuity.carried_frames
+            frames.append(engine.decode(run_id, parts[-1], position=position, preceding=preceding, keep_frames=keep))
+    return frames
+
+
+@torch.no_grad()
+def decode_at_once(engine, latents):
+    vae = engine.pipe.vae
+    return vae.decode(denormalise(latents, vae.config), return_dict=False)[0]
+
+
+@pytest.fixture(scope="module", params=CARRIED)
+def run(request, folder):
+    """An engine that has made a run: its options, its latents by segment, its frames by segment."""
+    engine, continuity, parts = new_engine(folder), ContinuityOptions(**CARRIED[request.param]), []
+    frames = make(engine, continuity, parts, SEGMENTS)
+    return engine, continuity, parts, frames
+
+
+def test_six_segments_are_one_video(run):
+    engine, continuity, parts, frames = run
+    layout = layout_of(SAMPLING, continuity)
+    assert [len(part) for part in frames] == [layout.frames_of(index) for index in range(SEGMENTS)]
+    whole = decode_at_once(engine, torch.cat(parts, dim=2))
+    assert torch.equal(torch.cat(frames), to_uint8(whole))
+    stream, at = RunStream(engine.pipe.vae), [layout.first_latent(index) for index in range(SEGMENTS)]
+    pieces = [stream.decode(part, position) for part, position in zip(parts, at, strict=True)]
+    assert torch.equal(torch.cat(pieces, dim=2), whole), "and before rounding"
+
+
+def test_another_process_goes_on_with_the_same_bits(run, folder):
+    _, continuity, parts, frames = run
+    position = layout_of(SAMPLING, continuity).first_latent(RESUMED)
+    engine = new_engine(folder)
+    assert position > lookback_latents(engine.pipe.vae.config) + 3, "it is rebuilt from a part of the stream"
+    again = parts[:RESUMED]
+    rest = make(engine, continuity, again, SEGMENTS)
+    assert all(torch.equal(one, other) for one, other in zip(again, parts, strict=True))
+    assert torch.equal(torch.cat(rest), torch.cat(frames[RESUMED:]))
+
+
+def test_latents_do_not_depend_on_what_was_decoded_before(run, folder):
+    """Whoever denoises before the frames are there decodes what it needs itself."""
+    _, continuity, parts, _ = run
+    alone = []
+    make(new_engine(folder), continuity, alone, 3, decode=False)
+    assert all(torch.equal(one, other) for one, other in zip(alone, parts, strict=False))
+
+
+def test_the_decoder_looks_back_as_far_as_its_configuration_says(run):
+    engine, _, parts, _ = run
+    latents, stream = torch.cat(parts, dim=2), RunStream(engine.pipe.vae)
+    lookback = lookback_latents(engine.pipe.vae.config)
+    whole = decode_at_once(engine, latents)
+    position = latents.shape[2] - 3
+
+    def preceding(count):
+        assert count == lookback, "neither more nor less is decoded again"
+        return latents[:, :, position - count : position]
+
+    assert torch.equal(stream.decode(latents[:, :, position:], position, preceding), whole[:, :, -12:])
+
+
+@pytest.mark.parametrize("mode", ["none", "warm_start"])
+def test_segments_that_stand_alone_are_decoded_alone(mode, folder):
+    engine, continuity, parts = new_engine(folder), ContinuityOptions(mode=mode), []
+    frames = make(engine, continuity, parts, 3)
+    assert sum(map(len, frames)) == 3 * SAMPLING.num_frames == layout_of(SAMPLING, continuity).total_frames(3)
+    for part, decoded in zip(parts, frames, strict=True):
+        assert torch.equal(decoded, to_uint8(decode_at_once(engine, part)))

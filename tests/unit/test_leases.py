@@ -1,0 +1,209 @@
+"""A segment's store through the classes of the actors: in shared memory, and with calls that carry the bytes."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from edit_ray.actors.cache_store import CacheStoreActor
+from edit_ray.actors.leases import SegmentLeases
+from edit_ray.actors.messages import RunSpec
+from edit_ray.cache.stores import arena as arena_module
+from edit_ray.cache.stores import carried, heap
+from edit_ray.cache.stores.planned import Form
+from edit_ray.cache.tiering.reuse_plan import make_reuse_plan
+from edit_ray.config import Config
+from edit_ray.engine.reuse import Reuse
+from edit_ray.errors import EntryLost, ResourcesUnavailable, StaleLease
+
+RUN, EXPERT = "run", "transformer"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
+WAYS = ("require", "never")
+
+
+class Here:
+    """The CacheStore actor's class in this process; what it is asked is remembered."""
+
+    def __init__(self):
+        self.actor, self.asked = CacheStoreActor(), []
+
+    def call(self, method, *arguments):
+        self.asked.append(method)
+        error = answer = None
+        try:
+            answer = getattr(self.actor, method)(*arguments)
+        except Exception as raised:
+            error = raised
+
+        def reply():
+            if error is not None:
+                raise error
+            return answer
+
+        return reply
+
+
+@pytest.fixture
+def leases_for(tmp_path):
+    """Makes a run's leases: window 4, two units, of residuals of this dtype and shape."""
+    stores = []
+
+    def make(way, dtype=torch.float32, shape=(1, 8, 24), host_bytes=2 * 4096, num_segments=4):
+        stores.append(Here())
+        form = Form(torch.device("cpu"), dtype, shape)
+        plan = make_reuse_plan(
+            RUN, num_segments, window=4, warm_steps=2, experts=[EXPERT] * 4, unit_bytes={EXPERT: [form.size] * 2}
+        )
+        values = {
+            "video": {"num_segments": num_segments},
+            "prompt_segments": [{"segment": 0, "prompt": "a red circle"}],
+            "store": {"host_bytes": host_bytes, "allow_tmpfs": True, "shared_memory": way},
+        }
+        return stores[-1], SegmentLeases(
+            stores[-1], RunSpec(RUN, tmp_path, Config.model_validate(values)), Reuse(plan, form)
+        )
+
+    yield make
+    for store in stores:
+        store.actor.close()
+
+
+def tensor_of(key, form):
+    drawn = torch.randn(form.shape, generator=torch.Generator().manual_seed(hash(key) & 0xFFFF)) * 60
+    return drawn.to(form.dtype)
+
+
+def make_segment(leases, segment, attempt=0):
+    """What a loop does; how much it has read."""
+    store, read = leases.begin(segment, attempt, history_len=1), 0
+    for op in store.ops:
+        tensor = tensor_of(op.key, leases.reuse.form)
+        if op.writes:
+            store.put(op.key[1:], tensor)
+        else:
+            found = store.get(op.key[1:])
+            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(found, tensor)
+            read += 1
+    store.finish()
+    return read, leases.complete(segment, attempt)
+
+
+def read_all(store):
+    return [store.get(op.key[1:]) for op in store.ops if not op.writes]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 24), (1, 1025, 3), (1, 0, 8)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_dtype_comes_back_bit_for_bit(leases_for, way, dtype, shape):
+    _, leases = leases_for(way, dtype, shape, host_bytes=8 * 4096)
+    read = sum(make_segment(leases, segment)[0] for segment in range(4))
+    assert read == 3 * 8
+    leases.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_lies_in_memory_in_another_order_comes_back_as_it_was(leases_for, way):
+    _, leases = leases_for(way, shape=(1, 24, 8))
+    store = leases.begin(0, 0, history_len=1)
+    key = next(op.key for op in store.ops if op.writes)
+    turned = torch.randn(1, 8, 24).transpose(1, 2)
+    assert not turned.is_contiguous()
+    for op in store.ops:
+        store.put(op.key[1:], turned if op.key == key else tensor_of(op.key, store.form))
+    store.finish()
+    leases.complete(0, 0)
+    assert torch.equal(leases.begin(1, 0, history_len=1).get(key[1:]), turned)
+
+
+def test_between_prepare_and_complete_nobody_is_called_in_shared_memory(leases_for):
+    store, leases = leases_for("require")
+    for segment in range(4):
+        make_segment(leases, segment)
+    # The first is asked for twice, as the store has to be told of the run.
+    first = ["prepare", "follow", "prepare", "prepare", "complete"]
+    assert store.asked == [*first, "prepare", "complete", "prepare", "complete", "complete"]
+
+
+def test_without_shared_memory_each_op_is_a_call(leases_for):
+    store, leases = leases_for("never")
+    for segment in range(4):
+        make_segment(leases, segment)
+    assert (store.asked.count("keep"), store.asked.count("fetch")) == (8, 3 * 8)
+    assert not list(Path("/dev/shm").glob(f"edit_ray-{os.getpid()}-*"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ops_that_are_passed_over_make_room(leases_for, way):
+    _, leases = leases_for(way)
+    make_segment(leases, 0)
+    store = leases.begin(1, 0, history_len=1)
+    last = [op for op in store.ops if not op.writes][-1]
+    assert torch.equal(store.get(last.key[1:]), tensor_of(last.key, store.form))
+    store.finish()
+    statistics = leases.complete(1, 0)
+    assert statistics["bytes"]["host"] <= 2 * 4096
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_store_that_is_made_anew_is_told_of_the_run_and_refuses_what_came_before(leases_for, way):
+    store, leases = leases_for(way)
+    make_segment(leases, 0)
+    open_segment = leases.begin(1, 0, history_len=1)
+    store.actor.close()
+    store.actor = CacheStoreActor()
+    with pytest.raises((StaleLease, EntryLost)):
+        read_all(open_segment)
+    with pytest.raises(StaleLease):
+        leases.complete(1, 0)
+    assert make_segment(leases, 1, attempt=1)[0] == 8
+    assert make_segment(leases, 2)[0] == 8
+
+
+def test_a_lease_of_a_store_that_has_died_is_not_used(leases_for):
+    for way in WAYS:
+        store, leases = leases_for(way)
+        make_segment(leases, 0)
+        store.actor.close()
+        store.actor = CacheStoreActor()
+        assert make_segment(leases, 1)[0] == 8, "the lease was asked for before the store died"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_lost_entry_is_said(leases_for, way, tmp_path):
+    _, leases = leases_for(way, host_bytes=4096)
+    make_segment(leases, 0)
+    for file in (tmp_path / ".cache_store").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(EntryLost, match="has lost"):
+        make_segment(leases, 1)
+
+
+def test_a_segment_that_was_given_up_is_refused_though_its_call_waits(leases_for):
+    store, leases = leases_for("never")
+    leases.begin(0, 0, history_len=1)
+    tiers = store.actor._tiers
+    which = (RUN, 0, 0, leases._holder, tiers.incarnation)
+    opened = tiers.opened(*which)
+    tiers.give_up(RUN, leases._holder)
+    with pytest.raises(StaleLease):
+        carried.keep(tiers.arena, opened, 0, torch.zeros(768, dtype=torch.uint8).numpy(), [])
+    with pytest.raises(StaleLease):
+        tiers.opened(*which)
+
+
+def test_too_little_shared_memory_is_made_up_for_where_that_is_allowed(leases_for, monkeypatch):
+    monkeypatch.setattr(arena_module, "_free_bytes", lambda folder: 4096)
+    for way, memory in (("auto", heap.HeapArena), ("never", heap.HeapArena)):
+        store, leases = leases_for(way)
+        make_segment(leases, 0)
+        assert isinstance(store.actor._tiers.arena, memory)
+    _, leases = leases_for("require")
+    with pytest.raises(ResourcesUnavailable, match=r"needs \d+ bytes .* and /dev/shm has 4096"):
+        leases.begin(0, 0, history_len=1)
+    monkeypatch.setattr(heap, "_available_bytes", lambda: 8192)
+    _, leases = leases_for("auto")
+    with pytest.raises(ResourcesUnavailable, match=r"has 4096 .* this node has 8192 .*: lower store.host_bytes"):
+        leases.begin(0, 0, history_len=1)
