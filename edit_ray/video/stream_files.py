@@ -52,7 +52,8 @@ class StreamFiles:
     """Keeps `stream.mp4` and the playlists of one run's folder telling of the same segments.
 
     `keep` bounds how many of the latest segments they tell of (None: all); `longest` is the most frames of a segment.
-    A new one begins with `rebuild`. One caller at a time. Methods raise OSError, and may then be called again.
+    A folder that has such files already begins with `rebuild`. One caller at a time. Methods raise OSError, and may then
+    be called again.
     """
 
     def __init__(self, folder: Path, *, fps: int, longest: int, keep: int | None = None) -> None:
@@ -62,7 +63,7 @@ class StreamFiles:
         self._parts: list[Part] = []
         self._first = 0  # number of the first of them
         self._bytes = 0  # of stream.mp4 with all of them
-        self._text = ""  # of the playlist that tells of all of them
+        self._text = self._whole_text()  # of the playlist that tells of all of them
         self._present: tuple[str, str] | None = None  # the newest playlist and its content, once it is known
 
     def rebuild(self, parts: Sequence[Part], first: int = 0) -> None:
@@ -198,11 +199,15 @@ def _write(path: Path, data: bytes) -> None:
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A draft that takes the place of `path`, durably, once it is written: a reader sees the old content or the new."""
     draft = path.with_name(f".{path.name}.part")
-    with draft.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -61,9 +61,7 @@ def has_ended(folder: Path) -> bool:
 
 @pytest.fixture
 def files(tmp_path):
-    stream = StreamFiles(tmp_path, fps=16, longest=LONGEST)
-    stream.rebuild([])
-    return stream
+    return StreamFiles(tmp_path, fps=16, longest=LONGEST)
 
 
 def test_nothing_is_there_before_the_first_segment(files, tmp_path):
@@ -133,6 +131,7 @@ def test_a_full_disk_changes_nothing_that_was_told(tmp_path, monkeypatch, keep):
     with pytest.raises(OSError, match="no space left"):
         files.append(parts[2])
     assert listed(tmp_path) == [part.path for part in parts[:2]]
+    assert [path.name for path in tmp_path.rglob(".*")] == [], "no draft stays"
     monkeypatch.setattr(os, "fsync", real)
     for part in parts[2:]:
         files.append(part)
