@@ -52,8 +52,8 @@ class StreamFiles:
     """Keeps `stream.mp4` and the playlists of one run's folder telling of the same segments.
 
     `keep` bounds how many of the latest segments they tell of (None: all); `longest` is the most frames of a segment.
-    A folder that has such files already begins with `rebuild`. One caller at a time. Methods raise OSError, and may then
-    be called again.
+    A folder that has such files already begins with `rebuild`. One caller at a time. Methods raise OSError, and may
+    then be called again.
     """
 
     def __init__(self, folder: Path, *, fps: int, longest: int, keep: int | None = None) -> None:
