@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -158,8 +159,9 @@ class StreamFiles:
         self._present = (name, text)
 
     def _next_number(self) -> int:
-        numbers = [path.stem.removeprefix("live-") for path in self._folder.glob("live-*.m3u8")]
-        return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+        """After the one that is named: a later one that is there was never told to anybody."""
+        match = re.fullmatch(r"live-([0-9]+)\.m3u8", newest_playlist(self._folder) or "")
+        return int(match[1]) + 1 if match else 0
 
     def _bandwidth(self) -> int:
         sizes = [(self._folder / part.path).stat().st_size for part in self._parts]
