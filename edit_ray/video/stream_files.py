@@ -23,6 +23,8 @@ from typing import BinaryIO
 from edit_ray.video.fmp4 import place, split
 from edit_ray.video.hls import ENDLIST, Entry, MediaPlaylist, multivariant, named_in
 
+_BOX_HEADER = 8
+
 
 @dataclass(frozen=True)
 class Part:
@@ -124,9 +126,13 @@ class StreamFiles:
             return
         with path.open("r+b") as stream, (self._folder / part.path).open("rb") as source:
             stream.truncate(self._bytes)  # half a fragment may be there, from a write that failed
-            stream.seek(self._bytes)
+            # Its first box begins with zeros until all of it is there: readers take such a box for the end.
+            head = source.read(_BOX_HEADER)
+            stream.seek(_BOX_HEADER, os.SEEK_END)
             shutil.copyfileobj(source, stream)
             length = stream.tell()
+            stream.seek(self._bytes)
+            stream.write(head)
         self._bytes = length
 
     def _write_stream(self, parts: Sequence[Part]) -> None:
