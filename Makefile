@@ -56,6 +56,8 @@ bench: $(INSTALLED) ## run the benchmarks
 	$(BIN)/python benchmarks/tiered_longrun.py --mib-scale 1/64 --actor
 	$(BIN)/python benchmarks/skip_overhead.py
 	$(BIN)/python benchmarks/policies.py --quick
+	$(BIN)/python benchmarks/continuity.py --quick
+	$(BIN)/python benchmarks/reuse.py --quick
 
 clean: ## remove caches and builds (the virtual environment stays)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
