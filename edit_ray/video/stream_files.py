@@ -206,7 +206,8 @@ def _write(path: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A draft that takes the place of `path`, durably, once it is written: a reader sees the old content or the new."""
-    draft = path.with_name(f".{path.name}.part")
+    # Not one that another process may have open, which only thinks that it is still the one to write.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with draft.open("wb") as file:
             yield file

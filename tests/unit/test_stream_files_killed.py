@@ -15,7 +15,8 @@ from tests.unit.video_frames import numbered, shown_by
 
 FRAMES = 8
 
-# Makes segments from the committed one on, in the order of a run: fragment, stream and playlist, manifest.
+# Makes segments from the committed one on, in the order of a run: fragment, stream and playlist, manifest. As a run
+# does, it first removes what was being written when its predecessor died.
 MAKE = """
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ encoded = (folder / "encoded").read_bytes()
 parts = [Part(f"segments/{index:05d}-t0.m4s", index * frames, frames) for index in range(count)]
 committed = folder / "committed"
 files = StreamFiles(folder, fps=16, longest=frames)
+for draft in folder.rglob(".*.part"):
+    draft.unlink()
 begin = len(committed.read_text()) if committed.exists() else 0
 files.rebuild(parts[:begin])
 print("ready", flush=True)
