@@ -6,10 +6,10 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test proof chaos check fix bench clean
+.PHONY: help venv page demo test test-gpu proof chaos check fix bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(INSTALLED) ## make the virtual environment
 
@@ -17,6 +17,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Making $(VENV): this takes some minutes the first time."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+PAGE := edit_ray/page/node_modules/.package-lock.json
+
+page: $(PAGE) ## install hls.js, with which the page of `edit-ray serve` plays a video that still grows
+
+$(PAGE): edit_ray/page/package-lock.json
+	npm ci --prefix edit_ray/page --ignore-scripts --no-audit --no-fund
 	@touch $@
 
 demo: $(INSTALLED) ## generate the long video of configs/tiny.yaml on a private local Ray
@@ -28,6 +36,9 @@ test: check ## everything that must hold before a commit: check, then the tests
 
 proof: check ## the tests together with the slow and the chaos proofs
 	$(BIN)/pytest -m "not gpu"
+
+test-gpu: $(INSTALLED) ## what only a CUDA device can show
+	$(BIN)/pytest -m gpu tests/gpu
 
 chaos: $(INSTALLED) ## kill processes of runs at random instants; KILLS=300 and SEED=7 choose how often and when
 	$(if $(SEED),SEED=$(SEED)) KILLS=$(or $(KILLS),20) $(BIN)/pytest tests/chaos -m chaos -s
@@ -48,6 +59,8 @@ bench: $(INSTALLED) ## run the benchmarks
 	$(BIN)/python benchmarks/tiered_longrun.py --mib-scale 1/64 --actor
 	$(BIN)/python benchmarks/skip_overhead.py
 	$(BIN)/python benchmarks/policies.py --quick
+	$(BIN)/python benchmarks/continuity.py --quick
+	$(BIN)/python benchmarks/reuse.py --quick
 
 clean: ## remove caches and builds (the virtual environment stays)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

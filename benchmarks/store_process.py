@@ -1,4 +1,4 @@
-"""A CacheStore actor's class in a process of its own, without Ray."""
+"""A CacheStore actor in a process of its own: its class without Ray, or the actor itself."""
 
 import multiprocessing
 from contextlib import suppress
@@ -65,3 +65,29 @@ class StoreProcess:
         self._connection.close()
         self._process.join()
         self._process.close()
+
+
+class RayStore:
+    """The CacheStore actor on a Ray of its own, as the GPU actor calls it."""
+
+    def __init__(self) -> None:
+        import ray  # here, as the other one needs none
+
+        from edit_ray.actors.launch import StoreCalls
+
+        self._ray = ray
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 4}
+        actor: Any = ray.remote(**options)(CacheStoreActor)
+        self._actor = actor.remote()
+        self.pid: int = ray.get(self._actor.describe.remote())["pid"]
+        self._calls = StoreCalls(self._actor)
+
+    def call(self, method: str, *arguments: Any) -> Reply:
+        """Under way at once; what is returned waits for the answer."""
+        return self._calls.call(method, *arguments)
+
+    def close(self) -> None:
+        """End the actor and its Ray."""
+        self._ray.get(self._actor.close.remote())
+        self._ray.shutdown()

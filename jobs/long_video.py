@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(config: Config, root: Path, options: argparse.Namespace) -> int:
+    from edit_ray.cli.plan import what_does_not_fit
     from edit_ray.client import LongVideoClient
 
     print(f"output: {root}", flush=True)
@@ -84,6 +85,9 @@ def _run(config: Config, root: Path, options: argparse.Namespace) -> int:
     print(f"run: {run_id}, {length}{frames_in_all} at {status.fps} fps", flush=True)
     if start:
         print(f"resumed: segments 0 to {start - 1} were committed before", flush=True)
+    with contextlib.suppress(EditRayError, ValueError):  # where the run is made this was checked; here may be no model
+        if (unkept := what_does_not_fit(config)) is not None:
+            print(f"reuse: {unkept}", flush=True)
     started, frames, figures = time.perf_counter(), 0, list[Mapping[str, float]]()
     try:
         with _live_bar(client, run_id, config, status.num_segments):

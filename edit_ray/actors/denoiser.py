@@ -22,10 +22,12 @@ from edit_ray.engine.loading import choose_device
 from edit_ray.engine.provenance import provenance_of, use_mode
 from edit_ray.engine.segment import SegmentEngine, usable_cores
 from edit_ray.engine.stream import Preceding
-from edit_ray.errors import RunCancelled, StaleWork
+from edit_ray.errors import RunCancelled, SegmentFailed, StaleWork
+from edit_ray.runs.event_log import append_event
 from edit_ray.runs.folder import draft_of, publish, write_atomic
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.video.encode import Frames, encode, join
+from edit_ray.video.joins import Joins
 from edit_ray.video.stream_files import write_part
 
 T = TypeVar("T")
@@ -47,6 +49,7 @@ class DenoiserActor:
         self._stopped: set[str] = set()
         self._incarnations: dict[str, int] = {}  # by run, the latest that was adopted
         self._progress: Progress | None = None
+        self._joins = Joins()
         self._beat, self._loading = 0, False
         self._leases: dict[str, tuple[int, SegmentLeases | None]] = {}  # by run, with the incarnation they are for
         self._frames: dict[tuple[Path, int], Frames] = {}  # decoded, and not encoded yet
@@ -80,9 +83,13 @@ class DenoiserActor:
     def prepare_run(self, spec: RunSpec) -> dict[str, int]:
         """Loads the model if another one is loaded, encodes every prompt of the run, frees the text encoder's place.
 
-        Returns how many latents before a segment its decoding may need.
+        What the run begins from is encoded, and made durable. Returns how many latents before a segment it and its
+        decoding may need. Raises ConfigError for a file that cannot be used.
         """
-        engine = self._ready_engine(spec)
+        engine, config = self._ready_engine(spec), spec.config
+        if config.continuity.init is not None and not spec.folder.init_latents.exists():
+            latents, _, _ = self._compute(engine, lambda: engine.encode_init(config.continuity, config.sampling))
+            save_latents(spec.folder.init_latents, latents)
         lookback = lookback_latents(engine.pipe.vae.config) if spec.layout.history_latents else 0
         return {"lookback_latents": lookback + spec.layout.history_latents}
 
@@ -95,8 +102,28 @@ class DenoiserActor:
         self._check_current(spec)
         engine = self._ready_engine(spec)
         leases = self._leases_of(spec, engine)
+        append_event(spec.folder.events, "segment_begun", segment=segment.index, attempt=attempt)
         reusing = segment.index - spec.planned_from  # its number among those that reuse each other's residuals
+        made_again = 0 if leases is None else self._make_lost_again(spec, engine, leases, reusing, attempt)
         store = None if leases is None else leases.begin(reusing, attempt, engine.history_len)
+        if store is not None and segment.index + 1 < (spec.num_segments or 0):
+            append_event(spec.folder.events, "prepare_asked", segment=segment.index + 1)
+        latents, denoise_at, denoise_s = self._denoise(spec, engine, segment, store)
+        save_latents(spec.latents(segment.index), latents)
+        reused = {}
+        if leases is not None and store is not None:
+            began = time.time()
+            reused = _reuse_statistics(store, leases.complete(reusing, attempt))
+            reused |= {"complete_at": began, "complete_s": time.time() - began, "segments_made_again": made_again}
+        append_event(spec.folder.events, "segment_made", segment=segment.index, attempt=attempt)
+        return statistics(
+            denoise_at=denoise_at, denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused
+        )
+
+    def _denoise(
+        self, spec: RunSpec, engine: SegmentEngine, segment: SegmentPlan, store: PlannedStore | None
+    ) -> tuple[torch.Tensor, float, float]:
+        """The latents that a segment adds, when that began, and its seconds."""
         sampling = spec.config.sampling.model_copy(
             update={"negative_prompt": segment.negative_prompt, "guidance_scale": segment.guidance_scale}
         )
@@ -114,24 +141,47 @@ class DenoiserActor:
                 **self._context(engine, spec, segment.index),
                 on_step=on_step,
                 cache=spec.config.cache,
-                segment_index=reusing,
+                segment_index=segment.index - spec.planned_from,
                 store=store,
             )
             return self._added(latents, spec, segment.index)
 
-        latents, denoise_s = self._compute(engine, work)
-        save_latents(spec.latents(segment.index), latents)
-        reused = {}
-        if leases is not None and store is not None:
-            reused = _reuse_statistics(store, leases.complete(reusing, attempt))
-        return statistics(denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused)
+        return self._compute(engine, work)
+
+    def _make_lost_again(
+        self, spec: RunSpec, engine: SegmentEngine, leases: SegmentLeases, reusing: int, attempt: int
+    ) -> int:
+        """Makes earlier segments again for residuals that the store has lost; how many. Their latents stay.
+
+        The same config, seed and hardware give the same bits, which is checked. A segment before which others are lost
+        waits for those; that ends at the latest with the first one, which reads nothing.
+        """
+        lost, again = leases.lost(reusing, attempt), max(attempt, 1)
+        made = 0
+        for index in lost:
+            made += 1 + self._make_lost_again(spec, engine, leases, index, again)
+            store = leases.begin(index, again, engine.history_len, then_next=False)
+            segment = spec.segment(spec.planned_from + index)
+            latents, _, _ = self._denoise(spec, engine, segment, store)
+            # One that was dropped to make room (output.keep_segments) cannot be compared.
+            committed = spec.latents(segment.index)
+            if committed.exists() and not torch.equal(latents, load_latents(committed)):
+                leases.give_up()
+                raise SegmentFailed(
+                    f"segment {segment.index} was made again, as residuals of it were lost, and its latents differ "
+                    "from the committed ones"
+                )
+            leases.complete(index, again)
+        if lost:
+            leases.follow(reusing)
+        return made
 
     def decode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
         """Decodes one segment's new latents; the frames wait here to be encoded."""
         self._check_current(spec)
-        frames, decode_s = self._decode(spec, segment)
+        frames, decode_at, decode_s = self._decode(spec, segment)
         self._frames[spec.media(segment.index), spec.incarnation] = frames
-        return statistics(decode_s=decode_s)
+        return statistics(decode_at=decode_at, decode_s=decode_s)
 
     def encode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
         """Encodes one segment's frames into its media file; where they are not at hand they are decoded again."""
@@ -139,12 +189,13 @@ class DenoiserActor:
         media = spec.media(segment.index)
         frames = self._frames.get((media, spec.incarnation))
         if frames is None:
-            frames, _ = self._decode(spec, segment)
-        started = time.perf_counter()
+            frames, _, _ = self._decode(spec, segment)
+        encode_at = time.time()
         encoded = encode(frames, fps=spec.config.sampling.fps, options=spec.config.output)
         write_part(spec.folder.path, spec.part(segment), segment.index, encoded)
         self._frames.pop((media, spec.incarnation), None)
-        return statistics(encode_s=time.perf_counter() - started, media_bytes=media.stat().st_size)
+        times = {"encode_at": encode_at, "encode_s": time.time() - encode_at}
+        return statistics(media_bytes=media.stat().st_size, **times, **self._seen(spec, segment))
 
     def finalize_run(self, spec: RunSpec, first: int) -> dict[str, float]:
         """Joins the segments from `first` on, those before being dropped, into `final.mp4`."""
@@ -164,6 +215,7 @@ class DenoiserActor:
     def release_run(self, run_id: str) -> None:
         """Frees what is kept for an ended run; the model stays loaded."""
         self._stopped.discard(run_id)
+        self._joins.forget(run_id)
         self._incarnations.pop(run_id, None)
         _, leases = self._leases.pop(run_id, (0, None))
         if leases is not None:
@@ -180,6 +232,12 @@ class DenoiserActor:
             raise StaleWork(f"run {spec.run_id} lives in a later incarnation than {spec.incarnation}")
         if spec.run_id in self._stopped:
             raise RunCancelled(f"run {spec.run_id} was stopped")
+
+    def _seen(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
+        """What the written segment looks like, and how it joins its predecessor."""
+        before = spec.part(spec.segment(segment.index - 1)) if segment.index else None
+        size = {"height": spec.config.sampling.height, "width": spec.config.sampling.width}
+        return self._joins.measure(spec.run_id, spec.folder.path, spec.part(segment), before, **size)
 
     def _ready_engine(self, spec: RunSpec) -> SegmentEngine:
         """The engine of this run's model, with this run's prompts encoded."""
@@ -200,8 +258,8 @@ class DenoiserActor:
         self._engine.encode_prompts(spec.texts)
         return self._engine
 
-    def _decode(self, spec: RunSpec, segment: SegmentPlan) -> tuple[Frames, float]:
-        """The segment's frames, uint8 [F, H, W, 3], and the seconds that they took."""
+    def _decode(self, spec: RunSpec, segment: SegmentPlan) -> tuple[Frames, float, float]:
+        """The segment's frames, uint8 [F, H, W, 3], when their decoding began, and its seconds."""
         engine = self._ready_engine(spec)
         latents = load_latents(spec.latents(segment.index))
 
@@ -215,20 +273,20 @@ class DenoiserActor:
             )
 
         with self._decoding:
-            frames, decode_s = self._compute(engine, work)
+            frames, decode_at, decode_s = self._compute(engine, work)
         assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
-        return frames.numpy(), decode_s
+        return frames.numpy(), decode_at, decode_s
 
-    def _compute(self, engine: SegmentEngine, work: Callable[[], T]) -> tuple[T, float]:
-        """What the work gives, and its seconds.
+    def _compute(self, engine: SegmentEngine, work: Callable[[], T]) -> tuple[T, float, float]:
+        """What the work gives, when it began (in unix seconds), and its seconds.
 
         On a CPU one thread does all of torch's work. OpenMP keeps a team of threads for each thread that calls it, and
         as soon as two teams are more threads than cores, both wait asleep instead of spinning: half the speed.
         """
 
-        def timed() -> tuple[T, float]:
-            started = time.perf_counter()
-            return work(), time.perf_counter() - started
+        def timed() -> tuple[T, float, float]:
+            began, started = time.time(), time.perf_counter()
+            return work(), began, time.perf_counter() - started
 
         return self._thread.submit(timed).result() if engine.device.type == "cpu" else timed()
 
@@ -277,7 +335,8 @@ class DenoiserActor:
     def _context(self, engine: SegmentEngine, spec: RunSpec, segment_index: int) -> dict[str, torch.Tensor]:
         """What a segment continues: made of committed latents alone, whatever this actor has seen of the run."""
         if segment_index == 0:
-            return {}
+            begun = spec.config.continuity.init is not None
+            return {spec.config.continuity.mode: load_latents(spec.folder.init_latents)} if begun else {}
         position, preceding = spec.layout.first_latent(segment_index), self._preceding(spec, segment_index)
         return engine.context(spec.config.continuity, spec.run_id, position=position, preceding=preceding)
 
@@ -287,7 +346,10 @@ class DenoiserActor:
         def preceding(count: int) -> torch.Tensor:
             # Each segment adds one latent at least.
             segments = range(max(0, segment_index - count), segment_index)
-            return latent_tail([spec.latents(index) for index in segments], count)
+            before = [spec.latents(index) for index in segments]
+            if spec.layout.init_latents and segments.start == 0:
+                before.insert(0, spec.folder.init_latents)
+            return latent_tail(before, count)
 
         return preceding
 

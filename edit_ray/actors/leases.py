@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache.stores.arena import Arena, owner_lives
@@ -17,6 +18,8 @@ from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.engine.reuse import Reuse
 from edit_ray.errors import ConfigError, EntryLost, StaleLease
 
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 Reply = Callable[[], Any]
 """Waits for the answer to a call, and raises what the call has raised."""
 
@@ -47,27 +50,39 @@ class SegmentLeases:
         self._holder = this_holder()
         self._directory = Path(options.directory) if options.directory else spec.root / ".cache_store"
         self._arena: Arena | None = None
+        self._store_of_segment: PlannedStore | None = None
         self._given_by = ""  # the incarnation of the store that gave the last lease
         self._ahead: dict[int, Reply] = {}
 
-    def begin(self, segment: int, attempt: int, history_len: int) -> PlannedStore:
-        """The store for a segment; the next segment's is asked for."""
-        lease = self._asked_ahead(segment) if attempt == 0 else None
+    def lost(self, segment: int, attempt: int) -> list[int]:
+        """The segments that have to be made again, as the store has lost what this one reads of them."""
+        if attempt == 0 and segment in self._ahead:
+            return []  # if something is lost, the first attempt will find out
+        reads = [op.key for op in self.reuse.ops(segment) if not op.writes]
+        missing = self._told(segment, lambda: self._store.call("missing", self._run_id, reads)()) if reads else []
+        return sorted({int(key[1]) for key in missing})
+
+    def begin(self, segment: int, attempt: int, history_len: int, then_next: bool = True) -> PlannedStore:
+        """The store for a segment; the next segment's is asked for, unless that is not what comes next."""
+        self._settle()  # before the store takes the places of a segment that has failed
+        lease: Lease | None = self._asked_ahead(segment) if attempt == 0 else None
         if lease is None:
-            lease = self._lease(segment, attempt)
+            lease = self._told(segment, lambda: self._prepare(segment, attempt)())
         self._given_by = lease.store
         self._ahead.clear()
         following = segment + 1
-        if following < len(self.reuse.plan.segments):
+        if then_next and following < len(self.reuse.plan.segments):
             self._ahead[following] = self._prepare(following, 0)
         arena, table = self._mapped(lease) if lease.arena else self._carried(segment, attempt)
-        store = PlannedStore(
+        ahead = self._spec.config.store.device_bytes if self._on_gpu and lease.arena else 0
+        store = self._store_of_segment = PlannedStore(
             arena,
             table,
             self.reuse.ops(segment),
             self.reuse.form,
             prefix=(self._run_id,),
             history_len=history_len,
+            ahead_bytes=ahead,
         )
         if isinstance(table, CarriedTable):
             table.waits = store.waits
@@ -78,10 +93,15 @@ class SegmentLeases:
         statistics: dict[str, Any] = self._store.call("complete", *self._which(segment, attempt))()
         return statistics
 
-    def close(self) -> None:
-        """Give up what is not complete, and unmap the arena."""
+    def give_up(self) -> None:
+        """Nothing stays of what is not complete."""
+        self._settle()
         with suppress(ConnectionError):  # it holds nothing then
             self._store.call("give_up", self._run_id, self._holder)()
+
+    def close(self) -> None:
+        """Give up what is not complete, and unmap the arena."""
+        self.give_up()
         self._unmap()
 
     def _unmap(self) -> None:
@@ -89,11 +109,22 @@ class SegmentLeases:
             self._arena.close()
         self._arena = None
 
+    @property
+    def _on_gpu(self) -> bool:
+        return self.reuse.form.device.type == "cuda"
+
+    def _settle(self) -> None:
+        if self._store_of_segment is not None:
+            self._store_of_segment.settle()
+        self._store_of_segment = None
+
     def _mapped(self, lease: Lease) -> tuple[Arena, OpTable]:
         """The store's own memory, of which this process sees the same file."""
         if self._arena is None or str(self._arena.path) != lease.arena:
             self._unmap()
             self._arena = Arena.open(lease.arena)
+            if self._on_gpu and not self._arena.register():
+                logger.warning("CUDA does not register the arena of %d bytes: copies wait.", self._arena.size_bytes)
         return self._arena, OpTable(self._arena.memory(lease.table), lease.num_ops)
 
     def _carried(self, segment: int, attempt: int) -> tuple[Arena, OpTable]:
@@ -131,20 +162,21 @@ class SegmentLeases:
         lives: bool = self._store.call("incarnation", self._run_id)() == lease.store
         return lives
 
-    def _lease(self, segment: int, attempt: int) -> Lease:
-        """A lease that was not asked for ahead. A store that does not know the run is told of it, and so is one that
-        knows it from an earlier holder: what that one has read will be read again.
+    def follow(self, segment: int) -> None:
+        """Tell the store that the run goes on with this segment."""
+        spec, uses = self._spec, self.reuse.plan.uses()
+        self._store.call("follow", self._run_id, uses, segment, spec.config.store, self._directory, spec.root)()
+        self._followed = True
+
+    def _told(self, segment: int, ask: Callable[[], T]) -> T:
+        """What is asked of the store. One that does not know the run is told of it, and so is one that knows it from an
+        earlier holder: what that one has read will be read again.
         """
-        lease: Lease
         if self._followed:
             with suppress(StaleLease):
-                lease = self._prepare(segment, attempt)()
-                return lease
-        uses, options = self.reuse.plan.uses(), self._spec.config.store
-        self._store.call("follow", self._run_id, uses, segment, options, self._directory)()
-        self._followed = True
-        lease = self._prepare(segment, attempt)()
-        return lease
+                return ask()
+        self.follow(segment)
+        return ask()
 
     def _prepare(self, segment: int, attempt: int) -> Reply:
         form = self.reuse.form

@@ -40,7 +40,7 @@ class RunSpec:
     run_id: str
     root: Path
     config: Config
-    num_segments: int | None
+    num_segments: int | None = None
     incarnation: int = 1
     takes: tuple[Take, ...] = ()
     planned_from: int = 0

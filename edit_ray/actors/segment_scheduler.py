@@ -287,7 +287,7 @@ class SegmentSchedulerActor:
         spec = run.spec
         # Before anyone is told: whoever waits for the end may end the actors, and then nothing must be left behind.
         if close.worker is not None:
-            await self._release(run, close.worker, close.state == "done")
+            await self._release(run, close.worker)
         with contextlib.suppress(OSError):  # an end must be told even where nothing can be written
             await asyncio.to_thread(run.stream.end)
         final = spec.folder.relative(spec.folder.final) if close.state == "done" else None
@@ -304,13 +304,13 @@ class SegmentSchedulerActor:
         self._forget_old_runs()
         self._spawn(self._exit_when_idle(spec.config.engine.idle_exit_s))
 
-    async def _release(self, run: LiveRun, worker: int, done: bool) -> None:
-        """Frees what the actors hold for a run. What its segments would still have reused stays if it may go on."""
+    async def _release(self, run: LiveRun, worker: int) -> None:
+        """Frees what the actors hold for a run. If it goes on, segments whose residuals are missed are made again."""
         spec = run.spec
         with contextlib.suppress(ConnectionError):  # it holds nothing then
             await self._crew.denoiser(worker, "release_run", spec.run_id)
         with contextlib.suppress(ConnectionError):
-            await self._crew.store(worker, "drop_run" if done else "leave_run", spec.residuals_id)
+            await self._crew.store(worker, "drop_run", spec.residuals_id)
 
     def _forget_old_runs(self) -> None:
         ended = [run_id for run_id, run in self._runs.items() if run.ended]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import time
 from collections.abc import Awaitable, Callable
 
 from edit_ray.actors.crew import Crew
 from edit_ray.actors.live_run import LiveRun
+from edit_ray.actors.messages import statistics
 from edit_ray.actors.watchdog import Watchdog
 from edit_ray.errors import (
     EditRayError,
@@ -79,6 +81,9 @@ class Stages:
     async def _commit(self, run: LiveRun, work: Work) -> None:
         """Latents and media are durable already: now what plays, then the manifest, then whoever waits."""
         segment, spec = _segment(run, work), run.spec
+        began = time.time()
+        await asyncio.to_thread(run.stream.append, spec.part(segment))
+        published = statistics(publish_at=began, publish_s=time.time() - began)
         record = SegmentRecord(
             index=segment.index,
             take=segment.take,
@@ -88,9 +93,8 @@ class Stages:
             num_frames=segment.num_frames,
             latents=spec.folder.relative(spec.latents(segment.index)),
             media=spec.folder.relative(spec.media(segment.index)),
-            statistics=run.statistics.get(segment.index, {}),
+            statistics=run.statistics.get(segment.index, {}) | published,
         )
-        await asyncio.to_thread(run.stream.append, spec.part(segment))
         await run.append(Committed(spec.incarnation, record))
         run.statistics.pop(segment.index, None)
         await self._drop_old_segments(run)

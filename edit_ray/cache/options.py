@@ -74,12 +74,19 @@ class CacheOptions(Options):
 
 
 class StoreOptions(Options):
-    """How many bytes the CacheStore actor may hold in host memory and on disk (None: no bound), and where.
+    """How many bytes of what segments reuse may be on a GPU on their way from and to the CacheStore actor, and how many
+    that one may hold in host memory and on disk (None: no bound), and where.
 
     `shared_memory`: `require` it for the host tier; or, with `auto` where there is too little of it and with `never`,
     take other memory, whose bytes travel through Ray's object store.
     """
 
+    device_bytes: ByteCount = Field(
+        default=2**29,
+        ge=0,
+        le=MAX_BYTES,
+        json_schema_extra={"valid": "a number of bytes from 0 to 1024TiB, such as 256MiB or 1e9"},
+    )
     host_bytes: ByteCount = Field(
         default=2**30,
         ge=0,

@@ -9,7 +9,7 @@ from edit_ray.cache.records import Decision, Record
 
 _STEP_PX, _UNIT_PX, _CHART_PX, _LEFT_PX = 18, 12, 160, 64
 _COLOURS = {"compute": "#2b6cb0", "reuse": "#e2e8f0"}
-_STYLE = """
+STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #1a202c; }
 h2 { margin-top: 2.5rem; } h3 { font-weight: 600; margin-bottom: .3rem; }
 table { border-collapse: collapse; } td, th { padding: .2rem .9rem .2rem 0; text-align: right; }
@@ -20,15 +20,19 @@ text { font: 11px system-ui, sans-serif; fill: #4a5568; } .key { display: inline
 
 def render_report(records: Mapping[str, Record], title: str) -> str:
     """A page with one section for each of `records`, by their headings."""
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{decision_sections(records)}</html>\n"
+    )
+
+
+def decision_sections(records: Mapping[str, Record]) -> str:
+    """The sections alone, for a page that holds more and has `STYLE`."""
     sections = "".join(_section(heading, record) for heading, record in records.items())
     keys = " ".join(
         f'<span class="key" style="background:{colour}"></span> {decision}' for decision, colour in _COLOURS.items()
     )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>"
-        f"<p>{keys}. Hover over a cell for the reason of a decision.</p>{sections}</html>\n"
-    )
+    return f"<p>{keys}. Hover over a cell for the reason of a decision.</p>{sections}"
 
 
 def _section(heading: str, record: Record) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edit_ray.cli import measure, plan, runs, watch
+from edit_ray.cli.report import report
+from edit_ray.cli.serve import serve
 from edit_ray.errors import EditRayError
 
 _COMMANDS = {
@@ -19,7 +21,8 @@ _COMMANDS = {
     "extend": runs.extend,
     "reroll": runs.reroll,
     "watch": watch.watch,
-    "report": runs.report,
+    "report": report,
+    "serve": serve,
     "calibrate": measure.calibrate,
     "tune": measure.tune,
     "plan": plan.plan,
@@ -47,9 +50,12 @@ def parser() -> argparse.ArgumentParser:
     for name, says in (("status", "where one run stands"), ("cancel", "stop one run; what is committed stays")):
         commands.add_parser(name, help=says).add_argument("run_id")
     _add_going_on(commands)
-    report = commands.add_parser("report", help="what a cache decided, as one HTML page")
-    report.add_argument("source", metavar="RECORD_OR_RUN", help="a record of decisions (JSON), or a run's id or folder")
-    report.add_argument("--page", type=Path, help="where to write it (default: report.html in the run, or beside)")
+    told = commands.add_parser("report", help="a run, or what a cache decided, as one HTML page")
+    told.add_argument("source", metavar="RECORD_OR_RUN", help="a record of decisions (JSON), or a run's id or folder")
+    told.add_argument("--page", type=Path, help="where to write it (default: report.html in the run, or beside)")
+    served = commands.add_parser("serve", help="a run's page and media, for browsers on this machine")
+    served.add_argument("run_id")
+    served.add_argument("--port", type=int, default=8642, help="of 127.0.0.1 (default: 8642; 0: any free one)")
     calibrate = commands.add_parser("calibrate", help="measure what a policy has to know of a model")
     _add_measuring(calibrate)
     calibrate.add_argument("--policy", choices=["teacache", "magcache", "ranked"], required=True)

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from edit_ray.errors import ConfigError, UnknownRun
-from edit_ray.runs.ids import RUN_ID_PATTERN
 
 if TYPE_CHECKING:
     from edit_ray.actors.messages import RunStatus
-    from edit_ray.cache.records import Record
     from edit_ray.client import LongVideoClient
 
 
@@ -85,49 +78,3 @@ def _client(options: argparse.Namespace) -> LongVideoClient:
     from edit_ray.client import LongVideoClient
 
     return LongVideoClient(output=options.output, address=options.address)
-
-
-def report(options: argparse.Namespace) -> int:
-    from edit_ray.cache.report import render_report
-    from edit_ray.config import output_root
-
-    source = Path(options.source)
-    if not source.exists():
-        if re.fullmatch(RUN_ID_PATTERN, options.source) is None:
-            raise UnknownRun(f"{options.source} is no file, no folder and no run's id")
-        source = output_root(options.output, os.environ) / options.source
-    page = options.page or (source / "report.html" if source.is_dir() else source.with_suffix(".html"))
-    text = render_report(_read_records(source), f"What the cache did in {source.resolve().stem}")
-    try:
-        page.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError([f"the page {page} cannot be written: {error.strerror}"]) from None
-    print(page)
-    return 0
-
-
-def _read_records(source: Path) -> dict[str, Record]:
-    """The records of a run's folder by segment, or the one in a file. Raises UnknownRun, ConfigError."""
-    from edit_ray.cache.records import Record
-
-    files = sorted((source / "records").glob("*.json")) if source.is_dir() else [source]
-    if not source.exists() or not files:
-        raise UnknownRun(
-            f"{source} is no record and no run with records; a run has some if its cache.policy is not none"
-        )
-    records = {}
-    for file in files:
-        try:
-            records[_title(file.stem)] = Record.from_json(file.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError([f"{file} cannot be read: {error}"]) from None
-    return records
-
-
-def _title(stem: str) -> str:
-    """`segment 3` for 00003-t0, `segment 3, take 1` for 00003-t1; any other name is its own."""
-    match = re.fullmatch(r"([0-9]{5,})-t([0-9]+)", stem)
-    if match is None:
-        return stem
-    segment, take = map(int, match.groups())
-    return f"segment {segment}, take {take}" if take else f"segment {segment}"

@@ -25,6 +25,7 @@ def layout_of(sampling: SamplingOptions, continuity: ContinuityOptions) -> Frame
         sampling.num_frames,
         continuity.carried_latents,
         sampling.fps,
+        init_latents=continuity.preceding_latents,
         denoise_needs_frames=continuity.carried_frames > 0,
     )
 
@@ -120,6 +121,13 @@ def _check_continuity(continuity: ContinuityOptions, cache: CacheOptions) -> Ite
             "continuity.mode is 'warm_start', and no segment reuses residuals of another; it needs cache.policy "
             "warmstart_reuse and a cache.reuse_window of 1 or more.",
             needs=(("cache",),),
+        )
+    if continuity.init is not None and not continuity.carried_latents:
+        yield Mistake(
+            ("continuity", "init"),
+            f"continuity.init is {continuity.init!r}; it needs continuity.mode history or overlap, as with "
+            f"{continuity.mode} no segment continues anything.",
+            needs=(mode,),
         )
     if continuity.adain and not continuity.carried_latents:
         yield Mistake(

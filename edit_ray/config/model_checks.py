@@ -6,9 +6,11 @@ from pathlib import Path
 from edit_ray.config.cache_checks import cache_mistakes
 from edit_ray.config.mistakes import KeyPath, Mistake, dotted
 from edit_ray.config.model import Config
+from edit_ray.engine.init_file import read_init
 from edit_ray.engine.locate import locate_model
 from edit_ray.engine.model_info import ModelInfo, dtype_problem, read_model_info
-from edit_ray.errors import ModelError
+from edit_ray.engine.options import ContinuityOptions, frames_of
+from edit_ray.errors import ConfigError, ModelError
 from edit_ray.runs.layout import TEMPORAL_FACTOR
 
 MAX_WORDS_NAMED = 100
@@ -48,6 +50,7 @@ def model_mistakes(config: Config, texts: Sequence[Text]) -> list[Mistake]:
     """What the model or the device cannot do; `texts` are the prompts with their keys."""
     mistakes = [
         *_check_dtype(config),
+        *_check_init(config.continuity),
         *cache_mistakes(config.cache, config.sampling.num_inference_steps, _folder(config)),
     ]
     try:
@@ -71,6 +74,17 @@ def _check_dtype(config: Config) -> Iterator[Mistake]:
         yield Mistake(("model", "torch_dtype"), f"model.torch_dtype {problem}", needs=(("model", "device"),))
 
 
+def _check_init(continuity: ContinuityOptions) -> Iterator[Mistake]:
+    """Reads the user's file as the run will, only smaller."""
+    if continuity.init is None:
+        return
+    try:
+        read_init(continuity.init, frames=frames_of(continuity.init_latents), height=16, width=16)
+    except ConfigError as error:
+        for problem in error.problems:
+            yield Mistake(("continuity", "init"), problem, needs=(("continuity", "history_latents"),))
+
+
 def _check_shape(config: Config, info: ModelInfo) -> Iterator[Mistake]:
     for name, step in (("height", info.height_step), ("width", info.width_step)):
         given: int = getattr(config.sampling, name)
@@ -90,8 +104,8 @@ def _check_shape(config: Config, info: ModelInfo) -> Iterator[Mistake]:
     if config.continuity.mode == "history" and not info.expand_timesteps:
         yield Mistake(
             ("continuity", "mode"),
-            "continuity.mode is 'history'; it must be none for this model, because history needs per-token timesteps "
-            "(expand_timesteps: true in its model_index.json).",
+            "continuity.mode is 'history'; it must be none, warm_start or overlap for this model, because history "
+            "needs per-token timesteps (expand_timesteps: true in its model_index.json).",
         )
 
 

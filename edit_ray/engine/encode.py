@@ -3,9 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
+from numpy.typing import NDArray
 from torch import Tensor
+
+
+def to_video(frames: NDArray[np.uint8]) -> Tensor:
+    """Frames, uint8 [F, H, W, 3], as video [1, 3, F, H, W] in [-1, 1]: the inverse of `decode.to_uint8`."""
+    return (torch.tensor(frames).float() / 127.5 - 1).permute(3, 0, 1, 2)[None]
 
 
 def normalise(latents: Tensor, vae_config: Mapping[str, Any]) -> Tensor:

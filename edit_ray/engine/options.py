@@ -1,10 +1,26 @@
 """What the engine can be told."""
 
-from typing import Literal
+import os
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from edit_ray.options import Options
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CLIPS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
+
+
+def is_clip(path: str) -> bool:
+    """Whether a file is a clip and not a picture, by its name."""
+    return path.lower().endswith(CLIPS)
+
+
+def _init_path(path: str) -> str:
+    """The absolute path, as the actors' working directory is another one."""
+    if not path.lower().endswith(PICTURES + CLIPS):
+        raise ValueError("neither a picture nor a clip")
+    return os.path.abspath(os.path.expanduser(path))
 
 
 class ModelOptions(Options):
@@ -37,13 +53,20 @@ class ContinuityOptions(Options):
     `history_latents` latents clean, by models with per-token timesteps. `overlap`: it is shown them as noisy as the
     rest, by any model; `overlap_source` says whether they are taken as they are (`latent`), encoded anew from their
     frames (`reencode`), or only the first of them is (`hybrid`). `adain` draws the colours of each segment that much
-    towards those of the first.
+    towards those of the first. `init` is what segment 0 continues: a picture is the video's first frame, of a clip the
+    end is continued, and none of it is shown again.
     """
 
     mode: Literal["none", "warm_start", "history", "overlap"] = "none"
     history_latents: int = Field(default=3, ge=1, le=64)
     overlap_source: Literal["hybrid", "latent", "reencode"] = "hybrid"
     adain: float = Field(default=0.0, ge=0, le=0.25)
+    init: Annotated[str, AfterValidator(_init_path)] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=4096,
+        json_schema_extra={"valid": f"the path of a picture ({', '.join(PICTURES)}) or of a clip ({', '.join(CLIPS)})"},
+    )
 
     @property
     def carried_latents(self) -> int:
@@ -55,6 +78,18 @@ class ContinuityOptions(Options):
         """Frames in which what precedes a segment ends that must be decoded before it: those of its k latents, or 0."""
         needs_frames = self.mode == "overlap" and self.overlap_source != "latent"
         return frames_of(self.history_latents) if needs_frames else 0
+
+    @property
+    def init_latents(self) -> int:
+        """Latents that segment 0 takes over from `init`: one of a picture, k of a clip."""
+        if self.init is None:
+            return 0
+        return self.history_latents if is_clip(self.init) else 1
+
+    @property
+    def preceding_latents(self) -> int:
+        """Latents that precede the run's own in its stream: those of a clip."""
+        return self.init_latents if self.init is not None and is_clip(self.init) else 0
 
 
 def frames_of(latents: int) -> int:

@@ -13,9 +13,10 @@ from edit_ray.cache.records import Record
 from edit_ray.cache.stores.device import GPUStore
 from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.engine.decode import to_uint8
-from edit_ray.engine.encode import encode
+from edit_ray.engine.encode import encode, to_video
+from edit_ray.engine.init_file import read_init
 from edit_ray.engine.loading import load_pipeline, with_flow_shift
-from edit_ray.engine.options import ContinuityOptions, ModelOptions, SamplingOptions
+from edit_ray.engine.options import ContinuityOptions, ModelOptions, SamplingOptions, frames_of
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.reuse import Reuse, plan_run_reuse
 from edit_ray.engine.stream import Preceding, RunStream
@@ -160,16 +161,14 @@ class SegmentEngine:
         Latents alone decide it: where frames are needed and are not at hand, they are decoded again from `preceding`,
         which returns the last `count` latents before `position`.
         """
-        slots = continuity.carried_latents
-        if not slots:
-            return {}
-        if not continuity.carried_frames:
-            return {continuity.mode: preceding(slots)}
-        frames = self._stream(run_id).last_frames(continuity.carried_frames, position, preceding)
-        if continuity.overlap_source == "reencode":
-            return {"overlap": encode(self.pipe.vae, frames).cpu()}
-        first = encode(self.pipe.vae, frames[:, :, :1]).cpu()
-        return {"overlap": torch.cat([first, preceding(slots)[:, :, 1:]], dim=2)}
+        return self._stream(run_id).context(continuity, position, preceding)
+
+    def encode_init(self, continuity: ContinuityOptions, sampling: SamplingOptions) -> Tensor:
+        """The latents [1, C, k, h, w] of the user's picture or clip, float32, on the CPU; raises `ConfigError`."""
+        assert continuity.init is not None, "there is a file to begin from"
+        count = frames_of(continuity.init_latents)
+        frames = read_init(continuity.init, frames=count, height=sampling.height, width=sampling.width)
+        return encode(self.pipe.vae, to_video(frames)).cpu()
 
     def decode(
         self,

@@ -8,6 +8,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from edit_ray.engine.decode import StreamingDecoder
+from edit_ray.engine.encode import encode
+from edit_ray.engine.options import ContinuityOptions
 
 Preceding = Callable[[int], Tensor]
 """Returns the last `count` latents [1, C, count, h, w] before a position of the stream."""
@@ -54,6 +56,24 @@ class RunStream:
         latents = preceding(min(position, new + decoder.lookback))
         decoder.rebuild(latents[:, :, :-new], position - new)
         return decoder.decode(latents[:, :, -new:])[:, :, -count:]
+
+    def context(self, continuity: ContinuityOptions, position: int, preceding: Preceding) -> dict[str, Tensor]:
+        """What the segment after `position` latents continues: `history` or `overlap` [1, C, k, h, w], or nothing.
+
+        Float32, on the latents' device. Of `overlap_source: hybrid` the first slot stands for a single
+        frame, as the first latent of any clip does, where it stood for four in the stream.
+        """
+        slots = continuity.carried_latents
+        if not slots:
+            return {}
+        latents = preceding(slots)
+        if not continuity.carried_frames:
+            return {continuity.mode: latents}
+        frames = self.last_frames(continuity.carried_frames, position, preceding)
+        if continuity.overlap_source == "reencode":
+            return {"overlap": encode(self._vae, frames).to(latents.device)}
+        first = encode(self._vae, frames[:, :, :1]).to(latents.device)
+        return {"overlap": torch.cat([first, latents[:, :, 1:]], dim=2)}
 
     def _go_to(self, position: int, preceding: Preceding | None) -> None:
         decoder = self._decoder

@@ -3,8 +3,10 @@
 RUN/run.yaml                          the configuration
 RUN/manifest.jsonl                    what is committed
 RUN/latents/NNNNN-tT.safetensors      the latents that segment N of take T added
+RUN/latents/init.safetensors          those of the picture or clip that segment 0 continues, where there is one
 RUN/segments/NNNNN-tT.m4s             its frames, playable behind init.mp4
 RUN/records/NNNNN-tT.json             what the cache decided in it, where there is one
+RUN/events.jsonl                      what happened when, one line each (`event_log`)
 RUN/init.mp4, stream.mp4, live*.m3u8  what plays while the run goes on
 RUN/final.mp4                         all frames, once the run is done
 """
@@ -116,12 +118,20 @@ class RunFolder:
             raise self._unknown() from None
 
     @property
+    def init_latents(self) -> Path:
+        return self.path / "latents" / "init.safetensors"
+
+    @property
     def manifest(self) -> Path:
         return self.path / "manifest.jsonl"
 
     @property
     def run_yaml(self) -> Path:
         return self.path / "run.yaml"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
 
     @property
     def final(self) -> Path:

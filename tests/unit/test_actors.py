@@ -94,6 +94,7 @@ def test_a_run_makes_exactly_the_promised_frames(tmp_path, model):
     assert manifest.final == "final.mp4"
     assert manifest.segments == tuple(records)
     assert [record.media for record in records] == [f"segments/0000{index}-t0.m4s" for index in range(4)]
+    assert ["seam_score" in record.statistics for record in records] == [False, True, True, True]
     plays = [tmp_path / "one" / name for name in ("stream.mp4", "live.m3u8", "final.mp4")]
     size = {"height": config.sampling.height, "width": config.sampling.width}
     stream, live, final = (read_frames(path, **size) for path in plays)

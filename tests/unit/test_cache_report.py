@@ -13,7 +13,7 @@ from edit_ray.cli import main
 from edit_ray.runs.folder import RunFolder
 from tests.unit.test_manifest import BEGUN
 
-VOID = {"meta"}
+VOID = {"meta", "img"}
 few = settings(max_examples=40, deadline=None)
 numbers = st.none() | st.floats(-1e6, 1e6) | st.integers(-5, 5)
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from edit_ray.cache.stores.allocator import Extent, room_of
 from edit_ray.cache.stores.arena import Arena
 from edit_ray.cache.stores.direct_io import FileCalls
 from edit_ray.cache.stores.disk_tier import DiskTier
@@ -63,12 +65,12 @@ def tiers_in(tmp_path):
         tiers.planner.check()
 
 
-def begin(tiers, plan, segment, attempt=0, holder=1):
+def begin(tiers, plan, segment, attempt=0, holder=1, ahead=0):
     ops = ops_of(plan.segments[segment])
     lease = tiers.prepare(RUN, segment, attempt, holder, ops, torch.float32, SHAPE)
     arena = Arena.open(lease.arena)
     table = OpTable(arena.memory(lease.table), lease.num_ops)
-    return PlannedStore(arena, table, ops, FORM, prefix=(RUN,), timeout_s=10)
+    return PlannedStore(arena, table, ops, FORM, prefix=(RUN,), ahead_bytes=ahead * SIZE, timeout_s=10)
 
 
 def make(store, segment, upto=None):
@@ -86,15 +88,17 @@ def make(store, segment, upto=None):
 
 
 @pytest.mark.parametrize("entries", [1, 2, 5, 100])
-def test_a_run_reads_what_it_wrote_in_however_little_memory(tiers_in, entries):
+@pytest.mark.parametrize("ahead", [0, 1, 3, 100])
+def test_a_run_reads_what_it_wrote_in_however_little_memory(tiers_in, entries, ahead):
     tiers, plan = tiers_in(entries), plan_of()
     tiers.follow(plan.uses())
-    stores = {0: begin(tiers, plan, 0)}
+    stores = {0: begin(tiers, plan, 0, ahead=ahead)}
     read = 0
     for segment in range(8):
         store = stores.pop(segment)
         if segment + 1 < 8:
-            stores[segment + 1] = begin(tiers, plan, segment + 1)  # asked for while this one is made
+            # asked for while this one is made
+            stores[segment + 1] = begin(tiers, plan, segment + 1, ahead=ahead)
         read += make(store, segment)
         store.finish()
         tiers.complete(RUN, segment, 0, 1)
@@ -278,7 +282,6 @@ def test_a_holder_is_a_process_and_no_later_one_of_its_pid(other_process):
     assert not is_gone(this_holder())
     assert began_before(this_holder(), holder) or start_of("self") == start_of(process.pid)
     process.kill()
-    process.poll()
     assert wait_until(lambda: is_gone(holder)), "dead, although nobody has asked for it"
 
 
@@ -296,7 +299,7 @@ def test_what_a_holder_may_still_write_to_returns_when_its_process_is_gone(tiers
     store = begin(tiers, plan, 0, holder=holder)
     make(store, 0, upto=2)  # two more have a place
     wait_until(lambda: store.table.place(3) >= 0)
-    view = store._view(3)
+    view = store.arena.tensor(Extent(store.table.place(3), room_of(SIZE)), FORM.dtype, SHAPE)
     again = begin(tiers, plan, 0, attempt=1, holder="successor")
     figures = tiers.statistics()
     assert (figures["orphans"], figures["bytes"]["host"] > 0) == (1, True)
@@ -392,3 +395,17 @@ def test_what_cannot_be_synced_is_not_complete(tiers_in):
     make(again, 0)
     again.finish()
     tiers.complete(RUN, 0, 1, 1)
+
+
+def test_a_closed_store_refuses_instead_of_being_silent(tiers_in):
+    tiers = tiers_in(2)
+    tiers.close()
+    with pytest.raises(StaleLease, match="closed"):
+        begin(tiers, plan_of(), 0)
+    tiers.close()
+
+
+def test_a_folder_that_was_removed_is_no_fault_at_the_end(tiers_in):
+    tiers = tiers_in(2)
+    shutil.rmtree(tiers.disk.files.directory)
+    tiers.close()

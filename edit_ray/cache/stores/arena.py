@@ -9,6 +9,7 @@ import os
 import secrets
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from mmap import mmap
 from os import PathLike
 from pathlib import Path
@@ -21,6 +22,7 @@ from edit_ray.errors import ResourcesUnavailable
 
 SHARED_MEMORY = "/dev/shm"
 _NAMES = "edit_ray-*.arena"
+_MOST_REGISTERED = 512 * 2**30  # bytes; and in one piece, as no copy may cross from one registration into another
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; the module mmap does not name it
 
 
@@ -40,6 +42,7 @@ class Arena:
         """Takes over a mapping; use `create` or `open`."""
         self.path, self.size_bytes, self.owned = path, len(memory), owned
         self._memory: mmap | None = memory
+        self._registered: int | None = None  # the address that CUDA knows
 
     @classmethod
     def create(
@@ -89,6 +92,21 @@ class Arena:
         """Whether the process that made it, and that alone serves it, still holds it."""
         return owner_lives(self.path)
 
+    def register(self) -> bool:
+        """Page-lock the memory for this process's CUDA context, so that a GPU copies to and from it by itself.
+
+        Only the process with the GPU does this: a context takes half a gigabyte of it. False where CUDA refuses, as
+        beyond a limit on locked memory; copies then go through the driver's own buffers, and whoever asks waits.
+        """
+        if self._registered is None and self._memory is not None and self.size_bytes <= _MOST_REGISTERED:
+            address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+            if int(torch.cuda.cudart().cudaHostRegister(address, self.size_bytes, 0)) == 0:
+                self._registered = address
+            else:
+                with suppress(RuntimeError):  # the error waits in the context, for whatever is called next
+                    torch.zeros(1, device="cuda")
+        return self._registered is not None
+
     def memory(self, extent: Extent) -> memoryview:
         """The bytes of an extent, without a copy."""
         if self._memory is None:
@@ -113,6 +131,10 @@ class Arena:
         memory, self._memory = self._memory, None
         if memory is None:
             return
+        if self._registered is not None:
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaHostUnregister(self._registered)
+            self._registered = None
         if self.owned:
             self.path.unlink(missing_ok=True)
         try:

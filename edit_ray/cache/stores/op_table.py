@@ -8,7 +8,6 @@ segment uses what is there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +71,3 @@ class OpTable:
     def mark(self, index: int, state: int) -> None:
         """Say what has become of an op."""
         self._states[index] = state
-
-    def untouched(self, before: int) -> Iterator[int]:
-        """The ops before one that were passed over."""
-        yield from np.flatnonzero(self._states[:before] == UNTOUCHED).tolist()

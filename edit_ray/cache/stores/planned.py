@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +11,8 @@ import torch
 
 from edit_ray.cache.stores.allocator import Extent, room_of
 from edit_ray.cache.stores.arena import Arena
-from edit_ray.cache.stores.op_table import DONE, NEEDED, SKIPPED, Op, OpTable
+from edit_ray.cache.stores.copies import Copy, Loaded, Taken, copies_for
+from edit_ray.cache.stores.op_table import DONE, NEEDED, SKIPPED, WAITING, Op, OpTable
 from edit_ray.cache.stores.store import Key
 from edit_ray.errors import EntryLost
 
@@ -45,11 +46,11 @@ class Waits:
 
 
 @dataclass(frozen=True)
-class _Copy:
-    """Bytes on their way between the device and the arena: the op is done when the event has come."""
+class _Leaving:
+    """What waits for a place in the arena."""
 
     index: int
-    event: torch.cuda.Event
+    taken: Taken
 
 
 class PlannedStore:
@@ -57,8 +58,9 @@ class PlannedStore:
 
     What the segment itself has just computed stays on the device, the last `history_len` of each unit. What the plan
     wants for later segments goes to the arena as well; what it wants from earlier ones comes from there, each op in
-    its turn. An entry that the plan promises and nobody has any more is an `EntryLost`, as another than the planned
-    computation would make other frames.
+    its turn. Up to `ahead_bytes` of the device hold what is on its way: reads loaded before they are asked for, in the
+    order of use, and writes that have no place in the arena yet. An entry that the plan promises and nobody has any
+    more is an `EntryLost`, as another than the planned computation would make other frames.
     """
 
     tier = "device"
@@ -72,6 +74,7 @@ class PlannedStore:
         *,
         prefix: Key = (),
         history_len: int = 1,
+        ahead_bytes: int = 0,
         timeout_s: float = 60.0,
     ) -> None:
         """`prefix` is what the plan's keys begin with before those of the cache: the run."""
@@ -80,9 +83,16 @@ class PlannedStore:
         self._prefix, self._history_len = tuple(prefix), history_len
         self._index_of: dict[tuple[Key, bool], int] = {(op.key, op.writes): i for i, op in enumerate(ops)}
         self._own: dict[Owner, OrderedDict[Key, torch.Tensor]] = {}
-        self._copies: list[_Copy] = []
+        self.copies = copies_for(form.device)
+        self._next = 0  # the first op that has neither been used nor passed over
+        self._most_ahead = ahead_bytes // max(form.size, 1)  # entries
+        self._to_load = deque(i for i, op in enumerate(ops) if not op.writes)  # reads neither begun nor asked for
+        self._loaded: dict[int, Loaded] = {}  # reads begun and not yet asked for
+        self._leaving: deque[_Leaving] = deque()
+        self._moving: deque[tuple[int, Copy]] = deque()  # ops that are over when their copy is
         self._unwritten: list[int] = []
         self._timeout_s = timeout_s
+        self._go_on()
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
         """Raises EntryLost where the plan wants it and the store gives it no place."""
@@ -94,9 +104,11 @@ class PlannedStore:
         index = self._index_of.get(((*self._prefix, *key), True))
         if index is not None:
             self.waits.writes += 1
-            view = self._view(index)
-            view.copy_(tensor.reshape(view.shape), non_blocking=True)
-            self._finish(index)
+            self._come_to(index)
+            whole = tensor.reshape(self.form.shape).to(self.form.dtype).contiguous()
+            self._leaving.append(_Leaving(index, self.copies.take(whole)))
+        self._go_on()
+        self._leave_at_most(self._most_ahead)
 
     def get(self, key: Key) -> torch.Tensor | None:
         """What was computed in this segment, or what the plan reads at this step; raises EntryLost."""
@@ -107,9 +119,14 @@ class PlannedStore:
         if index is None:
             return None
         self.waits.reads += 1
-        tensor = self._view(index).to(self.form.device, copy=True, non_blocking=True)
-        self._finish(index)
-        return tensor
+        self._go_on()
+        self._come_to(index)
+        loaded = self._loaded.pop(index, None)
+        if loaded is None:
+            loaded = self.copies.load(self._place(index, self._await_place(index)))
+        self._moving.append((index, loaded.copy))
+        self._go_on()
+        return self.copies.use(loaded)
 
     def prefetch(self, keys: Iterable[Key]) -> None:
         """Nothing to do: the store knows the plan."""
@@ -142,28 +159,71 @@ class PlannedStore:
         Raises:
             EntryLost: the plan had it written, and it was not computed.
         """
-        for copy in self._copies:
-            copy.event.synchronize()
-        self._mark_copied()
-        self._pass_over(len(self.ops))
+        self._leave_at_most(0)
+        self._come_to(len(self.ops))
+        for _, copy in self._moving:
+            copy.wait()
+        self._go_on()
         if self._unwritten:
             key = self.ops[self._unwritten[0]].key
             raise EntryLost(f"The plan has {key} written in this segment, and it was not computed.")
 
-    def _view(self, index: int) -> torch.Tensor:
-        """The memory of an op, waited for; ops before it that were not used are passed over."""
-        self._mark_copied()
-        self._pass_over(index)
-        offset = self._await_place(index)
+    def settle(self) -> None:
+        """Nothing is on its way when this returns, and nothing will be: the places may be given to others."""
+        self._leaving.clear()
+        self._to_load.clear()
+        for copy in [*(copy for _, copy in self._moving), *(loaded.copy for loaded in self._loaded.values())]:
+            copy.wait()
+        self._moving.clear()
+        self._loaded.clear()
+
+    def _go_on(self) -> None:
+        """Say what is over, and begin what can be begun without waiting."""
+        while self._moving and self._moving[0][1].done():
+            self.table.mark(self._moving.popleft()[0], DONE)
+        while self._leaving and (offset := self.table.place(self._leaving[0].index)) != WAITING - 1:
+            self._let_go(offset)
+        while self._to_load and len(self._loaded) + len(self._leaving) < self._most_ahead:
+            offset = self.table.place(self._to_load[0])
+            if offset is None or offset < 0:
+                break  # the others come after it
+            index = self._to_load.popleft()
+            self._loaded[index] = self.copies.load(self._place(index, offset))
+
+    def _leave_at_most(self, number: int) -> None:
+        """Wait for places until no more than so many writes have none."""
+        while len(self._leaving) > number:
+            self._await_place(self._leaving[0].index)
+            self._go_on()
+
+    def _let_go(self, offset: int | None) -> None:
+        """Copy what waits longest to its place."""
+        leaving = self._leaving.popleft()
+        copy = self.copies.out(leaving.taken, self._place(leaving.index, offset))
+        if copy.done():
+            self.table.mark(leaving.index, DONE)
+        else:
+            self._moving.append((leaving.index, copy))
+
+    def _place(self, index: int, offset: int | None) -> torch.Tensor:
+        """The memory of an op at an offset of the arena."""
         if offset is None:
             raise EntryLost(f"The store has lost {self.ops[index].key}, which the plan wants at this step.")
         return self.arena.tensor(Extent(offset, room_of(self.form.size)), self.form.dtype, self.form.shape)
 
-    def _pass_over(self, before: int) -> None:
-        for index in self.table.untouched(before):
-            self.table.mark(index, SKIPPED)
-            if self.ops[index].writes:
-                self._unwritten.append(index)
+    def _come_to(self, index: int) -> None:
+        """Pass over the ops before one that were not used; the plan lists all in the order of use."""
+        if index < self._next:
+            raise EntryLost(f"The plan has {self.ops[min(index, len(self.ops) - 1)].key} used once, and earlier.")
+        for passed in range(self._next, index):
+            self.table.mark(passed, SKIPPED)
+            if self.ops[passed].writes:
+                self._unwritten.append(passed)
+            elif loaded := self._loaded.pop(passed, None):
+                loaded.copy.wait()  # the place is another's from now on
+        self._next = index + 1
+        while self._to_load and self._to_load[0] <= index:
+            self._to_load.popleft()
 
     def _await_place(self, index: int) -> int | None:
         offset = self.table.place(index)
@@ -172,7 +232,7 @@ class PlannedStore:
         started = looked = time.perf_counter()
         self.table.mark(index, NEEDED)
         while (offset := self.table.place(index)) is not None and offset < 0:
-            self._mark_copied()  # what is waited for may need the room of those
+            self._go_on()  # what is waited for may need the room of what is over
             now = time.perf_counter()
             if now - looked > _LOOK_S:
                 looked = now
@@ -182,15 +242,3 @@ class PlannedStore:
         self.waits.seconds += time.perf_counter() - started
         self.waits.calls += 1
         return offset
-
-    def _finish(self, index: int) -> None:
-        if self.form.device.type == "cpu":
-            self.table.mark(index, DONE)
-            return
-        event = torch.cuda.Event()
-        event.record()
-        self._copies.append(_Copy(index, event))
-
-    def _mark_copied(self) -> None:
-        while self._copies and self._copies[0].event.query():
-            self.table.mark(self._copies.pop(0).index, DONE)

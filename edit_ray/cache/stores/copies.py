@@ -1,0 +1,139 @@
+"""How bytes go between a segment's device and the arena: at once on the CPU, beside the computation on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Copy(Protocol):
+    """Bytes on their way."""
+
+    def done(self) -> bool:
+        """Whether they have come."""
+
+    def wait(self) -> None:
+        """Return when they have."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A tensor that will be copied out, left alone until then; on a GPU with the moment from which it is whole."""
+
+    tensor: Tensor
+    ready: torch.cuda.Event | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A tensor on the device, and the copy that fills it."""
+
+    tensor: Tensor
+    copy: Copy
+
+
+class Copies(Protocol):
+    """Copies of one device. Places are views of the arena: contiguous tensors on the CPU."""
+
+    def take(self, tensor: Tensor) -> Taken:
+        """What is computed so far of a contiguous tensor of the device, to be copied out later."""
+
+    def out(self, taken: Taken, place: Tensor) -> Copy:
+        """Copy to a place of the same type and shape."""
+
+    def load(self, place: Tensor) -> Loaded:
+        """A fresh tensor of the device with the bytes of a place."""
+
+    def use(self, loaded: Loaded) -> Tensor:
+        """The tensor, for what the caller computes from now on."""
+
+
+class _Done:
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return
+
+
+_DONE = _Done()
+
+
+class HostCopies:
+    """On the CPU every copy is over when its call returns."""
+
+    def take(self, tensor: Tensor) -> Taken:
+        return Taken(tensor)
+
+    def out(self, taken: Taken, place: Tensor) -> Copy:
+        place.copy_(taken.tensor)
+        return _DONE
+
+    def load(self, place: Tensor) -> Loaded:
+        return Loaded(place.clone(), _DONE)
+
+    def use(self, loaded: Loaded) -> Tensor:
+        return loaded.tensor
+
+
+@dataclass(frozen=True)
+class _OnStream:
+    """A copy that a stream makes; what it reads or fills is kept for it."""
+
+    event: torch.cuda.Event
+    tensor: Tensor
+
+    def done(self) -> bool:
+        return bool(self.event.query())
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+class StreamCopies:
+    """On a GPU one stream for each direction, so that both ways go at once and neither waits for the computation.
+
+    The call returns at once if the arena is registered with CUDA. The memory of what is loaded is the loading stream's:
+    taken from the computing one, it would be free only after everything that was queued there before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.loading, self.leaving = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def take(self, tensor: Tensor) -> Taken:
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(self._device))
+        return Taken(tensor, ready)
+
+    def out(self, taken: Taken, place: Tensor) -> Copy:
+        assert taken.ready is not None
+        with torch.cuda.stream(self.leaving):
+            self.leaving.wait_event(taken.ready)
+            place.copy_(taken.tensor, non_blocking=True)
+        return self._on_stream(self.leaving, taken.tensor)
+
+    def load(self, place: Tensor) -> Loaded:
+        with torch.cuda.stream(self.loading):
+            tensor = place.to(self._device, non_blocking=True)
+        return Loaded(tensor, self._on_stream(self.loading, tensor))
+
+    def use(self, loaded: Loaded) -> Tensor:
+        assert isinstance(loaded.copy, _OnStream)
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_event(loaded.copy.event)
+        loaded.tensor.record_stream(computing)
+        return loaded.tensor
+
+    def _on_stream(self, stream: torch.cuda.Stream, tensor: Tensor) -> Copy:
+        event = torch.cuda.Event()
+        event.record(stream)
+        return _OnStream(event, tensor)
+
+
+def copies_for(device: torch.device) -> Copies:
+    """The copies of a device."""
+    return StreamCopies(device) if device.type == "cuda" else HostCopies()

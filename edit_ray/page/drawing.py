@@ -1,0 +1,78 @@
+"""SVG for the report: bars on lanes over time, and values over segments. Text in, text out."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+WIDTH = 900
+_LEFT, _LANE, _CHART, _FOOT = 150, 26, 120, 20
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A stretch of work on a lane, in seconds from the start of the drawing; `label` is shown where there is room."""
+
+    lane: str
+    start_s: float
+    length_s: float
+    colour: str
+    label: str
+    says: str
+
+
+def timeline(bars: Sequence[Bar]) -> str:
+    """Lanes from top to bottom in the order in which they first appear, time from left to right."""
+    lanes = list(dict.fromkeys(bar.lane for bar in bars))
+    end = max((bar.start_s + bar.length_s for bar in bars), default=0.0) or 1.0
+    scale, bottom = (WIDTH - _LEFT) / end, _LANE * len(lanes)
+    parts = [f'<text x="0" y="{_LANE * row + 17}">{html.escape(lane)}</text>' for row, lane in enumerate(lanes)]
+    for bar in bars:
+        x, y = _LEFT + bar.start_s * scale, _LANE * lanes.index(bar.lane) + 3
+        width = max(1.0, bar.length_s * scale - 1)  # a gap of 1, so that one is told from the next
+        parts.append(
+            f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_LANE - 6}" '
+            f'fill="{bar.colour}"><title>{html.escape(bar.says)}</title></rect>'
+        )
+        if width > 10 * len(bar.label):
+            parts.append(f'<text x="{x + 4:.2f}" y="{y + 14}" style="fill:#fff">{html.escape(bar.label)}</text>')
+    step = nice_step(end)
+    for tick in range(int(end / step) + 1):
+        x = _LEFT + tick * step * scale
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{bottom}" stroke="#a0aec0" stroke-width=".5"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 14}">{tick * step:g} s</text>')
+    return _svg(bottom + _FOOT, parts)
+
+
+def chart(lines: Mapping[str, Sequence[float | None]], colours: Sequence[str], unit: str) -> str:
+    """One line a name over the segments from 0 on, None where a segment has no value; the scale begins at 0."""
+    values = [value for line in lines.values() for value in line if value is not None]
+    top = max(values, default=0.0) or 1.0
+    count = max(map(len, lines.values()), default=0)
+    step = (WIDTH - _LEFT - 20) / max(1, count - 1)
+    parts = [f'<text x="0" y="14">{top:.3g} {html.escape(unit)}</text><text x="0" y="{_CHART}">0</text>']
+    for index, (name, line) in enumerate(lines.items()):
+        colour = colours[index % len(colours)]
+        points = [
+            (_LEFT + at * step, _CHART * (1 - max(0.0, v) / top) + 4) for at, v in enumerate(line) if v is not None
+        ]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in points if count <= 60]
+        parts.append(f'<text x="0" y="{34 + 15 * index}" style="fill:{colour}">{html.escape(name)}</text>')
+    every = max(1, round(count / 20))
+    parts += [f'<text x="{_LEFT + at * step:.1f}" y="{_CHART + 18}">{at}</text>' for at in range(0, count, every)]
+    return _svg(_CHART + _FOOT, parts)
+
+
+def nice_step(length: float) -> float:
+    """A step of 1, 2 or 5 times a power of ten that divides a positive length into 5 to 15 parts."""
+    rough = length / 10
+    power: float = 10.0 ** math.floor(math.log10(rough))
+    return min((power * factor for factor in (1, 2, 5, 10)), key=lambda step: abs(step - rough))
+
+
+def _svg(height: int, parts: Sequence[str]) -> str:
+    return f'<svg width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">{"".join(parts)}</svg>'

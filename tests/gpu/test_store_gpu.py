@@ -1,0 +1,300 @@
+"""What segments reuse of each other on a CUDA device: the arena registered, copies on streams of their own."""
+
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from edit_ray.actors.cache_store import CacheStoreActor
+from edit_ray.actors.leases import SegmentLeases
+from edit_ray.actors.messages import RunSpec
+from edit_ray.cache.options import CacheOptions
+from edit_ray.cache.stores.allocator import Extent
+from edit_ray.cache.stores.arena import Arena
+from edit_ray.cache.stores.copies import StreamCopies
+from edit_ray.cache.stores.planned import Form
+from edit_ray.cache.tiering.reuse_plan import make_reuse_plan
+from edit_ray.config import Config
+from edit_ray.engine.options import ModelOptions, SamplingOptions
+from edit_ray.engine.reuse import Reuse
+from edit_ray.engine.segment import SegmentEngine
+from edit_ray.testing import save_random_wan
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+DEVICE = torch.device("cuda", 0)
+FORM = Form(DEVICE, torch.bfloat16, (1, 512, 256))
+SIZE = FORM.size
+RUN, EXPERT, UNITS = "run", "transformer", 4
+
+
+class Direct:
+    """The CacheStore actor's class in this process, called at once."""
+
+    def __init__(self):
+        self.actor = CacheStoreActor()
+
+    def call(self, method, *arguments):
+        answer = getattr(self.actor, method)(*arguments)
+        return lambda: answer
+
+
+@pytest.fixture
+def store():
+    store = Direct()
+    yield store
+    store.actor.close()
+
+
+def leases_for(store, root, *, segments=6, host=3, ahead=0, units=UNITS):
+    """Each segment writes an entry per unit and branch and reads those of the two before it."""
+    plan = make_reuse_plan(
+        RUN,
+        segments,
+        window=2,
+        warm_steps=1,
+        experts=[EXPERT] * 2,
+        unit_bytes={EXPERT: [SIZE] * units},
+        align="last",
+        combine="mean",
+    )
+    options = {
+        "host_bytes": host * SIZE,
+        "device_bytes": ahead * SIZE,
+        "directory": str(root / "disk"),
+        "allow_tmpfs": True,
+    }
+    prompts = [{"segment": 0, "prompt": "a red circle"}]
+    config = Config.model_validate({"store": options, "video": {"num_segments": 1}, "prompt_segments": prompts})
+    return SegmentLeases(store, RunSpec(RUN, root, config), Reuse(plan, FORM))
+
+
+def tensor_of(key):
+    """An entry's bytes follow from its key."""
+    generator = torch.Generator(DEVICE).manual_seed(hash(key) & 0xFFFFFF)
+    return torch.randn(FORM.shape, device=DEVICE, generator=generator).bfloat16()
+
+
+def make(planned, checks):
+    """A segment's ops; `checks` collects, on the device, whether each read was right."""
+    for op in planned.ops:
+        if op.writes:
+            planned.put(op.key[1:], tensor_of(op.key))
+        else:
+            checks.append((planned.get(op.key[1:]) == tensor_of(op.key)).all())
+    planned.finish()
+
+
+def test_a_registered_arena_is_pinned_and_gives_it_back(tmp_path):
+    with Arena.create(1 << 20, tmp_path) as owner, Arena.open(owner.path) as arena:
+        view = arena.tensor(Extent(0, 1 << 20), torch.uint8, (1 << 20,))
+        assert not view.is_pinned()
+        assert arena.register()
+        assert arena.register(), "once is enough"
+        assert view.is_pinned()
+        view.fill_(7)
+        assert (view.to(DEVICE, non_blocking=True) == 7).all()
+        del view
+        arena.close()
+    with Arena.create(1 << 20, tmp_path) as owner, Arena.open(owner.path) as again:
+        assert again.register(), "another arena, as after a store that died"
+
+
+def test_a_refused_registration_leaves_no_error_behind(tmp_path):
+    with Arena.create(1 << 20, tmp_path) as arena:
+        address = arena.tensor(Extent(0, 4096), torch.uint8, (4096,)).data_ptr()
+        assert int(torch.cuda.cudart().cudaHostRegister(address, 4096, 0)) == 0  # so that the whole is refused
+        try:
+            assert not arena.register()
+            assert torch.ones(3, device=DEVICE).sum() == 3
+            torch.cuda.synchronize()
+        finally:
+            torch.cuda.cudart().cudaHostUnregister(address)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 5, 100])
+@pytest.mark.parametrize("host", [1, 3, 100])
+def test_what_was_written_is_read(store, tmp_path, host, ahead):
+    leases, checks = leases_for(store, tmp_path, host=host, ahead=ahead), []
+    for segment in range(6):
+        make(leases.begin(segment, 0, 1), checks)
+        leases.complete(segment, 0)
+    assert len(checks) == 2 * UNITS * (1 + 2 * 4)
+    assert torch.stack(checks).all()
+    leases.close()
+
+
+class Delayed(StreamCopies):
+    """Each copy and each use comes after a pause of its stream, of a random length."""
+
+    draw = random.Random(0)
+
+    def pause(self, stream):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(self.draw.randrange(1, 4_000_000))  # up to 2 ms
+
+    def take(self, tensor):
+        taken = super().take(tensor)
+        self.pause(torch.cuda.current_stream())
+        return taken
+
+    def out(self, taken, place):
+        self.pause(self.leaving)
+        copy = super().out(taken, place)
+        self.pause(self.leaving)
+        return copy
+
+    def load(self, place):
+        self.pause(self.loading)
+        return super().load(place)
+
+    def use(self, loaded):
+        self.pause(torch.cuda.current_stream())
+        return super().use(loaded)
+
+
+@pytest.mark.parametrize("ahead", [0, 4])
+def test_streams_keep_their_order_under_random_delays(store, tmp_path, monkeypatch, ahead):
+    monkeypatch.setattr("edit_ray.cache.stores.planned.copies_for", Delayed)
+    leases, checks = leases_for(store, tmp_path, segments=12, host=3, ahead=ahead), []
+    for segment in range(12):
+        make(leases.begin(segment, 0, 1), checks)
+        leases.complete(segment, 0)
+    assert torch.stack(checks).all()
+    leases.close()
+
+
+def test_500_spills_and_reads(store, tmp_path):
+    segments = 36
+    leases, checks = leases_for(store, tmp_path, segments=segments, host=3, ahead=3), []
+    statistics = {}
+    for segment in range(segments):
+        make(leases.begin(segment, 0, 1), checks)
+        statistics = leases.complete(segment, 0)
+    assert len(checks) >= 500
+    assert torch.stack(checks).all()
+    assert statistics["peak_bytes"]["host"] <= 3 * SIZE
+    prefetch = statistics["counters"].prefetch
+    assert prefetch.requested >= 500
+    assert prefetch.open == 0
+    leases.close()
+
+
+def test_the_memory_of_what_was_read_is_not_another_read_s(store, tmp_path):
+    """What is loaded ahead takes the memory of what was let go; the computing stream may still be busy with that."""
+    leases = leases_for(store, tmp_path, segments=3, host=100, ahead=100)
+    for segment in range(2):
+        planned = leases.begin(segment, 0, 1)
+        make(planned, [])
+        leases.complete(segment, 0)
+    planned, checks = leases.begin(2, 0, 1), []
+    for op in planned.ops:
+        if not op.writes:
+            found = planned.get(op.key[1:])
+            torch.cuda._sleep(2_000_000)
+            checks.append((found == tensor_of(op.key)).all())
+            del found
+            torch.empty(FORM.shape, dtype=FORM.dtype, device=DEVICE).fill_(-1)
+    assert torch.stack(checks).all()
+    planned.settle()
+    leases.close()
+
+
+def test_a_failed_segment_writes_nothing_into_what_is_given_to_others(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("edit_ray.cache.stores.planned.copies_for", Delayed)
+    leases, checks = leases_for(store, tmp_path, segments=3, host=3, ahead=8), []
+    make(leases.begin(0, 0, 1), checks)
+    leases.complete(0, 0)
+    failed = leases.begin(1, 0, 1)
+    for op in failed.ops:
+        if op.writes:
+            failed.put(op.key[1:], torch.full(FORM.shape, float("nan"), device=DEVICE).bfloat16())
+            break
+    for segment in (1, 2):
+        make(leases.begin(segment, 1 if segment == 1 else 0, 1), checks)
+        leases.complete(segment, 1 if segment == 1 else 0)
+    assert torch.stack(checks).all()
+    leases.close()
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+from edit_ray.cache.options import CacheOptions
+from edit_ray.cache.stores.allocator import Extent
+from edit_ray.cache.stores.arena import Arena
+from edit_ray.cache.stores.op_table import Op, OpTable
+from edit_ray.cache.stores.planned import Form, PlannedStore
+path, offset, size, number = sys.argv[1], *map(int, sys.argv[2:])
+arena = Arena.open(path)
+assert arena.register()
+keys = [("run", 0, "transformer", branch, unit, "last") for unit in range(number // 2) for branch in ("cond", "uncond")]
+form = Form(torch.device("cuda", 0), torch.bfloat16, (1, 512, 256))
+store = PlannedStore(arena, OpTable(arena.memory(Extent(offset, size)), number),
+    [Op(key, form.size, True) for key in keys], form, prefix=("run",), ahead_bytes=100 * form.size)
+while True:
+    torch.cuda._sleep(2_000_000)
+    for key in keys[: number // 2]:
+        store.put(key[1:], torch.full(form.shape, float("nan"), device="cuda").bfloat16())
+    print("copying", flush=True)
+"""
+
+
+def test_a_killed_gpu_actor_leaves_nothing(store, tmp_path):
+    """A process with the arena registered dies while copies into it are under way; another makes the segment."""
+    leases, checks = leases_for(store, tmp_path, segments=3, host=8), []
+    ops = leases.reuse.ops(0)
+    store.actor.follow(RUN, leases.reuse.plan.uses(), 0, leases._spec.config.store, tmp_path / "disk")
+    lease = store.actor.prepare(RUN, 0, 0, "another", ops, FORM.dtype, FORM.shape)
+    arguments = [lease.arena, str(lease.table.offset), str(lease.table.size), str(lease.num_ops)]
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root
+    ) as process:
+        line = process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+        assert line == "copying\n", process.stderr.read()
+        process.communicate()
+    for segment in range(3):
+        make(leases.begin(segment, 1 if segment == 0 else 0, 1), checks)
+        leases.complete(segment, 1 if segment == 0 else 0)
+    assert torch.stack(checks).all()
+    leases.close()
+
+
+CACHE = CacheOptions.model_validate(
+    {"policy": "warmstart_reuse", "inner": "fbcache", "rel_l1_thresh": 0.2, "warm_steps": 3, "reuse_window": 2}
+)
+SAMPLING = SamplingOptions(height=64, width=64, num_frames=17, num_inference_steps=6)
+
+
+@pytest.mark.parametrize("granularity", ["stack", 2])
+def test_latents_are_the_same_through_every_size_of_every_tier(tmp_path, granularity):
+    model = save_random_wan(tmp_path / "wan", num_layers=4)
+    engine = SegmentEngine.load(ModelOptions(path=str(model), device="cuda"), 1)
+    cache = CACHE.model_copy(update={"granularity": granularity})
+    reuse = engine.plan_reuse(RUN, 4, cache, SAMPLING, None)
+    size = reuse.form.size
+    made = []
+    for number, (host, device) in enumerate([(100, 100), (100, 0), (2, 0), (2, 3)]):
+        store = Direct()
+        options = {"host_bytes": host * 2 * size, "device_bytes": device * size, "allow_tmpfs": True}
+        prompts = [{"segment": 0, "prompt": "a red circle"}]
+        config = Config.model_validate({"store": options, "video": {"num_segments": 4}, "prompt_segments": prompts})
+        leases = SegmentLeases(store, RunSpec(RUN, tmp_path / str(number), config), reuse)
+        made.append([])
+        for segment in range(4):
+            planned = leases.begin(segment, 0, engine.history_len)
+            made[-1].append(
+                engine.denoise(
+                    SAMPLING, prompt="a red circle", seed=segment, cache=cache, segment_index=segment, store=planned
+                )
+            )
+            leases.complete(segment, 0)
+            assert planned.waits.reads == (0 if segment in (0, 3) else 3 * 2 * {"stack": 1, 2: 2}[granularity])
+        leases.close()
+        store.actor.close()
+    assert all(torch.equal(torch.stack(other), torch.stack(made[0])) for other in made[1:])

@@ -1,0 +1,164 @@
+"""A segment's own side of the store: what it loads ahead, and what it lets go only when there is a place."""
+
+import pytest
+import torch
+
+from edit_ray.cache.stores.allocator import Extent, room_of
+from edit_ray.cache.stores.arena import Arena
+from edit_ray.cache.stores.op_table import DONE, NEEDED, SKIPPED, UNTOUCHED, Op, OpTable, table_bytes
+from edit_ray.cache.stores.planned import Form, PlannedStore
+from edit_ray.errors import EntryLost
+
+FORM = Form(torch.device("cpu"), torch.float32, (1, 8, 16))
+ROOM = room_of(FORM.size)
+ENTRIES = 6
+
+
+class Owner:
+    """The store's side by hand: an arena of some places, and the table of a segment's ops."""
+
+    def __init__(self, arena, *ops):
+        self.arena, self.ops = arena, [Op(("run", *key), FORM.size, writes) for key, writes in ops]
+        self.table = OpTable(arena.memory(Extent(ENTRIES * ROOM, ROOM)), len(ops))
+        self.table.clear()
+        assert table_bytes(len(ops)) <= ROOM
+
+    def fill(self, index, value):
+        """Put an entry of this value where the op's place will be, and return the place's memory."""
+        place = self.arena.tensor(Extent(index * ROOM, ROOM), FORM.dtype, FORM.shape)
+        place.fill_(value)
+        return place
+
+    def give(self, *indices):
+        for index in indices:
+            self.table.give(index, index * ROOM)
+
+    def states(self):
+        return self.table.states()
+
+    def store(self, ahead, **options):
+        return PlannedStore(
+            self.arena, self.table, self.ops, FORM, prefix=("run",), ahead_bytes=ahead * FORM.size, **options
+        )
+
+
+def key(number):
+    return (0, "transformer", "cond", 0, number)
+
+
+def residual(value):
+    return torch.full(FORM.shape, float(value))
+
+
+@pytest.fixture
+def arena(tmp_path):
+    with Arena.create((ENTRIES + 1) * ROOM, tmp_path) as arena:
+        yield arena
+
+
+def reads(number):
+    return [(key(i), False) for i in range(number)]
+
+
+def test_reads_are_loaded_ahead_in_the_order_of_use_as_far_as_there_is_room(arena):
+    owner = Owner(arena, *reads(4))
+    places = [owner.fill(i, i) for i in range(4)]
+    owner.give(0, 1, 2, 3)
+    store = owner.store(ahead=2)
+    for place in places:
+        place.fill_(99)  # what was loaded before this shows no trace of it
+    assert [store.get(key(i)).mean().item() for i in range(4)] == [0, 1, 99, 99]
+    assert owner.states() == [DONE] * 4
+
+
+def test_what_comes_later_is_not_loaded_before_what_comes_first(arena):
+    owner = Owner(arena, *reads(2))
+    places = [owner.fill(i, i) for i in range(2)]
+    owner.give(1)
+    store = owner.store(ahead=2)
+    owner.give(0)
+    for place in places:
+        place.fill_(99)
+    assert [store.get(key(i)).mean().item() for i in range(2)] == [99, 99]
+
+
+def test_a_write_without_a_place_holds_nobody_up_while_there_is_room_for_it(arena):
+    owner = Owner(arena, *[(key(i), True) for i in range(3)])
+    store = owner.store(ahead=2, timeout_s=0.2)
+    store.put(key(0), residual(5))
+    store.put(key(1), residual(6))
+    assert owner.states() == [UNTOUCHED] * 3
+    owner.give(0)
+    store.put(key(2), residual(7))
+    assert owner.states() == [DONE, UNTOUCHED, UNTOUCHED]
+    assert owner.arena.tensor(Extent(0, ROOM), FORM.dtype, FORM.shape).mean() == 5
+    owner.give(1, 2)
+    store.finish()
+    assert owner.states() == [DONE] * 3
+    assert [owner.arena.tensor(Extent(i * ROOM, ROOM), FORM.dtype, FORM.shape).mean() for i in range(3)] == [5, 6, 7]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_beyond_that_it_waits(arena, ahead):
+    owner = Owner(arena, *[(key(i), True) for i in range(2)])
+    store = owner.store(ahead=ahead, timeout_s=0.2)
+    for number in range(ahead):
+        store.put(key(number), residual(1))
+    with pytest.raises(EntryLost, match="did not bring"):
+        store.put(key(ahead), residual(2))
+    assert owner.states()[0] == NEEDED
+    assert store.waits.seconds == 0, "a wait that failed is none"
+
+
+def test_a_wait_lets_go_what_gets_its_place_meanwhile(arena, monkeypatch):
+    """The read waits for room that the write's copy makes: so the store gives the read its place only after it."""
+    owner = Owner(arena, (key(0), True), (key(1), False))
+    owner.fill(1, 3)
+    store = owner.store(ahead=1, timeout_s=5)
+    store.put(key(0), residual(5))
+    give_write, ask = owner.table.place, []
+
+    def place(index):
+        ask.append(index)
+        if len(ask) == 5:
+            owner.give(0)
+        if owner.states()[0] == DONE:
+            owner.give(1)
+        return give_write(index)
+
+    monkeypatch.setattr(owner.table, "place", place)
+    assert store.get(key(1)).mean() == 3
+    assert owner.states() == [DONE, DONE]
+
+
+def test_what_was_loaded_ahead_and_passed_over_is_skipped(arena):
+    owner = Owner(arena, *reads(3))
+    for index in range(3):
+        owner.fill(index, index)
+    owner.give(0, 1, 2)
+    store = owner.store(ahead=1)
+    assert store.get(key(2)).mean() == 2
+    assert owner.states() == [SKIPPED, SKIPPED, DONE]
+    store.finish()
+
+
+def test_a_lost_read_is_said_when_it_is_asked_for_and_not_before(arena):
+    owner = Owner(arena, *reads(2))
+    owner.fill(0, 4)
+    owner.give(0)
+    owner.table.give(1, None)
+    store = owner.store(ahead=2)
+    assert store.get(key(0)).mean() == 4
+    with pytest.raises(EntryLost, match="has lost"):
+        store.get(key(1))
+
+
+def test_a_settled_store_moves_nothing_any_more(arena):
+    owner = Owner(arena, (key(0), True), (key(1), True))
+    store = owner.store(ahead=2)
+    store.put(key(0), residual(5))
+    place = owner.fill(0, 9)
+    store.settle()
+    owner.give(0)
+    store.put(key(1), residual(6))
+    assert place.mean() == 9, "the place may be another's"

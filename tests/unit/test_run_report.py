@@ -1,0 +1,144 @@
+"""The page of a run's report: what it draws is where it says, and it needs nothing from anywhere."""
+
+import base64
+import io
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from edit_ray.page.drawing import WIDTH, Bar, chart, nice_step, timeline
+from edit_ray.page.report import ReportedSegment, RunReport, bars_of, render_run
+from edit_ray.page.strip import HEIGHT_PX, data_url, sampled
+from tests.unit.test_cache_report import RECORD, Page
+
+few = settings(max_examples=60, deadline=None)
+
+FULL = {
+    **{f"{work}_s": 0.5 for work in ("denoise", "decode", "encode", "complete", "publish")},
+    **{"red": 100.0, "green": 90.0, "blue": 80.0, "sharpness": -5.0, "interior_score": 0.3, "seam_score": 0.6},
+    **{"seam_jump": 1.1, "seam_accel": 1.2, "seam_color": 2.4, "seam_sharp": -0.1},
+    **{"units_computed": 30, "units_skipped": 10, "entries_read": 4, "entries_written": 2},
+    **{"host_bytes": 2**20, "disk_bytes": 2**21, "prefetch_useful": 4, "prefetch_late": 0},
+}
+NASTY = '</pre></title><script src="http://x">&"'
+
+
+def segment(index: int, prompt: str = "a red circle", **changes) -> ReportedSegment:
+    begins = {f"{work}_at": 1000.0 + 2 * index for work in ("denoise", "decode", "encode", "complete", "publish")}
+    return ReportedSegment(index, prompt, 7, 24, FULL | begins | changes)
+
+
+bars = st.builds(
+    Bar,
+    lane=st.sampled_from(["one", "two", "<b>"]),
+    start_s=st.floats(0, 1e5),
+    length_s=st.floats(0, 1e4),
+    colour=st.just("#000"),
+    label=st.sampled_from(["0", "1999", "<i>"]),
+    says=st.text(max_size=10),
+)
+
+
+@few
+@given(st.lists(bars, max_size=20))
+def test_a_bar_is_where_its_time_and_lane_are(bars):
+    page = Page(timeline(bars))
+    drawn = page.all("rect")
+    assert len(drawn) == len(bars)
+    assert all(float(r["x"]) >= 0 and float(r["x"]) + float(r["width"]) <= WIDTH + 1 for r in drawn)
+    rows = list(dict.fromkeys(bar.lane for bar in bars))
+    assert [float(r["y"]) for r in drawn] == [26 * rows.index(bar.lane) + 3 for bar in bars]
+    for one, two, left, right in zip(bars, bars[1:], drawn, drawn[1:], strict=False):
+        if one.start_s < two.start_s:
+            assert float(left["x"]) <= float(right["x"])
+
+
+@given(st.floats(1e-6, 1e9))
+def test_a_step_is_a_round_number_and_there_are_not_too_many(length):
+    step = nice_step(length)
+    assert 4 <= length / step <= 20
+    assert float(f"{step:.0e}") == pytest.approx(step)
+    assert round(step / 10 ** math.floor(math.log10(step) + 1e-9)) in (1, 2, 5)
+
+
+@few
+@given(st.lists(st.none() | st.floats(0, 1e6), max_size=80))
+def test_a_line_has_a_point_for_every_value(values):
+    page = Page(chart({"it": values}, ["#000"], "<unit>"))
+    (line,) = page.all("polyline")
+    points = [tuple(map(float, point.split(","))) for point in line["points"].split()]
+    assert len(points) == sum(value is not None for value in values)
+    assert all(0 <= x <= WIDTH and 0 <= y <= 124.1 for x, y in points)
+    assert "<unit>" in page.text
+
+
+@given(st.integers(0, 500), st.integers(2, 50))
+def test_a_sample_has_both_ends_and_no_more_than_allowed(count, most):
+    chosen = sampled(count, most)
+    assert len(chosen) == min(count, most)
+    assert chosen == sorted(set(chosen))
+    assert not count or (chosen[0], chosen[-1]) == (0, count - 1)
+
+
+def test_the_work_of_all_actors_begins_at_zero():
+    drawn = bars_of([segment(0), segment(1, denoise_at=1001.0, denoise_s=3.0)])
+    assert {bar.lane for bar in drawn} == {
+        *("GPU actor, denoising", "GPU actor, decoding", "encoder process", "CacheStore actor", "segment scheduler"),
+    }
+    assert len(drawn) == 10
+    assert min(bar.start_s for bar in drawn) == 0
+    assert [(bar.start_s, bar.length_s) for bar in drawn if "denois" in bar.lane] == [(0, 0.5), (1, 3)]
+    assert bars_of([ReportedSegment(0, "", 1, 24, {"denoise_s": 3.0})]) == [], "an older run has no times of day"
+
+
+def test_a_page_shows_everything_and_needs_nothing_else():
+    picture = data_url(np.zeros((32, 48, 3), np.uint8))
+    records = {f"segment {index}": RECORD for index in range(2)}
+    segments = [segment(0), segment(1, red=110.0, sharpness=-6.0)]
+    text = render_run(RunReport("one", "done", "sampling: {}", segments, records, [(0, [picture]), (1, [picture])]))
+    page = Page(text)
+    assert [attrs["src"] for attrs in page.all("img")] == [picture, picture]
+    assert not any(name in attrs for _, attrs in page.elements for name in ("href", "onload", "xlink:href"))
+    assert "http" not in text
+    assert "url(" not in text
+    headings = ["Who worked when", "Joins and drift", "Tiers", "Segments", "What the cache decided", "Settings"]
+    at = [page.text.index(heading) for heading in headings]
+    assert at == sorted(at)
+    assert "colour drifts by 10.0 of 255 grey levels, and sharpness by a factor of 0.50" in page.text
+    assert "4 residuals written, 8 read. Prefetch: useful 4, late 0." in page.text
+    assert "25%" in page.text
+    assert "sampling: {}" in page.text
+
+
+def test_a_page_leaves_out_what_is_not_known():
+    page = Page(render_run(RunReport("one", "running", "", [ReportedSegment(0, "a prompt", 1, 24, {})])))
+    assert [heading in page.text for heading in ("Who worked when", "Joins", "Tiers", "What the cache")] == [False] * 4
+    assert "a prompt" in page.text
+
+
+def test_texts_of_the_users_are_text():
+    text = render_run(RunReport(NASTY, NASTY, NASTY, [segment(0, NASTY)], {NASTY: RECORD}))
+    page = Page(text)
+    assert page.all("script") == []
+    assert page.text.count(NASTY) == 6  # title, heading, state, settings, prompt, the record's heading
+
+
+def test_many_records_are_sampled_and_that_is_said():
+    records = {f"segment {index}": RECORD for index in range(100)}
+    page = Page(render_run(RunReport("one", "done", "", [segment(0)], records)))
+    assert "What the cache decided of 40 of 100 segments" in page.text
+    assert "segment 0" in page.text
+    assert "segment 99" in page.text
+
+
+def test_a_picture_is_small_and_keeps_its_shape():
+    frame = np.zeros((480, 832, 3), np.uint8)
+    frame[:, 416:] = 255
+    image = Image.open(io.BytesIO(base64.b64decode(data_url(frame).partition(",")[2])))
+    assert image.size == (166, HEIGHT_PX)
+    assert image.getpixel((10, 48)) < (20, 20, 20)
+    assert image.getpixel((160, 48)) > (235, 235, 235)

@@ -1,0 +1,175 @@
+"""Seams: what a viewer would see has a high score, and what nobody sees a low one."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edit_ray.video.encode import encode
+from edit_ray.video.joins import Joins
+from edit_ray.video.options import OutputOptions
+from edit_ray.video.seam import LARGEST_SCORE, FrameSeries, Look
+from edit_ray.video.stream_files import Part, write_part
+
+JOIN, FRAMES = 16, 32
+TIMES = np.arange(FRAMES)
+
+
+def scene(times, seed: int = 1) -> np.ndarray:
+    """Waves that move evenly, at these times: uint8 [F, 64, 96, 3], 0.85 bright in the red channel."""
+    random = np.random.default_rng(seed)
+    tops = (0.6, 2 * np.pi, 2 * np.pi, 0.45)
+    waves = list(zip(*(random.uniform(0, top, 8) for top in tops), strict=True))
+    y, x = np.mgrid[0:64, 0:96]
+    frames = []
+    for time in times:
+        wave = np.mean(
+            [np.sin((0.3 + k) * (np.cos(a) * x + np.sin(a) * y) + p + (0.4 + w) * time) for k, a, p, w in waves], 0
+        )
+        frames.append(np.stack([0.85 + 0.1 * wave, 0.75 + 0.1 * np.roll(wave, 5, 1), 0.65 + 0.1 * wave], -1))
+    return np.clip(np.array(frames) * 255, 0, 255).round().astype(np.uint8)
+
+
+def from_join(frames: np.ndarray, change) -> np.ndarray:
+    """The frames with those from the join on changed."""
+    changed = change(frames[JOIN:].astype(float))
+    return np.concatenate([frames[:JOIN], np.clip(changed, 0, 255).round().astype(np.uint8)])
+
+
+def blurred(frames: np.ndarray) -> np.ndarray:
+    around = sum(np.roll(frames, shift, axis) for axis in (1, 2) for shift in (-1, 1))
+    return (frames + around) / 5
+
+
+def seam(frames: np.ndarray):
+    return FrameSeries.of(frames).seam(JOIN)
+
+
+def test_nothing_is_seen_where_nothing_is():
+    for seed in range(6):
+        assert seam(scene(TIMES, seed)).score < 0.4
+
+
+def test_a_hard_cut():
+    found = seam(np.concatenate([scene(TIMES)[:JOIN], scene(TIMES, 100)[JOIN:]]))
+    assert found.jump == pytest.approx(3.1, abs=1)
+    assert found.score > 1.5
+
+
+def test_a_repeated_frame():
+    found = seam(scene(np.where(TIMES < JOIN, TIMES, TIMES - 1)))
+    assert found.jump == pytest.approx(0, abs=0.03)
+    assert found.score > 4
+
+
+def test_motion_that_turns_back():
+    found = seam(scene(np.where(TIMES < JOIN, TIMES, 2 * (JOIN - 1) - TIMES)))
+    assert found.accel == pytest.approx(2.6, abs=0.3)
+    assert found.jump == pytest.approx(1, abs=0.1)
+    assert found.score > 1
+
+
+def test_three_percent_brighter():
+    found = seam(from_join(scene(TIMES), lambda frames: frames * 1.03))
+    assert found.color == pytest.approx(6.4, abs=0.3)
+    assert found.score > 1.5
+
+
+def test_blur():
+    found = seam(from_join(scene(TIMES), lambda frames: blurred(blurred(blurred(frames)))))
+    assert found.sharp == pytest.approx(-0.9, abs=0.2)
+    assert found.score == pytest.approx(-found.sharp)
+
+
+def test_a_steady_trend_of_colour_is_no_step():
+    frames = scene(TIMES).astype(float) - 0.8 * TIMES[:, None, None, None]
+    assert seam(np.clip(frames, 0, 255).round().astype(np.uint8)).color < 0.5
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 255), st.integers(0, 255))
+def test_still_and_flat_videos_have_finite_figures(before, after):
+    frames = np.full((FRAMES, 8, 8, 3), before, np.uint8)
+    frames[JOIN:] = after
+    found = seam(frames)
+    assert math.isfinite(found.score)
+    assert 0 <= found.score <= LARGEST_SCORE
+    assert found.score < 1e-9 if before == after else found.score > 1
+    assert found.color == pytest.approx(abs(after - before), abs=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_frames_have_a_score_between_nothing_and_the_largest(data):
+    count = data.draw(st.integers(6, 20))
+    frames = np.frombuffer(data.draw(st.binary(min_size=count * 48, max_size=count * 48)), np.uint8)
+    series = FrameSeries.of(frames.reshape(count, 4, 4, 3))
+    boundary = data.draw(st.integers(3, count - 3))
+    assert 0 <= series.seam(boundary).score <= LARGEST_SCORE
+    interior = series.interior_score(0)
+    assert (interior is None) == (count < 16)
+
+
+@pytest.mark.parametrize("boundary", [0, 2, 30, 32, -1])
+def test_a_seam_needs_frames_on_both_sides(boundary):
+    with pytest.raises(ValueError, match="fewer than 3 frames on a side"):
+        FrameSeries.of(scene(TIMES)).seam(boundary)
+
+
+def test_a_seam_looks_at_eight_frames_on_each_side():
+    far = scene(TIMES)
+    far[: JOIN - 8], far[JOIN + 8 :] = 0, 255
+    assert seam(far) == seam(scene(TIMES))
+
+
+def test_the_interior_is_scored_without_the_seam():
+    cut = np.concatenate([scene(TIMES)[:8], scene(np.arange(24), 100)])
+    series = FrameSeries.of(cut)
+    assert series.interior_score(8) == pytest.approx(FrameSeries.of(cut[8:]).interior_score(0))
+    assert series.interior_score(8) < 0.3 < series.seam(8).score
+
+
+def test_drift_is_what_changed_from_the_first_to_the_last():
+    first = Look(100, 90, 80, -5.0)
+    assert first.drift(first) == (0, 0)
+    assert first.drift(Look(103, 84, 80, -5.5)) == (6, -0.5)
+    frames = scene(TIMES)
+    early, late = (FrameSeries.of(part).look(0) for part in (frames, from_join(frames, lambda f: f * 1.03)))
+    color, sharpness = early.drift(late)
+    assert color == pytest.approx(3.2, abs=0.3), "half of the frames have become brighter by 6.4"
+    assert abs(sharpness) < 0.2
+
+
+def write(folder, frames, lengths):
+    parts, first = [], 0
+    for index, count in enumerate(lengths):
+        parts.append(Part(f"{index}.m4s", first, count))
+        write_part(
+            folder, parts[-1], index, encode(frames[first : first + count], fps=16, options=OutputOptions(crf=10))
+        )
+        first += count
+    return parts
+
+
+def test_figures_do_not_depend_on_who_made_the_segment_before(tmp_path):
+    parts = write(tmp_path, scene(np.arange(60)), [20, 20, 20])
+    whole, size = Joins(), {"height": 64, "width": 96}
+    figures = [
+        whole.measure("one", tmp_path, part, before, **size)
+        for part, before in zip(parts, [None, *parts], strict=False)
+    ]
+    assert Joins().measure("one", tmp_path, parts[2], parts[1], **size) == figures[2]
+    assert whole.measure("one", tmp_path, parts[1], parts[0], **size) == figures[1], "a segment done again"
+    whole.forget("one")
+    assert whole.measure("one", tmp_path, parts[1], parts[0], **size) == figures[1]
+    assert set(figures[0]) == {"red", "green", "blue", "sharpness", "interior_score"}
+    assert figures[1].keys() - figures[0].keys() == {f"seam_{n}" for n in ("jump", "accel", "color", "sharp", "score")}
+    assert figures[1]["seam_score"] < 1.0, "one scene, cut and joined"
+
+
+def test_short_segments_have_no_seam(tmp_path):
+    parts = write(tmp_path, scene(np.arange(4)), [2, 2])
+    figures = Joins().measure("one", tmp_path, parts[1], parts[0], height=64, width=96)
+    assert set(figures) == {"red", "green", "blue", "sharpness"}
