@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv page demo monitor test test-gpu proof check fix bench clean
+.PHONY: help venv page demo monitor test test-gpu proof chaos check fix bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ proof: check ## the tests together with the slow and the chaos proofs
 test-gpu: $(INSTALLED) ## what only a CUDA device can show
 	$(BIN)/pytest -m gpu tests/gpu
 
+chaos: $(INSTALLED) ## kill processes of runs at random instants; KILLS=300 and SEED=7 choose how often and when
+	$(if $(SEED),SEED=$(SEED)) KILLS=$(or $(KILLS),20) $(BIN)/pytest tests/chaos -m chaos -s
+
 check: $(INSTALLED) ## lint, formatting, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,6 +70,8 @@ bench: $(INSTALLED) ## run the benchmarks
 	$(BIN)/python benchmarks/tiered_longrun.py --mib-scale 1/64 --actor
 	$(BIN)/python benchmarks/skip_overhead.py
 	$(BIN)/python benchmarks/policies.py --quick
+	$(BIN)/python benchmarks/continuity.py --quick
+	$(BIN)/python benchmarks/reuse.py --quick
 
 clean: ## remove caches and builds (the virtual environment stays)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,52 @@
+"""docs/long-video.md: its code runs, its configuration is understood, its numbers of frames are the layout's."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from edit_ray.config import load_config
+from edit_ray.engine.options import CLIPS, PICTURES, ContinuityOptions
+from edit_ray.runs.layout import FrameLayout
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "long-video.md").read_text()
+# What is changed so that the code takes seconds on a CPU; everything else runs as it is printed.
+SMALLER = {"height=128": "height=32", "width=128": "width=32", "num_inference_steps=30": "num_inference_steps=2"}
+
+
+def block(language):
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    return found
+
+
+def test_the_code_runs(capsys):
+    code = block("python")
+    for old, new in SMALLER.items():
+        assert old in code
+        code = code.replace(old, new)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        exec(compile(code, "<docs/long-video.md>", "exec"), {})
+    finally:
+        torch.set_num_threads(before)
+    assert capsys.readouterr().out.splitlines()[-1] == "81"
+
+
+def test_the_configuration_names_every_option(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(block("yaml") + "video: {num_segments: 3}\nprompt_segments: [{segment: 0, prompt: a red circle}]\n")
+    config = load_config(path)
+    assert config.continuity == ContinuityOptions(mode="overlap")
+    assert config.num_frames_total == 33 + 2 * 24
+    assert list(ContinuityOptions.model_fields) == re.findall(r"^  (\w+):", block("yaml"), re.MULTILINE)
+    for suffix in PICTURES + CLIPS:
+        assert f"`{suffix}`" in PAGE
+
+
+def test_the_table_of_frames_is_the_layout_s():
+    frames, latents, k, segments = 33, 9, 3, 4
+    of_clip, later = FrameLayout(frames, k, 16, init_latents=k), 4 * (latents - k)
+    assert of_clip.total_frames(segments) == segments * later
+    assert FrameLayout(frames, k, 16).total_frames(segments) == frames + (segments - 1) * later
+    assert FrameLayout(frames, 0, 16).total_frames(segments) == segments * frames
