@@ -38,6 +38,10 @@ class StepTimes:
 
     def __init__(self, totals: Totals) -> None:
         self._totals = totals
+        self.begin()
+
+    def begin(self) -> None:
+        """The first step begins."""
         self._since, self._seen = time.perf_counter(), 0
 
     def step(self, record: Record | None) -> None:

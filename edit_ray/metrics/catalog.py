@@ -128,7 +128,7 @@ def _of_runs() -> Iterator[Metric]:
         "edit_ray_work_seconds",
         "histogram",
         "seconds",
-        "Each stage of the work on committed segments.",
+        "Each stage of the work on committed segments, and what a run's preparation and end take.",
         ("stage",),
         buckets=WORK_SECONDS,
     )

@@ -30,6 +30,7 @@ from edit_ray.metrics.totals import SUM, Series, Totals, bounds
 
 MIN_TOKEN = 16  # characters
 _TARGETS = "edit_ray_targets.json"
+_POLL_S = 0.05  # between looks at whether to end
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 
@@ -42,7 +43,8 @@ class Exporter(Collector):
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
         self._server = _listen(options, _token(options), self)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        serve = self._server.serve_forever
+        self._thread = threading.Thread(target=serve, args=(_POLL_S,), name="metrics", daemon=True)
         self._thread.start()
 
     @property

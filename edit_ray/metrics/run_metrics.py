@@ -13,6 +13,9 @@ from typing import Protocol
 from edit_ray.metrics.catalog import LABELS
 from edit_ray.metrics.totals import Totals
 
+_TOLD = {"denoise": "denoise_s", "decode": "decode_s", "encode": "encode_s", "commit": "publish_s"}
+"""Where the manifest has the seconds of a stage; those of the others belong to no segment."""
+
 
 class Record(Protocol):
     """A committed segment as the manifest has it."""
@@ -60,7 +63,9 @@ class RunMetrics:
 
     def committed(self, run_id: str, records: Sequence[Record], earlier: int = 0) -> None:
         """The run's committed segments now; `earlier` more are of takes that another has replaced."""
-        run = self._runs[run_id]
+        run = self._runs.get(run_id)
+        if run is None:  # work that ends after its run
+            return
         for record in records[max(0, run.counted - earlier) :]:
             run.counted += 1
             self._commit(run_id, run, record)
@@ -78,11 +83,14 @@ class RunMetrics:
 
     def finished(self, run_id: str, stage: str, segment_index: int | None, trouble: str | None = None) -> None:
         """It is not any more; `trouble` is why it came to nothing."""
-        seconds = self._clock() - self._work.pop((run_id, stage, segment_index))
+        now = self._clock()
+        seconds = now - self._work.pop((run_id, stage, segment_index), now)
         self._show_work()
         if trouble is not None:
             self._totals.inc("edit_ray_work_failed_total", stage=stage, trouble=trouble)
             self._totals.inc("edit_ray_work_lost_seconds_total", seconds, stage=stage)
+        elif stage not in _TOLD:
+            self._totals.observe("edit_ray_work_seconds", seconds, stage=stage)
 
     @contextmanager
     def consumer(self) -> Iterator[None]:
@@ -121,8 +129,8 @@ class RunMetrics:
 
     def _count(self, told: Mapping[str, float], policy: str) -> None:
         totals = self._totals
-        for stage in LABELS["stage"]:
-            if (seconds := told.get(f"{stage}_s")) is not None:
+        for stage, key in _TOLD.items():
+            if (seconds := told.get(key)) is not None:
                 totals.observe("edit_ray_work_seconds", seconds, stage=stage)
         for branch, decision in product(LABELS["branch"], LABELS["decision"]):
             of = {"policy": policy, "branch": branch, "decision": decision}

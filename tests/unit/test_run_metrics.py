@@ -110,6 +110,11 @@ def test_what_came_to_nothing_is_counted_apart(runs, totals, clock):
     assert totals.value("edit_ray_work_failed_total", stage="denoise", trouble="actor_died") == 1
     assert totals.value("edit_ray_work_lost_seconds_total", stage="denoise") == 9
     assert totals.value("edit_ray_work_seconds", SUM, stage="denoise") == 0
+    runs.began("a", "finalize", None)
+    clock.now += 2.5
+    runs.finished("a", "finalize", None)
+    assert totals.value("edit_ray_work_seconds", SUM, stage="finalize") == 2.5
+    clock.now -= 2.5
     runs.committed("a", [Segment(0)])
     assert totals.value("edit_ray_segment_seconds", SUM) == 10  # the viewer waited for all of it
 
