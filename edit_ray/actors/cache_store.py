@@ -144,6 +144,7 @@ class CacheStoreActor:
     def _of(self, run_id: str) -> SharedTiers:
         with self._lock:
             if self._tiers is None or run_id not in self._runs:
+                self._figures.totals.inc("edit_ray_refusals_total", refusal="stale_lease")
                 raise StaleLease(f"This CacheStore actor was not told of the run {run_id!r}.")
             return self._tiers
 

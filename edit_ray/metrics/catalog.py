@@ -183,7 +183,8 @@ def _of_tiers() -> Iterator[Metric]:
         "edit_ray_refusals_total",
         "counter",
         "",
-        "What the CacheStore refused: for want of room, or as its holder or its segment is another by now.",
+        "What the CacheStore refused: for want of room, as holder or segment are others by now, or as it was not told "
+        "of the run yet, as at each run's beginning.",
         ("refusal",),
         owner=store,
     )

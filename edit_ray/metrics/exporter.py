@@ -29,7 +29,7 @@ from edit_ray.metrics.options import MetricsOptions
 from edit_ray.metrics.totals import SUM, Series, Totals, bounds
 
 MIN_TOKEN = 16  # characters
-_TARGETS = "edit_ray_targets.json"
+TARGETS = "edit_ray_targets.json"
 _POLL_S = 0.05  # between looks at whether to end
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
@@ -175,7 +175,7 @@ def _token(options: MetricsOptions) -> str | None:
 
 def write_targets(root: Path, address: str) -> Path:
     """Tells Prometheus in the folder of runs where to scrape (its file_sd); the file is there whole or not at all."""
-    path = root / _TARGETS
+    path = root / TARGETS
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     draft.write_text(json.dumps([{"targets": [address], "labels": {}}]) + "\n")
     os.replace(draft, path)

@@ -1,5 +1,6 @@
 """A real Prometheus scrapes a real run whose actors die: every panel has something to show, and it is true."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import ray
 
 from edit_ray import LongVideoClient
 from edit_ray.metrics.alerts import Durations
-from edit_ray.metrics.catalog import LABELS
+from edit_ray.metrics.catalog import CATALOG, LABELS
 from edit_ray.metrics.dashboards import DASHBOARDS
 from edit_ray.runs.folder import RunFolder
 from tests.prometheus import Prometheus, samples_of
@@ -38,6 +39,16 @@ def ray_targets():
 def kill(name):
     """Kills an actor that lives; it is started again."""
     os.kill(ray.get(ray.get_actor(name, namespace="edit_ray").describe.remote())["pid"], signal.SIGKILL)
+
+
+def damage(folder):
+    """Another last byte for every residual that waits on disk."""
+    for path in folder.glob("*.safetensors"):
+        with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:  # it may be read for the last time
+            file.seek(-1, os.SEEK_END)
+            last = file.read(1)[0]
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last ^ 1]))
 
 
 def page_of(root):
@@ -89,6 +100,15 @@ def empty_panels(prometheus, began):
     return found
 
 
+def still(prometheus, began):
+    """The metrics that have not moved in the time since."""
+    names = [f"{name}_count" if metric.kind == "histogram" else name for name, metric in CATALOG.items()]
+    moved = [
+        any(max(values, default=0) > 0 for _, values in prometheus.series(name, began, time.time())) for name in names
+    ]
+    return {name for name, has_moved in zip(CATALOG, moved, strict=True) if not has_moved}
+
+
 @pytest.fixture
 def prometheus(ray_head, tmp_path):
     (tmp_path / "runs").mkdir()
@@ -104,11 +124,14 @@ def test_every_panel_has_something_to_show_and_it_is_true(prometheus, config, tm
     client.submit(path, run_id=run_id)
     wait_until(lambda: prometheus.up("edit_ray") == 1)
     for segment in client.stream(run_id, frames=False):
-        victim = {1: "denoiser", 3: "segment_scheduler", 5: "cache_store"}.get(segment.index)
+        victim = {1: "segment_scheduler", 3: "denoiser", 5: "cache_store"}.get(segment.index)
         if victim is not None:
             kill(victim)
+        if segment.index == 6:
+            damage(tmp_path / "runs" / ".cache_store")
     manifest = RunFolder(tmp_path / "runs", run_id).read_manifest()
     page = page_of(tmp_path / "runs")
     check_counters(page, manifest)
     assert wait_until(lambda: prometheus.up("ray") >= 1)
-    assert wait_until(lambda: not empty_panels(prometheus, began), 30) or empty_panels(prometheus, began) == []
+    assert wait_until(lambda: still(prometheus, began) == {"edit_ray_gpu_memory_bytes"})
+    assert empty_panels(prometheus, began) == []
