@@ -279,6 +279,7 @@ def _reuse_statistics(store: PlannedStore, tiers: dict[str, Any]) -> dict[str, f
         "reuse_wait_s": store.waits.seconds,
         "host_bytes": tiers["bytes"]["host"],
         "disk_bytes": tiers["on_disk_bytes"],
+        "stale_leases": tiers["stale_leases"],
         **{
             f"prefetch_{outcome}": getattr(prefetch, outcome)
             for outcome in ("requested", "useful", "late", "wasted", "unfulfilled", "cancelled")
