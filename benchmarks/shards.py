@@ -42,11 +42,13 @@ def measure_in_processes(number: int, arguments: Sequence[str], folder: Path, nu
     Raises:
         RuntimeError: one of them failed.
     """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(index) for index in range(num_gpus)]
     running = []
     for index in range(number):
         output = folder / f"shard-{index}"
         output.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(index % num_gpus)} if num_gpus else {})
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpus[index % num_gpus]} if num_gpus else {})
         command = [sys.executable, sys.argv[0], *arguments, "--shard", f"{index}/{number}", "--output", str(output)]
         with (output / "log").open("w") as log:
             running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))

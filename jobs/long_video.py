@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(config: Config, root: Path, run_id: str | None) -> int:
+    from edit_ray.cli.plan import what_does_not_fit
     from edit_ray.client import LongVideoClient
 
     print(f"output: {root}", flush=True)
@@ -72,6 +73,9 @@ def _run(config: Config, root: Path, run_id: str | None) -> int:
         f"run: {run_id}, {config.num_segments} segments, {config.num_frames_total} frames at {config.sampling.fps} fps",
         flush=True,
     )
+    with contextlib.suppress(EditRayError, ValueError):  # where the run is made this was checked; here may be no model
+        if (unkept := what_does_not_fit(config)) is not None:
+            print(f"reuse: {unkept}", flush=True)
     started, frames, figures = time.perf_counter(), 0, list[Mapping[str, float]]()
     try:
         with _live_bar(client, run_id, config):

@@ -21,13 +21,15 @@ from edit_ray.cache.stores.heap import HeapArena
 from edit_ray.cache.stores.op_table import Op
 from edit_ray.cache.stores.open_segment import Lease
 from edit_ray.cache.stores.shared_tiers import TABLES_BYTES, SharedTiers
+from edit_ray.cache.stores.store import Key
 from edit_ray.cache.tiering.events import Uses
-from edit_ray.errors import ConfigError, ResourcesUnavailable, StaleLease
+from edit_ray.errors import ConfigError, ResourcesUnavailable, StaleLease, UnknownRun
+from edit_ray.runs.folder import RunFolder
 
 
 class CacheStoreActor:
     """Owns the arena and the disk tier, from the first run that reuses anything until its end. Knows keys and bytes,
-    of runs only their ids. It never holds a CUDA context.
+    of runs their ids, and whether one that is not at work has ended. It never holds a CUDA context.
     """
 
     def __init__(self) -> None:
@@ -39,15 +41,22 @@ class CacheStoreActor:
     def describe(self) -> dict[str, str | int]:
         return {"version": code_version(), "pid": os.getpid()}
 
-    def follow(self, run_id: str, uses: Uses, segment: int, options: StoreOptions, directory: Path) -> None:
+    def follow(self, run_id: str, uses: Uses, segment: int, options: StoreOptions, directory: Path, root: Path) -> None:
         """A run begins, or goes on with `segment`: which entries it reads when. `directory` is the disk tier's.
 
-        Raises ConfigError where the tiers cannot be made, ResourcesUnavailable where shared memory is too small.
+        Entries that are found there of runs that have ended are dropped; the runs' folders are in `root`.
+
+        Raises:
+            ConfigError: the tiers cannot be made.
+            ResourcesUnavailable: there is too little memory.
         """
         with self._lock:
             if self._tiers is None or self._made_for != (options, directory):
                 self._close()
                 self._tiers, self._made_for = _make(options, directory), (options, directory)
+                found = {str(key[0]) for key in self._tiers.disk.files.entries() if key}
+                for ended in [other for other in found if other != run_id and not _goes_on(root, other)]:
+                    self._tiers.drop_run(ended)
             self._tiers.follow(uses, segment)
             self._runs.add(run_id)
 
@@ -99,6 +108,10 @@ class CacheStoreActor:
         except StaleLease:
             return ""
 
+    def missing(self, run_id: str, keys: Sequence[Key]) -> list[Key]:
+        """See `SharedTiers.missing`."""
+        return self._of(run_id).missing(keys)
+
     def give_up(self, run_id: str, holder: str) -> None:
         """See `SharedTiers.give_up`; an unknown run is none."""
         with suppress(StaleLease):
@@ -137,6 +150,15 @@ def _make(options: StoreOptions, directory: Path) -> SharedTiers:
     except (OSError, ValueError) as error:
         raise ConfigError([f"store.directory cannot be used: {error}"]) from None
     return SharedTiers(_memory(options), options.host_bytes, disk, options.disk_bytes)
+
+
+def _goes_on(root: Path, run_id: str) -> bool:
+    """Whether a run that is not known here has not ended: it may be resumed."""
+    try:
+        state = RunFolder(root, run_id).read_manifest().state
+    except (UnknownRun, ValueError, OSError):
+        return False
+    return state not in ("done", "failed", "cancelled")
 
 
 def _memory(options: StoreOptions) -> Arena:

@@ -18,7 +18,8 @@ from edit_ray.engine.continuity import match_statistics
 from edit_ray.engine.latent_files import latent_tail, load_latents, save_latents
 from edit_ray.engine.segment import SegmentEngine, usable_cores
 from edit_ray.engine.stream import Preceding
-from edit_ray.errors import RunCancelled
+from edit_ray.errors import RunCancelled, SegmentFailed
+from edit_ray.runs.event_log import append_event
 from edit_ray.runs.folder import publish, write_atomic
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.video.encode import encode, join
@@ -77,7 +78,27 @@ class DenoiserActor:
         """
         engine = self._ready_engine(spec)
         leases = self._leases_of(spec, engine)
+        append_event(spec.folder.events, "segment_begun", segment=segment.index, attempt=attempt)
+        made_again = 0 if leases is None else self._make_lost_again(spec, engine, leases, segment.index, attempt)
         store = None if leases is None else leases.begin(segment.index, attempt, engine.history_len)
+        if store is not None and segment.index + 1 < len(spec.plan.segments):
+            append_event(spec.folder.events, "prepare_asked", segment=segment.index + 1)
+        latents, denoise_at, denoise_s = self._denoise(spec, engine, segment, store)
+        save_latents(spec.folder.latents(segment.index), latents)
+        reused = {}
+        if leases is not None and store is not None:
+            began = time.time()
+            reused = _reuse_statistics(store, leases.complete(segment.index, attempt))
+            reused |= {"complete_at": began, "complete_s": time.time() - began, "segments_made_again": made_again}
+        append_event(spec.folder.events, "segment_made", segment=segment.index, attempt=attempt)
+        return statistics(
+            denoise_at=denoise_at, denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused
+        )
+
+    def _denoise(
+        self, spec: RunSpec, engine: SegmentEngine, segment: SegmentPlan, store: PlannedStore | None
+    ) -> tuple[torch.Tensor, float, float]:
+        """The latents that a segment adds, when that began, and its seconds."""
         sampling, continuity = spec.config.sampling, spec.config.continuity
 
         def on_step(step: int, num_steps: int) -> None:
@@ -105,16 +126,32 @@ class DenoiserActor:
                 return match_statistics(added, load_latents(spec.folder.latents(0)), continuity.adain)
             return added
 
-        latents, denoise_at, denoise_s = self._compute(engine, work)
-        save_latents(spec.folder.latents(segment.index), latents)
-        reused = {}
-        if leases is not None and store is not None:
-            began = time.time()
-            reused = _reuse_statistics(store, leases.complete(segment.index, attempt))
-            reused |= {"complete_at": began, "complete_s": time.time() - began}
-        return statistics(
-            denoise_at=denoise_at, denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused
-        )
+        return self._compute(engine, work)
+
+    def _make_lost_again(
+        self, spec: RunSpec, engine: SegmentEngine, leases: SegmentLeases, segment: int, attempt: int
+    ) -> int:
+        """Makes earlier segments again for residuals that the store has lost; how many. Their latents stay.
+
+        The same config, seed and hardware give the same bits, which is checked. A segment before which others are lost
+        waits for those; that ends at the latest with the first one, which reads nothing.
+        """
+        lost, again = leases.lost(segment, attempt), max(attempt, 1)
+        made = 0
+        for index in lost:
+            made += 1 + self._make_lost_again(spec, engine, leases, index, again)
+            store = leases.begin(index, again, engine.history_len, then_next=False)
+            latents, _, _ = self._denoise(spec, engine, spec.plan.segments[index], store)
+            if not torch.equal(latents, load_latents(spec.folder.latents(index))):
+                leases.give_up()
+                raise SegmentFailed(
+                    f"segment {index} was made again, as residuals of it were lost, and its latents differ from the "
+                    "committed ones"
+                )
+            leases.complete(index, again)
+        if lost:
+            leases.follow(segment)
+        return made
 
     def decode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
         """Decodes one segment's new latents into its media file."""

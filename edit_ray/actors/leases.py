@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache.stores.arena import Arena, owner_lives
@@ -18,6 +18,7 @@ from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.engine.reuse import Reuse
 from edit_ray.errors import ConfigError, EntryLost, StaleLease
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 Reply = Callable[[], Any]
 """Waits for the answer to a call, and raises what the call has raised."""
@@ -51,16 +52,24 @@ class SegmentLeases:
         self._given_by = ""  # the incarnation of the store that gave the last lease
         self._ahead: dict[int, Reply] = {}
 
-    def begin(self, segment: int, attempt: int, history_len: int) -> PlannedStore:
-        """The store for a segment; the next segment's is asked for."""
+    def lost(self, segment: int, attempt: int) -> list[int]:
+        """The segments that have to be made again, as the store has lost what this one reads of them."""
+        if attempt == 0 and segment in self._ahead:
+            return []  # if something is lost, the first attempt will find out
+        reads = [op.key for op in self.reuse.ops(segment) if not op.writes]
+        missing = self._told(segment, lambda: self._store.call("missing", self._spec.run_id, reads)()) if reads else []
+        return sorted({int(key[1]) for key in missing})
+
+    def begin(self, segment: int, attempt: int, history_len: int, then_next: bool = True) -> PlannedStore:
+        """The store for a segment; the next segment's is asked for, unless that is not what comes next."""
         self._settle()  # before the store takes the places of a segment that has failed
-        lease = self._asked_ahead(segment) if attempt == 0 else None
+        lease: Lease | None = self._asked_ahead(segment) if attempt == 0 else None
         if lease is None:
-            lease = self._lease(segment, attempt)
+            lease = self._told(segment, lambda: self._prepare(segment, attempt)())
         self._given_by = lease.store
         self._ahead.clear()
         following = segment + 1
-        if following < len(self.reuse.plan.segments):
+        if then_next and following < len(self.reuse.plan.segments):
             self._ahead[following] = self._prepare(following, 0)
         arena, table = self._mapped(lease) if lease.arena else self._carried(segment, attempt)
         ahead = self._spec.config.store.device_bytes if self._on_gpu and lease.arena else 0
@@ -82,11 +91,15 @@ class SegmentLeases:
         statistics: dict[str, Any] = self._store.call("complete", *self._which(segment, attempt))()
         return statistics
 
-    def close(self) -> None:
-        """Give up what is not complete, and unmap the arena."""
+    def give_up(self) -> None:
+        """Nothing stays of what is not complete."""
         self._settle()
         with suppress(ConnectionError):  # it holds nothing then
             self._store.call("give_up", self._spec.run_id, self._holder)()
+
+    def close(self) -> None:
+        """Give up what is not complete, and unmap the arena."""
+        self.give_up()
         self._unmap()
 
     def _unmap(self) -> None:
@@ -147,15 +160,18 @@ class SegmentLeases:
         lives: bool = self._store.call("incarnation", self._spec.run_id)() == lease.store
         return lives
 
-    def _lease(self, segment: int, attempt: int) -> Lease:
+    def follow(self, segment: int) -> None:
+        """Tell the store that the run goes on with this segment."""
+        spec, uses = self._spec, self.reuse.plan.uses()
+        self._store.call("follow", spec.run_id, uses, segment, spec.config.store, self._directory, spec.root)()
+
+    def _told(self, segment: int, ask: Callable[[], T]) -> T:
+        """What is asked of the store, which is told of the run if it does not know it."""
         try:
-            lease: Lease = self._prepare(segment, attempt)()
+            return ask()
         except StaleLease:
-            uses = self.reuse.plan.uses()
-            options = self._spec.config.store
-            self._store.call("follow", self._spec.run_id, uses, segment, options, self._directory)()
-            lease = self._prepare(segment, attempt)()
-        return lease
+            self.follow(segment)
+            return ask()
 
     def _prepare(self, segment: int, attempt: int) -> Reply:
         form = self.reuse.form

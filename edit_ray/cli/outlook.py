@@ -67,30 +67,11 @@ def look_ahead(config: Config, info: ModelInfo, experts: Sequence[str], policy: 
     Raises:
         ValueError: the model has fewer blocks than a group of the granularity.
     """
-    sampling, store, granularity = config.sampling, config.store, config.cache.granularity
-    shape = residual_shape(
-        sampling,
-        patch_size=info.patch_size,
-        scale_factor_temporal=info.scale_factor_temporal,
-        scale_factor_spatial=info.scale_factor_spatial,
-        width=info.width,
-    )
+    store, granularity = config.store, config.cache.granularity
+    shape = _shape(config, info)
     size = math.prod(shape) * ITEM_BYTES[config.model.torch_dtype]
     shares = _shares(info, granularity, policy)
-    followed, whole = (
-        plan_from_numbers(
-            "",
-            config.num_segments,
-            config.cache.reuse_window,
-            policy,
-            sampling,
-            experts=experts,
-            num_units={expert: len(of_units) for expert, of_units in shares.items()},
-            size=size,
-            budget=budget,
-        )
-        for budget in (store.disk_bytes, None)
-    )
+    followed, whole = (followed_plan(config, info, experts, policy, budget) for budget in (store.disk_bytes, None))
 
     def share(key: CacheKey) -> float:
         return shares[key.expert][key.unit]
@@ -104,10 +85,37 @@ def look_ahead(config: Config, info: ModelInfo, experts: Sequence[str], policy: 
         _entries(whole) * room_of(size),
         sum(share(read.key) for segment in followed.segments for read in segment.reads),
         sum(shares[slot.expert][slot.unit] for slot in followed.computed),
-        config.num_segments * len(experts) * len(branches_of(sampling)),
+        config.num_segments * len(experts) * len(branches_of(config.sampling)),
         tuple(_choices(config, info, experts[: policy.warm_steps], policy, size)),
         _simulate(replace(whole, segments=whole.segments[:count]), store, share),
         min(count, config.num_segments),
+    )
+
+
+def followed_plan(
+    config: Config, info: ModelInfo, experts: Sequence[str], policy: WarmstartReuse, budget: int | None
+) -> ReusePlan:
+    """The plan that the run's segments would follow with so many bytes for all that is alive."""
+    return plan_from_numbers(
+        "",
+        config.num_segments,
+        config.cache.reuse_window,
+        policy,
+        config.sampling,
+        experts=experts,
+        num_units={expert: len(of) for expert, of in _shares(info, config.cache.granularity, policy).items()},
+        size=math.prod(_shape(config, info)) * ITEM_BYTES[config.model.torch_dtype],
+        budget=budget,
+    )
+
+
+def _shape(config: Config, info: ModelInfo) -> tuple[int, int, int]:
+    return residual_shape(
+        config.sampling,
+        patch_size=info.patch_size,
+        scale_factor_temporal=info.scale_factor_temporal,
+        scale_factor_spatial=info.scale_factor_spatial,
+        width=info.width,
     )
 
 

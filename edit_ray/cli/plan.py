@@ -48,6 +48,24 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def what_does_not_fit(config: Config) -> str | None:
+    """What a run computes for want of room although its segments could reuse it, in a sentence; None if all fits."""
+    from edit_ray.cli.outlook import followed_plan
+    from edit_ray.engine.model_info import read_model_info
+
+    bound = config.store.disk_bytes
+    if not config.cache.reuse_window or bound is None:
+        return None
+    info = read_model_info(config.model.path)
+    plan = followed_plan(config, info, _experts(config, info), _policy(config), bound)
+    if not plan.computed:
+        return None
+    return (
+        f"{len(plan.computed)} residuals ({sum(slot.size for slot in plan.computed):,} bytes) do not fit into "
+        f"store.disk_bytes, {bound:,}: every segment computes them; all of them need {plan.needed_bytes:,} bytes"
+    )
+
+
 def _policy(config: Config) -> WarmstartReuse:
     """The run's policy, which the configuration's checks have found to be this one."""
     from edit_ray.cache.policies import WarmstartReuse, make_policy

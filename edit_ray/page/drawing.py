@@ -13,12 +13,13 @@ _LEFT, _LANE, _CHART, _FOOT = 150, 26, 120, 20
 
 @dataclass(frozen=True)
 class Bar:
-    """A stretch of work on a lane, in seconds from the start of the drawing."""
+    """A stretch of work on a lane, in seconds from the start of the drawing; `label` is shown where there is room."""
 
     lane: str
     start_s: float
     length_s: float
     colour: str
+    label: str
     says: str
 
 
@@ -30,10 +31,13 @@ def timeline(bars: Sequence[Bar]) -> str:
     parts = [f'<text x="0" y="{_LANE * row + 17}">{html.escape(lane)}</text>' for row, lane in enumerate(lanes)]
     for bar in bars:
         x, y = _LEFT + bar.start_s * scale, _LANE * lanes.index(bar.lane) + 3
+        width = max(1.0, bar.length_s * scale - 1)  # a gap of 1, so that one is told from the next
         parts.append(
-            f'<rect x="{x:.2f}" y="{y}" width="{max(0.5, bar.length_s * scale):.2f}" height="{_LANE - 6}" '
+            f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_LANE - 6}" '
             f'fill="{bar.colour}"><title>{html.escape(bar.says)}</title></rect>'
         )
+        if width > 10 * len(bar.label):
+            parts.append(f'<text x="{x + 4:.2f}" y="{y + 14}" style="fill:#fff">{html.escape(bar.label)}</text>')
     step = nice_step(end)
     for tick in range(int(end / step) + 1):
         x = _LEFT + tick * step * scale

@@ -85,9 +85,14 @@ def bars_of(segments: Sequence[ReportedSegment]) -> list[Bar]:
     ]
     zero = min((begin for _, _, begin, _ in found), default=0.0)
     return [
-        Bar(_WORK[work][0], begin - zero, length, _WORK[work][1], f"segment {segment.index}: {work} {length:.2f} s")
+        Bar(*_bar(work, begin - zero, length), f"{segment.index}", f"segment {segment.index}: {work} {length:.2f} s")
         for segment, work, begin, length in found
     ]
+
+
+def _bar(work: str, start_s: float, length_s: float) -> tuple[str, float, float, str]:
+    lane, colour = _WORK[work]
+    return lane, start_s, length_s, colour
 
 
 def _timeline(segments: Sequence[ReportedSegment]) -> str:

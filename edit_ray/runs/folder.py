@@ -6,6 +6,7 @@ RUN/latents/NNNNN.safetensors     the latents that segment N added
 RUN/latents/init.safetensors      those of the picture or clip that segment 0 continues, where there is one
 RUN/segments/NNNNN-tT.m4s         its frames, playable behind init.mp4; T is the take
 RUN/records/NNNNN.json            what the cache decided in it, where there is one
+RUN/events.jsonl                  what happened when, one line each (`event_log`)
 RUN/init.mp4, stream.mp4, live*.m3u8  what plays while the run goes on
 RUN/final.mp4                     all frames, once the run is done
 """
@@ -128,6 +129,10 @@ class RunFolder:
 
     def record(self, segment_index: int) -> Path:
         return self.path / "records" / f"{segment_index:05d}.json"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
 
     @property
     def final(self) -> Path:

@@ -62,6 +62,7 @@ def join(init: Path, parts: Sequence[Path], path: Path, *, comment: str = "") ->
 
     Raises EncodeError, OSError.
     """
+    path.unlink(missing_ok=True)  # the ffmpeg of a caller that was killed may still write to the file of that name
     with (
         tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as metadata,
         tempfile.TemporaryFile() as said,

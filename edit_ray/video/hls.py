@@ -40,9 +40,11 @@ class MediaPlaylist:
             *([] if self.sliding else ["#EXT-X-PLAYLIST-TYPE:EVENT"]),
             *("#EXT-X-INDEPENDENT-SEGMENTS", f'#EXT-X-MAP:URI="{self.init}"'),
         ]
-        for entry in entries:
-            lines += (f"#EXTINF:{entry.num_frames / self.fps:.6f},", entry.uri)
-        return "\n".join(lines) + "\n" + (ENDLIST if ended else "")
+        return "\n".join(lines) + "\n" + "".join(map(self.lines_of, entries)) + (ENDLIST if ended else "")
+
+    def lines_of(self, entry: Entry) -> str:
+        """What one entry adds to the text."""
+        return f"#EXTINF:{entry.num_frames / self.fps:.6f},\n{entry.uri}\n"
 
     def replaces(self, text: str, present: str) -> bool:
         """Whether players that have read `present` may find `text` in its place."""

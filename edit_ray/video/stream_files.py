@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edit_ray.video.fmp4 import place, split
-from edit_ray.video.hls import Entry, MediaPlaylist, multivariant, named_in
+from edit_ray.video.hls import ENDLIST, Entry, MediaPlaylist, multivariant, named_in
+
+_BOX_HEADER = 8
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class StreamFiles:
     """Keeps `stream.mp4` and the playlists of one run's folder telling of the same segments.
 
     `keep` bounds how many of the latest segments they tell of (None: all); `longest` is the most frames of a segment.
-    A new one begins with `rebuild`. One caller at a time. Methods raise OSError, and may then be called again.
+    A folder that has such files already begins with `rebuild`. One caller at a time. Methods raise OSError, and may
+    then be called again.
     """
 
     def __init__(self, folder: Path, *, fps: int, longest: int, keep: int | None = None) -> None:
@@ -62,6 +66,8 @@ class StreamFiles:
         self._parts: list[Part] = []
         self._first = 0  # number of the first of them
         self._bytes = 0  # of stream.mp4 with all of them
+        self._text = self._whole_text()  # of the playlist that tells of all of them
+        self._present: tuple[str, str] | None = None  # the newest playlist and its content, once it is known
 
     def rebuild(self, parts: Sequence[Part], first: int = 0) -> None:
         """Starts from exactly these segments, `parts[0]` being segment `first`, whatever the files hold.
@@ -69,7 +75,9 @@ class StreamFiles:
         A playlist that already names more is left as it is until another segment than it names is appended.
         """
         self._parts, self._first = list(parts), first
+        self._present = None
         self._slide()
+        self._text = self._whole_text()
         self._write_stream(self._parts)
         self._tell(ended=False)
 
@@ -83,15 +91,16 @@ class StreamFiles:
         end = self._parts[-1].first_frame + self._parts[-1].num_frames if self._parts else part.first_frame
         if part.first_frame != end:
             raise ValueError(f"{part.path} begins at frame {part.first_frame}, the next one is frame {end}")
-        length = self._bytes
+        length, text = self._bytes, self._text
         self._parts.append(part)
         try:
-            self._slide()
+            dropped = self._slide()
+            self._text = self._whole_text() if dropped else text + self._playlist.lines_of(_entry(part))
             self._extend_stream(part)
             self._tell(ended=False)
         except BaseException:
             self._parts.remove(part)
-            self._bytes = length
+            self._bytes, self._text = length, text
             raise
 
     def end(self) -> None:
@@ -99,11 +108,15 @@ class StreamFiles:
         if self._parts:
             self._tell(ended=True)
 
-    def _slide(self) -> None:
-        if self._keep is not None:
-            dropped = max(0, len(self._parts) - self._keep)
-            self._first += dropped
-            del self._parts[:dropped]
+    def _slide(self) -> int:
+        """Lets go of what is too old; how many segments that were."""
+        dropped = 0 if self._keep is None else max(0, len(self._parts) - self._keep)
+        self._first += dropped
+        del self._parts[:dropped]
+        return dropped
+
+    def _whole_text(self) -> str:
+        return self._playlist.text(map(_entry, self._parts), first=self._first)
 
     def _extend_stream(self, part: Part) -> None:
         path = self._folder / "stream.mp4"
@@ -113,9 +126,13 @@ class StreamFiles:
             return
         with path.open("r+b") as stream, (self._folder / part.path).open("rb") as source:
             stream.truncate(self._bytes)  # half a fragment may be there, from a write that failed
-            stream.seek(self._bytes)
+            # Its first box begins with zeros until all of it is there: readers take such a box for the end.
+            head = source.read(_BOX_HEADER)
+            stream.seek(_BOX_HEADER, os.SEEK_END)
             shutil.copyfileobj(source, stream)
             length = stream.tell()
+            stream.seek(self._bytes)
+            stream.write(head)
         self._bytes = length
 
     def _write_stream(self, parts: Sequence[Part]) -> None:
@@ -133,23 +150,24 @@ class StreamFiles:
 
     def _tell(self, *, ended: bool) -> None:
         """Writes the playlist: the newest one, unless its readers could not follow."""
-        text = self._playlist.text([Entry(p.path, p.num_frames) for p in self._parts], first=self._first, ended=ended)
-        name = newest_playlist(self._folder)
-        present = _text(self._folder / name) if name else None
-        if present is not None and present.startswith(text):
+        text = self._text + (ENDLIST if ended else "")
+        if self._present is None:
+            self._present = _newest(self._folder)
+        name, content = self._present or (None, "")
+        if not self._parts or (name is not None and content.startswith(text)):
             return
-        if name is None or present is None or not self._playlist.replaces(text, present):
-            if not self._parts:
-                return
+        if name is not None and self._playlist.replaces(text, content):
+            _write(self._folder / name, text.encode())
+        else:
             name = f"live-{self._next_number()}.m3u8"
             _write(self._folder / name, text.encode())
             _write(self._folder / "live.m3u8", multivariant(name, bandwidth=self._bandwidth()).encode())
-        else:
-            _write(self._folder / name, text.encode())
+        self._present = (name, text)
 
     def _next_number(self) -> int:
-        numbers = [path.stem.removeprefix("live-") for path in self._folder.glob("live-*.m3u8")]
-        return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+        """After the one that is named: a later one that is there was never told to anybody."""
+        match = re.fullmatch(r"live-([0-9]+)\.m3u8", newest_playlist(self._folder) or "")
+        return int(match[1]) + 1 if match else 0
 
     def _bandwidth(self) -> int:
         sizes = [(self._folder / part.path).stat().st_size for part in self._parts]
@@ -157,10 +175,20 @@ class StreamFiles:
         return max(-(-8 * size * fps // part.num_frames) for size, part in zip(sizes, self._parts, strict=True))
 
 
+def _entry(part: Part) -> Entry:
+    return Entry(part.path, part.num_frames)
+
+
 def newest_playlist(folder: Path) -> str | None:
     """The media playlist that a run's `live.m3u8` names; None where there is none yet."""
     present = _text(folder / "live.m3u8")
     return named_in(present) if present is not None else None
+
+
+def _newest(folder: Path) -> tuple[str, str] | None:
+    name = newest_playlist(folder)
+    content = _text(folder / name) if name is not None else None
+    return (name, content) if name is not None and content is not None else None
 
 
 def _text(path: Path) -> str | None:
@@ -178,12 +206,17 @@ def _write(path: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A draft that takes the place of `path`, durably, once it is written: a reader sees the old content or the new."""
-    draft = path.with_name(f".{path.name}.part")
-    with draft.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    # Not one that another process may have open, which only thinks that it is still the one to write.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -1,21 +1,27 @@
 """With skipping on, latents do not depend on where residuals are: every store, every granularity, through the arena."""
 
+import os
 import random
+import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.store_process import StoreProcess
 from edit_ray import EditWanPipeline
+from edit_ray.actors.leases import SegmentLeases
+from edit_ray.actors.messages import RunSpec
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
-from edit_ray.cache.stores.arena import Arena
-from edit_ray.cache.stores.disk_tier import DiskTier
-from edit_ray.cache.stores.op_table import OpTable
-from edit_ray.cache.stores.planned import PlannedStore
-from edit_ray.cache.stores.shared_tiers import TABLES_BYTES, SharedTiers
+from edit_ray.cache.stores import carried
+from edit_ray.cache.stores.entry_files import EntryFiles
+from edit_ray.config import Config
 from edit_ray.engine.options import SamplingOptions
 from edit_ray.engine.reuse import plan_run_reuse
+from edit_ray.errors import EntryLost, StaleLease
 from edit_ray.testing import save_random_wan
+from tests.store_here import StoreHere
 
 SEGMENTS, WINDOW, STEPS = 8, 4, 6
 SAMPLING = SamplingOptions(height=32, width=32, num_frames=5, num_inference_steps=STEPS, guidance_scale=3.0)
@@ -33,7 +39,7 @@ def pipe(tmp_path_factory):
     return pipe
 
 
-def segment_latents(pipe, segment):
+def segment_latents(pipe, segment, on_step=None):
     """One segment; its own prompt and noise."""
     return pipe(
         ("a red circle", "a blue square")[segment // 4],
@@ -42,6 +48,7 @@ def segment_latents(pipe, segment):
         output_type="latent",
         max_sequence_length=16,
         reset_cache=False,
+        callback_on_step_end=on_step,
     ).frames
 
 
@@ -61,42 +68,55 @@ def in_process(pipe, granularity, store, prefetch=False):
     return torch.cat(made)
 
 
-def through_the_arena(pipe, granularity, folder, host_entries, prepare_ahead, delay=None):
-    """The same through `SharedTiers` and `PlannedStore`, as the actors do it."""
+def through_the_actor(pipe, granularity, folder, store, *, host_entries=2, ahead=True, way="require", kill_in=None):
+    """The same as the GPU actor does it, with a CacheStore actor's class, which dies in the midst of `kill_in`."""
     cache = pipe.enable_cache("warmstart_reuse", STEPS, granularity, **WARM)
     reuse = plan_run_reuse(pipe, "run", SEGMENTS, WINDOW, SAMPLING, None)
     assert reuse.form.size == RESIDUAL
     host = host_entries * 4096
-    tiers = SharedTiers(Arena.create(host + TABLES_BYTES, folder), host, DiskTier(folder / "disk", allow_tmpfs=True))
-    if delay is not None:
-        tiers.disk.files.read, tiers.disk.files.write = delay(tiers.disk.files.read), delay(tiers.disk.files.write)
-    arena = Arena.open(tiers.arena.path)
-    tiers.follow(reuse.plan.uses())
-    leases = {}
+    options = {"host_bytes": host, "allow_tmpfs": True, "shared_memory": way, "directory": str(folder / "disk")}
+    prompts = [{"segment": 0, "prompt": "a red circle"}]
+    values = {"store": options, "video": {"num_segments": SEGMENTS}, "prompt_segments": prompts}
+    leases = SegmentLeases(store, RunSpec("run", folder, Config.model_validate(values)), reuse)
 
-    def prepare(segment):
-        leases[segment] = tiers.prepare("run", segment, 0, 1, reuse.ops(segment), reuse.form.dtype, reuse.form.shape)
-
-    made = []
-    for segment in range(SEGMENTS):
-        for wanted in (segment, segment + 1) if prepare_ahead else (segment,):
-            if wanted < SEGMENTS and wanted not in leases:
-                prepare(wanted)
-        lease, ops = leases[segment], reuse.ops(segment)
-        table = OpTable(arena.memory(lease.table), lease.num_ops)
-        store = PlannedStore(arena, table, ops, reuse.form, prefix=("run",), history_len=cache.history_len)
-        cache.use_store(store, store.planned_reads())
+    def attempt_at(segment, attempt, on_step=None):
+        planned = leases.begin(segment, attempt, cache.history_len, then_next=ahead)
+        cache.use_store(planned, planned.planned_reads())
         cache.set_generation(segment)
-        cache.set_reuse_window({key[0] for key in store.planned_reads()})
-        made.append(segment_latents(pipe, segment))
-        store.finish()
-        tiers.complete("run", segment, 0, 1)
+        cache.set_reuse_window({key[0] for key in planned.planned_reads()})
+        made = segment_latents(pipe, segment, on_step)
+        planned.finish()
+        return made, leases.complete(segment, attempt)
+
+    def die(pipe, step, timestep, tensors):
+        if step == 0:
+            store.kill()
+        return {}
+
+    made, peak = [], 0
+    for segment in range(SEGMENTS):
+        try:
+            latents, figures = attempt_at(segment, 0, die if segment == kill_in else None)
+        except (EntryLost, StaleLease, ConnectionError):
+            assert segment == kill_in
+            cache = pipe.enable_cache("warmstart_reuse", STEPS, granularity, **WARM)  # an error has taken it away
+            latents, figures = attempt_at(segment, 1)
+            kill_in = None
+        made.append(latents)
+        peak = max(peak, figures["peak_bytes"]["host"])
+    assert kill_in is None, "it died and nobody noticed"
     cache.use_store(GPUStore())
     pipe.disable_cache()
-    assert tiers.statistics()["peak_bytes"]["host"] <= host
-    arena.close()
-    tiers.close()
+    assert peak <= host
+    leases.close()
     return torch.cat(made)
+
+
+@pytest.fixture
+def store_here():
+    store = StoreHere()
+    yield store
+    store.close()
 
 
 @pytest.fixture(scope="module")
@@ -120,22 +140,70 @@ def test_stores_of_one_process(pipe, expected, tmp_path, granularity):
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize(("host_entries", "prepare_ahead"), [(2, True), (2, False), (500, True)])
-def test_through_the_arena(pipe, expected, tmp_path, granularity, host_entries, prepare_ahead):
-    made = through_the_arena(pipe, granularity, tmp_path, host_entries, prepare_ahead)
+@pytest.mark.parametrize(
+    "options",
+    [{"ahead": True}, {"ahead": False}, {"host_entries": 500}, {"way": "never"}, {"way": "never", "ahead": False}],
+    ids=str,
+)
+def test_through_the_actor(pipe, expected, tmp_path, store_here, granularity, options):
+    assert torch.equal(through_the_actor(pipe, granularity, tmp_path, store_here, **options), expected[granularity])
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("kill_in", [0, 2])
+@pytest.mark.parametrize("way", ["require", "never"])
+def test_a_store_that_dies_in_the_midst_of_a_segment(pipe, expected, tmp_path, store_here, granularity, kill_in, way):
+    made = through_the_actor(pipe, granularity, tmp_path, store_here, way=way, kill_in=kill_in)
     assert torch.equal(made, expected[granularity])
 
 
+class KilledProcess(StoreProcess):
+    """A store in a process of its own, that gets SIGKILL."""
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+        self.close()
+        self.__init__()
+
+    def call(self, method, *arguments):
+        try:
+            return super().call(method, *arguments)
+        except (EOFError, OSError) as gone:
+            raise ConnectionError(str(gone)) from None
+
+
+@pytest.mark.slow
+def test_a_store_process_that_is_killed_in_the_midst_of_a_segment_leaves_nothing(pipe, expected, tmp_path):
+    store = KilledProcess()
+    pids = [store.pid]
+    made = through_the_actor(pipe, 3, tmp_path, store, kill_in=2)
+    pids.append(store.pid)
+    assert torch.equal(made, expected[3])
+    store.call("drop_run", "run")()
+    store.close()
+    assert len(set(pids)) == 2
+    assert list((tmp_path / "disk").iterdir()) == []
+    assert [path for pid in pids for path in Path("/dev/shm").glob(f"edit_ray-{pid}-*")] == []
+
+
+@pytest.mark.parametrize("granularity", [3, *(pytest.param(g, marks=pytest.mark.slow) for g in ("stack", "per_block"))])
 @pytest.mark.parametrize("longest_s", [0.02, pytest.param(0.2, marks=pytest.mark.slow)])
-def test_random_delays_in_every_transfer(pipe, expected, tmp_path, longest_s):
+@pytest.mark.parametrize("way", ["require", "never"])
+def test_random_delays_in_every_transfer(
+    pipe, expected, tmp_path, store_here, monkeypatch, granularity, longest_s, way
+):
     noise = random.Random(1)
 
-    def delay(call):
+    def delay(owner, name):
+        call = getattr(owner, name)
+
         def delayed(*arguments):
             time.sleep(noise.random() * longest_s)
             return call(*arguments)
 
-        return delayed
+        monkeypatch.setattr(owner, name, delayed)
 
-    made = through_the_arena(pipe, 3, tmp_path, 3, prepare_ahead=True, delay=delay)
-    assert torch.equal(made, expected[3])
+    for owner, name in ((EntryFiles, "read"), (EntryFiles, "write"), (carried, "fetch"), (carried, "keep")):
+        delay(owner, name)
+    made = through_the_actor(pipe, granularity, tmp_path, store_here, host_entries=3, way=way)
+    assert torch.equal(made, expected[granularity])

@@ -5,9 +5,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import ray
 
 from edit_ray import LongVideoClient
+from edit_ray.actors.cache_store import CacheStoreActor
+from edit_ray.actors.launch import StoreCalls
+from edit_ray.runs.event_log import read_events
 from tests.ray.conftest import pids, wait_until
+from tests.unit.test_leases import DTYPES, RUN, leases_on, make_segment
 
 # One residual: [1, 5 * 4 * 4, 24] in float32, 2 pages; so the host tier holds two of the eight.
 REUSE = """
@@ -27,6 +32,12 @@ def generate(client, config, run_id, kill=None, after=1):
     return (client.output / run_id / "final.mp4").read_bytes(), statistics
 
 
+def asked_before_the_one_before_ended(events, num_segments):
+    at = {(event["event"], event["segment"]): event["monotonic"] for event in events}
+    for k in range(1, num_segments):
+        assert at["prepare_asked", k] < at["segment_made", k - 1]
+
+
 @pytest.mark.parametrize("victim", ["cache_store", "denoiser"])
 def test_a_killed_store_or_gpu_actor_changes_no_frame_and_leaves_nothing(ray_head, config, tmp_path, victim, run_id):
     path = config(steps=12, segments=6, more=REUSE)
@@ -35,6 +46,7 @@ def test_a_killed_store_or_gpu_actor_changes_no_frame_and_leaves_nothing(ray_hea
     assert sum(segment["entries_read"] for segment in statistics) == 4 * 8
     assert all(segment["host_bytes"] <= 16384 for segment in statistics)
     assert statistics[-1]["prefetch_requested"] > 0
+    asked_before_the_one_before_ended(read_events(tmp_path / run_id / "events.jsonl"), 6)
     hurt, _ = generate(client, path, f"{run_id}-hurt", kill=victim)
     assert whole == hurt
     assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
@@ -52,3 +64,15 @@ def test_without_shared_memory_the_frames_are_the_same(ray_head, config, tmp_pat
     hurt, _ = generate(client, config(steps=12, segments=6, more=more), f"{run_id}-hurt", kill="cache_store")
     assert carried == hurt
     assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
+
+
+def test_every_dtype_comes_back_bit_for_bit_through_ray_calls(ray_head, tmp_path):
+    handle = ray.remote(num_cpus=0, max_concurrency=4)(CacheStoreActor).remote()
+    for dtype in DTYPES:
+        for shape in ((1, 8, 24), (1, 1025, 64), (1, 0, 8)):  # the second is large enough for the object store
+            leases = leases_on(StoreCalls(handle), tmp_path, "never", dtype, shape, host_bytes=1 << 20)
+            assert sum(make_segment(leases, segment)[0] for segment in range(4)) == 3 * 8
+            leases.close()
+            ray.get(handle.drop_run.remote(RUN))
+    ray.kill(handle)
+    assert list((tmp_path / ".cache_store").iterdir()) == []

@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import aiohttp
@@ -84,3 +86,17 @@ async def page(folder: Path, width: int = 900, height: int = 900):
     finally:
         browser.terminate()
         browser.wait(20)
+
+
+async def picture(url: str, ready: str, file: Path) -> None:
+    """Takes the picture of a page once a JavaScript expression is true."""
+    with tempfile.TemporaryDirectory() as folder:
+        async with page(Path(folder) / "browser", 900, 860) as opened:
+            await opened.call("Page.navigate", url=url)
+            await opened.until("document.readyState === 'complete' && location.href !== 'about:blank'", 30)
+            await opened.until(ready, 60)
+            await opened.screenshot(file)
+
+
+if __name__ == "__main__":  # e.g. of `edit-ray serve RUN`: URL "document.querySelector('video').currentTime > 4" FILE
+    asyncio.run(picture(sys.argv[1], sys.argv[2], Path(sys.argv[3])))

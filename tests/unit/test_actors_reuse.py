@@ -1,16 +1,20 @@
 """Segments that reuse each other's residuals, through the actors' plain classes: only the plan decides the frames."""
 
 import asyncio
+import shutil
 
 import pytest
 import torch
 
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.cache.stores.shared_tiers import SharedTiers
+from edit_ray.cache.stores.direct_io import aligned_buffer, memory_of
+from edit_ray.cache.stores.disk_tier import DiskTier
+from edit_ray.cache.stores.tensor_file import file_name
 from edit_ray.config import Config
-from edit_ray.engine.latent_files import load_latents
-from edit_ray.runs.folder import RunFolder
+from edit_ray.engine.latent_files import load_latents, save_latents
+from edit_ray.runs.event_log import read_events
+from edit_ray.runs.folder import Manifest, RunFolder
 from edit_ray.testing import save_random_wan
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
@@ -19,16 +23,17 @@ SEGMENTS = 6
 RESIDUAL = 8 * 24 * 4
 
 
+FBCACHE = {"inner": "fbcache", "rel_l1_thresh": 0.2}
+TAYLORSEER = {"inner": "taylorseer", "cache_interval": 2, "disable_cache_before_step": 2, "max_order": 1}
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_random_wan(tmp_path_factory.mktemp("model") / "wan", num_layers=4)
 
 
-def config_for(model, host=100, granularity="stack", shared_memory="require", **cache):
-    inner = {"inner": "fbcache", "rel_l1_thresh": 0.2}
-    if granularity != "stack":  # where a unit may be a single block, the first one is no probe
-        inner = {"inner": "taylorseer", "cache_interval": 2, "disable_cache_before_step": 2, "max_order": 1}
-    reuse = {"policy": "warmstart_reuse", "warm_steps": 3, "reuse_window": 3, **inner}
+def config_for(model, host=100, granularity="stack", shared_memory="require", later_steps=FBCACHE, **cache):
+    reuse = {"policy": "warmstart_reuse", "warm_steps": 3, "reuse_window": 3, **later_steps}
     return Config.model_validate(
         {
             "model": {"path": str(model)},
@@ -85,9 +90,10 @@ def latents_of(root, run_id):
 
 @pytest.mark.parametrize("granularity", ["stack", "per_block", 3])
 def test_latents_are_the_same_in_much_memory_and_in_little(tmp_path, model, granularity):
-    records = asyncio.run(generate(tmp_path, config_for(model, 100, granularity), "much"))
-    little = asyncio.run(generate(tmp_path, config_for(model, 2, granularity), "little"))
-    carried = asyncio.run(generate(tmp_path, config_for(model, 2, granularity, "never"), "carried"))
+    later = FBCACHE if granularity == "stack" else TAYLORSEER  # a unit of one block has none to spare for a probe
+    records = asyncio.run(generate(tmp_path, config_for(model, 100, granularity, later_steps=later), "much"))
+    little = asyncio.run(generate(tmp_path, config_for(model, 2, granularity, later_steps=later), "little"))
+    carried = asyncio.run(generate(tmp_path, config_for(model, 2, granularity, "never", later), "carried"))
     for other in ("little", "carried"):
         assert torch.equal(latents_of(tmp_path, "much"), latents_of(tmp_path, other))
     units = {"stack": 1, "per_block": 4, 3: 2}[granularity]
@@ -132,26 +138,105 @@ def test_a_lost_actor_changes_no_latents(tmp_path, model, lost, shared_memory):
     assert torch.equal(latents_of(tmp_path, "whole"), latents_of(tmp_path, "hurt"))
 
 
-def test_each_segment_is_asked_for_before_the_one_before_it_ends(tmp_path, model, monkeypatch):
-    log = []
-    prepare, complete = SharedTiers.prepare, SharedTiers.complete
-
-    def logged(name, call):
-        def wrapped(self, run, segment, *others):
-            if name == "prepare":
-                log.append((name, segment))
-            result = call(self, run, segment, *others)
-            if name == "complete":
-                log.append((name, segment))
-            return result
-
-        return wrapped
-
-    monkeypatch.setattr(SharedTiers, "prepare", logged("prepare", prepare))
-    monkeypatch.setattr(SharedTiers, "complete", logged("complete", complete))
+def test_each_segment_is_asked_for_before_the_one_before_it_ends(tmp_path, model):
     asyncio.run(generate(tmp_path, config_for(model), "one"))
-    assert sorted(log) == [(name, k) for name in ("complete", "prepare") for k in range(SEGMENTS)]
-    assert all(log.index(("prepare", k)) < log.index(("complete", k - 1)) for k in range(1, SEGMENTS))
+    events = read_events(RunFolder(tmp_path, "one").events)
+    at = {(event["event"], event["segment"]): event["monotonic"] for event in events}
+    assert len(events) == len(at) == 3 * SEGMENTS - 1
+    for k in range(1, SEGMENTS):
+        assert at["segment_begun", k - 1] < at["prepare_asked", k] < at["segment_made", k - 1]
+
+
+class Damaged(Crew):
+    """Turns over the last byte of every entry on disk before some segments are made."""
+
+    def __init__(self, root, segments):
+        super().__init__()
+        self.root, self.segments = root, set(segments)
+
+    async def denoiser(self, method, *arguments):
+        if method == "denoise_segment" and arguments[1].index in self.segments:
+            self.segments.remove(arguments[1].index)
+            for path in (self.root / ".cache_store").glob("*.safetensors"):
+                content = bytearray(path.read_bytes())
+                content[-1] ^= 1
+                path.write_bytes(content)
+        return await super().denoiser(method, *arguments)
+
+
+@pytest.mark.parametrize("shared_memory", ["require", "never"])
+@pytest.mark.parametrize(("damaged", "again"), [([2], 1), ([1, 3], 2), ([2, 5], 2)], ids=str)
+def test_residuals_that_the_disk_has_lost_are_made_again(tmp_path, model, damaged, again, shared_memory):
+    config = config_for(model, 2, shared_memory=shared_memory)
+    whole = asyncio.run(generate(tmp_path, config, "whole"))
+    hurt = asyncio.run(generate(tmp_path, config, "hurt", Damaged(tmp_path, damaged)))
+    assert torch.equal(latents_of(tmp_path, "whole"), latents_of(tmp_path, "hurt"))
+    assert [sum(r.statistics["segments_made_again"] for r in records) for records in (whole, hurt)] == [0, again]
+
+
+def test_a_store_that_finds_nothing_where_it_was_gets_what_it_lacks(tmp_path, model):
+    config = config_for(model, 2)
+    asyncio.run(generate(tmp_path, config, "whole"))
+
+    class Emptied(Crew):
+        async def denoiser(self, method, *arguments):
+            if method == "denoise_segment" and arguments[1].index == 2 and "store" in self.lost.get(2, ""):
+                shutil.rmtree(tmp_path / ".cache_store")
+            return await super().denoiser(method, *arguments)
+
+    asyncio.run(generate(tmp_path, config, "hurt", Emptied({2: "gpu and store"})))
+    assert torch.equal(latents_of(tmp_path, "whole"), latents_of(tmp_path, "hurt"))
+
+
+def test_a_segment_that_does_not_come_out_as_it_was_ends_the_run(tmp_path, model):
+    class Changed(Damaged):
+        async def denoiser(self, method, *arguments):
+            if method == "denoise_segment" and arguments[1].index in self.segments:
+                path = RunFolder(self.root, "one").latents(0)
+                save_latents(path, load_latents(path) + 1)
+            return await super().denoiser(method, *arguments)
+
+    async def submit():
+        crew = Changed(tmp_path, [2])
+        scheduler = SegmentSchedulerActor(crew)
+        await scheduler.submit("one", config_for(model, 2).model_dump(mode="json"), str(tmp_path), str(tmp_path))
+        reply = await scheduler.wait_segment("one", 2, 60)
+        await crew.end()
+        return reply.status
+
+    status = asyncio.run(submit())
+    assert status.state == "failed"
+    assert "segment 0 was made again, as residuals of it were lost, and its latents differ" in status.error
+
+
+def test_entries_of_runs_that_have_ended_go_and_those_of_runs_that_have_not_stay(tmp_path, model):
+    left = DiskTier(tmp_path / ".cache_store", allow_tmpfs=True)
+    states = {"done": "done", "failed": "failed", "killed": "running", "no-run": None, "no-manifest": None}
+    memory = memory_of(aligned_buffer(8))
+    for run_id, state in states.items():
+        left.write((run_id, 0, "transformer", "cond", 0, 1), memory, torch.uint8, (8,)).result()
+        if run_id != "no-run":
+            RunFolder(tmp_path, run_id).create("")
+        if state is not None:
+            manifest = Manifest(run_id, "0", state, height=32, width=32, fps=8, num_segments=1, num_frames=5)
+            RunFolder(tmp_path, run_id).write_manifest(manifest)
+    left.close()
+
+    async def submit():
+        crew = Crew()
+        scheduler = SegmentSchedulerActor(crew)
+        await scheduler.submit("one", config_for(model).model_dump(mode="json"), str(tmp_path), str(tmp_path))
+        await scheduler.wait_segment("one", 0, 60)
+        found = {key[0] for key in crew._store._tiers.disk.files.entries()}
+        await scheduler.cancel("one")
+        while not (await scheduler.wait_segment("one", SEGMENTS, 60)).ended:
+            pass
+        await crew.end()
+        return found
+
+    assert asyncio.run(submit()) == {"one", "killed"}
+    (file,) = (tmp_path / ".cache_store").glob("*.safetensors")
+    assert file.name == file_name(("killed", 0, "transformer", "cond", 0, 1))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from fractions import Fraction
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from benchmarks.longrun_report import Row, draw, shown, summary, table
 from benchmarks.store_process import StoreProcess
 from benchmarks.tiered_longrun import ENTRIES, Task, in_one_process, residual, through_the_actor
-from edit_ray.actors.cache_store import CacheStoreActor
+from tests.store_here import StoreHere
 
 KIB = 1024
 BOUNDS = {"device": 384 * KIB, "host": 768 * KIB, "disk": 2304 * KIB}
@@ -55,20 +54,6 @@ def test_what_is_held_is_what_was_stored_and_the_rest_is_a_miss(figures):
     assert figures["read"] == {"equal": held, "absent": 40 * 16 - held, "wrong": 0}
     assert figures["rows"][-1]["evictions"] == 40 * 16 - held
     assert figures["left_behind"] == []
-
-
-class StoreHere:
-    """The same class without a process of its own, which takes seconds to start."""
-
-    def __init__(self):
-        self.pid, self._actor = os.getpid(), CacheStoreActor()
-
-    def call(self, method, *arguments):
-        answer = getattr(self._actor, method)(*arguments)
-        return lambda: answer
-
-    def close(self):
-        self._actor.close()
 
 
 @pytest.mark.parametrize("make_store", [StoreHere, pytest.param(StoreProcess, marks=pytest.mark.slow)])

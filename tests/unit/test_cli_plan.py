@@ -4,15 +4,16 @@ import asyncio
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from edit_ray.cli import main
 from edit_ray.cli.outlook import DISK_TO_HOST, HOST_TO_GPU, look_ahead
-from edit_ray.cli.plan import _experts, _policy
+from edit_ray.cli.plan import _experts, _policy, what_does_not_fit
 from edit_ray.cli.plan_text import lines
-from edit_ray.config import Config, dump_yaml
+from edit_ray.config import Config, dump_yaml, load_config
 from edit_ray.engine.loading import load_pipeline
 from edit_ray.engine.model_info import read_model_info
 from edit_ray.engine.segment import SegmentEngine
@@ -61,7 +62,7 @@ def test_a_run_writes_and_reads_what_the_plan_says(tmp_path, model, granularity,
     assert ran == counts_of(outlook.plan)
     skipped = sum(read for _, read in ran)
     units = {"stack": 1, 2: 2}[granularity]
-    # Of 4 blocks a stack leaves out 3, as fbcache's first one runs always; a group of 2 leaves out both with taylorseer.
+    # Of 4 blocks a stack leaves out 3, as fbcache's first one runs always; a group of 2 with taylorseer both.
     assert outlook.saved == skipped * {"stack": 3 / 4, 2: 2 / 4}[granularity]
     assert outlook.forwards == SEGMENTS * 6 * 2
     assert outlook.needed_bytes == 3 * 2 * units * 4096
@@ -170,6 +171,15 @@ def test_what_does_not_fit_is_said_with_what_it_would_need(capsys):
     assert "one forward: 20 ms" in out
     assert "host to GPU" not in out
     assert all(len(line) <= 100 for line in out.splitlines())
+
+
+def test_a_run_says_before_it_starts_what_does_not_fit():
+    assert what_does_not_fit(load_config(Path(TINY))) is None
+    assert what_does_not_fit(load_config(Path(TINY), ["store.disk_bytes=1GiB"])) is None
+    assert what_does_not_fit(load_config(Path(TINY), ["store.disk_bytes=1MB"])) == (
+        "2 residuals (884,736 bytes) do not fit into store.disk_bytes, 1,000,000: every segment computes them; "
+        "all of them need 1,769,472 bytes"
+    )
 
 
 def test_seconds_are_known_only_of_what_was_measured(tmp_path, capsys):

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from edit_ray.actors.cache_store import CacheStoreActor
 from edit_ray.actors.leases import SegmentLeases
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache.stores import arena as arena_module
@@ -16,57 +15,39 @@ from edit_ray.cache.tiering.reuse_plan import make_reuse_plan
 from edit_ray.config import Config
 from edit_ray.engine.reuse import Reuse
 from edit_ray.errors import EntryLost, ResourcesUnavailable, StaleLease
+from tests.store_here import StoreHere
 
 RUN, EXPERT = "run", "transformer"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
 WAYS = ("require", "never")
 
 
-class Here:
-    """The CacheStore actor's class in this process; what it is asked is remembered."""
-
-    def __init__(self):
-        self.actor, self.asked = CacheStoreActor(), []
-
-    def call(self, method, *arguments):
-        self.asked.append(method)
-        error = answer = None
-        try:
-            answer = getattr(self.actor, method)(*arguments)
-        except Exception as raised:
-            error = raised
-
-        def reply():
-            if error is not None:
-                raise error
-            return answer
-
-        return reply
+def leases_on(store, folder, way, dtype=torch.float32, shape=(1, 8, 24), host_bytes=2 * 4096, num_segments=4):
+    """A run's leases: window 4, two units, of residuals of this dtype and shape."""
+    form = Form(torch.device("cpu"), dtype, shape)
+    plan = make_reuse_plan(
+        RUN, num_segments, window=4, warm_steps=2, experts=[EXPERT] * 4, unit_bytes={EXPERT: [form.size] * 2}
+    )
+    values = {
+        "video": {"num_segments": num_segments},
+        "prompt_segments": [{"segment": 0, "prompt": "a red circle"}],
+        "store": {"host_bytes": host_bytes, "allow_tmpfs": True, "shared_memory": way},
+    }
+    return SegmentLeases(store, RunSpec(RUN, folder, Config.model_validate(values)), Reuse(plan, form))
 
 
 @pytest.fixture
 def leases_for(tmp_path):
-    """Makes a run's leases: window 4, two units, of residuals of this dtype and shape."""
+    """Makes a store and a run's leases on it."""
     stores = []
 
-    def make(way, dtype=torch.float32, shape=(1, 8, 24), host_bytes=2 * 4096, num_segments=4):
-        stores.append(Here())
-        form = Form(torch.device("cpu"), dtype, shape)
-        plan = make_reuse_plan(
-            RUN, num_segments, window=4, warm_steps=2, experts=[EXPERT] * 4, unit_bytes={EXPERT: [form.size] * 2}
-        )
-        values = {
-            "video": {"num_segments": num_segments},
-            "prompt_segments": [{"segment": 0, "prompt": "a red circle"}],
-            "store": {"host_bytes": host_bytes, "allow_tmpfs": True, "shared_memory": way},
-        }
-        return stores[-1], SegmentLeases(
-            stores[-1], RunSpec(RUN, tmp_path, Config.model_validate(values)), Reuse(plan, form)
-        )
+    def make(*arguments, **options):
+        stores.append(StoreHere())
+        return stores[-1], leases_on(stores[-1], tmp_path, *arguments, **options)
 
     yield make
     for store in stores:
-        store.actor.close()
+        store.close()
 
 
 def tensor_of(key, form):
@@ -152,8 +133,7 @@ def test_a_store_that_is_made_anew_is_told_of_the_run_and_refuses_what_came_befo
     store, leases = leases_for(way)
     make_segment(leases, 0)
     open_segment = leases.begin(1, 0, history_len=1)
-    store.actor.close()
-    store.actor = CacheStoreActor()
+    store.kill()
     with pytest.raises((StaleLease, EntryLost)):
         read_all(open_segment)
     with pytest.raises(StaleLease):
@@ -166,8 +146,7 @@ def test_a_lease_of_a_store_that_has_died_is_not_used(leases_for):
     for way in WAYS:
         store, leases = leases_for(way)
         make_segment(leases, 0)
-        store.actor.close()
-        store.actor = CacheStoreActor()
+        store.kill()
         assert make_segment(leases, 1)[0] == 8, "the lease was asked for before the store died"
 
 

@@ -38,6 +38,7 @@ bars = st.builds(
     start_s=st.floats(0, 1e5),
     length_s=st.floats(0, 1e4),
     colour=st.just("#000"),
+    label=st.sampled_from(["0", "1999", "<i>"]),
     says=st.text(max_size=10),
 )
 

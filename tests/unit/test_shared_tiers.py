@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -281,7 +282,6 @@ def test_a_holder_is_a_process_and_no_later_one_of_its_pid(other_process):
     assert not is_gone(this_holder())
     assert began_before(this_holder(), holder) or start_of("self") == start_of(process.pid)
     process.kill()
-    process.poll()
     assert wait_until(lambda: is_gone(holder)), "dead, although nobody has asked for it"
 
 
@@ -395,3 +395,17 @@ def test_what_cannot_be_synced_is_not_complete(tiers_in):
     make(again, 0)
     again.finish()
     tiers.complete(RUN, 0, 1, 1)
+
+
+def test_a_closed_store_refuses_instead_of_being_silent(tiers_in):
+    tiers = tiers_in(2)
+    tiers.close()
+    with pytest.raises(StaleLease, match="closed"):
+        begin(tiers, plan_of(), 0)
+    tiers.close()
+
+
+def test_a_folder_that_was_removed_is_no_fault_at_the_end(tiers_in):
+    tiers = tiers_in(2)
+    shutil.rmtree(tiers.disk.files.directory)
+    tiers.close()

@@ -1,6 +1,7 @@
 """The stores: what was put is got bit for bit or not at all, budgets hold, and what is in the way goes in order."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,3 +211,29 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="which is a file"):
         DiskOffloadStore(tmp_path / "file")
+
+
+def test_large_tensors_come_back_from_host_memory_and_their_pages_go_with_them():
+    store, generator = CPUOffloadStore(8 << 20), torch.Generator().manual_seed(1)
+    turned = torch.randn(600, 1000, generator=generator).t()
+    for dtype in (torch.bfloat16, torch.float32, torch.int64, torch.bool):
+        tensor = (turned * 50).to(dtype)
+        store.put(("turned",), tensor)
+        found = store.get(("turned",))
+        assert (found.dtype, found.shape, found.is_contiguous()) == (dtype, tensor.shape, True)
+        assert torch.equal(found, tensor)
+    store.clear()
+    del found
+
+    def own_memory():
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line)
+        return int(line.split()[1]) * 1024
+
+    torch.ones(4 << 20, dtype=torch.uint8)  # once such a block was freed, the C library keeps the next ones
+    for number in range(4):
+        store.put((number,), torch.ones(2 << 20, dtype=torch.uint8))
+    above = torch.ones(2 << 20, dtype=torch.uint8)
+    before = own_memory()
+    store.clear()
+    assert before - own_memory() > 7 << 20
+    assert above.all()

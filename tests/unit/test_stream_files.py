@@ -61,9 +61,7 @@ def has_ended(folder: Path) -> bool:
 
 @pytest.fixture
 def files(tmp_path):
-    stream = StreamFiles(tmp_path, fps=16, longest=LONGEST)
-    stream.rebuild([])
-    return stream
+    return StreamFiles(tmp_path, fps=16, longest=LONGEST)
 
 
 def test_nothing_is_there_before_the_first_segment(files, tmp_path):
@@ -119,6 +117,26 @@ def test_a_torn_write_is_mended_by_the_next_one(files, tmp_path):
     assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts)
 
 
+@pytest.mark.parametrize("done", [0, 40, 400, None])
+def test_a_reader_in_the_midst_of_an_append_sees_the_segments_before(files, tmp_path, monkeypatch, done):
+    """`done` bytes of the fragment's rest are written when somebody reads, or all of them."""
+    parts, seen = make_parts(tmp_path, 3), []
+
+    def copy_in_two(source, stream):
+        stream.write(source.read(done))
+        stream.flush()
+        seen.append(shown_by(tmp_path / "stream.mp4"))
+        stream.write(source.read())
+
+    files.append(parts[0])
+    with monkeypatch.context() as patch:
+        patch.setattr("edit_ray.video.stream_files.shutil.copyfileobj", copy_in_two)
+        files.append(parts[1])
+    files.append(parts[2])
+    assert seen == [frames_of(parts[0])]
+    assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts)
+
+
 @pytest.mark.parametrize("keep", [None, 2])
 def test_a_full_disk_changes_nothing_that_was_told(tmp_path, monkeypatch, keep):
     files = StreamFiles(tmp_path, fps=16, longest=LONGEST, keep=keep)
@@ -133,6 +151,7 @@ def test_a_full_disk_changes_nothing_that_was_told(tmp_path, monkeypatch, keep):
     with pytest.raises(OSError, match="no space left"):
         files.append(parts[2])
     assert listed(tmp_path) == [part.path for part in parts[:2]]
+    assert [path.name for path in tmp_path.rglob(".*")] == [], "no draft stays"
     monkeypatch.setattr(os, "fsync", real)
     for part in parts[2:]:
         files.append(part)
@@ -288,7 +307,8 @@ def follow(folder: Path, fps: int, lengths: list[int], timeout_s: float) -> list
     parts = [make_part(folder, *segment, fps=fps) for segment in zip(range(len(lengths)), starts, lengths, strict=True)]
     files.append(parts[0])
     command = reading(folder / "live.m3u8", "-live_start_index", "0", "-fpsprobesize", "0")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as follower:
+    complaints = folder / "complaints"
+    with complaints.open("w") as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as follower:
         late = threading.Timer(timeout_s, follower.kill)
         late.start()
         seen = b""
@@ -296,10 +316,11 @@ def follow(folder: Path, fps: int, lengths: list[int], timeout_s: float) -> list
             files.append(part)
             seen += follower.stdout.read((before + 1) * FRAME_BYTES - len(seen))
         files.end()
-        rest, complaints = follower.communicate()
+        seen += follower.stdout.read()
+        follower.wait()
         late.cancel()
-    assert (complaints, follower.returncode) == (b"", 0)
-    return numbers_in(seen + rest)
+    assert (complaints.read_text(), follower.returncode) == ("", 0)
+    return numbers_in(seen)
 
 
 @pytest.mark.parametrize("fps", [16, 24])

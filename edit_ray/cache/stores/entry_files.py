@@ -162,6 +162,8 @@ class EntryFiles:
 
     def remove_unfinished(self) -> None:
         """Remove what writers left that were stopped, and what was set aside; nobody may be writing."""
+        if not self.directory.exists():  # someone has removed it
+            return
         with os.scandir(self.directory) as found:
             left = [item.path for item in found if _UNFINISHED.fullmatch(item.name) and _is_file(item)]
         for path in left:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
 
 from edit_ray.cache.stores.store import Key, check_budget
+
+_LARGE = 1 << 20  # bytes
 
 
 class HostStore:
@@ -34,7 +37,7 @@ class HostStore:
         while self.budget_bytes is not None and self.bytes_resident + size > self.budget_bytes:
             self.drop(next(iter(self._entries)))
             self.num_evictions += 1
-        self._entries[key] = tensor.detach().to("cpu", copy=True).contiguous()
+        self._entries[key] = _copy(tensor.detach())
         self.bytes_resident += size
 
     def get(self, key: Key) -> torch.Tensor | None:
@@ -65,6 +68,18 @@ class HostStore:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy on the CPU; a large one in pages of its own, which go back to the system with it.
+
+    In the C library's heap, whose holes an aligned block of the very size does not fit into, a store that lets large
+    tensors come and go takes more than twice its budget.
+    """
+    if tensor.nbytes < _LARGE:
+        return tensor.to("cpu", copy=True).contiguous()
+    memory = mmap(-1, tensor.nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 CPUOffloadStore = HostStore  # what the library's users know it as

@@ -134,8 +134,8 @@ class SharedTiers:
         return self._do(lambda: self._of(run, segment, attempt, holder, store))
 
     def missing(self, keys: Sequence[Key]) -> list[Key]:
-        """Which of these entries are nowhere."""
-        return self._do(lambda: [key for key in keys if self.planner.place(key) is None])
+        """Which of these entries no complete segment has left here."""
+        return self._do(lambda: self._missing(keys))
 
     def give_up(self, run: str, holder: object) -> None:
         """A holder is through with a run, whatever it has not completed."""
@@ -187,7 +187,14 @@ class SharedTiers:
                 future.set_exception(error)
 
         self._inbox.put(run)
-        return future.result()
+        while True:
+            try:
+                return future.result(timeout=1.0)
+            except TimeoutError:
+                if future.done():
+                    raise
+                if not self._thread.is_alive():
+                    raise StaleLease("This store is closed.") from None
 
     def _serve(self) -> None:
         looked = 0.0
@@ -221,8 +228,9 @@ class SharedTiers:
         if attempt:  # what an earlier attempt has read will be read again
             self._follow(self._uses, segment)
         # Later ones, asked for ahead, stand in line before this one now, and hold what it may need.
-        for which in [which for which in self._open if which[0] == run and which[1] >= segment]:
-            self._abandon(*which, by=holder)
+        for which, opened in list(self._open.items()):
+            if which[0] == run and (which[1] >= segment or opened.holder != holder):
+                self._abandon(*which, by=holder)
         self._mover.drop([op.key for op in ops if op.writes])
         place = self._tables.allocate(table_bytes(len(ops)))
         if place is None:
@@ -232,8 +240,7 @@ class SharedTiers:
         table.clear()
         requests = range(self._last_request + 1, self._last_request + 1 + len(ops))
         self._last_request += len(ops)
-        opened = OpenSegment(ops, holder, attempt, extent, table, requests, form)
-        self._open[run, segment] = opened
+        opened = self._open[run, segment] = OpenSegment(ops, holder, attempt, extent, table, requests, form)
         for index, (request, op) in enumerate(zip(requests, ops, strict=True)):
             self._op_of[request] = (opened, index)
             size = room_of(op.size)
@@ -314,6 +321,10 @@ class SharedTiers:
         else:
             self._end_ops(opened, [index for index in range(len(opened.ops)) if opened.table.place(index) == -1])
             self._orphans.append(opened)
+
+    def _missing(self, keys: Sequence[Key]) -> list[Key]:
+        unfinished = {op.key for opened in self._open.values() for op in opened.ops if op.writes}
+        return [key for key in keys if key in unfinished or self.planner.place(key) is None]
 
     def _take_back_orphans(self) -> None:
         gone = [opened for opened in self._orphans if self._is_gone(opened.holder)]
