@@ -120,6 +120,8 @@ class DenoiserActor:
             added = latents[
                 :, :, spec.layout.first_latent(segment.index) - spec.layout.first_latent(segment.index + 1) :
             ]
+            if segment.index == 0 and continuity.begins_with_picture:
+                return torch.cat([load_latents(spec.folder.init_latents)[:, :, :1], added[:, :, 1:]], dim=2)
             if continuity.adain and segment.index:
                 return match_statistics(added, load_latents(spec.folder.latents(0)), continuity.adain)
             return added
@@ -257,8 +259,10 @@ class DenoiserActor:
     def _context(self, engine: SegmentEngine, spec: RunSpec, segment_index: int) -> dict[str, torch.Tensor]:
         """What a segment continues: made of committed latents alone, whatever this actor has seen of the run."""
         if segment_index == 0:
-            begun = spec.config.continuity.init is not None
-            return {spec.config.continuity.mode: load_latents(spec.folder.init_latents)} if begun else {}
+            continuity = spec.config.continuity
+            if continuity.init is None:
+                return {}
+            return {continuity.mode: load_latents(spec.folder.init_latents)[:, :, -continuity.init_latents :]}
         position, preceding = spec.layout.first_latent(segment_index), self._preceding(spec, segment_index)
         return engine.context(spec.config.continuity, spec.run_id, position=position, preceding=preceding)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from edit_ray.errors import EditRayError
 from edit_ray.page.files import byte_range, open_named
 
 LOOPBACK = "127.0.0.1"
@@ -110,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_status(self, with_body: bool) -> None:
         try:
             body = json.dumps(self.server.status()).encode()
-        except (OSError, ValueError, LookupError):
+        except (EditRayError, OSError, ValueError):
             return self._refuse(503, "the run cannot be read now")
         self._head(200, {"Content-Type": "application/json", "Content-Length": str(len(body))})
         if with_body:

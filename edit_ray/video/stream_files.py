@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from typing import BinaryIO
 
 from edit_ray.video.fmp4 import place, split
 from edit_ray.video.hls import ENDLIST, Entry, MediaPlaylist, multivariant, named_in
+
+_BOX_HEADER = 8
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,13 @@ class StreamFiles:
             return
         with path.open("r+b") as stream, (self._folder / part.path).open("rb") as source:
             stream.truncate(self._bytes)  # half a fragment may be there, from a write that failed
-            stream.seek(self._bytes)
+            # Its first box begins with zeros until all of it is there: readers take such a box for the end.
+            head = source.read(_BOX_HEADER)
+            stream.seek(_BOX_HEADER, os.SEEK_END)
             shutil.copyfileobj(source, stream)
             length = stream.tell()
+            stream.seek(self._bytes)
+            stream.write(head)
         self._bytes = length
 
     def _write_stream(self, parts: Sequence[Part]) -> None:
@@ -158,8 +165,9 @@ class StreamFiles:
         self._present = (name, text)
 
     def _next_number(self) -> int:
-        numbers = [path.stem.removeprefix("live-") for path in self._folder.glob("live-*.m3u8")]
-        return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+        """After the one that is named: a later one that is there was never told to anybody."""
+        match = re.fullmatch(r"live-([0-9]+)\.m3u8", newest_playlist(self._folder) or "")
+        return int(match[1]) + 1 if match else 0
 
     def _bandwidth(self) -> int:
         sizes = [(self._folder / part.path).stat().st_size for part in self._parts]
@@ -198,7 +206,8 @@ def _write(path: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A draft that takes the place of `path`, durably, once it is written: a reader sees the old content or the new."""
-    draft = path.with_name(f".{path.name}.part")
+    # Not one that another process may have open, which only thinks that it is still the one to write.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with draft.open("wb") as file:
             yield file

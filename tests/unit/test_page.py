@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edit_ray.cli.main import main
+from edit_ray.errors import UnknownRun
 from edit_ray.page.files import HLS_JS, byte_range, open_named
 from edit_ray.page.server import PageServer
 
@@ -194,7 +195,7 @@ def test_only_this_machine_is_answered(server):
     assert server.server_address[0] == "127.0.0.1"
 
 
-@pytest.mark.parametrize("error", [OSError("gone"), ValueError("torn"), LookupError("no run")])
+@pytest.mark.parametrize("error", [OSError("gone"), ValueError("torn"), UnknownRun("no run")])
 def test_a_run_that_cannot_be_read_is_no_traceback(server, error):
     def fail():
         raise error

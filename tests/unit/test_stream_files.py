@@ -117,6 +117,26 @@ def test_a_torn_write_is_mended_by_the_next_one(files, tmp_path):
     assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts)
 
 
+@pytest.mark.parametrize("done", [0, 40, 400, None])
+def test_a_reader_in_the_midst_of_an_append_sees_the_segments_before(files, tmp_path, monkeypatch, done):
+    """`done` bytes of the fragment's rest are written when somebody reads, or all of them."""
+    parts, seen = make_parts(tmp_path, 3), []
+
+    def copy_in_two(source, stream):
+        stream.write(source.read(done))
+        stream.flush()
+        seen.append(shown_by(tmp_path / "stream.mp4"))
+        stream.write(source.read())
+
+    files.append(parts[0])
+    with monkeypatch.context() as patch:
+        patch.setattr("edit_ray.video.stream_files.shutil.copyfileobj", copy_in_two)
+        files.append(parts[1])
+    files.append(parts[2])
+    assert seen == [frames_of(parts[0])]
+    assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts)
+
+
 @pytest.mark.parametrize("keep", [None, 2])
 def test_a_full_disk_changes_nothing_that_was_told(tmp_path, monkeypatch, keep):
     files = StreamFiles(tmp_path, fps=16, longest=LONGEST, keep=keep)
