@@ -155,10 +155,9 @@ def _make(options: StoreOptions, directory: Path) -> SharedTiers:
 def _goes_on(root: Path, run_id: str) -> bool:
     """Whether a run that is not known here has not ended: it may be resumed."""
     try:
-        state = RunFolder(root, run_id).read_manifest().state
+        return RunFolder(root, run_id.partition(".")[0]).read_manifest().end is None
     except (UnknownRun, ValueError, OSError):
         return False
-    return state not in ("done", "failed", "cancelled")
 
 
 def _memory(options: StoreOptions) -> Arena:
