@@ -93,7 +93,7 @@ class Task:
         }
         prompts = [{"segment": 0, "prompt": "a red circle"}]
         config = Config.model_validate({"store": options, "video": {"num_segments": 1}, "prompt_segments": prompts})
-        return SegmentLeases(store, RunSpec(RUN, self.directory, config), reuse(plan, self.form))
+        return SegmentLeases(store, RunSpec(RUN, self.directory, config, config.num_segments), reuse(plan, self.form))
 
 
 def seconds(action: Callable[[], object], wait: bool = True) -> float:

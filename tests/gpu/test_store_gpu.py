@@ -72,7 +72,7 @@ def new_leases(store, root, *, segments=6, host=3, ahead=0, units=UNITS):
     }
     prompts = [{"segment": 0, "prompt": "a red circle"}]
     config = Config.model_validate({"store": options, "video": {"num_segments": 1}, "prompt_segments": prompts})
-    return SegmentLeases(store, RunSpec(RUN, root, config), Reuse(plan, FORM))
+    return SegmentLeases(store, RunSpec(RUN, root, config, config.num_segments), Reuse(plan, FORM))
 
 
 def tensor_of(key):
@@ -293,7 +293,7 @@ def test_latents_are_the_same_through_every_size_of_every_tier(tmp_path, granula
         options = {"host_bytes": host * 2 * size, "device_bytes": device * size, "allow_tmpfs": True}
         prompts = [{"segment": 0, "prompt": "a red circle"}]
         config = Config.model_validate({"store": options, "video": {"num_segments": 4}, "prompt_segments": prompts})
-        leases = SegmentLeases(store, RunSpec(RUN, tmp_path / str(number), config), reuse)
+        leases = SegmentLeases(store, RunSpec(RUN, tmp_path / str(number), config, config.num_segments), reuse)
         made.append([])
         for segment in range(4):
             planned = leases.begin(segment, 0, engine.history_len)
