@@ -343,18 +343,24 @@ class DenoiserActor:
         return {"units_computed": len(record) - skipped, "units_skipped": skipped}
 
     def _added(self, latents: torch.Tensor, spec: RunSpec, segment_index: int) -> torch.Tensor:
-        """Those of a window's latents that the segment adds to the stream, their colours drawn to the first's."""
-        first_latent, adain = spec.layout.first_latent, spec.config.continuity.adain
+        """Those of a window's latents that the segment adds to the stream, their colours drawn to the first's; a run
+        that begins with the user's picture has that one as its first.
+        """
+        first_latent, continuity = spec.layout.first_latent, spec.config.continuity
         added = latents[:, :, first_latent(segment_index) - first_latent(segment_index + 1) :]
-        if not adain or segment_index == 0:
-            return added
-        return match_statistics(added, load_latents(spec.latents(0)), adain)
+        if segment_index == 0 and continuity.begins_with_picture:
+            return torch.cat([load_latents(spec.folder.init_latents)[:, :, :1], added[:, :, 1:]], dim=2)
+        if continuity.adain and segment_index:
+            return match_statistics(added, load_latents(spec.latents(0)), continuity.adain)
+        return added
 
     def _context(self, engine: SegmentEngine, spec: RunSpec, segment_index: int) -> dict[str, torch.Tensor]:
         """What a segment continues: made of committed latents alone, whatever this actor has seen of the run."""
         if segment_index == 0:
-            begun = spec.config.continuity.init is not None
-            return {spec.config.continuity.mode: load_latents(spec.folder.init_latents)} if begun else {}
+            continuity = spec.config.continuity
+            if continuity.init is None:
+                return {}
+            return {continuity.mode: load_latents(spec.folder.init_latents)[:, :, -continuity.init_latents :]}
         position, preceding = spec.layout.first_latent(segment_index), self._preceding(spec, segment_index)
         return engine.context(spec.config.continuity, spec.run_id, position=position, preceding=preceding)
 
@@ -381,6 +387,7 @@ def _reuse_statistics(store: PlannedStore, tiers: dict[str, Any]) -> dict[str, f
         "reuse_wait_s": store.waits.seconds,
         "host_bytes": tiers["bytes"]["host"],
         "disk_bytes": tiers["on_disk_bytes"],
+        "stale_leases": tiers["stale_leases"],
         **{
             f"prefetch_{outcome}": getattr(prefetch, outcome)
             for outcome in ("requested", "useful", "late", "wasted", "unfulfilled", "cancelled")

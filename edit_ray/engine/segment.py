@@ -164,10 +164,15 @@ class SegmentEngine:
         return self._stream(run_id).context(continuity, position, preceding)
 
     def encode_init(self, continuity: ContinuityOptions, sampling: SamplingOptions) -> Tensor:
-        """The latents [1, C, k, h, w] of the user's picture or clip, float32, on the CPU; raises `ConfigError`."""
+        """The latents [1, C, n, h, w] of the user's picture or clip, float32, on the CPU; raises `ConfigError`.
+
+        The last `init_latents` of them are what segment 0 continues, the first is that of the picture itself.
+        """
         assert continuity.init is not None, "there is a file to begin from"
         count = frames_of(continuity.init_latents)
         frames = read_init(continuity.init, frames=count, height=sampling.height, width=sampling.width)
+        if continuity.begins_with_picture and continuity.picture_as == "still":
+            frames = frames.repeat(frames_of(2), axis=0)
         return encode(self.pipe.vae, to_video(frames)).cpu()
 
     def decode(
