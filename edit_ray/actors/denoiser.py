@@ -22,7 +22,7 @@ from edit_ray.engine.loading import choose_device
 from edit_ray.engine.provenance import provenance_of, use_mode
 from edit_ray.engine.segment import SegmentEngine, usable_cores
 from edit_ray.engine.stream import Preceding
-from edit_ray.errors import RunCancelled, SegmentFailed, StaleWork
+from edit_ray.errors import EditRayError, OutOfMemory, RunCancelled, SegmentFailed, StaleWork
 from edit_ray.runs.event_log import append_event
 from edit_ray.runs.folder import draft_of, publish, write_atomic
 from edit_ray.runs.plan import SegmentPlan
@@ -51,6 +51,7 @@ class DenoiserActor:
         self._progress: Progress | None = None
         self._joins = Joins()
         self._beat, self._loading = 0, False
+        self._short_of_memory = False  # whether the work before this has run out of it
         self._leases: dict[str, tuple[int, SegmentLeases | None]] = {}  # by run, with the incarnation they are for
         self._frames: dict[tuple[Path, int], Frames] = {}  # decoded, and not encoded yet
 
@@ -115,6 +116,7 @@ class DenoiserActor:
             began = time.time()
             reused = _reuse_statistics(store, leases.complete(reusing, attempt))
             reused |= {"complete_at": began, "complete_s": time.time() - began, "segments_made_again": made_again}
+        self._short_of_memory = False
         append_event(spec.folder.events, "segment_made", segment=segment.index, attempt=attempt)
         return statistics(
             denoise_at=denoise_at, denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused
@@ -146,7 +148,7 @@ class DenoiserActor:
             )
             return self._added(latents, spec, segment.index)
 
-        return self._compute(engine, work)
+        return self._compute(engine, work, denoises=True)
 
     def _make_lost_again(
         self, spec: RunSpec, engine: SegmentEngine, leases: SegmentLeases, reusing: int, attempt: int
@@ -277,7 +279,9 @@ class DenoiserActor:
         assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
         return frames.numpy(), decode_at, decode_s
 
-    def _compute(self, engine: SegmentEngine, work: Callable[[], T]) -> tuple[T, float, float]:
+    def _compute(
+        self, engine: SegmentEngine, work: Callable[[], T], *, denoises: bool = False
+    ) -> tuple[T, float, float]:
         """What the work gives, when it began (in unix seconds), and its seconds.
 
         On a CPU one thread does all of torch's work. OpenMP keeps a team of threads for each thread that calls it, and
@@ -288,7 +292,21 @@ class DenoiserActor:
             began, started = time.time(), time.perf_counter()
             return work(), began, time.perf_counter() - started
 
-        return self._thread.submit(timed).result() if engine.device.type == "cpu" else timed()
+        try:
+            return self._thread.submit(timed).result() if engine.device.type == "cpu" else timed()
+        except torch.OutOfMemoryError as error:
+            engine.make_room(of_cache=denoises)
+            raise self._out_of_memory(error) from None
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> EditRayError:
+        """The first time another attempt may do, the second time none will."""
+        if self._short_of_memory:
+            return OutOfMemory(
+                f"the GPU's memory does not do ({str(error).splitlines()[0]}); lower sampling.height, width or "
+                "num_frames, or take a smaller torch_dtype"
+            )
+        self._short_of_memory = True
+        return SegmentFailed("the GPU's memory did not do; what can be had again has left it")
 
     def _leases_of(self, spec: RunSpec, engine: SegmentEngine) -> SegmentLeases | None:
         """The run's leases; those of an earlier incarnation are given up, and the store is told of the run anew."""

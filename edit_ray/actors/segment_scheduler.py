@@ -152,7 +152,7 @@ class SegmentSchedulerActor:
     def _status_without_progress(self, run: LiveRun, progress: Progress | None = None) -> RunStatus:
         status = RunStatus.of(run.spec.folder.path, run.manifest, self._state(run), progress)
         error = status.error if run.unrecorded is None else run.unrecorded.error
-        return replace(status, error=error, at_work=self._machine.at_work(run.spec.run_id))
+        return replace(status, error=error, warning=run.warning, at_work=self._machine.at_work(run.spec.run_id))
 
     async def _status(self, run: LiveRun) -> RunStatus:
         progress: Progress | None = None

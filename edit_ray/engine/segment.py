@@ -199,6 +199,15 @@ class SegmentEngine:
         """Free the run's decoder state, if there is any."""
         self._streams.pop(run_id, None)
 
+    def make_room(self, *, of_cache: bool) -> None:
+        """Give the device's memory back that holds what can be had again: decoder states, with `of_cache` residuals."""
+        self._streams.clear()
+        if of_cache:
+            self.pipe.disable_cache()
+            self._cached_for = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _stream(self, run_id: str) -> RunStream:
         return self._streams.setdefault(run_id, RunStream(self.pipe.vae))
 
