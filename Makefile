@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv page demo test test-gpu proof check fix bench clean
+.PHONY: help venv page demo test test-gpu proof chaos check fix bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ proof: check ## the tests together with the slow and the chaos proofs
 
 test-gpu: $(INSTALLED) ## what only a CUDA device can show
 	$(BIN)/pytest -m gpu tests/gpu
+
+chaos: $(INSTALLED) ## kill processes of runs at random instants; KILLS=300 and SEED=7 choose how often and when
+	$(if $(SEED),SEED=$(SEED)) KILLS=$(or $(KILLS),20) $(BIN)/pytest tests/chaos -m chaos -s
 
 check: $(INSTALLED) ## lint, formatting, types, import rules
 	$(BIN)/ruff check .

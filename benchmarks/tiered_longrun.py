@@ -208,7 +208,7 @@ def _spec(task: Task) -> RunSpec:
     }
     prompts = [{"segment": 0, "prompt": "a red circle"}]
     config = Config.model_validate({"store": options, "video": {"num_segments": 1}, "prompt_segments": prompts})
-    return RunSpec(RUN, task.directory, config)
+    return RunSpec(RUN, task.directory, config, config.num_segments)
 
 
 def _carry_out(store: PlannedStore, key: Key, writes: bool, watch: Stopwatch, read: _Readings) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,15 +18,25 @@ import ray
 from edit_ray.actors import launch
 from edit_ray.actors.messages import RunStatus, StreamReply
 from edit_ray.config import Config, check_config, load_config, output_root
-from edit_ray.errors import ConfigError, EditRayError, RunCancelled, SegmentFailed, UnknownRun
-from edit_ray.runs.folder import Manifest, RunFolder, SegmentRecord
+from edit_ray.errors import (
+    ConfigError,
+    EditRayError,
+    RunCancelled,
+    RunLive,
+    SegmentFailed,
+    SegmentGone,
+    UnknownRun,
+)
+from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.ids import check_run_id, new_run_id
-from edit_ray.video.encode import Frames, read_frames
+from edit_ray.runs.manifest import SegmentRecord
+from edit_ray.video.encode import EncodeError, Frames, read_frames
 
 if TYPE_CHECKING:
     import torch
 
 POLL_S = 10.0  # how long one question for the next segment may stay open
+RETRY_S = 0.2  # between two questions to a segment scheduler that is being started again
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,8 @@ class Segment:
 class LongVideoClient:
     """Talks to the actors in the Ray at `address` (None: the one that Ray itself finds, else a new local one).
 
-    `output` is the folder that holds runs: else $EDIT_RAY_OUTPUT, else ~/edit_ray_outputs.
+    `output` is the folder that holds runs: else $EDIT_RAY_OUTPUT, else ~/edit_ray_outputs. A segment scheduler that is
+    being started again is waited for.
     """
 
     def __init__(self, *, output: str | Path | None = None, address: str | None = None) -> None:
@@ -64,106 +77,183 @@ class LongVideoClient:
         `config` is a `Config`, the same as a mapping, or the path of a YAML file. Raises ConfigError, ModelError,
         RunExists, ResourcesUnavailable, ActorVersionMismatch.
         """
-        config = _absolute(_as_config(config))
+        config = absolute(_as_config(config))
         run_id = check_run_id(run_id) if run_id is not None else new_run_id(datetime.now(UTC), secrets.token_hex(2))
         if problems := check_config(config):
             raise ConfigError(problems)
         with tempfile.NamedTemporaryFile(dir=self.output, prefix=".probe-") as probe:
-            call = (run_id, config.model_dump(mode="json"), str(self.output), probe.name)
-            try:
-                _ask(launch.segment_scheduler(), "submit", *call)
-            except ray.exceptions.RayActorError:  # it was just ending itself: make another, once
-                _ask(launch.segment_scheduler(), "submit", *call)
+            token = secrets.token_hex(8)  # so that asking again does not meet one's own run as another's
+            self._admit("submit", run_id, config.model_dump(mode="json"), str(self.output), probe.name, token)
         return run_id
+
+    def resume(self, run_id: str, *, allow_different_hardware: bool = False) -> RunStatus:
+        """Goes on with a run at its first segment that is not committed; one that lives or is done is left as it is.
+
+        Raises UnknownRun, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers, ResourcesUnavailable,
+        ActorVersionMismatch.
+        """
+        return self._admit("resume", check_run_id(run_id), str(self.output), allow_different_hardware)
+
+    def extend(self, run_id: str, segments: int, *, allow_different_hardware: bool = False) -> RunStatus:
+        """Gives a run that has ended `segments` more. Raises as `resume`, and RunLive."""
+        return self._admit("extend", check_run_id(run_id), str(self.output), segments, allow_different_hardware)
+
+    def reroll(
+        self,
+        run_id: str,
+        start: int,
+        *,
+        seed: int | None = None,
+        prompt: str | None = None,
+        allow_different_hardware: bool = False,
+    ) -> RunStatus:
+        """Makes the segments of an ended run from `start` on again, with another seed (derived where none is given).
+
+        What there was of them is kept in the run's folder. Raises as `extend`.
+        """
+        given = (check_run_id(run_id), str(self.output), start, seed, prompt, allow_different_hardware)
+        return self._admit("reroll", *given)
 
     def status(self, run_id: str) -> RunStatus:
         """Where the run stands: from the segment scheduler, or from the run's folder if that has forgotten it."""
-        scheduler = launch.find_segment_scheduler()
-        if scheduler is not None:
-            try:
-                status: RunStatus = _ask(scheduler, "status", run_id)
-                return status
-            except (UnknownRun, ray.exceptions.RayActorError):
-                pass
-        return self._status_on_disk(run_id)
+        status: RunStatus | None = self._ask_if_known("status", run_id)
+        return self._status_on_disk(run_id) if status is None else status
 
     def runs(self) -> list[RunStatus]:
         """The runs that the segment scheduler remembers, in the order of submission; none where none lives."""
-        scheduler = launch.find_segment_scheduler()
-        return [] if scheduler is None else list(_ask(scheduler, "runs"))
+        return list(self._ask_if_known("runs") or [])
 
     def cancel(self, run_id: str, timeout_s: float | None = None) -> None:
         """Asks the run to stop; what is committed stays. A run that has ended is left as it is."""
-        scheduler = launch.find_segment_scheduler()
-        if scheduler is None:
+        if not self._ask("cancel", run_id, timeout_s=timeout_s).lives:
             raise UnknownRun(f"run {run_id!r} is not running: no segment scheduler lives in this Ray")
-        _ask(scheduler, "cancel", run_id, timeout_s=timeout_s)
 
-    def stream(self, run_id: str, start: int = 0, *, frames: bool = True, latents: bool = False) -> Iterator[Segment]:
-        """Yields each segment from `start` on, in order, as soon as it is committed; ends with the run.
+    def stream(self, run_id: str, start: int = 0, *, frames: bool = True, latents: bool = False) -> SegmentStream:
+        """Each segment from `start` on as soon as it is committed, with `for` or `async for`; ends with the run.
 
-        Raises UnknownRun, SegmentFailed when the run failed, RunCancelled when it was stopped: after the last
-        committed segment.
+        What is slow here makes nobody else slow. Iterating raises UnknownRun, SegmentGone, SegmentFailed when the run
+        failed, RunCancelled when it was stopped: after the last committed segment.
         """
-        index = start
-        while True:
-            reply = self._next(run_id, index)
-            if reply.record is not None:
-                yield self._segment(reply, frames=frames, latents=latents)
-                index += 1
-            elif reply.status.state == "done":
-                return
-            elif reply.status.state == "failed":
-                raise SegmentFailed(f"run {run_id!r} failed: {reply.status.error}")
-            elif reply.status.state == "cancelled":
-                raise RunCancelled(f"run {run_id!r} was stopped")
+        return SegmentStream(self, run_id, start, frames, latents)
 
-    def _next(self, run_id: str, index: int) -> StreamReply:
-        scheduler = launch.find_segment_scheduler()
-        if scheduler is not None:
-            try:
-                reply: StreamReply = _ask(scheduler, "wait_segment", run_id, index, POLL_S)
-                return reply
-            except (UnknownRun, ray.exceptions.RayActorError):
-                pass
-        status, manifest = self._status_on_disk(run_id), self._manifest(run_id)
+    def wait_segment(self, run_id: str, index: int) -> StreamReply:
+        """The segment as soon as it is committed, or after a while nothing: then see whether the run has ended."""
+        reply: StreamReply | None = self._ask_if_known("wait_segment", run_id, index, POLL_S)
+        if reply is not None:
+            return reply
+        status, manifest = self._status_on_disk(run_id), RunFolder(self.output, run_id).read_manifest()
         record = manifest.segments[index] if index < len(manifest.segments) else None
-        if record is None and status.state not in ("done", "failed", "cancelled"):
-            raise SegmentFailed(f"run {run_id!r} stands still: it is {status.state}, and nobody works on it")
+        if record is None and not status.ended:
+            raise SegmentFailed(f"nobody works on run {run_id!r}; go on with `edit-ray resume {run_id}`")
         return StreamReply(record, status)
 
-    def _segment(self, reply: StreamReply, *, frames: bool, latents: bool) -> Segment:
-        record: SegmentRecord | None = reply.record
-        assert record is not None
-        folder = Path(reply.status.path)
-        manifest = RunFolder(folder.parent, folder.name).read_manifest()
+    def _status_on_disk(self, run_id: str) -> RunStatus:
+        folder = RunFolder(self.output, run_id)
+        return RunStatus.of(folder.path, folder.read_manifest())
+
+    def _ask_if_known(self, method: str, *arguments: Any) -> Any:
+        """The answer; None where no segment scheduler lives, or it does not know the run."""
+        try:
+            return self._ask(method, *arguments).answer
+        except UnknownRun:
+            return None
+
+    def _ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> _Said:
+        """Asks the living segment scheduler, again and again while it is being restarted."""
+        deadline = time.monotonic() + launch.RESTART_TIMEOUT_S
+        while (scheduler := launch.find_segment_scheduler()) is not None:
+            try:
+                return _Said(True, _call(scheduler, method, *arguments, timeout_s=timeout_s))
+            except ray.exceptions.RayActorError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(RETRY_S)
+        return _Said(False, None)
+
+    def _admit(self, method: str, *arguments: Any) -> RunStatus:
+        """Asks for a run to begin or to go on, of a new segment scheduler where none lives."""
+        deadline, again = time.monotonic() + launch.RESTART_TIMEOUT_S, False
+        while True:
+            try:
+                status: RunStatus = _call(launch.segment_scheduler(), method, *arguments)
+                return status
+            except RunLive:
+                if not again:
+                    raise
+                return self.status(arguments[0])  # it was begun, only the answer was lost
+            except ray.exceptions.RayActorError:
+                if time.monotonic() > deadline:
+                    raise
+                again = True
+                time.sleep(RETRY_S)
+
+
+@dataclass(frozen=True)
+class _Said:
+    lives: bool
+    answer: Any
+
+
+class SegmentStream(Iterator[Segment], AsyncIterator[Segment]):
+    """The segments of one run as they come; see `LongVideoClient.stream`."""
+
+    def __init__(self, client: LongVideoClient, run_id: str, start: int, frames: bool, latents: bool) -> None:
+        self._client, self._run_id, self._index = client, run_id, start
+        self._frames, self._latents = frames, latents
+
+    def __next__(self) -> Segment:
+        segment = self._following()
+        if segment is None:
+            raise StopIteration
+        return segment
+
+    async def __anext__(self) -> Segment:
+        segment = await asyncio.to_thread(self._following)
+        if segment is None:
+            raise StopAsyncIteration
+        return segment
+
+    def _following(self) -> Segment | None:
+        """The next segment, None after the last one of a run that is done."""
+        while True:
+            reply = self._client.wait_segment(self._run_id, self._index)
+            if reply.record is not None:
+                segment = self._segment(reply.record, reply.status)
+                self._index += 1
+                return segment
+            match reply.status.state:
+                case "done":
+                    return None
+                case "failed":
+                    raise SegmentFailed(f"run {self._run_id!r} failed: {reply.status.error}")
+                case "cancelled":
+                    raise RunCancelled(f"run {self._run_id!r} was stopped")
+
+    def _segment(self, record: SegmentRecord, status: RunStatus) -> Segment:
+        folder = Path(status.path)
         path, init = folder / record.media, folder / "init.mp4"
+        size = {"height": status.height, "width": status.width}
+        try:
+            frames = read_frames(path, **size, init=init) if self._frames else None
+            latents = _load_latents(folder / record.latents) if self._latents else None
+        except (OSError, EncodeError, EditRayError):
+            if path.exists():
+                raise
+            raise SegmentGone(
+                f"segment {record.index} of run {self._run_id!r} is dropped (output.keep_segments); "
+                f"the first that is there is {self._client.status(self._run_id).dropped_before}"
+            ) from None
         return Segment(
             index=record.index,
             prompt=record.prompt,
             seed=record.seed,
             first_frame=record.first_frame,
             num_frames=record.num_frames,
-            fps=manifest.fps,
+            fps=status.fps,
             path=path,
             statistics=record.statistics,
-            frames=read_frames(path, height=manifest.height, width=manifest.width, init=init) if frames else None,
-            latents=_load_latents(folder / record.latents) if latents else None,
-        )
-
-    def _manifest(self, run_id: str) -> Manifest:
-        return RunFolder(self.output, run_id).read_manifest()
-
-    def _status_on_disk(self, run_id: str) -> RunStatus:
-        manifest = self._manifest(run_id)
-        return RunStatus(
-            run_id=run_id,
-            state=manifest.state,
-            path=str(self.output / run_id),
-            committed=len(manifest.segments),
-            num_segments=manifest.num_segments,
-            num_frames=manifest.num_frames,
-            error=manifest.error,
+            frames=frames,
+            latents=latents,
         )
 
 
@@ -181,7 +271,7 @@ def _as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:
     return Config.model_validate(dict(config))
 
 
-def _absolute(config: Config) -> Config:
+def absolute(config: Config) -> Config:
     """The same with a model folder's whole path: the actors work in other folders."""
     folder = Path(config.model.path)
     if not folder.is_dir():
@@ -189,7 +279,7 @@ def _absolute(config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder.resolve())})})
 
 
-def _ask(handle: Any, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
+def _call(handle: Any, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
     """One call to an actor; errors of ours arrive as they were raised, without Ray's wrapping."""
     try:
         return ray.get(getattr(handle, method).remote(*arguments), timeout=timeout_s)

@@ -4,12 +4,19 @@ EditRayError
 ├── ConfigError            (also ValueError)   the configuration is wrong: every mistake at once
 ├── ModelError             (also ValueError)   a path that is no usable Wan model
 ├── RunExists              (also ValueError)   a run id that is taken
+├── RunLive                (also ValueError)   a run that must have ended first
+├── RunLocked              (also ValueError)   a run that another process works on
+├── ManifestUnreadable     (also ValueError)   a manifest that is damaged, or of another version
+├── HardwareDiffers        (also ValueError)   a run that would go on with other bits
 ├── UnknownRun             (also LookupError)  a run id that nobody knows
+├── RunFolderGone                              a run's folder vanished while it was at work
+├── SegmentGone            (also LookupError)  a segment whose files were dropped to make room
 ├── ResourcesUnavailable                       the cluster lacks what the actors need
 ├── ActorVersionMismatch                       living actors run other code than the caller
 ├── SegmentFailed                              a segment failed more often than it may
 ├── EntryLost                                  a stored residual that the plan promised is gone
 ├── StaleLease                                 a lease of a store, or of a holder, that is no more
+├── StaleWork                                  work for a life of a run that is over
 └── RunCancelled                               the run was stopped on request
 """
 
@@ -39,8 +46,32 @@ class RunExists(EditRayError, ValueError):
     """The run id is taken; nothing is overwritten."""
 
 
+class RunLive(EditRayError, ValueError):
+    """The run is at work, and what was asked for needs one that has ended."""
+
+
+class RunLocked(EditRayError, ValueError):
+    """Another process works on the run."""
+
+
+class ManifestUnreadable(EditRayError, ValueError):
+    """A manifest is damaged, cut off at its beginning, or of a version that is not known here."""
+
+
+class HardwareDiffers(EditRayError, ValueError):
+    """A run would go on where its bits would be others: another device, library, thread count or mode."""
+
+
+class RunFolderGone(EditRayError):
+    """A run's folder was removed or replaced while the run was at work."""
+
+
 class UnknownRun(EditRayError, LookupError):
     """No run has this id."""
+
+
+class SegmentGone(EditRayError, LookupError):
+    """The segment was made, and its files were dropped to make room."""
 
 
 class ResourcesUnavailable(EditRayError):
@@ -61,6 +92,10 @@ class EntryLost(EditRayError):
 
 class StaleLease(EditRayError):
     """Someone speaks of a segment that was given to another, or by a store that lives no more."""
+
+
+class StaleWork(EditRayError):
+    """Work was asked for by a segment scheduler that lives no more."""
 
 
 class RunCancelled(EditRayError):

@@ -1,6 +1,7 @@
 """One long video from one configuration, on Ray.
 
     ray job submit -- python jobs/long_video.py [--config configs/tiny.yaml] [--set sampling.seed=7 ...]
+    ray job submit -- python jobs/long_video.py --run-id mine --resume
 
 Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped.
 """
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from edit_ray.client import LongVideoClient, Segment
@@ -26,23 +27,26 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # the code beside the job, also where the package is not installed
 
 from edit_ray.config import Config, dump_yaml, load_config, output_root  # noqa: E402
-from edit_ray.errors import EditRayError, RunCancelled  # noqa: E402
+from edit_ray.errors import ConfigError, EditRayError, RunCancelled  # noqa: E402
 from edit_ray.runs.ids import check_run_id  # noqa: E402
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
+DEFAULT_CONFIG = REPOSITORY / "configs" / "tiny.yaml"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        config = load_config(options.config, options.set)
+        config = load_config(options.config or DEFAULT_CONFIG, options.set)
         if options.print_config:
             print(dump_yaml(config), end="")
             return DONE
         if options.run_id is not None:
             check_run_id(options.run_id)
+        elif options.resume:
+            raise ConfigError(["--resume needs --run-id, the run to go on with"])
         root = output_root(options.output or config.output.directory, os.environ)
-        return _run(config, root, options.run_id)
+        return _run(config, root, options)
     except EditRayError as error:
         for sentence in getattr(error, "problems", None) or [str(error)]:
             print(f"error: {sentence}", file=sys.stderr)
@@ -51,35 +55,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="long_video.py", description="Generate one long video, segment by segment.")
-    parser.add_argument("--config", type=Path, default=REPOSITORY / "configs" / "tiny.yaml", help="a YAML file")
+    parser.add_argument("--config", type=Path, help=f"a YAML file (default: {DEFAULT_CONFIG.name})")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value, e.g. sampling.seed=7"
     )
     parser.add_argument("--run-id", help="the name of the run's folder (default: made from the time)")
     parser.add_argument("--output", help="the folder that holds runs (default: $EDIT_RAY_OUTPUT or ~/edit_ray_outputs)")
+    parser.add_argument(
+        "--resume", action="store_true", help="if the run's folder is there, go on with it; else begin the run"
+    )
+    parser.add_argument(
+        "--allow-different-hardware", action="store_true", help="resume even where the frames' bits will be others"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
     return parser
 
 
-def _run(config: Config, root: Path, run_id: str | None) -> int:
+def _run(config: Config, root: Path, options: argparse.Namespace) -> int:
     from edit_ray.cli.plan import what_does_not_fit
     from edit_ray.client import LongVideoClient
 
     print(f"output: {root}", flush=True)
     client = LongVideoClient(output=root)
-    run_id = client.submit(config, run_id=run_id)
+    run_id, start = _begin(client, config, root, options)
     _stop_on_signals(client, run_id)
-    print(
-        f"run: {run_id}, {config.num_segments} segments, {config.num_frames_total} frames at {config.sampling.fps} fps",
-        flush=True,
-    )
+    status = client.status(run_id)
+    length = "until it is stopped" if status.num_segments is None else f"{status.num_segments} segments"
+    frames_in_all = "" if status.num_frames is None else f", {status.num_frames} frames"
+    print(f"run: {run_id}, {length}{frames_in_all} at {status.fps} fps", flush=True)
+    if start:
+        print(f"resumed: segments 0 to {start - 1} were committed before", flush=True)
     with contextlib.suppress(EditRayError, ValueError):  # where the run is made this was checked; here may be no model
         if (unkept := what_does_not_fit(config)) is not None:
             print(f"reuse: {unkept}", flush=True)
     started, frames, figures = time.perf_counter(), 0, list[Mapping[str, float]]()
     try:
-        with _live_bar(client, run_id, config):
-            for segment in client.stream(run_id, frames=False):
+        with _live_bar(client, run_id, config, status.num_segments):
+            for segment in client.stream(run_id, start, frames=False):
                 frames += segment.num_frames
                 figures.append(segment.statistics)
                 print(_line(segment), flush=True)
@@ -95,6 +107,40 @@ def _run(config: Config, root: Path, run_id: str | None) -> int:
     return DONE
 
 
+def _begin(client: LongVideoClient, config: Config, root: Path, options: argparse.Namespace) -> tuple[str, int]:
+    """The run's id, and the first segment that is made by this job."""
+    if not options.resume or not (root / options.run_id).exists():
+        return client.submit(config, run_id=options.run_id), 0
+    given = config if options.config or options.set else None
+    check_resumable(root / options.run_id / "run.yaml", given)
+    allow = options.allow_different_hardware
+    return options.run_id, client.resume(options.run_id, allow_different_hardware=allow).committed
+
+
+def check_resumable(run_yaml: Path, given: Config | None) -> None:
+    """Raises ConfigError where the configuration given is another than the run's own, with every key that differs."""
+    from edit_ray.client import absolute
+
+    if given is None or not run_yaml.exists():
+        return
+    own, asked = (
+        _leaves(c.model_dump(mode="json")) for c in (load_config(run_yaml, check_model=False), absolute(given))
+    )
+    differing = sorted(key for key in own.keys() | asked.keys() if own.get(key) != asked.get(key))
+    if differing:
+        raise ConfigError(
+            [f"{key} is {asked.get(key)!r}, and the run to resume has {own.get(key)!r}" for key in differing]
+        )
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Every value below, by its dotted key."""
+    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if below is None:
+        return {path: value}
+    return {key: leaf for name, inner in below for key, leaf in _leaves(inner, f"{path}.{name}".lstrip(".")).items()}
+
+
 def cache_lines(config: Config, figures: Sequence[Mapping[str, float]]) -> Iterator[str]:
     """What the cache has skipped, and what the segments have reused of each other."""
 
@@ -104,7 +150,8 @@ def cache_lines(config: Config, figures: Sequence[Mapping[str, float]]) -> Itera
     computed, skipped = total("units_computed"), total("units_skipped")
     if computed + skipped:
         yield f"cache: {config.cache.policy} skipped {skipped / (computed + skipped):.0%} of the steps"
-    if "entries_read" in (figures[-1] if figures else {}):
+    figures = [segment for segment in figures if "entries_read" in segment]  # a crash may have taken some of them
+    if figures:
         peak = {name: max(segment[name] for segment in figures) for name in ("host_bytes", "disk_bytes")}
         yield (
             f"reuse: {total('entries_written')} residuals stored and {total('entries_read')} read; at most "
@@ -124,7 +171,7 @@ def _line(segment: Segment) -> str:
 
 
 @contextlib.contextmanager
-def _live_bar(client: LongVideoClient, run_id: str, config: Config) -> Iterator[None]:
+def _live_bar(client: LongVideoClient, run_id: str, config: Config, num_segments: int | None) -> Iterator[None]:
     """On a terminal, a bar over all denoising steps; elsewhere nothing, the log lines say enough."""
     if not sys.stdout.isatty():
         yield
@@ -134,7 +181,8 @@ def _live_bar(client: LongVideoClient, run_id: str, config: Config) -> Iterator[
     steps, over = config.sampling.num_inference_steps, threading.Event()
 
     def follow(bar: Progress) -> None:
-        task = bar.add_task("denoising", total=steps * config.num_segments)
+        total = None if num_segments is None else steps * num_segments
+        task = bar.add_task("denoising", total=total)
         while not over.wait(0.5):
             with contextlib.suppress(Exception):  # a bar is no reason to fail
                 at = client.status(run_id).progress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +16,17 @@ from edit_ray.actors.leases import SegmentLeases, Store
 from edit_ray.actors.messages import Progress, RunSpec, code_version, statistics
 from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.engine.continuity import match_statistics
+from edit_ray.engine.decode import lookback_latents
 from edit_ray.engine.latent_files import latent_tail, load_latents, save_latents
+from edit_ray.engine.loading import choose_device
+from edit_ray.engine.provenance import provenance_of, use_mode
 from edit_ray.engine.segment import SegmentEngine, usable_cores
 from edit_ray.engine.stream import Preceding
-from edit_ray.errors import RunCancelled, SegmentFailed
+from edit_ray.errors import RunCancelled, SegmentFailed, StaleWork
 from edit_ray.runs.event_log import append_event
-from edit_ray.runs.folder import publish, write_atomic
+from edit_ray.runs.folder import draft_of, publish, write_atomic
 from edit_ray.runs.plan import SegmentPlan
-from edit_ray.video.encode import encode, join
+from edit_ray.video.encode import Frames, encode, join
 from edit_ray.video.joins import Joins
 from edit_ray.video.stream_files import write_part
 
@@ -41,54 +45,75 @@ class DenoiserActor:
         self._engine: SegmentEngine | None = None
         self._loaded_for: object = None
         self._thread = ThreadPoolExecutor(1, "torch")
+        self._decoding = threading.Lock()
         self._stopped: set[str] = set()
+        self._incarnations: dict[str, int] = {}  # by run, the latest that was adopted
         self._progress: Progress | None = None
         self._joins = Joins()
-        self._leases: dict[str, SegmentLeases | None] = {}  # by run; None for one that reuses nothing
+        self._beat, self._loading = 0, False
+        self._leases: dict[str, tuple[int, SegmentLeases | None]] = {}  # by run, with the incarnation they are for
+        self._frames: dict[tuple[Path, int], Frames] = {}  # decoded, and not encoded yet
 
     def describe(self) -> dict[str, str | int]:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         return {"version": code_version(), "pid": os.getpid(), "device": device}
 
+    def provenance(self, spec: RunSpec) -> dict[str, str | int]:
+        """What the run's bits would depend on here, beside its configuration. Raises ModelError."""
+        engine = spec.config.engine
+        threads = engine.cpu_threads or usable_cores()
+        return provenance_of(choose_device(spec.config.model.device), threads, engine.mode)
+
     def progress(self) -> Progress | None:
         return self._progress
+
+    def beat(self) -> int | None:
+        """Another number after each step and each piece of work; None while a model is loaded."""
+        return None if self._loading else self._beat
 
     def sees(self, path: Path) -> bool:
         """Whether a file of the caller's is visible on this node."""
         return path.exists()
 
-    def prepare_run(self, spec: RunSpec) -> dict[str, float]:
+    def adopt_run(self, run_id: str, incarnation: int) -> None:
+        """From now on the run is worked on for this incarnation; what is at work for an earlier one ends soon."""
+        self._incarnations[run_id] = max(incarnation, self._incarnations.get(run_id, 0))
+        self._stopped.discard(run_id)
+
+    def prepare_run(self, spec: RunSpec) -> dict[str, int]:
         """Loads the model if another one is loaded, encodes every prompt of the run, frees the text encoder's place.
 
-        What the run begins from is encoded, and made durable. Raises ConfigError for a file that cannot be used.
+        What the run begins from is encoded, and made durable. Returns how many latents before a segment it and its
+        decoding may need. Raises ConfigError for a file that cannot be used.
         """
-        started = time.perf_counter()
-        self._stopped.discard(spec.run_id)
         engine, config = self._ready_engine(spec), spec.config
         if config.continuity.init is not None and not spec.folder.init_latents.exists():
             latents, _, _ = self._compute(engine, lambda: engine.encode_init(config.continuity, config.sampling))
             save_latents(spec.folder.init_latents, latents)
-        return statistics(prepare_s=time.perf_counter() - started)
+        lookback = lookback_latents(engine.pipe.vae.config) if spec.layout.history_latents else 0
+        return {"lookback_latents": lookback + spec.layout.history_latents}
 
     def denoise_segment(self, spec: RunSpec, segment: SegmentPlan, attempt: int) -> dict[str, float]:
         """Denoises one segment and makes its latents durable, and what others reuse of it.
 
-        Raises RunCancelled when the run is stopped meanwhile, SegmentFailed when the latents are not finite, EntryLost
-        when what it should reuse is gone.
+        Raises RunCancelled when the run is stopped meanwhile, StaleWork when another incarnation has it, SegmentFailed
+        when the latents are not finite, EntryLost when what it should reuse is gone, OutOfMemory.
         """
+        self._check_current(spec)
         engine = self._ready_engine(spec)
         leases = self._leases_of(spec, engine)
         append_event(spec.folder.events, "segment_begun", segment=segment.index, attempt=attempt)
-        made_again = 0 if leases is None else self._make_lost_again(spec, engine, leases, segment.index, attempt)
-        store = None if leases is None else leases.begin(segment.index, attempt, engine.history_len)
-        if store is not None and segment.index + 1 < len(spec.plan.segments):
+        reusing = segment.index - spec.planned_from  # its number among those that reuse each other's residuals
+        made_again = 0 if leases is None else self._make_lost_again(spec, engine, leases, reusing, attempt)
+        store = None if leases is None else leases.begin(reusing, attempt, engine.history_len)
+        if store is not None and segment.index + 1 < (spec.num_segments or 0):
             append_event(spec.folder.events, "prepare_asked", segment=segment.index + 1)
         latents, denoise_at, denoise_s = self._denoise(spec, engine, segment, store)
-        save_latents(spec.folder.latents(segment.index), latents)
+        save_latents(spec.latents(segment.index), latents)
         reused = {}
         if leases is not None and store is not None:
             began = time.time()
-            reused = _reuse_statistics(store, leases.complete(segment.index, attempt))
+            reused = _reuse_statistics(store, leases.complete(reusing, attempt))
             reused |= {"complete_at": began, "complete_s": time.time() - began, "segments_made_again": made_again}
         append_event(spec.folder.events, "segment_made", segment=segment.index, attempt=attempt)
         return statistics(
@@ -99,12 +124,14 @@ class DenoiserActor:
         self, spec: RunSpec, engine: SegmentEngine, segment: SegmentPlan, store: PlannedStore | None
     ) -> tuple[torch.Tensor, float, float]:
         """The latents that a segment adds, when that began, and its seconds."""
-        sampling, continuity = spec.config.sampling, spec.config.continuity
+        sampling = spec.config.sampling.model_copy(
+            update={"negative_prompt": segment.negative_prompt, "guidance_scale": segment.guidance_scale}
+        )
 
         def on_step(step: int, num_steps: int) -> None:
             self._progress = Progress(spec.run_id, segment.index, step, num_steps)
-            if spec.run_id in self._stopped:
-                raise RunCancelled(f"run {spec.run_id} was stopped")
+            self._beat += 1
+            self._check_current(spec)
 
         def work() -> torch.Tensor:
             latents = engine.denoise(
@@ -114,73 +141,69 @@ class DenoiserActor:
                 **self._context(engine, spec, segment.index),
                 on_step=on_step,
                 cache=spec.config.cache,
-                segment_index=segment.index,
+                segment_index=segment.index - spec.planned_from,
                 store=store,
             )
-            added = latents[
-                :, :, spec.layout.first_latent(segment.index) - spec.layout.first_latent(segment.index + 1) :
-            ]
-            if segment.index == 0 and continuity.begins_with_picture:
-                return torch.cat([load_latents(spec.folder.init_latents)[:, :, :1], added[:, :, 1:]], dim=2)
-            if continuity.adain and segment.index:
-                return match_statistics(added, load_latents(spec.folder.latents(0)), continuity.adain)
-            return added
+            return self._added(latents, spec, segment.index)
 
         return self._compute(engine, work)
 
     def _make_lost_again(
-        self, spec: RunSpec, engine: SegmentEngine, leases: SegmentLeases, segment: int, attempt: int
+        self, spec: RunSpec, engine: SegmentEngine, leases: SegmentLeases, reusing: int, attempt: int
     ) -> int:
         """Makes earlier segments again for residuals that the store has lost; how many. Their latents stay.
 
         The same config, seed and hardware give the same bits, which is checked. A segment before which others are lost
         waits for those; that ends at the latest with the first one, which reads nothing.
         """
-        lost, again = leases.lost(segment, attempt), max(attempt, 1)
+        lost, again = leases.lost(reusing, attempt), max(attempt, 1)
         made = 0
         for index in lost:
             made += 1 + self._make_lost_again(spec, engine, leases, index, again)
             store = leases.begin(index, again, engine.history_len, then_next=False)
-            latents, _, _ = self._denoise(spec, engine, spec.plan.segments[index], store)
-            if not torch.equal(latents, load_latents(spec.folder.latents(index))):
+            segment = spec.segment(spec.planned_from + index)
+            latents, _, _ = self._denoise(spec, engine, segment, store)
+            # One that was dropped to make room (output.keep_segments) cannot be compared.
+            committed = spec.latents(segment.index)
+            if committed.exists() and not torch.equal(latents, load_latents(committed)):
                 leases.give_up()
                 raise SegmentFailed(
-                    f"segment {index} was made again, as residuals of it were lost, and its latents differ from the "
-                    "committed ones"
+                    f"segment {segment.index} was made again, as residuals of it were lost, and its latents differ "
+                    "from the committed ones"
                 )
             leases.complete(index, again)
         if lost:
-            leases.follow(segment)
+            leases.follow(reusing)
         return made
 
     def decode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
-        """Decodes one segment's new latents into its media file."""
-        engine = self._ready_engine(spec)
-        latents = load_latents(spec.folder.latents(segment.index))
-        frames, decode_at, decode_s = self._compute(
-            engine,
-            lambda: engine.decode(
-                spec.run_id if spec.layout.history_latents else None,
-                latents,
-                position=spec.layout.first_latent(segment.index),
-                preceding=self._preceding(spec, segment.index),
-                keep_frames=spec.config.continuity.carried_frames,
-            ),
-        )
-        assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
+        """Decodes one segment's new latents; the frames wait here to be encoded."""
+        self._check_current(spec)
+        frames, decode_at, decode_s = self._decode(spec, segment)
+        self._frames[spec.media(segment.index), spec.incarnation] = frames
+        return statistics(decode_at=decode_at, decode_s=decode_s)
+
+    def encode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
+        """Encodes one segment's frames into its media file; where they are not at hand they are decoded again."""
+        self._check_current(spec)
+        media = spec.media(segment.index)
+        frames = self._frames.get((media, spec.incarnation))
+        if frames is None:
+            frames, _, _ = self._decode(spec, segment)
         encode_at = time.time()
-        media = spec.folder.media(segment.index)
-        encoded = encode(frames.numpy(), fps=spec.config.sampling.fps, options=spec.config.output)
+        encoded = encode(frames, fps=spec.config.sampling.fps, options=spec.config.output)
         write_part(spec.folder.path, spec.part(segment), segment.index, encoded)
-        encode_s = time.time() - encode_at
-        times = {"decode_at": decode_at, "decode_s": decode_s, "encode_at": encode_at, "encode_s": encode_s}
+        self._frames.pop((media, spec.incarnation), None)
+        times = {"encode_at": encode_at, "encode_s": time.time() - encode_at}
         return statistics(media_bytes=media.stat().st_size, **times, **self._seen(spec, segment))
 
-    def finalize_run(self, spec: RunSpec) -> dict[str, float]:
-        """Joins the segments into `final.mp4`."""
+    def finalize_run(self, spec: RunSpec, first: int) -> dict[str, float]:
+        """Joins the segments from `first` on, those before being dropped, into `final.mp4`."""
+        self._check_current(spec)
+        assert spec.num_segments is not None, "a run without an end has no final video"
         started = time.perf_counter()
-        draft = spec.folder.final.with_name(".final.mp4.part")
-        media = [spec.folder.media(segment.index) for segment in spec.plan.segments]
+        draft = draft_of(spec.folder.final)
+        media = [spec.media(index) for index in range(first, spec.num_segments)]
         join(spec.folder.init, media, draft, comment=spec.settings)
         publish(draft, spec.folder.final)
         return statistics(finalize_s=time.perf_counter() - started)
@@ -193,32 +216,66 @@ class DenoiserActor:
         """Frees what is kept for an ended run; the model stays loaded."""
         self._stopped.discard(run_id)
         self._joins.forget(run_id)
-        leases = self._leases.pop(run_id, None)
+        self._incarnations.pop(run_id, None)
+        _, leases = self._leases.pop(run_id, (0, None))
         if leases is not None:
             leases.close()
         if self._engine is not None:
             self._engine.release(run_id)
+        for key in [key for key in self._frames if key[0].parent.parent.name == run_id]:
+            del self._frames[key]
         self._progress = None
+
+    def _check_current(self, spec: RunSpec) -> None:
+        """Raises where nobody waits for this run's work any more."""
+        if self._incarnations.get(spec.run_id, 0) > spec.incarnation:
+            raise StaleWork(f"run {spec.run_id} lives in a later incarnation than {spec.incarnation}")
+        if spec.run_id in self._stopped:
+            raise RunCancelled(f"run {spec.run_id} was stopped")
 
     def _seen(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
         """What the written segment looks like, and how it joins its predecessor."""
-        before = spec.part(spec.plan.segments[segment.index - 1]) if segment.index else None
+        before = spec.part(spec.segment(segment.index - 1)) if segment.index else None
         size = {"height": spec.config.sampling.height, "width": spec.config.sampling.width}
         return self._joins.measure(spec.run_id, spec.folder.path, spec.part(segment), before, **size)
 
     def _ready_engine(self, spec: RunSpec) -> SegmentEngine:
         """The engine of this run's model, with this run's prompts encoded."""
+        self._beat += 1
         return self._thread.submit(self._load_for, spec).result()
 
     def _load_for(self, spec: RunSpec) -> SegmentEngine:
         config = spec.config
         threads = config.engine.cpu_threads or usable_cores()  # Ray would leave one
         if self._engine is None or self._loaded_for != config.model:
-            self._engine = None  # the last model goes before the next one comes
-            self._engine, self._loaded_for = SegmentEngine.load(config.model, threads), config.model
+            self._engine, self._loading = None, True  # the last model goes before the next one comes
+            try:
+                self._engine, self._loaded_for = SegmentEngine.load(config.model, threads), config.model
+            finally:
+                self._loading = False
         torch.set_num_threads(threads)
-        self._engine.encode_prompts(config.prompts, config.sampling.negative_prompt)
+        use_mode(config.engine.mode)
+        self._engine.encode_prompts(spec.texts)
         return self._engine
+
+    def _decode(self, spec: RunSpec, segment: SegmentPlan) -> tuple[Frames, float, float]:
+        """The segment's frames, uint8 [F, H, W, 3], when their decoding began, and its seconds."""
+        engine = self._ready_engine(spec)
+        latents = load_latents(spec.latents(segment.index))
+
+        def work() -> torch.Tensor:
+            return engine.decode(
+                spec.run_id if spec.layout.history_latents else None,
+                latents,
+                position=spec.layout.first_latent(segment.index),
+                preceding=self._preceding(spec, segment.index),
+                keep_frames=spec.config.continuity.carried_frames,
+            )
+
+        with self._decoding:
+            frames, decode_at, decode_s = self._compute(engine, work)
+        assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
+        return frames.numpy(), decode_at, decode_s
 
     def _compute(self, engine: SegmentEngine, work: Callable[[], T]) -> tuple[T, float, float]:
         """What the work gives, when it began (in unix seconds), and its seconds.
@@ -234,27 +291,50 @@ class DenoiserActor:
         return self._thread.submit(timed).result() if engine.device.type == "cpu" else timed()
 
     def _leases_of(self, spec: RunSpec, engine: SegmentEngine) -> SegmentLeases | None:
-        if spec.run_id not in self._leases:
-            config = spec.config
-            reuse = self._thread.submit(
-                engine.plan_reuse,
-                spec.run_id,
-                len(spec.plan.segments),
-                config.cache,
-                config.sampling,
-                config.store.disk_bytes,
-            ).result()
-            self._leases[spec.run_id] = None if reuse is None else SegmentLeases(self._store, spec, reuse)
-        return self._leases[spec.run_id]
+        """The run's leases; those of an earlier incarnation are given up, and the store is told of the run anew."""
+        incarnation, leases = self._leases.get(spec.run_id, (0, None))
+        if incarnation == spec.incarnation:
+            return leases
+        if leases is not None:
+            leases.close()
+        leases = None
+        if spec.config.cache.reuse_window:
+            leases = self._plan_leases(spec, engine)
+        self._leases[spec.run_id] = (spec.incarnation, leases)
+        return leases
+
+    def _plan_leases(self, spec: RunSpec, engine: SegmentEngine) -> SegmentLeases | None:
+        assert spec.num_segments is not None, "what segments reuse is planned for all of them"
+        planned = self._thread.submit(
+            engine.plan_reuse,
+            spec.residuals_id,
+            spec.num_segments - spec.planned_from,
+            spec.config.cache,
+            spec.config.sampling,
+            spec.config.store.disk_bytes,
+        ).result()
+        return None if planned is None else SegmentLeases(self._store, spec, planned)
 
     def _cache_statistics(self, engine: SegmentEngine, spec: RunSpec, segment: SegmentPlan) -> dict[str, int]:
         """What the cache computed and skipped in the segment; its decisions go into the run's folder."""
         record = engine.record
         if record is None:
             return {}
-        write_atomic(spec.folder.record(segment.index), record.to_json().encode())
+        write_atomic(spec.folder.record(segment.index, segment.take), record.to_json().encode())
         skipped = sum(decision.decision == "reuse" for decision in record)
         return {"units_computed": len(record) - skipped, "units_skipped": skipped}
+
+    def _added(self, latents: torch.Tensor, spec: RunSpec, segment_index: int) -> torch.Tensor:
+        """Those of a window's latents that the segment adds to the stream, their colours drawn to the first's; a run
+        that begins with the user's picture has that one as its first.
+        """
+        first_latent, continuity = spec.layout.first_latent, spec.config.continuity
+        added = latents[:, :, first_latent(segment_index) - first_latent(segment_index + 1) :]
+        if segment_index == 0 and continuity.begins_with_picture:
+            return torch.cat([load_latents(spec.folder.init_latents)[:, :, :1], added[:, :, 1:]], dim=2)
+        if continuity.adain and segment_index:
+            return match_statistics(added, load_latents(spec.latents(0)), continuity.adain)
+        return added
 
     def _context(self, engine: SegmentEngine, spec: RunSpec, segment_index: int) -> dict[str, torch.Tensor]:
         """What a segment continues: made of committed latents alone, whatever this actor has seen of the run."""
@@ -268,10 +348,16 @@ class DenoiserActor:
 
     def _preceding(self, spec: RunSpec, segment_index: int) -> Preceding:
         """Reads the last latents of the stream before a segment."""
-        before = [spec.folder.latents(k) for k in range(segment_index)]
-        if spec.layout.init_latents:
-            before.insert(0, spec.folder.init_latents)
-        return lambda count: latent_tail(before, count)
+
+        def preceding(count: int) -> torch.Tensor:
+            # Each segment adds one latent at least.
+            segments = range(max(0, segment_index - count), segment_index)
+            before = [spec.latents(index) for index in segments]
+            if spec.layout.init_latents and segments.start == 0:
+                before.insert(0, spec.folder.init_latents)
+            return latent_tail(before, count)
+
+        return preceding
 
 
 def _reuse_statistics(store: PlannedStore, tiers: dict[str, Any]) -> dict[str, float]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import ray
 from ray import PlacementGroupID
+from ray.experimental import internal_kv
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -19,6 +22,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from edit_ray.actors.crew import Pointer
 from edit_ray.actors.messages import GROUP_OF, RunSpec, code_version
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.engine.model_info import dtype_problem
@@ -27,6 +31,8 @@ from edit_ray.errors import ActorVersionMismatch, ConfigError, ResourcesUnavaila
 NAMESPACE = "edit_ray"
 SCHEDULER, DENOISER, CACHE_STORE = "segment_scheduler", "denoiser", "cache_store"
 PLACEMENT = "edit_ray_worker"
+LIVE_RUNS = "live_runs"
+RESTART_TIMEOUT_S = 60.0  # of the segment scheduler
 
 _STAYS = {"namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
 
@@ -52,9 +58,9 @@ def segment_scheduler() -> Any:
 
     Raises ActorVersionMismatch when it runs other code than this process.
     """
-    actor: Any = ray.remote(num_cpus=0)(SegmentSchedulerActor)
+    actor: Any = ray.remote(num_cpus=0, max_restarts=-1)(SegmentSchedulerActor)
     handle = actor.options(name=SCHEDULER, **_STAYS).remote(RayCrew())
-    check_version(SCHEDULER, ray.get(handle.describe.remote()))
+    check_version(SCHEDULER, _answer(SCHEDULER, handle.describe, time.monotonic() + RESTART_TIMEOUT_S))
     return handle
 
 
@@ -77,57 +83,89 @@ def check_version(name: str, description: dict[str, Any]) -> None:
 def end_actors() -> list[str]:
     """Ends every actor of ours in this Ray, the segment scheduler last; returns the names of those that lived."""
     ended = []
-    for name in (DENOISER, CACHE_STORE, SCHEDULER):
+    named = ray.util.list_named_actors(all_namespaces=True)
+    ours = [actor["name"] for actor in named if actor["namespace"] == NAMESPACE]
+    for name in sorted(ours, key=lambda name: name == SCHEDULER):
         with contextlib.suppress(ValueError):
             handle = ray.get_actor(name, namespace=NAMESPACE)
-            if name == SCHEDULER and (group := _placement()) is not None:
-                remove_placement_group(group)
+            if name == SCHEDULER:
+                _forget_everything()
             ray.kill(handle)
             ended.append(name)
     return ended
 
 
+def _forget_everything() -> None:
+    """Frees the actors' places; what ends the actors ends their runs, and nobody goes on with those by himself."""
+    for group in _placements().values():
+        remove_placement_group(group)
+    internal_kv._internal_kv_del(LIVE_RUNS, namespace=NAMESPACE)
+
+
 class RayCrew:
-    """The GPU actor and the CacheStore actor on one node, found or made, as the segment scheduler calls them."""
+    """GPU actors, each with a CacheStore actor on its node, found or made, as the segment scheduler calls them."""
 
     def __init__(self) -> None:
         self._handles: dict[str, Any] = {}
 
-    async def start(self, spec: RunSpec) -> None:
-        await asyncio.to_thread(self._start, spec)
+    async def start(self, spec: RunSpec, worker: int) -> None:
+        await asyncio.to_thread(self._start, spec, worker)
 
-    async def denoiser(self, method: str, *arguments: Any) -> Any:
-        call = getattr(self._handles[DENOISER], method).options(concurrency_group=GROUP_OF.get(method, "control"))
-        return await _reply(DENOISER, call.remote(*arguments))
+    async def denoiser(self, worker: int, method: str, *arguments: Any) -> Any:
+        name = name_of(DENOISER, worker)
+        call = getattr(self._handle(name), method).options(concurrency_group=GROUP_OF.get(method, "control"))
+        return await _reply(name, call.remote(*arguments))
 
-    async def store(self, method: str, *arguments: Any) -> Any:
-        return await _reply(CACHE_STORE, getattr(self._handles[CACHE_STORE], method).remote(*arguments))
+    async def store(self, worker: int, method: str, *arguments: Any) -> Any:
+        name = name_of(CACHE_STORE, worker)
+        return await _reply(name, getattr(self._handle(name), method).remote(*arguments))
+
+    async def restart_denoiser(self, worker: int) -> None:
+        with contextlib.suppress(ConnectionError):
+            await asyncio.to_thread(ray.kill, self._handle(name_of(DENOISER, worker)), no_restart=False)
+
+    # The Ray cluster itself keeps the pointers, because that is how long they are good for: it is what starts a segment
+    # scheduler again, and when it is gone so are all actors, and `--resume` names the run.
+    async def remember(self, live: Mapping[str, Pointer]) -> None:
+        text = json.dumps({run_id: asdict(pointer) for run_id, pointer in live.items()})
+        await asyncio.to_thread(internal_kv._internal_kv_put, LIVE_RUNS, text, namespace=NAMESPACE)
+
+    async def recall(self) -> dict[str, Pointer]:
+        text = await asyncio.to_thread(internal_kv._internal_kv_get, LIVE_RUNS, namespace=NAMESPACE)
+        return {run_id: Pointer(**pointer) for run_id, pointer in json.loads(text or "{}").items()}
 
     async def end(self) -> None:
         await asyncio.to_thread(end_actors)
 
-    def _start(self, spec: RunSpec) -> None:
+    def _handle(self, name: str) -> Any:
+        if name not in self._handles:
+            raise ConnectionError(f"the actor {name!r} was not started")
+        return self._handles[name]
+
+    def _start(self, spec: RunSpec, worker: int) -> None:
         from edit_ray.actors.cache_store import CacheStoreActor  # here, because a client needs none of torch
         from edit_ray.actors.denoiser import DenoiserActor
 
         deadline = time.monotonic() + spec.config.engine.start_timeout_s
         num_gpus = _gpus_for(spec.config.model.device)
         needs = {"CPU": 1, "GPU": num_gpus} if num_gpus else {"CPU": 1}
-        group = _placement() or placement_group([needs], name=PLACEMENT, lifetime="detached")
+        place = name_of(PLACEMENT, worker)
+        group = _placements().get(place) or placement_group([needs], name=place, lifetime="detached")
+        store_name, denoiser_name = name_of(CACHE_STORE, worker), name_of(DENOISER, worker)
         try:
             _await_placement(group, needs, deadline)
             beside = PlacementGroupSchedulingStrategy(group)
             store = self._find_or_make(
-                CACHE_STORE, CacheStoreActor, {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 4}, beside
+                store_name, CacheStoreActor, {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 4}, beside
             )
             denoiser = self._find_or_make(
-                DENOISER,
+                denoiser_name,
                 DenoiserActor,
                 {
                     "num_cpus": 1,
                     "num_gpus": num_gpus,
                     "max_restarts": -1,
-                    "concurrency_groups": {"denoise": 1, "decode": 1, "control": 4},
+                    "concurrency_groups": {**dict.fromkeys(GROUP_OF.values(), 1), "control": 4},
                 },
                 beside,
                 StoreCalls(store),
@@ -135,20 +173,25 @@ class RayCrew:
         except ResourcesUnavailable:
             remove_placement_group(group)
             raise
-        check_version(CACHE_STORE, _answer(CACHE_STORE, store.describe, deadline))
-        described = _answer(DENOISER, denoiser.describe, deadline)
-        check_version(DENOISER, described)
+        check_version(store_name, _answer(store_name, store.describe, deadline))
+        described = _answer(denoiser_name, denoiser.describe, deadline)
+        check_version(denoiser_name, described)
         if num_gpus and described["device"] == "cpu":
             raise ResourcesUnavailable(
                 "model.device asks for a GPU, and the living GPU actor has none; run `edit-ray down` first"
             )
         if problem := dtype_problem(spec.config.model.torch_dtype, "cuda" if num_gpus else "cpu"):
             raise ConfigError([f"model.torch_dtype {problem}"])
-        self._handles = {CACHE_STORE: store, DENOISER: denoiser}
+        self._handles |= {store_name: store, denoiser_name: denoiser}
 
     def _find_or_make(self, name: str, actor: type, options: dict[str, Any], strategy: Any, *arguments: Any) -> Any:
         named = {"name": name, "scheduling_strategy": strategy, **_STAYS}
         return ray.remote(**options)(actor).options(**named).remote(*arguments)
+
+
+def name_of(role: str, worker: int) -> str:
+    """The name of a GPU actor, of the CacheStore actor beside it, of their place."""
+    return role if worker == 0 else f"{role}-{worker}"
 
 
 class StoreCalls:
@@ -176,12 +219,13 @@ async def _reply(name: str, reference: Any) -> Any:
         raise ConnectionError(f"the actor {name!r} is gone: {type(lost).__name__}") from None
 
 
-def _placement() -> PlacementGroup | None:
-    """Our placement group, in whichever namespace it was made."""
-    for group_id, group in placement_group_table().items():
-        if group["name"] == PLACEMENT and group["state"] != "REMOVED":
-            return PlacementGroup(PlacementGroupID(bytes.fromhex(group_id)))
-    return None
+def _placements() -> dict[str, PlacementGroup]:
+    """Our placement groups by their names, in whichever namespace they were made."""
+    return {
+        group["name"]: PlacementGroup(PlacementGroupID(bytes.fromhex(group_id)))
+        for group_id, group in placement_group_table().items()
+        if str(group["name"]).startswith(PLACEMENT) and group["state"] != "REMOVED"
+    }
 
 
 def _gpus_for(device: str) -> int:
@@ -208,4 +252,4 @@ def _answer(name: str, method: Any, deadline: float) -> Any:
             return ray.get(method.remote(), timeout=left)
         except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError):
             time.sleep(0.2)
-    raise ResourcesUnavailable(f"the actor {name!r} did not answer within engine.start_timeout_s")
+    raise ResourcesUnavailable(f"the actor {name!r} did not answer in time (engine.start_timeout_s)")

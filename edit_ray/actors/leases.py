@@ -56,6 +56,8 @@ class SegmentLeases:
         self._store, self._spec, self.reuse = store, spec, reuse
         # On the CPU what is read is copied when it is read: ahead of that it would only take memory.
         self.ahead_bytes = options.device_bytes if self._on_gpu else 0
+        self._run_id = spec.residuals_id
+        self._followed = False  # whether the store was told of the run by this object
         self._holder = this_holder()
         self._directory = Path(options.directory) if options.directory else spec.root / ".cache_store"
         self._arena: Arena | None = None
@@ -69,7 +71,7 @@ class SegmentLeases:
         if attempt == 0 and segment in self._ahead:
             return []  # if something is lost, the first attempt will find out
         reads = [op.key for op in self.reuse.ops(segment) if not op.writes]
-        missing = self._told(segment, lambda: self._store.call("missing", self._spec.run_id, reads)()) if reads else []
+        missing = self._told(segment, lambda: self._store.call("missing", self._run_id, reads)()) if reads else []
         return sorted({int(key[1]) for key in missing})
 
     def begin(self, segment: int, attempt: int, history_len: int, then_next: bool = True) -> PlannedStore:
@@ -102,7 +104,7 @@ class SegmentLeases:
             table,
             self.reuse.ops(segment),
             self.reuse.form,
-            prefix=(self._spec.run_id,),
+            prefix=(self._run_id,),
             history_len=history_len,
             ahead_bytes=ahead,
             hand_over=self._handed(segment, ahead),
@@ -141,7 +143,7 @@ class SegmentLeases:
         self._settle(self._opened)
         self._current = self._opened = None
         with suppress(ConnectionError):  # it holds nothing then
-            self._store.call("give_up", self._spec.run_id, self._holder)()
+            self._store.call("give_up", self._run_id, self._holder)()
 
     def close(self) -> None:
         """Give up what is not complete, and unmap the arena."""
@@ -202,29 +204,30 @@ class SegmentLeases:
     def _lives(self, lease: Lease) -> bool:
         if lease.arena:
             return owner_lives(lease.arena)
-        lives: bool = self._store.call("incarnation", self._spec.run_id)() == lease.store
+        lives: bool = self._store.call("incarnation", self._run_id)() == lease.store
         return lives
 
     def follow(self, segment: int) -> None:
         """Tell the store that the run goes on with this segment."""
         spec, uses = self._spec, self.reuse.plan.uses()
-        self._store.call("follow", spec.run_id, uses, segment, spec.config.store, self._directory, spec.root)()
+        self._store.call("follow", self._run_id, uses, segment, spec.config.store, self._directory, spec.root)()
+        self._followed = True
 
     def _told(self, segment: int, ask: Callable[[], T]) -> T:
-        """What is asked of the store, which is told of the run if it does not know it."""
-        try:
-            return ask()
-        except StaleLease:
-            self.follow(segment)
-            return ask()
+        """What is asked of the store. One that does not know the run is told of it, and so is one that knows it from an
+        earlier holder: what that one has read will be read again.
+        """
+        if self._followed:
+            with suppress(StaleLease):
+                return ask()
+        self.follow(segment)
+        return ask()
 
     def _prepare(self, segment: int, attempt: int) -> Reply:
         form = self.reuse.form
         ops = self.reuse.ops(segment)
-        return self._store.call(
-            "prepare", self._spec.run_id, segment, attempt, self._holder, ops, form.dtype, form.shape
-        )
+        return self._store.call("prepare", self._run_id, segment, attempt, self._holder, ops, form.dtype, form.shape)
 
     def _which(self, segment: int, attempt: int) -> tuple[str, int, int, str, str]:
         """What the store knows a segment by that it has handed out."""
-        return self._spec.run_id, segment, attempt, self._holder, self._given_by
+        return self._run_id, segment, attempt, self._holder, self._given_by

@@ -3,41 +3,65 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from edit_ray.actors.cache_store import CacheStoreActor
+from edit_ray.actors.crew import Pointer
 from edit_ray.actors.denoiser import DenoiserActor
 from edit_ray.actors.messages import GROUP_OF, RunSpec
 
+GROUPS = (*dict.fromkeys(GROUP_OF.values()), "control", "store")
 
-class LocalCrew:
-    """A crew whose calls run in threads of this process."""
+
+class LocalWorker:
+    """A GPU actor and its CacheStore actor, whose calls run in threads of this process."""
 
     def __init__(self) -> None:
-        self._store: CacheStoreActor | None = None
-        self._denoiser: DenoiserActor | None = None
-        self._threads = {group: ThreadPoolExecutor(1, group) for group in ("denoise", "decode", "control", "store")}
-
-    async def start(self, spec: RunSpec) -> None:
-        if self._store is None:
-            self._store = CacheStoreActor()
-            self._denoiser = DenoiserActor(self)
-
-    async def denoiser(self, method: str, *arguments: Any) -> Any:
-        threads = self._threads[GROUP_OF.get(method, "control")]
-        return await asyncio.get_running_loop().run_in_executor(threads, getattr(self._denoiser, method), *arguments)
-
-    async def store(self, method: str, *arguments: Any) -> Any:
-        return await asyncio.to_thread(getattr(self._store, method), *arguments)
+        self.store = CacheStoreActor()
+        self.threads = {group: ThreadPoolExecutor(1, group) for group in GROUPS}
+        self.denoiser = DenoiserActor(self)
 
     def call(self, method: str, *arguments: Any) -> Callable[[], Any]:
         """The store as the GPU actor calls it."""
-        return self._threads["store"].submit(getattr(self._store, method), *arguments).result
+        return self.threads["store"].submit(getattr(self.store, method), *arguments).result
+
+    def end(self) -> None:
+        for threads in self.threads.values():
+            threads.shutdown(wait=False)
+        self.store.close()
+
+
+class LocalCrew:
+    """A crew of as many such workers as are asked for."""
+
+    def __init__(self) -> None:
+        self.workers: dict[int, LocalWorker] = {}
+        self._live: dict[str, Pointer] = {}
+
+    async def start(self, spec: RunSpec, worker: int) -> None:
+        if worker not in self.workers:
+            self.workers[worker] = LocalWorker()
+
+    async def denoiser(self, worker: int, method: str, *arguments: Any) -> Any:
+        of = self.workers[worker]
+        threads = of.threads[GROUP_OF.get(method, "control")]
+        return await asyncio.get_running_loop().run_in_executor(threads, getattr(of.denoiser, method), *arguments)
+
+    async def store(self, worker: int, method: str, *arguments: Any) -> Any:
+        return await asyncio.to_thread(getattr(self.workers[worker].store, method), *arguments)
+
+    async def restart_denoiser(self, worker: int) -> None:
+        """What a thread is at cannot be killed: it goes on, and nobody waits for it."""
+        self.workers[worker].denoiser = DenoiserActor(self.workers[worker])
+
+    async def remember(self, live: Mapping[str, Pointer]) -> None:
+        self._live = dict(live)
+
+    async def recall(self) -> dict[str, Pointer]:
+        return self._live
 
     async def end(self) -> None:
-        for threads in self._threads.values():
-            threads.shutdown(wait=False)
-        if self._store is not None:
-            self._store.close()
+        for worker in self.workers.values():
+            worker.end()

@@ -4,35 +4,59 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import edit_ray
 from edit_ray.config import Config
-from edit_ray.runs.events import RunState
-from edit_ray.runs.folder import Manifest, RunFolder, SegmentRecord
+from edit_ray.runs.events import RunState, Stage
+from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.layout import FrameLayout
-from edit_ray.runs.plan import RunPlan, SegmentPlan, plan_run
+from edit_ray.runs.manifest import Begun, Manifest, SegmentRecord
+from edit_ray.runs.plan import RunPlan, SegmentPlan, Storyboard, Take
 from edit_ray.video.stream_files import Part, StreamFiles
 
 GROUP_OF = {
+    "prepare_run": "denoise",
     "denoise_segment": "denoise",
     "decode_segment": "decode",
-    "finalize_run": "decode",
-    "prepare_run": "denoise",
+    "encode_segment": "encode",
+    "finalize_run": "encode",
 }
 """Which calls of the GPU actor wait for each other; what is not named here is answered at once."""
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run as every actor sees it: its id, the folder that holds runs, its configuration."""
+    """One run as every actor sees it: its id, the folder that holds runs, its configuration, and where it stands.
+
+    `incarnation` is that of the run, and one higher in each of its lives; `planned_from` the segment with which what
+    segments reuse of each other was planned.
+    """
 
     run_id: str
     root: Path
     config: Config
+    num_segments: int | None = None
+    incarnation: int = 1
+    takes: tuple[Take, ...] = ()
+    planned_from: int = 0
+
+    @classmethod
+    def of(cls, root: Path, config: Config, manifest: Manifest) -> RunSpec:
+        """The run as its manifest has it at this moment."""
+        return cls(
+            run_id=manifest.begun.run_id,
+            root=root,
+            config=config,
+            num_segments=manifest.num_segments,
+            incarnation=manifest.incarnation,
+            takes=manifest.takes,
+            planned_from=manifest.planned_from,
+        )
 
     @cached_property
     def folder(self) -> RunFolder:
@@ -43,43 +67,70 @@ class RunSpec:
         return self.config.layout
 
     @cached_property
+    def storyboard(self) -> Storyboard:
+        return replace(self.config.storyboard, takes=self.takes)
+
+    @property
     def plan(self) -> RunPlan:
-        return plan_run(
+        engine = self.config.engine
+        return RunPlan(
             self.run_id,
-            prompts=self.config.prompts,
-            seed=self.config.sampling.seed,
-            layout=self.layout,
-            retries=self.config.engine.segment_retries,
+            self.num_segments,
+            retries=engine.segment_retries,
+            incarnation=self.incarnation,
+            max_ahead=engine.max_ahead,
+            frames_first=self.layout.denoise_needs_frames,
         )
+
+    @property
+    def texts(self) -> list[str]:
+        """Every text that a segment is denoised with."""
+        of_takes = [take.prompt for take in self.takes if take.prompt is not None]
+        return [text for scene in self.storyboard.scenes for text in (scene.prompt, scene.negative_prompt)] + of_takes
+
+    @property
+    def residuals_id(self) -> str:
+        """What the CacheStore knows the run by: another name for each plan of what segments reuse."""
+        planned_anew = self.planned_from or self.takes
+        return f"{self.run_id}.{len(self.takes)}.{self.planned_from}" if planned_anew else self.run_id
+
+    def segment(self, index: int) -> SegmentPlan:
+        return self.storyboard.segment(index)
+
+    def latents(self, index: int) -> Path:
+        return self.folder.latents(index, self.segment(index).take)
+
+    def media(self, index: int) -> Path:
+        return self.folder.media(index, self.segment(index).take)
 
     def part(self, segment: SegmentPlan) -> Part:
         """Where the segment's frames lie, and which of the video's they are."""
-        media = self.folder.relative(self.folder.media(segment.index))
-        return Part(media, segment.first_frame, segment.num_frames)
+        return Part(self.folder.relative(self.media(segment.index)), segment.first_frame, segment.num_frames)
 
     def stream_files(self) -> StreamFiles:
         """The run's playing files; they begin with what `rebuild` is told."""
-        sampling = self.config.sampling
-        return StreamFiles(self.folder.path, fps=sampling.fps, longest=sampling.num_frames)
+        sampling, keep = self.config.sampling, self.config.output.keep_segments
+        return StreamFiles(self.folder.path, fps=sampling.fps, longest=sampling.num_frames, keep=keep)
 
     @property
     def settings(self) -> str:
         """What the frames follow from, as JSON; the same for every run of the same configuration."""
         said = self.config.model_dump(mode="json", include={"model", "sampling", "continuity", "cache"})
-        segments = [{"prompt": segment.prompt, "seed": segment.seed} for segment in self.plan.segments]
+        every = [self.segment(index) for index in range(self.num_segments or 0)]
+        segments = [{"prompt": segment.prompt, "seed": segment.seed} for segment in every]
         return json.dumps({"edit_ray": edit_ray.__version__, **said, "segments": segments})
 
-    def new_manifest(self) -> Manifest:
-        sampling = self.config.sampling
-        return Manifest(
+    def begun(self, submission: str, provenance: Mapping[str, str | int]) -> Begun:
+        """The first line of the run's manifest."""
+        return Begun(
             run_id=self.run_id,
             version=edit_ray.__version__,
-            state="queued",
-            height=sampling.height,
-            width=sampling.width,
-            fps=sampling.fps,
-            num_segments=len(self.plan.segments),
-            num_frames=self.plan.num_frames,
+            height=self.config.sampling.height,
+            width=self.config.sampling.width,
+            layout=self.layout,
+            num_segments=self.num_segments,
+            submission=submission,
+            provenance=provenance,
         )
 
 
@@ -95,16 +146,49 @@ class Progress:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run as the segment scheduler knows it; `path` is its folder."""
+    """A run as the segment scheduler knows it, or as its folder at `path` has it.
+
+    `num_segments` and `num_frames` are None where it goes on until it is stopped.
+    """
 
     run_id: str
     state: RunState
     path: str
     committed: int
-    num_segments: int
-    num_frames: int
+    num_segments: int | None
+    num_frames: int | None
+    height: int
+    width: int
+    fps: int
+    dropped_before: int = 0  # the media of segments before this one are gone
+    at_work: tuple[tuple[Stage, int | None], ...] = ()  # the stages that it is in, each with its segment
     error: str | None = None
     progress: Progress | None = None
+
+    @classmethod
+    def of(
+        cls, path: Path, manifest: Manifest, state: RunState | None = None, progress: Progress | None = None
+    ) -> RunStatus:
+        """`state` is the segment scheduler's word, None where it has none."""
+        begun = manifest.begun
+        return cls(
+            run_id=begun.run_id,
+            state=state or manifest.state,
+            path=str(path),
+            committed=len(manifest.segments),
+            num_segments=manifest.num_segments,
+            num_frames=manifest.num_frames,
+            height=begun.height,
+            width=begun.width,
+            fps=begun.layout.fps,
+            dropped_before=manifest.dropped_before,
+            error=manifest.error,
+            progress=progress,
+        )
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ("done", "failed", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -113,10 +197,6 @@ class StreamReply:
 
     record: SegmentRecord | None
     status: RunStatus
-
-    @property
-    def ended(self) -> bool:
-        return self.status.state in ("done", "failed", "cancelled")
 
 
 def code_version() -> str:

@@ -4,181 +4,247 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
-import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+import traceback
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from edit_ray.actors.messages import Progress, RunSpec, RunStatus, StreamReply, code_version, statistics
-from edit_ray.config import Config, check_config, dump_yaml
-from edit_ray.errors import (
-    ConfigError,
-    EditRayError,
-    EntryLost,
-    RunCancelled,
-    RunExists,
-    SegmentFailed,
-    StaleLease,
-    UnknownRun,
-)
+from edit_ray.actors.admission import Admission, Change, Submission, denoised_before
+from edit_ray.actors.changes import extension, reroll
+from edit_ray.actors.crew import Crew, Pointer
+from edit_ray.actors.live_run import LiveRun
+from edit_ray.actors.messages import Progress, RunStatus, StreamReply, code_version
+from edit_ray.actors.stages import Stages, explain
+from edit_ray.config import Config
+from edit_ray.errors import EditRayError, RunExists, RunLive, UnknownRun
 from edit_ray.runs.events import (
     CancelAsked,
     CloseRun,
+    Consumed,
     Event,
     RunState,
     RunSubmitted,
     StopWork,
     Work,
     WorkDone,
+    WorkersCounted,
     WorkFailed,
 )
-from edit_ray.runs.folder import Manifest, SegmentRecord
-from edit_ray.runs.plan import SegmentPlan
+from edit_ray.runs.folder import RunFolder
+from edit_ray.runs.manifest import Ended
 from edit_ray.runs.scheduler import SegmentScheduler
-from edit_ray.video.stream_files import StreamFiles
 
 ENDED_RUNS_KEPT = 100
-_REPEATABLE = (
-    SegmentFailed,
-    RunCancelled,
-    EntryLost,
-    StaleLease,
-)  # errors of ours that another attempt may not meet again
+IDLE_EXIT_S = 600.0  # of an incarnation that finds nothing to do
 
-
-class Crew(Protocol):
-    """The other actors, wherever they run. A call to an actor that is not there raises ConnectionError."""
-
-    async def start(self, spec: RunSpec) -> None:
-        """They exist, answer, fit this run and see its folder. Raises ResourcesUnavailable, ActorVersionMismatch."""
-
-    async def denoiser(self, method: str, *arguments: Any) -> Any: ...
-    async def store(self, method: str, *arguments: Any) -> Any: ...
-
-    async def end(self) -> None:
-        """Ends every actor, this one too."""
-
-
-@dataclass
-class _LiveRun:
-    spec: RunSpec
-    manifest: Manifest
-    stream: StreamFiles
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
-    saving: asyncio.Lock = field(default_factory=asyncio.Lock)
-    statistics: dict[int, dict[str, float]] = field(default_factory=dict)
-
-    @property
-    def ended(self) -> bool:
-        return self.manifest.state in ("done", "failed", "cancelled")
+_log = logging.getLogger(__name__)
 
 
 class SegmentSchedulerActor:
-    """One event loop: `SegmentScheduler` decides, tasks carry out, their outcome is the next event."""
+    """One event loop: `SegmentScheduler` decides, tasks carry out, their outcome is the next event.
+
+    The truth about every run is in its folder. So an incarnation begins by asking the crew which runs were live, and
+    goes on with each from there; whoever calls meanwhile waits.
+    """
 
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
+        self._admission, self._stages = Admission(crew), Stages(crew)
         self._machine = SegmentScheduler()
-        self._runs: dict[str, _LiveRun] = {}
+        self._runs: dict[str, LiveRun] = {}
+        self._pointers: dict[str, Pointer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._submitting = asyncio.Lock()
+        self._admitting, self._remembering = asyncio.Lock(), asyncio.Lock()
         self._last_use = 0
+        self._recovered = asyncio.get_running_loop().create_task(self._recover())
 
     async def describe(self) -> dict[str, str | int]:
         return {"version": code_version(), "pid": os.getpid()}
 
-    async def submit(self, run_id: str, config: dict[str, Any], root: str, probe: str) -> RunStatus:
-        """Queues a run whose folder is `root/run_id`; `probe` is a file there that every node has to see.
+    # What clients ask for.
+
+    async def submit(self, run_id: str, config: dict[str, Any], root: str, probe: str, token: str) -> RunStatus:
+        """Queues a run whose folder is `root/run_id`; see `Submission`. The same submission again changes nothing.
 
         Raises ConfigError, RunExists, ResourcesUnavailable, ActorVersionMismatch; then nothing was written.
         """
-        spec = RunSpec(run_id, Path(root), Config.model_validate(config))
-        if problems := await asyncio.to_thread(check_config, spec.config):
-            raise ConfigError(problems)
-        self._last_use += 1
-        async with self._submitting:
-            try:
-                await self._accept(spec, Path(probe))
-            finally:
-                if self._machine.idle:
-                    self._spawn(self._exit_when_idle(spec.config.engine.idle_exit_s))
-        return await self.status(run_id)
+        asked = Submission(run_id, Config.model_validate(config), Path(root), Path(probe), token)
+        async with self._admission_of(asked.config.engine.idle_exit_s):
+            if run_id in self._runs and not self._runs[run_id].ended:
+                if self._runs[run_id].manifest.begun.submission == token:
+                    return await self._status(self._runs[run_id])
+                raise RunExists(f"run id {run_id!r} is taken by {self._runs[run_id].spec.folder.path}, and at work")
+            spec = await self._admission.check(asked)
+            async with self._pointed_at(run_id, spec.root):
+                if self._admission.mine(asked):
+                    return await self._live(await self._admission.go_on(spec.root, run_id))
+                return await self._live(await self._admission.begin(spec, token))
 
-    async def _accept(self, spec: RunSpec, probe: Path) -> None:
-        known = self._runs.get(spec.run_id)
-        path = known.spec.folder.path if known else spec.folder.path
-        if known or path.exists():
-            raise RunExists(f"run id {spec.run_id!r} is taken by {path}; choose another run id")
-        await self._crew.start(spec)
-        for who, sees in (
-            ("segment scheduler", probe.exists()),
-            ("GPU actor", await self._crew.denoiser("sees", probe)),
-        ):
-            if not sees:
-                raise ConfigError(
-                    [f"output: the {who} does not see {spec.root}; choose a folder that all nodes of the cluster share"]
-                )
-        spec.folder.create(dump_yaml(spec.config))
-        self._runs[spec.run_id] = _LiveRun(spec, spec.new_manifest(), spec.stream_files())
-        await self._save(self._runs[spec.run_id])
-        self._apply(RunSubmitted(spec.plan))
+    async def resume(self, run_id: str, root: str, allow_different_hardware: bool) -> RunStatus:
+        """Goes on with a run at its first segment that is not committed; one that lives or is done is left as it is.
+
+        Raises UnknownRun, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers, ResourcesUnavailable.
+        """
+        known = await self._known(run_id)
+        if known is None or known.ended:
+            manifest = await asyncio.to_thread(RunFolder(Path(root), run_id).read_manifest)
+            if manifest.state == "done" and len(manifest.segments) == manifest.num_segments:
+                return RunStatus.of(Path(root, run_id), manifest)
+        return await self._go_on(run_id, root, allow_different_hardware, None)
+
+    async def extend(self, run_id: str, root: str, segments: int, allow_different_hardware: bool) -> RunStatus:
+        """Gives an ended run more segments. Raises as `resume`, and RunLive."""
+        return await self._go_on(run_id, root, allow_different_hardware, extension(segments))
+
+    async def reroll(
+        self,
+        run_id: str,
+        root: str,
+        start: int,
+        seed: int | None,
+        prompt: str | None,
+        allow_different_hardware: bool,
+    ) -> RunStatus:
+        """Makes an ended run's segments from `start` on again, in another take; the old one is kept.
+
+        Raises as `extend`.
+        """
+        return await self._go_on(run_id, root, allow_different_hardware, reroll(start, seed, prompt))
 
     async def status(self, run_id: str) -> RunStatus:
-        run = self._find(run_id)
-        progress = None if run.ended else await self._progress(run_id)
-        return self._status(run, progress)
+        return await self._status(await self._find(run_id))
 
     async def runs(self) -> list[RunStatus]:
         """All runs that are remembered, in the order of submission."""
-        return [self._status(run, None) for run in self._runs.values()]
+        await self._recovered
+        return [self._status_without_progress(run) for run in self._runs.values()]
 
     async def cancel(self, run_id: str) -> None:
         """Asks the run to stop; its committed segments stay. An ended run is left as it is."""
-        self._find(run_id)
+        await self._find(run_id)
         self._apply(CancelAsked(run_id))
 
     async def wait_segment(self, run_id: str, segment_index: int, timeout_s: float) -> StreamReply:
-        """Answers as soon as the segment is committed or the run has ended, after `timeout_s` in any case."""
-        run = self._find(run_id)
+        """Answers as soon as the segment is committed or the run has ended, after `timeout_s` in any case.
 
-        def there() -> bool:
-            return segment_index < len(run.manifest.segments) or run.ended
-
-        async with run.changed:
-            try:
-                await asyncio.wait_for(run.changed.wait_for(there), timeout_s)
-            except TimeoutError:
-                return StreamReply(None, self._status(run, None))
+        Who asks for a segment has taken all before it.
+        """
+        run = await self._find(run_id)
+        self._apply(Consumed(run_id, segment_index))
+        await run.wait(lambda: segment_index < len(run.manifest.segments) or run.ended, timeout_s)
         segments = run.manifest.segments
-        return StreamReply(segments[segment_index] if segment_index < len(segments) else None, self._status(run, None))
+        record = segments[segment_index] if segment_index < len(segments) else None
+        return StreamReply(record, self._status_without_progress(run))
 
-    def _find(self, run_id: str) -> _LiveRun:
-        if run_id not in self._runs:
+    async def _known(self, run_id: str) -> LiveRun | None:
+        await self._recovered
+        return self._runs.get(run_id)
+
+    async def _find(self, run_id: str) -> LiveRun:
+        run = await self._known(run_id)
+        if run is None:
             known = ", ".join(list(self._runs)[-5:]) or "none"
             raise UnknownRun(f"no run {run_id!r} here; the latest are: {known}")
-        return self._runs[run_id]
+        return run
 
-    def _status(self, run: _LiveRun, progress: Progress | None) -> RunStatus:
-        manifest = run.manifest
-        return RunStatus(
-            run_id=manifest.run_id,
-            state=self._live_state(run),
-            path=str(run.spec.folder.path),
-            committed=len(manifest.segments),
-            num_segments=manifest.num_segments,
-            num_frames=manifest.num_frames,
-            error=manifest.error,
-            progress=progress,
-        )
+    def _status_without_progress(self, run: LiveRun, progress: Progress | None = None) -> RunStatus:
+        status = RunStatus.of(run.spec.folder.path, run.manifest, self._state(run), progress)
+        error = status.error if run.unrecorded is None else run.unrecorded.error
+        return replace(status, error=error, at_work=self._machine.at_work(run.spec.run_id))
 
-    async def _progress(self, run_id: str) -> Progress | None:
+    async def _status(self, run: LiveRun) -> RunStatus:
+        progress: Progress | None = None
+        if not run.ended and run.worker is not None:
+            # An actor that is being started again says nothing.
+            with contextlib.suppress(ConnectionError, TimeoutError):
+                progress = await asyncio.wait_for(self._crew.denoiser(run.worker, "progress"), 1.0)
+        mine = progress is not None and progress.run_id == run.spec.run_id
+        return self._status_without_progress(run, progress if mine else None)
+
+    def _state(self, run: LiveRun) -> RunState:
+        """The state machine's word, except that an end is told only once it is durable."""
+        if run.end is not None:
+            return run.end.state
+        return self._machine.state(run.spec.run_id) or "stopping"
+
+    # How runs come and go.
+
+    async def _recover(self) -> None:
+        """Goes on with every run that an earlier incarnation was at work on, those first that have a GPU actor."""
+        pointers = await self._crew.recall()
+        for run_id, pointer in sorted(pointers.items(), key=lambda item: item[1].worker is None):
+            root = Path(pointer.root)
+            try:
+                if (await asyncio.to_thread(RunFolder(root, run_id).read_manifest)).end is not None:
+                    continue
+                run = await self._admission.go_on(root, run_id)
+            except UnknownRun:  # it was not begun yet; its client asks again
+                continue
+            except Exception as error:  # the others go on whatever this one has met
+                _log.error("run %s cannot go on: %s; see `edit-ray resume %s`", run_id, error, run_id)
+                continue
+            self._pointers[run_id] = pointer
+            await self._live(run, pointer.worker)
+        if pointers:
+            await self._remember()
+            if self._machine.idle:
+                self._spawn(self._exit_when_idle(IDLE_EXIT_S))
+
+    async def _go_on(self, run_id: str, root: str, allow_different_hardware: bool, change: Change | None) -> RunStatus:
+        async with self._admission_of(IDLE_EXIT_S):
+            known = self._runs.get(run_id)
+            if known is not None and not known.ended:
+                if change is None:
+                    return await self._status(known)
+                raise RunLive(
+                    f"run {run_id!r} is at work; wait for its end, or stop it with `edit-ray cancel {run_id}`"
+                )
+            async with self._pointed_at(run_id, Path(root)):
+                run = await self._admission.go_on(
+                    Path(root), run_id, allow_different_hardware=allow_different_hardware, change=change
+                )
+                return await self._live(run)
+
+    @contextlib.asynccontextmanager
+    async def _admission_of(self, idle_exit_s: float) -> Any:
+        """One at a time comes in; where nothing has come of it the actors end themselves as ever."""
+        await self._recovered
+        self._last_use += 1
+        async with self._admitting:
+            try:
+                yield
+            finally:
+                if self._machine.idle:
+                    self._spawn(self._exit_when_idle(idle_exit_s))
+
+    @contextlib.asynccontextmanager
+    async def _pointed_at(self, run_id: str, root: Path) -> Any:
+        """The pointer is there before the run's folder is: from then on the next incarnation goes on with it."""
+        self._pointers[run_id] = Pointer(str(root))
+        await self._remember()
         try:
-            progress: Progress | None = await asyncio.wait_for(self._crew.denoiser("progress"), 1.0)
-        except (ConnectionError, TimeoutError):  # it is being restarted
-            return None
-        return progress if progress and progress.run_id == run_id else None
+            yield
+        except BaseException:
+            del self._pointers[run_id]
+            await self._remember()
+            raise
+
+    async def _live(self, run: LiveRun, worker: int | None = None) -> RunStatus:
+        spec, committed = run.spec, len(run.manifest.segments)
+        self._runs.pop(spec.run_id, None)  # of an earlier life
+        self._runs[spec.run_id] = run
+        denoised = await asyncio.to_thread(denoised_before, spec, committed)
+        self._apply(WorkersCounted(spec.config.engine.gpu_actors))
+        self._apply(RunSubmitted(spec.plan, committed, denoised, worker))
+        return self._status_without_progress(run)
+
+    async def _remember(self) -> None:
+        async with self._remembering:
+            await self._crew.remember(dict(self._pointers))
+
+    # What the state machine is told, and what it says.
 
     def _apply(self, event: Event) -> None:
         """The one place where the state machine is told something and obeyed."""
@@ -186,13 +252,10 @@ class SegmentSchedulerActor:
             match instruction:
                 case Work():
                     self._spawn(self._work(instruction))
-                case StopWork(run_id):
-                    self._spawn(self._stop(run_id))
+                case StopWork(run_id, worker):
+                    self._spawn(self._crew.denoiser(worker, "stop_run", run_id))
                 case CloseRun():
                     self._spawn(self._close(instruction))
-        for run in self._runs.values():
-            if self._live_state(run) != run.manifest.state:
-                self._spawn(self._save(run))
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -203,109 +266,59 @@ class SegmentSchedulerActor:
         run = self._runs[work.run_id]
         outcome: WorkDone | WorkFailed
         try:
-            if work.attempt:
-                await self._crew.start(run.spec)  # what failed may have been an actor's death
-            await self._stages()[work.stage](run, work)
+            if run.worker != work.worker:
+                run.worker = work.worker
+                self._pointers[work.run_id] = Pointer(str(run.spec.root), work.worker)
+                await self._remember()
+            await self._stages.carry_out(run, work)
         except Exception as error:  # whatever it was, the state machine decides what follows
-            outcome = WorkFailed(work.run_id, work.stage, work.segment_index, work.attempt, *_explain(error))
+            sentence, fatal = explain(error, run)
+            _log.warning("%s of run %s, segment %s: %s", work.stage, work.run_id, work.segment_index, sentence)
+            if not isinstance(error, EditRayError | ConnectionError):
+                _log.warning("%s", "".join(traceback.format_exception(error)))
+            outcome = WorkFailed(work, sentence, fatal)
         else:
-            outcome = WorkDone(work.run_id, work.stage, work.segment_index, work.attempt)
+            outcome = WorkDone(work)
         self._apply(outcome)
-
-    def _stages(self) -> dict[str, Callable[[_LiveRun, Work], Awaitable[None]]]:
-        return {
-            "prepare": self._prepare,
-            "denoise": self._denoise,
-            "decode": self._decode,
-            "commit": self._commit,
-            "finalize": self._finalize,
-        }
-
-    async def _prepare(self, run: _LiveRun, work: Work) -> None:
-        await self._crew.denoiser("prepare_run", run.spec)
-
-    async def _denoise(self, run: _LiveRun, work: Work) -> None:
-        segment = _segment(run, work)
-        figures = await self._crew.denoiser("denoise_segment", run.spec, segment, work.attempt)
-        run.statistics[segment.index] = figures
-
-    async def _decode(self, run: _LiveRun, work: Work) -> None:
-        segment = _segment(run, work)
-        run.statistics[segment.index] |= await self._crew.denoiser("decode_segment", run.spec, segment)
-
-    async def _commit(self, run: _LiveRun, work: Work) -> None:
-        """Latents and media are durable already: now what plays, then the manifest, then whoever waits."""
-        segment, folder = _segment(run, work), run.spec.folder
-        began = time.time()
-        await asyncio.to_thread(run.stream.append, run.spec.part(segment))
-        published = statistics(publish_at=began, publish_s=time.time() - began)
-        record = SegmentRecord(
-            index=segment.index,
-            prompt=segment.prompt,
-            seed=segment.seed,
-            first_frame=segment.first_frame,
-            num_frames=segment.num_frames,
-            latents=folder.relative(folder.latents(segment.index)),
-            media=folder.relative(folder.media(segment.index)),
-            statistics=run.statistics[segment.index] | published,
-        )
-        await self._save(run, segments=(*run.manifest.segments, record))
-        del run.statistics[segment.index]
-
-    async def _finalize(self, run: _LiveRun, work: Work) -> None:
-        await self._crew.denoiser("finalize_run", run.spec)
-
-    async def _stop(self, run_id: str) -> None:
-        await self._crew.denoiser("stop_run", run_id)
+        await run.tell()
 
     async def _close(self, close: CloseRun) -> None:
         run = self._runs[close.run_id]
-        final = run.spec.folder.relative(run.spec.folder.final) if close.state == "done" else None
+        spec = run.spec
         # Before anyone is told: whoever waits for the end may end the actors, and then nothing must be left behind.
-        for call, method in ((self._crew.denoiser, "release_run"), (self._crew.store, "drop_run")):
-            with contextlib.suppress(ConnectionError):  # it holds nothing then
-                await call(method, close.run_id)
+        if close.worker is not None:
+            await self._release(run, close.worker)
         with contextlib.suppress(OSError):  # an end must be told even where nothing can be written
             await asyncio.to_thread(run.stream.end)
-        await self._save(run, state=close.state, error=close.error, final=final)
+        final = spec.folder.relative(spec.folder.final) if close.state == "done" else None
+        ended = Ended(spec.incarnation, close.state, close.error, final)
+        try:
+            await run.append(ended)
+        except (OSError, EditRayError) as error:
+            _log.error("the end of run %s cannot be recorded: %s", close.run_id, error)
+            run.unrecorded = ended
+        run.file.close()
+        self._pointers.pop(close.run_id, None)
+        await self._remember()
+        await run.tell()
         self._forget_old_runs()
-        self._spawn(self._exit_when_idle(run.spec.config.engine.idle_exit_s))
+        self._spawn(self._exit_when_idle(spec.config.engine.idle_exit_s))
 
-    async def _save(self, run: _LiveRun, **changes: Any) -> None:
-        """Writes the manifest with these fields changed, and only then lets anybody see it."""
-        async with run.saving:
-            manifest = replace(run.manifest, **({"state": self._live_state(run)} | changes))
-            await asyncio.to_thread(run.spec.folder.write_manifest, manifest)
-            run.manifest = manifest
-        async with run.changed:
-            run.changed.notify_all()
-
-    def _live_state(self, run: _LiveRun) -> RunState:
-        """The state machine's word, except that an end is told only once it is durable."""
-        state = self._machine.state(run.manifest.run_id)
-        return run.manifest.state if state in (None, "done", "failed", "cancelled") else state
+    async def _release(self, run: LiveRun, worker: int) -> None:
+        """Frees what the actors hold for a run. If it goes on, segments whose residuals are missed are made again."""
+        spec = run.spec
+        with contextlib.suppress(ConnectionError):  # it holds nothing then
+            await self._crew.denoiser(worker, "release_run", spec.run_id)
+        with contextlib.suppress(ConnectionError):
+            await self._crew.store(worker, "drop_run", spec.residuals_id)
 
     def _forget_old_runs(self) -> None:
         ended = [run_id for run_id, run in self._runs.items() if run.ended]
         for run_id in ended[:-ENDED_RUNS_KEPT]:
-            self._machine.forget(run_id)
             del self._runs[run_id]
 
     async def _exit_when_idle(self, idle_exit_s: float) -> None:
         use = self._last_use
         await asyncio.sleep(idle_exit_s)
-        if self._machine.idle and use == self._last_use and not self._submitting.locked():
+        if self._machine.idle and use == self._last_use and not self._admitting.locked():
             await self._crew.end()
-
-
-def _segment(run: _LiveRun, work: Work) -> SegmentPlan:
-    assert work.segment_index is not None, f"{work.stage} without a segment"
-    return run.spec.plan.segments[work.segment_index]
-
-
-def _explain(error: Exception) -> tuple[str, bool]:
-    """One sentence for the user, and whether trying again is pointless."""
-    cause = getattr(error, "cause", None) or error
-    sentence = str(cause).strip().splitlines()[0] if str(cause).strip() else "no message"
-    ours = isinstance(cause, EditRayError)
-    return (sentence if ours else f"{type(cause).__name__}: {sentence}"), ours and not isinstance(cause, _REPEATABLE)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from edit_ray.cli import measure, plan, runs
+from edit_ray.cli import measure, plan, runs, watch
 from edit_ray.cli.report import report
 from edit_ray.cli.serve import serve
 from edit_ray.errors import EditRayError
@@ -17,6 +17,10 @@ _COMMANDS = {
     "list": runs.list_runs,
     "status": runs.status,
     "cancel": runs.cancel,
+    "resume": runs.resume,
+    "extend": runs.extend,
+    "reroll": runs.reroll,
+    "watch": watch.watch,
     "report": report,
     "serve": serve,
     "calibrate": measure.calibrate,
@@ -45,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("list", help="the runs that the segment scheduler knows")
     for name, says in (("status", "where one run stands"), ("cancel", "stop one run; what is committed stays")):
         commands.add_parser(name, help=says).add_argument("run_id")
+    _add_going_on(commands)
     told = commands.add_parser("report", help="a run, or what a cache decided, as one HTML page")
     told.add_argument("source", metavar="RECORD_OR_RUN", help="a record of decisions (JSON), or a run's id or folder")
     told.add_argument("--page", type=Path, help="where to write it (default: report.html in the run, or beside)")
@@ -66,6 +71,24 @@ def parser() -> argparse.ArgumentParser:
     _add_config(planned, "a run's configuration")
     planned.add_argument("--forward-ms", type=float, help="milliseconds of one forward of the transformer")
     return top
+
+
+def _add_going_on(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """What an ended run, or one that stands still, can go on with; and following one that goes on."""
+    resume = commands.add_parser("resume", help="go on with a run at its first segment that is not committed")
+    extend = commands.add_parser("extend", help="give an ended run more segments")
+    reroll = commands.add_parser("reroll", help="make an ended run's segments again, with another seed or prompt")
+    for command in (resume, extend, reroll):
+        command.add_argument("run_id")
+        command.add_argument(
+            "--allow-different-hardware", action="store_true", help="even where the frames' bits will be others"
+        )
+    extend.add_argument("--segments", type=int, required=True, help="how many more")
+    reroll.add_argument("--from", dest="start", type=int, required=True, metavar="SEGMENT", help="the first of them")
+    reroll.add_argument("--seed", type=int, help="(default: one that follows from the run's own)")
+    reroll.add_argument("--prompt", help="instead of the storyboard's, from there on")
+    watch = commands.add_parser("watch", help="follow a run: live on a terminal, elsewhere a line a segment")
+    watch.add_argument("run_id")
 
 
 def _add_config(command: argparse.ArgumentParser, says: str) -> None:

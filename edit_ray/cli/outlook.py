@@ -67,7 +67,7 @@ def look_ahead(config: Config, info: ModelInfo, experts: Sequence[str], policy: 
     Raises:
         ValueError: the model has fewer blocks than a group of the granularity.
     """
-    store, granularity = config.store, config.cache.granularity
+    store, granularity, num_segments = config.store, config.cache.granularity, _counted(config)
     shape = _shape(config, info)
     size = math.prod(shape) * ITEM_BYTES[config.model.torch_dtype]
     shares = _shares(info, granularity, policy)
@@ -85,10 +85,10 @@ def look_ahead(config: Config, info: ModelInfo, experts: Sequence[str], policy: 
         _entries(whole) * room_of(size),
         sum(share(read.key) for segment in followed.segments for read in segment.reads),
         sum(shares[slot.expert][slot.unit] for slot in followed.computed),
-        config.num_segments * len(experts) * len(branches_of(config.sampling)),
+        num_segments * len(experts) * len(branches_of(config.sampling)),
         tuple(_choices(config, info, experts[: policy.warm_steps], policy, size)),
         _simulate(replace(whole, segments=whole.segments[:count]), store, share),
-        min(count, config.num_segments),
+        min(count, num_segments),
     )
 
 
@@ -98,7 +98,7 @@ def followed_plan(
     """The plan that the run's segments would follow with so many bytes for all that is alive."""
     return plan_from_numbers(
         "",
-        config.num_segments,
+        _counted(config),
         config.cache.reuse_window,
         policy,
         config.sampling,
@@ -117,6 +117,11 @@ def _shape(config: Config, info: ModelInfo) -> tuple[int, int, int]:
         scale_factor_spatial=info.scale_factor_spatial,
         width=info.width,
     )
+
+
+def _counted(config: Config) -> int:
+    assert config.num_segments is not None, "a run that reuses anything has a number of segments"
+    return config.num_segments
 
 
 def _entries(plan: ReusePlan) -> int:
@@ -144,7 +149,7 @@ def _choices(config: Config, info: ModelInfo, warm: Sequence[str], policy: Warms
         forwards = branches * sum(sum(shares[expert]) for expert in warm)
         for window in sorted({*WINDOWS, config.cache.reuse_window}):
             # All residuals are alike, and so are the segments' turns with them: one stands for all.
-            num, unit = config.num_segments, {"one": [size]}
+            num, unit = _counted(config), {"one": [size]}
             one = make_reuse_plan(
                 "", num, window=window, warm_steps=1, experts=["one"], unit_bytes=unit, branches=("cond",)
             )

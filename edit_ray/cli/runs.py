@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edit_ray.actors.messages import RunStatus
+    from edit_ray.client import LongVideoClient
 
 
 def down(options: argparse.Namespace) -> int:
@@ -17,18 +22,14 @@ def down(options: argparse.Namespace) -> int:
 
 
 def list_runs(options: argparse.Namespace) -> int:
-    from edit_ray.client import LongVideoClient
-
-    for status in LongVideoClient(output=options.output, address=options.address).runs():
-        print(f"{status.run_id}  {status.state}  {status.committed}/{status.num_segments} segments  {status.path}")
+    for status in _client(options).runs():
+        print(line_of(status))
     return 0
 
 
 def status(options: argparse.Namespace) -> int:
-    from edit_ray.client import LongVideoClient
-
-    status = LongVideoClient(output=options.output, address=options.address).status(options.run_id)
-    print(f"{status.run_id}  {status.state}  {status.committed}/{status.num_segments} segments  {status.path}")
+    status = _client(options).status(options.run_id)
+    print(line_of(status))
     if status.progress:
         at = status.progress
         print(f"segment {at.segment_index}: step {at.step} of {at.num_steps}")
@@ -38,8 +39,42 @@ def status(options: argparse.Namespace) -> int:
 
 
 def cancel(options: argparse.Namespace) -> int:
-    from edit_ray.client import LongVideoClient
-
-    LongVideoClient(output=options.output, address=options.address).cancel(options.run_id)
+    _client(options).cancel(options.run_id)
     print(f"asked {options.run_id} to stop")
     return 0
+
+
+def resume(options: argparse.Namespace) -> int:
+    client = _client(options)
+    print(line_of(client.resume(options.run_id, allow_different_hardware=options.allow_different_hardware)))
+    return 0
+
+
+def extend(options: argparse.Namespace) -> int:
+    client, allow = _client(options), options.allow_different_hardware
+    print(line_of(client.extend(options.run_id, options.segments, allow_different_hardware=allow)))
+    return 0
+
+
+def reroll(options: argparse.Namespace) -> int:
+    status = _client(options).reroll(
+        options.run_id,
+        options.start,
+        seed=options.seed,
+        prompt=options.prompt,
+        allow_different_hardware=options.allow_different_hardware,
+    )
+    print(line_of(status))
+    return 0
+
+
+def line_of(status: RunStatus) -> str:
+    """A run in one line: its id, its state, how far it is, where it lies."""
+    total = "∞" if status.num_segments is None else status.num_segments
+    return f"{status.run_id}  {status.state}  {status.committed}/{total} segments  {status.path}"
+
+
+def _client(options: argparse.Namespace) -> LongVideoClient:
+    from edit_ray.client import LongVideoClient
+
+    return LongVideoClient(output=options.output, address=options.address)

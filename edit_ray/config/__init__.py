@@ -2,8 +2,17 @@
 
 from edit_ray.config.load import load_config
 from edit_ray.config.model import Config, dump_yaml
-from edit_ray.config.model_checks import check_config
+from edit_ray.config.model_checks import check_config, check_texts
 from edit_ray.config.options import PromptSegment, VideoOptions
 from edit_ray.config.output import output_root
 
-__all__ = ["Config", "PromptSegment", "VideoOptions", "check_config", "dump_yaml", "load_config", "output_root"]
+__all__ = [
+    "Config",
+    "PromptSegment",
+    "VideoOptions",
+    "check_config",
+    "check_texts",
+    "dump_yaml",
+    "load_config",
+    "output_root",
+]

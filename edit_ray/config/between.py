@@ -30,12 +30,9 @@ def layout_of(sampling: SamplingOptions, continuity: ContinuityOptions) -> Frame
     )
 
 
-def num_segments_of(video: VideoOptions, layout: FrameLayout) -> int:
-    """The number of segments, or the fewest that cover the duration."""
-    if video.num_segments is not None:
-        return video.num_segments
-    assert video.duration is not None, "VideoOptions has one of the two"
-    return layout.segments_for(video.duration)
+def num_segments_of(video: VideoOptions, layout: FrameLayout) -> int | None:
+    """The number of segments, or the fewest that cover the duration; None where it goes on until it is stopped."""
+    return video.num_segments if video.duration is None else layout.segments_for(video.duration)
 
 
 def first_segment(entry: PromptSegment, layout: FrameLayout) -> int:
@@ -59,7 +56,35 @@ def mistakes_between(
         return mistakes
     layout = layout_of(sampling, continuity)
     num_segments = num_segments_of(video, layout)
+    if num_segments is None:
+        return list(_check_order_of_all(prompt_segments, layout))
     return [*_check_length(video, layout, num_segments), *_check_storyboard(prompt_segments, layout, num_segments)]
+
+
+def mistakes_of_reuse(
+    cache: CacheOptions, sampling: SamplingOptions, video: VideoOptions, prompt_segments: Sequence[PromptSegment]
+) -> Iterator[Mistake]:
+    """What cannot be where segments reuse each other's residuals, which is planned for the whole run before it."""
+    if not cache.reuse_window:
+        return
+    window: KeyPath = ("cache", "reuse_window")
+    if video.endless:
+        yield Mistake(
+            ("video", "num_segments"),
+            f"video.num_segments is null and cache.reuse_window {cache.reuse_window}; a run that goes on until it is "
+            "stopped must have the window 0.",
+            needs=(window,),
+        )
+    for index, entry in enumerate(prompt_segments):
+        scale = sampling.guidance_scale if entry.guidance_scale is None else entry.guidance_scale
+        if (scale > 1) != (sampling.guidance_scale > 1):
+            path: KeyPath = ("prompt_segments", index, "guidance_scale")
+            yield Mistake(
+                path,
+                f"{dotted(path)} is {scale:g} and sampling.guidance_scale {sampling.guidance_scale:g}; with "
+                "cache.reuse_window both must be above 1 or neither.",
+                needs=(window, ("sampling", "guidance_scale")),
+            )
 
 
 def _check_shape(sampling: SamplingOptions, continuity: ContinuityOptions) -> Iterator[Mistake]:
@@ -131,12 +156,16 @@ def _check_length(video: VideoOptions, layout: FrameLayout, num_segments: int) -
         )
 
 
-def _check_storyboard(entries: Sequence[PromptSegment], layout: FrameLayout, num_segments: int) -> Iterator[Mistake]:
+def _check_order_of_all(entries: Sequence[PromptSegment], layout: FrameLayout) -> Iterator[Mistake]:
     if entries[0].segment or entries[0].start:
         path, given = _start(entries, 0)
         yield Mistake(path, f"{dotted(path)} is {given}; the first prompt must start at 0s or at segment 0.")
     for index in range(1, len(entries)):
         yield from _check_order(entries, index, layout)
+
+
+def _check_storyboard(entries: Sequence[PromptSegment], layout: FrameLayout, num_segments: int) -> Iterator[Mistake]:
+    yield from _check_order_of_all(entries, layout)
     total = layout.total_frames(num_segments)
     for index, entry in enumerate(entries):
         beyond = (

@@ -71,8 +71,9 @@ def _texts(data: Any) -> Iterator[tuple[KeyPath, str]]:
         return
     entries, sampling = data.get("prompt_segments"), data.get("sampling")
     for index, entry in enumerate(entries if isinstance(entries, list) else ()):
-        if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
-            yield ("prompt_segments", index, "prompt"), entry["prompt"]
+        for name in ("prompt", "negative_prompt"):
+            if isinstance(entry, dict) and isinstance(entry.get(name), str):
+                yield ("prompt_segments", index, name), entry[name]
     if isinstance(sampling, dict) and isinstance(sampling.get("negative_prompt"), str):
         yield ("sampling", "negative_prompt"), sampling["negative_prompt"]
 

@@ -5,13 +5,14 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from edit_ray.cache.options import CacheOptions, StoreOptions
-from edit_ray.config.between import first_segment, layout_of, mistakes_between, num_segments_of
+from edit_ray.config.between import first_segment, layout_of, mistakes_between, mistakes_of_reuse, num_segments_of
 from edit_ray.config.mistakes import Mistakes
 from edit_ray.config.options import MAX_PROMPTS, VALID_PROMPTS, PromptSegment, VideoOptions
 from edit_ray.config.strict_yaml import dump
 from edit_ray.engine.options import ContinuityOptions, EngineOptions, ModelOptions, SamplingOptions
 from edit_ray.options import Options
 from edit_ray.runs.layout import FrameLayout
+from edit_ray.runs.plan import Scene, Storyboard
 from edit_ray.video.options import OutputOptions
 
 
@@ -39,7 +40,9 @@ class Config(Options):
 
     @model_validator(mode="after")
     def _check_between(self) -> Self:
-        mistakes = mistakes_between(self.sampling, self.continuity, self.cache, self.video, self.prompt_segments)
+        sampling, video, entries = self.sampling, self.video, self.prompt_segments
+        mistakes = mistakes_between(sampling, self.continuity, self.cache, video, entries)
+        mistakes += mistakes_of_reuse(self.cache, sampling, video, entries)
         if mistakes:
             raise Mistakes(mistakes)
         return self
@@ -50,28 +53,35 @@ class Config(Options):
         return layout_of(self.sampling, self.continuity)
 
     @property
-    def num_segments(self) -> int:
-        """Segments of the run, at least one."""
+    def num_segments(self) -> int | None:
+        """Segments of the run, at least one; None where it goes on until it is stopped."""
         return num_segments_of(self.video, self.layout)
 
     @property
-    def num_frames_total(self) -> int:
+    def num_frames_total(self) -> int | None:
         """Frames of the whole video; with `video.duration` they cover it and may last a little longer."""
-        return self.layout.total_frames(self.num_segments)
+        return None if self.num_segments is None else self.layout.total_frames(self.num_segments)
 
     @property
-    def prompts(self) -> tuple[str, ...]:
-        """One prompt per segment: each entry's from the segment that contains its start, until the next entry's."""
-        layout = self.layout
-        starts = [first_segment(entry, layout) for entry in self.prompt_segments]
-        ends = [*starts[1:], self.num_segments]
-        return tuple(
-            entry.prompt
-            for entry, start, end in zip(self.prompt_segments, starts, ends, strict=True)
-            for _ in range(start, end)
+    def storyboard(self) -> Storyboard:
+        """What each segment shows: an entry holds from the segment that contains its start, until the next one's."""
+        layout, sampling = self.layout, self.sampling
+        scenes = tuple(
+            Scene(
+                start=first_segment(entry, layout),
+                prompt=entry.prompt,
+                negative_prompt=sampling.negative_prompt if entry.negative_prompt is None else entry.negative_prompt,
+                guidance_scale=sampling.guidance_scale if entry.guidance_scale is None else entry.guidance_scale,
+                seed=sampling.seed if entry.seed is None else entry.seed,
+            )
+            for entry in self.prompt_segments
         )
+        return Storyboard(scenes, layout)
 
 
 def dump_yaml(config: Config) -> str:
     """The configuration as YAML that `load_config` reads back to an equal one."""
-    return dump(config.model_dump(mode="json", exclude_none=True))
+    values = config.model_dump(mode="json", exclude_none=True)
+    if config.video.endless:
+        values["video"] = {"num_segments": None}  # what is not given and what is null are two things here
+    return dump(values)

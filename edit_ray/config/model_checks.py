@@ -1,6 +1,6 @@
 """What a configuration must have in common with its model, read from the model's JSON files alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from edit_ray.config.cache_checks import cache_mistakes
@@ -14,6 +14,7 @@ from edit_ray.errors import ConfigError, ModelError
 from edit_ray.runs.layout import TEMPORAL_FACTOR
 
 MAX_WORDS_NAMED = 100
+MAX_TEXT = 2000
 
 Text = tuple[KeyPath, str]
 
@@ -24,10 +25,25 @@ def check_config(config: Config) -> list[str]:
     Loads no weights; `load_config` has made this check unless it was told not to.
     """
     texts: list[Text] = [
-        (("prompt_segments", index, "prompt"), entry.prompt) for index, entry in enumerate(config.prompt_segments)
+        (("prompt_segments", index, name), text)
+        for index, entry in enumerate(config.prompt_segments)
+        for name, text in (("prompt", entry.prompt), ("negative_prompt", entry.negative_prompt or ""))
     ]
     texts.append((("sampling", "negative_prompt"), config.sampling.negative_prompt))
     return [mistake.text for mistake in model_mistakes(config, texts)]
+
+
+def check_texts(config: Config, texts: Mapping[str, str]) -> list[str]:
+    """One sentence for each text, named as in `texts`, that is none or that the configuration's model does not know."""
+    problems = [
+        f"{name} has {len(text)} characters; it must have 1 to {MAX_TEXT} and not be blank."
+        for name, text in texts.items()
+        if not text.strip() or len(text) > MAX_TEXT
+    ]
+    if not problems:
+        info = read_model_info(config.model.path)
+        problems = [mistake.text for mistake in _check_words([((name,), text) for name, text in texts.items()], info)]
+    return problems
 
 
 def model_mistakes(config: Config, texts: Sequence[Text]) -> list[Mistake]:

@@ -23,7 +23,10 @@ Prompt = Annotated[
 
 
 class VideoOptions(Options):
-    """How long the video is: a number of segments, or a duration that they have to cover."""
+    """How long the video is: a number of segments, or a duration that they have to cover.
+
+    `num_segments` given as null, with no duration, means that it goes on until it is stopped.
+    """
 
     num_segments: int | None = Field(default=None, ge=1, le=MAX_SEGMENTS)
     duration: Duration | None = None
@@ -35,17 +38,31 @@ class VideoOptions(Options):
                 "has both num_segments and duration; it must have one of them "
                 "(--set video.num_segments=null takes one away)."
             )
-        if self.num_segments is None and self.duration is None:
-            raise ValueError("has neither num_segments nor duration; it must have one of them.")
+        if self.num_segments is None and self.duration is None and "num_segments" not in self.model_fields_set:
+            raise ValueError(
+                "has neither num_segments nor duration; it must have one of them "
+                "(num_segments: null goes on until it is stopped)."
+            )
         return self
+
+    @property
+    def endless(self) -> bool:
+        """Whether it goes on until it is stopped."""
+        return self.num_segments is None and self.duration is None
 
 
 class PromptSegment(Options):
-    """A prompt and where it begins: at a second of the video or at a segment. It lasts until the next one."""
+    """A prompt and where it begins: at a second of the video or at a segment. It lasts until the next one.
+
+    So do the other values; what is not given is that of `sampling`.
+    """
 
     start: Instant | None = None
     segment: int | None = Field(default=None, ge=0, lt=MAX_SEGMENTS)
     prompt: Prompt
+    negative_prompt: str | None = Field(default=None, max_length=2000)
+    guidance_scale: float | None = Field(default=None, ge=0, le=100)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _check_one_is_given(self) -> Self:

@@ -104,10 +104,21 @@ def frames_of(latents: int) -> int:
     return 4 * (latents - 1) + 1
 
 
-class EngineOptions(Options):
-    """How the actors work."""
+Mode = Literal["exact", "fast"]
 
+
+class EngineOptions(Options):
+    """How the actors work.
+
+    `mode` exact makes the same frames in every process on the same hardware. A run pauses `max_ahead` segments beyond
+    what its clients have taken. An actor that makes no step for `step_timeout_s` seconds is killed and started again.
+    """
+
+    mode: Mode = "exact"
+    gpu_actors: int = Field(default=1, ge=1, le=64)
     cpu_threads: int | None = Field(default=None, ge=1, le=1024)
+    max_ahead: int | None = Field(default=None, ge=1, le=100_000)
+    step_timeout_s: float = Field(default=600.0, gt=0, le=86400)
     segment_retries: int = Field(default=2, ge=0, le=100)
     idle_exit_s: float = Field(default=600.0, ge=0, le=7 * 86400)
     start_timeout_s: float = Field(default=120.0, gt=0, le=86400)

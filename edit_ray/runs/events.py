@@ -1,7 +1,7 @@
 """The vocabulary of the segment scheduler: events go in, instructions come out.
 
-Work carries the `attempt` that asked for it; an event of another attempt is stale and changes nothing.
-`segment_index` None stands for the run's preparation (model loaded, prompts encoded) or its end (`final.mp4`).
+A piece of work is told from every other by its run, the run's incarnation, its stage, segment and attempt. What is
+reported of work that was not asked for, or was asked for in another life of the run, is late and changes nothing.
 """
 
 from __future__ import annotations
@@ -12,13 +12,39 @@ from typing import Literal
 from edit_ray.runs.plan import RunPlan
 
 EndState = Literal["done", "failed", "cancelled"]
-RunState = Literal["queued", "preparing", "running", "finalizing", "stopping", "done", "failed", "cancelled"]
-Stage = Literal["prepare", "denoise", "decode", "commit", "finalize"]
+RunState = Literal[
+    "queued", "preparing", "running", "paused", "finalizing", "stopping", "done", "failed", "cancelled", "open"
+]
+"""`open` is what a run's folder says of one whose end is not recorded and of which no segment scheduler knows."""
+Stage = Literal["prepare", "denoise", "decode", "encode", "commit", "finalize"]
 
 
 @dataclass(frozen=True)
 class RunSubmitted:
+    """A run begins, or goes on: segments 0 … `committed`-1 are durable and 0 … `denoised`-1 have latents.
+
+    `worker` is the GPU actor that has worked on it before, if one has.
+    """
+
     plan: RunPlan
+    committed: int = 0
+    denoised: int = 0
+    worker: int | None = None
+
+
+@dataclass(frozen=True)
+class WorkersCounted:
+    """So many GPU actors may be used, numbered from 0; never fewer than before."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """Somebody has taken segments 0 … `segments`-1."""
+
+    run_id: str
+    segments: int
 
 
 @dataclass(frozen=True)
@@ -27,38 +53,37 @@ class CancelAsked:
 
 
 @dataclass(frozen=True)
-class WorkDone:
-    """An instruction was carried out; for `stage="commit"` the segment is durable."""
+class Work:
+    """Carry out `stage` on a GPU actor, then answer with `WorkDone` or `WorkFailed`.
+
+    `segment_index` None stands for the run's preparation (model loaded, prompts encoded) or its end (`final.mp4`).
+    """
 
     run_id: str
+    incarnation: int
     stage: Stage
     segment_index: int | None
     attempt: int
+    worker: int
+
+
+@dataclass(frozen=True)
+class WorkDone:
+    """For the stage `commit`: the segment is durable."""
+
+    work: Work
 
 
 @dataclass(frozen=True)
 class WorkFailed:
-    """An instruction failed; with `fatal` another attempt would fail the same way."""
+    """With `fatal` another attempt would fail the same way."""
 
-    run_id: str
-    stage: Stage
-    segment_index: int | None
-    attempt: int
+    work: Work
     error: str
     fatal: bool = False
 
 
-Event = RunSubmitted | CancelAsked | WorkDone | WorkFailed
-
-
-@dataclass(frozen=True)
-class Work:
-    """Carry out `stage`, then answer with `WorkDone` or `WorkFailed` of the same run, segment and attempt."""
-
-    run_id: str
-    stage: Stage
-    segment_index: int | None
-    attempt: int
+Event = RunSubmitted | WorkersCounted | Consumed | CancelAsked | WorkDone | WorkFailed
 
 
 @dataclass(frozen=True)
@@ -66,15 +91,20 @@ class StopWork:
     """Whatever is in flight for this run should end soon, in success or failure."""
 
     run_id: str
+    worker: int
 
 
 @dataclass(frozen=True)
 class CloseRun:
-    """The run is over: record it, free what it holds. No instruction of this run follows."""
+    """The run is over: record it, free what it holds. No instruction of this run follows.
+
+    `worker` is None where no GPU actor has worked on it.
+    """
 
     run_id: str
     state: EndState
     error: str | None = None
+    worker: int | None = None
 
 
 Instruction = Work | StopWork | CloseRun

@@ -12,8 +12,9 @@ Preset = Literal[
 
 
 class OutputOptions(Options):
-    """Where runs are written, and how libx264 encodes them."""
+    """Where runs are written, how libx264 encodes them, and how many of the latest segments' files stay (None: all)."""
 
     directory: str | None = Field(default=None, min_length=1, max_length=4096)
     crf: int = Field(default=18, ge=0, le=51)
     preset: Preset = "medium"
+    keep_segments: int | None = Field(default=None, ge=1, le=100_000)

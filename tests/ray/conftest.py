@@ -1,5 +1,4 @@
 import contextlib
-import json
 import secrets
 import subprocess
 import sys
@@ -10,6 +9,8 @@ import pytest
 import ray
 
 from edit_ray.actors import launch
+from edit_ray.runs.folder import RunFolder
+from edit_ray.runs.manifest import Manifest
 from edit_ray.testing import save_random_wan
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -80,8 +81,8 @@ def start_job(spawn):
     return lambda *arguments: spawn(str(REPOSITORY / "jobs" / "long_video.py"), *arguments)
 
 
-def manifest_of(folder: Path) -> dict:
-    return json.loads((folder / "manifest.json").read_text())
+def manifest_of(folder: Path) -> Manifest:
+    return RunFolder(folder.parent, folder.name).read_manifest()
 
 
 def wait_until(condition, timeout_s: float = 60.0):

@@ -86,7 +86,7 @@ def test_a_killed_driver_does_not_end_its_run(watch, start_job, config, tmp_path
     driver.send_signal(signal.SIGKILL)
     driver.wait(10)
     assert [json.loads(line)[0] for line in watcher.stdout] == [0, 1, 2, 3]
-    assert manifest_of(tmp_path / run_id)["state"] == "done"
+    assert manifest_of(tmp_path / run_id).state == "done"
 
 
 def test_every_reader_sees_the_same_frames_and_may_have_the_latents(ray_head, config, tmp_path):
@@ -117,7 +117,7 @@ def test_a_killed_actor_changes_no_frame(ray_head, config, tmp_path, victim, run
     os.kill(pids()[victim], signal.SIGKILL)
     assert [segment.index for segment in stream] == [1, 2, 3]
     for index in range(4):
-        name = f"latents/{index:05d}.safetensors"
+        name = f"latents/{index:05d}-t0.safetensors"
         assert np.array_equal(load_latents(tmp_path / whole / name), load_latents(tmp_path / hurt / name))
     assert (tmp_path / whole / "final.mp4").read_bytes() == (tmp_path / hurt / "final.mp4").read_bytes()
 
@@ -130,7 +130,7 @@ def test_cancel_keeps_what_is_committed(ray_head, config, tmp_path):
     client.cancel(run_id)
     with pytest.raises(RunCancelled, match="was stopped"):
         list(stream)
-    assert manifest_of(tmp_path / run_id)["state"] == "cancelled"
+    assert manifest_of(tmp_path / run_id).state == "cancelled"
     assert next(client.stream(run_id)).index == 0
 
 

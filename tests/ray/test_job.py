@@ -39,7 +39,7 @@ def test_ray_job_submit(ray_head, config, model, tmp_path, options, run_id):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout + done.stderr
     assert len(read_frames(tmp_path / run_id / "final.mp4", height=64, width=64)) == FRAMES
-    first = load_latents(tmp_path / run_id / "latents" / "00000.safetensors")
+    first = load_latents(tmp_path / run_id / "latents" / "00000-t0.safetensors")
     assert torch.equal(first, latents_of_the_library(model)), "segment 0 is the library's"
     log = [line for line in done.stdout.splitlines() if line.startswith("output: ")]
     assert log == [f"output: {tmp_path}", f"output: {tmp_path}/{run_id}/final.mp4"]
@@ -93,10 +93,10 @@ def test_a_policy_of_an_installed_package_runs_in_the_job(ray_head, config, tmp_
     launch.end_actors()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cache: my_policy skipped 75% of the steps" in done.stdout
-    record = Record.from_json((tmp_path / run_id / "records" / "00003.json").read_text())
+    record = Record.from_json((tmp_path / run_id / "records" / "00003-t0.json").read_text())
     assert record.mask("cond") == record.mask("uncond") == [True, False, False, False]
-    segments = manifest_of(tmp_path / run_id)["segments"]
-    assert [segment["statistics"]["units_skipped"] for segment in segments] == [6.0] * 4
+    segments = manifest_of(tmp_path / run_id).segments
+    assert [segment.statistics["units_skipped"] for segment in segments] == [6.0] * 4
 
 
 def test_a_run_id_is_used_once(start_job, config, tmp_path, run_id):
@@ -119,7 +119,7 @@ def test_sigterm_stops_the_run_and_the_driver_within_two_seconds(start_job, conf
     job.send_signal(signal.SIGTERM)
     assert job.wait(10) == 130
     assert time.monotonic() - started < 2.0
-    wait_until(lambda: manifest_of(tmp_path / run_id)["state"] == "cancelled")
+    wait_until(lambda: manifest_of(tmp_path / run_id).state == "cancelled")
 
 
 def test_a_gpu_that_is_not_there_is_said_to_be_missing(start_job, config, tmp_path, run_id):

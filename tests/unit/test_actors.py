@@ -53,25 +53,25 @@ class Crew(LocalCrew):
         self.fail_once = set()
         self.calls = []
 
-    async def denoiser(self, method, *arguments):
-        segment = arguments[1].index if len(arguments) > 1 else None
+    async def denoiser(self, worker, method, *arguments):
+        segment = getattr(arguments[1], "index", None) if len(arguments) > 1 else None
         self.calls.append((method, segment))
         if (method, segment) in self.fail_once:
             self.fail_once.remove((method, segment))
-            self._denoiser = type(self._denoiser)(self)
+            await self.restart_denoiser(worker)
             raise ConnectionError("the actor died")
-        return await super().denoiser(method, *arguments)
+        return await super().denoiser(worker, method, *arguments)
 
 
 async def generate(root, config, run_id="one", crew=None):
     crew = crew or Crew()
     scheduler = SegmentSchedulerActor(crew)
-    await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root))
+    await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), "")
     index, records = 0, []
     while True:
         reply = await scheduler.wait_segment(run_id, index, 60)
         if reply.record is None:
-            assert reply.ended
+            assert reply.status.ended
             return reply.status, records, crew
         records.append(reply.record)
         index += 1
@@ -201,10 +201,10 @@ def test_adain_draws_what_a_segment_adds_towards_the_first_segment(tmp_path, mod
 
 def test_a_segment_that_always_fails_ends_the_run_with_its_reason(tmp_path, model):
     class Broken(Crew):
-        async def denoiser(self, method, *arguments):
+        async def denoiser(self, worker, method, *arguments):
             if method == "decode_segment":
                 raise OSError("no space left")
-            return await super().denoiser(method, *arguments)
+            return await super().denoiser(worker, method, *arguments)
 
     config = config_for(model, engine={"cpu_threads": 1, "segment_retries": 1})
     status, records, _ = asyncio.run(generate(tmp_path, config, crew=Broken()))
@@ -219,7 +219,7 @@ def test_a_run_stops_between_two_steps_and_keeps_what_is_committed(tmp_path, mod
 
     async def stop_early():
         scheduler = SegmentSchedulerActor(Crew())
-        await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path))
+        await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
         async with asyncio.timeout(30):
             while (await scheduler.status("one")).progress is None:
                 await asyncio.sleep(0.01)
@@ -238,7 +238,7 @@ def test_two_runs_take_turns(tmp_path, model):
         crew = Crew()
         scheduler = SegmentSchedulerActor(crew)
         for run_id in ("one", "two"):
-            await scheduler.submit(run_id, config.model_dump(mode="json"), str(tmp_path), str(tmp_path))
+            await scheduler.submit(run_id, config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
         return [await scheduler.wait_segment(run_id, 1, 60) for run_id in ("one", "two")], crew
 
     replies, crew = asyncio.run(both())
@@ -262,7 +262,7 @@ def test_the_actors_end_when_idle(tmp_path, model):
 
     async def run_and_wait():
         scheduler = SegmentSchedulerActor(Ending())
-        await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path))
+        await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
         await scheduler.wait_segment("one", 1, 60)
         await asyncio.sleep(0.5)
 
@@ -275,7 +275,7 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, model):
 
     async def submit(values, probe=tmp_path):
         scheduler = SegmentSchedulerActor(Crew())
-        await scheduler.submit("one", values, str(tmp_path / "root"), str(probe))
+        await scheduler.submit("one", values, str(tmp_path / "root"), str(probe), "")
 
     wrong = config.model_dump(mode="json")
     wrong["sampling"]["height"] = 40
@@ -290,12 +290,15 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, model):
 
 
 def test_an_unknown_run_is_named():
+    async def ask():
+        await SegmentSchedulerActor(LocalCrew()).status("nobody")
+
     with pytest.raises(UnknownRun, match="no run 'nobody'"):
-        asyncio.run(SegmentSchedulerActor(LocalCrew()).status("nobody"))
+        asyncio.run(ask())
 
 
 def test_a_spec_survives_the_way_between_processes(tmp_path, model):
-    spec = RunSpec("one", tmp_path, config_for(model))
+    spec = RunSpec("one", tmp_path, config_for(model), 4)
     again = pickle.loads(pickle.dumps(spec))
     assert again == spec
     assert again.plan == spec.plan

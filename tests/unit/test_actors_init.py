@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from edit_ray.actors.denoiser import DenoiserActor
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalWorker
 from edit_ray.actors.messages import RunSpec
 from edit_ray.config import Config, check_config, load_config
 from edit_ray.engine.decode import StreamingDecoder, to_uint8
@@ -48,22 +48,28 @@ def spec_for(root, model, init, run_id="one", **continuity):
         "continuity": {"history_latents": 2, "init": init} | continuity,
         "engine": {"cpu_threads": 1},
     }
-    spec = RunSpec(run_id, root, Config.model_validate(config))
+    spec = RunSpec(run_id, root, Config.model_validate(config), SEGMENTS)
     assert check_config(spec.config) == []
-    spec.folder.create("")
+    spec.folder.create("", spec.begun("", {})).close()
     return spec
+
+
+def segments_of(spec):
+    return [spec.segment(index) for index in range(SEGMENTS)]
 
 
 def make(spec, *, lose=False):
     """All segments by one GPU actor, or each call by a new one; their latents."""
-    denoiser = DenoiserActor(LocalCrew())
+    denoiser = DenoiserActor(LocalWorker())
     denoiser.prepare_run(spec)
-    for segment in spec.plan.segments:
-        denoiser = DenoiserActor(LocalCrew()) if lose else denoiser
+    for segment in segments_of(spec):
+        denoiser = DenoiserActor(LocalWorker()) if lose else denoiser
         denoiser.denoise_segment(spec, segment, 0)
-        denoiser = DenoiserActor(LocalCrew()) if lose else denoiser
+        denoiser = DenoiserActor(LocalWorker()) if lose else denoiser
         denoiser.decode_segment(spec, segment)
-    return [load_latents(spec.folder.latents(segment.index)) for segment in spec.plan.segments]
+        denoiser = DenoiserActor(LocalWorker()) if lose else denoiser
+        denoiser.encode_segment(spec, segment)
+    return [load_latents(spec.folder.latents(segment.index)) for segment in segments_of(spec)]
 
 
 @pytest.mark.parametrize("kind", ["picture", "clip"])
@@ -71,7 +77,7 @@ def make(spec, *, lose=False):
 def test_what_is_shown_of_it_and_what_is_made_of_it(tmp_path, model, files, kind, continuity):
     spec = spec_for(tmp_path, model, files[kind], **continuity)
     parts = make(spec)
-    assert [segment.num_frames for segment in spec.plan.segments] == FRAMES_OF[kind]
+    assert [segment.num_frames for segment in segments_of(spec)] == FRAMES_OF[kind]
     given = load_latents(spec.folder.init_latents)
     vae = EditWanPipeline.from_pretrained(model).vae
     frames = read_init(files[kind], frames=1 if kind == "picture" else 5, **SIZE)
@@ -84,7 +90,7 @@ def test_what_is_shown_of_it_and_what_is_made_of_it(tmp_path, model, files, kind
     at_once = to_uint8(StreamingDecoder(vae).decode(stream))[before:]
     assert len(at_once) == spec.config.num_frames_total == sum(FRAMES_OF[kind])
     first = 0
-    for segment in spec.plan.segments:
+    for segment in segments_of(spec):
         shown = read_frames(spec.folder.media(segment.index), **SIZE, init=spec.folder.init)
         wanted = at_once[first : first + len(shown)].numpy()
         draft = tmp_path / "wanted.mp4"
@@ -98,7 +104,7 @@ def test_what_is_shown_of_it_and_what_is_made_of_it(tmp_path, model, files, kind
 def test_lost_actors_and_a_lost_file_change_nothing(tmp_path, model, files, kind):
     whole = make(spec_for(tmp_path, model, files[kind], mode="overlap"))
     hurt_spec = spec_for(tmp_path, model, files[kind], "hurt", mode="overlap")
-    DenoiserActor(LocalCrew()).prepare_run(hurt_spec)
+    DenoiserActor(LocalWorker()).prepare_run(hurt_spec)
     (tmp_path / files[kind]).write_bytes(b"another file by now")
     hurt = make(hurt_spec, lose=True)
     assert all(torch.equal(one, other) for one, other in zip(whole, hurt, strict=True))
@@ -129,7 +135,7 @@ def test_a_file_that_is_gone_before_the_run_begins_ends_it_with_a_sentence(tmp_p
     spec = spec_for(tmp_path, model, files["clip"], mode="history")
     (tmp_path / files["clip"]).unlink()
     with pytest.raises(ConfigError, match=r"continuity\.init is .*a\.mp4', which is no file here"):
-        DenoiserActor(LocalCrew()).prepare_run(spec)
+        DenoiserActor(LocalWorker()).prepare_run(spec)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from edit_ray.actors.cache_store import CacheStoreActor
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.cache.stores.direct_io import aligned_buffer, memory_of
@@ -14,8 +15,10 @@ from edit_ray.cache.stores.tensor_file import file_name
 from edit_ray.config import Config
 from edit_ray.engine.latent_files import load_latents, save_latents
 from edit_ray.runs.event_log import read_events
-from edit_ray.runs.folder import Manifest, RunFolder
+from edit_ray.runs.folder import RunFolder
+from edit_ray.runs.manifest import Ended
 from edit_ray.testing import save_random_wan
+from tests.unit.test_manifest import BEGUN
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 SEGMENTS = 6
@@ -55,23 +58,23 @@ class Crew(LocalCrew):
         super().__init__()
         self.lost = dict(lost)
 
-    async def denoiser(self, method, *arguments):
-        segment = arguments[1].index if len(arguments) > 1 else None
+    async def denoiser(self, worker, method, *arguments):
+        segment = getattr(arguments[1], "index", None) if len(arguments) > 1 else None
         if method == "denoise_segment" and segment in self.lost:
             lost = self.lost.pop(segment)
             if "store" in lost:
-                self._store.close()
-                self._store = type(self._store)()
+                self.workers[worker].store.close()
+                self.workers[worker].store = CacheStoreActor()
             if "gpu" in lost:
-                self._denoiser = type(self._denoiser)(self)
+                await self.restart_denoiser(worker)
                 raise ConnectionError("the actor died")
-        return await super().denoiser(method, *arguments)
+        return await super().denoiser(worker, method, *arguments)
 
 
 async def generate(root, config, run_id, crew=None):
     crew = crew or Crew()
     scheduler = SegmentSchedulerActor(crew)
-    await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root))
+    await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), "")
     index, records = 0, []
     while (reply := await scheduler.wait_segment(run_id, index, 60)).record is not None:
         records.append(reply.record)
@@ -154,14 +157,14 @@ class Damaged(Crew):
         super().__init__()
         self.root, self.segments = root, set(segments)
 
-    async def denoiser(self, method, *arguments):
+    async def denoiser(self, worker, method, *arguments):
         if method == "denoise_segment" and arguments[1].index in self.segments:
             self.segments.remove(arguments[1].index)
             for path in (self.root / ".cache_store").glob("*.safetensors"):
                 content = bytearray(path.read_bytes())
                 content[-1] ^= 1
                 path.write_bytes(content)
-        return await super().denoiser(method, *arguments)
+        return await super().denoiser(worker, method, *arguments)
 
 
 @pytest.mark.parametrize("shared_memory", ["require", "never"])
@@ -179,10 +182,10 @@ def test_a_store_that_finds_nothing_where_it_was_gets_what_it_lacks(tmp_path, mo
     asyncio.run(generate(tmp_path, config, "whole"))
 
     class Emptied(Crew):
-        async def denoiser(self, method, *arguments):
+        async def denoiser(self, worker, method, *arguments):
             if method == "denoise_segment" and arguments[1].index == 2 and "store" in self.lost.get(2, ""):
                 shutil.rmtree(tmp_path / ".cache_store")
-            return await super().denoiser(method, *arguments)
+            return await super().denoiser(worker, method, *arguments)
 
     asyncio.run(generate(tmp_path, config, "hurt", Emptied({2: "gpu and store"})))
     assert torch.equal(latents_of(tmp_path, "whole"), latents_of(tmp_path, "hurt"))
@@ -190,16 +193,16 @@ def test_a_store_that_finds_nothing_where_it_was_gets_what_it_lacks(tmp_path, mo
 
 def test_a_segment_that_does_not_come_out_as_it_was_ends_the_run(tmp_path, model):
     class Changed(Damaged):
-        async def denoiser(self, method, *arguments):
+        async def denoiser(self, worker, method, *arguments):
             if method == "denoise_segment" and arguments[1].index in self.segments:
                 path = RunFolder(self.root, "one").latents(0)
                 save_latents(path, load_latents(path) + 1)
-            return await super().denoiser(method, *arguments)
+            return await super().denoiser(worker, method, *arguments)
 
     async def submit():
         crew = Changed(tmp_path, [2])
         scheduler = SegmentSchedulerActor(crew)
-        await scheduler.submit("one", config_for(model, 2).model_dump(mode="json"), str(tmp_path), str(tmp_path))
+        await scheduler.submit("one", config_for(model, 2).model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
         reply = await scheduler.wait_segment("one", 2, 60)
         await crew.end()
         return reply.status
@@ -215,21 +218,24 @@ def test_entries_of_runs_that_have_ended_go_and_those_of_runs_that_have_not_stay
     memory = memory_of(aligned_buffer(8))
     for run_id, state in states.items():
         left.write((run_id, 0, "transformer", "cond", 0, 1), memory, torch.uint8, (8,)).result()
-        if run_id != "no-run":
-            RunFolder(tmp_path, run_id).create("")
-        if state is not None:
-            manifest = Manifest(run_id, "0", state, height=32, width=32, fps=8, num_segments=1, num_frames=5)
-            RunFolder(tmp_path, run_id).write_manifest(manifest)
+        if run_id == "no-run":
+            continue
+        manifest = RunFolder(tmp_path, run_id).create("", BEGUN)
+        if state in ("done", "failed"):
+            manifest.append(Ended(1, state))
+        manifest.close()
+        if state is None:
+            manifest.path.unlink()
     left.close()
 
     async def submit():
         crew = Crew()
         scheduler = SegmentSchedulerActor(crew)
-        await scheduler.submit("one", config_for(model).model_dump(mode="json"), str(tmp_path), str(tmp_path))
+        await scheduler.submit("one", config_for(model).model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
         await scheduler.wait_segment("one", 0, 60)
-        found = {key[0] for key in crew._store._tiers.disk.files.entries()}
+        found = {key[0] for key in crew.workers[0].store._tiers.disk.files.entries()}
         await scheduler.cancel("one")
-        while not (await scheduler.wait_segment("one", SEGMENTS, 60)).ended:
+        while not (await scheduler.wait_segment("one", SEGMENTS, 60)).status.ended:
             pass
         await crew.end()
         return found
@@ -259,7 +265,7 @@ def test_a_store_that_cannot_be_made_ends_the_run_with_a_sentence(tmp_path, mode
     async def submit():
         crew = Crew()
         scheduler = SegmentSchedulerActor(crew)
-        await scheduler.submit("one", config, str(tmp_path), str(tmp_path))
+        await scheduler.submit("one", config, str(tmp_path), str(tmp_path), "")
         reply = await scheduler.wait_segment("one", 0, 60)
         await crew.end()
         return reply.status

@@ -11,6 +11,7 @@ from edit_ray.cache.records import Counts, Decision, Record
 from edit_ray.cache.report import render_report
 from edit_ray.cli import main
 from edit_ray.runs.folder import RunFolder
+from tests.unit.test_manifest import BEGUN
 
 VOID = {"meta", "img"}
 few = settings(max_examples=40, deadline=None)
@@ -235,7 +236,7 @@ def test_the_chart_is_that_of_the_first_unit_and_stays_inside():
 def run(tmp_path):
     """The folder of a run with two recorded segments."""
     folder = RunFolder(tmp_path, "one")
-    folder.create("")
+    folder.create("", BEGUN).close()
     for segment in (0, 1):
         folder.record(segment).write_text(RECORD.to_json())
     return folder
@@ -295,10 +296,10 @@ def block_page(folder):
         ("no/such.json", damage_nothing, "no/such.json is no file, no folder and no run's id"),
         ("", damage_nothing, "no run with records"),
         ("\0", damage_nothing, "no run's id"),
-        ("one", damage_record, "00001.json cannot be read: this is no record of cache decisions"),
-        ("one", damage_text, "00001.json cannot be read"),
+        ("one", damage_record, "00001-t0.json cannot be read: this is no record of cache decisions"),
+        ("one", damage_text, "00001-t0.json cannot be read"),
         ("one", lose_records, "is no record and no run with records"),
-        ("one", make_folder_of_record, "00002.json cannot be read"),
+        ("one", make_folder_of_record, "00002-t0.json cannot be read"),
         ("one", block_page, "report.html cannot be written"),
     ],
 )

@@ -14,6 +14,7 @@ from edit_ray.config import Config, PromptSegment, VideoOptions, dump_yaml, load
 from edit_ray.config.durations import MAX_DURATION_S, format_duration, parse_duration
 from edit_ray.config.strict_yaml import dump, parse
 from edit_ray.engine.options import SamplingOptions
+from edit_ray.runs.plan import segment_seed
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -21,6 +22,10 @@ SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 
 def config_of(*entries: dict[str, object], **sections: object) -> Config:
     return Config.model_validate({"video": {"num_segments": 4}, "prompt_segments": entries, **sections})
+
+
+def prompts(config: Config) -> tuple[str, ...]:
+    return tuple(config.storyboard.segment(index).prompt for index in range(config.num_segments))
 
 
 def test_shipped_configurations_are_the_three_promised() -> None:
@@ -44,7 +49,7 @@ def test_the_default_video_is_what_the_readme_promises() -> None:
     assert sampling.guidance_scale > 1
     assert config.continuity.mode == "history"
     assert (config.num_segments, config.num_frames_total) == (4, 105)
-    assert len(set(config.prompts)) == 2
+    assert len(set(prompts(config))) == 2
 
 
 def test_prompts_hold_from_the_segment_that_contains_their_start() -> None:
@@ -52,11 +57,55 @@ def test_prompts_hold_from_the_segment_that_contains_their_start() -> None:
     config = config_of(
         {"start": "0s", "prompt": "one"}, {"start": "2.1s", "prompt": "two"}, {"segment": 3, "prompt": "three"}
     )
-    assert config.prompts == ("one", "two", "two", "three")
+    assert prompts(config) == ("one", "two", "two", "three")
 
 
 def test_a_start_in_the_middle_of_a_segment_takes_all_of_it() -> None:
-    assert config_of({"segment": 0, "prompt": "a"}, {"start": "4.1s", "prompt": "b"}).prompts == ("a", "b", "b", "b")
+    config = config_of({"segment": 0, "prompt": "a"}, {"start": "4.1s", "prompt": "b"})
+    assert prompts(config) == ("a", "b", "b", "b")
+
+
+def test_a_storyboard_changes_more_than_the_prompt() -> None:
+    config = config_of(
+        {"segment": 0, "prompt": "a"},
+        {"segment": 2, "prompt": "b", "negative_prompt": "c", "guidance_scale": 2.0, "seed": 9},
+        sampling={"seed": 3, "negative_prompt": "d", "guidance_scale": 5.0},
+    )
+    segments = [config.storyboard.segment(index) for index in range(4)]
+    assert [(s.prompt, s.negative_prompt, s.guidance_scale) for s in segments] == 2 * [("a", "d", 5.0)] + 2 * [
+        ("b", "c", 2.0)
+    ]
+    assert [s.seed for s in segments] == [segment_seed(seed, k) for k, seed in enumerate([3, 3, 9, 9])]
+
+
+def test_an_endless_video_has_no_number_of_segments_and_survives_writing(tmp_path: Path) -> None:
+    config = config_of({"segment": 0, "prompt": "a"}, {"segment": 70, "prompt": "b"}, video={"num_segments": None})
+    assert (config.video.endless, config.num_segments, config.num_frames_total) == (True, None, None)
+    assert config.storyboard.segment(10**6).prompt == "b"
+    (tmp_path / "run.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    assert load_config(tmp_path / "run.yaml", check_model=False) == config
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"video": {}}, "neither num_segments nor duration"),
+        ({"video": {"num_segments": None}, "cache": {"policy": "warmstart_reuse", "reuse_window": 1}}, "the window 0"),
+        (
+            {
+                "cache": {"policy": "warmstart_reuse", "reuse_window": 1},
+                "prompt_segments": [{"segment": 0, "prompt": "a", "guidance_scale": 1.0}],
+            },
+            "both must be above 1 or neither",
+        ),
+    ],
+)
+def test_what_cannot_be_together_is_refused(change: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Config.model_validate(
+            {"video": {"num_segments": 4}, "prompt_segments": [{"segment": 0, "prompt": "a"}]} | change
+        )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +122,7 @@ def test_a_start_in_the_middle_of_a_segment_takes_all_of_it() -> None:
 def test_a_duration_is_covered(continuity: dict[str, object], duration: str, segments: int, frames: int) -> None:
     config = config_of({"segment": 0, "prompt": "a"}, video={"duration": duration}, continuity=continuity)
     assert (config.num_segments, config.num_frames_total) == (segments, frames)
-    assert len(config.prompts) == segments
+    assert len(prompts(config)) == segments
 
 
 def test_segments_that_reuse_residuals_alone_are_clips_of_their_own() -> None:
@@ -98,7 +147,7 @@ def test_sections_can_be_given_as_objects() -> None:
         video=VideoOptions(num_segments=1),
         prompt_segments=(PromptSegment(segment=0, prompt="a"),),
     )
-    assert (config.sampling.seed, config.prompts) == (3, ("a",))
+    assert (config.sampling.seed, prompts(config)) == (3, ("a",))
 
 
 def test_a_configuration_is_frozen() -> None:
@@ -202,7 +251,7 @@ def test_options_are_written_over_the_file() -> None:
     )
     assert (config.sampling.seed, config.sampling.guidance_scale, config.sampling.negative_prompt) == (12, 1.0, "no")
     assert config.num_segments == 7
-    assert config.prompts[-1] == "a green ring: [bouncing] # fast"
+    assert prompts(config)[-1] == "a green ring: [bouncing] # fast"
 
 
 def test_options_alone_are_enough() -> None:
@@ -211,7 +260,7 @@ def test_options_alone_are_enough() -> None:
         ["video.num_segments=1", "prompt_segments.0.segment=0", "prompt_segments.0.prompt=a cat"],
         check_model=False,
     )
-    assert config.prompts == ("a cat",)
+    assert prompts(config) == ("a cat",)
 
 
 def test_import_loads_neither_torch_nor_ray() -> None:

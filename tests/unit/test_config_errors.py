@@ -104,7 +104,6 @@ BAD_VALUES: list[tuple[str, tuple[str, ...]]] = [
     ("prompt_segments.0.segment=0", ("prompt_segments.0 has both start and segment", "one of them")),
     ("prompt_segments.0.start=null", ("prompt_segments.0 has neither start nor segment", "one of them")),
     ("video.duration=5s", ("video has both num_segments and duration", "one of them")),
-    ("video.num_segments=null", ("video has neither num_segments nor duration", "one of them")),
     # options that are none
     ("sampling.seed", ("sampling.seed", "must be KEY=VALUE")),
     ("=3", ("=3", "must be KEY=VALUE")),

@@ -120,8 +120,7 @@ def test_between_prepare_and_complete_nobody_is_called_in_shared_memory(leases_f
     store, leases = leases_for("require")
     for segment in range(4):
         make_segment(leases, segment)
-    # The first is asked for twice, as the store has to be told of the run.
-    first = ["prepare", "follow", "prepare", "prepare", "complete"]
+    first = ["follow", "prepare", "prepare", "complete"]
     assert store.asked == [*first, "prepare", "complete", "prepare", "complete", "complete"]
 
 

@@ -1,28 +1,35 @@
-"""The segment scheduler against random orders of everything that can happen."""
+"""The segment scheduler step by step; `test_scheduler_machine` tries everything in any order."""
+
+from dataclasses import replace
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from edit_ray.runs.events import CancelAsked, CloseRun, RunSubmitted, StopWork, Work, WorkDone, WorkFailed
+from edit_ray.runs.events import (
+    CancelAsked,
+    CloseRun,
+    Consumed,
+    RunSubmitted,
+    StopWork,
+    Work,
+    WorkDone,
+    WorkersCounted,
+    WorkFailed,
+)
 from edit_ray.runs.layout import FrameLayout
-from edit_ray.runs.plan import RunPlan, plan_run, segment_seed
-from edit_ray.runs.scheduler import LEAD, SegmentScheduler
-
-LAYOUT = FrameLayout(num_frames=33, history_latents=3, fps=16)
+from edit_ray.runs.plan import RunPlan, Scene, Storyboard, Take, segment_seed, take_of, take_seed
+from edit_ray.runs.scheduler import SegmentScheduler
 
 
-def plan(run_id: str, segments: int, retries: int = 1) -> RunPlan:
-    return plan_run(run_id, prompts=["a prompt"] * segments, seed=7, layout=LAYOUT, retries=retries)
+def plan(run_id: str, segments: int | None, retries: int = 1, **more) -> RunPlan:
+    return RunPlan(run_id, segments, retries, **more)
 
 
 def done(work: Work) -> WorkDone:
-    return WorkDone(work.run_id, work.stage, work.segment_index, work.attempt)
+    return WorkDone(work)
 
 
 def failed(work: Work, *, fatal: bool = False) -> WorkFailed:
-    return WorkFailed(work.run_id, work.stage, work.segment_index, work.attempt, "it broke", fatal)
+    return WorkFailed(work, "it broke", fatal)
 
 
 def run_to_end(scheduler: SegmentScheduler, instructions: list) -> list:
@@ -40,9 +47,9 @@ def test_a_run_goes_its_way():
     stages = [(work.stage, work.segment_index) for work in seen if isinstance(work, Work)]
     assert stages[0] == ("prepare", None)
     assert stages[-1] == ("finalize", None)
-    for stage in ("denoise", "decode", "commit"):
+    for stage in ("denoise", "decode", "encode", "commit"):
         assert [index for name, index in stages if name == stage] == [0, 1, 2]
-    assert seen[-1] == CloseRun("a", "done", None)
+    assert seen[-1] == CloseRun("a", "done", None, 0)
     assert scheduler.idle
 
 
@@ -61,7 +68,9 @@ def test_a_second_run_waits_for_the_first():
     first = scheduler.handle(RunSubmitted(plan("a", 1)))
     assert scheduler.handle(RunSubmitted(plan("b", 1))) == []
     seen = run_to_end(scheduler, first)
-    assert seen.index(CloseRun("a", "done")) < next(i for i, x in enumerate(seen) if getattr(x, "run_id", "") == "b")
+    assert seen.index(CloseRun("a", "done", None, 0)) < next(
+        i for i, x in enumerate(seen) if getattr(x, "run_id", "") == "b"
+    )
 
 
 def test_a_segment_that_fails_too_often_ends_its_run_and_says_why():
@@ -71,21 +80,21 @@ def test_a_segment_that_fails_too_often_ends_its_run_and_says_why():
     (again,) = scheduler.handle(failed(denoise))
     assert (again.stage, again.segment_index, again.attempt) == ("denoise", 0, 1)
     (close,) = scheduler.handle(failed(again))
-    assert close == CloseRun("a", "failed", "denoise of segment 0 failed (attempt 2 of 2): it broke")
+    assert close == CloseRun("a", "failed", "denoise of segment 0 failed (attempt 2 of 2): it broke", 0)
 
 
 def test_a_fatal_failure_is_not_tried_again():
     scheduler = SegmentScheduler()
     (prepare,) = scheduler.handle(RunSubmitted(plan("a", 2, retries=5)))
-    assert scheduler.handle(failed(prepare, fatal=True)) == [CloseRun("a", "failed", "prepare failed: it broke")]
+    assert scheduler.handle(failed(prepare, fatal=True)) == [CloseRun("a", "failed", "prepare failed: it broke", 0)]
 
 
 def test_a_stopped_run_closes_when_its_work_has_ended():
     scheduler = SegmentScheduler()
     (prepare,) = scheduler.handle(RunSubmitted(plan("a", 2)))
-    assert scheduler.handle(CancelAsked("a")) == [StopWork("a")]
+    assert scheduler.handle(CancelAsked("a")) == [StopWork("a", 0)]
     assert scheduler.handle(CancelAsked("a")) == []
-    assert scheduler.handle(failed(prepare)) == [CloseRun("a", "cancelled", None)]
+    assert scheduler.handle(failed(prepare)) == [CloseRun("a", "cancelled", None, 0)]
 
 
 def test_a_queued_run_can_be_cancelled():
@@ -95,11 +104,89 @@ def test_a_queued_run_can_be_cancelled():
     assert scheduler.handle(CancelAsked("b")) == [CloseRun("b", "cancelled", None)]
 
 
-def test_a_run_id_is_used_once():
+def test_a_run_lives_once_at_a_time():
     scheduler = SegmentScheduler()
-    scheduler.handle(RunSubmitted(plan("a", 1)))
-    with pytest.raises(ValueError, match="'a' was submitted before"):
+    first = scheduler.handle(RunSubmitted(plan("a", 1)))
+    with pytest.raises(ValueError, match="'a' was submitted before, and lives"):
         scheduler.handle(RunSubmitted(plan("a", 1)))
+    run_to_end(scheduler, first)
+    assert scheduler.state("a") is None
+    again = run_to_end(scheduler, scheduler.handle(RunSubmitted(plan("a", 3, incarnation=2), committed=1)))
+    assert [work.segment_index for work in again if getattr(work, "stage", "") == "commit"] == [1, 2]
+
+
+def test_a_run_that_goes_on_makes_nothing_again_that_has_latents():
+    scheduler = SegmentScheduler()
+    seen = run_to_end(scheduler, scheduler.handle(RunSubmitted(plan("a", 5), committed=2, denoised=3)))
+    made = {stage: [work.segment_index for work in seen if getattr(work, "stage", "") == stage] for stage in STAGES}
+    assert made == {"denoise": [3, 4], "decode": [2, 3, 4], "encode": [2, 3, 4], "commit": [2, 3, 4]}
+
+
+STAGES = ("denoise", "decode", "encode", "commit")
+
+
+def test_late_reports_of_another_life_change_nothing():
+    scheduler = SegmentScheduler()
+    (work,) = scheduler.handle(RunSubmitted(plan("a", 1, incarnation=2)))
+    assert scheduler.handle(WorkDone(replace(work, incarnation=1))) == []
+    assert scheduler.handle(WorkDone(replace(work, attempt=1))) == []
+    assert scheduler.handle(WorkDone(work)) != []
+
+
+def test_runs_spread_over_gpu_actors_and_stay_there():
+    scheduler = SegmentScheduler()
+    (one,) = scheduler.handle(RunSubmitted(plan("a", 2)))
+    assert scheduler.handle(RunSubmitted(plan("b", 1))) == []
+    (two,) = scheduler.handle(WorkersCounted(2))
+    assert (one.worker, two.worker) == (0, 1)
+    assert scheduler.handle(RunSubmitted(plan("c", 1), worker=1)) == [], "its old place is taken"
+    seen = run_to_end(scheduler, [one, two])
+    workers = {run: {x.worker for x in seen if isinstance(x, Work) and x.run_id == run} for run in "abc"}
+    assert all(len(of_run) == 1 for of_run in workers.values())
+    assert scheduler.idle
+
+
+def test_a_run_pauses_where_no_client_keeps_up():
+    scheduler = SegmentScheduler()
+    seen = run_to_end(scheduler, scheduler.handle(RunSubmitted(plan("a", 3, max_ahead=1))))
+    assert [work.segment_index for work in seen if work.stage == "commit"] == [0]
+    assert scheduler.state("a") == "paused"
+    assert scheduler.handle(Consumed("a", 0)) == []
+    run_to_end(scheduler, scheduler.handle(Consumed("a", 1)))
+    assert scheduler.state("a") == "paused"
+    run_to_end(scheduler, scheduler.handle(Consumed("a", 2)))
+    assert scheduler.idle
+
+
+def test_a_segment_that_needs_its_predecessors_frames_waits_for_them():
+    scheduler = SegmentScheduler()
+    (prepare,) = scheduler.handle(RunSubmitted(plan("a", 2, frames_first=True)))
+    (first,) = scheduler.handle(done(prepare))
+    (decode,) = scheduler.handle(done(first))
+    assert decode.stage == "decode"
+    assert {work.stage for work in scheduler.handle(done(decode))} == {"encode", "denoise"}
+
+
+def test_a_run_without_a_number_of_segments_goes_on_until_it_is_stopped():
+    scheduler = SegmentScheduler()
+    seen = list(scheduler.handle(RunSubmitted(plan("a", None))))
+    for instruction in seen:
+        if isinstance(instruction, Work) and instruction.segment_index != 50:
+            seen.extend(scheduler.handle(done(instruction)))
+    assert scheduler.state("a") == "running"
+    assert scheduler.handle(CancelAsked("a")) == [StopWork("a", 0)]
+
+
+def test_takes_change_seed_and_prompt_from_their_segment_on():
+    scene = Scene(0, "a", "", 4.0, 7)
+    takes = (Take(1, 2, 99, "b"), Take(2, 4, 100))
+    board = Storyboard((scene,), FrameLayout(33, 3, 16), takes)
+    assert [board.segment(k).take for k in range(6)] == [0, 0, 1, 1, 2, 2] == [take_of(k, takes) for k in range(6)]
+    assert [board.segment(k).prompt for k in range(6)] == ["a", "a", "b", "b", "b", "b"]
+    assert [board.segment(k).seed for k in (0, 1, 2, 5)] == [
+        segment_seed(seed, k) for k, seed in ((0, 7), (1, 7), (2, 99), (5, 100))
+    ]
+    assert len({take_seed(7, number) for number in range(100)} | {7}) == 101
 
 
 def test_seeds_begin_with_the_runs_own_and_never_repeat():
@@ -108,90 +195,3 @@ def test_seeds_begin_with_the_runs_own_and_never_repeat():
     assert len(set(seeds)) == 1000
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert segment_seed(7, 1) != segment_seed(8, 1)
-
-
-class AnyOrder(RuleBasedStateMachine):
-    """Work ends in any order, twice, late, never; runs come and are stopped at any time."""
-
-    work = Bundle("work")
-
-    @initialize()
-    def start(self):
-        self.scheduler = SegmentScheduler()
-        self.plans: dict[str, RunPlan] = {}
-        self.committed: dict[str, list[int]] = {}
-        self.open: set[Work] = set()
-        self.closed: dict[str, CloseRun] = {}
-
-    def obey(self, instructions: list):
-        new = []
-        for instruction in instructions:
-            assert instruction.run_id not in self.closed, f"{instruction} after its run ended"
-            match instruction:
-                case Work():
-                    assert instruction not in self.open, f"{instruction} asked for twice"
-                    self.open.add(instruction)
-                    self.check_order(instruction)
-                    new.append(instruction)
-                case CloseRun(run_id, state):
-                    assert not [work for work in self.open if work.run_id == run_id]
-                    if state == "done":
-                        assert len(self.committed[run_id]) == len(self.plans[run_id].segments)
-                    self.closed[run_id] = instruction
-        return multiple(*new)
-
-    def check_order(self, work: Work):
-        assert not [other for other in self.open - {work} if other.run_id != work.run_id], "one run at a time"
-        assert not [other for other in self.open - {work} if other.stage == work.stage], "one of a kind at a time"
-        committed = len(self.committed[work.run_id])
-        if work.stage == "denoise":
-            assert committed <= work.segment_index < committed + LEAD
-        if work.stage == "commit":
-            assert work.segment_index == committed
-
-    @rule(target=work, segments=st.integers(1, 4), retries=st.integers(0, 2))
-    def submit(self, segments, retries):
-        run_id = f"run-{len(self.plans)}"
-        self.plans[run_id], self.committed[run_id] = plan(run_id, segments, retries), []
-        return self.obey(self.scheduler.handle(RunSubmitted(self.plans[run_id])))
-
-    @rule(target=work, item=consumes(work))
-    def succeed(self, item):
-        return self.finish(item, done(item))
-
-    @rule(target=work, item=consumes(work), fatal=st.booleans())
-    def fail(self, item, fatal):
-        return self.finish(item, failed(item, fatal=fatal))
-
-    def finish(self, item, event):
-        self.open.discard(item)
-        if isinstance(event, WorkDone) and item.stage == "commit":
-            self.committed[item.run_id].append(item.segment_index)
-        instructions = self.scheduler.handle(event)
-        assert self.scheduler.handle(event) == [], "the same event twice changes nothing"
-        return self.obey(instructions)
-
-    @rule(item=work)
-    def stale(self, item):
-        other = WorkDone(item.run_id, item.stage, item.segment_index, item.attempt + 1)
-        assert self.scheduler.handle(other) == []
-
-    @rule(target=work, number=st.integers(0, 5))
-    def cancel(self, number):
-        return self.obey(self.scheduler.handle(CancelAsked(f"run-{number}")))
-
-    @invariant()
-    def commits_are_in_order(self):
-        for run_id, indices in self.committed.items():
-            assert indices == list(range(len(indices)))
-            assert self.scheduler.committed(run_id) == len(indices)
-
-    @invariant()
-    def nothing_is_forgotten(self):
-        waiting = [run_id for run_id in self.plans if run_id not in self.closed]
-        assert bool(waiting) == (not self.scheduler.idle)
-        assert not waiting or self.open, "a run waits and nobody works"
-
-
-AnyOrder.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
-TestAnyOrder = AnyOrder.TestCase

@@ -166,8 +166,8 @@ def run_two_segments(root, run_id, folder, cache):
 
     async def finish():
         scheduler = SegmentSchedulerActor(LocalCrew())
-        await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root))
-        while not (reply := await scheduler.wait_segment(run_id, 2, 60)).ended:
+        await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), "")
+        while not (reply := await scheduler.wait_segment(run_id, 2, 60)).status.ended:
             pass
         assert reply.status.state == "done", reply.status.error
 

@@ -19,7 +19,7 @@ class Copy(Protocol):
         """Return when they have."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Taken:
     """A tensor that will be copied out, left alone until then; on a GPU with the moment from which it is whole."""
 
@@ -27,7 +27,7 @@ class Taken:
     ready: torch.cuda.Event | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Loaded:
     """A tensor on the device, and the copy that fills it; None for one that was computed there."""
 
@@ -79,7 +79,7 @@ class HostCopies:
         return loaded.tensor
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _OnStream:
     """A copy that a stream makes; what it reads or fills is kept for it."""
 
@@ -102,10 +102,11 @@ class StreamCopies:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._ready: list[torch.cuda.Event] = []  # to be used again: making one takes longer than a copy's start
         self.loading, self.leaving = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def take(self, tensor: Tensor) -> Taken:
-        ready = torch.cuda.Event()
+        ready = self._ready.pop() if self._ready else torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self._device))
         return Taken(tensor, ready)
 
@@ -114,6 +115,7 @@ class StreamCopies:
         with _current(self.leaving):
             self.leaving.wait_event(taken.ready)
             place.copy_(taken.tensor, non_blocking=True)
+        self._ready.append(taken.ready)
         return self._on_stream(self.leaving, taken.tensor)
 
     def load(self, place: Tensor) -> Loaded:

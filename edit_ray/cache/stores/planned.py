@@ -45,7 +45,7 @@ class Waits:
     writes: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Leaving:
     """What waits for a place in the arena."""
 
@@ -87,7 +87,7 @@ class PlannedStore:
         """
         self.arena, self.table, self.ops, self.form = arena, table, ops, form
         self.waits = Waits()
-        self.copies = copies_for(form.device)
+        self.copies, self._room = copies_for(form.device), room_of(form.size)
         self.handed_over: dict[Key, torch.Tensor] = {}
         self._prefix, self._history_len = tuple(prefix), history_len
         self._indices_of: dict[tuple[Key, bool], deque[int]] = {}  # of the ops to come; a read may be planned twice
@@ -233,7 +233,7 @@ class PlannedStore:
         """The memory of an op at an offset of the arena."""
         if offset is None:
             raise EntryLost(f"The store has lost {self.ops[index].key}, which the plan wants at this step.")
-        return self.arena.tensor(Extent(offset, room_of(self.form.size)), self.form.dtype, self.form.shape)
+        return self.arena.tensor(Extent(offset, self._room), self.form.dtype, self.form.shape)
 
     def _come_to(self, key: Key, writes: bool) -> int | None:
         """The op that is used now, None if none was planned; what comes before it in the plan is passed over."""

@@ -1,0 +1,139 @@
+"""How runs come to the segment scheduler: new ones, and those that go on from what their folder holds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edit_ray.actors.crew import Crew
+from edit_ray.actors.live_run import LiveRun
+from edit_ray.actors.messages import RunSpec
+from edit_ray.config import Config, check_config, dump_yaml, load_config
+from edit_ray.errors import ConfigError, HardwareDiffers, RunExists, RunLocked, UnknownRun
+from edit_ray.runs.folder import RunFolder
+from edit_ray.runs.manifest import Line, Manifest, Opened
+from edit_ray.runs.manifest_file import ManifestFile
+from edit_ray.runs.run_state import LEAD
+
+LOCK_PATIENCE_S = 10.0  # a process that was killed keeps its locks until the kernel has cleared it away
+
+Change = Callable[[Manifest, Config], Line | None]
+"""What a run that goes on begins with, an extension or a re-roll, from how it stands. It is of the next incarnation."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a client asks for. `probe` is a file in `root` that every node has to see.
+
+    `token` tells the client's own run, when it must ask again whether it was taken, from another of the same name.
+    """
+
+    run_id: str
+    config: Config
+    root: Path
+    probe: Path
+    token: str
+
+
+class Admission:
+    """Opens runs and takes their manifests' locks."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+
+    async def check(self, asked: Submission) -> RunSpec:
+        """Everything that would make the run impossible, before anything is written.
+
+        Raises ConfigError, RunExists, ResourcesUnavailable, ActorVersionMismatch.
+        """
+        spec = RunSpec(asked.run_id, asked.root, asked.config, asked.config.num_segments)
+        if problems := await asyncio.to_thread(check_config, asked.config):
+            raise ConfigError(problems)
+        if spec.folder.path.exists() and not self.mine(asked):
+            raise RunExists(f"run id {asked.run_id!r} is taken by {spec.folder.path}; choose another run id")
+        await self._crew.start(spec, 0)
+        for who, sees in (
+            ("segment scheduler", asked.probe.exists()),
+            ("GPU actor", await self._crew.denoiser(0, "sees", asked.probe)),
+        ):
+            if not sees:
+                raise ConfigError(
+                    [f"output: the {who} does not see {spec.root}; choose a folder that all nodes of the cluster share"]
+                )
+        return spec
+
+    def mine(self, asked: Submission) -> bool:
+        """Whether the run's folder was made for this very submission."""
+        try:
+            return RunFolder(asked.root, asked.run_id).read_manifest().begun.submission == asked.token
+        except UnknownRun:
+            return False
+
+    async def begin(self, spec: RunSpec, token: str) -> LiveRun:
+        """A new run, its folder made."""
+        begun = spec.begun(token, await self._provenance(spec))
+        file = await asyncio.to_thread(spec.folder.create, dump_yaml(spec.config), begun)
+        return LiveRun.of(spec, file)
+
+    async def go_on(
+        self, root: Path, run_id: str, *, allow_different_hardware: bool = False, change: Change | None = None
+    ) -> LiveRun:
+        """A run in its next incarnation, from the first segment that is not committed.
+
+        Raises UnknownRun, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers, ResourcesUnavailable.
+        """
+        folder = RunFolder(root, run_id)
+        file = await self._open(folder)
+        try:
+            config = await asyncio.to_thread(load_config, folder.run_yaml, (), check_model=False)
+            spec = RunSpec.of(root, config, file.manifest)
+            await self._crew.start(spec, 0)
+            provenance = await self._provenance(spec)
+            if not allow_different_hardware:
+                check_same(run_id, dict(file.manifest.provenance), provenance)
+            changed = change(file.manifest, config) if change else None
+            await asyncio.to_thread(file.append, Opened(file.manifest.incarnation + 1, provenance))
+            if changed is not None:
+                await asyncio.to_thread(file.append, changed)
+        except BaseException:
+            file.close()
+            raise
+        return LiveRun.of(RunSpec.of(root, config, file.manifest), file)
+
+    async def _provenance(self, spec: RunSpec) -> dict[str, str | int]:
+        found: dict[str, str | int] = await self._crew.denoiser(0, "provenance", spec)
+        return found
+
+    async def _open(self, folder: RunFolder) -> ManifestFile:
+        deadline = asyncio.get_running_loop().time() + LOCK_PATIENCE_S
+        while True:
+            try:
+                return await asyncio.to_thread(folder.open)
+            except RunLocked:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+            await asyncio.sleep(0.2)
+
+
+def check_same(run_id: str, before: dict[str, str | int], here: dict[str, str | int]) -> None:
+    """Raises HardwareDiffers, naming what differs."""
+    differing = [name for name in {**before, **here} if before.get(name) != here.get(name)]
+    if differing:
+        said = ", ".join(f"{name} was {before.get(name)!r} and is {here.get(name)!r}" for name in differing)
+        raise HardwareDiffers(
+            f"run {run_id!r} would not go on with the same bits here: {said}; --allow-different-hardware goes on anyway"
+        )
+
+
+def denoised_before(spec: RunSpec, committed: int) -> int:
+    """How many segments need not be denoised again.
+
+    A segment's latents are durable before what others reuse of it is. The segment after it begins when both are: so the
+    latest latents may be of a segment that is not complete, those before them are not.
+    """
+    latents = committed
+    while latents < committed + LEAD and spec.latents(latents).exists():
+        latents += 1
+    return max(committed, latents - 1)

@@ -1,0 +1,42 @@
+"""The other actors as the segment scheduler sees them, wherever they run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from edit_ray.actors.messages import RunSpec
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Where a live run is found: the folder that holds its folder, and the GPU actor that works on it, if one does."""
+
+    root: str
+    worker: int | None = None
+
+
+class Crew(Protocol):
+    """GPU actors, numbered from 0, each with a CacheStore actor beside it.
+
+    A call to an actor that is not there raises ConnectionError.
+    """
+
+    async def start(self, spec: RunSpec, worker: int) -> None:
+        """The two exist, answer and fit this run. Raises ResourcesUnavailable, ActorVersionMismatch, ConfigError."""
+
+    async def denoiser(self, worker: int, method: str, *arguments: Any) -> Any: ...
+    async def store(self, worker: int, method: str, *arguments: Any) -> Any: ...
+
+    async def restart_denoiser(self, worker: int) -> None:
+        """Kills a GPU actor that does not answer; another takes its place."""
+
+    async def remember(self, live: Mapping[str, Pointer]) -> None:
+        """Keeps where the live runs are for the segment scheduler's next incarnation."""
+
+    async def recall(self) -> dict[str, Pointer]:
+        """What was remembered last."""
+
+    async def end(self) -> None:
+        """Ends every actor, this one too."""

@@ -1,0 +1,66 @@
+"""One run in the segment scheduler: what it is, what is committed of it, and who waits for that."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from edit_ray.actors.messages import RunSpec
+from edit_ray.runs.manifest import Ended, Line, Manifest
+from edit_ray.runs.manifest_file import ManifestFile
+from edit_ray.runs.retention import KEEP_ALL, Retention
+from edit_ray.video.stream_files import StreamFiles
+
+
+@dataclass
+class LiveRun:
+    """A run that this segment scheduler works on or has worked on. Its manifest's lock is held until it has ended."""
+
+    spec: RunSpec
+    file: ManifestFile
+    stream: StreamFiles
+    worker: int | None = None  # its GPU actor
+    unrecorded: Ended | None = None  # its end, where that could not be written
+    lookback_latents: int = 0  # before a segment, that its decoding may need
+    removed: Retention = KEEP_ALL  # up to which segments this incarnation has removed old files
+    statistics: dict[int, dict[str, float]] = field(default_factory=dict)  # of segments that are not committed
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _appending: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @classmethod
+    def of(cls, spec: RunSpec, file: ManifestFile) -> LiveRun:
+        return cls(spec, file, spec.stream_files())
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.file.manifest
+
+    @property
+    def ended(self) -> bool:
+        """Whether its end is told: it is recorded, if that is possible at all."""
+        return self.end is not None
+
+    @property
+    def end(self) -> Ended | None:
+        return self.manifest.end or self.unrecorded
+
+    async def append(self, line: Line) -> None:
+        """Commits a line, and only then lets anybody see it. Raises as `ManifestFile.append`."""
+        async with self._appending:
+            await asyncio.to_thread(self.file.append, line)
+        await self.tell()
+
+    async def tell(self) -> None:
+        """Wakes up who waits for a change."""
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def wait(self, there: Callable[[], bool], timeout_s: float) -> bool:
+        """Whether it came true in time."""
+        async with self.changed:
+            try:
+                await asyncio.wait_for(self.changed.wait_for(there), timeout_s)
+            except TimeoutError:
+                return False
+        return True

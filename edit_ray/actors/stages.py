@@ -1,0 +1,135 @@
+"""How each piece of work is carried out: by which call to which actor, and what becomes durable by it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import time
+from collections.abc import Awaitable, Callable
+
+from edit_ray.actors.crew import Crew
+from edit_ray.actors.live_run import LiveRun
+from edit_ray.actors.messages import statistics
+from edit_ray.actors.watchdog import Watchdog
+from edit_ray.errors import (
+    EditRayError,
+    EntryLost,
+    RunCancelled,
+    SegmentFailed,
+    StaleLease,
+    StaleWork,
+)
+from edit_ray.runs.events import Work
+from edit_ray.runs.manifest import Committed, Dropped, SegmentRecord
+from edit_ray.runs.plan import SegmentPlan
+from edit_ray.runs.retention import retention
+
+# Errors of ours that another attempt may not meet again.
+_REPEATABLE = (SegmentFailed, RunCancelled, EntryLost, StaleLease, StaleWork)
+
+
+class Stages:
+    """Carries out the instructions of the state machine, one call of `carry_out` for each."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+        self._watchdog = Watchdog(crew)
+
+    async def carry_out(self, run: LiveRun, work: Work) -> None:
+        """Returns when the work is done, raises whatever makes it fail."""
+        if work.attempt or work.stage == "prepare":
+            await self._crew.start(run.spec, work.worker)  # what failed may have been an actor's death
+        stages: dict[str, Callable[[LiveRun, Work], Awaitable[None]]] = {
+            "prepare": self._prepare,
+            "denoise": self._denoise,
+            "decode": self._decode,
+            "encode": self._encode,
+            "commit": self._commit,
+            "finalize": self._finalize,
+        }
+        await stages[work.stage](run, work)
+
+    async def _prepare(self, run: LiveRun, work: Work) -> None:
+        await self._crew.denoiser(work.worker, "adopt_run", run.spec.run_id, run.spec.incarnation)
+        said = await self._crew.denoiser(work.worker, "prepare_run", run.spec)
+        run.lookback_latents = said["lookback_latents"]
+        first = run.manifest.dropped_before
+        parts = [run.spec.part(run.spec.segment(index)) for index in range(first, len(run.manifest.segments))]
+        await asyncio.to_thread(run.stream.rebuild, parts, first)
+
+    async def _denoise(self, run: LiveRun, work: Work) -> None:
+        segment = _segment(run, work)
+        call = self._crew.denoiser(work.worker, "denoise_segment", run.spec, segment, work.attempt)
+        run.statistics[segment.index] = await self._watched(run, work, call)
+
+    async def _decode(self, run: LiveRun, work: Work) -> None:
+        call = self._crew.denoiser(work.worker, "decode_segment", run.spec, _segment(run, work))
+        self._note(run, work, await self._watched(run, work, call))
+
+    async def _encode(self, run: LiveRun, work: Work) -> None:
+        call = self._crew.denoiser(work.worker, "encode_segment", run.spec, _segment(run, work))
+        self._note(run, work, await self._watched(run, work, call))
+
+    async def _watched(self, run: LiveRun, work: Work, call: Awaitable[dict[str, float]]) -> dict[str, float]:
+        return await self._watchdog.watch(work.worker, call, run.spec.config.engine.step_timeout_s)
+
+    def _note(self, run: LiveRun, work: Work, figures: dict[str, float]) -> None:
+        assert work.segment_index is not None
+        run.statistics[work.segment_index] = run.statistics.get(work.segment_index, {}) | figures
+
+    async def _commit(self, run: LiveRun, work: Work) -> None:
+        """Latents and media are durable already: now what plays, then the manifest, then whoever waits."""
+        segment, spec = _segment(run, work), run.spec
+        began = time.time()
+        await asyncio.to_thread(run.stream.append, spec.part(segment))
+        published = statistics(publish_at=began, publish_s=time.time() - began)
+        record = SegmentRecord(
+            index=segment.index,
+            take=segment.take,
+            prompt=segment.prompt,
+            seed=segment.seed,
+            first_frame=segment.first_frame,
+            num_frames=segment.num_frames,
+            latents=spec.folder.relative(spec.latents(segment.index)),
+            media=spec.folder.relative(spec.media(segment.index)),
+            statistics=run.statistics.get(segment.index, {}) | published,
+        )
+        await run.append(Committed(spec.incarnation, record))
+        run.statistics.pop(segment.index, None)
+        await self._drop_old_segments(run)
+
+    async def _drop_old_segments(self, run: LiveRun) -> None:
+        """Says first that they are gone, then removes them: nobody looks for what is not there."""
+        spec, manifest, before = run.spec, run.manifest, run.removed
+        after = retention(len(manifest.segments), spec.config.output.keep_segments, run.lookback_latents, spec.layout)
+        if after == before:
+            return
+        if after.media_from > manifest.dropped_before:
+            await run.append(Dropped(spec.incarnation, after.media_from))
+        first = 1 if spec.config.continuity.adain else 0  # the colours of every segment follow the first's
+        gone = [spec.media(index) for index in range(before.media_from, after.media_from)]
+        gone += [spec.latents(index) for index in range(max(first, before.latents_from), after.latents_from)]
+        await asyncio.to_thread(spec.folder.remove, gone)
+        run.removed = after
+
+    async def _finalize(self, run: LiveRun, work: Work) -> None:
+        await self._crew.denoiser(work.worker, "finalize_run", run.spec, run.manifest.dropped_before)
+
+
+def explain(error: Exception, run: LiveRun) -> tuple[str, bool]:
+    """One sentence for the user, and whether trying again is pointless."""
+    cause = getattr(error, "cause", None) or error
+    path = run.spec.folder.path
+    if not os.path.isdir(path):
+        return f"the run's folder {path} was removed while the run was at work", True
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space is left for {path}; free some, then go on with `edit-ray resume {run.spec.run_id}`", False
+    sentence = str(cause).strip().splitlines()[0] if str(cause).strip() else "no message"
+    ours = isinstance(cause, EditRayError)
+    return (sentence if ours else f"{type(cause).__name__}: {sentence}"), ours and not isinstance(cause, _REPEATABLE)
+
+
+def _segment(run: LiveRun, work: Work) -> SegmentPlan:
+    assert work.segment_index is not None, f"{work.stage} without a segment"
+    return run.spec.segment(work.segment_index)

@@ -1,0 +1,28 @@
+"""What a run's bits depend on beside its configuration, and the switches of torch that decide it."""
+
+from __future__ import annotations
+
+import diffusers
+import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry as AttentionBackends
+
+from edit_ray.engine.options import Mode
+
+
+def use_mode(mode: Mode) -> None:
+    """`exact`: the same bits in every process on the same hardware. `fast`: torch may choose by trying."""
+    torch.backends.cudnn.benchmark = mode == "fast"
+
+
+def provenance_of(device: torch.device, threads: int, mode: Mode) -> dict[str, str | int]:
+    """Two processes for which this is equal make the same frames of one configuration, in the mode `exact`."""
+    on_cpu = device.type == "cpu"
+    return {
+        "device": f"cpu {torch.backends.cpu.get_cpu_capability()}" if on_cpu else torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "threads": threads,
+        "attention": AttentionBackends.get_active_backend()[0].value,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "mode": mode,
+    }

@@ -1,0 +1,330 @@
+"""The segment scheduler in random orders of everything that can happen, against a model that holds what is on disk.
+
+The model is the shell: it knows what was asked for, what of it came to be, and which segments are durable. Processes of
+it die: a GPU actor loses whatever it works on, and a segment scheduler is replaced by one that knows only what is
+durable, while reports of the old one's work still come in.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from edit_ray.runs.events import (
+    CancelAsked,
+    CloseRun,
+    Consumed,
+    RunSubmitted,
+    StopWork,
+    Work,
+    WorkDone,
+    WorkersCounted,
+    WorkFailed,
+)
+from edit_ray.runs.plan import RunPlan
+from edit_ray.runs.run_state import LEAD
+from edit_ray.runs.scheduler import SegmentScheduler
+
+INDEX = st.integers(0, 63)
+
+
+@dataclass
+class Durable:
+    """What a run's folder and its pointer hold, and what its clients have."""
+
+    plan: RunPlan
+    takes: list[list[int]] = field(default_factory=lambda: [[]])  # committed segments, in the order of their commits
+    first: int = 0  # segment of the latest take
+    latents: int = 0  # segments 0 … latents-1 of the latest take have latents
+    media: set[int] = field(default_factory=set)  # segments of it that were encoded in this life
+    worker: int | None = None
+    consumed: int = 0  # what clients have told the segment scheduler in this life
+    ended: CloseRun | None = None
+
+    @property
+    def committed(self) -> int:
+        return self.first + len(self.takes[-1])
+
+
+class AnyOrder(RuleBasedStateMachine):
+    Scheduler = SegmentScheduler
+    fired = None  # how often each event and each transition was in the histories: a Counter
+
+    @initialize(workers=st.integers(1, 3))
+    def start(self, workers):
+        self.workers = workers
+        self.scheduler = self.Scheduler(workers)
+        self.runs = {}  # id -> Durable, in the order of submission
+        self.open = []  # work that is asked for and has not ended
+        self.late = []  # work that has ended, or that nobody waits for any more
+        self.stopping = set()
+        self.states = {}  # how runs have ended
+
+    # What the shell does.
+
+    def count(self, name):
+        type(self).fired[name] += 1
+
+    def handle(self, event):
+        before = {run_id: self.state(run_id) for run_id in self.runs}
+        self.obey(self.scheduler.handle(event))
+        for run_id, was in before.items():
+            if was != (now := self.state(run_id)):
+                self.count(f"{was} -> {now}")
+
+    def state(self, run_id):
+        return self.scheduler.state(run_id) or self.states.get(run_id, "none")
+
+    def obey(self, instructions):
+        for instruction in instructions:
+            run = self.runs[instruction.run_id]
+            assert run.ended is None, f"{instruction} after its run ended"
+            match instruction:
+                case Work():
+                    self.begin(run, instruction)
+                case StopWork(run_id, worker):
+                    assert [work for work in self.open if (work.run_id, work.worker) == (run_id, worker)]
+                    self.stopping.add(run_id)
+                case CloseRun(run_id, state, error, worker):
+                    assert not self.of(run_id), "a run ends while it is worked on"
+                    assert (state == "failed") == (error is not None)
+                    assert state != "done" or run.committed == run.plan.num_segments
+                    assert worker == run.worker
+                    self.stopping.discard(run_id)
+                    run.ended, run.worker = instruction, None
+                    self.states[run_id] = state
+
+    def begin(self, run, work):
+        assert work.run_id not in self.stopping, f"{work} of a run that is being stopped"
+        assert work.incarnation == run.plan.incarnation
+        assert 0 <= work.attempt <= run.plan.retries, "given up too late"
+        assert work not in [*self.open, *self.late], f"{work} is asked for twice"
+        assert not [other for other in self.of(work.run_id) if other.stage == work.stage], "one of a kind at a time"
+        assert run.worker in (None, work.worker), "a run changes its GPU actor"
+        others = [other for other in self.runs.values() if other is not run and other.worker == work.worker]
+        assert not others, "one run at a time on a GPU actor"
+        assert work.worker < self.workers
+        run.worker = work.worker
+        self.check_order(run, work)
+        self.open.append(work)
+
+    def check_order(self, run, work):
+        plan, k = run.plan, work.segment_index
+        match work.stage:
+            case "denoise":
+                assert k <= run.committed + LEAD - 1
+                assert plan.num_segments is None or k < plan.num_segments
+                assert plan.max_ahead is None or k < run.consumed + plan.max_ahead, "nobody keeps up"
+                assert not plan.frames_first or not self.busy(work.run_id, "decode"), "its frames are not there yet"
+            case "decode":
+                assert k < run.latents, "decoded before it was denoised"
+            case "commit":
+                assert k == run.committed, "committed out of order"
+                assert k in run.media, "committed before its media were whole"
+            case "finalize":
+                assert run.committed == plan.num_segments
+
+    def of(self, run_id):
+        return [work for work in self.open if work.run_id == run_id]
+
+    def busy(self, run_id, stage):
+        return [work for work in self.of(run_id) if work.stage == stage]
+
+    def come_true(self, work):
+        """The work's effect on what is durable."""
+        run = self.runs[work.run_id]
+        if work.stage == "denoise":
+            assert work.segment_index == run.latents or work.segment_index < run.latents
+            run.latents = max(run.latents, work.segment_index + 1)
+        if work.stage == "encode":
+            run.media.add(work.segment_index)
+        if work.stage == "commit":
+            assert work.segment_index == run.committed, "committed twice, or out of order"
+            run.takes[-1].append(work.segment_index)
+
+    def submit(self, plan, worker=None):
+        run = self.runs[plan.run_id]
+        run.plan, run.ended, run.media, run.consumed = plan, None, set(), 0
+        # The latest latents may be of a segment that was not complete: it is made again.
+        denoised = max(run.committed, run.latents - 1)
+        self.handle(RunSubmitted(plan, run.committed, denoised, worker))
+
+    # Events.
+
+    @precondition(lambda self: len(self.runs) < 6)
+    @rule(
+        segments=st.sampled_from([1, 2, 3, 5, None]),
+        retries=st.sampled_from([1, 0, 2]),
+        max_ahead=st.sampled_from([None, None, 1, 2]),
+        frames_first=st.booleans(),
+    )
+    def begin_a_run(self, segments, retries, max_ahead, frames_first):
+        self.count("submit")
+        run_id = f"run-{len(self.runs)}"
+        plan = RunPlan(run_id, segments, retries, 1, max_ahead, frames_first)
+        self.runs[run_id] = Durable(plan)
+        self.submit(plan)
+
+    @precondition(lambda self: self.open)
+    @rule(index=INDEX, more=st.sampled_from([0, 1, 3, 15]))
+    def succeed(self, index, more):
+        for at in range(more + 1):
+            if not self.open or (at and self.open[0].stage == "finalize"):
+                break  # where a run is about to end, something else may happen first
+            work = self.take(index + at)
+            self.count(f"{work.stage} done")
+            self.come_true(work)
+            self.handle(WorkDone(work))
+
+    @precondition(lambda self: self.open)
+    @rule(index=INDEX, fatal=st.sampled_from([False, False, True]))
+    def fail(self, index, fatal):
+        work = self.take(index)
+        self.count(f"{work.stage} failed")
+        self.handle(WorkFailed(work, "it broke", fatal))
+
+    def take(self, index):
+        work = self.open.pop(index % len(self.open))
+        self.late.append(work)
+        return work
+
+    @precondition(lambda self: self.open)
+    @rule(index=INDEX)
+    def gpu_actor_dies(self, index):
+        self.count("GPU actor dies")
+        worker = self.open[index % len(self.open)].worker
+        for work in [work for work in self.open if work.worker == worker]:
+            if work in self.open:
+                self.take(self.open.index(work))
+                self.handle(WorkFailed(work, "the actor is gone"))
+
+    @precondition(lambda self: self.runs)
+    @rule(commits=st.booleans(), forget_workers=st.booleans())
+    def scheduler_dies(self, commits, forget_workers):
+        """All that it knew is gone. What it was committing may have reached the disk, or not."""
+        self.count("scheduler dies")
+        for work in self.open:
+            run = self.runs[work.run_id]
+            if work.stage == "denoise" or (work.stage == "commit" and commits):
+                self.come_true(work)
+            assert run.ended is None
+        self.late += self.open
+        self.open, self.stopping = [], set()
+        self.scheduler = self.Scheduler(self.workers)
+        live = [run for run in self.runs.values() if run.ended is None]
+        before = {run.plan.run_id: None if forget_workers else run.worker for run in live}
+        for run in live:
+            run.worker = None
+        for run in sorted(live, key=lambda run: before[run.plan.run_id] is None):
+            self.submit(replace(run.plan, incarnation=run.plan.incarnation + 1), before[run.plan.run_id])
+
+    @precondition(lambda self: self.late)
+    @rule(index=INDEX, failed=st.booleans(), which=st.sampled_from(["same", "attempt", "incarnation"]))
+    def late_report(self, index, failed, which):
+        """Of work that has ended, or of another attempt or life than what is open."""
+        self.count("late report")
+        work = self.late[index % len(self.late)]
+        if which != "same" and self.open:
+            work = self.open[index % len(self.open)]
+            work = replace(work, **{which: getattr(work, which) - 1})
+        if work in self.open:
+            return
+        state = self.scheduler.state(work.run_id)
+        assert self.scheduler.handle(WorkFailed(work, "late") if failed else WorkDone(work)) == []
+        assert self.scheduler.state(work.run_id) == state
+
+    @precondition(lambda self: self.runs)
+    @rule(index=INDEX, what=st.sampled_from(["consume", "consume", "cancel", "cancel", "count workers"]))
+    def someone_asks(self, index, what):
+        self.count(what)
+        run_id = list(self.runs)[index % len(self.runs)]
+        run = self.runs[run_id]
+        if what == "cancel":
+            self.handle(CancelAsked(run_id))
+        elif what == "count workers":
+            self.workers = max(self.workers, index % 3 + 1)
+            self.handle(WorkersCounted(index % 3 + 1))
+        else:
+            run.consumed = max(run.consumed, min(run.committed, run.consumed + index % 3))
+            self.handle(Consumed(run_id, run.consumed))
+
+    @precondition(lambda self: any(run.ended for run in self.runs.values()))
+    @rule(index=INDEX, how=st.sampled_from(["resume", "extend", "reroll"]), at=INDEX)
+    def go_on(self, index, how, at):
+        """An ended run lives again: where it stood, with more segments, or from an earlier one on in another take."""
+        ended = [run_id for run_id, run in self.runs.items() if run.ended]
+        run_id = ended[index % len(ended)]
+        run = self.runs[run_id]
+        plan = replace(run.plan, incarnation=run.plan.incarnation + 1)
+        if how == "extend" and plan.num_segments is not None:
+            plan = replace(plan, num_segments=plan.num_segments + 2)
+        if how == "reroll":
+            self.reroll(run, at % (run.committed + 1))
+        if how == "resume" and run.committed == plan.num_segments:
+            return
+        self.count(how)
+        self.submit(plan)
+
+    def reroll(self, run, start):
+        kept = list(range(start))
+        run.takes.append([])
+        run.takes[-2], run.first = [*run.takes[-2]], len(kept)
+        run.latents = start
+
+    # What always holds.
+
+    @invariant()
+    def every_segment_is_committed_once_and_in_order(self):
+        for run in self.runs.values():
+            assert run.takes[-1] == list(range(run.first, run.committed))
+            for take in run.takes:
+                assert take == sorted(set(take))
+
+    @invariant()
+    def what_can_go_on_goes_on(self):
+        live = [run_id for run_id, run in self.runs.items() if run.ended is None]
+        assert self.scheduler.idle == (not live)
+        for run_id in live:
+            state, run = self.scheduler.state(run_id), self.runs[run_id]
+            if state == "queued":
+                busy = {other.worker for other in self.runs.values() if other.worker is not None}
+                assert len(busy) == self.workers, "a run waits, and a GPU actor is free"
+            elif state == "paused":
+                assert run.plan.max_ahead is not None
+                assert run.committed >= run.consumed + run.plan.max_ahead
+            else:
+                assert self.of(run_id), f"a run is {state}, and nobody works on it"
+
+    def teardown(self):
+        """When everything succeeds from here on and clients keep up, every run ends, and nothing is left over."""
+        if not hasattr(self, "scheduler"):
+            return
+        for run_id, run in self.runs.items():
+            if run.plan.num_segments is None:
+                self.handle(CancelAsked(run_id))
+        for _ in range(2000):
+            if self.scheduler.idle:
+                break
+            for run_id, run in self.runs.items():
+                run.consumed = run.committed
+                self.handle(Consumed(run_id, run.committed))
+            if self.open:
+                self.succeed(0, 0)
+        assert self.scheduler.idle, "a run does not end"
+        assert self.open == []
+        for run in self.runs.values():
+            assert run.ended is not None
+            assert run.ended.state != "done" or run.committed == run.plan.num_segments
+
+
+FIRED = (
+    *("submit", "resume", "extend", "reroll", "cancel", "consume", "count workers"),
+    *("GPU actor dies", "scheduler dies", "late report"),
+    *(f"{stage} done" for stage in ("prepare", "denoise", "decode", "encode", "commit", "finalize")),
+    *(f"{stage} failed" for stage in ("prepare", "denoise", "decode", "encode", "commit", "finalize")),
+    *("none -> queued", "none -> preparing", "done -> queued", "done -> preparing"),
+    *("queued -> preparing", "preparing -> running", "preparing -> stopping", "preparing -> failed"),
+    *("running -> paused", "paused -> running", "running -> stopping", "running -> finalizing", "running -> failed"),
+    *("finalizing -> done", "finalizing -> stopping", "finalizing -> failed"),
+    *("queued -> cancelled", "paused -> cancelled", "stopping -> cancelled", "stopping -> failed", "stopping -> done"),
+)

@@ -1,0 +1,212 @@
+"""A segment scheduler that dies at any instant, and the next one: same frames, nothing twice, nothing left over."""
+
+import asyncio
+import contextlib
+
+import pytest
+import torch
+
+from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.engine.latent_files import load_latents
+from edit_ray.errors import HardwareDiffers, UnknownRun
+from edit_ray.runs.folder import RunFolder
+from edit_ray.testing import save_random_wan
+from tests.unit.test_actors import config_for
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+
+SEGMENTS = 4
+REUSE = {
+    "cache": {
+        "policy": "warmstart_reuse",
+        "inner": "fbcache",
+        "rel_l1_thresh": 0.2,
+        "warm_steps": 2,
+        "reuse_window": 2,
+    },
+    "store": {"host_bytes": 4 * 4096, "allow_tmpfs": True},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model, tmp_path_factory):
+    """The folders of a run without reuse and of one with it, to which nothing has happened."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    asyncio.run(make(root, model, plain={}, reuse=REUSE))
+    return root
+
+
+async def make(root, model, **runs):
+    """A run for each of these changes of the configuration, one after the other."""
+    crew = LocalCrew()
+    scheduler = SegmentSchedulerActor(crew)
+    for name, changes in runs.items():
+        await submit(scheduler, root, name, config_for(model, **changes))
+        assert (await end_of(scheduler, name)).state == "done"
+    await crew.end()
+
+
+async def submit(scheduler, root, run_id, config, token="mine"):
+    return await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), token)
+
+
+async def end_of(scheduler, run_id):
+    async with asyncio.timeout(60):
+        while not (status := (await scheduler.wait_segment(run_id, 10**6, 5)).status).ended:
+            pass
+    return status
+
+
+async def die(scheduler):
+    """What a SIGKILL does to a segment scheduler: it does nothing any more, and its locks are gone."""
+    for task in [*scheduler._tasks, scheduler._recovered]:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    for run in scheduler._runs.values():
+        if not run.ended:
+            run.file.close()
+
+
+class Dying(LocalCrew):
+    """Says when so many pieces of work were asked for."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.left, self.now = calls, asyncio.Event()
+
+    async def denoiser(self, worker, method, *arguments):
+        if method in ("prepare_run", "denoise_segment", "decode_segment", "encode_segment", "finalize_run"):
+            self.left -= 1
+            if self.left == 0:
+                self.now.set()
+        return await super().denoiser(worker, method, *arguments)
+
+
+def same(one, other, index):
+    return torch.equal(load_latents(one.latents(index)), load_latents(other.latents(index)))
+
+
+@pytest.mark.parametrize("calls", [1, 2, 4, 6, 9, 11])
+@pytest.mark.parametrize("name", ["plain", "reuse"])
+def test_the_next_segment_scheduler_goes_on_to_the_same_bytes(tmp_path, model, undisturbed, name, calls):
+    async def die_and_go_on():
+        crew = Dying(calls)
+        first = SegmentSchedulerActor(crew)
+        await submit(first, tmp_path, name, config_for(model, **(REUSE if name == "reuse" else {})))
+        await crew.now.wait()
+        await die(first)
+        second = SegmentSchedulerActor(crew)
+        seen, index = [], 0
+        while (reply := await second.wait_segment(name, index, 60)).record is not None:
+            seen.append(reply.record.index)
+            index += 1
+        assert reply.status.state == "done", reply.status.error
+        assert await crew.recall() == {}
+        await crew.end()
+        return seen
+
+    assert asyncio.run(die_and_go_on()) == list(range(SEGMENTS))
+    whole, hurt = RunFolder(undisturbed, name), RunFolder(tmp_path, name)
+    assert all(same(whole, hurt, index) for index in range(SEGMENTS))
+    assert whole.final.read_bytes() == hurt.final.read_bytes()
+    assert hurt.read_manifest().incarnation == 2
+    assert [path.name for path in hurt.path.rglob(".*")] == []
+    assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
+
+
+def test_a_submission_that_is_asked_for_again_is_the_same_run(tmp_path, model):
+    async def twice():
+        crew = LocalCrew()
+        first = SegmentSchedulerActor(crew)
+        await submit(first, tmp_path, "one", config_for(model))
+        await submit(first, tmp_path, "one", config_for(model))
+        await die(first)
+        second = SegmentSchedulerActor(crew)
+        await submit(second, tmp_path, "one", config_for(model))
+        assert (await end_of(second, "one")).state == "done"
+        await die(second)
+        third = SegmentSchedulerActor(crew)
+        status = await submit(third, tmp_path, "one", config_for(model))
+        assert status.committed == SEGMENTS
+        await end_of(third, "one")
+        await crew.end()
+
+    asyncio.run(twice())
+
+
+def test_a_run_goes_on_from_its_folder_alone(tmp_path, model, undisturbed):
+    """As after the loss of the whole cluster: other actors, and nobody who remembers."""
+
+    async def resume_elsewhere():
+        crew = Dying(5)
+        first = SegmentSchedulerActor(crew)
+        await submit(first, tmp_path, "plain", config_for(model))
+        await crew.now.wait()
+        await die(first)
+        await crew.end()
+        other = LocalCrew()
+        second = SegmentSchedulerActor(other)
+        with pytest.raises(UnknownRun):
+            await second.status("plain")
+        assert (await second.resume("plain", str(tmp_path), False)).state in ("queued", "preparing")
+        assert (await second.resume("plain", str(tmp_path), False)).run_id == "plain", "what lives is left as it is"
+        assert (await end_of(second, "plain")).state == "done"
+        assert (await second.resume("plain", str(tmp_path), False)).state == "done"
+        with pytest.raises(UnknownRun, match="no run 'nobody'"):
+            await second.resume("nobody", str(tmp_path), False)
+        await other.end()
+
+    asyncio.run(resume_elsewhere())
+    assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["plain", "reuse"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, model, undisturbed, name):
+    async def stop_and_resume():
+        crew = LocalCrew()
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, name, config_for(model, **(REUSE if name == "reuse" else {})))
+        await scheduler.wait_segment(name, 1, 60)
+        await scheduler.cancel(name)
+        assert (await end_of(scheduler, name)).state == "cancelled"
+        await scheduler.resume(name, str(tmp_path), False)
+        assert (await end_of(scheduler, name)).state == "done"
+        await crew.end()
+
+    asyncio.run(stop_and_resume())
+    assert RunFolder(undisturbed, name).final.read_bytes() == RunFolder(tmp_path, name).final.read_bytes()
+    assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
+
+
+class OtherHardware(LocalCrew):
+    async def denoiser(self, worker, method, *arguments):
+        said = await super().denoiser(worker, method, *arguments)
+        return said | {"threads": 64, "device": "an abacus"} if method == "provenance" else said
+
+
+def test_other_hardware_is_refused_by_name(tmp_path, model):
+    async def move():
+        crew = Dying(5)
+        first = SegmentSchedulerActor(crew)
+        await submit(first, tmp_path, "one", config_for(model))
+        await crew.now.wait()
+        await die(first)
+        await crew.end()
+        other = OtherHardware()
+        second = SegmentSchedulerActor(other)
+        with pytest.raises(HardwareDiffers, match=r"device was 'cpu \w+' and is 'an abacus', threads was 1 and is 64"):
+            await second.resume("one", str(tmp_path), False)
+        assert RunFolder(tmp_path, "one").read_manifest().incarnation == 1, "nothing was written"
+        await second.resume("one", str(tmp_path), True)
+        assert (await end_of(second, "one")).state == "done"
+        await other.end()
+
+    asyncio.run(move())
+    assert RunFolder(tmp_path, "one").read_manifest().provenance["device"] == "an abacus"

@@ -1,0 +1,241 @@
+"""What ended runs can go on with, and what goes wrong in a run: each a clear error, or no difference at all."""
+
+import asyncio
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from edit_ray.actors.denoiser import DenoiserActor
+from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.engine.decode import lookback_latents
+from edit_ray.engine.latent_files import load_latents
+from edit_ray.errors import ConfigError, RunLive
+from edit_ray.runs.folder import RunFolder
+from edit_ray.testing import save_random_wan
+from tests.unit.test_actors import config_for
+from tests.unit.test_actors_recovery import REUSE, SEGMENTS, end_of, make, submit
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model, tmp_path_factory):
+    """The folder of a run to which nothing has happened."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    asyncio.run(make(root, model, plain={}))
+    return root
+
+
+@pytest.mark.parametrize("name", ["plain", "reuse"])
+def test_a_run_is_extended_and_rerolled_and_its_old_takes_are_kept(tmp_path, model, name):
+    async def change():
+        crew = LocalCrew()
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, name, config_for(model, **(REUSE if name == "reuse" else {})))
+        with pytest.raises(RunLive, match="is at work; wait for its end"):
+            await scheduler.extend(name, str(tmp_path), 2, False)
+        await end_of(scheduler, name)
+        before = folder.read_manifest()
+        assert (await scheduler.extend(name, str(tmp_path), 2, False)).num_segments == SEGMENTS + 2
+        assert (await end_of(scheduler, name)).state == "done"
+        extended = folder.read_manifest()
+        assert extended.segments[:SEGMENTS] == before.segments
+        for start, words in ((-1, "--from is -1"), (6, "from 0 to 5")):
+            with pytest.raises(ConfigError, match=words):
+                await scheduler.reroll(name, str(tmp_path), start, None, None, False)
+        with pytest.raises(ConfigError, match="--segments is 0"):
+            await scheduler.extend(name, str(tmp_path), 0, False)
+        await scheduler.reroll(name, str(tmp_path), 4, 99, "a blue square", False)
+        assert (await end_of(scheduler, name)).state == "done"
+        await crew.end()
+        return extended
+
+    folder = RunFolder(tmp_path, name)
+    extended = asyncio.run(change())
+    manifest = folder.read_manifest()
+    assert [record.take for record in manifest.segments] == [0, 0, 0, 0, 1, 1]
+    assert manifest.earlier_takes == extended.segments[4:]
+    assert [record.prompt for record in manifest.segments[4:]] == ["a blue square"] * 2
+    for record in (*manifest.segments, *manifest.earlier_takes):
+        assert (folder.path / record.media).exists()
+        assert (folder.path / record.latents).exists()
+    assert not torch.equal(load_latents(folder.latents(4, 0)), load_latents(folder.latents(4, 1)))
+    assert manifest.num_frames == 17 + 5 * 4 * (5 - 2)
+
+
+def test_a_reroll_with_the_same_seed_makes_the_same_segments(tmp_path, model, undisturbed):
+    """Another take of all segments with the run's own seed: nothing but its name tells it from the first."""
+
+    async def again():
+        crew = LocalCrew()
+        scheduler = SegmentSchedulerActor(crew)
+        config = config_for(model)
+        await submit(scheduler, tmp_path, "plain", config)
+        await end_of(scheduler, "plain")
+        await scheduler.reroll("plain", str(tmp_path), 1, config.sampling.seed, None, False)
+        assert (await end_of(scheduler, "plain")).state == "done"
+        await crew.end()
+
+    asyncio.run(again())
+    folder, whole = RunFolder(tmp_path, "plain"), RunFolder(undisturbed, "plain")
+    for index in range(1, SEGMENTS):
+        assert torch.equal(load_latents(folder.latents(index, 1)), load_latents(whole.latents(index, 0)))
+
+
+class Hanging(LocalCrew):
+    """Its GPU actor hangs in the first attempt at segment 1, until it is restarted."""
+
+    def __init__(self):
+        super().__init__()
+        self.killed = 0
+
+    async def denoiser(self, worker, method, *arguments):
+        if method == "denoise_segment" and arguments[1].index == 1 and not self.killed:
+            await asyncio.Event().wait()
+        return await super().denoiser(worker, method, *arguments)
+
+    async def restart_denoiser(self, worker):
+        self.killed += 1
+        await super().restart_denoiser(worker)
+
+
+def test_an_actor_that_makes_no_step_is_restarted(tmp_path, model, undisturbed):
+    async def hang():
+        crew = Hanging()
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, "plain", config_for(model, engine={"cpu_threads": 1, "step_timeout_s": 2.0}))
+        status = await end_of(scheduler, "plain")
+        await crew.end()
+        return status, crew.killed
+
+    status, killed = asyncio.run(hang())
+    assert (status.state, killed) == ("done", 1), status.error
+    assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
+
+
+def test_latents_that_are_not_finite_are_tried_again_and_never_written(tmp_path, model):
+    class NotFinite(DenoiserActor):
+        def denoise_segment(self, spec, segment, attempt):
+            if segment.index != 1:
+                return super().denoise_segment(spec, segment, attempt)
+            weight = self._ready_engine(spec).pipe.transformer.proj_out.bias.data
+            whole = weight.clone()
+            try:
+                weight.fill_(float("nan"))
+                return super().denoise_segment(spec, segment, attempt)
+            finally:
+                weight.copy_(whole)
+
+    class Crew(LocalCrew):
+        async def start(self, spec, worker):
+            await super().start(spec, worker)
+            self.workers[worker].denoiser.__class__ = NotFinite
+
+    async def generate():
+        crew = Crew()
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, "one", config_for(model, engine={"cpu_threads": 1, "segment_retries": 1}))
+        status = await end_of(scheduler, "one")
+        await crew.end()
+        return status
+
+    status = asyncio.run(generate())
+    assert status.state == "failed"
+    assert "denoise of segment 1 failed (attempt 2 of 2)" in status.error
+    assert "not finite" in status.error
+    folder = RunFolder(tmp_path, "one")
+    assert [record.index for record in folder.read_manifest().segments] in ([], [0])
+    assert not folder.latents(1).exists()
+    assert not folder.media(1).exists()
+
+
+def test_a_removed_folder_ends_the_run_with_a_sentence(tmp_path, model):
+    async def remove():
+        crew = LocalCrew()
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, "one", config_for(model))
+        await scheduler.wait_segment("one", 0, 60)
+        (tmp_path / "one").rename(tmp_path / "elsewhere")
+        status = await end_of(scheduler, "one")
+        await crew.end()
+        return status
+
+    status = asyncio.run(remove())
+    assert status.state == "failed"
+    assert f"the run's folder {tmp_path / 'one'} was removed" in status.error
+    assert RunFolder(tmp_path, "elsewhere").path.exists()
+
+
+def test_an_endless_run_keeps_a_bounded_number_of_files(tmp_path, model):
+    config = config_for(
+        model, video={"num_segments": None}, output={"keep_segments": 2}, continuity={"history_latents": 2}
+    )
+
+    async def run_for_a_while():
+        crew = LocalCrew()
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, "one", config)
+        for index in range(14):
+            await scheduler.wait_segment("one", index, 60)
+        await scheduler.cancel("one")
+        status = await end_of(scheduler, "one")
+        await scheduler.resume("one", str(tmp_path), False)
+        await scheduler.wait_segment("one", status.committed, 60)
+        await scheduler.cancel("one")
+        status = await end_of(scheduler, "one")
+        await crew.end()
+        return status
+
+    status = asyncio.run(run_for_a_while())
+    folder = RunFolder(tmp_path, "one")
+    assert status.state == "cancelled"
+    assert (status.num_segments, status.num_frames) == (None, None)
+    assert status.committed >= 14
+    assert status.dropped_before == status.committed - 2
+    media = sorted(path.name for path in (folder.path / "segments").iterdir())
+    assert len(media) <= 4, "two that stay, and two that were on their way when the run was stopped"
+    needed = 2 + lookback_latents(AutoencoderKLWan.load_config(model / "vae"))
+    latents = len(list((folder.path / "latents").iterdir()))
+    assert -(-needed // 3) <= latents <= -(-needed // 3) + 2, "each segment adds three"
+
+
+def test_a_run_pauses_until_a_client_takes_segments(tmp_path, model):
+    async def pause():
+        crew = LocalCrew()
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, "one", config_for(model, engine={"cpu_threads": 1, "max_ahead": 1}))
+        async with asyncio.timeout(60):
+            while (await scheduler.status("one")).state != "paused":
+                await asyncio.sleep(0.01)
+        assert (await scheduler.status("one")).committed == 1
+        assert (await scheduler.wait_segment("one", 1, 60)).record.index == 1
+        assert (await end_of(scheduler, "one")).state == "done"
+        await crew.end()
+
+    asyncio.run(pause())
+
+
+def test_two_gpu_actors_make_two_runs_at_once(tmp_path, model, undisturbed):
+    async def both():
+        crew = LocalCrew()
+        scheduler = SegmentSchedulerActor(crew)
+        config = config_for(model, engine={"cpu_threads": 1, "gpu_actors": 2})
+        await submit(scheduler, tmp_path, "one", config)
+        await submit(scheduler, tmp_path, "two", config)
+        assert [status.state for status in await scheduler.runs()] == ["preparing", "preparing"]
+        ends = [await end_of(scheduler, run_id) for run_id in ("one", "two")]
+        await crew.end()
+        return ends, sorted(crew.workers)
+
+    ends, workers = asyncio.run(both())
+    assert [status.state for status in ends] == ["done", "done"]
+    assert workers == [0, 1]
+    for run_id in ("one", "two"):
+        assert RunFolder(tmp_path, run_id).final.read_bytes() == RunFolder(undisturbed, "plain").final.read_bytes()

@@ -1,0 +1,130 @@
+"""The segment scheduler in random orders of everything that can happen; and broken ones that this must find."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from edit_ray.runs import run_state, scheduler
+from edit_ray.runs.events import CloseRun
+from edit_ray.runs.run_state import LiveRun
+from edit_ray.runs.scheduler import SegmentScheduler
+from tests.unit.scheduler_machine import FIRED, AnyOrder
+
+SHORT = settings(
+    max_examples=2000,
+    stateful_step_count=25,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def run(broken, **changes):
+    """The histories of one scheduler; how often each event and each transition was in them."""
+    machine = type("Machine", (AnyOrder,), {"Scheduler": broken, "fired": Counter()})
+    run_state_machine_as_test(machine, settings=settings(SHORT, **changes))
+    return machine.fired
+
+
+def check_all_fired(fired):
+    for name, times in sorted(fired.items()):
+        print(f"{times:8} {name}")
+    assert [name for name in FIRED if not fired[name]] == []
+
+
+def test_the_scheduler_holds_in_any_order():
+    check_all_fired(run(SegmentScheduler))
+
+
+@pytest.mark.slow
+def test_the_scheduler_holds_in_many_more_orders():
+    check_all_fired(run(SegmentScheduler, max_examples=50_000, stateful_step_count=40, derandomize=False))
+
+
+class TakesLateReports(SegmentScheduler):
+    """A report of an earlier attempt, or of an earlier life of the run, is taken for the one that is waited for."""
+
+    def _in_flight(self, work):
+        run = self._runs.get(work.run_id)
+        return run is not None and work.stage in run.in_flight
+
+
+class ForgetsTheLead(SegmentScheduler):
+    """Segments are denoised as far ahead as there are any."""
+
+    class Run(LiveRun):
+        def _may_denoise(self):
+            plan = self.plan
+            return plan.num_segments is None or self.denoised < plan.num_segments
+
+
+class NeverGivesUp(SegmentScheduler):
+    """What fails is tried again for ever."""
+
+    class Run(LiveRun):
+        def failed(self, stage, error, fatal):
+            super().failed(stage, error, fatal)
+
+
+class WorksAfterTheEnd(SegmentScheduler):
+    """A run that is stopped ends at once, with work still in flight."""
+
+    def _close_if_still(self, run):
+        del self._runs[run.plan.run_id]
+        return [CloseRun(run.plan.run_id, run.end, run.error, run.worker), *self._advance()]
+
+
+class SharesAGpuActor(SegmentScheduler):
+    """A GPU actor is given to a second run."""
+
+    def _taken(self):
+        return set()
+
+
+class LeavesRunsWaiting(SegmentScheduler):
+    """When a run has ended nobody looks for the next one."""
+
+    def _close_if_still(self, run):
+        return super()._close_if_still(run)[:1]
+
+
+class CommitsBeforeTheMediaAreWhole(SegmentScheduler):
+    """A segment that is decoded counts as encoded."""
+
+    class Run(LiveRun):
+        def done(self, stage):
+            super().done(stage)
+            if stage == "decode":
+                self.encoded = self.decoded
+
+
+class ForgetsWhatWasCommitted(SegmentScheduler):
+    """A run that goes on begins with its first segment."""
+
+    class Run(LiveRun):
+        def __post_init__(self):
+            self.committed = self.denoised = 0
+            super().__post_init__()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        TakesLateReports,
+        ForgetsTheLead,
+        NeverGivesUp,
+        WorksAfterTheEnd,
+        SharesAGpuActor,
+        LeavesRunsWaiting,
+        CommitsBeforeTheMediaAreWhole,
+        ForgetsWhatWasCommitted,
+    ],
+)
+def test_a_broken_scheduler_is_found(broken, monkeypatch):
+    monkeypatch.setattr(scheduler, "LiveRun", getattr(broken, "Run", run_state.LiveRun))
+    # Not the harness's own mistakes: each is an assertion of the model.
+    with pytest.raises(AssertionError):
+        run(broken, max_examples=400, phases=[Phase.generate], report_multiple_bugs=False)
