@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from edit_ray.actors.figures import TierFigures
 from edit_ray.actors.messages import code_version
 from edit_ray.cache.options import StoreOptions
 from edit_ray.cache.stores import carried
@@ -24,6 +26,7 @@ from edit_ray.cache.stores.shared_tiers import TABLES_BYTES, SharedTiers
 from edit_ray.cache.stores.store import Key
 from edit_ray.cache.tiering.events import Uses
 from edit_ray.errors import ConfigError, EditRayError, ResourcesUnavailable, StaleLease
+from edit_ray.metrics.totals import Snapshot
 from edit_ray.runs.folder import RunFolder
 
 
@@ -36,10 +39,17 @@ class CacheStoreActor:
         self._tiers: SharedTiers | None = None
         self._made_for: tuple[StoreOptions, Path] | None = None
         self._runs: set[str] = set()
+        self._figures, self._incarnation = TierFigures(), secrets.token_hex(8)
         self._lock = threading.Lock()
 
     def describe(self) -> dict[str, str | int]:
         return {"version": code_version(), "pid": os.getpid()}
+
+    def metrics(self) -> Snapshot:
+        """What this actor has counted, and what its tiers hold now."""
+        with self._lock:
+            self._figures.look(self._tiers)
+            return self._figures.totals.snapshot(self._incarnation)
 
     def follow(self, run_id: str, uses: Uses, segment: int, options: StoreOptions, directory: Path, root: Path) -> None:
         """A run begins, or goes on with `segment`: which entries it reads when. `directory` is the disk tier's.
@@ -134,11 +144,13 @@ class CacheStoreActor:
     def _of(self, run_id: str) -> SharedTiers:
         with self._lock:
             if self._tiers is None or run_id not in self._runs:
+                self._figures.totals.inc("edit_ray_refusals_total", refusal="stale_lease")
                 raise StaleLease(f"This CacheStore actor was not told of the run {run_id!r}.")
             return self._tiers
 
     def _close(self) -> None:
         if self._tiers is not None:
+            self._figures.look(self._tiers)
             self._tiers.close()
         self._tiers = self._made_for = None
         self._runs.clear()
