@@ -13,17 +13,16 @@ from typing import Any, TypeVar
 
 import torch
 
+from edit_ray.actors.continuing import added_by, context_of, preceding_of
 from edit_ray.actors.figures import StepTimes, decisions, show_memory
 from edit_ray.actors.leases import SegmentLeases, Store
 from edit_ray.actors.messages import Progress, RunSpec, code_version, statistics
 from edit_ray.cache.stores.planned import PlannedStore
-from edit_ray.engine.continuity import match_statistics
 from edit_ray.engine.decode import lookback_latents
-from edit_ray.engine.latent_files import latent_tail, load_latents, save_latents
+from edit_ray.engine.latent_files import load_latents, save_latents
 from edit_ray.engine.loading import choose_device
 from edit_ray.engine.provenance import provenance_of, use_mode
 from edit_ray.engine.segment import SegmentEngine, usable_cores
-from edit_ray.engine.stream import Preceding
 from edit_ray.errors import EditRayError, OutOfMemory, RunCancelled, SegmentFailed, StaleWork
 from edit_ray.metrics.totals import Snapshot, Totals
 from edit_ray.runs.event_log import append_event
@@ -154,13 +153,13 @@ class DenoiserActor:
                 sampling,
                 prompt=segment.prompt,
                 seed=segment.seed,
-                **self._context(engine, spec, segment.index),
+                **context_of(engine, spec, segment.index),
                 on_step=on_step,
                 cache=spec.config.cache,
                 segment_index=segment.index - spec.planned_from,
                 store=store,
             )
-            return self._added(latents, spec, segment.index)
+            return added_by(latents, spec, segment.index)
 
         return self._compute(engine, work, denoises=True)
 
@@ -284,7 +283,7 @@ class DenoiserActor:
                 spec.run_id if spec.layout.history_latents else None,
                 latents,
                 position=spec.layout.first_latent(segment.index),
-                preceding=self._preceding(spec, segment.index),
+                preceding=preceding_of(spec, segment.index),
                 keep_frames=spec.config.continuity.carried_frames,
             )
 
@@ -356,41 +355,6 @@ class DenoiserActor:
         write_atomic(spec.folder.record(segment.index, segment.take), record.to_json().encode())
         skipped = sum(decision.decision == "reuse" for decision in record)
         return {"units_computed": len(record) - skipped, "units_skipped": skipped, **counts}
-
-    def _added(self, latents: torch.Tensor, spec: RunSpec, segment_index: int) -> torch.Tensor:
-        """Those of a window's latents that the segment adds to the stream, their colours drawn to the first's; a run
-        that begins with the user's picture has that one as its first.
-        """
-        first_latent, continuity = spec.layout.first_latent, spec.config.continuity
-        added = latents[:, :, first_latent(segment_index) - first_latent(segment_index + 1) :]
-        if segment_index == 0 and continuity.begins_with_picture:
-            return torch.cat([load_latents(spec.folder.init_latents)[:, :, :1], added[:, :, 1:]], dim=2)
-        if continuity.adain and segment_index:
-            return match_statistics(added, load_latents(spec.latents(0)), continuity.adain)
-        return added
-
-    def _context(self, engine: SegmentEngine, spec: RunSpec, segment_index: int) -> dict[str, torch.Tensor]:
-        """What a segment continues: made of committed latents alone, whatever this actor has seen of the run."""
-        if segment_index == 0:
-            continuity = spec.config.continuity
-            if continuity.init is None:
-                return {}
-            return {continuity.mode: load_latents(spec.folder.init_latents)[:, :, -continuity.init_latents :]}
-        position, preceding = spec.layout.first_latent(segment_index), self._preceding(spec, segment_index)
-        return engine.context(spec.config.continuity, spec.run_id, position=position, preceding=preceding)
-
-    def _preceding(self, spec: RunSpec, segment_index: int) -> Preceding:
-        """Reads the last latents of the stream before a segment."""
-
-        def preceding(count: int) -> torch.Tensor:
-            # Each segment adds one latent at least.
-            segments = range(max(0, segment_index - count), segment_index)
-            before = [spec.latents(index) for index in segments]
-            if spec.layout.init_latents and segments.start == 0:
-                before.insert(0, spec.folder.init_latents)
-            return latent_tail(before, count)
-
-        return preceding
 
 
 def _reuse_statistics(store: PlannedStore, tiers: dict[str, Any]) -> dict[str, float]:
