@@ -6,11 +6,11 @@
 - device: put + get of the device tier.
 - host: from put, of one residual, until another of the segment before is ready on the device, its bytes on their way
   only after the first one's are in the arena; of 12 and 43 MB, nothing loaded ahead. Beside it, alternating, a copy
-  from the device into pinned memory and back.
+  from the device into pinned memory and back. And the same by the device's clock, in a loop that is ahead of it.
 - put: how long the loop is held up by the writes of a generation of 192 MB, while the GPU computes.
-- prefetch: segments that read in their first step what one before has written there, with a host tier that does not
-  hold it all; how long reads make the computing stream wait, by what their copies to the device take (from disk to
-  arena is not counted in it).
+- prefetch: segments that read in their first step what one before has written there, in place of computing it, with a
+  host tier that does not hold it all; how long reads make the computing stream wait, by what their copies to the device
+  take (from disk to arena is not counted in it).
 
 Prints a table, and writes results.json.
 """
@@ -93,7 +93,7 @@ class Task:
         }
         prompts = [{"segment": 0, "prompt": "a red circle"}]
         config = Config.model_validate({"store": options, "video": {"num_segments": 1}, "prompt_segments": prompts})
-        return SegmentLeases(store, RunSpec(RUN, self.directory, config), reuse(plan, self.form))
+        return SegmentLeases(store, RunSpec(RUN, self.directory, config, config.num_segments), reuse(plan, self.form))
 
 
 def seconds(action: Callable[[], object], wait: bool = True) -> float:
@@ -141,23 +141,21 @@ class Alternating(Reuse):
 
 
 def host_figures(task: Task, store: AnyStore) -> Figures:
-    """Round trips, and those of bare copies made in between."""
+    """Round trips by the clock, those of bare copies made in between, and round trips by the device's own clock, in a
+    loop that is ahead of the device, as a denoising loop is.
+    """
     form = task.form
     pinned = torch.empty(form.shape, dtype=form.dtype, pin_memory=True)
     there = torch.randn(form.shape, device=DEVICE).bfloat16()
+    work = Work(1.0)
     trips: list[float] = []
     bare: list[float] = []
-    calls: dict[str, list[float]] = {"put": [], "get": []}
+    by_device: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def round_trip(planned: PlannedStore, written: Key, read: Key) -> None:
-        started = time.perf_counter()
-        planned.put(written, there)
-        put = time.perf_counter()
+    def round_trip(planned: PlannedStore, pair: Sequence[Op]) -> None:
+        planned.put(pair[0].key[1:], there)
         planned.copies.loading.wait_stream(planned.copies.leaving)  # type: ignore[attr-defined]  # a GPU has both
-        got = time.perf_counter()
-        planned.get(read)
-        calls["put"].append(put - started)
-        calls["get"].append(time.perf_counter() - got)
+        planned.get(pair[1].key[1:])
 
     def bare_trip() -> None:
         pinned.copy_(there, non_blocking=True)
@@ -165,21 +163,35 @@ def host_figures(task: Task, store: AnyStore) -> Figures:
 
     def act(planned: PlannedStore, segment: int) -> None:
         for index in range(0, len(planned.ops), 2):
-            written, other = planned.ops[index : index + 2]
+            pair = planned.ops[index : index + 2]
             for of_both in (index, index + 1):
                 _await_place(planned, of_both)
-            if other.writes:  # the first segment has nothing to read
-                planned.put(written.key[1:], there)
-                planned.put(other.key[1:], there)
-                continue
-            trips.append(seconds(lambda pair=(written, other): round_trip(planned, *(op.key[1:] for op in pair))))  # type: ignore[misc]
-            bare.append(seconds(bare_trip))
+            if pair[1].writes:  # the first segment has nothing to read
+                for op in pair:
+                    planned.put(op.key[1:], there)
+            elif segment % 2:
+                trips.append(seconds(lambda pair=pair: round_trip(planned, pair)))  # type: ignore[misc]
+                bare.append(seconds(bare_trip))
+            else:
+                events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                work()
+                events[0].record()
+                round_trip(planned, pair)
+                events[1].record()
+                torch.cuda.synchronize()
+                by_device.append(events)
             planned.clear()
 
     run_segments(task, store, act, Alternating)
     ours, copies = 1000 * median(trips), 1000 * median(bare)
-    in_calls = {f"{name}_call_ms": 1000 * median(times) for name, times in calls.items()}
-    return {"round_trips": len(trips), "ms": ours, "pinned_ms": copies, "rate_of_pinned": copies / ours} | in_calls
+    return {
+        "round_trips": len(trips),
+        "ms": ours,
+        "pinned_ms": copies,
+        "rate_of_pinned": copies / ours,
+        "device_round_trips": len(by_device),
+        "device_ms": median(before.elapsed_time(after) for before, after in by_device),
+    }
 
 
 def _await_place(planned: PlannedStore, index: int) -> None:
@@ -236,6 +248,7 @@ def prefetch_figures(task: Task, store: AnyStore, compute_ms: float, steps: int)
     stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
     host_waits: list[float] = []
+    small = torch.zeros(1, device=DEVICE)
 
     def use(planned: PlannedStore, op: Op) -> None:
         if op.writes:
@@ -250,11 +263,15 @@ def prefetch_figures(task: Task, store: AnyStore, compute_ms: float, steps: int)
         stalls.append((before, after))
 
     def act(planned: PlannedStore, segment: int) -> None:
+        work()  # so that the stream waits for reads, if for anything, and not for Python to ask for them
         for step in range(steps):
             for op in planned.ops:
+                if step or op.writes:
+                    work()  # what is read takes the place of what would be computed
                 if step == 0:
                     use(planned, op)
-                work()
+                else:
+                    planned.put((*op.key[1:5], step), small)  # a unit's latest residual, which no plan wants
             torch.cuda.synchronize()  # as a scheduler's step may: the loop does not run far ahead of the device
         host_waits.append(planned.waits.seconds)
 
@@ -281,14 +298,14 @@ def measure(folder: Path, store: AnyStore, quick: bool) -> dict[str, Figures]:
     small, large = SHAPES["12 MB"], SHAPES["43 MB"]
     figures["device round trip, 12 MB"] = device_figures(Form(DEVICE, torch.bfloat16, small))
     for name, shape in SHAPES.items():
-        task = Task(shape, trips // 2, 4, 3 * trips, 0, folder / name[:2])
+        task = Task(shape, trips // 2, 3 if quick else 7, 3 * trips, 0, folder / name[:2])
         figures[f"host round trip, {name}"] = host_figures(task, store)
     figures["put of 192 MB"] = put_figures(Task(small, 8, 12, 100, 40, folder / "put"), store)
-    # Of 16 entries that a segment reads 10 are in the arena at a time, and 7 loaded ahead; a block of 1.3B takes 6 ms
-    # at 14,040 tokens, and here a unit is four of them.
+    # A segment reads 16 entries one after the other: all have a place on the device, and 10 in the arena. A unit is an
+    # eighth of Wan2.1-1.3B, with 14,040 tokens 22 ms.
     for name, shape, unit_ms in (("12 MB", small, 6), ("43 MB", large, 22)):
-        task = Task(shape, 8, 3 if quick else 10, 10, 7, folder / f"ahead-{name[:2]}", "step")
-        figures[f"prefetch, {name}"] = prefetch_figures(task, store, unit_ms, steps=4)
+        task = Task(shape, 8, 3 if quick else 10, 10, 16, folder / f"ahead-{name[:2]}", "step")
+        figures[f"prefetch, {name}"] = prefetch_figures(task, store, unit_ms, steps=5)
     return figures
 
 

@@ -14,6 +14,7 @@ EditRayError
 ├── ResourcesUnavailable                       the cluster lacks what the actors need
 ├── ActorVersionMismatch                       living actors run other code than the caller
 ├── SegmentFailed                              a segment failed more often than it may
+├── OutOfMemory                                the GPU's memory does not do, even when all else has left it
 ├── EntryLost                                  a stored residual that the plan promised is gone
 ├── StaleLease                                 a lease of a store, or of a holder, that is no more
 ├── StaleWork                                  work for a life of a run that is over
@@ -84,6 +85,10 @@ class ActorVersionMismatch(EditRayError):
 
 class SegmentFailed(EditRayError):
     """A segment failed more often than `engine.segment_retries` allows."""
+
+
+class OutOfMemory(EditRayError):
+    """The GPU's memory does not do for a segment, even when everything else has left it."""
 
 
 class EntryLost(EditRayError):

@@ -10,8 +10,9 @@ from pathlib import Path
 from edit_ray.actors.crew import Crew
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import RunSpec
+from edit_ray.actors.space import shortage_before
 from edit_ray.config import Config, check_config, dump_yaml, load_config
-from edit_ray.errors import ConfigError, HardwareDiffers, RunExists, RunLocked, UnknownRun
+from edit_ray.errors import ConfigError, HardwareDiffers, ResourcesUnavailable, RunExists, RunLocked, UnknownRun
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Line, Manifest, Opened
 from edit_ray.runs.manifest_file import ManifestFile
@@ -53,6 +54,8 @@ class Admission:
             raise ConfigError(problems)
         if spec.folder.path.exists() and not self.mine(asked):
             raise RunExists(f"run id {asked.run_id!r} is taken by {spec.folder.path}; choose another run id")
+        if too_little := await asyncio.to_thread(shortage_before, spec):
+            raise ResourcesUnavailable(too_little)
         await self._crew.start(spec, 0)
         for who, sees in (
             ("segment scheduler", asked.probe.exists()),

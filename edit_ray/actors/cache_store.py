@@ -25,7 +25,7 @@ from edit_ray.cache.stores.open_segment import Lease
 from edit_ray.cache.stores.shared_tiers import TABLES_BYTES, SharedTiers
 from edit_ray.cache.stores.store import Key
 from edit_ray.cache.tiering.events import Uses
-from edit_ray.errors import ConfigError, ResourcesUnavailable, StaleLease, UnknownRun
+from edit_ray.errors import ConfigError, EditRayError, ResourcesUnavailable, StaleLease
 from edit_ray.metrics.totals import Snapshot
 from edit_ray.runs.folder import RunFolder
 
@@ -164,12 +164,18 @@ def _make(options: StoreOptions, directory: Path) -> SharedTiers:
     return SharedTiers(_memory(options), options.host_bytes, disk, options.disk_bytes)
 
 
-def _goes_on(root: Path, run_id: str) -> bool:
-    """Whether a run that is not known here has not ended: it may be resumed."""
-    try:
-        return RunFolder(root, run_id.partition(".")[0]).read_manifest().end is None
-    except (UnknownRun, ValueError, OSError):
-        return False
+def _goes_on(root: Path, name: str) -> bool:
+    """Whether a run that is not known here has not ended: it may be resumed.
+
+    One whose reuse was planned anew has a longer name here (`RunSpec.residuals_id`).
+    """
+    for run_id in {name, name.rsplit(".", 2)[0]}:
+        try:
+            if RunFolder(root, run_id).read_manifest().state not in ("done", "failed", "cancelled"):
+                return True
+        except (EditRayError, ValueError, OSError):
+            continue
+    return False
 
 
 def _memory(options: StoreOptions) -> Arena:

@@ -13,18 +13,17 @@ from typing import Any, TypeVar
 
 import torch
 
+from edit_ray.actors.continuing import added_by, context_of, preceding_of
 from edit_ray.actors.figures import StepTimes, decisions, show_memory
 from edit_ray.actors.leases import SegmentLeases, Store
 from edit_ray.actors.messages import Progress, RunSpec, code_version, statistics
 from edit_ray.cache.stores.planned import PlannedStore
-from edit_ray.engine.continuity import match_statistics
 from edit_ray.engine.decode import lookback_latents
-from edit_ray.engine.latent_files import latent_tail, load_latents, save_latents
+from edit_ray.engine.latent_files import load_latents, save_latents
 from edit_ray.engine.loading import choose_device
 from edit_ray.engine.provenance import provenance_of, use_mode
 from edit_ray.engine.segment import SegmentEngine, usable_cores
-from edit_ray.engine.stream import Preceding
-from edit_ray.errors import RunCancelled, SegmentFailed, StaleWork
+from edit_ray.errors import EditRayError, OutOfMemory, RunCancelled, SegmentFailed, StaleWork
 from edit_ray.metrics.totals import Snapshot, Totals
 from edit_ray.runs.event_log import append_event
 from edit_ray.runs.folder import draft_of, publish, write_atomic
@@ -55,6 +54,7 @@ class DenoiserActor:
         self._joins = Joins()
         self._totals, self._life = Totals(), secrets.token_hex(8)
         self._beat, self._loading = 0, False
+        self._short_of_memory = False  # whether the work before this has run out of it
         self._leases: dict[str, tuple[int, SegmentLeases | None]] = {}  # by run, with the incarnation they are for
         self._frames: dict[tuple[Path, int], Frames] = {}  # decoded, and not encoded yet
 
@@ -125,6 +125,7 @@ class DenoiserActor:
             began = time.time()
             reused = _reuse_statistics(store, leases.complete(reusing, attempt))
             reused |= {"complete_at": began, "complete_s": time.time() - began, "segments_made_again": made_again}
+        self._short_of_memory = False
         append_event(spec.folder.events, "segment_made", segment=segment.index, attempt=attempt)
         return statistics(
             denoise_at=denoise_at, denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused
@@ -152,15 +153,15 @@ class DenoiserActor:
                 sampling,
                 prompt=segment.prompt,
                 seed=segment.seed,
-                **self._context(engine, spec, segment.index),
+                **context_of(engine, spec, segment.index),
                 on_step=on_step,
                 cache=spec.config.cache,
                 segment_index=segment.index - spec.planned_from,
                 store=store,
             )
-            return self._added(latents, spec, segment.index)
+            return added_by(latents, spec, segment.index)
 
-        return self._compute(engine, work)
+        return self._compute(engine, work, denoises=True)
 
     def _make_lost_again(
         self, spec: RunSpec, engine: SegmentEngine, leases: SegmentLeases, reusing: int, attempt: int
@@ -282,7 +283,7 @@ class DenoiserActor:
                 spec.run_id if spec.layout.history_latents else None,
                 latents,
                 position=spec.layout.first_latent(segment.index),
-                preceding=self._preceding(spec, segment.index),
+                preceding=preceding_of(spec, segment.index),
                 keep_frames=spec.config.continuity.carried_frames,
             )
 
@@ -291,7 +292,9 @@ class DenoiserActor:
         assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
         return frames.numpy(), decode_at, decode_s
 
-    def _compute(self, engine: SegmentEngine, work: Callable[[], T]) -> tuple[T, float, float]:
+    def _compute(
+        self, engine: SegmentEngine, work: Callable[[], T], *, denoises: bool = False
+    ) -> tuple[T, float, float]:
         """What the work gives, when it began (in unix seconds), and its seconds.
 
         On a CPU one thread does all of torch's work. OpenMP keeps a team of threads for each thread that calls it, and
@@ -302,7 +305,21 @@ class DenoiserActor:
             began, started = time.time(), time.perf_counter()
             return work(), began, time.perf_counter() - started
 
-        return self._thread.submit(timed).result() if engine.device.type == "cpu" else timed()
+        try:
+            return self._thread.submit(timed).result() if engine.device.type == "cpu" else timed()
+        except torch.OutOfMemoryError as error:
+            engine.make_room(of_cache=denoises)
+            raise self._out_of_memory(error) from None
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> EditRayError:
+        """The first time another attempt may do, the second time none will."""
+        if self._short_of_memory:
+            return OutOfMemory(
+                f"the GPU's memory does not do ({str(error).splitlines()[0]}); lower sampling.height, width or "
+                "num_frames, or take a smaller torch_dtype"
+            )
+        self._short_of_memory = True
+        return SegmentFailed("the GPU's memory did not do; what can be had again has left it")
 
     def _leases_of(self, spec: RunSpec, engine: SegmentEngine) -> SegmentLeases | None:
         """The run's leases; those of an earlier incarnation are given up, and the store is told of the run anew."""
@@ -339,35 +356,6 @@ class DenoiserActor:
         skipped = sum(decision.decision == "reuse" for decision in record)
         return {"units_computed": len(record) - skipped, "units_skipped": skipped, **counts}
 
-    def _added(self, latents: torch.Tensor, spec: RunSpec, segment_index: int) -> torch.Tensor:
-        """Those of a window's latents that the segment adds to the stream, their colours drawn to the first's."""
-        first_latent, adain = spec.layout.first_latent, spec.config.continuity.adain
-        added = latents[:, :, first_latent(segment_index) - first_latent(segment_index + 1) :]
-        if not adain or segment_index == 0:
-            return added
-        return match_statistics(added, load_latents(spec.latents(0)), adain)
-
-    def _context(self, engine: SegmentEngine, spec: RunSpec, segment_index: int) -> dict[str, torch.Tensor]:
-        """What a segment continues: made of committed latents alone, whatever this actor has seen of the run."""
-        if segment_index == 0:
-            begun = spec.config.continuity.init is not None
-            return {spec.config.continuity.mode: load_latents(spec.folder.init_latents)} if begun else {}
-        position, preceding = spec.layout.first_latent(segment_index), self._preceding(spec, segment_index)
-        return engine.context(spec.config.continuity, spec.run_id, position=position, preceding=preceding)
-
-    def _preceding(self, spec: RunSpec, segment_index: int) -> Preceding:
-        """Reads the last latents of the stream before a segment."""
-
-        def preceding(count: int) -> torch.Tensor:
-            # Each segment adds one latent at least.
-            segments = range(max(0, segment_index - count), segment_index)
-            before = [spec.latents(index) for index in segments]
-            if spec.layout.init_latents and segments.start == 0:
-                before.insert(0, spec.folder.init_latents)
-            return latent_tail(before, count)
-
-        return preceding
-
 
 def _reuse_statistics(store: PlannedStore, tiers: dict[str, Any]) -> dict[str, float]:
     """What the segment reused, what it waited for, and what the tiers hold after it."""
@@ -380,6 +368,7 @@ def _reuse_statistics(store: PlannedStore, tiers: dict[str, Any]) -> dict[str, f
         "reuse_wait_s": store.waits.seconds,
         "host_bytes": tiers["bytes"]["host"],
         "disk_bytes": tiers["on_disk_bytes"],
+        "stale_leases": tiers["stale_leases"],
         **{
             f"prefetch_{outcome}": getattr(prefetch, outcome)
             for outcome in ("requested", "useful", "late", "wasted", "unfulfilled", "cancelled")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -15,6 +16,7 @@ from edit_ray.cache.stores.holders import this_holder
 from edit_ray.cache.stores.op_table import OpTable
 from edit_ray.cache.stores.open_segment import Lease
 from edit_ray.cache.stores.planned import PlannedStore
+from edit_ray.cache.stores.store import Key
 from edit_ray.engine.reuse import Reuse
 from edit_ray.errors import ConfigError, EntryLost, StaleLease
 
@@ -28,6 +30,13 @@ class Store(Protocol):
     """The CacheStore actor as the GPU actor calls it."""
 
     def call(self, method: str, *arguments: Any) -> Reply: ...
+
+
+@dataclass(frozen=True)
+class _Opened:
+    segment: int
+    lease: Lease
+    store: PlannedStore
 
 
 class SegmentLeases:
@@ -45,12 +54,15 @@ class SegmentLeases:
                 [f"store.host_bytes is {options.host_bytes}; one residual of this run has {reuse.form.size} bytes."]
             )
         self._store, self._spec, self.reuse = store, spec, reuse
+        # On the CPU what is read is copied when it is read: ahead of that it would only take memory.
+        self.ahead_bytes = options.device_bytes if self._on_gpu else 0
         self._run_id = spec.residuals_id
         self._followed = False  # whether the store was told of the run by this object
         self._holder = this_holder()
         self._directory = Path(options.directory) if options.directory else spec.root / ".cache_store"
         self._arena: Arena | None = None
-        self._store_of_segment: PlannedStore | None = None
+        self._current: _Opened | None = None
+        self._opened: _Opened | None = None  # the next segment's, ahead of its time
         self._given_by = ""  # the incarnation of the store that gave the last lease
         self._ahead: dict[int, Reply] = {}
 
@@ -64,18 +76,30 @@ class SegmentLeases:
 
     def begin(self, segment: int, attempt: int, history_len: int, then_next: bool = True) -> PlannedStore:
         """The store for a segment; the next segment's is asked for, unless that is not what comes next."""
-        self._settle()  # before the store takes the places of a segment that has failed
-        lease: Lease | None = self._asked_ahead(segment) if attempt == 0 else None
+        last, opened, self._opened = self._current, self._opened, None
+        self._settle(last)  # before the store takes the places of a segment that has failed
+        if opened is not None and (opened.segment != segment or attempt or not self._lives(opened.lease)):
+            self._settle(opened)
+            opened = None
+        lease = None if opened is None else opened.lease
+        if lease is None and attempt == 0:
+            lease = self._asked_ahead(segment)
         if lease is None:
             lease = self._told(segment, lambda: self._prepare(segment, attempt)())
         self._given_by = lease.store
         self._ahead.clear()
-        following = segment + 1
-        if then_next and following < len(self.reuse.plan.segments):
-            self._ahead[following] = self._prepare(following, 0)
+        if then_next and segment + 1 < len(self.reuse.plan.segments):
+            self._ahead[segment + 1] = self._prepare(segment + 1, 0)
+        self._current = opened or self._open(segment, attempt, lease, history_len)
+        if last is not None and last.segment == segment - 1 and attempt == 0:
+            self._current.store.adopt(last.store.handed_over)
+        return self._current.store
+
+    def _open(self, segment: int, attempt: int, lease: Lease, history_len: int) -> _Opened:
+        """A segment's store. On a GPU, once the segment has read all, it brings ahead what the next one reads."""
         arena, table = self._mapped(lease) if lease.arena else self._carried(segment, attempt)
-        ahead = self._spec.config.store.device_bytes if self._on_gpu and lease.arena else 0
-        store = self._store_of_segment = PlannedStore(
+        ahead = self.ahead_bytes if lease.arena else 0
+        store = PlannedStore(
             arena,
             table,
             self.reuse.ops(segment),
@@ -83,10 +107,30 @@ class SegmentLeases:
             prefix=(self._run_id,),
             history_len=history_len,
             ahead_bytes=ahead,
+            hand_over=self._handed(segment, ahead),
+            handed=self._handed(segment - 1, ahead) if attempt == 0 else (),
+            when_read=(lambda: self._look_ahead(segment + 1, history_len)) if ahead else None,
         )
         if isinstance(table, CarriedTable):
             table.waits = store.waits
-        return store
+        return _Opened(segment, lease, store)
+
+    def _handed(self, segment: int, ahead_bytes: int) -> list[Key]:
+        """What a segment writes and the next one reads, as far as it stays on the device, in the order of use."""
+        if segment < 0 or segment + 1 >= len(self.reuse.plan.segments):
+            return []
+        written = {op.key for op in self.reuse.ops(segment) if op.writes}
+        read = dict.fromkeys(op.key for op in self.reuse.ops(segment + 1) if not op.writes)
+        return [key for key in read if key in written][: ahead_bytes // max(self.reuse.form.size, 1)]
+
+    def _look_ahead(self, segment: int, history_len: int) -> None:
+        """Load what a segment reads while the one before it is made. The answer to `prepare` came long ago."""
+        if self._opened is None:
+            lease = self._asked_ahead(segment)
+            if lease is not None and self._arena is not None and lease.arena == str(self._arena.path):
+                self._opened = self._open(segment, 0, lease, history_len)
+        elif self._opened.segment == segment:
+            self._opened.store.go_on()
 
     def complete(self, segment: int, attempt: int) -> dict[str, Any]:
         """What the segment has written is safe, and others may read it; returns the store's statistics."""
@@ -95,7 +139,9 @@ class SegmentLeases:
 
     def give_up(self) -> None:
         """Nothing stays of what is not complete."""
-        self._settle()
+        self._settle(self._current)
+        self._settle(self._opened)
+        self._current = self._opened = None
         with suppress(ConnectionError):  # it holds nothing then
             self._store.call("give_up", self._run_id, self._holder)()
 
@@ -113,10 +159,9 @@ class SegmentLeases:
     def _on_gpu(self) -> bool:
         return self.reuse.form.device.type == "cuda"
 
-    def _settle(self) -> None:
-        if self._store_of_segment is not None:
-            self._store_of_segment.settle()
-        self._store_of_segment = None
+    def _settle(self, opened: _Opened | None) -> None:
+        if opened is not None:
+            opened.store.settle()
 
     def _mapped(self, lease: Lease) -> tuple[Arena, OpTable]:
         """The store's own memory, of which this process sees the same file."""

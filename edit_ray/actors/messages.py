@@ -163,6 +163,7 @@ class RunStatus:
     dropped_before: int = 0  # the media of segments before this one are gone
     at_work: tuple[tuple[Stage, int | None], ...] = ()  # the stages that it is in, each with its segment
     error: str | None = None
+    warning: str | None = None  # what will go wrong if nobody does anything
     progress: Progress | None = None
 
     @classmethod

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import traceback
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ class SegmentSchedulerActor:
     def _status_without_progress(self, run: LiveRun, progress: Progress | None = None) -> RunStatus:
         status = RunStatus.of(run.spec.folder.path, run.manifest, self._state(run), progress)
         error = status.error if run.unrecorded is None else run.unrecorded.error
-        return replace(status, error=error, at_work=self._machine.at_work(run.spec.run_id))
+        return replace(status, error=error, warning=run.warning, at_work=self._machine.at_work(run.spec.run_id))
 
     async def _status(self, run: LiveRun) -> RunStatus:
         progress: Progress | None = None
@@ -178,19 +179,13 @@ class SegmentSchedulerActor:
     async def _recover(self) -> None:
         """Goes on with every run that an earlier incarnation was at work on, those first that have a GPU actor."""
         pointers = await self._crew.recall()
+        self._pointers |= pointers  # all of them until each is seen to: this incarnation may die meanwhile
         for run_id, pointer in sorted(pointers.items(), key=lambda item: item[1].worker is None):
-            root = Path(pointer.root)
-            try:
-                if (await asyncio.to_thread(RunFolder(root, run_id).read_manifest)).end is not None:
-                    continue
-                run = await self._admission.go_on(root, run_id)
-            except UnknownRun:  # it was not begun yet; its client asks again
-                continue
-            except Exception as error:  # the others go on whatever this one has met
-                _log.error("run %s cannot go on: %s; see `edit-ray resume %s`", run_id, error, run_id)
-                continue
-            self._pointers[run_id] = pointer
-            await self._live(run, pointer.worker, recovered=True)
+            run = await self._recovered_run(run_id, Path(pointer.root))
+            if run is None:
+                del self._pointers[run_id]
+            else:
+                await self._live(run, pointer.worker, recovered=True)
         for run in list(self._runs.values()):
             try:  # only when all are counted: what Prometheus sees must not go back
                 await self._meter.serve(run.spec.config.metrics, run.spec.root)
@@ -200,6 +195,18 @@ class SegmentSchedulerActor:
             await self._remember()
             if self._machine.idle:
                 self._spawn(self._exit_when_idle(IDLE_EXIT_S))
+
+    async def _recovered_run(self, run_id: str, root: Path) -> LiveRun | None:
+        """A run that was live in its next incarnation; None where it has ended, or cannot go on."""
+        try:
+            if (await asyncio.to_thread(RunFolder(root, run_id).read_manifest)).end is not None:
+                return None
+            return await self._admission.go_on(root, run_id)
+        except UnknownRun:  # it was not begun yet; its client asks again
+            return None
+        except Exception as error:  # the others go on whatever this one has met
+            _log.error("run %s cannot go on: %s; see `edit-ray resume %s`", run_id, error, run_id)
+            return None
 
     async def _go_on(self, run_id: str, root: str, allow_different_hardware: bool, change: Change | None) -> RunStatus:
         async with self._admission_of(IDLE_EXIT_S):
@@ -218,7 +225,7 @@ class SegmentSchedulerActor:
                 return await self._live(run)
 
     @contextlib.asynccontextmanager
-    async def _admission_of(self, idle_exit_s: float) -> Any:
+    async def _admission_of(self, idle_exit_s: float) -> AsyncIterator[None]:
         """One at a time comes in; where nothing has come of it the actors end themselves as ever."""
         await self._recovered
         self._last_use += 1
@@ -230,7 +237,7 @@ class SegmentSchedulerActor:
                     self._spawn(self._exit_when_idle(idle_exit_s))
 
     @contextlib.asynccontextmanager
-    async def _pointed_at(self, run_id: str, root: Path) -> Any:
+    async def _pointed_at(self, run_id: str, root: Path) -> AsyncIterator[None]:
         """The pointer is there before the run's folder is: from then on the next incarnation goes on with it."""
         self._pointers[run_id] = Pointer(str(root))
         await self._remember()

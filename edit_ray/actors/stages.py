@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import time
@@ -11,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from edit_ray.actors.crew import Crew
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import statistics
+from edit_ray.actors.space import shortage_after
 from edit_ray.actors.watchdog import Watchdog
 from edit_ray.errors import (
     EditRayError,
@@ -98,6 +100,8 @@ class Stages:
         await run.append(Committed(spec.incarnation, record))
         run.statistics.pop(segment.index, None)
         await self._drop_old_segments(run)
+        with contextlib.suppress(OSError):  # a forecast that cannot be made is none
+            run.warning = await asyncio.to_thread(shortage_after, spec, run.manifest.segments)
 
     async def _drop_old_segments(self, run: LiveRun) -> None:
         """Says first that they are gone, then removes them: nobody looks for what is not there."""

@@ -54,6 +54,7 @@ def _page_of_run(folder: Path) -> str | None:
     from edit_ray.config import load_config
     from edit_ray.page.report import ReportedSegment, RunReport, render_run
     from edit_ray.page.strip import MOST_SEGMENTS, ends_of, sampled
+    from edit_ray.runs.event_log import read_events
     from edit_ray.runs.folder import RunFolder
     from edit_ray.video.encode import EncodeError
 
@@ -88,6 +89,7 @@ def _page_of_run(folder: Path) -> str | None:
             ],
             records=_read_records(folder),
             pictures=pictures,
+            events=read_events(folder / "events.jsonl"),
         )
     )
 

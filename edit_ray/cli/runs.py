@@ -33,8 +33,9 @@ def status(options: argparse.Namespace) -> int:
     if status.progress:
         at = status.progress
         print(f"segment {at.segment_index}: step {at.step} of {at.num_steps}")
-    if status.error:
-        print(status.error)
+    for said in (status.error, status.warning):
+        if said:
+            print(said)
     return 0
 
 

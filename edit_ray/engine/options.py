@@ -54,7 +54,8 @@ class ContinuityOptions(Options):
     rest, by any model; `overlap_source` says whether they are taken as they are (`latent`), encoded anew from their
     frames (`reencode`), or only the first of them is (`hybrid`). `adain` draws the colours of each segment that much
     towards those of the first. `init` is what segment 0 continues: a picture is the video's first frame, of a clip the
-    end is continued, and none of it is shown again.
+    end is continued, and none of it is shown again. `picture_as` says what the model is shown of a picture: the first
+    latent of a clip, which stands for one frame, or a later latent of a still one, which stands for four.
     """
 
     mode: Literal["none", "warm_start", "history", "overlap"] = "none"
@@ -67,6 +68,7 @@ class ContinuityOptions(Options):
         max_length=4096,
         json_schema_extra={"valid": f"the path of a picture ({', '.join(PICTURES)}) or of a clip ({', '.join(CLIPS)})"},
     )
+    picture_as: Literal["first_frame", "still"] = "first_frame"
 
     @property
     def carried_latents(self) -> int:
@@ -87,9 +89,14 @@ class ContinuityOptions(Options):
         return self.history_latents if is_clip(self.init) else 1
 
     @property
+    def begins_with_picture(self) -> bool:
+        """Whether the first latent of the run's stream is that of the user's picture."""
+        return self.init is not None and not is_clip(self.init)
+
+    @property
     def preceding_latents(self) -> int:
         """Latents that precede the run's own in its stream: those of a clip."""
-        return self.init_latents if self.init is not None and is_clip(self.init) else 0
+        return 0 if self.begins_with_picture else self.init_latents
 
 
 def frames_of(latents: int) -> int:

@@ -164,10 +164,15 @@ class SegmentEngine:
         return self._stream(run_id).context(continuity, position, preceding)
 
     def encode_init(self, continuity: ContinuityOptions, sampling: SamplingOptions) -> Tensor:
-        """The latents [1, C, k, h, w] of the user's picture or clip, float32, on the CPU; raises `ConfigError`."""
+        """The latents [1, C, n, h, w] of the user's picture or clip, float32, on the CPU; raises `ConfigError`.
+
+        The last `init_latents` of them are what segment 0 continues, the first is that of the picture itself.
+        """
         assert continuity.init is not None, "there is a file to begin from"
         count = frames_of(continuity.init_latents)
         frames = read_init(continuity.init, frames=count, height=sampling.height, width=sampling.width)
+        if continuity.begins_with_picture and continuity.picture_as == "still":
+            frames = frames.repeat(frames_of(2), axis=0)
         return encode(self.pipe.vae, to_video(frames)).cpu()
 
     def decode(
@@ -193,6 +198,15 @@ class SegmentEngine:
     def release(self, run_id: str) -> None:
         """Free the run's decoder state, if there is any."""
         self._streams.pop(run_id, None)
+
+    def make_room(self, *, of_cache: bool) -> None:
+        """Give the device's memory back that holds what can be had again: decoder states, with `of_cache` residuals."""
+        self._streams.clear()
+        if of_cache:
+            self.pipe.disable_cache()
+            self._cached_for = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _stream(self, run_id: str) -> RunStream:
         return self._streams.setdefault(run_id, RunStream(self.pipe.vae))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from edit_ray.cache.records import Record
 from edit_ray.cache.report import STYLE, decision_sections
@@ -22,6 +23,7 @@ _WORK = {
     "complete": ("CacheStore actor", "#805ad5"),
     "publish": ("segment scheduler", "#c53030"),
 }
+_AGAIN = "#c53030"
 _LINES = ("#2b6cb0", "#a0aec0", "#dd6b20")
 _STYLE = (
     STYLE
@@ -46,7 +48,7 @@ class ReportedSegment:
 
 @dataclass(frozen=True)
 class RunReport:
-    """All that the page shows. `pictures` are URLs of frames by segment."""
+    """All that the page shows. `pictures` are URLs of frames by segment, `events` lines of the run's event log."""
 
     run_id: str
     state: str
@@ -54,6 +56,7 @@ class RunReport:
     segments: Sequence[ReportedSegment]
     records: Mapping[str, Record] = field(default_factory=dict)
     pictures: Sequence[tuple[int, Sequence[str]]] = ()
+    events: Sequence[Mapping[str, Any]] = ()
 
 
 def render_run(report: RunReport) -> str:
@@ -65,7 +68,7 @@ def render_run(report: RunReport) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>',
         f"<h1>{title}</h1><p>{html.escape(report.state)}, {len(segments)} segments, {frames} frames</p>",
         strip(report.pictures) if report.pictures else "",
-        _timeline(segments),
+        _timeline(segments, report.events),
         _seams(segments),
         _tiers(segments),
         _table(segments),
@@ -75,8 +78,8 @@ def render_run(report: RunReport) -> str:
     return "".join(parts) + "</html>\n"
 
 
-def bars_of(segments: Sequence[ReportedSegment]) -> list[Bar]:
-    """The work of all actors for these segments, from the first beginning on."""
+def bars_of(segments: Sequence[ReportedSegment], events: Sequence[Mapping[str, Any]] = ()) -> list[Bar]:
+    """The work of all actors for these segments, from the first beginning on; events among it have no length."""
     found = [
         (segment, work, segment.statistics[f"{work}_at"], segment.statistics[f"{work}_s"])
         for work in _WORK
@@ -87,7 +90,20 @@ def bars_of(segments: Sequence[ReportedSegment]) -> list[Bar]:
     return [
         Bar(*_bar(work, begin - zero, length), f"{segment.index}", f"segment {segment.index}: {work} {length:.2f} s")
         for segment, work, begin, length in found
-    ]
+    ] + [mark for event in events if found and (mark := _mark(event, zero)) is not None]
+
+
+def _mark(event: Mapping[str, Any], zero: float) -> Bar | None:
+    """What is told of an event: that a segment was asked for ahead of its turn, or begun once more."""
+    segment, attempt, wall = event.get("segment"), event.get("attempt"), event.get("wall")
+    if not isinstance(wall, int | float) or wall < zero:
+        return None
+    if event.get("event") == "prepare_asked":
+        return Bar(*_bar("complete", wall - zero, 0), "", f"segment {segment} is asked for")
+    if event.get("event") == "segment_begun" and isinstance(attempt, int) and attempt > 0:
+        lane = _WORK["denoise"][0]
+        return Bar(lane, wall - zero, 0, _AGAIN, "", f"segment {segment}: begun again, attempt {attempt + 1}")
+    return None
 
 
 def _bar(work: str, start_s: float, length_s: float) -> tuple[str, float, float, str]:
@@ -95,8 +111,8 @@ def _bar(work: str, start_s: float, length_s: float) -> tuple[str, float, float,
     return lane, start_s, length_s, colour
 
 
-def _timeline(segments: Sequence[ReportedSegment]) -> str:
-    bars = bars_of(segments)
+def _timeline(segments: Sequence[ReportedSegment], events: Sequence[Mapping[str, Any]]) -> str:
+    bars = bars_of(segments, events)
     return f"<h2>Who worked when</h2>{timeline(bars)}" if bars else ""
 
 

@@ -3,7 +3,7 @@
 RUN/run.yaml                          the configuration
 RUN/manifest.jsonl                    what is committed
 RUN/latents/NNNNN-tT.safetensors      the latents that segment N of take T added
-RUN/latents/init.safetensors          those of the picture or clip that segment 0 continues, where there is one
+RUN/latents/init.safetensors          those of what segment 0 continues, where there is one
 RUN/segments/NNNNN-tT.m4s             its frames, playable behind init.mp4
 RUN/records/NNNNN-tT.json             what the cache decided in it, where there is one
 RUN/events.jsonl                      what happened when, one line each (`event_log`)

@@ -16,7 +16,7 @@ LEAD = 2  # segments that may be denoised and not yet committed
 
 
 @dataclass
-class LiveRun:
+class ScheduledRun:
     """A run that has not ended. `worker` is its GPU actor as soon as it has one, and stays so."""
 
     plan: RunPlan

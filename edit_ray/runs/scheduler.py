@@ -21,7 +21,7 @@ from edit_ray.runs.events import (
     WorkersCounted,
     WorkFailed,
 )
-from edit_ray.runs.run_state import LiveRun
+from edit_ray.runs.run_state import ScheduledRun
 
 
 class SegmentScheduler:
@@ -29,7 +29,7 @@ class SegmentScheduler:
 
     def __init__(self, workers: int = 1) -> None:
         self._workers = workers
-        self._runs: dict[str, LiveRun] = {}  # those that live, in the order of submission
+        self._runs: dict[str, ScheduledRun] = {}  # those that live, in the order of submission
 
     def handle(self, event: Event) -> list[Instruction]:
         """Applies one event. What is reported of runs and work that are no more changes nothing.
@@ -72,7 +72,7 @@ class SegmentScheduler:
             raise ValueError(f"run {plan.run_id!r} was submitted before, and lives")
         if worker is not None and (worker >= self._workers or worker in self._taken()):
             worker = None
-        self._runs[plan.run_id] = LiveRun(
+        self._runs[plan.run_id] = ScheduledRun(
             plan, submitted.committed, max(submitted.denoised, submitted.committed), worker
         )
         return self._advance()
@@ -110,7 +110,7 @@ class SegmentScheduler:
             stop.append(StopWork(run_id, run.worker))
         return stop + self._close_if_still(run)
 
-    def _close_if_still(self, run: LiveRun) -> list[Instruction]:
+    def _close_if_still(self, run: ScheduledRun) -> list[Instruction]:
         """Ends the run once nothing of it is in flight, and lets the next one begin."""
         if run.in_flight:
             return []

@@ -15,12 +15,14 @@ from edit_ray.engine.encode import to_video
 from edit_ray.engine.init_file import read_init
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.engine.pipeline import EditWanPipeline
+from edit_ray.engine.segment import SegmentEngine
 from edit_ray.errors import ConfigError
 from edit_ray.testing import save_random_wan
 from edit_ray.video.encode import encode, read_frames
 from edit_ray.video.options import OutputOptions
 
 SEGMENTS, SIZE = 3, {"height": 32, "width": 48}
+SHOWN = ("first_frame", "still")
 FRAMES_OF = {"picture": [17, 12, 12], "clip": [12, 12, 12]}
 
 
@@ -106,6 +108,21 @@ def test_lost_actors_and_a_lost_file_change_nothing(tmp_path, model, files, kind
     (tmp_path / files[kind]).write_bytes(b"another file by now")
     hurt = make(hurt_spec, lose=True)
     assert all(torch.equal(one, other) for one, other in zip(whole, hurt, strict=True))
+
+
+def test_a_picture_can_be_shown_as_the_end_of_a_still_clip(tmp_path, model, files):
+    """The model sees a latent of four equal frames; the video begins with that of the picture all the same."""
+    specs = [spec_for(tmp_path, model, files["picture"], as_, mode="history", picture_as=as_) for as_ in SHOWN]
+    first, still = map(make, specs)
+    given = load_latents(specs[1].folder.init_latents)
+    frames = read_init(files["picture"], frames=1, **SIZE).repeat(5, axis=0)
+    assert torch.equal(given, encode_video(EditWanPipeline.from_pretrained(model).vae, to_video(frames)))
+    assert torch.equal(still[0][:, :, :1], first[0][:, :, :1])
+    assert not torch.equal(still[0][:, :, 1:], first[0][:, :, 1:])
+    engine = SegmentEngine(EditWanPipeline.from_pretrained(model))
+    sampling, segment = specs[1].config.sampling, specs[1].segment(0)
+    window = engine.denoise(sampling, prompt=segment.prompt, seed=segment.seed, history=given[:, :, 1:])
+    assert torch.equal(still[0][:, :, 1:], window[:, :, 1:])
 
 
 def test_segment_0_follows_the_file(tmp_path, model, files):

@@ -121,6 +121,44 @@ def test_the_next_segment_scheduler_goes_on_to_the_same_bytes(tmp_path, model, u
     assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
 
 
+class Slow(Dying):
+    """From some time on it takes long to say of one run what its bits depend on."""
+
+    slow_run, asked = None, None
+
+    async def denoiser(self, worker, method, *arguments):
+        if method == "provenance" and arguments[0].run_id == self.slow_run:
+            self.asked.set()
+            await asyncio.Event().wait()
+        return await super().denoiser(worker, method, *arguments)
+
+
+def test_a_recovery_that_dies_half_way_forgets_no_run(tmp_path, model, undisturbed):
+    async def die_twice():
+        crew = Slow(4)
+        first = SegmentSchedulerActor(crew)
+        for run_id in ("one", "two"):
+            await submit(first, tmp_path, run_id, config_for(model))
+        await crew.now.wait()
+        await die(first)
+        crew.slow_run, crew.asked = "two", asyncio.Event()
+        second = SegmentSchedulerActor(crew)
+        await crew.asked.wait()
+        await asyncio.sleep(0)
+        assert set(await crew.recall()) == {"one", "two"}
+        second._recovered.cancel()
+        await die(second)
+        crew.slow_run = None
+        third = SegmentSchedulerActor(crew)
+        ends = [await end_of(third, run_id) for run_id in ("one", "two")]
+        await crew.end()
+        return [status.state for status in ends]
+
+    assert asyncio.run(die_twice()) == ["done", "done"]
+    for run_id in ("one", "two"):
+        assert RunFolder(tmp_path, run_id).final.read_bytes() == RunFolder(undisturbed, "plain").final.read_bytes()
+
+
 def test_a_submission_that_is_asked_for_again_is_the_same_run(tmp_path, model):
     async def twice():
         crew = LocalCrew()

@@ -156,6 +156,44 @@ def test_latents_that_are_not_finite_are_tried_again_and_never_written(tmp_path,
     assert not folder.media(1).exists()
 
 
+class Crowded(LocalCrew):
+    """Its GPU has no memory left the first `times` that segment 1 is begun."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+
+    async def denoiser(self, worker, method, *arguments):
+        if method == "denoise_segment" and arguments[1].index == 1 and self.times:
+            self.times -= 1
+            transformer = self.workers[worker].denoiser._ready_engine(arguments[0]).pipe.transformer
+
+            def full(*_):
+                hook.remove()
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+            hook = transformer.register_forward_pre_hook(full)
+        return await super().denoiser(worker, method, *arguments)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_memory_that_does_not_do_is_tried_once_more_then_named(tmp_path, model, undisturbed, times):
+    async def crowd():
+        crew = Crowded(times)
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, "plain", config_for(model))
+        status = await end_of(scheduler, "plain")
+        await crew.end()
+        return status
+
+    status = asyncio.run(crowd())
+    if times == 1:
+        assert status.state == "done", status.error
+        assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
+    else:
+        assert status.error.startswith("denoise of segment 1 failed: the GPU's memory does not do (CUDA out of memory.")
+
+
 def test_a_removed_folder_ends_the_run_with_a_sentence(tmp_path, model):
     async def remove():
         crew = LocalCrew()

@@ -69,6 +69,7 @@ BAD_VALUES: list[tuple[str, tuple[str, ...]]] = [
     ("model.offload=all", ("model.offload is 'all'", "one of none, text_encoder")),
     ("continuity.mode=overlay", ("continuity.mode is 'overlay'", "one of none, warm_start, history, overlap")),
     ("continuity.overlap_source=pixels", ("overlap_source is 'pixels'", "one of hybrid, latent, reencode")),
+    ("continuity.picture_as=frame", ("continuity.picture_as is 'frame'", "one of first_frame, still")),
     ("continuity.adain=0.3", ("continuity.adain is 0.3", "from 0 to 0.25")),
     ("cache.policy=''", ("cache.policy is ''", "must be text of 1 to 200 characters")),
     ("cache.granularity=blocks", ("cache.granularity is 'blocks'", "must be stack, per_block, or a whole number")),

@@ -1,6 +1,7 @@
 """A segment's store through the classes of the actors: in shared memory, and with calls that carry the bytes."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 WAYS = ("require", "never")
 
 
-def leases_on(store, folder, way, dtype=torch.float32, shape=(1, 8, 24), host_bytes=2 * 4096, num_segments=4):
+def leases_on(
+    store, folder, way, dtype=torch.float32, shape=(1, 8, 24), host_bytes=2 * 4096, num_segments=4, align="step"
+):
     """A run's leases: window 4, two units, of residuals of this dtype and shape."""
     form = Form(torch.device("cpu"), dtype, shape)
     plan = make_reuse_plan(
-        RUN, num_segments, window=4, warm_steps=2, experts=[EXPERT] * 4, unit_bytes={EXPERT: [form.size] * 2}
+        RUN,
+        num_segments,
+        window=4,
+        warm_steps=2,
+        experts=[EXPERT] * 4,
+        unit_bytes={EXPERT: [form.size] * 2},
+        align=align,
+        combine="latest" if align == "step" else "mean",
     )
     values = {
         "video": {"num_segments": num_segments},
@@ -55,11 +65,11 @@ def tensor_of(key, form):
     return drawn.to(form.dtype)
 
 
-def make_segment(leases, segment, attempt=0):
-    """What a loop does; how much it has read."""
-    store, read = leases.begin(segment, attempt, history_len=1), 0
-    for op in store.ops:
-        tensor = tensor_of(op.key, leases.reuse.form)
+def make_ops(store, form, of=lambda op: True):
+    """The reads and writes of a loop; how many it has read."""
+    read = 0
+    for op in filter(of, store.ops):
+        tensor = tensor_of(op.key, form)
         if op.writes:
             store.put(op.key[1:], tensor)
         else:
@@ -67,6 +77,13 @@ def make_segment(leases, segment, attempt=0):
             assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
             assert torch.equal(found, tensor)
             read += 1
+    return read
+
+
+def make_segment(leases, segment, attempt=0):
+    """What a loop does; how much it has read."""
+    store = leases.begin(segment, attempt, history_len=1)
+    read = make_ops(store, leases.reuse.form)
     store.finish()
     return read, leases.complete(segment, attempt)
 
@@ -185,3 +202,66 @@ def test_too_little_shared_memory_is_made_up_for_where_that_is_allowed(leases_fo
     _, leases = leases_for("auto")
     with pytest.raises(ResourcesUnavailable, match=r"has 4096 .* this node has 8192 .*: lower store.host_bytes"):
         leases.begin(0, 0, history_len=1)
+
+
+def many_segments(leases, number, pause_s=0.0):
+    """Segments whose loop goes on after their reads and writes: in that time the next one's are brought."""
+    for segment in range(number):
+        store = leases.begin(segment, 0, history_len=1)
+        make_ops(store, leases.reuse.form)
+        for step in range(10, 30):
+            store.put((segment, EXPERT, "cond", 0, step), torch.zeros(1))
+            time.sleep(pause_s)
+        store.finish()
+        leases.complete(segment, 0)
+
+
+@pytest.mark.parametrize("align", ["step", "last"])
+@pytest.mark.parametrize("ahead", [1, 3, 100])
+@pytest.mark.parametrize("host", [1, 3, 100])
+def test_reads_of_the_next_segment_loaded_while_this_one_is_made_are_right(tmp_path, host, ahead, align):
+    """As on a GPU, where copies are made beside the computation; here each is over at once."""
+    store = StoreHere()
+    leases = leases_on(store, tmp_path, "require", host_bytes=host * 4096, num_segments=8, align=align)
+    leases.ahead_bytes = ahead * leases.reuse.form.size
+    many_segments(leases, 8)
+    leases.close()
+    store.close()
+
+
+@pytest.mark.parametrize("align", ["step", "last"])
+def test_with_room_for_all_nothing_is_waited_for_or_read_at_the_segment_s_start(tmp_path, align):
+    store = StoreHere()
+    leases = leases_on(store, tmp_path, "require", host_bytes=100 * 4096, num_segments=6, align=align)
+    leases.ahead_bytes = 100 * leases.reuse.form.size
+    for segment in range(6):
+        planned = leases.begin(segment, 0, history_len=1)
+        assert len(planned._loaded) == sum(not op.writes for op in planned.ops), "all is on the device"
+        make_ops(planned, leases.reuse.form)
+        assert planned.waits.calls == 0 or any(op.writes for op in planned.ops)
+        deadline = time.monotonic() + 10
+        while segment < 5 and (leases._opened is None or leases._opened.store._to_load):
+            planned.put((segment, EXPERT, "cond", 0, 99), torch.zeros(1))
+            assert time.monotonic() < deadline
+        planned.finish()
+        leases.complete(segment, 0)
+    leases.close()
+    store.close()
+
+
+def test_a_segment_made_again_reads_what_was_loaded_ahead_for_the_next(tmp_path):
+    store = StoreHere()
+    leases = leases_on(store, tmp_path, "require", host_bytes=3 * 4096, num_segments=4)
+    leases.ahead_bytes = 8 * leases.reuse.form.size
+    make_segment(leases, 0)
+    planned = leases.begin(1, 0, history_len=1)
+    make_ops(planned, leases.reuse.form)
+    for _ in range(50):
+        planned.put((1, EXPERT, "cond", 0, 99), torch.zeros(1))
+        time.sleep(0.001)
+    assert leases._opened is not None, "the next one's reads are under way, and this one fails"
+    assert make_segment(leases, 1, attempt=1)[0] == 8
+    assert make_segment(leases, 2)[0] == 8
+    assert make_segment(leases, 3)[0] == 8
+    leases.close()
+    store.close()

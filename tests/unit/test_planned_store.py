@@ -131,14 +131,14 @@ def test_a_wait_lets_go_what_gets_its_place_meanwhile(arena, monkeypatch):
     assert owner.states() == [DONE, DONE]
 
 
-def test_what_was_loaded_ahead_and_passed_over_is_skipped(arena):
+def test_what_is_passed_over_is_skipped_unless_it_was_loaded_ahead(arena):
     owner = Owner(arena, *reads(3))
     for index in range(3):
         owner.fill(index, index)
     owner.give(0, 1, 2)
     store = owner.store(ahead=1)
     assert store.get(key(2)).mean() == 2
-    assert owner.states() == [SKIPPED, SKIPPED, DONE]
+    assert owner.states() == [DONE, SKIPPED, DONE]
     store.finish()
 
 
@@ -153,7 +153,50 @@ def test_a_lost_read_is_said_when_it_is_asked_for_and_not_before(arena):
         store.get(key(1))
 
 
-def test_a_settled_store_moves_nothing_any_more(arena):
+def test_what_the_next_segment_reads_stays_on_the_device_for_it(arena):
+    owner = Owner(arena, (key(0), True), (key(1), True))
+    owner.give(0, 1)
+    store = owner.store(ahead=2, hand_over=[("run", *key(1))])
+    for number in range(2):
+        store.put(key(number), residual(number))
+    store.finish()
+    assert list(store.handed_over) == [("run", *key(1))]
+
+    following = Owner(arena, (key(0), False), (key(1), False))
+    following.fill(0, 9)
+    next_store = following.store(ahead=2, handed=list(store.handed_over))
+    next_store.adopt(store.handed_over)
+    assert following.states() == [UNTOUCHED, SKIPPED], "its place is given back"
+    following.give(0)
+    assert next_store.get(key(0)).mean() == 9
+    assert torch.equal(next_store.get(key(1)), residual(1))
+    next_store.finish()
+    assert following.states() == [DONE, SKIPPED]
+
+
+def test_what_was_to_be_handed_over_and_was_not_is_read(arena):
+    owner = Owner(arena, (key(0), False))
+    owner.fill(0, 4)
+    owner.give(0)
+    store = owner.store(ahead=2, handed=[("run", *key(0))])
+    store.adopt({})
+    assert store.get(key(0)).mean() == 4
+
+
+def test_once_all_is_read_it_says_so(arena):
+    owner, said = Owner(arena, (key(0), False), (key(1), True)), []
+    owner.fill(0, 4)
+    store = owner.store(ahead=2, when_read=lambda: said.append(owner.states()))
+    assert said == []
+    owner.give(0, 1)
+    store.get(key(0))
+    assert said == [], "nothing is computed meanwhile"
+    store.put(key(1), residual(1))
+    store.put((0, "transformer", "cond", 0, 7), residual(2))  # not in the plan; the loop goes on
+    assert said == [[DONE, DONE]] * 2
+
+
+def test_a_settled_store_drops_what_waited(arena):
     owner = Owner(arena, (key(0), True), (key(1), True))
     store = owner.store(ahead=2)
     store.put(key(0), residual(5))

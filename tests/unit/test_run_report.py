@@ -95,6 +95,23 @@ def test_the_work_of_all_actors_begins_at_zero():
     assert bars_of([ReportedSegment(0, "", 1, 24, {"denoise_s": 3.0})]) == [], "an older run has no times of day"
 
 
+def test_what_was_asked_ahead_or_begun_again_is_marked():
+    events = [
+        {"event": "segment_begun", "wall": 1000.0, "segment": 0, "attempt": 0},
+        {"event": "prepare_asked", "wall": 1000.5, "segment": 1},
+        {"event": "segment_begun", "wall": 1003.0, "segment": 1, "attempt": 1},
+        {"event": "segment_made", "wall": 1004.0, "segment": 1, "attempt": 1},
+        {"event": "prepare_asked", "wall": 1.0, "segment": 1},
+        {"event": "prepare_asked", "wall": "then"},
+    ]
+    marks = bars_of([segment(0), segment(1)], events)[10:]
+    assert [(bar.lane, bar.start_s, bar.says) for bar in marks] == [
+        ("CacheStore actor", 0.5, "segment 1 is asked for"),
+        ("GPU actor, denoising", 3.0, "segment 1: begun again, attempt 2"),
+    ]
+    assert bars_of([], events) == []
+
+
 def test_a_page_shows_everything_and_needs_nothing_else():
     picture = data_url(np.zeros((32, 48, 3), np.uint8))
     records = {f"segment {index}": RECORD for index in range(2)}

@@ -8,7 +8,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from edit_ray.runs import run_state, scheduler
 from edit_ray.runs.events import CloseRun
-from edit_ray.runs.run_state import LiveRun
+from edit_ray.runs.run_state import ScheduledRun
 from edit_ray.runs.scheduler import SegmentScheduler
 from tests.unit.scheduler_machine import FIRED, AnyOrder
 
@@ -55,7 +55,7 @@ class TakesLateReports(SegmentScheduler):
 class ForgetsTheLead(SegmentScheduler):
     """Segments are denoised as far ahead as there are any."""
 
-    class Run(LiveRun):
+    class Run(ScheduledRun):
         def _may_denoise(self):
             plan = self.plan
             return plan.num_segments is None or self.denoised < plan.num_segments
@@ -64,7 +64,7 @@ class ForgetsTheLead(SegmentScheduler):
 class NeverGivesUp(SegmentScheduler):
     """What fails is tried again for ever."""
 
-    class Run(LiveRun):
+    class Run(ScheduledRun):
         def failed(self, stage, error, fatal):
             super().failed(stage, error, fatal)
 
@@ -94,7 +94,7 @@ class LeavesRunsWaiting(SegmentScheduler):
 class CommitsBeforeTheMediaAreWhole(SegmentScheduler):
     """A segment that is decoded counts as encoded."""
 
-    class Run(LiveRun):
+    class Run(ScheduledRun):
         def done(self, stage):
             super().done(stage)
             if stage == "decode":
@@ -104,7 +104,7 @@ class CommitsBeforeTheMediaAreWhole(SegmentScheduler):
 class ForgetsWhatWasCommitted(SegmentScheduler):
     """A run that goes on begins with its first segment."""
 
-    class Run(LiveRun):
+    class Run(ScheduledRun):
         def __post_init__(self):
             self.committed = self.denoised = 0
             super().__post_init__()
@@ -124,7 +124,7 @@ class ForgetsWhatWasCommitted(SegmentScheduler):
     ],
 )
 def test_a_broken_scheduler_is_found(broken, monkeypatch):
-    monkeypatch.setattr(scheduler, "LiveRun", getattr(broken, "Run", run_state.LiveRun))
+    monkeypatch.setattr(scheduler, "ScheduledRun", getattr(broken, "Run", run_state.ScheduledRun))
     # Not the harness's own mistakes: each is an assertion of the model.
     with pytest.raises(AssertionError):
         run(broken, max_examples=400, phases=[Phase.generate], report_multiple_bugs=False)

@@ -74,7 +74,7 @@ class Histories(RuleBasedStateMachine):
         ops = ops_of(self.plan.segments[segment])
         lease = self.tiers.prepare(RUN, segment, attempt, self.holder, ops, torch.float32, SHAPE)
         table = OpTable(self.tiers.arena.memory(lease.table), lease.num_ops)
-        return PlannedStore(self.tiers.arena, table, ops, FORM, prefix=(RUN,), timeout_s=5)
+        return PlannedStore(self.tiers.arena, table, ops, FORM, prefix=(RUN,), timeout_s=30)
 
     def make_again(self):
         """The segment's attempt has failed."""

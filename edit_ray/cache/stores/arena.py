@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import sys
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from mmap import mmap
@@ -22,6 +23,7 @@ from edit_ray.errors import ResourcesUnavailable
 
 SHARED_MEMORY = "/dev/shm"
 _NAMES = "edit_ray-*.arena"
+_MOST_VIEWS = 4096  # kept, as making one takes longer than finding it
 _MOST_REGISTERED = 512 * 2**30  # bytes; and in one piece, as no copy may cross from one registration into another
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; the module mmap does not name it
 
@@ -42,7 +44,8 @@ class Arena:
         """Takes over a mapping; use `create` or `open`."""
         self.path, self.size_bytes, self.owned = path, len(memory), owned
         self._memory: mmap | None = memory
-        self._registered: int | None = None  # the address that CUDA knows
+        self._unregister: weakref.finalize[..., Arena] | None = None
+        self._views: dict[tuple[Extent, torch.dtype, tuple[int, ...]], torch.Tensor] = {}
 
     @classmethod
     def create(
@@ -98,14 +101,15 @@ class Arena:
         Only the process with the GPU does this: a context takes half a gigabyte of it. False where CUDA refuses, as
         beyond a limit on locked memory; copies then go through the driver's own buffers, and whoever asks waits.
         """
-        if self._registered is None and self._memory is not None and self.size_bytes <= _MOST_REGISTERED:
+        if self._unregister is None and self._memory is not None and self.size_bytes <= _MOST_REGISTERED:
             address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
             if int(torch.cuda.cudart().cudaHostRegister(address, self.size_bytes, 0)) == 0:
-                self._registered = address
+                # Never is memory given back that CUDA knows: what is mapped there later would not be what it copies to.
+                self._unregister = weakref.finalize(self, _unregister, address)
             else:
                 with suppress(RuntimeError):  # the error waits in the context, for whatever is called next
                     torch.zeros(1, device="cuda")
-        return self._registered is not None
+        return self._unregister is not None
 
     def memory(self, extent: Extent) -> memoryview:
         """The bytes of an extent, without a copy."""
@@ -117,24 +121,29 @@ class Arena:
 
     def tensor(self, extent: Extent, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
         """A view of an extent as a contiguous tensor on the CPU; what is written to it, every process sees."""
+        which = (extent, dtype, tuple(shape))
+        if which in self._views:
+            return self._views[which]
         size = math.prod(shape) * dtype.itemsize
         if size > extent.size:
             raise ValueError(f"{dtype} {tuple(shape)} has {size} bytes; the extent has {extent.size}.")
         memory = self.memory(extent)
         if size == 0:
             return torch.empty(tuple(shape), dtype=dtype)
+        if len(self._views) >= _MOST_VIEWS:
+            self._views.clear()
         # Over the memoryview and not over the mapping itself: so a living tensor keeps the mapping from being closed.
-        return torch.frombuffer(memory[:size], dtype=dtype).view(tuple(shape))
+        view = self._views[which] = torch.frombuffer(memory[:size], dtype=dtype).view(tuple(shape))
+        return view
 
     def close(self) -> None:
         """Ends the arena for this process; the owner removes the file too. Views live on, and the memory with them."""
         memory, self._memory = self._memory, None
         if memory is None:
             return
-        if self._registered is not None:
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaHostUnregister(self._registered)
-            self._registered = None
+        self._views.clear()
+        if self._unregister is not None:
+            self._unregister()
         if self.owned:
             self.path.unlink(missing_ok=True)
         try:
@@ -149,6 +158,11 @@ class Arena:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _unregister(address: int) -> None:
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def owner_lives(path: str | PathLike[str]) -> bool:

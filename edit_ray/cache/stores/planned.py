@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,7 @@ class Waits:
     writes: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Leaving:
     """What waits for a place in the arena."""
 
@@ -58,9 +58,9 @@ class PlannedStore:
 
     What the segment itself has just computed stays on the device, the last `history_len` of each unit. What the plan
     wants for later segments goes to the arena as well; what it wants from earlier ones comes from there, each op in
-    its turn. Up to `ahead_bytes` of the device hold what is on its way: reads loaded before they are asked for, in the
-    order of use, and writes that have no place in the arena yet. An entry that the plan promises and nobody has any
-    more is an `EntryLost`, as another than the planned computation would make other frames.
+    its turn. Up to `ahead_bytes` of the device hold reads before they are asked for, in the order of use, and as much
+    again writes that have no place in the arena yet. An entry that the plan promises and nobody has any more is an
+    `EntryLost`, as another than the planned computation would make other frames.
     """
 
     tier = "device"
@@ -75,57 +75,80 @@ class PlannedStore:
         prefix: Key = (),
         history_len: int = 1,
         ahead_bytes: int = 0,
+        hand_over: Collection[Key] = (),
+        handed: Collection[Key] = (),
+        when_read: Callable[[], None] | None = None,
         timeout_s: float = 60.0,
     ) -> None:
-        """`prefix` is what the plan's keys begin with before those of the cache: the run."""
+        """`prefix` is what the plan's keys begin with before those of the cache: the run.
+
+        What of its writes the next segment reads, `hand_over`, stays on the device for it, in `handed_over`; `handed`
+        are the reads that this one will `adopt` so. `when_read` is called again and again once all reads are in hand.
+        """
         self.arena, self.table, self.ops, self.form = arena, table, ops, form
         self.waits = Waits()
+        self.copies, self._room = copies_for(form.device), room_of(form.size)
+        self.handed_over: dict[Key, torch.Tensor] = {}
         self._prefix, self._history_len = tuple(prefix), history_len
-        self._index_of: dict[tuple[Key, bool], int] = {(op.key, op.writes): i for i, op in enumerate(ops)}
+        self._indices_of: dict[tuple[Key, bool], deque[int]] = {}  # of the ops to come; a read may be planned twice
+        for index, op in enumerate(ops):
+            self._indices_of.setdefault((op.key, op.writes), deque()).append(index)
         self._own: dict[Owner, OrderedDict[Key, torch.Tensor]] = {}
-        self.copies = copies_for(form.device)
         self._next = 0  # the first op that has neither been used nor passed over
         self._most_ahead = ahead_bytes // max(form.size, 1)  # entries
-        self._to_load = deque(i for i, op in enumerate(ops) if not op.writes)  # reads neither begun nor asked for
+        self._hand_over, self._when_read = frozenset(hand_over), when_read
+        self._most_loaded = self._most_ahead - len(handed)
+        # Reads neither begun nor asked for; what is handed over needs no way.
+        self._to_load = deque(i for i, op in enumerate(ops) if not op.writes and op.key not in handed)
         self._loaded: dict[int, Loaded] = {}  # reads begun and not yet asked for
         self._leaving: deque[_Leaving] = deque()
         self._moving: deque[tuple[int, Copy]] = deque()  # ops that are over when their copy is
         self._unwritten: list[int] = []
         self._timeout_s = timeout_s
-        self._go_on()
+        self.go_on()
+
+    def adopt(self, tensors: Mapping[Key, torch.Tensor]) -> None:
+        """Reads that the segment before has on the device already; their places are given back."""
+        for key, tensor in tensors.items():
+            for index in self._indices_of.get((key, False), ()):
+                self._loaded[index] = Loaded(tensor)
+                self.table.mark(index, SKIPPED)
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
         """Raises EntryLost where the plan wants it and the store gives it no place."""
         tensor = tensor.detach()
+        index = self._come_to(key, writes=True)
+        if index is not None:
+            whole = tensor.reshape(self.form.shape).to(self.form.dtype).contiguous()
+            self._leaving.append(_Leaving(index, self.copies.take(whole)))
+            self._leave()
+            self.waits.writes += 1
+            if self.ops[index].key in self._hand_over:
+                self.handed_over[self.ops[index].key] = whole
         own = self._own.setdefault(key[1:4], OrderedDict())
         own[key] = tensor
         while len(own) > self._history_len:
             own.popitem(last=False)
-        index = self._index_of.get(((*self._prefix, *key), True))
-        if index is not None:
-            self.waits.writes += 1
-            self._come_to(index)
-            whole = tensor.reshape(self.form.shape).to(self.form.dtype).contiguous()
-            self._leaving.append(_Leaving(index, self.copies.take(whole)))
-        self._go_on()
+        self.go_on()
         self._leave_at_most(self._most_ahead)
+        # Not in `get`: between reads, which nothing is computed for, the device has little to do meanwhile.
+        if self._when_read is not None and not self._to_load and not self._loaded:
+            self._when_read()
 
     def get(self, key: Key) -> torch.Tensor | None:
         """What was computed in this segment, or what the plan reads at this step; raises EntryLost."""
         own = self._own.get(key[1:4])
         if own is not None and key in own:
             return own[key]
-        index = self._index_of.get(((*self._prefix, *key), False))
+        self.go_on()
+        index = self._come_to(key, writes=False)
         if index is None:
             return None
+        if index not in self._loaded:
+            self._load(index, self._await_place(index))
+        loaded = self._loaded.pop(index)
         self.waits.reads += 1
-        self._go_on()
-        self._come_to(index)
-        loaded = self._loaded.pop(index, None)
-        if loaded is None:
-            loaded = self.copies.load(self._place(index, self._await_place(index)))
-        self._moving.append((index, loaded.copy))
-        self._go_on()
+        self.go_on()
         return self.copies.use(loaded)
 
     def prefetch(self, keys: Iterable[Key]) -> None:
@@ -147,7 +170,7 @@ class PlannedStore:
         """Where an entry would be read from; reads nothing."""
         if key in self._own.get(key[1:4], ()):
             return "device"
-        return "host" if ((*self._prefix, *key), False) in self._index_of else None
+        return "host" if ((*self._prefix, *key), False) in self._indices_of else None
 
     def planned_reads(self) -> list[Key]:
         """What the plan reads, under the cache's keys, in the order of use."""
@@ -160,10 +183,10 @@ class PlannedStore:
             EntryLost: the plan had it written, and it was not computed.
         """
         self._leave_at_most(0)
-        self._come_to(len(self.ops))
+        self._pass_over(len(self.ops))
         for _, copy in self._moving:
             copy.wait()
-        self._go_on()
+        self.go_on()
         if self._unwritten:
             key = self.ops[self._unwritten[0]].key
             raise EntryLost(f"The plan has {key} written in this segment, and it was not computed.")
@@ -172,58 +195,68 @@ class PlannedStore:
         """Nothing is on its way when this returns, and nothing will be: the places may be given to others."""
         self._leaving.clear()
         self._to_load.clear()
-        for copy in [*(copy for _, copy in self._moving), *(loaded.copy for loaded in self._loaded.values())]:
+        self._when_read = None
+        for _, copy in self._moving:
             copy.wait()
         self._moving.clear()
         self._loaded.clear()
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
         """Say what is over, and begin what can be begun without waiting."""
         while self._moving and self._moving[0][1].done():
             self.table.mark(self._moving.popleft()[0], DONE)
-        while self._leaving and (offset := self.table.place(self._leaving[0].index)) != WAITING - 1:
-            self._let_go(offset)
-        while self._to_load and len(self._loaded) + len(self._leaving) < self._most_ahead:
+        self._leave()
+        while self._to_load and len(self._loaded) < self._most_loaded:
             offset = self.table.place(self._to_load[0])
             if offset is None or offset < 0:
                 break  # the others come after it
-            index = self._to_load.popleft()
-            self._loaded[index] = self.copies.load(self._place(index, offset))
+            self._load(self._to_load.popleft(), offset)
+
+    def _load(self, index: int, offset: int | None) -> None:
+        loaded = self._loaded[index] = self.copies.load(self._place(index, offset))
+        if loaded.copy is not None:
+            self._moving.append((index, loaded.copy))
+
+    def _leave(self) -> None:
+        """Copy what waits for a place and has one now."""
+        while self._leaving and (offset := self.table.place(self._leaving[0].index)) != WAITING - 1:
+            leaving = self._leaving.popleft()
+            copy = self.copies.out(leaving.taken, self._place(leaving.index, offset))
+            self._moving.append((leaving.index, copy))
 
     def _leave_at_most(self, number: int) -> None:
         """Wait for places until no more than so many writes have none."""
         while len(self._leaving) > number:
             self._await_place(self._leaving[0].index)
-            self._go_on()
-
-    def _let_go(self, offset: int | None) -> None:
-        """Copy what waits longest to its place."""
-        leaving = self._leaving.popleft()
-        copy = self.copies.out(leaving.taken, self._place(leaving.index, offset))
-        if copy.done():
-            self.table.mark(leaving.index, DONE)
-        else:
-            self._moving.append((leaving.index, copy))
+            self.go_on()
 
     def _place(self, index: int, offset: int | None) -> torch.Tensor:
         """The memory of an op at an offset of the arena."""
         if offset is None:
             raise EntryLost(f"The store has lost {self.ops[index].key}, which the plan wants at this step.")
-        return self.arena.tensor(Extent(offset, room_of(self.form.size)), self.form.dtype, self.form.shape)
+        return self.arena.tensor(Extent(offset, self._room), self.form.dtype, self.form.shape)
 
-    def _come_to(self, index: int) -> None:
-        """Pass over the ops before one that were not used; the plan lists all in the order of use."""
-        if index < self._next:
-            raise EntryLost(f"The plan has {self.ops[min(index, len(self.ops) - 1)].key} used once, and earlier.")
-        for passed in range(self._next, index):
-            self.table.mark(passed, SKIPPED)
-            if self.ops[passed].writes:
-                self._unwritten.append(passed)
-            elif loaded := self._loaded.pop(passed, None):
-                loaded.copy.wait()  # the place is another's from now on
+    def _come_to(self, key: Key, writes: bool) -> int | None:
+        """The op that is used now, None if none was planned; what comes before it in the plan is passed over."""
+        indices = self._indices_of.get(((*self._prefix, *key), writes))
+        if indices is None:
+            return None
+        if not indices or indices[0] < self._next:
+            raise EntryLost(f"The plan has {key} used earlier, and not so often.")
+        index = indices.popleft()
+        self._pass_over(index)
         self._next = index + 1
         while self._to_load and self._to_load[0] <= index:
             self._to_load.popleft()
+        return index
+
+    def _pass_over(self, index: int) -> None:
+        """The ops before one that were not used will not be."""
+        for passed in range(self._next, index):
+            if self.ops[passed].writes:
+                self._unwritten.append(passed)
+            if self._loaded.pop(passed, None) is None:  # else it is over when its copy is
+                self.table.mark(passed, SKIPPED)
 
     def _await_place(self, index: int) -> int | None:
         offset = self.table.place(index)
@@ -232,7 +265,7 @@ class PlannedStore:
         started = looked = time.perf_counter()
         self.table.mark(index, NEEDED)
         while (offset := self.table.place(index)) is not None and offset < 0:
-            self._go_on()  # what is waited for may need the room of what is over
+            self.go_on()  # what is waited for may need the room of what is over
             now = time.perf_counter()
             if now - looked > _LOOK_S:
                 looked = now

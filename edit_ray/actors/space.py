@@ -1,0 +1,37 @@
+"""Whether the file system has room for what a run will still write."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from edit_ray.actors.messages import RunSpec
+from edit_ray.engine.model_info import read_model_info
+from edit_ray.runs.forecast import SegmentSize, bytes_to_come, first_guess, measured, shortage
+from edit_ray.runs.manifest import SegmentRecord
+
+_ENDLESS = 100  # segments that a run without an end is asked to have room for
+
+
+def shortage_before(spec: RunSpec) -> str | None:
+    """One sentence where a run's output will not fit. Raises ModelError."""
+    info, sampling = read_model_info(spec.config.model.path), spec.config.sampling
+    pixels = (sampling.height // info.scale_factor_spatial) * (sampling.width // info.scale_factor_spatial)
+    latent_bytes = 4 * info.z_dim * spec.layout.latent_frames * pixels
+    size = first_guess(sampling.num_frames, sampling.height, sampling.width, latent_bytes)
+    return _shortage(spec, 0, size, spec.root)
+
+
+def shortage_after(spec: RunSpec, records: tuple[SegmentRecord, ...]) -> str | None:
+    """The same once segments are there, from what they take."""
+    latest = spec.latents(len(records) - 1)
+    size = measured(records, SegmentSize(latest.stat().st_size if latest.exists() else 0, 0))
+    return _shortage(spec, len(records), size, spec.folder.path)
+
+
+def _shortage(spec: RunSpec, committed: int, size: SegmentSize, path: Path) -> str | None:
+    to_come = (spec.num_segments - committed) if spec.num_segments is not None else _ENDLESS
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    status = os.statvfs(there)
+    needed = bytes_to_come(to_come, size, spec.config.output.keep_segments)
+    return shortage(needed, status.f_bavail * status.f_frsize)

@@ -1,0 +1,43 @@
+"""How runs are told of on the command line; what the commands do is tested on Ray."""
+
+import pytest
+
+from edit_ray.actors.messages import Progress, RunStatus
+from edit_ray.cli.main import parser
+from edit_ray.cli.runs import line_of
+from edit_ray.cli.watch import description_of, steps_of
+
+
+def status(**changes):
+    values = {"run_id": "mine", "state": "running", "path": "/runs/mine", "committed": 3, "num_segments": 8}
+    return RunStatus(**values | {"num_frames": 201, "height": 128, "width": 128, "fps": 16} | changes)
+
+
+def test_a_run_in_a_line():
+    assert line_of(status()) == "mine  running  3/8 segments  /runs/mine"
+    assert line_of(status(num_segments=None, num_frames=None)) == "mine  running  3/∞ segments  /runs/mine"
+
+
+def test_progress_counts_steps_and_never_goes_back_behind_what_is_committed():
+    at = Progress("mine", 4, 12, 30)
+    assert steps_of(status(progress=at)) == (4 + 12 / 30, 8)
+    assert steps_of(status()) == (3, 8)
+    assert steps_of(status(progress=Progress("mine", 1, 0, 30), num_segments=None)) == (3, None)
+    assert description_of(status(progress=at)) == "mine running: 3/8 segments, segment 4 step 12/30"
+    assert description_of(status(state="paused")) == "mine paused: 3/8 segments"
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("resume mine", {"run_id": "mine", "allow_different_hardware": False}),
+        ("resume mine --allow-different-hardware", {"allow_different_hardware": True}),
+        ("extend mine --segments 4", {"segments": 4}),
+        ("reroll mine --from 2", {"start": 2, "seed": None, "prompt": None}),
+        ("reroll mine --from 2 --seed 9 --prompt circle", {"start": 2, "seed": 9, "prompt": "circle"}),
+        ("watch mine", {"run_id": "mine"}),
+    ],
+)
+def test_the_commands_are_understood(line, wanted):
+    options = vars(parser().parse_args(line.split()))
+    assert {name: options[name] for name in wanted} == wanted

@@ -1,0 +1,67 @@
+"""docs/watching.md: its commands are understood, its names are those of the code, its picture is small."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edit_ray.cli.main import parser
+from edit_ray.video.encode import encode
+from edit_ray.video.joins import Joins
+from edit_ray.video.options import OutputOptions
+from edit_ray.video.seam import LARGEST_SCORE, RADIUS
+from edit_ray.video.stream_files import Part, StreamFiles, write_part
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "watching.md").read_text()
+
+
+def commands(program):
+    blocks = re.findall(r"^```console\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    lines = [line.partition("#")[0] for block in blocks for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith(program)]
+
+
+def test_commands_are_understood():
+    assert [parser().parse_args(command).command for command in commands("edit-ray")] == ["serve", "report"]
+    targets = (ROOT / "Makefile").read_text()
+    assert all(f"\n{target}:" in targets for (target,) in commands("make"))
+    assert commands("make")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with two segments of noise, and the figures of the second."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "segments").mkdir()
+    files = StreamFiles(folder, fps=16, longest=16)
+    parts = [Part(f"segments/{index:05d}-t0.m4s", 16 * index, 16) for index in range(2)]
+    for index, part in enumerate(parts):
+        frames = np.random.default_rng(index).integers(0, 256, (16, 32, 32, 3), np.uint8)
+        write_part(folder, part, index, encode(frames, fps=16, options=OutputOptions()))
+        files.append(part)
+    return folder, Joins().measure("one", folder, parts[1], parts[0], height=32, width=32)
+
+
+def test_the_files_are_those_of_a_run(run):
+    named = set(re.findall(r"`([\w./-]+\.(?:mp4|m3u8|m4s))`", PAGE)) - {"final.mp4"}
+    there = {
+        re.sub(r"live-\d+", "live-N", re.sub(r"\d{5}-t\d+", "NNNNN-tT", path.relative_to(run[0]).as_posix()))
+        for path in run[0].rglob("*.m*")
+    }
+    assert named == there
+
+
+def test_the_figures_are_those_of_a_segment(run):
+    named = set(re.findall(r"`(seam_\w+|interior_score|red|green|blue|sharpness)`", PAGE))
+    assert named == set(run[1])
+    assert f"at most {LARGEST_SCORE:g} |" in PAGE
+    assert RADIUS == 8
+    assert "up to eight frames on each side" in " ".join(PAGE.split())
+
+
+def test_the_picture_is_there_and_small():
+    (picture,) = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", PAGE)
+    assert (ROOT / "docs" / picture).stat().st_size < 200_000
