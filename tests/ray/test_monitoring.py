@@ -56,9 +56,9 @@ def stuttering(name):
     def stutter():
         while not over.is_set():
             os.kill(pid, signal.SIGSTOP)
-            time.sleep(0.2)
+            time.sleep(0.1)
             os.kill(pid, signal.SIGCONT)
-            over.wait(0.1)
+            over.wait(0.01)
 
     thread = threading.Thread(target=stutter)
     thread.start()
