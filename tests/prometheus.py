@@ -76,10 +76,10 @@ class Prometheus:
         values = [(one["metric"], [float(value) for _, value in one["values"]]) for one in found]
         return [(labels, [value for value in of if math.isfinite(value)]) for labels, of in values]
 
-    def firing(self):
-        """The names of the alerts that fire now."""
+    def alerts(self, *states):
+        """The names of the alerts that are `firing`, or `pending`, now."""
         alerts = self.ask("alerts")["alerts"]
-        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
+        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] in states}
 
     def up(self, job):
         """How many targets of a job are scraped."""

@@ -75,7 +75,10 @@ class Metric:
         """The values of the labels of every child that is there from the start."""
         for values in product(*(LABELS[label] for label in self.labels)):
             of = dict(zip(self.labels, values, strict=True))
-            if of.get("source") is None or of["source"] != of["target"]:
+            # What is evicted goes down, what is wanted comes up.
+            up = (of.get("source"), of.get("target")) == ("disk", "host")
+            down = (of.get("source"), of.get("target")) == ("host", "disk")
+            if "source" not in of or (down if of["cause"] == "eviction" else up):
                 yield values
 
 

@@ -36,7 +36,7 @@ _NOW = Row(
             "Attempts lost",
             "Work that came to nothing in the range shown; runs try again before they fail.",
             "short",
-            (Target(f"sum(increase({of('work_failed_total')}[$__range]))", "attempts"),),
+            (Target(f"round(sum(increase({of('work_failed_total')}[$__range])))", "attempts"),),
             kind="stat",
             width=6,
         ),
@@ -95,9 +95,9 @@ _ERRORS = Row(
     (
         Panel(
             "Failed attempts",
-            "Attempts a minute that came to nothing, by stage and by what happened.",
+            "Attempts a minute that came to nothing, by what happened.",
             "short",
-            (Target(f"{rate('work_failed_total', 'stage', 'trouble')} * 60", "{{stage}}, {{trouble}}"),),
+            (Target(f"{rate('work_failed_total', 'trouble')} * 60", "{{trouble}}"),),
         ),
         Panel(
             "Work lost",

@@ -6,7 +6,6 @@ from edit_ray.metrics.catalog import CATALOG, LABELS, PREFIX
 
 VARIABLES = 'job=~"$job",instance=~"$instance"'
 _WINDOW = "$__rate_interval"
-_LEAST = "1e-9"
 
 
 def of(name: str, part: str = "", **labels: str) -> str:
@@ -30,8 +29,8 @@ def rate(name: str, *by: str, part: str = "", **labels: str) -> str:
 
 
 def ratio(some: str, whole: str) -> str:
-    """0 where there is nothing yet, not 0/0."""
-    return f"{some} / clamp_min({whole}, {_LEAST})"
+    """Nothing where there is nothing yet: neither 0/0, nor a 0 that would be read as one."""
+    return f"{some} / ({whole} > 0)"
 
 
 def mean(name: str, *by: str, **labels: str) -> str:
