@@ -187,7 +187,7 @@ def _of_tiers() -> Iterator[Metric]:
         "counter",
         "",
         "What the CacheStore refused: for want of room, as holder or segment are others by now, or as it was not told "
-        "of the run yet, as at each run's beginning.",
+        "of the run.",
         ("refusal",),
         owner=store,
     )

@@ -18,6 +18,7 @@ import ray
 
 from edit_ray import LongVideoClient
 from edit_ray.actors import launch
+from edit_ray.errors import StaleLease
 from edit_ray.metrics.alerts import ALERTS, Durations
 from edit_ray.metrics.catalog import CATALOG, LABELS
 from edit_ray.metrics.dashboards import DASHBOARDS
@@ -174,6 +175,8 @@ def test_every_panel_has_something_to_show_and_it_is_true(prometheus, config, tm
             kill(victim)
         if segment.index == 5:  # what segment 7 will read
             damage(tmp_path / "runs" / ".cache_store")
+    with pytest.raises(StaleLease):  # a run that it was not told of
+        ray.get(ray.get_actor(launch.CACHE_STORE, namespace="edit_ray").missing.remote("nobody", []))
     manifest = RunFolder(tmp_path / "runs", run_id).read_manifest()
     page = page_of(tmp_path / "runs")
     check_counters(page, manifest)
