@@ -32,6 +32,12 @@ RUN = """
 cache: {policy: warmstart_reuse, inner: fbcache, rel_l1_thresh: 0.2, warm_steps: 4, reuse_window: 3}
 store: {host_bytes: 16KiB, allow_tmpfs: true}
 """
+TOLD_BY_THE_FIRST = (
+    "rate(edit_ray_first_segment_seconds_count[10s])",
+    'rate(edit_ray_actor_restarts_total{actor="denoiser"}[10s])',
+    "edit_ray_reuse_wait_seconds_total",
+    "edit_ray_stream_lag_segments",  # the client waits, and so the run is as far ahead of it as it may be
+)
 NEEDS_GPU = {"edit_ray_gpu_memory_bytes"}
 
 
@@ -168,9 +174,8 @@ def test_every_panel_has_something_to_show_and_it_is_true(prometheus, config, tm
             slow.close()
         victim = {1: "denoiser", 3: "segment_scheduler", 4: "cache_store"}.get(segment.index)
         if victim == "segment_scheduler":  # what it has counted is to be seen before it dies
-            seen = ("edit_ray_first_segment_seconds_count", 'edit_ray_actor_restarts_total{actor="denoiser"}')
-            for name in seen:
-                wait_until(lambda name=name: prometheus.series(f"rate({name}[10s]) > 0", began, time.time()))
+            for expr in TOLD_BY_THE_FIRST:
+                wait_until(lambda expr=expr: prometheus.series(f"{expr} > 0", began, time.time()))
         if victim is not None:
             kill(victim)
         if segment.index == 5:  # what segment 7 will read
