@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv page demo test test-gpu proof chaos check fix bench clean
+.PHONY: help venv page demo monitor test test-gpu proof chaos check fix bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,17 @@ $(PAGE): edit_ray/page/package-lock.json
 
 demo: $(INSTALLED) ## generate the long video of configs/tiny.yaml on a private local Ray
 	$(BIN)/python jobs/demo.py
+
+RUNS ?= $(or $(EDIT_RAY_OUTPUT),$(HOME)/edit_ray_outputs)
+PROMETHEUS := 127.0.0.1:9090
+
+monitor: ## Prometheus on monitoring/prometheus, beside the runs in RUNS=folder
+	@command -v prometheus >/dev/null || { echo "prometheus is not installed: apt-get install prometheus"; exit 1; }
+	@mkdir -p -m 700 "$(RUNS)" && mkdir -p build/prometheus && ln -sfn "$(abspath $(RUNS))" monitoring/prometheus/runs
+	@echo "runs: $(RUNS)"
+	@echo "targets: http://$(PROMETHEUS)/targets  alerts: http://$(PROMETHEUS)/alerts  dashboards: monitoring/README.md"
+	prometheus --config.file=monitoring/prometheus/prometheus.yml --storage.tsdb.path=build/prometheus \
+	  --storage.tsdb.retention.size=1GB --web.listen-address=$(PROMETHEUS) --log.level=warn
 
 test: check ## everything that must hold before a commit: check, then the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/ray

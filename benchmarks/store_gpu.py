@@ -298,7 +298,7 @@ def measure(folder: Path, store: AnyStore, quick: bool) -> dict[str, Figures]:
     small, large = SHAPES["12 MB"], SHAPES["43 MB"]
     figures["device round trip, 12 MB"] = device_figures(Form(DEVICE, torch.bfloat16, small))
     for name, shape in SHAPES.items():
-        task = Task(shape, trips // 2, 3 if quick else 5, 3 * trips, 0, folder / name[:2])
+        task = Task(shape, trips // 2, 3 if quick else 7, 3 * trips, 0, folder / name[:2])
         figures[f"host round trip, {name}"] = host_figures(task, store)
     figures["put of 192 MB"] = put_figures(Task(small, 8, 12, 100, 40, folder / "put"), store)
     # A segment reads 16 entries one after the other: all have a place on the device, and 10 in the arena. A unit is an

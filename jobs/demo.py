@@ -60,7 +60,7 @@ def _show_log(lines: Iterable[str]) -> str:
 @contextlib.contextmanager
 def private_ray(temp: Path) -> Iterator[dict[str, str]]:
     """A Ray head of our own, on loopback, behind a token of its own; yields the environment that reaches it."""
-    gcs, dashboard = _free_port(), _free_port()
+    gcs, dashboard = free_port(), free_port()
     environment = os.environ | {
         "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",  # jobs run `python` from the PATH of `ray start`
         "RAY_AUTH_MODE": "token",
@@ -108,7 +108,7 @@ def _end(head: subprocess.Popen[bytes]) -> None:
     head.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

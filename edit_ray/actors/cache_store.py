@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from edit_ray.actors.figures import TierFigures
 from edit_ray.actors.messages import code_version
 from edit_ray.cache.options import StoreOptions
 from edit_ray.cache.stores import carried
@@ -23,7 +25,8 @@ from edit_ray.cache.stores.open_segment import Lease
 from edit_ray.cache.stores.shared_tiers import TABLES_BYTES, SharedTiers
 from edit_ray.cache.stores.store import Key
 from edit_ray.cache.tiering.events import Uses
-from edit_ray.errors import ConfigError, ResourcesUnavailable, StaleLease, UnknownRun
+from edit_ray.errors import ConfigError, EditRayError, ResourcesUnavailable, StaleLease
+from edit_ray.metrics.totals import Snapshot
 from edit_ray.runs.folder import RunFolder
 
 
@@ -36,10 +39,17 @@ class CacheStoreActor:
         self._tiers: SharedTiers | None = None
         self._made_for: tuple[StoreOptions, Path] | None = None
         self._runs: set[str] = set()
+        self._figures, self._incarnation = TierFigures(), secrets.token_hex(8)
         self._lock = threading.Lock()
 
     def describe(self) -> dict[str, str | int]:
         return {"version": code_version(), "pid": os.getpid()}
+
+    def metrics(self) -> Snapshot:
+        """What this actor has counted, and what its tiers hold now."""
+        with self._lock:
+            self._figures.look(self._tiers)
+            return self._figures.totals.snapshot(self._incarnation)
 
     def follow(self, run_id: str, uses: Uses, segment: int, options: StoreOptions, directory: Path, root: Path) -> None:
         """A run begins, or goes on with `segment`: which entries it reads when. `directory` is the disk tier's.
@@ -134,11 +144,13 @@ class CacheStoreActor:
     def _of(self, run_id: str) -> SharedTiers:
         with self._lock:
             if self._tiers is None or run_id not in self._runs:
+                self._figures.totals.inc("edit_ray_refusals_total", refusal="stale_lease")
                 raise StaleLease(f"This CacheStore actor was not told of the run {run_id!r}.")
             return self._tiers
 
     def _close(self) -> None:
         if self._tiers is not None:
+            self._figures.look(self._tiers)
             self._tiers.close()
         self._tiers = self._made_for = None
         self._runs.clear()
@@ -152,12 +164,18 @@ def _make(options: StoreOptions, directory: Path) -> SharedTiers:
     return SharedTiers(_memory(options), options.host_bytes, disk, options.disk_bytes)
 
 
-def _goes_on(root: Path, run_id: str) -> bool:
-    """Whether a run that is not known here has not ended: it may be resumed."""
-    try:
-        return RunFolder(root, run_id.partition(".")[0]).read_manifest().end is None
-    except (UnknownRun, ValueError, OSError):
-        return False
+def _goes_on(root: Path, name: str) -> bool:
+    """Whether a run that is not known here has not ended: it may be resumed.
+
+    One whose reuse was planned anew has a longer name here (`RunSpec.residuals_id`).
+    """
+    for run_id in {name, name.rsplit(".", 2)[0]}:
+        try:
+            if RunFolder(root, run_id).read_manifest().state not in ("done", "failed", "cancelled"):
+                return True
+        except (EditRayError, ValueError, OSError):
+            continue
+    return False
 
 
 def _memory(options: StoreOptions) -> Arena:

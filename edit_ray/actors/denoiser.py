@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from edit_ray.actors.figures import StepTimes, decisions, show_memory
 from edit_ray.actors.leases import SegmentLeases, Store
 from edit_ray.actors.messages import Progress, RunSpec, code_version, statistics
 from edit_ray.cache.stores.planned import PlannedStore
@@ -23,6 +25,7 @@ from edit_ray.engine.provenance import provenance_of, use_mode
 from edit_ray.engine.segment import SegmentEngine, usable_cores
 from edit_ray.engine.stream import Preceding
 from edit_ray.errors import EditRayError, OutOfMemory, RunCancelled, SegmentFailed, StaleWork
+from edit_ray.metrics.totals import Snapshot, Totals
 from edit_ray.runs.event_log import append_event
 from edit_ray.runs.folder import draft_of, publish, write_atomic
 from edit_ray.runs.plan import SegmentPlan
@@ -50,6 +53,7 @@ class DenoiserActor:
         self._incarnations: dict[str, int] = {}  # by run, the latest that was adopted
         self._progress: Progress | None = None
         self._joins = Joins()
+        self._totals, self._life = Totals(), secrets.token_hex(8)
         self._beat, self._loading = 0, False
         self._short_of_memory = False  # whether the work before this has run out of it
         self._leases: dict[str, tuple[int, SegmentLeases | None]] = {}  # by run, with the incarnation they are for
@@ -67,6 +71,12 @@ class DenoiserActor:
 
     def progress(self) -> Progress | None:
         return self._progress
+
+    def metrics(self) -> Snapshot:
+        """What this actor has counted, and what it holds of the device's memory."""
+        if self._engine is not None:
+            show_memory(self._totals, self._engine.device)
+        return self._totals.snapshot(self._life)
 
     def beat(self) -> int | None:
         """Another number after each step and each piece of work; None while a model is loaded."""
@@ -130,12 +140,16 @@ class DenoiserActor:
             update={"negative_prompt": segment.negative_prompt, "guidance_scale": segment.guidance_scale}
         )
 
+        times = StepTimes(self._totals)
+
         def on_step(step: int, num_steps: int) -> None:
+            times.step(engine.record)
             self._progress = Progress(spec.run_id, segment.index, step, num_steps)
             self._beat += 1
             self._check_current(spec)
 
         def work() -> torch.Tensor:
+            times.begin()
             latents = engine.denoise(
                 sampling,
                 prompt=segment.prompt,
@@ -335,12 +349,13 @@ class DenoiserActor:
 
     def _cache_statistics(self, engine: SegmentEngine, spec: RunSpec, segment: SegmentPlan) -> dict[str, int]:
         """What the cache computed and skipped in the segment; its decisions go into the run's folder."""
-        record = engine.record
+        record, sampling = engine.record, spec.config.sampling
+        counts = decisions(record, sampling.num_inference_steps, segment.guidance_scale > 1)
         if record is None:
-            return {}
+            return counts
         write_atomic(spec.folder.record(segment.index, segment.take), record.to_json().encode())
         skipped = sum(decision.decision == "reuse" for decision in record)
-        return {"units_computed": len(record) - skipped, "units_skipped": skipped}
+        return {"units_computed": len(record) - skipped, "units_skipped": skipped, **counts}
 
     def _added(self, latents: torch.Tensor, spec: RunSpec, segment_index: int) -> torch.Tensor:
         """Those of a window's latents that the segment adds to the stream, their colours drawn to the first's; a run
@@ -384,6 +399,8 @@ def _reuse_statistics(store: PlannedStore, tiers: dict[str, Any]) -> dict[str, f
     return {
         "entries_read": store.waits.reads,
         "entries_written": store.waits.writes,
+        "reuse_read_bytes": store.waits.reads * store.form.size,
+        "reuse_written_bytes": store.waits.writes * store.form.size,
         "reuse_wait_s": store.waits.seconds,
         "host_bytes": tiers["bytes"]["host"],
         "disk_bytes": tiers["on_disk_bytes"],

@@ -17,9 +17,10 @@ from edit_ray.actors.changes import extension, reroll
 from edit_ray.actors.crew import Crew, Pointer
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import Progress, RunStatus, StreamReply, code_version
+from edit_ray.actors.meter import Meter
 from edit_ray.actors.stages import Stages, explain
 from edit_ray.config import Config
-from edit_ray.errors import EditRayError, RunExists, RunLive, UnknownRun
+from edit_ray.errors import ConfigError, EditRayError, RunExists, RunLive, UnknownRun
 from edit_ray.runs.events import (
     CancelAsked,
     CloseRun,
@@ -59,6 +60,7 @@ class SegmentSchedulerActor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._admitting, self._remembering = asyncio.Lock(), asyncio.Lock()
         self._last_use = 0
+        self._meter = Meter(crew, lambda: [(run, self._state(run)) for run in self._runs.values() if not run.ended])
         self._recovered = asyncio.get_running_loop().create_task(self._recover())
 
     async def describe(self) -> dict[str, str | int]:
@@ -78,6 +80,7 @@ class SegmentSchedulerActor:
                     return await self._status(self._runs[run_id])
                 raise RunExists(f"run id {run_id!r} is taken by {self._runs[run_id].spec.folder.path}, and at work")
             spec = await self._admission.check(asked)
+            await self._meter.serve(spec.config.metrics, spec.root)
             async with self._pointed_at(run_id, spec.root):
                 if self._admission.mine(asked):
                     return await self._live(await self._admission.go_on(spec.root, run_id))
@@ -134,7 +137,8 @@ class SegmentSchedulerActor:
         """
         run = await self._find(run_id)
         self._apply(Consumed(run_id, segment_index))
-        await run.wait(lambda: segment_index < len(run.manifest.segments) or run.ended, timeout_s)
+        with self._meter.consumer(run_id, segment_index):
+            await run.wait(lambda: segment_index < len(run.manifest.segments) or run.ended, timeout_s)
         segments = run.manifest.segments
         record = segments[segment_index] if segment_index < len(segments) else None
         return StreamReply(record, self._status_without_progress(run))
@@ -181,7 +185,12 @@ class SegmentSchedulerActor:
             if run is None:
                 del self._pointers[run_id]
             else:
-                await self._live(run, pointer.worker)
+                await self._live(run, pointer.worker, recovered=True)
+        for run in list(self._runs.values()):
+            try:  # only when all are counted: what Prometheus sees must not go back
+                await self._meter.serve(run.spec.config.metrics, run.spec.root)
+            except ConfigError as error:
+                _log.error("run %s goes on without metrics: %s", run.spec.run_id, error)
         if pointers:
             await self._remember()
             if self._machine.idle:
@@ -212,6 +221,7 @@ class SegmentSchedulerActor:
                 run = await self._admission.go_on(
                     Path(root), run_id, allow_different_hardware=allow_different_hardware, change=change
                 )
+                await self._meter.serve(run.spec.config.metrics, run.spec.root)
                 return await self._live(run)
 
     @contextlib.asynccontextmanager
@@ -238,10 +248,11 @@ class SegmentSchedulerActor:
             await self._remember()
             raise
 
-    async def _live(self, run: LiveRun, worker: int | None = None) -> RunStatus:
+    async def _live(self, run: LiveRun, worker: int | None = None, recovered: bool = False) -> RunStatus:
         spec, committed = run.spec, len(run.manifest.segments)
         self._runs.pop(spec.run_id, None)  # of an earlier life
         self._runs[spec.run_id] = run
+        self._meter.opened(run, recovered=recovered)
         denoised = await asyncio.to_thread(denoised_before, spec, committed)
         self._apply(WorkersCounted(spec.config.engine.gpu_actors))
         self._apply(RunSubmitted(spec.plan, committed, denoised, worker))
@@ -277,7 +288,8 @@ class SegmentSchedulerActor:
                 run.worker = work.worker
                 self._pointers[work.run_id] = Pointer(str(run.spec.root), work.worker)
                 await self._remember()
-            await self._stages.carry_out(run, work)
+            with self._meter.work(run, work):
+                await self._stages.carry_out(run, work)
         except Exception as error:  # whatever it was, the state machine decides what follows
             sentence, fatal = explain(error, run)
             _log.warning("%s of run %s, segment %s: %s", work.stage, work.run_id, work.segment_index, sentence)
@@ -305,6 +317,7 @@ class SegmentSchedulerActor:
             _log.error("the end of run %s cannot be recorded: %s", close.run_id, error)
             run.unrecorded = ended
         run.file.close()
+        self._meter.ended(run)
         self._pointers.pop(close.run_id, None)
         await self._remember()
         await run.tell()
@@ -328,4 +341,5 @@ class SegmentSchedulerActor:
         use = self._last_use
         await asyncio.sleep(idle_exit_s)
         if self._machine.idle and use == self._last_use and not self._admitting.locked():
+            self._meter.close()
             await self._crew.end()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edit_ray.cli import measure, plan, runs, watch
+from edit_ray.cli.dashboards import dashboards
 from edit_ray.cli.report import report
 from edit_ray.cli.serve import serve
 from edit_ray.errors import EditRayError
@@ -26,6 +27,7 @@ _COMMANDS = {
     "calibrate": measure.calibrate,
     "tune": measure.tune,
     "plan": plan.plan,
+    "dashboards": dashboards,
 }
 
 
@@ -56,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     served = commands.add_parser("serve", help="a run's page and media, for browsers on this machine")
     served.add_argument("run_id")
     served.add_argument("--port", type=int, default=8642, help="of 127.0.0.1 (default: 8642; 0: any free one)")
+    drawn = commands.add_parser("dashboards", help="make Grafana's dashboards and Prometheus' rules from the catalog")
+    drawn.add_argument("--into", type=Path, default=Path(), help="the clone, or any folder (default: this one)")
     calibrate = commands.add_parser("calibrate", help="measure what a policy has to know of a model")
     _add_measuring(calibrate)
     calibrate.add_argument("--policy", choices=["teacache", "magcache", "ranked"], required=True)

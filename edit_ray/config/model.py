@@ -10,6 +10,7 @@ from edit_ray.config.mistakes import Mistakes
 from edit_ray.config.options import MAX_PROMPTS, VALID_PROMPTS, PromptSegment, VideoOptions
 from edit_ray.config.strict_yaml import dump
 from edit_ray.engine.options import ContinuityOptions, EngineOptions, ModelOptions, SamplingOptions
+from edit_ray.metrics.options import MetricsOptions
 from edit_ray.options import Options
 from edit_ray.runs.layout import FrameLayout
 from edit_ray.runs.plan import Scene, Storyboard
@@ -37,6 +38,7 @@ class Config(Options):
     store: StoreOptions = Field(default_factory=StoreOptions)
     engine: EngineOptions = Field(default_factory=EngineOptions)
     output: OutputOptions = Field(default_factory=OutputOptions)
+    metrics: MetricsOptions = Field(default_factory=MetricsOptions)
 
     @model_validator(mode="after")
     def _check_between(self) -> Self:

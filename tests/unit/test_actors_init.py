@@ -120,7 +120,7 @@ def test_a_picture_can_be_shown_as_the_end_of_a_still_clip(tmp_path, model, file
     assert torch.equal(still[0][:, :, :1], first[0][:, :, :1])
     assert not torch.equal(still[0][:, :, 1:], first[0][:, :, 1:])
     engine = SegmentEngine(EditWanPipeline.from_pretrained(model))
-    sampling, segment = specs[1].config.sampling, specs[1].plan.segments[0]
+    sampling, segment = specs[1].config.sampling, specs[1].segment(0)
     window = engine.denoise(sampling, prompt=segment.prompt, seed=segment.seed, history=given[:, :, 1:])
     assert torch.equal(still[0][:, :, 1:], window[:, :, 1:])
 

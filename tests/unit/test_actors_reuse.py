@@ -226,6 +226,8 @@ def test_entries_of_runs_that_have_ended_go_and_those_of_runs_that_have_not_stay
         manifest.close()
         if state is None:
             manifest.path.unlink()
+    left.write(("killed.1.3", 0, "transformer", "cond", 0, 1), memory, torch.uint8, (8,)).result()  # planned anew
+    left.write(("done.1.3", 0, "transformer", "cond", 0, 1), memory, torch.uint8, (8,)).result()
     left.close()
 
     async def submit():
@@ -240,9 +242,9 @@ def test_entries_of_runs_that_have_ended_go_and_those_of_runs_that_have_not_stay
         await crew.end()
         return found
 
-    assert asyncio.run(submit()) == {"one", "killed"}
-    (file,) = (tmp_path / ".cache_store").glob("*.safetensors")
-    assert file.name == file_name(("killed", 0, "transformer", "cond", 0, 1))
+    assert asyncio.run(submit()) == {"one", "killed", "killed.1.3"}
+    kept = {file_name((run_id, 0, "transformer", "cond", 0, 1)) for run_id in ("killed", "killed.1.3")}
+    assert {file.name for file in (tmp_path / ".cache_store").glob("*.safetensors")} == kept
 
 
 @pytest.mark.parametrize(

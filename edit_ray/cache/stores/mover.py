@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import pairwise
@@ -52,6 +54,7 @@ class Mover:
         self.saved: dict[Key, Future[bool]] = {}  # of each entry: whether its file is whole
         self._allocator = ExtentAllocator(rounded(host_bytes))
         self._extents: dict[int, Extent] = {}  # ticket of a place in the host tier -> where it is
+        self._move_seconds = {"host_to_disk": 0.0, "disk_to_host": 0.0}
         self._later, self._give, self._being_written = later, give, being_written
         for key, entry in disk.files.entries().items():
             self.saved[key] = _done(True)
@@ -94,6 +97,9 @@ class Mover:
         return {
             "bytes": {tier.name: tier.resident + tier.reserved for tier in tiers},
             "peak_bytes": {tier.name: tier.peak for tier in tiers},
+            "budget_bytes": {tier.name: tier.budget for tier in tiers},
+            "entries_in": Counter(entry.place.tier for entry in self.planner.tiers.entries.values()),
+            "move_seconds": dict(self._move_seconds),
             "on_disk_bytes": self.disk.files.bytes_resident,
             "entries": len(self.saved),
             "faults": dict(self.disk.files.faults),
@@ -127,26 +133,28 @@ class Mover:
 
     def _move(self, source: events.Place, target: events.Place) -> None:
         """Down, there is nothing to do but to wait for the file; up, it is read."""
-        key, ticket = source.key, target.ticket
+        key, ticket, began = source.key, target.ticket, time.monotonic()
         if target.tier == "disk":
             saved = self.saved.get(key)
             if saved is None:
                 self._later(lambda: self.handle(events.MoveFailed(ticket, "lost")))
             else:
-                saved.add_done_callback(lambda future: self._later(lambda: self._spilled(ticket, future)))
+                saved.add_done_callback(lambda future: self._later(lambda: self._spilled(ticket, began, future)))
             return
         extent = self._extent(target)
         if extent is None:
             self._later(lambda: self.handle(events.MoveFailed(ticket, "transient")))
             return
         read = self.disk.read(key, self.arena.memory(extent))
-        read.add_done_callback(lambda future: self._later(lambda: self._loaded(key, ticket, future)))
+        read.add_done_callback(lambda future: self._later(lambda: self._loaded(key, ticket, began, future)))
 
-    def _spilled(self, ticket: int, saved: Future[bool]) -> None:
+    def _spilled(self, ticket: int, began: float, saved: Future[bool]) -> None:
+        self._move_seconds["host_to_disk"] += time.monotonic() - began
         failure = _failure_of(saved)
         self.handle(events.Moved(ticket) if failure is None else events.MoveFailed(ticket, failure))
 
-    def _loaded(self, key: Key, ticket: int, read: Future[Any]) -> None:
+    def _loaded(self, key: Key, ticket: int, began: float, read: Future[Any]) -> None:
+        self._move_seconds["disk_to_host"] += time.monotonic() - began
         failure = _failure_of(read)
         if failure is None and read.result() is None:
             failure = "transient" if self.disk.files.entry(key) is not None else "lost"

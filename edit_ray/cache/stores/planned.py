@@ -131,6 +131,9 @@ class PlannedStore:
             own.popitem(last=False)
         self.go_on()
         self._leave_at_most(self._most_ahead)
+        # Not in `get`: between reads, which nothing is computed for, the device has little to do meanwhile.
+        if self._when_read is not None and not self._to_load and not self._loaded:
+            self._when_read()
 
     def get(self, key: Key) -> torch.Tensor | None:
         """What was computed in this segment, or what the plan reads at this step; raises EntryLost."""
@@ -208,8 +211,6 @@ class PlannedStore:
             if offset is None or offset < 0:
                 break  # the others come after it
             self._load(self._to_load.popleft(), offset)
-        if self._when_read is not None and not self._to_load and not self._loaded:
-            self._when_read()
 
     def _load(self, index: int, offset: int | None) -> None:
         loaded = self._loaded[index] = self.copies.load(self._place(index, offset))

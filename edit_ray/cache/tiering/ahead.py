@@ -27,6 +27,8 @@ class Ahead:
     def end(self, read: Wanted, outcome: Outcome) -> None:
         """The outcome of a read, if it is a prefetch; what came in time for others may have come late for this one."""
         if read.counted:
+            if outcome == "wasted" and read.entry is not None:
+                self._prefetches.wasted_bytes += read.entry.size
             self._prefetches.end("late" if read.late and outcome == "useful" else outcome)
             read.counted = False
 
@@ -45,4 +47,5 @@ class Ahead:
     def wasted(self, entry: Entry) -> None:
         """It leaves the place where a hint had brought it."""
         self._prefetches.end("wasted", entry.prefetches)
+        self._prefetches.wasted_bytes += entry.size * entry.prefetches
         entry.prefetches = 0

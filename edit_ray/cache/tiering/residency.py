@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from edit_ray.cache.tiering.account import Account, Entry, Ranking
 from edit_ray.cache.tiering.ahead import Ahead
-from edit_ray.cache.tiering.counters import Counters
+from edit_ray.cache.tiering.counters import Cause, Counters
 from edit_ray.cache.tiering.events import DropReason, Failure, Free, Instruction, Key, Move, Place
 from edit_ray.cache.tiering.eviction import EvictionPolicy, Order
 
@@ -21,6 +21,7 @@ class _Way:
     entry: Entry
     target: Place
     level: int
+    cause: Cause
     retried: bool = False
 
 
@@ -158,12 +159,12 @@ class Residency:
 
     # Moves
 
-    def move(self, entry: Entry, level: int, retried: bool = False) -> int:
+    def move(self, entry: Entry, level: int, cause: Cause, retried: bool = False) -> int:
         """Begin to move an entry to where there is room for it; the ticket."""
         self._unrank(entry)
         target = self.reserve(entry.key, entry.size, level)
         entry.move = target.ticket
-        self.ways[target.ticket] = _Way(entry, target, level, retried)
+        self.ways[target.ticket] = _Way(entry, target, level, cause, retried)
         self.accounts[entry.level].leaving += entry.size
         self.out.append(Move(entry.place, target))
         return target.ticket
@@ -180,6 +181,7 @@ class Residency:
             return self._settle(entry)
         self._fill(entry, way.target)
         self.counters.wrote(way.target.tier, entry.size)
+        self.counters.moved(place.tier, way.target.tier, way.cause, entry.size)
         self._free(place, level)
         if spill:
             self.counters.spills += 1
@@ -198,7 +200,7 @@ class Residency:
         elif spill and failure == "full" and not way.retried:
             self.evict(way.level, entry.size)
             self.counters.retries += 1
-            self.move(entry, way.level, retried=True)
+            self.move(entry, way.level, "eviction", retried=True)
         elif spill:
             self.drop(entry, "full" if failure == "full" else "spill_failed")
         elif failure == "lost" or level == self.staging:
@@ -273,7 +275,7 @@ class Residency:
             return self.drop(entry, "evicted")
         self.make_room(lower, entry.size)
         if self.accounts[lower].free >= entry.size:
-            self.move(entry, lower)
+            self.move(entry, lower, "eviction")
 
     def check(self) -> None:
         """AssertionError if any account is not what its places add up to, or is over its budget."""

@@ -159,6 +159,8 @@ class Serving:
         if entry is not None:
             self._tiers.pin(entry)
             read.entry = entry
+            if request.kind in ("segment", "demand"):
+                self._tiers.counters.find(entry.place.tier)
         if request.kind == "demand":
             self.consume(read.key)
         if entry is None or entry.level == self._target(request, entry):
@@ -204,7 +206,8 @@ class Serving:
             elif not self._has_room(target, entry.size, waiting):
                 return False
         tiers.ahead.ask(request, read)
-        read.ticket = tiers.move(entry, target)
+        waited_for = request.needed or request.kind == "demand"
+        read.ticket = tiers.move(entry, target, "demand" if waited_for else "prefetch")
         self._loaders[read.ticket] = (request, read)
         request.moving += 1
         return True

@@ -1,0 +1,160 @@
+"""The metrics of the segment scheduler and of its crew: asks the actors once a second, and lets Prometheus ask here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import edit_ray
+from edit_ray.actors.crew import Crew
+from edit_ray.actors.live_run import LiveRun
+from edit_ray.errors import RunCancelled, StaleWork
+from edit_ray.metrics.actor_snapshots import ActorSnapshots
+from edit_ray.metrics.catalog import Role
+from edit_ray.metrics.exporter import Exporter, write_targets
+from edit_ray.metrics.options import MetricsOptions
+from edit_ray.metrics.run_metrics import RunMetrics, Standing
+from edit_ray.metrics.totals import Snapshot, Totals
+from edit_ray.runs.events import RunState, Work
+
+ASK_S = 1.0
+Live = Callable[[], Iterable[tuple[LiveRun, RunState]]]
+"""The runs that have not ended, and where they stand."""
+
+
+class Meter:
+    """Told of what the segment scheduler does, it keeps the totals. All in the event loop, but for scrapes."""
+
+    def __init__(self, crew: Crew, live: Live) -> None:
+        self._crew, self._live = crew, live
+        self.totals = Totals()
+        self._runs, self._actors = RunMetrics(self.totals), ActorSnapshots(self.totals)
+        self._incarnation, self._ticks = secrets.token_hex(8), 0
+        self._taken: dict[str, int] = {}  # by run: segments that a client has taken
+        self._exporter: Exporter | None = None
+        self._serving: MetricsOptions | None = None
+        self._targets: set[Path] = set()
+        self._tasks: dict[tuple[Role, int], asyncio.Task[None]] = {}
+        self.totals.set("edit_ray_build_info", 1, version=edit_ray.__version__)
+
+    async def serve(self, options: MetricsOptions, root: Path) -> None:
+        """Lets Prometheus know in `root` where to ask. Where it asks stays as it is while any run lives.
+
+        Raises ConfigError where that place cannot be had.
+        """
+        if not options.enabled:
+            return
+        if self._exporter is None or (options != self._serving and not list(self._live())):
+            self.close()
+            self._exporter = await asyncio.to_thread(Exporter, self.totals, self._actors, options)
+            self._serving = options
+            self._begin("segment_scheduler", 0)
+        with contextlib.suppress(OSError):  # whoever has no targets has no metrics, and still a run
+            self._targets.add(await asyncio.to_thread(write_targets, root, self._exporter.address))
+
+    def close(self) -> None:
+        """Nobody asks here any more."""
+        for task in self._tasks.values():
+            task.cancel()
+        self._tasks.clear()
+        for targets in self._targets:
+            targets.unlink(missing_ok=True)
+        self._targets.clear()
+        if self._exporter is not None:
+            self._exporter.close()
+        self._exporter = self._serving = None
+
+    def opened(self, run: LiveRun, *, recovered: bool) -> None:
+        """A run begins or goes on; of one that an earlier segment scheduler was at work on all segments are counted."""
+        manifest = run.manifest
+        known = len(manifest.segments) + len(manifest.earlier_takes)
+        is_new = manifest.incarnation == 1 and not recovered
+        self._runs.opened(run.spec.run_id, run.spec.config.cache.policy, 0 if recovered else known, is_new=is_new)
+        self._committed(run)
+
+    def ended(self, run: LiveRun) -> None:
+        if run.end is not None:
+            self._runs.ended(run.spec.run_id, run.end.state)
+            self._taken.pop(run.spec.run_id, None)
+
+    @contextlib.contextmanager
+    def work(self, run: LiveRun, work: Work) -> Iterator[None]:
+        """What is carried out meanwhile, and what came of it."""
+        which = (work.run_id, work.stage, work.segment_index)
+        if self._exporter is not None:
+            self._begin("denoiser", work.worker)
+            self._begin("cache_store", work.worker)
+        self._runs.began(*which)
+        trouble: str | None = "stopped"
+        try:
+            yield
+            trouble = None
+        except Exception as error:
+            trouble = _trouble(error)
+            raise
+        finally:
+            self._runs.finished(*which, trouble)
+            self._committed(run)
+
+    @contextlib.contextmanager
+    def consumer(self, run_id: str, segment_index: int) -> Iterator[None]:
+        """A client, which has taken all segments before this one, waits for it."""
+        self._taken[run_id] = max(segment_index, self._taken.get(run_id, 0))
+        with self._runs.consumer():
+            yield
+
+    def _committed(self, run: LiveRun) -> None:
+        self._runs.committed(run.spec.run_id, run.manifest.segments, len(run.manifest.earlier_takes))
+
+    def _begin(self, role: Role, worker: int) -> None:
+        """Begins to ask an actor, if that is not done already; it ends with the event loop."""
+        if (role, worker) not in self._tasks:
+            loop = asyncio.get_running_loop()
+            task = loop.create_task(self._look() if role == "segment_scheduler" else self._ask(role, worker))
+            self._tasks[role, worker] = task
+
+    async def _ask(self, role: Role, worker: int) -> None:
+        """A call that is not answered holds up the next one, and nothing else."""
+        call = self._crew.denoiser if role == "denoiser" else self._crew.store
+        while True:
+            snapshot: Snapshot | None = None
+            with contextlib.suppress(Exception):  # a dead actor, or one that cannot tell
+                snapshot = await call(worker, "metrics")
+            with self._on_our_account():
+                self._actors.take(role, worker, snapshot)
+            await asyncio.sleep(ASK_S)
+
+    async def _look(self) -> None:
+        """Where the runs stand."""
+        try:
+            while True:
+                with self._on_our_account():
+                    self._runs.standing([self._standing(run, state) for run, state in self._live()])
+                    self._ticks += 1
+                    self._actors.take("segment_scheduler", 0, Snapshot(self._incarnation, self._ticks))
+                await asyncio.sleep(ASK_S)
+        finally:
+            if self._exporter is not None and asyncio.current_task() in self._tasks.values():
+                self.close()  # the event loop ends
+
+    def _standing(self, run: LiveRun, state: RunState) -> Standing:
+        committed = len(run.manifest.segments)
+        remaining = 0 if run.manifest.num_segments is None else run.manifest.num_segments - committed
+        return Standing(state, remaining, max(0, committed - self._taken.get(run.spec.run_id, 0)))
+
+    @contextlib.contextmanager
+    def _on_our_account(self) -> Iterator[None]:
+        began = time.thread_time()
+        yield
+        self.totals.inc("edit_ray_metrics_cpu_seconds_total", time.thread_time() - began)
+
+
+def _trouble(error: Exception) -> str:
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, ConnectionError):
+        return "actor_died"
+    return "stopped" if isinstance(cause, RunCancelled | StaleWork) else "error"

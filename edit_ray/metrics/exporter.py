@@ -1,0 +1,182 @@
+"""The metrics of a segment scheduler and of its actors, at `/metrics` for Prometheus.
+
+A scrape asks nobody and waits for nobody: it tells what is known here.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from http.server import BaseHTTPRequestHandler
+from itertools import accumulate
+from pathlib import Path
+from socketserver import ThreadingTCPServer
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from edit_ray.errors import ConfigError
+from edit_ray.metrics.actor_snapshots import ActorSnapshots
+from edit_ray.metrics.catalog import CATALOG, Metric
+from edit_ray.metrics.options import MetricsOptions
+from edit_ray.metrics.totals import SUM, Series, Totals, bounds
+
+MIN_TOKEN = 16  # characters
+TARGETS = "edit_ray_targets.json"
+_POLL_S = 0.05  # between looks at whether to end
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+
+
+class Exporter(Collector):
+    """Serves one process's metrics, from a registry of its own, until it is closed."""
+
+    def __init__(self, totals: Totals, actors: ActorSnapshots, options: MetricsOptions) -> None:
+        """Raises ConfigError where the address cannot be had or there is no good token."""
+        self._totals, self._actors = totals, actors
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(self)
+        self._server = _listen(options, _token(options), self)
+        serve = self._server.serve_forever
+        self._thread = threading.Thread(target=serve, args=(_POLL_S,), name="metrics", daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        """Host and port, as Prometheus names a target."""
+        host, port = self._server.server_address[:2]
+        return f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
+
+    def page(self) -> bytes:
+        """What a scrape gets."""
+        return generate_latest(self.registry)
+
+    def timed_page(self) -> bytes:
+        """The page, with its own time counted for the next one."""
+        began, cpu = time.perf_counter(), time.thread_time()
+        page = self.page()
+        self._totals.observe("edit_ray_scrape_seconds", time.perf_counter() - began)
+        self._totals.inc("edit_ray_metrics_cpu_seconds_total", time.thread_time() - cpu)
+        return page
+
+    def collect(self) -> Iterable[Family]:
+        known = self._totals.snapshot("")
+        gauges = {**known.gauges, **self._actors.gauges()}
+        children: dict[str, dict[tuple[str, ...], None]] = {}
+        for name, labels, _ in (*known.counts, *gauges):
+            children.setdefault(name, {})[labels] = None
+        for metric in CATALOG.values():
+            yield _family(metric, children.get(metric.name, {}), known.counts, gauges)
+
+    def close(self) -> None:
+        """Give the address back."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _family(
+    metric: Metric, seen: Iterable[tuple[str, ...]], counts: Mapping[Series, float], gauges: Mapping[Series, float]
+) -> Family:
+    children = dict.fromkeys((*metric.children(), *seen))
+    if metric.kind == "gauge":
+        gauge = GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
+        for labels in children:
+            value = gauges.get((metric.name, labels, ""), 0.0 if metric.owner is None else None)
+            if value is not None:
+                gauge.add_metric(labels, value)
+        return gauge
+    if metric.kind == "counter":
+        counter = CounterMetricFamily(metric.name, metric.help, labels=metric.labels)
+        for labels in children:
+            counter.add_metric(labels, counts.get((metric.name, labels, ""), 0))
+        return counter
+    histogram = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
+    for labels in children:
+        buckets = [counts.get((metric.name, labels, bound), 0) for bound in bounds(metric)]
+        total = counts.get((metric.name, labels, SUM), 0)
+        histogram.add_metric(labels, list(zip(bounds(metric), accumulate(buckets), strict=True)), total)
+    return histogram
+
+
+class _Server(ThreadingTCPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, address: tuple[str, int], family: int, token: str | None, exporter: Exporter) -> None:
+        self.address_family, self.exporter = family, exporter
+        self.expected = None if token is None else f"Bearer {token}".encode()
+        super().__init__(address, _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Who scrapes has left; the next scrape is another."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    server_version, sys_version = "edit-ray", ""
+    timeout = 10  # seconds without a byte from who scrapes
+
+    def do_GET(self) -> None:
+        expected = self.server.expected
+        given = self.headers.get("Authorization", "").encode()
+        if expected is not None and not hmac.compare_digest(given, expected):
+            self._answer(401, b"metrics.token_file names the token that is wanted\n", ("WWW-Authenticate", "Bearer"))
+        elif self.path.partition("?")[0] != "/metrics":
+            self._answer(404, b"the metrics are at /metrics\n")
+        else:
+            self._answer(200, self.server.exporter.timed_page())
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Scrapes are not logged."""
+
+    def _answer(self, code: int, body: bytes, *more: tuple[str, str]) -> None:
+        self.send_response(code)
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        for name, value in (("Content-Type", kind), ("Content-Length", str(len(body))), *more):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def _listen(options: MetricsOptions, token: str | None, exporter: Exporter) -> _Server:
+    try:
+        found = socket.getaddrinfo(options.address, options.port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = found[0]
+        return _Server((str(address[0]), options.port), family, token, exporter)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(
+            [
+                f"metrics.address is {options.address!r} and metrics.port {options.port}, which cannot be had "
+                f"({reason}); choose an address of this machine, and another port or 0 for any free one"
+            ]
+        ) from None
+
+
+def _token(options: MetricsOptions) -> str | None:
+    if options.token_file is None:
+        return None
+    try:
+        token = Path(options.token_file).expanduser().read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        reason = (getattr(error, "strerror", None) or "it is no ASCII text").lower()
+        raise ConfigError([f"metrics.token_file is {options.token_file!r}, which cannot be read ({reason})"]) from None
+    if len(token) < MIN_TOKEN or not token.isprintable():
+        raise ConfigError([f"metrics.token_file must hold one line of at least {MIN_TOKEN} printable characters"])
+    return token
+
+
+def write_targets(root: Path, address: str) -> Path:
+    """Tells Prometheus in the folder of runs where to scrape (its file_sd); the file is there whole or not at all."""
+    path = root / TARGETS
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    draft.write_text(json.dumps([{"targets": [address], "labels": {}}]) + "\n")
+    os.replace(draft, path)
+    return path

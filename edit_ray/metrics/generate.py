@@ -1,0 +1,30 @@
+"""Every file that is made from the catalog, by its place in the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edit_ray.metrics.dashboards import DASHBOARDS
+from edit_ray.metrics.page import metrics_page
+from edit_ray.metrics.rules import rule_tests_yaml, rules_yaml
+
+
+def generated() -> dict[str, str]:
+    """The text of each file."""
+    files = {f"monitoring/grafana/dashboards/{board.name}.json": board.to_json() for board in DASHBOARDS}
+    files["monitoring/prometheus/rules.yml"] = rules_yaml()
+    files["monitoring/prometheus/rules_test.yml"] = rule_tests_yaml("rules.yml")
+    files["docs/metrics.md"] = metrics_page()
+    return files
+
+
+def write_generated(root: Path) -> list[Path]:
+    """Writes those that differ from what is there; returns them."""
+    written = []
+    for name, text in generated().items():
+        path = root / name
+        if not path.is_file() or path.read_text() != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            written.append(path)
+    return written

@@ -1,0 +1,144 @@
+"""What the segment scheduler does, counted: it is told of each thing in one call."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Protocol
+
+from edit_ray.metrics.catalog import LABELS
+from edit_ray.metrics.totals import Totals
+
+_TOLD = {"denoise": "denoise_s", "decode": "decode_s", "encode": "encode_s", "commit": "publish_s"}
+"""Where the manifest has the seconds of a stage; those of the others belong to no segment."""
+
+
+class Record(Protocol):
+    """A committed segment as the manifest has it."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def num_frames(self) -> int: ...
+    @property
+    def statistics(self) -> Mapping[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands that has not ended."""
+
+    state: str
+    remaining: int  # segments that are planned and not committed
+    lag: int  # segments that are committed and that no client has taken
+
+
+@dataclass
+class _Run:
+    policy: str
+    counted: int
+    submitted: float | None
+
+
+class RunMetrics:
+    """Counts committed segments from the manifest's own lines, everything else as it happens.
+
+    So a scheduler that is started again and told of the manifest has the same counts as the one before it.
+    """
+
+    def __init__(self, totals: Totals, clock: Callable[[], float] = time.monotonic) -> None:
+        self._totals, self._clock = totals, clock
+        self._runs: dict[str, _Run] = {}
+        self._work: dict[tuple[str, str, int | None], float] = {}
+        self._begun: dict[tuple[str, int | None], float] = {}  # by run and segment: its first work
+        self._consumers = 0
+
+    def opened(self, run_id: str, policy: str, counted: int, *, is_new: bool = False) -> None:
+        """A run begins or goes on; `counted` of its committed segments were counted elsewhere."""
+        self._runs[run_id] = _Run(policy, counted, self._clock() if is_new else None)
+
+    def committed(self, run_id: str, records: Sequence[Record], earlier: int = 0) -> None:
+        """The run's committed segments now; `earlier` more are of takes that another has replaced."""
+        run = self._runs.get(run_id)
+        if run is None:  # work that ends after its run
+            return
+        for record in records[max(0, run.counted - earlier) :]:
+            run.counted += 1
+            self._commit(run_id, run, record)
+
+    def ended(self, run_id: str, outcome: str) -> None:
+        self._totals.inc("edit_ray_runs_ended_total", outcome=outcome)
+        self._runs.pop(run_id, None)
+        self._begun = {of: since for of, since in self._begun.items() if of[0] != run_id}
+
+    def began(self, run_id: str, stage: str, segment_index: int | None) -> None:
+        """A piece of work is being carried out."""
+        now = self._work[run_id, stage, segment_index] = self._clock()
+        self._begun.setdefault((run_id, segment_index), now)
+        self._show_work()
+
+    def finished(self, run_id: str, stage: str, segment_index: int | None, trouble: str | None = None) -> None:
+        """It is not any more; `trouble` is why it came to nothing."""
+        now = self._clock()
+        seconds = now - self._work.pop((run_id, stage, segment_index), now)
+        self._show_work()
+        if trouble is not None:
+            self._totals.inc("edit_ray_work_failed_total", stage=stage, trouble=trouble)
+            self._totals.inc("edit_ray_work_lost_seconds_total", seconds, stage=stage)
+        elif stage not in _TOLD:
+            self._totals.observe("edit_ray_work_seconds", seconds, stage=stage)
+
+    @contextmanager
+    def consumer(self) -> Iterator[None]:
+        """A client waits for a segment."""
+        self._consumers += 1
+        self._totals.set("edit_ray_stream_consumers", self._consumers)
+        try:
+            yield
+        finally:
+            self._consumers -= 1
+            self._totals.set("edit_ray_stream_consumers", self._consumers)
+
+    def standing(self, runs: Sequence[Standing]) -> None:
+        """Where all live runs stand now."""
+        states = Counter(run.state for run in runs)
+        for state in LABELS["state"]:
+            self._totals.set("edit_ray_runs", states[state], state=state)
+        self._totals.set("edit_ray_segments_remaining", sum(run.remaining for run in runs))
+        self._totals.set("edit_ray_stream_lag_segments", max((run.lag for run in runs), default=0))
+
+    def _show_work(self) -> None:
+        stages = Counter(stage for _, stage, _ in self._work)
+        for stage in LABELS["stage"]:
+            self._totals.set("edit_ray_work_in_flight", stages[stage], stage=stage)
+
+    def _commit(self, run_id: str, run: _Run, record: Record) -> None:
+        totals, now = self._totals, self._clock()
+        totals.inc("edit_ray_segments_total")
+        totals.inc("edit_ray_frames_total", record.num_frames)
+        if run.submitted is not None and record.index == 0:
+            totals.observe("edit_ray_first_segment_seconds", now - run.submitted)
+        began = self._begun.pop((run_id, record.index), None)
+        if began is not None:
+            totals.observe("edit_ray_segment_seconds", now - began)
+        self._count(record.statistics, run.policy)
+
+    def _count(self, told: Mapping[str, float], policy: str) -> None:
+        totals = self._totals
+        for stage, key in _TOLD.items():
+            if (seconds := told.get(key)) is not None:
+                totals.observe("edit_ray_work_seconds", seconds, stage=stage)
+        for branch, decision in product(LABELS["branch"], LABELS["decision"]):
+            of = {"policy": policy, "branch": branch, "decision": decision}
+            totals.inc("edit_ray_steps_total", told.get(f"steps_{decision}_{branch}", 0), **of)
+            totals.inc("edit_ray_units_total", told.get(f"units_{decision}_{branch}", 0), **of)
+        for direction in LABELS["direction"]:
+            totals.inc("edit_ray_reuse_bytes_total", told.get(f"reuse_{direction}_bytes", 0), direction=direction)
+        totals.inc("edit_ray_reuse_wait_seconds_total", told.get("reuse_wait_s", 0))
+        totals.inc("edit_ray_media_bytes_total", told.get("media_bytes", 0))
+        if (score := told.get("seam_score")) is not None:
+            totals.observe("edit_ray_seam_score", score)

@@ -1,0 +1,137 @@
+"""A real Prometheus scrapes a real run whose actors die: every panel has something to show, and it is true."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import time
+import urllib.request
+from collections import Counter, defaultdict
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import ray
+
+from edit_ray import LongVideoClient
+from edit_ray.metrics.alerts import Durations
+from edit_ray.metrics.catalog import CATALOG, LABELS
+from edit_ray.metrics.dashboards import DASHBOARDS
+from edit_ray.runs.folder import RunFolder
+from tests.prometheus import Prometheus, samples_of
+from tests.ray.conftest import wait_until
+
+FAST = replace(Durations().scaled(1 / 60), scrape=1.0)
+# One residual: [1, 5 * 4 * 4, 24] in float32, 2 pages; so the host tier holds two of the eight.
+RUN = """
+cache: {policy: warmstart_reuse, inner: fbcache, rel_l1_thresh: 0.2, warm_steps: 4, reuse_window: 3}
+store: {host_bytes: 16KiB, allow_tmpfs: true}
+"""
+
+
+def ray_targets():
+    """Where the Ray of this session names what Prometheus may scrape of it."""
+    node = ray._private.worker.global_worker.node
+    return os.path.join(node.get_temp_dir_path(), "prom_metrics_service_discovery.json")
+
+
+def kill(name):
+    """Kills an actor that lives; it is started again."""
+    os.kill(ray.get(ray.get_actor(name, namespace="edit_ray").describe.remote())["pid"], signal.SIGKILL)
+
+
+def damage(folder):
+    """Another last byte for every residual that waits on disk."""
+    for path in folder.glob("*.safetensors"):
+        with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:  # it may be read for the last time
+            file.seek(-1, os.SEEK_END)
+            last = file.read(1)[0]
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last ^ 1]))
+
+
+def page_of(root):
+    (target,) = json.loads((root / "edit_ray_targets.json").read_text())[0]["targets"]
+    with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+        return answer.read()
+
+
+def counted(manifest):
+    """What the counters of committed work must say, from the manifest alone."""
+    told = Counter()
+    for segment in manifest.segments:
+        figures = defaultdict(float, segment.statistics)
+        told["edit_ray_segments_total",] += 1
+        told["edit_ray_frames_total",] += segment.num_frames
+        told["edit_ray_media_bytes_total",] += figures["media_bytes"]
+        for direction in LABELS["direction"]:
+            told["edit_ray_reuse_bytes_total", ("direction", direction)] += figures[f"reuse_{direction}_bytes"]
+        for what, decision, branch in product(("steps", "units"), LABELS["decision"], LABELS["branch"]):
+            of = (("branch", branch), ("decision", decision), ("policy", "warmstart_reuse"))
+            told[f"edit_ray_{what}_total", *of] += figures[f"{what}_{decision}_{branch}"]
+    return told
+
+
+def check_counters(page, manifest):
+    samples, told = samples_of(page), counted(manifest)
+    assert told["edit_ray_segments_total",] == manifest.num_segments
+    assert {of: samples(of[0], **dict(of[1:])) for of in told} == dict(told)
+    steps = {of: value for of, value in told.items() if of[0] == "edit_ray_steps_total"}
+    assert all(steps.values()), "both branches computed steps and skipped some"
+    policies = {sample for sample in LABELS["policy"] if sample != "warmstart_reuse"}
+    assert all(samples("edit_ray_steps_total", branch="cond", decision="computed", policy=p) == 0 for p in policies)
+
+
+def empty_panels(prometheus, began):
+    """The queries that have no finite value in the time since, and the legends that name what is not there."""
+    found = []
+    for board in DASHBOARDS:
+        for panel in board.panels:
+            for target in () if panel.needs_gpu else panel.targets:
+                expr = target.expr.replace("$__rate_interval", "10s").replace("$__range", "60s")
+                expr = expr.replace("$job", ".*").replace("$instance", ".*")
+                series = prometheus.series(expr, began, time.time())
+                named = re.findall(r"\{\{(\w+)\}\}", target.legend)
+                if not any(values for _, values in series) or not all(
+                    of.get(name) for of, _ in series for name in named
+                ):
+                    found.append(f"{board.name}, {panel.title}: {target.expr}")
+    return found
+
+
+def still(prometheus, began):
+    """The metrics that have not moved in the time since."""
+    names = [f"{name}_count" if metric.kind == "histogram" else name for name, metric in CATALOG.items()]
+    moved = [
+        any(max(values, default=0) > 0 for _, values in prometheus.series(name, began, time.time())) for name in names
+    ]
+    return {name for name, has_moved in zip(CATALOG, moved, strict=True) if not has_moved}
+
+
+@pytest.fixture
+def prometheus(ray_head, tmp_path):
+    (tmp_path / "runs").mkdir()
+    with Prometheus(tmp_path / "prometheus", tmp_path / "runs", ray_targets(), FAST) as started:
+        yield started
+
+
+def test_every_panel_has_something_to_show_and_it_is_true(prometheus, config, tmp_path, run_id):
+    client, began = LongVideoClient(output=tmp_path / "runs"), time.time()
+    path = config(steps=12, segments=8, more=RUN)
+    # What dies must die before the run is made: so it waits for its client.
+    path.write_text(path.read_text().replace("engine: {", "engine: {max_ahead: 2, "))
+    client.submit(path, run_id=run_id)
+    wait_until(lambda: prometheus.up("edit_ray") == 1)
+    for segment in client.stream(run_id, frames=False):
+        victim = {1: "segment_scheduler", 3: "denoiser", 5: "cache_store"}.get(segment.index)
+        if victim is not None:
+            kill(victim)
+        if segment.index == 6:
+            damage(tmp_path / "runs" / ".cache_store")
+    manifest = RunFolder(tmp_path / "runs", run_id).read_manifest()
+    page = page_of(tmp_path / "runs")
+    check_counters(page, manifest)
+    assert wait_until(lambda: prometheus.up("ray") >= 1)
+    assert wait_until(lambda: still(prometheus, began) == {"edit_ray_gpu_memory_bytes"})
+    assert empty_panels(prometheus, began) == []

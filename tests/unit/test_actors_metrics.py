@@ -1,0 +1,124 @@
+"""What the actors' plain classes count is what the run's manifest says, whoever dies in between."""
+
+import asyncio
+import json
+import urllib.request
+
+import pytest
+
+from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.errors import ConfigError
+from edit_ray.metrics.exporter import TARGETS
+from edit_ray.runs.folder import RunFolder
+from edit_ray.testing import save_random_wan
+from tests.prometheus import samples_of
+from tests.unit.test_actors import Crew, config_for
+from tests.unit.test_actors_recovery import REUSE, Dying, die, end_of, submit
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
+
+
+async def page_of(root):
+    (target,) = json.loads((root / TARGETS).read_text())[0]["targets"]
+
+    def fetch():
+        with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+            return samples_of(answer.read())
+
+    return await asyncio.to_thread(fetch)
+
+
+def check(samples, manifest, policy):
+    figures = [segment.statistics for segment in manifest.segments]
+    assert samples("edit_ray_segments_total") == len(figures) == 4
+    assert samples("edit_ray_frames_total") == sum(segment.num_frames for segment in manifest.segments)
+    for what in ("steps", "units"):
+        for branch in ("cond", "uncond"):
+            for decision in ("computed", "skipped"):
+                told = samples(f"edit_ray_{what}_total", policy=policy, branch=branch, decision=decision)
+                assert told == sum(of.get(f"{what}_{decision}_{branch}", 0) for of in figures)
+    for direction in ("read", "written"):
+        told = samples("edit_ray_reuse_bytes_total", direction=direction)
+        assert told == sum(of.get(f"reuse_{direction}_bytes", 0) for of in figures)
+
+
+def test_the_counts_are_those_of_the_manifest(tmp_path, model):
+    async def run():
+        crew = Crew()
+        crew.fail_once = {("denoise_segment", 2)}
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, "one", config_for(model, **REUSE))
+        assert (await end_of(scheduler, "one")).state == "done"
+        samples = await page_of(tmp_path)
+        check(samples, RunFolder(tmp_path, "one").read_manifest(), "warmstart_reuse")
+        assert samples("edit_ray_steps_total", policy="warmstart_reuse", branch="cond", decision="skipped") > 0
+        assert samples("edit_ray_reuse_bytes_total", direction="read") > 0
+        assert samples("edit_ray_work_failed_total", stage="denoise", trouble="actor_died") == 1
+        assert samples("edit_ray_runs_ended_total", outcome="done") == 1
+        await crew.end()
+
+    asyncio.run(run())
+    assert RunFolder(tmp_path, "one").read_manifest().state == "done"
+
+
+def test_without_a_cache_every_step_counts_as_computed(tmp_path, model):
+    async def run():
+        scheduler = SegmentSchedulerActor(LocalCrew())
+        await submit(scheduler, tmp_path, "one", config_for(model))
+        await end_of(scheduler, "one")
+        samples = await page_of(tmp_path)
+        check(samples, RunFolder(tmp_path, "one").read_manifest(), "none")
+        assert samples("edit_ray_steps_total", policy="none", branch="uncond", decision="computed") == 4 * 3
+
+    asyncio.run(run())
+
+
+def test_a_segment_scheduler_that_is_started_again_has_the_same_counts(tmp_path, model):
+    async def run():
+        crew = Dying(9)
+        first = SegmentSchedulerActor(crew)
+        await submit(first, tmp_path, "one", config_for(model, **REUSE))
+        await crew.now.wait()
+        await die(first)
+        second = SegmentSchedulerActor(crew)
+        assert (await end_of(second, "one")).state == "done"
+        check(await page_of(tmp_path), RunFolder(tmp_path, "one").read_manifest(), "warmstart_reuse")
+        await crew.end()
+
+    asyncio.run(run())
+
+
+def test_a_place_that_cannot_be_had_refuses_the_run_and_writes_nothing(tmp_path, model):
+    async def run():
+        scheduler = SegmentSchedulerActor(LocalCrew())
+        config = config_for(model, metrics={"address": "192.0.2.1", "token_file": str(token)})
+        with pytest.raises(ConfigError, match=r"metrics\.address"):
+            await submit(scheduler, tmp_path, "one", config)
+        assert not (tmp_path / "one").exists()
+        await submit(scheduler, tmp_path, "two", config_for(model, metrics={"enabled": False}))
+        await end_of(scheduler, "two")
+        assert not (tmp_path / TARGETS).exists()
+
+    token = tmp_path / "token"
+    token.write_text("a token of many characters")
+    asyncio.run(run())
+
+
+def test_targets_go_when_the_scheduler_ends(tmp_path, model):
+    async def run():
+        scheduler = SegmentSchedulerActor(LocalCrew())
+        await submit(scheduler, tmp_path, "one", config_for(model, video={"num_segments": 1}, prompt_segments=ONE))
+        await end_of(scheduler, "one")
+        assert (tmp_path / TARGETS).exists()
+
+    asyncio.run(run())
+    assert not (tmp_path / TARGETS).exists()
+
+
+ONE = [{"segment": 0, "prompt": "a red circle"}]

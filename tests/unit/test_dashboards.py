@@ -1,0 +1,169 @@
+"""Dashboards, rules and the page of metrics: fresh, and as Grafana and Prometheus want them."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from edit_ray.cli.main import main
+from edit_ray.metrics.alerts import ALERTS, Durations
+from edit_ray.metrics.catalog import CATALOG, LABELS
+from edit_ray.metrics.dashboards import DASHBOARDS
+from edit_ray.metrics.dashboards.query import of
+from edit_ray.metrics.generate import generated
+from edit_ray.metrics.rules import RECORDED, rules_yaml, span
+from tests.prometheus import need
+
+ROOT = Path(__file__).resolve().parents[2]
+MONITORING = ROOT / "monitoring"
+PANELS = [(board, panel) for board in DASHBOARDS for panel in board.panels]
+PANEL_IDS = [f"{board.name}, {panel.title}" for board, panel in PANELS]
+TARGETS = [(target.expr, target.legend) for _, panel in PANELS for target in panel.targets]
+UNITS = {"short", "s", "bytes", "Bps", "percent", "percentunit"}
+
+
+@pytest.mark.parametrize("name", generated())
+def test_what_is_committed_is_what_is_made(name):
+    assert (ROOT / name).read_text() == generated()[name], "run `edit-ray dashboards` in the clone"
+
+
+def test_nothing_else_lies_among_the_dashboards():
+    there = {path.relative_to(ROOT).as_posix() for path in (MONITORING / "grafana" / "dashboards").iterdir()}
+    assert there == {name for name in generated() if "/dashboards/" in name}
+
+
+def test_the_command_writes_what_differs(tmp_path, capsys):
+    assert main(["dashboards", "--into", str(tmp_path)]) == 0
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")} == set(generated())
+    (tmp_path / "docs" / "metrics.md").write_text("old")
+    capsys.readouterr()
+    assert main(["dashboards", "--into", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "docs" / "metrics.md"), "1 files written"]
+    (tmp_path / "file").write_text("")
+    assert main(["dashboards", "--into", str(tmp_path / "file")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("board", DASHBOARDS, ids=lambda board: board.name)
+def test_a_dashboard_asks_for_its_datasource_job_and_instance(board):
+    made = json.loads(board.to_json())
+    assert "__inputs" not in board.to_json()
+    variables = {variable["name"]: variable for variable in made["templating"]["list"]}
+    assert {name: variable["type"] for name, variable in variables.items()} == {
+        "datasource": "datasource",
+        "job": "query",
+        "instance": "query",
+    }
+    assert all(variables[name]["includeAll"] and variables[name]["multi"] for name in ("job", "instance"))
+    for panel in made["panels"]:
+        if panel["type"] != "row":
+            assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+            assert all(target["datasource"] == panel["datasource"] for target in panel["targets"])
+    ids = [panel["id"] for panel in made["panels"]]
+    assert len(set(ids)) == len(ids)
+    assert len({panel.title for panel in board.panels}) == len(board.panels)
+
+
+@pytest.mark.parametrize("board", DASHBOARDS, ids=lambda board: board.name)
+def test_panels_do_not_overlap(board):
+    taken = set()
+    for panel in json.loads(board.to_json())["panels"]:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert taken.isdisjoint(cells)
+        assert all(0 <= x < 24 for x, _ in cells)
+        taken |= cells
+
+
+@pytest.mark.parametrize("panel", [panel for _, panel in PANELS], ids=PANEL_IDS)
+def test_a_panel_says_what_it_shows(panel):
+    assert panel.title
+    assert panel.description.endswith(".")
+    assert panel.unit in UNITS
+    assert panel.targets
+    assert all(target.legend for target in panel.targets)
+
+
+def braces(expr, at):
+    """The text in the braces that follow a position, and what comes behind them."""
+    matched = re.match(r"\{([^}]*)\}", expr[at:])
+    return (matched[1], expr[at + matched.end() :]) if matched else ("", expr[at:])
+
+
+@pytest.mark.parametrize(("expr", "legend"), TARGETS, ids=[expr[:60] for expr, _ in TARGETS])
+def test_a_query_names_what_there_is(expr, legend):
+    names = re.finditer(r"edit_ray_\w+", expr)
+    for found in names:
+        base = re.sub(r"_(bucket|sum|count)$", "", found[0])
+        metric = CATALOG[found[0] if found[0] in CATALOG else base]
+        selector, behind = braces(expr, found.end())
+        assert selector.startswith('job=~"$job",instance=~"$instance"')
+        for label, value in re.findall(r'(\w+)="([^"]*)"', selector):
+            assert label in metric.labels
+            assert value in LABELS[label]
+        cumulative = metric.kind != "gauge"
+        assert cumulative == behind.startswith(("[$__rate_interval]", "[$__range]"))
+        before = expr[: found.start()]
+        assert cumulative == before.endswith(("rate(", "increase("))
+    by = {label.strip() for group in re.findall(r"by \(([^)]*)\)", expr) for label in group.split(",")}
+    assert set(re.findall(r"\{\{(\w+)\}\}", legend)) == by - {"le", ""}
+
+
+def test_every_metric_is_drawn_and_none_is_asked_for_that_is_not():
+    drawn = {name for expr, _ in TARGETS for name in re.findall(r"edit_ray_\w+", expr)}
+    drawn = {name if name in CATALOG else re.sub(r"_(bucket|sum|count)$", "", name) for name in drawn}
+    assert drawn == set(CATALOG)
+    with pytest.raises(KeyError):
+        of("tea_total")
+    with pytest.raises(ValueError, match="has no"):
+        of("runs", state="lost")
+
+
+def test_rules_name_what_there_is():
+    for expr in (*RECORDED.values(), *(alert.expr for alert in ALERTS)):
+        for name in re.findall(r"(?<!:)edit_ray_\w+", expr):
+            assert name in CATALOG or re.sub(r"_(bucket|sum|count)$", "", name) in CATALOG
+        assert set(re.findall(r"edit_ray:[\w:]+", expr)) <= set(RECORDED)
+    assert {alert.name for alert in ALERTS} == {
+        "GenerationStalled",
+        "TierNearlyFull",
+        "PrefetchLate",
+        "ActorRestarting",
+        "SegmentFailures",
+        "TargetDown",
+    }
+
+
+def test_durations_stand_in_one_place():
+    assert [span(seconds) for seconds in (0.25, 2, 90, 300)] == ["250ms", "2s", "90s", "5m"]
+    text = rules_yaml(Durations(**dict.fromkeys(vars(Durations()), 7)))
+    assert set(re.findall(r"\[(\w+)\]|^ +for: (\w+)$|interval: (\w+)$", text, re.MULTILINE)) == {
+        ("7s", "", ""),
+        ("", "7s", ""),
+        ("", "", "7s"),
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("check", "config", "prometheus.yml"), ("check", "rules", "rules.yml"), ("test", "rules", "rules_test.yml")],
+    ids=" ".join,
+)
+def test_promtool_agrees(arguments):
+    checked = subprocess.run(
+        [need("promtool"), *arguments], cwd=MONITORING / "prometheus", capture_output=True, text=True, timeout=60
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_nothing_has_a_password_or_listens_to_everybody():
+    compose = (MONITORING / "docker-compose.yaml").read_text()
+    assert "GRAFANA_PASSWORD:?" in compose
+    assert "0.0.0.0" not in compose
+    assert all(re.search(r":v?\d+\.\d+\.\d+$", image) for image in re.findall(r"image: (\S+)", compose))
