@@ -5,17 +5,20 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 import urllib.request
 from collections import Counter, defaultdict
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import ray
 
 from edit_ray import LongVideoClient
-from edit_ray.metrics.alerts import Durations
+from edit_ray.actors import launch
+from edit_ray.metrics.alerts import ALERTS, Durations
 from edit_ray.metrics.catalog import CATALOG, LABELS
 from edit_ray.metrics.dashboards import DASHBOARDS
 from edit_ray.runs.folder import RunFolder
@@ -36,9 +39,34 @@ def ray_targets():
     return os.path.join(node.get_temp_dir_path(), "prom_metrics_service_discovery.json")
 
 
+def pid_of(name):
+    return ray.get(ray.get_actor(name, namespace="edit_ray").describe.remote())["pid"]
+
+
 def kill(name):
     """Kills an actor that lives; it is started again."""
-    os.kill(ray.get(ray.get_actor(name, namespace="edit_ray").describe.remote())["pid"], signal.SIGKILL)
+    os.kill(pid_of(name), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def stuttering(name):
+    """An actor that stands still most of the time."""
+    pid, over = pid_of(name), threading.Event()
+
+    def stutter():
+        while not over.is_set():
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.1)
+            os.kill(pid, signal.SIGCONT)
+            over.wait(0.01)
+
+    thread = threading.Thread(target=stutter)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def damage(folder):
@@ -116,6 +144,12 @@ def prometheus(ray_head, tmp_path):
         yield started
 
 
+def cpu_seconds(name):
+    """What the process of an actor has used."""
+    fields = Path(f"/proc/{pid_of(name)}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def test_every_panel_has_something_to_show_and_it_is_true(prometheus, config, tmp_path, run_id):
     client, began = LongVideoClient(output=tmp_path / "runs"), time.time()
     path = config(steps=12, segments=8, more=RUN)
@@ -135,3 +169,79 @@ def test_every_panel_has_something_to_show_and_it_is_true(prometheus, config, tm
     assert wait_until(lambda: prometheus.up("ray") >= 1)
     assert wait_until(lambda: still(prometheus, began) == {"edit_ray_gpu_memory_bytes"})
     assert empty_panels(prometheus, began) == []
+
+
+@pytest.mark.slow
+def test_scrapes_are_quick_and_cost_next_to_nothing(ray_head, config, tmp_path, run_id):
+    client = LongVideoClient(output=tmp_path)
+    client.submit(config(steps=60, segments=1000, more=RUN), run_id=run_id)
+    wait_until(lambda: client.status(run_id).committed)
+    actors = (launch.SCHEDULER, launch.DENOISER, launch.CACHE_STORE)
+    spent = -sum(map(cpu_seconds, actors))
+    cost = -samples_of(page_of(tmp_path))("edit_ray_metrics_cpu_seconds_total")
+    for _ in range(20):
+        time.sleep(1.0)  # five times as often as monitoring/prometheus asks
+        page = page_of(tmp_path)
+    spent += sum(map(cpu_seconds, actors))
+    cost += samples_of(page)("edit_ray_metrics_cpu_seconds_total")
+    took = []
+    for _ in range(400):
+        began = time.perf_counter()
+        page_of(tmp_path)
+        took.append(time.perf_counter() - began)
+    assert client.status(run_id).state == "running"
+    client.cancel(run_id)
+    p99 = sorted(took)[int(0.99 * len(took))]
+    half = sorted(took)[len(took) // 2]
+    print(f"{len(took)} scrapes: half within {1000 * half:.1f} ms, 99 of 100 within {1000 * p99:.1f} ms")
+    print(f"CPU of the metrics: {cost:.3f} s of {spent:.2f} s, {cost / spent:.2%}")
+    assert p99 < 0.020
+    assert cost <= 0.01 * spent
+
+
+def restarts(page):
+    return samples_of(page)("edit_ray_actor_restarts_total", actor="denoiser")
+
+
+# So short that each alert fires in a test's time; only restarts and failures take as long as actors take to start.
+ALARMED = Durations(scrape=0.5, window=5, down=2, stalled=3, full=1, late=3, restarts=90, failures=90)
+
+
+@pytest.mark.slow
+def test_every_alert_fires_where_a_run_misbehaves(ray_head, config, tmp_path, run_id):
+    """Little disk and less memory; a GPU actor that dies again and again, then hangs; at last everything is gone."""
+    runs, fired = tmp_path / "runs", []
+    runs.mkdir()
+    # Of 32 residuals the host tier holds two, and the disk tier could hold all.
+    more = RUN.replace("16KiB", "16KiB, disk_bytes: 256KiB").replace("warm_steps: 4", "warm_steps: 16")
+    path = config(steps=40, segments=1000, more=more)
+    path.write_text(path.read_text().replace("engine: {", "engine: {segment_retries: 20, "))
+    client = LongVideoClient(output=runs)
+
+    def await_alert(name):
+        began = time.monotonic()
+        wait_until(lambda: name in prometheus.firing(), 60)
+        fired.append(f"{name} after {time.monotonic() - began:.0f} s")
+
+    with Prometheus(tmp_path / "prometheus", runs, ray_targets(), ALARMED) as prometheus:
+        client.submit(path, run_id=run_id)
+        wait_until(lambda: prometheus.up("edit_ray") == 1)
+        assert prometheus.firing() <= {"TierNearlyFull", "PrefetchLate"}
+        await_alert("TierNearlyFull")
+        with stuttering("cache_store"):
+            await_alert("PrefetchLate")
+        for number in (1, 2, 3, 4):
+            kill("denoiser")
+            wait_until(lambda number=number: restarts(page_of(runs)) >= number)
+        await_alert("ActorRestarting")
+        await_alert("SegmentFailures")
+        wait_until(lambda: "GenerationStalled" not in prometheus.firing())
+        hung = pid_of("denoiser")
+        os.kill(hung, signal.SIGSTOP)
+        await_alert("GenerationStalled")
+        os.kill(hung, signal.SIGCONT)
+        wait_until(lambda: "GenerationStalled" not in prometheus.firing())
+        launch.end_actors()
+        await_alert("TargetDown")
+    print(*fired, sep="; ")
+    assert len(fired) == len(ALERTS)

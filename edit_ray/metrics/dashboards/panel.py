@@ -90,7 +90,6 @@ def _variable(label: str, among: str = "") -> dict[str, Any]:
         "label": label.capitalize(),
         "type": "query",
         "datasource": _DATASOURCE,
-        "definition": query,
         "query": {"query": query, "refId": f"variable-{label}"},
         "includeAll": True,
         "allValue": ".*",
