@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from edit_ray.actors.continuing import added_by, context_of, preceding_of
 from edit_ray.actors.figures import StepTimes, decisions, show_memory
-from edit_ray.actors.leases import SegmentLeases, Store
+from edit_ray.actors.leases import SegmentLeases, Store, reuse_statistics
 from edit_ray.actors.messages import Progress, RunSpec, code_version, statistics
 from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.engine.decode import lookback_latents
@@ -123,7 +123,7 @@ class DenoiserActor:
         reused = {}
         if leases is not None and store is not None:
             began = time.time()
-            reused = _reuse_statistics(store, leases.complete(reusing, attempt))
+            reused = reuse_statistics(store, leases.complete(reusing, attempt))
             reused |= {"complete_at": began, "complete_s": time.time() - began, "segments_made_again": made_again}
         self._short_of_memory = False
         append_event(spec.folder.events, "segment_made", segment=segment.index, attempt=attempt)
@@ -355,22 +355,3 @@ class DenoiserActor:
         write_atomic(spec.folder.record(segment.index, segment.take), record.to_json().encode())
         skipped = sum(decision.decision == "reuse" for decision in record)
         return {"units_computed": len(record) - skipped, "units_skipped": skipped, **counts}
-
-
-def _reuse_statistics(store: PlannedStore, tiers: dict[str, Any]) -> dict[str, float]:
-    """What the segment reused, what it waited for, and what the tiers hold after it."""
-    prefetch = tiers["counters"].prefetch
-    return {
-        "entries_read": store.waits.reads,
-        "entries_written": store.waits.writes,
-        "reuse_read_bytes": store.waits.reads * store.form.size,
-        "reuse_written_bytes": store.waits.writes * store.form.size,
-        "reuse_wait_s": store.waits.seconds,
-        "host_bytes": tiers["bytes"]["host"],
-        "disk_bytes": tiers["on_disk_bytes"],
-        "stale_leases": tiers["stale_leases"],
-        **{
-            f"prefetch_{outcome}": getattr(prefetch, outcome)
-            for outcome in ("requested", "useful", "late", "wasted", "unfulfilled", "cancelled")
-        },
-    }

@@ -231,3 +231,22 @@ class SegmentLeases:
     def _which(self, segment: int, attempt: int) -> tuple[str, int, int, str, str]:
         """What the store knows a segment by that it has handed out."""
         return self._run_id, segment, attempt, self._holder, self._given_by
+
+
+def reuse_statistics(store: PlannedStore, tiers: dict[str, Any]) -> dict[str, float]:
+    """What the segment reused, what it waited for, and what the tiers hold after it."""
+    prefetch = tiers["counters"].prefetch
+    return {
+        "entries_read": store.waits.reads,
+        "entries_written": store.waits.writes,
+        "reuse_read_bytes": store.waits.reads * store.form.size,
+        "reuse_written_bytes": store.waits.writes * store.form.size,
+        "reuse_wait_s": store.waits.seconds,
+        "host_bytes": tiers["bytes"]["host"],
+        "disk_bytes": tiers["on_disk_bytes"],
+        "stale_leases": tiers["stale_leases"],
+        **{
+            f"prefetch_{outcome}": getattr(prefetch, outcome)
+            for outcome in ("requested", "useful", "late", "wasted", "unfulfilled", "cancelled")
+        },
+    }

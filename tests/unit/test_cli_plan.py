@@ -62,8 +62,8 @@ def test_a_run_writes_and_reads_what_the_plan_says(tmp_path, model, granularity,
     assert ran == counts_of(outlook.plan)
     skipped = sum(read for _, read in ran)
     units = {"stack": 1, 2: 2}[granularity]
-    # Of 4 blocks a stack leaves out 3, as fbcache's first one runs always; a group of 2 with taylorseer both.
-    assert outlook.saved == skipped * {"stack": 3 / 4, 2: 2 / 4}[granularity]
+    # fbcache's first block of each unit runs always: of 4 blocks a stack leaves out 3, a group of 2 one.
+    assert outlook.saved == skipped * {"stack": 3 / 4, 2: 1 / 4}[granularity]
     assert outlook.forwards == SEGMENTS * 6 * 2
     assert outlook.needed_bytes == 3 * 2 * units * 4096
     assert outlook.alive_bytes == max(map(sum, ran)) * 4096 == min(outlook.needed_bytes, disk or 2**40)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from edit_ray.cli.main import parser
 from edit_ray.config import load_config
 from edit_ray.engine.options import CLIPS, PICTURES, ContinuityOptions
 from edit_ray.runs.layout import FrameLayout
@@ -14,9 +15,8 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "long-video.md").read_tex
 SMALLER = {"height=128": "height=32", "width=128": "width=32", "num_inference_steps=30": "num_inference_steps=2"}
 
 
-def block(language):
-    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    return found
+def block(language, number=0):
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[number]
 
 
 def test_the_code_runs(capsys):
@@ -42,6 +42,20 @@ def test_the_configuration_names_every_option(tmp_path):
     assert list(ContinuityOptions.model_fields) == re.findall(r"^  (\w+):", block("yaml"), re.MULTILINE)
     for suffix in PICTURES + CLIPS:
         assert f"`{suffix}`" in PAGE
+
+
+def test_the_storyboard_is_understood(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(block("yaml", 1) + "video: {num_segments: 3}\n")
+    last = load_config(path).storyboard.segment(2)
+    assert (last.guidance_scale, "square" in last.prompt) == (6.0, True)
+
+
+def test_the_commands_are_understood():
+    commands = re.findall(r"`edit-ray ([^`]+)`", PAGE)
+    assert len(commands) >= 4
+    for command in commands:
+        parser().parse_args(command.split())
 
 
 def test_the_table_of_frames_is_the_layout_s():

@@ -71,7 +71,8 @@ class SharedTiers:
         self._last_request = 0
         self._stale = 0  # calls that were refused
         self._uses: events.Uses = {}
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # No SimpleQueue: its `get` never returns if it finds the queue empty when its time is over already.
+        self._inbox: queue.Queue[Callable[[], None]] = queue.Queue()
         self._closed = False
         self._mover = Mover(
             arena,
