@@ -1,5 +1,7 @@
 """From `ModelOptions` to a pipeline that is ready on its device."""
 
+import threading
+
 import torch
 from diffusers import SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
@@ -10,6 +12,9 @@ from edit_ray.engine.options import ModelOptions
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.errors import ModelError
 
+# While a model is loaded its weights' places are empty by a patch of torch that holds for the whole process, so that of
+# two loaded at once one may keep empty ones.
+_ONE_AT_A_TIME = threading.Lock()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -24,7 +29,8 @@ def load_pipeline(options: ModelOptions) -> EditWanPipeline:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:
-        pipe = EditWanPipeline.from_pretrained(folder, torch_dtype=dtype, device=device)
+        with _ONE_AT_A_TIME:
+            pipe = EditWanPipeline.from_pretrained(folder, torch_dtype=dtype, device=device)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"model.path {options.path!r} ({folder}) cannot be loaded as a Wan model: {error}") from error
     pipe.set_progress_bar_config(disable=True)
