@@ -112,14 +112,14 @@ class StreamCopies:
 
     def out(self, taken: Taken, place: Tensor) -> Copy:
         assert taken.ready is not None
-        with _current(self.leaving):
+        with _Current(self.leaving):
             self.leaving.wait_event(taken.ready)
             place.copy_(taken.tensor, non_blocking=True)
         self._ready.append(taken.ready)
         return self._on_stream(self.leaving, taken.tensor)
 
     def load(self, place: Tensor) -> Loaded:
-        with _current(self.loading):
+        with _Current(self.loading):
             tensor = place.to(self._device, non_blocking=True)
         return Loaded(tensor, self._on_stream(self.loading, tensor))
 
@@ -136,7 +136,7 @@ class StreamCopies:
         return _OnStream(event, tensor)
 
 
-class _current:  # noqa: N801 (a context manager that is used like a function)
+class _Current:
     """The stream is the current one; as `torch.cuda.stream`, for streams of one device, in a third of the time."""
 
     __slots__ = ("_before", "_stream")
