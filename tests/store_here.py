@@ -8,8 +8,8 @@ from edit_ray.actors.cache_store import CacheStoreActor
 class StoreHere:
     """Calls are carried out at once; `asked` has their names. `kill` ends the actor, and another takes its place."""
 
-    def __init__(self):
-        self.pid, self.actor, self.asked = os.getpid(), CacheStoreActor(), []
+    def __init__(self, worker=0):
+        self.pid, self.actor, self.asked = os.getpid(), CacheStoreActor(worker), []
 
     def call(self, method, *arguments):
         self.asked.append(method)

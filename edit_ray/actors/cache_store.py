@@ -35,7 +35,9 @@ class CacheStoreActor:
     of runs their ids, and whether one that is not at work has ended. It never holds a CUDA context.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, worker: int = 0) -> None:
+        """`worker` is the number of the GPU actor beside it: each has a folder of its own for its disk tier."""
+        self._worker = worker
         self._tiers: SharedTiers | None = None
         self._made_for: tuple[StoreOptions, Path] | None = None
         self._runs: set[str] = set()
@@ -52,7 +54,8 @@ class CacheStoreActor:
             return self._figures.totals.snapshot(self._incarnation)
 
     def follow(self, run_id: str, uses: Uses, segment: int, options: StoreOptions, directory: Path, root: Path) -> None:
-        """A run begins, or goes on with `segment`: which entries it reads when. `directory` is the disk tier's.
+        """A run begins, or goes on with `segment`: which entries it reads when. `directory` is the disk tier's; every
+        CacheStore actor but the first takes a folder inside it.
 
         Entries that are found there of runs that have ended are dropped; the runs' folders are in `root`.
 
@@ -60,6 +63,8 @@ class CacheStoreActor:
             ConfigError: the tiers cannot be made.
             ResourcesUnavailable: there is too little memory.
         """
+        if self._worker:
+            directory = directory / f"worker-{self._worker}"
         with self._lock:
             if self._tiers is None or self._made_for != (options, directory):
                 self._close()

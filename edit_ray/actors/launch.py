@@ -156,7 +156,7 @@ class RayCrew:
             _await_placement(group, needs, deadline)
             beside = PlacementGroupSchedulingStrategy(group)
             store = self._find_or_make(
-                store_name, CacheStoreActor, {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 4}, beside
+                store_name, CacheStoreActor, {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 4}, beside, worker
             )
             denoiser = self._find_or_make(
                 denoiser_name,

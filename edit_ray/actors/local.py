@@ -18,8 +18,8 @@ GROUPS = (*dict.fromkeys(GROUP_OF.values()), "control", "store")
 class LocalWorker:
     """A GPU actor and its CacheStore actor, whose calls run in threads of this process."""
 
-    def __init__(self) -> None:
-        self.store = CacheStoreActor()
+    def __init__(self, number: int) -> None:
+        self.store = CacheStoreActor(number)
         self.threads = {group: ThreadPoolExecutor(1, group) for group in GROUPS}
         self.denoiser = DenoiserActor(self)
 
@@ -42,7 +42,7 @@ class LocalCrew:
 
     async def start(self, spec: RunSpec, worker: int) -> None:
         if worker not in self.workers:
-            self.workers[worker] = LocalWorker()
+            self.workers[worker] = LocalWorker(worker)
 
     async def denoiser(self, worker: int, method: str, *arguments: Any) -> Any:
         of = self.workers[worker]
