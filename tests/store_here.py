@@ -9,7 +9,8 @@ class StoreHere:
     """Calls are carried out at once; `asked` has their names. `kill` ends the actor, and another takes its place."""
 
     def __init__(self, worker=0):
-        self.pid, self.actor, self.asked = os.getpid(), CacheStoreActor(worker), []
+        self.pid, self.worker, self.asked = os.getpid(), worker, []
+        self.actor = CacheStoreActor(worker)
 
     def call(self, method, *arguments):
         self.asked.append(method)
@@ -28,7 +29,7 @@ class StoreHere:
 
     def kill(self):
         self.actor.close()
-        self.actor = CacheStoreActor()
+        self.actor = CacheStoreActor(self.worker)
 
     def close(self):
         self.actor.close()

@@ -19,6 +19,7 @@ from edit_ray.cache.stores import carried
 from edit_ray.cache.stores.arena import Arena
 from edit_ray.cache.stores.carried import Bytes
 from edit_ray.cache.stores.disk_tier import DiskTier
+from edit_ray.cache.stores.entry_files import EntryFiles
 from edit_ray.cache.stores.heap import HeapArena
 from edit_ray.cache.stores.op_table import Op
 from edit_ray.cache.stores.open_segment import Lease
@@ -63,8 +64,7 @@ class CacheStoreActor:
             ConfigError: the tiers cannot be made.
             ResourcesUnavailable: there is too little memory.
         """
-        if self._worker:
-            directory = directory / f"worker-{self._worker}"
+        directory = self._own(directory)
         with self._lock:
             if self._tiers is None or self._made_for != (options, directory):
                 self._close()
@@ -132,11 +132,18 @@ class CacheStoreActor:
         with suppress(StaleLease):
             self._of(run_id).give_up(run_id, holder)
 
-    def drop_run(self, run_id: str) -> None:
-        """Forget all of a run; an unknown one is none. With the last one the memory is given back."""
+    def drop_run(self, run_id: str, directory: Path | None = None) -> None:
+        """Forget all of a run; an unknown one is none. With the last one the memory is given back.
+
+        `directory` is the disk tier's, where an earlier incarnation may have left what this one was not told of.
+        """
         with self._lock:
-            if run_id in self._runs and self._tiers is not None:
+            if self._tiers is not None:
                 self._tiers.drop_run(run_id)
+            elif directory is not None and self._own(directory).is_dir():
+                files = EntryFiles(self._own(directory), allow_tmpfs=True)
+                for key in [key for key in files.entries() if key and key[0] == run_id]:
+                    files.remove(files.drop(key))
             self._runs.discard(run_id)
             if not self._runs:
                 self._close()
@@ -145,6 +152,9 @@ class CacheStoreActor:
         """Give the memory back; what is on disk stays."""
         with self._lock:
             self._close()
+
+    def _own(self, directory: Path) -> Path:
+        return directory / f"worker-{self._worker}" if self._worker else directory
 
     def _of(self, run_id: str) -> SharedTiers:
         with self._lock:

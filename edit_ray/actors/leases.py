@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from edit_ray.actors.messages import RunSpec
@@ -59,7 +58,7 @@ class SegmentLeases:
         self._run_id = spec.residuals_id
         self._followed = False  # whether the store was told of the run by this object
         self._holder = this_holder()
-        self._directory = Path(options.directory) if options.directory else spec.root / ".cache_store"
+        self._directory = spec.residuals_directory
         self._arena: Arena | None = None
         self._current: _Opened | None = None
         self._opened: _Opened | None = None  # the next segment's, ahead of its time

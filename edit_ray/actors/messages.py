@@ -107,6 +107,12 @@ class RunSpec:
         """Where the segment's frames lie, and which of the video's they are."""
         return Part(self.folder.relative(self.media(segment.index)), segment.first_frame, segment.num_frames)
 
+    @property
+    def residuals_directory(self) -> Path:
+        """Of the CacheStore actors' disk tiers."""
+        directory = self.config.store.directory
+        return Path(directory) if directory else self.root / ".cache_store"
+
     def stream_files(self) -> StreamFiles:
         """The run's playing files; they begin with what `rebuild` is told."""
         sampling, keep = self.config.sampling, self.config.output.keep_segments

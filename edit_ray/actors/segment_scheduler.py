@@ -330,7 +330,7 @@ class SegmentSchedulerActor:
         with contextlib.suppress(ConnectionError):  # it holds nothing then
             await self._crew.denoiser(worker, "release_run", spec.run_id)
         with contextlib.suppress(ConnectionError):
-            await self._crew.store(worker, "drop_run", spec.residuals_id)
+            await self._crew.store(worker, "drop_run", spec.residuals_id, spec.residuals_directory)
 
     def _forget_old_runs(self) -> None:
         ended = [run_id for run_id, run in self._runs.items() if run.ended]

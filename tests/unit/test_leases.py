@@ -229,6 +229,24 @@ def test_reads_of_the_next_segment_loaded_while_this_one_is_made_are_right(tmp_p
     store.close()
 
 
+@pytest.mark.parametrize("worker", [0, 1])
+def test_a_store_that_was_not_told_of_a_run_removes_what_an_earlier_one_has_left_of_it(tmp_path, worker):
+    """As where everything died when all segments were made, and only the end is left to be told."""
+    store = StoreHere(worker)
+    leases = leases_on(store, tmp_path, "require")
+    make_segment(leases, 0)
+    leases._unmap()
+    store.kill()
+    directory = tmp_path / ".cache_store"
+    assert len(list(directory.rglob("*.safetensors"))) == 8
+    store.call("drop_run", "another", directory)()
+    assert len(list(directory.rglob("*.safetensors"))) == 8
+    store.call("drop_run", RUN, directory)()
+    assert list(directory.rglob("*.safetensors")) == []
+    store.call("drop_run", RUN, tmp_path / "nowhere")()
+    store.close()
+
+
 def test_stores_of_several_gpu_actors_keep_out_of_each_other_s_folders(tmp_path):
     """The second one finds nothing of the first's when it starts, and removes nothing that the first is writing."""
     directory, stores = tmp_path / ".cache_store", [StoreHere(worker) for worker in range(2)]
