@@ -18,7 +18,7 @@ GROUPS = (*dict.fromkeys(GROUP_OF.values()), "control", "store")
 class LocalWorker:
     """A GPU actor and its CacheStore actor, whose calls run in threads of this process."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int = 0) -> None:
         self.store = CacheStoreActor(number)
         self.threads = {group: ThreadPoolExecutor(1, group) for group in GROUPS}
         self.denoiser = DenoiserActor(self)
