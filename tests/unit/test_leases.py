@@ -204,14 +204,13 @@ def test_too_little_shared_memory_is_made_up_for_where_that_is_allowed(leases_fo
         leases.begin(0, 0, history_len=1)
 
 
-def many_segments(leases, number, pause_s=0.0):
+def many_segments(leases, number):
     """Segments whose loop goes on after their reads and writes: in that time the next one's are brought."""
     for segment in range(number):
         store = leases.begin(segment, 0, history_len=1)
         make_ops(store, leases.reuse.form)
         for step in range(10, 30):
             store.put((segment, EXPERT, "cond", 0, step), torch.zeros(1))
-            time.sleep(pause_s)
         store.finish()
         leases.complete(segment, 0)
 
