@@ -17,10 +17,14 @@ class Pointer:
     worker: int | None = None
 
 
+class NotStarted(ConnectionError):
+    """An actor that this incarnation of the segment scheduler has not started, or found."""
+
+
 class Crew(Protocol):
     """GPU actors, numbered from 0, each with a CacheStore actor beside it.
 
-    A call to an actor that is not there raises ConnectionError.
+    A call to an actor that is not there raises ConnectionError, to one that nobody asked for NotStarted.
     """
 
     async def start(self, spec: RunSpec, worker: int) -> None:

@@ -22,7 +22,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from edit_ray.actors.crew import Pointer
+from edit_ray.actors.crew import NotStarted, Pointer
 from edit_ray.actors.messages import GROUP_OF, RunSpec, code_version
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.engine.model_info import dtype_problem
@@ -139,7 +139,7 @@ class RayCrew:
 
     def _handle(self, name: str) -> Any:
         if name not in self._handles:
-            raise ConnectionError(f"the actor {name!r} was not started")
+            raise NotStarted(f"the actor {name!r} was not started")
         return self._handles[name]
 
     def _start(self, spec: RunSpec, worker: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from edit_ray.actors.admission import Admission, Change, Submission, denoised_before
 from edit_ray.actors.changes import extension, reroll
-from edit_ray.actors.crew import Crew, Pointer
+from edit_ray.actors.crew import Crew, NotStarted, Pointer
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import Progress, RunStatus, StreamReply, code_version
 from edit_ray.actors.meter import Meter
@@ -40,6 +40,7 @@ from edit_ray.runs.scheduler import SegmentScheduler
 
 ENDED_RUNS_KEPT = 100
 IDLE_EXIT_S = 600.0  # of an incarnation that finds nothing to do
+RELEASE_ATTEMPTS, RELEASE_PAUSE_S = 20, 1.0  # of a store that is being started again
 
 _log = logging.getLogger(__name__)
 
@@ -329,8 +330,14 @@ class SegmentSchedulerActor:
         spec = run.spec
         with contextlib.suppress(ConnectionError):  # it holds nothing then
             await self._crew.denoiser(worker, "release_run", spec.run_id)
-        with contextlib.suppress(ConnectionError):
-            await self._crew.store(worker, "drop_run", spec.residuals_id, spec.residuals_directory)
+        for _ in range(RELEASE_ATTEMPTS):
+            try:
+                await self._crew.store(worker, "drop_run", spec.residuals_id, spec.residuals_directory)
+                return
+            except NotStarted:
+                return
+            except ConnectionError:  # the store that comes after it finds on disk what this one has left
+                await asyncio.sleep(RELEASE_PAUSE_S)
 
     def _forget_old_runs(self) -> None:
         ended = [run_id for run_id, run in self._runs.items() if run.ended]
