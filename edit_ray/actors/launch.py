@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from edit_ray.actors.crew import NotStarted, Pointer
 from edit_ray.actors.messages import GROUP_OF, RunSpec, code_version
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.actors.shells import CacheStoreActor, DenoiserActor
 from edit_ray.engine.model_info import dtype_problem
 from edit_ray.errors import ActorVersionMismatch, ConfigError, ResourcesUnavailable
 
@@ -113,12 +114,14 @@ class RayCrew:
 
     async def denoiser(self, worker: int, method: str, *arguments: Any) -> Any:
         name = name_of(DENOISER, worker)
-        call = getattr(self._handle(name), method).options(concurrency_group=GROUP_OF.get(method, "control"))
-        return await _reply(name, call.remote(*arguments))
+        call = self._handle(name).call.options(
+            name=f"{DenoiserActor.__name__}.{method}", concurrency_group=GROUP_OF.get(method, "control")
+        )
+        return await _reply(name, call.remote(method, *arguments))
 
     async def store(self, worker: int, method: str, *arguments: Any) -> Any:
         name = name_of(CACHE_STORE, worker)
-        return await _reply(name, getattr(self._handle(name), method).remote(*arguments))
+        return await _reply(name, self._handle(name).call.remote(method, *arguments))
 
     async def restart_denoiser(self, worker: int) -> None:
         with contextlib.suppress(ConnectionError):
@@ -143,9 +146,6 @@ class RayCrew:
         return self._handles[name]
 
     def _start(self, spec: RunSpec, worker: int) -> None:
-        from edit_ray.actors.cache_store import CacheStoreActor  # here, because a client needs none of torch
-        from edit_ray.actors.denoiser import DenoiserActor
-
         deadline = time.monotonic() + spec.config.engine.start_timeout_s
         num_gpus = _gpus_for(spec.config.model.device)
         needs = {"CPU": 1, "GPU": num_gpus} if num_gpus else {"CPU": 1}
@@ -201,7 +201,7 @@ class StoreCalls:
         self._handle = handle
 
     def call(self, method: str, *arguments: Any) -> Callable[[], Any]:
-        reference = getattr(self._handle, method).remote(*arguments)
+        reference = self._handle.call.remote(method, *arguments)
 
         def reply() -> Any:
             try:

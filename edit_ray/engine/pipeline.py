@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ class EditWanPipeline(CacheControl, WanPipeline):  # type: ignore[misc]
     >>> pipe = EditWanPipeline.from_pretrained("builtin:tiny_wan")
     >>> video = pipe("a red circle bouncing on a black background", height=128, width=128, num_frames=33)[0]
     """
+
+    # With embeddings given, a pipeline needs neither.
+    _optional_components: ClassVar = [*WanPipeline._optional_components, "text_encoder", "tokenizer"]
 
     @classmethod
     def from_pretrained(

@@ -20,7 +20,7 @@ from edit_ray.engine.options import ContinuityOptions, ModelOptions, SamplingOpt
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.reuse import Reuse, plan_run_reuse
 from edit_ray.engine.stream import Preceding, RunStream
-from edit_ray.errors import SegmentFailed
+from edit_ray.errors import ModelError, SegmentFailed
 
 MAX_SEQUENCE_LENGTH = 512  # the pipeline's default, so that embeddings equal the library's
 UNCACHED = CacheOptions()
@@ -63,10 +63,15 @@ class SegmentEngine:
         return bool(self.pipe.config.expand_timesteps)
 
     def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:
-        """Encode what is not yet known, each prompt alone; then, if so loaded, the text encoder leaves the device."""
+        """Encode what is not yet known, each prompt alone; then, if so loaded, the text encoder leaves the device.
+
+        Raises `ModelError` for a model without text encoder.
+        """
         missing = [prompt for prompt in dict.fromkeys([*prompts, negative_prompt]) if prompt not in self._embeds]
         if not missing:
             return
+        if self.pipe.text_encoder is None:
+            raise ModelError("The model has no text encoder, so that no prompt can be encoded.")
         device = self.device
         self.pipe.text_encoder.to(device)
         for prompt in missing:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +58,8 @@ def test_three_actors_are_three_processes(ray_head, config, tmp_path):
     found = pids()
     assert len(set(found.values())) == 3
     assert os.getpid() not in found.values()
+    with_torch = [name for name, pid in found.items() if "libtorch" in Path(f"/proc/{pid}/maps").read_text()]
+    assert with_torch == [launch.DENOISER, launch.CACHE_STORE], "the segment scheduler is to start quickly"
 
 
 def test_another_process_sees_segment_0_before_segment_2_is_denoised(watch, config, tmp_path, run_id):

@@ -181,7 +181,7 @@ def test_every_panel_has_something_to_show_and_it_is_true(prometheus, config, tm
         if segment.index == 5:  # what segment 7 will read
             damage(tmp_path / "runs" / ".cache_store")
     with pytest.raises(StaleLease):  # a run that it was not told of
-        ray.get(ray.get_actor(launch.CACHE_STORE, namespace="edit_ray").missing.remote("nobody", []))
+        ray.get(ray.get_actor(launch.CACHE_STORE, namespace="edit_ray").call.remote("missing", "nobody", []))
     manifest = RunFolder(tmp_path / "runs", run_id).read_manifest()
     page = page_of(tmp_path / "runs")
     check_counters(page, manifest)
