@@ -60,7 +60,7 @@ class DenoiserActor:
 
     def describe(self) -> dict[str, str | int]:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        return {"version": code_version(), "pid": os.getpid(), "device": device}
+        return {"version": code_version(), "pid": os.getpid(), "device": device, "gpus": torch.cuda.device_count()}
 
     def provenance(self, spec: RunSpec) -> dict[str, str | int]:
         """What the run's bits would depend on here, beside its configuration. Raises ModelError."""
@@ -262,10 +262,12 @@ class DenoiserActor:
     def _load_for(self, spec: RunSpec) -> SegmentEngine:
         config = spec.config
         threads = config.engine.cpu_threads or usable_cores()  # Ray would leave one
-        if self._engine is None or self._loaded_for != config.model:
+        wanted = config.model, config.engine.cfg_parallel
+        if self._engine is None or self._loaded_for != wanted:
             self._engine, self._loading = None, True  # the last model goes before the next one comes
             try:
-                self._engine, self._loaded_for = SegmentEngine.load(config.model, threads), config.model
+                engine = SegmentEngine.load(config.model, threads, cfg_parallel=config.engine.cfg_parallel)
+                self._engine, self._loaded_for = engine, wanted
             finally:
                 self._loading = False
         torch.set_num_threads(threads)

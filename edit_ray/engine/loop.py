@@ -6,6 +6,7 @@ are bit-equal to those of diffusers.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,11 +66,16 @@ def denoise(pipe: Any, request: Request) -> Tensor:
             inputs |= {"attention_kwargs": pipe.attention_kwargs, "return_dict": False}
             where = {"step_index": i, "sigma": float(pipe.scheduler.sigmas[i]), "num_inference_steps": len(timesteps)}
 
-            with model.cache_context("cond", **where):
+            guided = pipe.do_classifier_free_guidance
+            beside = pipe.cfg_parallel.forward(model, uncond, inputs, where) if guided and pipe.cfg_parallel else None
+            with beside or nullcontext() as begun, model.cache_context("cond", **where):
                 noise_pred = model(encoder_hidden_states=cond, **inputs)[0]  # [B, C, T, h, w]
-            if pipe.do_classifier_free_guidance:
+            if begun is not None:
+                noise_uncond = begun.result().to(x.device, non_blocking=True)  # [B, C, T, h, w]
+            elif guided:
                 with model.cache_context("uncond", **where):
                     noise_uncond = model(encoder_hidden_states=uncond, **inputs)[0]  # [B, C, T, h, w]
+            if guided:
                 noise_pred = noise_uncond + scale * (noise_pred - noise_uncond)
 
             x = pipe.scheduler.step(noise_pred, t, x, return_dict=False)[0]  # [B, C, T, h, w]

@@ -16,6 +16,7 @@ from PIL.Image import Image
 from torch import Generator, Tensor
 
 from edit_ray.engine.caching import CacheControl
+from edit_ray.engine.cfg_parallel import CfgControl
 from edit_ray.engine.continuity import Held, check_context
 from edit_ray.engine.decode import denormalise
 from edit_ray.engine.locate import locate_model
@@ -33,7 +34,7 @@ class EditWanOutput(WanPipelineOutput):  # type: ignore[misc]  # diffusers ships
         return super().__getitem__(key) if isinstance(key, str) else self.frames[key]
 
 
-class EditWanPipeline(CacheControl, WanPipeline):  # type: ignore[misc]
+class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[misc]
     """Wan text-to-video with diffusers' components, arguments and results, and one loop that can be read and edited.
 
     >>> pipe = EditWanPipeline.from_pretrained("builtin:tiny_wan")

@@ -15,7 +15,7 @@ from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.engine.decode import to_uint8
 from edit_ray.engine.encode import encode, to_video
 from edit_ray.engine.init_file import read_init
-from edit_ray.engine.loading import load_pipeline, with_flow_shift
+from edit_ray.engine.loading import load_pipeline, second_gpu, with_flow_shift
 from edit_ray.engine.options import ContinuityOptions, ModelOptions, SamplingOptions, frames_of
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.reuse import Reuse, plan_run_reuse
@@ -38,13 +38,17 @@ class SegmentEngine:
         self._cached_for: object = None  # the options that the pipeline's cache was enabled with
 
     @classmethod
-    def load(cls, model: ModelOptions, cpu_threads: int | None = None) -> Self:
+    def load(cls, model: ModelOptions, cpu_threads: int | None = None, *, cfg_parallel: bool = False) -> Self:
         """Load `model` and give torch `cpu_threads` threads, by default one per core that this process may use.
 
-        Raises `ModelError`.
+        With `cfg_parallel` the branch "uncond" is computed on a second GPU. Raises `ModelError`.
         """
         torch.set_num_threads(cpu_threads or usable_cores())
-        return cls(load_pipeline(model), offload_text_encoder=model.offload == "text_encoder")
+        second = second_gpu() if cfg_parallel else None
+        pipe = load_pipeline(model)
+        if second is not None:
+            pipe.enable_cfg_parallel(second)
+        return cls(pipe, offload_text_encoder=model.offload == "text_encoder")
 
     @property
     def device(self) -> torch.device:
