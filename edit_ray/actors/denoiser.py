@@ -220,8 +220,12 @@ class DenoiserActor:
         started = time.perf_counter()
         draft = draft_of(spec.folder.final)
         media = [spec.media(index) for index in range(first, spec.num_segments)]
-        join(spec.folder.init, media, draft, comment=spec.settings)
-        publish(draft, spec.folder.final)
+        try:
+            join(spec.folder.init, media, draft, comment=spec.settings)
+            publish(draft, spec.folder.final)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
         return statistics(finalize_s=time.perf_counter() - started)
 
     def stop_run(self, run_id: str) -> None:

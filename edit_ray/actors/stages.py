@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import time
@@ -14,7 +13,7 @@ from dataclasses import replace
 from edit_ray.actors.crew import Crew
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import statistics
-from edit_ray.actors.space import shortage_after
+from edit_ray.actors.space import is_full, shortage_after
 from edit_ray.actors.watchdog import Watchdog
 from edit_ray.errors import (
     EditRayError,
@@ -146,7 +145,7 @@ def explain(error: Exception, run: LiveRun) -> tuple[str, bool]:
     path = run.spec.folder.path
     if not os.path.isdir(path):
         return f"the run's folder {path} was removed while the run was at work", True
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(cause):
         return f"no space is left for {path}; free some, then go on with `edit-ray resume {run.spec.run_id}`", False
     sentence = str(cause).strip().splitlines()[0] if str(cause).strip() else "no message"
     ours = isinstance(cause, EditRayError)
