@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import imageio_ffmpeg
 import pytest
 import torch
 
@@ -338,3 +339,29 @@ def test_a_file_system_that_is_really_full_loses_nothing(tmp_path, model, undist
     done = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+# What the encoder is when it is killed: it has read some frames, and written a part of what it makes.
+KILLED = """#!/bin/sh
+case "$*" in *libx264*) kind=encode;; *ffmetadata*) kind=join;; *) kind=read;; esac
+if mkdir "{flags}/$kind" 2>/dev/null; then
+    for last; do :; done
+    head -c 5000 | "{ffmpeg}" "$@" 2>/dev/null | head -c 700
+    [ "$kind" = join ] && echo half >"$last"
+    kill -9 $$
+fi
+exec "{ffmpeg}" "$@"
+"""
+
+
+def test_an_encoder_that_is_killed_is_started_again(tmp_path, model, undisturbed, monkeypatch):
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    script = tmp_path / "ffmpeg"
+    script.write_text(KILLED.format(flags=killed, ffmpeg=imageio_ffmpeg.get_ffmpeg_exe()))
+    script.chmod(0o700)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
+    asyncio.run(make(tmp_path, model, plain={}))
+    assert {path.name for path in killed.iterdir()} == {"encode", "join", "read"}
+    assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
+    assert [path.name for path in (tmp_path / "plain").rglob(".*")] == []
