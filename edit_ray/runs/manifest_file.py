@@ -31,6 +31,7 @@ from edit_ray.runs.manifest import (
     Opened,
     Rerolled,
     SegmentRecord,
+    Tiled,
 )
 from edit_ray.runs.plan import Take
 
@@ -40,6 +41,7 @@ _KINDS: dict[str, type[Line]] = {
     "extended": Extended,
     "rerolled": Rerolled,
     "committed": Committed,
+    "tiled": Tiled,
     "dropped": Dropped,
     "ended": Ended,
 }
