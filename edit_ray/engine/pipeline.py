@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Generator, Tensor
 
+from edit_ray.engine.ahead import Ahead
 from edit_ray.engine.caching import CacheControl
 from edit_ray.engine.cfg_parallel import CfgControl
 from edit_ray.engine.continuity import Held, check_context
@@ -40,6 +41,8 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
     >>> pipe = EditWanPipeline.from_pretrained("builtin:tiny_wan")
     >>> video = pipe("a red circle bouncing on a black background", height=128, width=128, num_frames=33)[0]
     """
+
+    _ahead: Ahead | None = None
 
     # With embeddings given, a pipeline needs neither.
     _optional_components: ClassVar = [*WanPipeline._optional_components, "text_encoder", "tokenizer"]
@@ -127,6 +130,13 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         frames = self._decode(denoise(self, request), output_type)
         self.maybe_free_model_hooks()
         return EditWanOutput(frames=frames) if return_dict else (frames,)
+
+    @property
+    def ahead(self) -> Ahead:
+        """What is computed before a loop and kept for the next one."""
+        if self._ahead is None:
+            self._ahead = Ahead()
+        return self._ahead
 
     def _begin_call(
         self, guidance_scale: float, guidance_scale_2: float | None, attention_kwargs: dict[str, Any] | None
