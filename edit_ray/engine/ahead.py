@@ -73,7 +73,7 @@ class Ahead:
         if self.mode == "exact":
             self._fast.clear()
             return []
-        found = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2")}
+        found = _transformers(pipe)
         for name, transformer in found.items():
             known = self._fast.get(name)
             if known is not None and known.transformer is transformer and known.fp8 == self.fp8:
@@ -84,7 +84,7 @@ class Ahead:
         return list(self._fast.values())
 
     def _choose(self, pipe: Any) -> None:
-        found = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2")}
+        found = _transformers(pipe)
         kept = {name: hoisted for name, hoisted in self._hoisted.items() if hoisted.transformer is found[name]}
         self._hoisted = {
             name: kept.get(name) or Hoisted(transformer)
@@ -98,3 +98,10 @@ class Ahead:
             on = next(hoisted.transformer.condition_embedder.parameters()).device
             if on == latents.device == timesteps.device:  # an offloaded one comes in its first forward
                 hoisted.embed_times([t.expand(len(latents)) for t in timesteps], timesteps.tolist(), text)
+
+
+def _transformers(pipe: Any) -> dict[str, Any]:
+    """All that a loop calls, those of `cfg_parallel` as well."""
+    names = ("transformer", "transformer_2")
+    copies = {} if pipe.cfg_parallel is None else pipe.cfg_parallel.transformers
+    return {name: getattr(pipe, name, None) for name in names} | {f"{name}, uncond": copies.get(name) for name in names}
