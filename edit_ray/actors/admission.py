@@ -10,7 +10,7 @@ from pathlib import Path
 from edit_ray.actors.crew import Crew
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import RunSpec
-from edit_ray.actors.space import shortage_before
+from edit_ray.actors.space import room_in, shortage_before
 from edit_ray.config import Config, check_config, dump_yaml, load_config
 from edit_ray.errors import ConfigError, HardwareDiffers, ResourcesUnavailable, RunExists, RunLocked, UnknownRun
 from edit_ray.runs.folder import RunFolder
@@ -77,7 +77,8 @@ class Admission:
     async def begin(self, spec: RunSpec, token: str) -> LiveRun:
         """A new run, its folder made."""
         begun = spec.begun(token, await self._provenance(spec))
-        file = await asyncio.to_thread(spec.folder.create, dump_yaml(spec.config), begun)
+        with room_in(spec.root):
+            file = await asyncio.to_thread(spec.folder.create, dump_yaml(spec.config), begun)
         return LiveRun.of(spec, file)
 
     async def go_on(
@@ -88,7 +89,8 @@ class Admission:
         Raises UnknownRun, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers, ResourcesUnavailable.
         """
         folder = RunFolder(root, run_id)
-        file = await self._open(folder)
+        with room_in(root):
+            file = await self._open(folder)
         try:
             config = await asyncio.to_thread(load_config, folder.run_yaml, (), check_model=False)
             spec = RunSpec.of(root, config, file.manifest)
@@ -97,9 +99,10 @@ class Admission:
             if not allow_different_hardware:
                 check_same(run_id, dict(file.manifest.provenance), provenance)
             changed = change(file.manifest, config) if change else None
-            await asyncio.to_thread(file.append, Opened(file.manifest.incarnation + 1, provenance))
-            if changed is not None:
-                await asyncio.to_thread(file.append, changed)
+            with room_in(root):
+                await asyncio.to_thread(file.append, Opened(file.manifest.incarnation + 1, provenance))
+                if changed is not None:
+                    await asyncio.to_thread(file.append, changed)
         except BaseException:
             file.close()
             raise

@@ -18,6 +18,7 @@ from edit_ray.actors.crew import Crew, NotStarted, Pointer
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import Progress, RunStatus, StreamReply, code_version
 from edit_ray.actors.meter import Meter
+from edit_ray.actors.space import is_full
 from edit_ray.actors.stages import Stages, explain
 from edit_ray.config import Config
 from edit_ray.errors import ConfigError, EditRayError, RunExists, RunLive, UnknownRun
@@ -294,7 +295,7 @@ class SegmentSchedulerActor:
         except Exception as error:  # whatever it was, the state machine decides what follows
             sentence, fatal = explain(error, run)
             _log.warning("%s of run %s, segment %s: %s", work.stage, work.run_id, work.segment_index, sentence)
-            if not isinstance(error, EditRayError | ConnectionError):
+            if not isinstance(error, EditRayError | ConnectionError) and not is_full(error):
                 _log.warning("%s", "".join(traceback.format_exception(error)))
             outcome = WorkFailed(work, sentence, fatal)
         else:

@@ -179,6 +179,7 @@ class Cache:
             with self._guarded():
                 self._plan = self._make_plan(steps, branches) if self.policy.timestep_only else {}
             yield
+            self.record.put_in_order()
             self._done.clear()
             if not self.record:
                 raise RuntimeError(
@@ -230,7 +231,8 @@ class Cache:
         walk = self._here.walk = Walk(self, expert.adapter, expert.units, context)
         try:
             output = run(*args, **kwargs)
-            walk.check_complete(expert.units, expert.name)
+            if self.experts:  # else an error in the other branch's thread has removed it meanwhile
+                walk.check_complete(expert.units, expert.name)
             return output
         finally:
             self._here.walk = None

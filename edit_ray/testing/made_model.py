@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from edit_ray.testing.random_weights import FILE_BYTES, save_random_weights
+from edit_ray.testing.random_weights import FILE_BYTES, fill_random, save_random_weights
 from edit_ray.testing.variants import VARIANTS, TextEncoder, Variant
 from edit_ray.testing.wan import END, PAD, UNKNOWN, name_tokenizer_class
 
@@ -99,3 +99,18 @@ def _parts(sizes: Variant, text_encoder: TextEncoder) -> dict[str, Any]:
 
 def _noise_scheduler(sizes: Variant) -> UniPCMultistepScheduler:
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=sizes.flow_shift)
+
+
+def random_transformer(
+    variant: str | Variant, *, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> WanTransformer3DModel:
+    """The transformer of a variant as `from_pretrained` would give it, made in place, without files."""
+    sizes = VARIANTS[variant] if isinstance(variant, str) else variant
+    with torch.device(device), torch.random.fork_rng(devices=[]):
+        model = WanTransformer3DModel(**sizes.transformer).eval()
+    fill_random(model, seed)
+    wide = WanTransformer3DModel._keep_in_fp32_modules
+    for name, parameter in model.named_parameters():
+        if not any(part in wide for part in name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    return model

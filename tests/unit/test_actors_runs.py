@@ -15,7 +15,7 @@ from edit_ray.errors import ConfigError, RunLive
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
-from tests.unit.test_actors_recovery import REUSE, SEGMENTS, end_of, make, submit
+from tests.unit.test_actors_recovery import REUSE, SEGMENTS, die, end_of, make, submit
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 
@@ -157,22 +157,26 @@ def test_latents_that_are_not_finite_are_tried_again_and_never_written(tmp_path,
 
 
 class Crowded(LocalCrew):
-    """Its GPU has no memory left the first `times` that segment 1 is begun."""
+    """Its GPU has no memory left the first `times` that segment 1 is denoised, or decoded. Its tiles are small."""
 
-    def __init__(self, times):
+    def __init__(self, times, crowded="denoise_segment"):
         super().__init__()
-        self.times = times
+        self.times, self.crowded = times, crowded
 
     async def denoiser(self, worker, method, *arguments):
-        if method == "denoise_segment" and arguments[1].index == 1 and self.times:
+        if method in ("denoise_segment", "decode_segment"):
+            pipe = self.workers[worker].denoiser._ready_engine(arguments[0]).pipe
+            pipe.vae.tile_sample_min_height = pipe.vae.tile_sample_min_width = 24
+            pipe.vae.tile_sample_stride_height = pipe.vae.tile_sample_stride_width = 16
+        if method == self.crowded and arguments[1].index == 1 and self.times:
             self.times -= 1
-            transformer = self.workers[worker].denoiser._ready_engine(arguments[0]).pipe.transformer
 
             def full(*_):
                 hook.remove()
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-            hook = transformer.register_forward_pre_hook(full)
+            decodes = method == "decode_segment"
+            hook = (pipe.vae.decoder if decodes else pipe.transformer).register_forward_pre_hook(full)
         return await super().denoiser(worker, method, *arguments)
 
 
@@ -192,6 +196,50 @@ def test_memory_that_does_not_do_is_tried_once_more_then_named(tmp_path, model, 
         assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
     else:
         assert status.error.startswith("denoise of segment 1 failed: the GPU's memory does not do (CUDA out of memory.")
+
+
+def test_memory_that_does_not_do_for_decoding_does_for_tiles_and_stays_so(tmp_path, model, undisturbed):
+    """What is resumed by other actors, which have memory enough, is decoded as it would have been."""
+    config = config_for(model, video={"num_segments": 3})
+
+    async def crowd():
+        crew = Crowded(1, "decode_segment")
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, "whole", config)
+        ended = [await end_of(scheduler, "whole")]
+        crew.times = 1
+        await submit(scheduler, tmp_path, "hurt", config)
+        await scheduler.wait_segment("hurt", 1, 60)
+        await die(scheduler)
+        await crew.end()
+        other = Crowded(0)
+        again = SegmentSchedulerActor(other)
+        await again.resume("hurt", str(tmp_path), False)
+        ended.append(await end_of(again, "hurt"))
+        await other.end()
+        return ended
+
+    assert [status.state for status in asyncio.run(crowd())] == ["done", "done"]
+    before, whole, hurt = (RunFolder(*of) for of in ((undisturbed, "plain"), (tmp_path, "whole"), (tmp_path, "hurt")))
+    assert whole.read_manifest().tiled_from == hurt.read_manifest().tiled_from == 1
+    assert hurt.final.read_bytes() == whole.final.read_bytes()
+    assert [before.media(k).read_bytes() == whole.media(k).read_bytes() for k in range(3)] == [True, False, False]
+
+
+@pytest.mark.parametrize(("tiled_decode", "times"), [("auto", 2), ("always", 1), ("never", 1)])
+def test_memory_that_does_not_even_do_for_tiles_is_named(tmp_path, model, tiled_decode, times):
+    async def crowd():
+        crew = Crowded(times, "decode_segment")
+        scheduler = SegmentSchedulerActor(crew)
+        engine = {"cpu_threads": 1, "tiled_decode": tiled_decode}
+        await submit(scheduler, tmp_path, "one", config_for(model, engine=engine, video={"num_segments": 3}))
+        status = await end_of(scheduler, "one")
+        await crew.end()
+        return status
+
+    status = asyncio.run(crowd())
+    assert status.error.startswith("decode of segment 1 failed: the GPU's memory does not do (CUDA out of memory.")
+    assert RunFolder(tmp_path, "one").read_manifest().tiled_from == (1 if tiled_decode == "auto" else None)
 
 
 def test_a_removed_folder_ends_the_run_with_a_sentence(tmp_path, model):
