@@ -179,6 +179,7 @@ class SegmentSchedulerActor:
 
     async def _recover(self) -> None:
         """Goes on with every run that an earlier incarnation was at work on, those first that have a GPU actor."""
+        await self._meter.forget_earlier()
         pointers = await self._crew.recall()
         self._pointers |= pointers  # all of them until each is seen to: this incarnation may die meanwhile
         for run_id, pointer in sorted(pointers.items(), key=lambda item: item[1].worker is None):

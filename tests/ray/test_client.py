@@ -19,6 +19,7 @@ from edit_ray.actors import launch
 from edit_ray.config import load_config
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.errors import ActorVersionMismatch, RunCancelled, UnknownRun
+from edit_ray.metrics.exporter import TARGETS
 from edit_ray.video.encode import read_frames
 from tests.ray.conftest import manifest_of, pids, wait_until
 
@@ -168,9 +169,11 @@ def test_down_ends_the_actors_and_the_next_run_starts_them_again(ray_head, confi
     client = LongVideoClient(output=tmp_path)
     list(client.stream(client.submit(config(segments=1), run_id=f"{run_id}-before"), frames=False))
     before = pids()
+    assert (tmp_path / TARGETS).exists()
     command = [sys.executable, "-m", "edit_ray.cli", "down"]
     said = subprocess.run(command, env=ray_head, text=True, capture_output=True, check=True).stdout
     assert all(name in said for name in before)
+    assert not (tmp_path / TARGETS).exists(), "Prometheus would find nobody there"
     wait_until(lambda: not any(_alive(pid) for pid in before.values()))
     list(client.stream(client.submit(config(segments=1), run_id=f"{run_id}-after"), frames=False))
     assert not set(before.values()) & set(pids().values())
