@@ -275,6 +275,7 @@ class DenoiserActor:
                 self._loading = False
         torch.set_num_threads(threads)
         use_mode(config.engine.mode)
+        self._engine.max_live_decoders = config.engine.max_live_decoders
         self._engine.encode_prompts(spec.texts)
         return self._engine
 
