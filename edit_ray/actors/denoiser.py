@@ -279,6 +279,7 @@ class DenoiserActor:
         torch.set_num_threads(threads)
         self._threads = threads
         use_mode(config.engine.mode)
+        self._engine.max_live_decoders = config.engine.max_live_decoders
         self._engine.encode_prompts(spec.texts)
         return self._engine
 
