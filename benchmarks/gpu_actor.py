@@ -102,20 +102,27 @@ def _inner(op: Op) -> Key:
 
 
 def config_of(
-    task: Task, device: str, num_segments: int, *, cache: CacheOptions, store: dict[str, Any], **others: Any
+    task: Task,
+    device: str,
+    num_segments: int,
+    *,
+    cache: CacheOptions,
+    store: dict[str, Any],
+    threads: int | None = None,
+    model: dict[str, Any] | None = None,
+    engine: dict[str, Any] | None = None,
 ) -> Config:
-    """The configuration of a run of this size."""
+    """The configuration of a run of this size; `model` and `engine` add to their sections."""
     return Config.model_validate(
         {
-            "model": {"torch_dtype": task.torch_dtype, "device": device},
+            "model": {"torch_dtype": task.torch_dtype, "device": device} | (model or {}),
             "sampling": task.sampling.model_dump(),
             "video": {"num_segments": num_segments},
             "prompt_segments": [{"segment": 0, "prompt": PROMPT}],
             "cache": cache.model_dump(),
             "store": store,
-            "engine": {"cpu_threads": torch.get_num_threads()},
+            "engine": {"cpu_threads": threads or torch.get_num_threads(), "start_timeout_s": 300} | (engine or {}),
             "metrics": {"enabled": False},
-            **others,
         }
     )
 

@@ -66,13 +66,19 @@ class Results:
         """The row of that name; an empty one where it was not measured."""
         return next((row for row in self.rows if row["name"] == name), {})
 
+    def time_for(self, name: str) -> bool:
+        """Whether a row may be begun; if not, it is left out."""
+        if self.elapsed <= self._seconds:
+            return True
+        self._leave_out(name, f"no time left of {self._seconds:g} s")
+        self.write()
+        return False
+
     @contextmanager
     def row(self, name: str) -> Iterator[Figures]:
         """What is put into the row that is yielded; an earlier one of that name goes on. Its errors end here."""
         row = self.of(name) or {"name": name}
         try:
-            if self.elapsed > self._seconds:
-                raise LeftOut(f"no time left of {self._seconds:g} s")
             yield row
         except Exception as error:
             if not isinstance(error, LeftOut):
@@ -130,7 +136,10 @@ def arguments(description: str, *, seconds: float, **options: Mapping[str, Any])
     parser.add_argument("--output", type=Path, default=Path(f"runs/{name}"), help="a folder")
     for option, of in options.items():
         parser.add_argument(f"--{option.replace('_', '-')}", **of)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.quick:
+        args.seconds = max(args.seconds, 600.0)  # what is quick may run beside much else
+    return args
 
 
 def shown(figures: Mapping[str, Any]) -> str:

@@ -77,6 +77,8 @@ class Bench:
         each: list[dict[str, Any]] = []
         try:
             for index in range(self.segments):
+                if not self.results.time_for(f"{name}, segment {index}"):
+                    return
                 with self.results.row(name) as figures:
                     each.append(self._segment(actor, spec, index))
                     figures.update(self._figures(name, each, options), each=each)

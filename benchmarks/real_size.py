@@ -1,7 +1,7 @@
 """Wan at its real size with random weights, made where they are used: what it takes does not depend on their values."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from edit_ray import EditWanPipeline
-from edit_ray.engine.options import Mode, SamplingOptions
+from edit_ray.engine.options import SamplingOptions
 from edit_ray.engine.provenance import use_mode
-from edit_ray.testing import WORDS, word_tokenizer
+from edit_ray.testing import VARIANTS, Variant, fill_random, make_model
+from edit_ray.testing.made_model import byte_tokenizer
+from edit_ray.testing.variants import TextEncoder
 
 PROMPT = "a red circle bouncing on a black background"
 SEED = 7
@@ -24,9 +26,7 @@ class Task:
     """A model's configuration, and what is generated with it."""
 
     model: str
-    transformer: Mapping[str, Any]
-    vae: Mapping[str, Any] = field(default_factory=dict)
-    text_dim: int = 4096
+    variant: Variant
     torch_dtype: str = "bfloat16"
     height: int = 480
     width: int = 832
@@ -61,29 +61,32 @@ class Task:
         return {"model": self.model, "torch_dtype": self.torch_dtype, **self.size, **steps}
 
 
+_TOY = Variant(
+    transformer={
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "ffn_dim": 48,
+        "num_layers": 10,
+        "text_dim": 32,
+        "freq_dim": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "rope_max_seq_len": 64,
+    },
+    flow_shift=3.0,
+    vae={
+        "base_dim": 4,
+        "z_dim": 4,
+        "dim_mult": [1, 2, 2, 2],
+        "num_res_blocks": 1,
+        "latents_mean": [0.0] * 4,
+        "latents_std": [1.0] * 4,
+    },
+    text_encoder={"d_model": 32, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+)
 TASKS = {
-    "t2v-1.3B": Task("Wan2.1 t2v-1.3B, random weights", {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
-    "tiny": Task(
-        "a toy Wan, random weights",
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "ffn_dim": 48,
-            "num_layers": 10,
-            "text_dim": 32,
-            "freq_dim": 32,
-            "in_channels": 4,
-            "out_channels": 4,
-            "rope_max_seq_len": 64,
-        },
-        vae={"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
-        | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
-        text_dim=32,
-        torch_dtype="float32",
-        height=32,
-        width=32,
-        num_frames=9,
-    ),
+    "t2v-1.3B": Task("Wan2.1 t2v-1.3B, random weights", VARIANTS["t2v-1.3B"]),
+    "tiny": Task("a toy Wan, random weights", _TOY, torch_dtype="float32", height=32, width=32, num_frames=9),
 }
 
 
@@ -97,35 +100,29 @@ def make_pipe(task: Task, device: str) -> EditWanPipeline:
 
     Its text encoder is a small one that gives embeddings of the real width.
     """
-    torch.manual_seed(0)
+    variant = task.variant
     with torch.device(device):
-        transformer = WanTransformer3DModel(**task.transformer).eval()
-        vae = AutoencoderKLWan(**task.vae).eval()
-        narrow = UMT5Config(
-            vocab_size=len(WORDS) + 3,
-            d_model=task.text_dim,
-            d_kv=8,
-            d_ff=64,
-            num_layers=1,
-            num_heads=2,
-            dropout_rate=0.0,
-        )
-        text_encoder = UMT5EncoderModel(narrow).eval()
+        transformer = WanTransformer3DModel(**variant.transformer).eval()
+        vae = AutoencoderKLWan(**variant.vae).eval()
+        text_encoder = UMT5EncoderModel(UMT5Config(**variant.text_encoder_config("tiny") or {})).eval()
+    for part in (transformer, vae, text_encoder):
+        fill_random(part)
     pipe = EditWanPipeline(
-        tokenizer=word_tokenizer(WORDS),
+        tokenizer=byte_tokenizer(),
         text_encoder=text_encoder.to(task.dtype),
-        vae=vae.to(task.dtype),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        vae=_cast(vae, task.dtype),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=variant.flow_shift
+        ),
         transformer=_cast(transformer, task.dtype),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def save_model(task: Task, device: str, folder: Path) -> Path:
+def save_model(task: Task, device: str, folder: Path, text_encoder: TextEncoder = "tiny") -> Path:
     """The same in diffusers' layout, for actors to load; returns `folder`."""
-    make_pipe(task, device).save_pretrained(folder)
-    return folder
+    return make_model(folder, task.variant, text_encoder=text_encoder, dtype=task.dtype, device=torch.device(device))
 
 
 def stock_pipe(pipe: EditWanPipeline) -> WanPipeline:
@@ -142,11 +139,11 @@ def embeds(pipe: EditWanPipeline) -> dict[str, Tensor]:
     return dict(zip(("prompt_embeds", "negative_prompt_embeds"), found, strict=True))
 
 
-def generate(pipe: Any, task: Task, given: Mapping[str, Tensor], **changes: Any) -> Tensor:
+def generate(pipe: Any, task: Task, given: Mapping[str, Tensor], seed: int = SEED, **changes: Any) -> Tensor:
     """The latents of one call of a pipeline, ours or diffusers'."""
     steps = {"num_inference_steps": task.num_inference_steps, "guidance_scale": task.guidance_scale}
     call: dict[str, Any] = {**given, **task.size, **steps, "output_type": "latent", "return_dict": False} | changes
-    latents: Tensor = pipe(generator=torch.Generator().manual_seed(SEED), **call)[0]
+    latents: Tensor = pipe(generator=torch.Generator().manual_seed(seed), **call)[0]
     return latents
 
 
@@ -164,11 +161,6 @@ def use_fast(pipe: EditWanPipeline) -> None:
     pipe.transformer.compile_repeated_blocks(dynamic=False)
 
 
-def modes(names: Sequence[Mode]) -> list[Mode]:
-    """In the order in which they can be measured in one process: what is compiled stays so."""
-    return sorted(names, key=["exact", "fast"].index)
-
-
 def synchronise(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -184,10 +176,10 @@ def memory_peak(device: str, *, reset: bool = False) -> int | None:
     return peak
 
 
-def _cast(transformer: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """To a dtype, less what diffusers keeps in float32 when it loads weights."""
-    kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
-    for name, parameter in transformer.named_parameters():
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in model.named_parameters():
         if not kept & set(name.split(".")):
             parameter.data = parameter.data.to(dtype)
-    return transformer
+    return model

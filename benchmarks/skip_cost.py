@@ -78,6 +78,8 @@ def measure(
     ours: bool,
 ) -> None:
     """A row: one loop of `run`, whose first steps compute and whose others are skipped."""
+    if not results.time_for(name):
+        return
     with results.row(name) as figures:
         with on() as beside, moments.watched():
             run(**beside)

@@ -73,6 +73,8 @@ class Bench:
 
     def measure(self, row: Row, count_blocks: bool = True) -> None:
         """One call of a row's pipeline; its figures are those of all calls so far."""
+        if not self.results.time_for(row.name):
+            return
         with self.results.row(row.name) as figures, row.on() as beside:
             handles = self._count() if count_blocks else []
             memory_peak(self.device, reset=True)
@@ -251,6 +253,8 @@ def measure_exact(bench: Bench, our: Sequence[Row], repeats: int) -> None:
 
 def measure_fast(bench: Bench, rows: Callable[[Bench, str], list[Row]], repeats: int) -> None:
     """The same in the mode `fast`, which stays on."""
+    if not bench.results.time_for("fast"):
+        return
     with bench.results.row("fast: to compile") as figures:
         if bench.device == "cpu" and bench.results.content["task"]["quick"]:
             raise LeftOut("a toy on a CPU is not worth compiling")
