@@ -6,10 +6,10 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv page demo monitor test test-gpu proof chaos check fix bench bench-gpu clean
+.PHONY: help venv page demo monitor test test-units test-ray test-gpu proof chaos check fix bench bench-gpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(INSTALLED) ## make the virtual environment
 
@@ -41,8 +41,14 @@ monitor: ## Prometheus on monitoring/prometheus, beside the runs in RUNS=folder
 	prometheus --config.file=monitoring/prometheus/prometheus.yml --storage.tsdb.path=build/prometheus \
 	  --storage.tsdb.retention.size=1GB --web.listen-address=$(PROMETHEUS) --log.level=warn
 
-test: check ## everything that must hold before a commit: check, then the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/ray
+test: check ## everything that must hold before a commit: check, then the tests, in two halves at a time
+	$(MAKE) --jobs 2 --output-sync=target test-units test-ray
+
+# On Ray a test mostly waits for processes to start and for one thread's work: the other half takes what that leaves.
+test-units: $(INSTALLED) ## the half of the tests that needs no Ray
+	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/ray
+
+test-ray: $(INSTALLED) ## the half that runs on one Ray
 	$(BIN)/pytest tests/ray
 
 proof: check ## the tests together with the slow and the chaos proofs

@@ -92,7 +92,7 @@ class Bench:
         itself = peak * 1e9 - self.needed
         room = 0.96 * self.cap - itself - (4 * AHEAD + 2) * self.entry  # fragments, and what is on its way
         units = 2 * len(self.pipe.transformer.blocks)
-        share = min(1.0, math.ceil(units * max(0.0, 1 - room / self.needed)) / units + 1e-9)
+        share: float = min(1.0, math.ceil(units * max(0.0, 1 - room / self.needed)) / units + 1e-9)
         self.results.note(f"the loop itself takes {itself / 1e9:.1f} GB; {share:.0%} of the residuals are on the host")
         return float(share)
 

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -29,11 +30,12 @@ from edit_ray.actors.shells import CacheStoreActor, DenoiserActor
 from edit_ray.config import Config
 from edit_ray.engine.model_info import dtype_problem
 from edit_ray.errors import ActorVersionMismatch, ConfigError, ResourcesUnavailable
+from edit_ray.metrics.exporter import remove_targets
 
 NAMESPACE = "edit_ray"
 SCHEDULER, DENOISER, CACHE_STORE = "segment_scheduler", "denoiser", "cache_store"
 PLACEMENT = "edit_ray_worker"
-LIVE_RUNS = "live_runs"
+LIVE_RUNS, TARGETS = "live_runs", "metrics_targets"
 RESTART_TIMEOUT_S = 60.0  # of the segment scheduler
 
 _STAYS = {"namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
@@ -98,10 +100,20 @@ def end_actors() -> list[str]:
 
 
 def _forget_everything() -> None:
-    """Frees the actors' places; what ends the actors ends their runs, and nobody goes on with those by himself."""
+    """Frees the actors' places; what ends the actors ends their runs, and nobody goes on with those by himself. Nor
+    does Prometheus ask any more where nobody answers.
+    """
     for group in _placements().values():
         remove_placement_group(group)
     internal_kv._internal_kv_del(LIVE_RUNS, namespace=NAMESPACE)
+    for path, address in _recalled(TARGETS).items():
+        remove_targets(Path(path), address)
+    internal_kv._internal_kv_del(TARGETS, namespace=NAMESPACE)
+
+
+def _recalled(key: str) -> dict[str, Any]:
+    known: dict[str, Any] = json.loads(internal_kv._internal_kv_get(key, namespace=NAMESPACE) or "{}")
+    return known
 
 
 class RayCrew:
@@ -135,8 +147,15 @@ class RayCrew:
         await asyncio.to_thread(internal_kv._internal_kv_put, LIVE_RUNS, text, namespace=NAMESPACE)
 
     async def recall(self) -> dict[str, Pointer]:
-        text = await asyncio.to_thread(internal_kv._internal_kv_get, LIVE_RUNS, namespace=NAMESPACE)
-        return {run_id: Pointer(**pointer) for run_id, pointer in json.loads(text or "{}").items()}
+        known = await asyncio.to_thread(_recalled, LIVE_RUNS)
+        return {run_id: Pointer(**pointer) for run_id, pointer in known.items()}
+
+    async def remember_targets(self, targets: Mapping[str, str]) -> None:
+        text = json.dumps(dict(targets))
+        await asyncio.to_thread(internal_kv._internal_kv_put, TARGETS, text, namespace=NAMESPACE)
+
+    async def recall_targets(self) -> dict[str, str]:
+        return await asyncio.to_thread(_recalled, TARGETS)
 
     async def end(self) -> None:
         await asyncio.to_thread(end_actors)

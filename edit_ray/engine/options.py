@@ -114,7 +114,7 @@ class EngineOptions(Options):
     GPUs, one for each branch of classifier-free guidance. A run pauses `max_ahead` segments beyond
     what its clients have taken. An actor that makes no step for `step_timeout_s` seconds is killed and started again.
     `tiled_decode` auto decodes in tiles from the segment on for which the GPU's memory did not do, always from the
-    first one.
+    first one. A GPU actor keeps the decoder states of the last `max_live_decoders` runs.
     """
 
     mode: Mode = "exact"
@@ -122,6 +122,7 @@ class EngineOptions(Options):
     cfg_parallel: bool = False
     cpu_threads: int | None = Field(default=None, ge=1, le=1024)
     tiled_decode: Literal["auto", "always", "never"] = "auto"
+    max_live_decoders: int = Field(default=1, ge=1, le=64)
     max_ahead: int | None = Field(default=None, ge=1, le=100_000)
     step_timeout_s: float = Field(default=600.0, gt=0, le=86400)
     segment_retries: int = Field(default=2, ge=0, le=100)

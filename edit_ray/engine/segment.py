@@ -1,6 +1,7 @@
 """`SegmentEngine`: one loaded model that denoises and decodes segments; what a GPU actor wraps, without Ray."""
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Self
@@ -28,13 +29,18 @@ KEPT_PROMPTS = 256  # at Wan's size an embedding takes 4 MB of host memory
 
 
 class SegmentEngine:
-    """Denoises segments by prompt and seed, and decodes runs as streams. One caller per method at a time."""
+    """Denoises segments by prompt and seed, and decodes runs as streams. One caller per method at a time.
+
+    The decoder states of `max_live_decoders` runs are kept, those that were asked for last; others are made again.
+    """
 
     def __init__(self, pipe: EditWanPipeline, *, offload_text_encoder: bool = False) -> None:
         self.pipe = pipe
         self._offload_text_encoder = offload_text_encoder
         self._embeds: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [1, L, D] on the CPU
-        self._streams: dict[str, RunStream] = {}
+        self._streams: OrderedDict[str, RunStream] = OrderedDict()  # the one asked for last comes last
+        self._asking = threading.Lock()
+        self.max_live_decoders = 1
         self._cached_for: object = None  # the options that the pipeline's cache was enabled with
 
     @classmethod
@@ -227,7 +233,11 @@ class SegmentEngine:
             torch.cuda.empty_cache()
 
     def _stream(self, run_id: str, tiled_from: int | None) -> RunStream:
-        stream = self._streams.setdefault(run_id, RunStream(self.pipe.vae))
+        with self._asking:  # a segment is decoded while the next one is denoised
+            stream = self._streams.setdefault(run_id, RunStream(self.pipe.vae))
+            self._streams.move_to_end(run_id)
+            while len(self._streams) > self.max_live_decoders:
+                self._streams.popitem(last=False)
         stream.tiled_from = tiled_from
         return stream
 

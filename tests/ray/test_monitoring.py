@@ -230,7 +230,7 @@ ALARMED = Durations(scrape=0.5, window=5, down=2, stalled=3, full=1, late=3, res
 
 @pytest.mark.slow
 def test_every_alert_fires_where_a_run_misbehaves(ray_head, config, tmp_path, run_id):
-    """Little disk and less memory; a GPU actor that dies again and again, then hangs; at last everything is gone."""
+    """Little disk and less memory; a GPU actor that dies again and again, then hangs; at last the segment scheduler."""
     runs, fired = tmp_path / "runs", []
     runs.mkdir()
     # Of 32 residuals the host tier holds two, and the disk tier could hold all.
@@ -262,7 +262,9 @@ def test_every_alert_fires_where_a_run_misbehaves(ray_head, config, tmp_path, ru
         await_alert("GenerationStalled")
         os.kill(hung, signal.SIGCONT)
         wait_until(lambda: "GenerationStalled" not in prometheus.alerts("firing"))
-        launch.end_actors()
+        os.kill(pid_of("segment_scheduler"), signal.SIGSTOP)
         await_alert("TargetDown")
+        launch.end_actors()
+        wait_until(lambda: not prometheus.alerts("firing", "pending") & {"TargetDown"})
     print(*fired, sep="; ")
     assert len(fired) == len(ALERTS)
