@@ -106,7 +106,7 @@ def main() -> None:
     args = arguments(
         __doc__ or "",
         seconds=90,
-        steps={"type": int, "default": 12},
+        steps={"type": int, "default": 8},
         segments={"type": int},
         directory={"type": Path, "default": ROOT / "runs", "help": "where model and runs are written"},
     )
