@@ -256,8 +256,9 @@ class SegmentSchedulerActor:
         self._runs[spec.run_id] = run
         self._meter.opened(run, recovered=recovered)
         denoised = await asyncio.to_thread(denoised_before, spec, committed)
+        run.statistics |= dict(enumerate(denoised, committed))
         self._apply(WorkersCounted(spec.config.engine.gpu_actors))
-        self._apply(RunSubmitted(spec.plan, committed, denoised, worker))
+        self._apply(RunSubmitted(spec.plan, committed, committed + len(denoised), worker))
         return self._status_without_progress(run)
 
     async def _remember(self) -> None:

@@ -18,6 +18,7 @@ from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.errors import HardwareDiffers, ResourcesUnavailable, UnknownRun
+from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
@@ -126,6 +127,7 @@ def test_the_next_segment_scheduler_goes_on_to_the_same_bytes(tmp_path, model, u
     assert all(same(whole, hurt, index) for index in range(SEGMENTS))
     assert whole.final.read_bytes() == hurt.final.read_bytes()
     assert hurt.read_manifest().incarnation == 2
+    assert all("denoise_s" in record.statistics for record in hurt.read_manifest().segments)
     assert [path.name for path in hurt.path.rglob(".*")] == []
     assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
 
@@ -223,11 +225,18 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, model, undisturbed, n
         await scheduler.wait_segment(name, 1, 60)
         await scheduler.cancel(name)
         assert (await end_of(scheduler, name)).state == "cancelled"
+        before = read_events(folder.events)
         await scheduler.resume(name, str(tmp_path), False)
         assert (await end_of(scheduler, name)).state == "done"
         await crew.end()
+        return before, read_events(folder.events)
 
-    asyncio.run(stop_and_resume())
+    folder = RunFolder(tmp_path, name)
+    before, after = asyncio.run(stop_and_resume())
+    made = {event["segment"] for event in before if event["event"] == "segment_made"}
+    begun = {event["segment"] for event in after[len(before) :] if event["event"] == "segment_begun"}
+    assert begun == set(range(SEGMENTS)) - made, "what was denoised is not denoised again"
+    assert all("denoise_s" in record.statistics for record in folder.read_manifest().segments)
     assert RunFolder(undisturbed, name).final.read_bytes() == RunFolder(tmp_path, name).final.read_bytes()
     assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
 
