@@ -153,3 +153,9 @@ def denoised_before(spec: RunSpec, committed: int) -> list[dict[str, float]]:
     if found and (found[-1] is None or spec.layout.denoise_needs_frames):
         found.pop()
     return [figures or {} for figures in found]
+
+
+def last_worker(spec: RunSpec) -> int | None:
+    """The GPU actor that worked on the run last; None if none has."""
+    had = [event.get("worker") for event in read_events(spec.folder.events) if event.get("event") == "gpu_actor"]
+    return had[-1] if had else None

@@ -216,6 +216,31 @@ def test_a_run_goes_on_from_its_folder_alone(tmp_path, model, undisturbed):
     assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
 
 
+def test_a_run_goes_on_beside_the_residuals_that_it_has_left(tmp_path, model, undisturbed):
+    """It was on the second GPU actor, and comes to the second one again, though the first is free."""
+
+    async def resume_elsewhere():
+        crew = LocalCrew()
+        first = SegmentSchedulerActor(crew)
+        engine = {"engine": {"cpu_threads": 1, "gpu_actors": 2}}
+        for run_id, changes in (("other", {}), ("reuse", REUSE)):
+            await submit(first, tmp_path, run_id, config_for(model, **changes, **engine))
+        await first.wait_segment("reuse", 0, 60)
+        await die(first)
+        await crew.end()
+        again = LocalCrew()
+        second = SegmentSchedulerActor(again)
+        await second.resume("reuse", str(tmp_path), False)
+        assert (await end_of(second, "reuse")).state == "done"
+        await again.end()
+        return second._runs["reuse"].worker
+
+    assert asyncio.run(resume_elsewhere()) == 1
+    folder, whole = RunFolder(tmp_path, "reuse"), RunFolder(undisturbed, "reuse")
+    assert whole.final.read_bytes() == folder.final.read_bytes()
+    assert [record.statistics["segments_made_again"] for record in folder.read_manifest().segments] == [0] * SEGMENTS
+
+
 @pytest.mark.parametrize("name", ["plain", "reuse"])
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, model, undisturbed, name):
     async def stop_and_resume():
