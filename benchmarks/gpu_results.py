@@ -120,7 +120,7 @@ class Results:
 
     def finish(self) -> None:
         """Print the tables, and write what else is made of them."""
-        console = Console(width=150 if not sys.stdout.isatty() else None)
+        console = Console(width=230 if not sys.stdout.isatty() else None)
         for table in tables(self.content):
             console.print(table)
         write_report(self.folder)

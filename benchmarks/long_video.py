@@ -6,9 +6,11 @@
 
 Segments of one run with a reuse window of 4 and a unit for each block: the first step of a segment writes a residual
 of every unit and branch, or reads it. Device and host together hold little more than one segment's, disk has the rest.
-All are made by the GPU actor's class, one call after the other: with everything in VRAM, with prefetch, without (then
-nothing comes to the device before it is asked for). A segment's seconds are those of `denoise_segment`. To be done
-soon, a segment has few steps; a longer one has more time to hide in, and the same to hide.
+All are made by the GPU actor's class, one call after the other: with everything in VRAM, with prefetch, and five of
+them without (then nothing comes to the device before it is asked for). A segment's seconds are those of
+`denoise_segment`. To be done soon, a segment has few steps; a longer one has more time to hide in, and the same to hide.
+After a segment the device holds what is on its way for the next one, which some have and some have not: `alike_spread`
+is that of the segments that read and are followed by one that reads.
 """
 
 import shutil
@@ -76,7 +78,7 @@ class Bench:
         actor.prepare_run(spec)
         each: list[dict[str, Any]] = []
         try:
-            for index in range(self.segments):
+            for index in range(self.segments if name != AT_ONCE else min(self.segments, WINDOW + 1)):
                 if not self.results.time_for(f"{name}, segment {index}"):
                     return
                 with self.results.row(name) as figures:
@@ -105,7 +107,7 @@ class Bench:
 
     def _figures(self, name: str, each: Sequence[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
         """Of all segments so far; those that read, from the second on, are the steady state."""
-        steady = [of for index, of in enumerate(each) if index % (WINDOW + 1)]
+        steady = [of for index, of in enumerate(each) if _reads(index)]
         found: dict[str, Any] = {
             "ours": True,
             "segments": len(each),
@@ -123,8 +125,17 @@ class Bench:
             allocated = [of["allocated"] for of in each]
             found["allocated_GB"] = [round(of / 1e9, 3) for of in allocated]
             found["allocated_spread"] = (max(allocated) - min(allocated)) / min(allocated)
+            alike = [of for index, of in enumerate(allocated) if _reads(index) and _reads(index + 1)]
+            alike = alike[:-1] if len(each) == self.segments and _reads(len(each) - 1) else alike  # nothing follows
+            if alike:
+                found["alike_spread"] = (max(alike) - min(alike)) / min(alike)
             found["peak_GB"] = max(of["peak"] for of in each) / 1e9
         return found
+
+
+def _reads(segment: int) -> bool:
+    """Whether a segment reads what one before it has written; the others write."""
+    return segment % (WINDOW + 1) != 0
 
 
 def main() -> None:
@@ -156,6 +167,8 @@ def main() -> None:
         results.bar("bounded with prefetch / all in VRAM, per segment", results.of(AHEAD).get("ratio"), most=1.01)
         spread = results.of(AHEAD).get("allocated_spread")
         results.bar("allocated memory after each segment, spread", spread, most=0.01)
+        spread = results.of(AHEAD).get("alike_spread")
+        results.bar("allocated memory after segments that are alike, spread", spread, most=0.01)
         results.bar("cache traffic of a segment, GB", results.of(AHEAD).get("moved_GB"), least=2.0)
     results.finish()
 

@@ -94,7 +94,7 @@ class Bench:
         units = 2 * len(self.pipe.transformer.blocks)
         share: float = min(1.0, math.ceil(units * max(0.0, 1 - room / self.needed)) / units + 1e-9)
         self.results.note(f"the loop itself takes {itself / 1e9:.1f} GB; {share:.0%} of the residuals are on the host")
-        return share
+        return float(share)
 
     def _capped(self, capped: bool) -> AbstractContextManager[None]:
         if self.device != "cuda":

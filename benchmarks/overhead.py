@@ -184,7 +184,7 @@ def main() -> None:
         directory={"type": Path, "default": ROOT / "runs", "help": "where model and runs are written"},
     )
     embedded = args.device == "cpu" and not args.quick
-    task = task_for(args.quick, num_inference_steps=args.steps or (4 if args.quick else 12))
+    task = task_for(args.quick, num_inference_steps=args.steps or (4 if args.quick else 8))
     if embedded:
         size = {"height": 128, "width": 128, "guidance_scale": 4.0, "torch_dtype": "float32"}
         task = task_for(False, num_inference_steps=args.steps, model="the embedded model", **size)

@@ -1,17 +1,20 @@
 """Wan at its real size with random weights, made where they are used: what it takes does not depend on their values."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from edit_ray import EditWanPipeline
-from edit_ray.engine.options import SamplingOptions
+from edit_ray.engine.fast_vae import fast_decoder
+from edit_ray.engine.options import Mode, SamplingOptions
 from edit_ray.engine.provenance import use_mode
 from edit_ray.testing import VARIANTS, Variant, fill_random, make_model
 from edit_ray.testing.made_model import byte_tokenizer
@@ -155,10 +158,24 @@ def mask_of(steps: int, skipped: int) -> list[bool]:
     return [True, *((place + 1) * skipped // places == place * skipped // places for place in range(places)), True]
 
 
-def use_fast(pipe: EditWanPipeline) -> None:
-    """The mode `fast`: each block of the transformer is compiled, once for all of them."""
-    use_mode("fast")
-    pipe.transformer.compile_repeated_blocks(dynamic=False)
+MODES = ("exact", "fast", "fp8")  # the last is `fast` with linear layers in 8 bits
+
+
+def use(pipe: EditWanPipeline, mode: str) -> None:
+    """From now on the pipeline works in this mode."""
+    of_engine: Mode = "exact" if mode == "exact" else "fast"
+    use_mode(of_engine)
+    pipe.ahead.mode, pipe.ahead.fp8 = of_engine, mode == "fp8"
+
+
+def decoding(pipe: EditWanPipeline, mode: str) -> AbstractContextManager[None]:
+    """What the pipeline's VAE decodes in here is decoded in this mode."""
+    return nullcontext() if mode == "exact" else fast_decoder(pipe.vae)
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch has compiled in this process."""
+    return int(torch._dynamo.utils.counters["stats"].get("unique_graphs", 0))
 
 
 def synchronise(device: str) -> None:

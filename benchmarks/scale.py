@@ -7,6 +7,7 @@ Runs go through the actors on Ray, the models being loaded already; a segment's 
 of the same run, decode and encode included.
 """
 
+import gc
 import sys
 import tempfile
 import time
@@ -18,21 +19,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu_actor import config_of
 from benchmarks.gpu_results import LeftOut, Results, arguments
 from benchmarks.provenance import ROOT
 from benchmarks.ray_runs import Seen, private_ray, watch
-from benchmarks.real_size import Task, save_model, task_for
+from benchmarks.real_size import Task, embeds, generate, make_pipe, save_model, synchronise, task_for
 from benchmarks.stand_in_ffmpeg import has_ffmpeg, use_stand_in
 from edit_ray.cache.options import CacheOptions
 from edit_ray.client import LongVideoClient
 from edit_ray.config import Config
-from edit_ray.engine.options import EngineOptions
 from edit_ray.engine.segment import usable_cores
 
 ALONE, TOGETHER = "one run on one GPU", "two runs on two GPUs"
-CFG_OPTION = "cfg_parallel"
+ONE, BOTH = "a segment, guidance on one GPU", "a segment, guidance on two GPUs"
 
 
 def at_once(client: LongVideoClient, config: Config, run_ids: list[str]) -> list[Seen]:
@@ -63,21 +64,32 @@ def measure_runs(results: Results, client: LongVideoClient, config: Config) -> N
                 figures["ratio"] = figures["seconds"] / alone
 
 
-def measure_cfg(results: Results, client: LongVideoClient, config: Config) -> None:
-    """Denoising of a segment with each branch of guidance on a device of its own, beside both on one."""
-    name = "one run, guidance on two GPUs"
-    with results.row(name) as figures:
-        if CFG_OPTION not in EngineOptions.model_fields:
-            raise LeftOut(f"engine.{CFG_OPTION} is no option of this version")
+def measure_cfg(results: Results, task: Task, device: str) -> None:
+    """Denoising of a segment with each branch of guidance on a device of its own, beside both on one: bits and time."""
+    pipe = make_pipe(task, device)
+    given = embeds(pipe)
+
+    def loop() -> tuple[Tensor, float]:
+        synchronise(device)
+        started = time.perf_counter()
+        latents = generate(pipe, task, given)
+        synchronise(device)
+        return latents, time.perf_counter() - started
+
+    with results.row(ONE) as figures:
+        generate(pipe, task, given, num_inference_steps=2)  # a first call is slow
+        latents, figures["seconds"] = loop()
+        figures["ours"] = True
+    with results.row(BOTH) as figures:
         if torch.cuda.device_count() < 2:
             raise LeftOut("there are no two GPUs")
-        engine = config.engine.model_copy(update={CFG_OPTION: True, "gpu_actors": 1})
-        (seen,) = at_once(client, config.model_copy(update={"engine": engine}), ["guidance"])
-        denoise = [of["denoise_s"] for of in seen.statistics[1:]]
-        figures.update(ours=True, seconds=seen.steady, denoise_s=mean(denoise))
-        if alone := results.of(ALONE).get("denoise_s"):
-            figures["denoise_ratio"] = figures["denoise_s"] / alone
-    results.bar("denoising, guidance on 2 GPUs / 1", results.of(name).get("denoise_ratio"), most=0.54)
+        pipe.enable_cfg_parallel("cuda:1")
+        generate(pipe, task, given, num_inference_steps=2)
+        found, figures["seconds"] = loop()
+        figures.update(ours=True, ratio=figures["seconds"] / results.of(ONE)["seconds"])
+        figures["equal"] = torch.equal(latents, found)
+        pipe.disable_cfg_parallel()
+    results.bar("denoising, guidance on 2 GPUs / 1", results.of(BOTH).get("ratio"), most=0.54)
 
 
 def config_for(task: Task, args: Any, folder: Path, segments: int) -> Config:
@@ -94,7 +106,7 @@ def main() -> None:
     args = arguments(
         __doc__ or "",
         seconds=90,
-        steps={"type": int, "default": 12},
+        steps={"type": int, "default": 8},
         segments={"type": int},
         directory={"type": Path, "default": ROOT / "runs", "help": "where model and runs are written"},
     )
@@ -107,6 +119,8 @@ def main() -> None:
         if not has_ffmpeg():
             results.note("no ffmpeg here: encode left out, frames are stored as they are by a stand-in")
             use_stand_in(folder)
+        measure_cfg(results, task, args.device)
+        gc.collect()
         config = config_for(task, args, folder, segments)
         if args.device == "cuda" and torch.cuda.device_count() < 2:
             results.note("one GPU: two runs share it, which is no measurement of two")
@@ -117,7 +131,6 @@ def main() -> None:
             if not args.quick:
                 ratio = results.of(TOGETHER).get("ratio") if torch.cuda.device_count() > 1 else None
                 results.bar("two runs on 2 GPUs / one on one, steady, per segment", ratio, most=1.03)
-            measure_cfg(results, client, config)
     results.finish()
 
 

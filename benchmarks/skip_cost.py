@@ -10,7 +10,7 @@ where it can be. Medians, of both branches.
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.gpu_results import LeftOut, Results, arguments
 from benchmarks.peers import PEERS
-from benchmarks.real_size import Task, embeds, generate, make_pipe, stock_pipe, synchronise, task_for, use_fast
+from benchmarks.real_size import MODES, Task, embeds, generate, make_pipe, stock_pipe, synchronise, task_for, use
 from benchmarks.wan_table import our_cache
 
 COMPUTED = 4  # first steps that compute
@@ -95,8 +95,8 @@ def measure(
         )
 
 
-def measure_all(results: Results, task: Task, device: str, fast: bool) -> None:
-    """Ours in both modes, and the peers."""
+def measure_all(results: Results, task: Task, device: str, modes: Sequence[str]) -> None:
+    """Ours in the modes, and the peers."""
     pipe = make_pipe(task, device)
     stock, given = stock_pipe(pipe), embeds(pipe)
     mask = [step < COMPUTED for step in range(task.num_inference_steps)]
@@ -121,17 +121,18 @@ def measure_all(results: Results, task: Task, device: str, fast: bool) -> None:
             return enable(stock, mask)  # type: ignore[no-any-return]
 
         measure(results, name, loop_of(stock), on, Moments(stock.transformer, device), False)
-    if fast:
-        with results.row("fast: to compile") as figures:
+    full_loop(results, loop_of(pipe), Moments(pipe.transformer, device), "exact")
+    for mode in modes:
+        with results.row(f"{mode}: to compile") as figures:
             if device == "cpu":
                 raise LeftOut("a toy on a CPU is not worth compiling")
             started = time.perf_counter()
-            use_fast(pipe)
+            use(pipe, mode)
             generate(pipe, task, given, num_inference_steps=2)
             figures.update(ours=True, compile_s=time.perf_counter() - started)
-        if results.of("fast: to compile"):
-            ours("fast")
-    full_loop(results, loop_of(pipe), Moments(pipe.transformer, device), "fast" if fast else "exact")
+        if results.of(f"{mode}: to compile"):
+            ours(mode)
+            full_loop(results, loop_of(pipe), Moments(pipe.transformer, device), mode)
 
 
 def full_loop(results: Results, run: Callable[..., Any], moments: Moments, mode: str) -> None:
@@ -144,13 +145,15 @@ def full_loop(results: Results, run: Callable[..., Any], moments: Moments, mode:
 
 def main() -> None:
     """Measure, print, write."""
-    args = arguments(__doc__ or "", seconds=45, fast={"action": "store_true", "help": "also in the mode fast"})
+    args = arguments(
+        __doc__ or "", seconds=45, modes={"nargs": "*", "choices": MODES[1:], "default": [], "help": "beside exact"}
+    )
     task = task_for(args.quick)
     results = Results(args, task.told() | {"quick": args.quick, "computed_steps": COMPUTED}, figure="skipped_ms")
-    measure_all(results, task, args.device, args.fast)
+    measure_all(results, task, args.device, args.modes)
     if not args.quick:
         results.bar("skipped / full forward, exact", results.of("ours, exact").get("share"), most=0.004)
-        full = results.of("ours, fast").get("full_ms")
+        full = results.of("no cache, fast").get("full_ms")
         results.bar("full forward, fast, ms", full, most=120)
     results.finish()
 

@@ -10,10 +10,9 @@ text encoder and VAE; rows alternate. First, latents are compared bit for bit: d
 where it never skips.
 """
 
-import gc
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,13 +23,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu_results import LeftOut, Results, arguments
 from benchmarks.peers import PEERS, Enable
 from benchmarks.real_size import (
+    MODES,
     PROMPT,
     SEED,
     Task,
+    compiled_graphs,
+    decoding,
     embeds,
     generate,
     make_pipe,
@@ -39,7 +42,7 @@ from benchmarks.real_size import (
     stock_pipe,
     synchronise,
     task_for,
-    use_fast,
+    use,
 )
 from edit_ray import EditWanPipeline
 from edit_ray.engine.segment import SegmentEngine
@@ -49,6 +52,7 @@ SPEEDUPS = {11: 1.57, 17: 2.29, 20: 2.97}
 STOCK = "diffusers, no cache"
 
 On = Callable[[], AbstractContextManager[dict[str, Any]]]
+Rows = Callable[["Bench", str], list["Row"]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Bench:
         self.results, self.task, self.pipe, self.device = results, task, pipe, device
         self.stock, self.given = stock_pipe(pipe), embeds(pipe)
         self._blocks = 0
+        self._exact: dict[int, Tensor] = {}  # latents by how many steps were skipped
 
     def measure(self, row: Row, count_blocks: bool = True) -> None:
         """One call of a row's pipeline; its figures are those of all calls so far."""
@@ -80,7 +85,7 @@ class Bench:
             memory_peak(self.device, reset=True)
             synchronise(self.device)
             started = time.perf_counter()
-            generate(row.pipe, self.task, self.given, **beside)
+            latents = generate(row.pipe, self.task, self.given, **beside)
             synchronise(self.device)
             each = [*figures.get("each", []), time.perf_counter() - started]
             peak = memory_peak(self.device)
@@ -92,6 +97,9 @@ class Bench:
             if peak is not None:
                 figures["peak_GB"] = peak / 1e9
             figures.update(self._compared(row, figures), each=each)
+            if row.ours:
+                exact = self._exact.setdefault(row.skipped, latents.float().cpu())
+                figures["deviation"] = float((latents.float().cpu() - exact).norm() / exact.norm())
 
     def _compared(self, row: Row, figures: dict[str, Any]) -> dict[str, float]:
         """The speedup, and what a skipped step costs in steps of the row's baseline, which was measured before."""
@@ -215,7 +223,8 @@ def decode_rows(bench: Bench, mode: str) -> None:
             memory_peak(bench.device, reset=True)
             synchronise(bench.device)
             started = time.perf_counter()
-            engine.decode(None, latents.float())
+            with decoding(bench.pipe, mode):
+                engine.decode(None, latents.float())
             synchronise(bench.device)
             each.append(time.perf_counter() - started)
         peak = memory_peak(bench.device)
@@ -237,9 +246,10 @@ def add_bars(results: Results, task: Task) -> None:
     results.bar("VAE decode, fast, ms", decode and 1000 * decode, most=500)
 
 
-def measure_exact(bench: Bench, our: Sequence[Row], repeats: int) -> None:
+def measure_exact(bench: Bench, rows: Rows, repeats: int) -> None:
     """What the bars are about, then the peers at 17 of 30."""
     stock = Row(STOCK, bench.stock, lambda: nullcontext({}), 0, STOCK, False)
+    our = rows(bench, "exact")
     for pipe in (bench.stock, bench.pipe):
         bench.warm_up(pipe)
     bench.measure(stock)
@@ -249,30 +259,28 @@ def measure_exact(bench: Bench, our: Sequence[Row], repeats: int) -> None:
     if not bench.results.content["task"]["real_weights"]:
         for row in peer_rows(bench, skips(bench)[2]):
             bench.measure(row)
+    decode_rows(bench, "exact")
 
 
-def measure_fast(bench: Bench, rows: Callable[[Bench, str], list[Row]], repeats: int) -> None:
-    """The same in the mode `fast`, which stays on."""
-    if not bench.results.time_for("fast"):
+def measure_compiled(bench: Bench, rows: Rows, mode: str) -> None:
+    """The same in the mode `fast`, or the first and the last of it with linear layers in 8 bits."""
+    if not bench.results.time_for(f"ours, {mode}"):
         return
-    with bench.results.row("fast: to compile") as figures:
-        if bench.device == "cpu" and bench.results.content["task"]["quick"]:
+    use(bench.pipe, mode)
+    with bench.results.row(f"{mode}: to compile") as figures:
+        if bench.device == "cpu":
             raise LeftOut("a toy on a CPU is not worth compiling")
         started = time.perf_counter()
-        use_fast(bench.pipe)
         bench.warm_up(bench.pipe)
-        figures.update(ours=True, compile_s=time.perf_counter() - started)
-    if not bench.results.of("fast: to compile"):
-        return
-    fast = rows(bench, "fast")
-    with fast[-1].on():  # so that nothing is left to compile where there is a cache
-        generate(bench.pipe, bench.task, bench.given)
-    for _ in range(repeats):
-        for row in fast:
+        figures.update(ours=True, compile_s=time.perf_counter() - started, graphs=compiled_graphs())
+    if bench.results.of(f"{mode}: to compile"):
+        found = rows(bench, mode)
+        for row in found if mode == "fast" else (found[0], found[-1]):
             bench.measure(row, count_blocks=False)
-    decode_rows(bench, "fast")
-    graphs = torch._dynamo.utils.counters["stats"].get("unique_graphs")
-    bench.results.note(f"torch.compile made {graphs} graphs in all")
+        if mode == "fast":
+            decode_rows(bench, mode)
+        bench.results.note(f"{compiled_graphs()} graphs were compiled until the end of {mode}")
+    use(bench.pipe, "exact")
 
 
 def main() -> None:
@@ -285,7 +293,7 @@ def main() -> None:
         repeats={"type": int, "default": 2},
         equal_steps={"type": int, "default": 2, "help": "of the latents that are compared"},
         peers_at={"type": int, "nargs": "*", "default": [], "help": "numbers of skipped steps beside 17 for the peers"},
-        modes={"nargs": "+", "choices": ["exact", "fast"], "default": ["exact", "fast"]},
+        modes={"nargs": "+", "choices": MODES, "default": MODES},
     )
     task = task_for(args.quick, num_inference_steps=args.steps or (10 if args.quick else None))
     told = task.told() | {"quick": args.quick, "real_weights": args.model is not None}
@@ -299,11 +307,10 @@ def main() -> None:
     rows = our_rows if args.model is None else teacache_rows
     if "exact" in args.modes:
         compare_latents(bench, args.equal_steps)
-        measure_exact(bench, rows(bench, "exact"), args.repeats)
-        decode_rows(bench, "exact")
-    gc.collect()
-    if "fast" in args.modes:
-        measure_fast(bench, rows, 1)
+        measure_exact(bench, rows, args.repeats)
+    for mode in args.modes:
+        if mode != "exact":
+            measure_compiled(bench, rows, mode)
     for skipped in args.peers_at:
         for row in peer_rows(bench, skipped):
             bench.measure(row)
