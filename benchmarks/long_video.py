@@ -8,7 +8,8 @@ Segments of one run with a reuse window of 4 and a unit for each block: the firs
 of every unit and branch, or reads it. Device and host together hold little more than one segment's, disk has the rest.
 All are made by the GPU actor's class, one call after the other: with everything in VRAM, with prefetch, and five of
 them without (then nothing comes to the device before it is asked for). A segment's seconds are those of
-`denoise_segment`. To be done soon, a segment has few steps; a longer one has more time to hide in, and the same to hide.
+`denoise_segment`. To be done soon, a segment has few steps; a longer one has more time to hide in, and the same to
+hide.
 After a segment the device holds what is on its way for the next one, which some have and some have not: `alike_spread`
 is that of the segments that read and are followed by one that reads.
 """
