@@ -38,7 +38,8 @@ monitor: ## Prometheus on monitoring/prometheus, beside the runs in RUNS=folder
 	@mkdir -p -m 700 "$(RUNS)" && mkdir -p build/prometheus && ln -sfn "$(abspath $(RUNS))" monitoring/prometheus/runs
 	@echo "runs: $(RUNS)"
 	@echo "targets: http://$(PROMETHEUS)/targets  alerts: http://$(PROMETHEUS)/alerts  dashboards: monitoring/README.md"
-	prometheus --config.file=monitoring/prometheus/prometheus.yml --storage.tsdb.path=build/prometheus \
+	@echo "segments: http://$(PROMETHEUS)/graph?g0.expr=edit_ray_segments_total&g0.tab=0  (end with Ctrl-C)"
+	@prometheus --config.file=monitoring/prometheus/prometheus.yml --storage.tsdb.path=build/prometheus \
 	  --storage.tsdb.retention.size=1GB --web.listen-address=$(PROMETHEUS) --log.level=warn
 
 test: check ## everything that must hold before a commit: check, then the tests, in two halves at a time

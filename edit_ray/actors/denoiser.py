@@ -128,10 +128,12 @@ class DenoiserActor:
             reused = reuse_statistics(store, leases.complete(reusing, attempt))
             reused |= {"complete_at": began, "complete_s": time.time() - began, "segments_made_again": made_again}
         self._short_of_memory = False
-        append_event(spec.folder.events, "segment_made", segment=segment.index, attempt=attempt)
-        return statistics(
+        figures = statistics(
             denoise_at=denoise_at, denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused
         )
+        of = {"segment": segment.index, "take": segment.take, "attempt": attempt}
+        append_event(spec.folder.events, "segment_made", **of, figures=figures)
+        return figures
 
     def _denoise(
         self, spec: RunSpec, engine: SegmentEngine, segment: SegmentPlan, store: PlannedStore | None

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from edit_ray.engine.fast import FastBlocks, can_be_fast
-from edit_ray.engine.hoist import Hoisted, can_hoist
+from edit_ray.engine.hoist import Hoisted, can_hoist, version_of
 from edit_ray.engine.noise_steps import UniPCPlan, plan_noise_steps
 from edit_ray.engine.options import Mode
 
@@ -18,22 +19,25 @@ class Schedule:
     """The timesteps and sigmas of a loop on the CPU; read again where a callback has changed them or the scheduler."""
 
     def __init__(self, timesteps: Tensor) -> None:
-        self._timesteps, self._version = timesteps, -1
-        self._on_cpu = timesteps
+        self._timesteps, self._on_cpu = timesteps, timesteps
+        self._version: int | None = None
         self._sigmas: list[float] = []
-        self._read_from: tuple[Tensor, int] | None = None
+        self._read_from: tuple[int, int | None] | None = None
+        self._kept: Tensor | None = None  # so that no other tensor gets its id
 
     def timestep(self, step: int) -> Tensor:
         """The timestep [] of a step, on the CPU."""
-        if self._version != self._timesteps._version:
-            self._on_cpu, self._version = self._timesteps.cpu(), self._timesteps._version
+        version = version_of(self._timesteps)
+        if version is None or version != self._version:
+            self._on_cpu, self._version = self._timesteps.cpu(), version
         return self._on_cpu[step]
 
     def sigma(self, scheduler: Any, index: int) -> float:
         """The scheduler's sigma of this index."""
         sigmas: Tensor = scheduler.sigmas
-        if self._read_from is None or self._read_from[0] is not sigmas or self._read_from[1] != sigmas._version:
-            self._sigmas, self._read_from = sigmas.tolist(), (sigmas, sigmas._version)
+        version = version_of(sigmas)
+        if self._read_from is None or version is None or self._read_from != (id(sigmas), version):
+            self._sigmas, self._read_from, self._kept = sigmas.tolist(), (id(sigmas), version), sigmas
         return self._sigmas[index]
 
 
@@ -52,10 +56,10 @@ class Ahead:
         """Surrounds one loop over `latents` [B, …] with a prompt's `text` [B, L, D], once the steps are set."""
         schedule = Schedule(pipe.scheduler.timesteps)
         with ExitStack() as stack:
+            self._hoisted = {} if torch.is_inference_mode_enabled() else self._choose(pipe)
             self._noise_steps = plan_noise_steps(pipe.scheduler, latents.device, self._noise_steps)
             if self._noise_steps is not None:
                 stack.enter_context(self._noise_steps.installed(pipe.scheduler))
-            self._choose(pipe)
             for hoisted in self._hoisted.values():
                 stack.enter_context(hoisted.installed())
             for fast in self._fast_blocks(pipe):
@@ -83,10 +87,10 @@ class Ahead:
                 self._fast[name] = FastBlocks(transformer, fp8=self.fp8)
         return list(self._fast.values())
 
-    def _choose(self, pipe: Any) -> None:
+    def _choose(self, pipe: Any) -> dict[str, Hoisted]:
         found = _transformers(pipe)
         kept = {name: hoisted for name, hoisted in self._hoisted.items() if hoisted.transformer is found[name]}
-        self._hoisted = {
+        return {
             name: kept.get(name) or Hoisted(transformer)
             for name, transformer in found.items()
             if transformer is not None and can_hoist(transformer)

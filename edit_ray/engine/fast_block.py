@@ -78,7 +78,7 @@ def block(x: Tensor, text_k: Tensor, text_v: Tensor, temb: Tensor, rope: Rope, w
     x = x + linear(attended.transpose(1, 2).flatten(2), w.text_out)
 
     h = (F.layer_norm(x.float(), width, eps=sizes.eps) * (1 + ff_scale) + ff_shift).to(dtype)
-    h = linear(F.gelu(linear(h, w.up), approximate="tanh"), w.down)
+    h = feed_forward(h, w.up, w.down)
     out: Tensor = (x.float() + h.float() * ff_gate).to(dtype)
     return out
 
@@ -90,17 +90,55 @@ def rotate(x: Tensor, rope: Rope, dtype: torch.dtype) -> Tensor:
     return turned.transpose(1, 2)
 
 
+def feed_forward(x: Tensor, up: Layer, down: Layer) -> Tensor:
+    """Up, GELU in its tanh form, and down again; [B, N, D]."""
+    if up.scale is None:
+        return F.linear(linear_gelu(x, up.weight, up.bias), down.weight, down.bias)
+    h = linear(x, up)
+    # GELU grows above -0.75, and is never below -0.17: the largest value says how large its results are.
+    largest = F.gelu(h.amax(-1, keepdim=True).float(), approximate="tanh").clamp_min(0.17)
+    return _eight_bits(F.gelu(h.float(), approximate="tanh"), largest, down, x.dtype)
+
+
+@torch.library.custom_op("edit_ray::linear_gelu", mutates_args=())
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer and GELU in its tanh form, on a GPU in one kernel; compiled they would be two."""
+    if not x.is_cuda or bias is None:
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    rows: Tensor = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return _split_rows(rows, x)
+
+
+@linear_gelu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(weight)))
+
+
 def linear(x: Tensor, layer: Layer) -> Tensor:
     """`x` [B, N, in] through the layer; in FP8 with one scale for each row of `x` and each row of the weight."""
     if layer.scale is None:
         return F.linear(x, layer.weight, layer.bias)
-    rows = x.flatten(0, 1)
-    scale = rows.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / FP8_MAX
-    quantised = (rows.float() / scale).to(FP8)
+    return _eight_bits(x, x.abs().amax(-1, keepdim=True).float(), layer, x.dtype)
+
+
+def _eight_bits(x: Tensor, largest: Tensor, layer: Layer, dtype: torch.dtype) -> Tensor:
+    assert layer.scale is not None
+    scale = largest.clamp_min(1e-12) / FP8_MAX
+    rows = (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8).flatten(0, 1)
     product: Tensor = torch._scaled_mm(
-        quantised, layer.weight.t(), scale, layer.scale, out_dtype=x.dtype, use_fast_accum=True
-    ).unflatten(0, x.shape[:2])
-    return product if layer.bias is None else product + layer.bias
+        rows,
+        layer.weight.t(),
+        scale.flatten(0, 1),
+        layer.scale,
+        bias=layer.bias,
+        out_dtype=dtype,
+        use_fast_accum=True,
+    )
+    return _split_rows(product, x)
+
+
+def _split_rows(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.view(*like.shape[:-1], rows.shape[-1])
 
 
 def quantise(layer: Layer) -> Layer:

@@ -134,3 +134,8 @@ def _are_plain(part: nn.Module) -> bool:
 
 def _key(tensor: Tensor, *more: object) -> Key:
     return (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, *more)
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """A number that grows when the tensor is changed in place; tensors of the inference mode have none."""
+    return None if tensor.is_inference() else tensor._version

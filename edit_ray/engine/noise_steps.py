@@ -180,6 +180,8 @@ def plan_noise_steps(scheduler: Any, device: torch.device, last: UniPCPlan | Non
     """
     if type(scheduler) is not UniPCMultistepScheduler or scheduler.solver_p is not None:
         return None
+    if scheduler.sigmas.is_inference():  # whether it is changed in place cannot be seen
+        return None
     if {"multistep_uni_p_bh_update", "multistep_uni_c_bh_update"} & scheduler.__dict__.keys():
         return None
     same = last is not None and last.made_for == _made_for(scheduler, device)

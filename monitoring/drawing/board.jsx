@@ -19,11 +19,14 @@ function framesOf(panel) {
   return series.map(({ name, values }, seriesIndex) => {
     const number = {
       name, type: FieldType.number, values: values.map(([, value]) => (Number.isFinite(+value) ? +value : null)),
-      config: { displayName: name, unit, min, custom: drawn, color: { mode: 'palette-classic' } }, state: { seriesIndex },
+      config: { displayName: name, unit, min, custom: drawn, color: { mode: 'palette-classic' } },
     };
     const time = { name: 'time', type: FieldType.time, values: values.map(([second]) => second * 1000) };
     const frame = toDataFrame({ name, fields: [time, number] });
-    for (const field of frame.fields) field.display = getDisplayProcessor({ field, theme, timeZone: 'utc' });
+    for (const field of frame.fields) {
+      field.state = { ...field.state, seriesIndex };
+      field.display = getDisplayProcessor({ field, theme, timeZone: 'utc' });
+    }
     return frame;
   });
 }

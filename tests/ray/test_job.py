@@ -21,8 +21,14 @@ FRAMES = 17 + 3 * 4 * (5 - 2)
 
 
 def ray_job_submit(environment, *arguments):
+    """What Ray's command says; again while its job agent, which comes up after everything else, is not there."""
     command = [os.path.join(os.path.dirname(sys.executable), "ray"), "job", "submit", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, check=False)
+
+    def submitted():
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, check=False)
+        return None if "No available agent" in done.stderr else done
+
+    return wait_until(submitted)
 
 
 def latents_of_the_library(model):

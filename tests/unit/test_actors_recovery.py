@@ -18,6 +18,7 @@ from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.errors import HardwareDiffers, ResourcesUnavailable, UnknownRun
+from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
@@ -126,6 +127,7 @@ def test_the_next_segment_scheduler_goes_on_to_the_same_bytes(tmp_path, model, u
     assert all(same(whole, hurt, index) for index in range(SEGMENTS))
     assert whole.final.read_bytes() == hurt.final.read_bytes()
     assert hurt.read_manifest().incarnation == 2
+    assert all("denoise_s" in record.statistics for record in hurt.read_manifest().segments)
     assert [path.name for path in hurt.path.rglob(".*")] == []
     assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
 
@@ -214,6 +216,31 @@ def test_a_run_goes_on_from_its_folder_alone(tmp_path, model, undisturbed):
     assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
 
 
+def test_a_run_goes_on_beside_the_residuals_that_it_has_left(tmp_path, model, undisturbed):
+    """It was on the second GPU actor, and comes to the second one again, though the first is free."""
+
+    async def resume_elsewhere():
+        crew = LocalCrew()
+        first = SegmentSchedulerActor(crew)
+        engine = {"engine": {"cpu_threads": 1, "gpu_actors": 2}}
+        for run_id, changes in (("other", {}), ("reuse", REUSE)):
+            await submit(first, tmp_path, run_id, config_for(model, **changes, **engine))
+        await first.wait_segment("reuse", 0, 60)
+        await die(first)
+        await crew.end()
+        again = LocalCrew()
+        second = SegmentSchedulerActor(again)
+        await second.resume("reuse", str(tmp_path), False)
+        assert (await end_of(second, "reuse")).state == "done"
+        await again.end()
+        return second._runs["reuse"].worker
+
+    assert asyncio.run(resume_elsewhere()) == 1
+    folder, whole = RunFolder(tmp_path, "reuse"), RunFolder(undisturbed, "reuse")
+    assert whole.final.read_bytes() == folder.final.read_bytes()
+    assert [record.statistics["segments_made_again"] for record in folder.read_manifest().segments] == [0] * SEGMENTS
+
+
 @pytest.mark.parametrize("name", ["plain", "reuse"])
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, model, undisturbed, name):
     async def stop_and_resume():
@@ -223,11 +250,18 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, model, undisturbed, n
         await scheduler.wait_segment(name, 1, 60)
         await scheduler.cancel(name)
         assert (await end_of(scheduler, name)).state == "cancelled"
+        before = read_events(folder.events)
         await scheduler.resume(name, str(tmp_path), False)
         assert (await end_of(scheduler, name)).state == "done"
         await crew.end()
+        return before, read_events(folder.events)
 
-    asyncio.run(stop_and_resume())
+    folder = RunFolder(tmp_path, name)
+    before, after = asyncio.run(stop_and_resume())
+    made = {event["segment"] for event in before if event["event"] == "segment_made"}
+    begun = {event["segment"] for event in after[len(before) :] if event["event"] == "segment_begun"}
+    assert begun == set(range(SEGMENTS)) - made, "what was denoised is not denoised again"
+    assert all("denoise_s" in record.statistics for record in folder.read_manifest().segments)
     assert RunFolder(undisturbed, name).final.read_bytes() == RunFolder(tmp_path, name).final.read_bytes()
     assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
 

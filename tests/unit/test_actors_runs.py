@@ -1,6 +1,7 @@
 """What ended runs can go on with, and what goes wrong in a run: each a clear error, or no difference at all."""
 
 import asyncio
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from edit_ray.engine.latent_files import load_latents
 from edit_ray.errors import ConfigError, RunLive
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
+from edit_ray.video.stream_files import newest_playlist
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_recovery import REUSE, SEGMENTS, die, end_of, make, submit
 
@@ -68,6 +70,39 @@ def test_a_run_is_extended_and_rerolled_and_its_old_takes_are_kept(tmp_path, mod
         assert (folder.path / record.latents).exists()
     assert not torch.equal(load_latents(folder.latents(4, 0)), load_latents(folder.latents(4, 1)))
     assert manifest.num_frames == 17 + 5 * 4 * (5 - 2)
+    assert all("seam_score" in record.statistics for record in manifest.segments[1:])
+    kept, first = manifest.segments[:4], manifest.earlier_takes
+    assert [playlist(folder.path, number) for number in range(3)] == [
+        listed(records) for records in (kept, (*kept, *first), manifest.segments)
+    ]
+    assert newest_playlist(folder.path) == "live-2.m3u8"
+
+
+def playlist(folder, number):
+    """The fragments that a playlist names, all of which are there, and its durations, in frames at 16 a second."""
+    text = (folder / f"live-{number}.m3u8").read_text()
+    assert text.endswith("#EXT-X-ENDLIST\n")
+    found = re.findall(r"^#EXTINF:([0-9.]+),\n(.+)$", text, re.MULTILINE)
+    assert all((folder / name).exists() for _, name in found)
+    return [(name, float(seconds) * 16) for seconds, name in found]
+
+
+def listed(records):
+    return [(record.media, record.num_frames) for record in records]
+
+
+def test_an_extended_run_is_the_run_that_was_as_long_from_the_start(tmp_path, model, undisturbed):
+    async def extend():
+        crew = LocalCrew()
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, "plain", config_for(model, video={"num_segments": SEGMENTS - 1}))
+        await end_of(scheduler, "plain")
+        await scheduler.extend("plain", str(tmp_path), 1, False)
+        assert (await end_of(scheduler, "plain")).state == "done"
+        await crew.end()
+
+    asyncio.run(extend())
+    assert RunFolder(tmp_path, "plain").final.read_bytes() == RunFolder(undisturbed, "plain").final.read_bytes()
 
 
 def test_a_reroll_with_the_same_seed_makes_the_same_segments(tmp_path, model, undisturbed):
