@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, f
 import torch
 from diffusers import TaylorSeerCacheConfig
 
-from benchmarks.gpu_results import Results, arguments
+from benchmarks.gpu_results import LeftOut, Results, arguments
+from benchmarks.methods import Pipelines, cache_dit
 from benchmarks.real_size import Task, embeds, generate, make_pipe, memory_peak, stock_pipe, synchronise, task_for
 from benchmarks.wan_table import our_cache
 from edit_ray.cache import CPUOffloadStore, GPUStore, TieredStore
@@ -116,7 +118,6 @@ def _note_step(steps: list[int], _pipe: Any, step: int, _timestep: Any, tensors:
 
 def peer_rows(bench: Bench) -> None:
     """What others make of it under the cap."""
-    steps = bench.task.num_inference_steps
 
     class Enabled:
         """diffusers' TaylorSeer; without names of modules it finds none in Wan, so they are given."""
@@ -129,14 +130,13 @@ def peer_rows(bench: Bench) -> None:
             bench.stock.transformer.disable_cache()
 
     bench.measure("diffusers TaylorSeer on blocks, capped", bench.stock, Enabled, capped=True)
-    try:
-        from benchmarks.methods import Pipelines, cache_dit
 
-        enable = cache_dit(taylorseer=True)
-        on = partial(enable, Pipelines(bench.pipe, bench.stock, steps), {"residual_diff_threshold": 1e9})
-    except ImportError as error:
-        bench.results.note(f"cache-dit was not run: {error}")
-        return
+    def on() -> AbstractContextManager[Any]:
+        if find_spec("cache_dit") is None:
+            raise LeftOut("cache-dit is not installed")
+        pipelines = Pipelines(bench.pipe, bench.stock, bench.task.num_inference_steps)
+        return cache_dit(taylorseer=True)(pipelines, {"residual_diff_threshold": 1e9})
+
     name = "cache-dit DBCache + TaylorSeer, capped"  # of the stack, not of each block
     bench.measure(name, bench.stock, on, capped=True)
 
