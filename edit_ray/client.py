@@ -21,6 +21,7 @@ from edit_ray.config import Config, check_config, load_config, output_root
 from edit_ray.errors import (
     ConfigError,
     EditRayError,
+    ResourcesUnavailable,
     RunCancelled,
     RunLive,
     SegmentFailed,
@@ -258,8 +259,8 @@ class SegmentStream(Iterator[Segment], AsyncIterator[Segment]):
 def _check_time(deadline: float) -> None:
     if time.monotonic() > deadline:
         raise ResourcesUnavailable(
-            f"the segment scheduler was not back within {launch.RESTART_TIMEOUT_S:g} s; what is committed is safe: look "
-            "at the Ray cluster, then go on with `edit-ray resume RUN`"
+            f"the segment scheduler was not back within {launch.RESTART_TIMEOUT_S:g} s; what is committed is safe: "
+            "look at the Ray cluster, then go on with `edit-ray resume RUN`"
         ) from None
 
 
