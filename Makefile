@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv page demo monitor test test-units test-ray test-gpu proof chaos check fix bench clean
+.PHONY: help venv page demo monitor test test-units test-ray test-gpu proof chaos check fix bench bench-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +80,14 @@ bench: $(INSTALLED) ## run the benchmarks
 	$(BIN)/python benchmarks/policies.py --quick
 	$(BIN)/python benchmarks/continuity.py --quick
 	$(BIN)/python benchmarks/reuse.py --quick
+
+RESULTS ?= benchmarks/results
+
+bench-gpu: $(INSTALLED) ## run the benchmarks of a GPU, results into RESULTS=folder; scale.py wants two
+	for name in wan_table skip_cost long_video memory_bound overhead scale; do \
+	  $(BIN)/python benchmarks/$$name.py --output $(RESULTS)/$$name || echo "$$name.py has failed"; done
+	$(BIN)/python benchmarks/overhead.py --peak --text-encoder full --output $(RESULTS)/peak_memory
+	$(BIN)/python benchmarks/gpu_page.py
 
 clean: ## remove caches and builds (the virtual environment stays)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -27,6 +27,7 @@ from edit_ray.actors.crew import NotStarted, Pointer
 from edit_ray.actors.messages import GROUP_OF, RunSpec, code_version
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.actors.shells import CacheStoreActor, DenoiserActor
+from edit_ray.config import Config
 from edit_ray.engine.model_info import dtype_problem
 from edit_ray.errors import ActorVersionMismatch, ConfigError, ResourcesUnavailable
 from edit_ray.metrics.exporter import remove_targets
@@ -166,7 +167,7 @@ class RayCrew:
 
     def _start(self, spec: RunSpec, worker: int) -> None:
         deadline = time.monotonic() + spec.config.engine.start_timeout_s
-        num_gpus = _gpus_for(spec.config.model.device)
+        num_gpus = _gpus_for(spec.config)
         needs = {"CPU": 1, "GPU": num_gpus} if num_gpus else {"CPU": 1}
         place = name_of(PLACEMENT, worker)
         group = _placements().get(place) or placement_group([needs], name=place, lifetime="detached")
@@ -195,9 +196,10 @@ class RayCrew:
         check_version(store_name, _answer(store_name, store.describe, deadline))
         described = _answer(denoiser_name, denoiser.describe, deadline)
         check_version(denoiser_name, described)
-        if num_gpus and described["device"] == "cpu":
+        if num_gpus > int(described["gpus"]):
             raise ResourcesUnavailable(
-                "model.device asks for a GPU, and the living GPU actor has none; run `edit-ray down` first"
+                f"this run asks for {num_gpus} GPUs (model.device, engine.cfg_parallel), and the living GPU actor has "
+                f"{described['gpus']}; run `edit-ray down` first"
             )
         if problem := dtype_problem(spec.config.model.torch_dtype, "cuda" if num_gpus else "cpu"):
             raise ConfigError([f"model.torch_dtype {problem}"])
@@ -247,7 +249,10 @@ def _placements() -> dict[str, PlacementGroup]:
     }
 
 
-def _gpus_for(device: str) -> int:
+def _gpus_for(config: Config) -> int:
+    device = config.model.device
+    if config.engine.cfg_parallel:
+        return 2
     if device == "auto":
         return 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
     return 1 if device == "cuda" else 0

@@ -14,15 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edit_ray.actors.admission import Admission, Change, Submission, denoised_before
+from edit_ray.actors.admission import Admission, Change, Submission, denoised_before, last_worker
 from edit_ray.actors.changes import extension, reroll
 from edit_ray.actors.crew import Crew, NotStarted, Pointer
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import Progress, RunStatus, StreamReply, code_version
 from edit_ray.actors.meter import Meter
+from edit_ray.actors.space import is_full
 from edit_ray.actors.stages import Stages, explain
 from edit_ray.config import Config
 from edit_ray.errors import ConfigError, EditRayError, RunExists, RunLive, UnknownRun
+from edit_ray.runs.event_log import append_event
 from edit_ray.runs.events import (
     CancelAsked,
     CloseRun,
@@ -261,8 +263,11 @@ class SegmentSchedulerActor:
         self._runs[spec.run_id] = run
         self._meter.opened(run, recovered=recovered)
         denoised = await asyncio.to_thread(denoised_before, spec, committed)
+        run.statistics |= dict(enumerate(denoised, committed))
+        if worker is None:  # beside the one that had the run last lies what its segments keep for each other
+            worker = await asyncio.to_thread(last_worker, spec)
         self._apply(WorkersCounted(spec.config.engine.gpu_actors))
-        self._apply(RunSubmitted(spec.plan, committed, denoised, worker))
+        self._apply(RunSubmitted(spec.plan, committed, committed + len(denoised), worker))
         return self._status_without_progress(run)
 
     async def _remember(self) -> None:
@@ -293,6 +298,7 @@ class SegmentSchedulerActor:
         try:
             if run.worker != work.worker:
                 run.worker = work.worker
+                append_event(run.spec.folder.events, "gpu_actor", worker=work.worker)
                 self._pointers[work.run_id] = Pointer(str(run.spec.root), work.worker)
                 await self._remember()
             with self._meter.work(run, work):
@@ -300,7 +306,7 @@ class SegmentSchedulerActor:
         except Exception as error:  # whatever it was, the state machine decides what follows
             sentence, fatal = explain(error, run)
             _log.warning("%s of run %s, segment %s: %s", work.stage, work.run_id, work.segment_index, sentence)
-            if not isinstance(error, EditRayError | ConnectionError):
+            if not isinstance(error, EditRayError | ConnectionError) and not is_full(error):
                 _log.warning("%s", "".join(traceback.format_exception(error)))
             outcome = WorkFailed(work, sentence, fatal)
         else:

@@ -94,6 +94,14 @@ class Committed:
 
 
 @dataclass(frozen=True)
+class Tiled:
+    """From segment `start` on latents are decoded in tiles, as the GPU's memory did not do for whole frames."""
+
+    incarnation: int
+    start: int
+
+
+@dataclass(frozen=True)
 class Dropped:
     """The media of all segments before `before` are gone, to make room (`output.keep_segments`)."""
 
@@ -111,7 +119,7 @@ class Ended:
     final: str | None = None
 
 
-Line = Begun | Opened | Extended | Rerolled | Committed | Dropped | Ended
+Line = Begun | Opened | Extended | Rerolled | Committed | Tiled | Dropped | Ended
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,7 @@ class Manifest:
     earlier_takes: tuple[SegmentRecord, ...] = ()
     planned_from: int = 0  # the segment with which what segments reuse of each other was planned anew
     dropped_before: int = 0
+    tiled_from: int | None = None  # the segment from which on frames are decoded in tiles
     end: Ended | None = None
 
     @classmethod
@@ -176,6 +185,10 @@ class Manifest:
                 return self._rerolled(take)
             case Committed(_, segment):
                 return self._committed(segment)
+            case Tiled(_, start):
+                if start < len(self.segments):
+                    raise ValueError(f"segment {start} is committed, and was not decoded in tiles")
+                return replace(self, tiled_from=start)
             case Dropped(_, before):
                 return replace(self, dropped_before=before)
             case Ended():

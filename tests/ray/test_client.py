@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from ray._private.state import actors
 
 import edit_ray
 from edit_ray import LongVideoClient
@@ -21,6 +22,7 @@ from edit_ray.errors import ActorVersionMismatch, RunCancelled, UnknownRun
 from edit_ray.metrics.exporter import TARGETS
 from edit_ray.video.encode import read_frames
 from tests.ray.conftest import manifest_of, pids, wait_until
+from tests.sockets import listening
 
 WATCH = """
 import json, sys, time
@@ -51,7 +53,7 @@ def go(watcher):
     print("go", file=watcher.stdin, flush=True)
 
 
-def test_three_actors_are_three_processes(ray_head, config, tmp_path):
+def test_three_actors_are_three_processes_with_one_socket_of_ours_on_loopback(ray_head, config, tmp_path):
     client = LongVideoClient(output=tmp_path)
     run_id = client.submit(config(segments=1))
     assert [segment.index for segment in client.stream(run_id)] == [0]
@@ -60,6 +62,27 @@ def test_three_actors_are_three_processes(ray_head, config, tmp_path):
     assert os.getpid() not in found.values()
     with_torch = [name for name, pid in found.items() if "libtorch" in Path(f"/proc/{pid}/maps").read_text()]
     assert with_torch == [launch.DENOISER, launch.CACHE_STORE], "the segment scheduler is to start quickly"
+    assert sockets_of_ours(found) == {("segment_scheduler", exporter_of(tmp_path))}
+    made = [path for path in (tmp_path / run_id).rglob("*") if path.is_file()]
+    assert {path.suffix for path in made} == {".yaml", ".jsonl", ".safetensors", ".mp4", ".m4s", ".m3u8"}
+    assert not any(path.read_bytes().startswith((b"\x80", b"PK")) for path in made), "no pickle, no archive with one"
+
+
+def sockets_of_ours(pids):
+    """Who listens where, but for the one socket by which Ray's core worker takes the calls of an actor, or a driver."""
+    rays_own = {actor["Pid"]: actor["Address"]["Port"] for actor in actors().values() if actor["State"] == "ALIVE"}
+    assert len(listening(os.getpid())) == 1
+    found = {name: listening(pid) for name, pid in pids.items()}
+    assert all(rays_own[pids[name]] in {port for _, port in sockets} for name, sockets in found.items())
+    return {(name, at) for name, sockets in found.items() for at in sockets if at[1] != rays_own[pids[name]]}
+
+
+def exporter_of(root):
+    """Where the file of Prometheus' targets says that the metrics are: on loopback."""
+    ((target,),) = [entry["targets"] for entry in json.loads((root / "edit_ray_targets.json").read_text())]
+    address, _, port = target.partition(":")
+    assert address == "127.0.0.1"
+    return address, int(port)
 
 
 def test_another_process_sees_segment_0_before_segment_2_is_denoised(watch, config, tmp_path, run_id):
