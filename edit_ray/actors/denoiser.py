@@ -47,6 +47,7 @@ class DenoiserActor:
         self._store = store
         self._engine: SegmentEngine | None = None
         self._loaded_for: object = None
+        self._threads = 0  # of torch
         self._thread = ThreadPoolExecutor(1, "torch")
         self._decoding = threading.Lock()
         self._stopped: set[str] = set()
@@ -61,7 +62,7 @@ class DenoiserActor:
 
     def describe(self) -> dict[str, str | int]:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        return {"version": code_version(), "pid": os.getpid(), "device": device}
+        return {"version": code_version(), "pid": os.getpid(), "device": device, "gpus": torch.cuda.device_count()}
 
     def provenance(self, spec: RunSpec) -> dict[str, str | int]:
         """What the run's bits would depend on here, beside its configuration. Raises ModelError."""
@@ -269,13 +270,16 @@ class DenoiserActor:
     def _load_for(self, spec: RunSpec) -> SegmentEngine:
         config = spec.config
         threads = config.engine.cpu_threads or usable_cores()  # Ray would leave one
-        if self._engine is None or self._loaded_for != config.model:
+        wanted = config.model, config.engine.cfg_parallel
+        if self._engine is None or self._loaded_for != wanted:
             self._engine, self._loading = None, True  # the last model goes before the next one comes
             try:
-                self._engine, self._loaded_for = SegmentEngine.load(config.model, threads), config.model
+                engine = SegmentEngine.load(config.model, threads, cfg_parallel=config.engine.cfg_parallel)
+                self._engine, self._loaded_for = engine, wanted
             finally:
                 self._loading = False
         torch.set_num_threads(threads)
+        self._threads = threads
         use_mode(config.engine.mode)
         self._engine.max_live_decoders = config.engine.max_live_decoders
         self._engine.encode_prompts(spec.texts)
@@ -306,18 +310,21 @@ class DenoiserActor:
     ) -> tuple[T, float, float]:
         """What the work gives, when it began (in unix seconds), and its seconds.
 
-        On a CPU one thread does all of torch's work. OpenMP keeps a team of threads for each thread that calls it, and
-        as soon as two teams are more threads than cores, both wait asleep instead of spinning: half the speed.
+        On a CPU one thread does all of torch's work, unless torch has one thread only. OpenMP keeps a team of threads
+        for each thread that calls it, and as soon as two teams are more threads than cores, both wait asleep instead of
+        spinning: half the speed.
 
         Where the GPU's memory does not do, what can be had again leaves it; `again` says whether the same may do then.
         """
 
         def timed() -> tuple[T, float, float]:
+            torch.set_num_threads(self._threads)  # of this thread, if it has called torch before
             began, started = time.time(), time.perf_counter()
             return work(), began, time.perf_counter() - started
 
+        one_by_one = engine.device.type == "cpu" and self._threads > 1
         try:
-            return self._thread.submit(timed).result() if engine.device.type == "cpu" else timed()
+            return self._thread.submit(timed).result() if one_by_one else timed()
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold what the work had reached
             engine.make_room(of_cache=denoises)

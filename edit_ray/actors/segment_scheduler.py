@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 import traceback
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ from edit_ray.runs.scheduler import SegmentScheduler
 
 ENDED_RUNS_KEPT = 100
 IDLE_EXIT_S = 600.0  # of an incarnation that finds nothing to do
+WAITING_THREADS = 8  # for what waits for a disk, or for actors to start
 RELEASE_ATTEMPTS, RELEASE_PAUSE_S = 20, 1.0  # of a store that is being started again
 
 _log = logging.getLogger(__name__)
@@ -64,7 +67,9 @@ class SegmentSchedulerActor:
         self._admitting, self._remembering = asyncio.Lock(), asyncio.Lock()
         self._last_use = 0
         self._meter = Meter(crew, lambda: [(run, self._state(run)) for run in self._runs.values() if not run.ended])
-        self._recovered = asyncio.get_running_loop().create_task(self._recover())
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(_threads_for_waiting())
+        self._recovered = loop.create_task(self._recover())
 
     async def describe(self) -> dict[str, str | int]:
         return {"version": code_version(), "pid": os.getpid()}
@@ -181,6 +186,7 @@ class SegmentSchedulerActor:
 
     async def _recover(self) -> None:
         """Goes on with every run that an earlier incarnation was at work on, those first that have a GPU actor."""
+        await self._meter.forget_earlier()
         pointers = await self._crew.recall()
         self._pointers |= pointers  # all of them until each is seen to: this incarnation may die meanwhile
         for run_id, pointer in sorted(pointers.items(), key=lambda item: item[1].worker is None):
@@ -356,3 +362,13 @@ class SegmentSchedulerActor:
         if self._machine.idle and use == self._last_use and not self._admitting.locked():
             self._meter.close()
             await self._crew.end()
+
+
+def _threads_for_waiting() -> ThreadPoolExecutor:
+    """All threads are there at once: they would come one by one anyway, whenever two happen to be needed together, and
+    a run of many days would seem to grow.
+    """
+    pool, all_there = ThreadPoolExecutor(WAITING_THREADS, "waiting"), threading.Barrier(WAITING_THREADS)
+    for _ in range(WAITING_THREADS):
+        pool.submit(all_there.wait)
+    return pool

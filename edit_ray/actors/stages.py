@@ -130,9 +130,12 @@ class Stages:
         if after.media_from > manifest.dropped_before:
             await run.append(Dropped(spec.incarnation, after.media_from))
         first = 1 if spec.config.continuity.adain else 0  # the colours of every segment follow the first's
-        gone = [spec.media(index) for index in range(before.media_from, after.media_from)]
+        media = range(before.media_from, after.media_from)
+        gone = [spec.media(index) for index in media]
+        gone += [spec.folder.record(index, spec.segment(index).take) for index in media]
         gone += [spec.latents(index) for index in range(max(first, before.latents_from), after.latents_from)]
         await asyncio.to_thread(spec.folder.remove, gone)
+        await run.forget_figures(media.start, media.stop)
         run.removed = after
 
     async def _finalize(self, run: LiveRun, work: Work) -> None:

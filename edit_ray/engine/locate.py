@@ -1,5 +1,6 @@
 """What a model's path means: a model that came with the package, a folder, or an id on the hub."""
 
+import os
 import re
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from edit_ray.errors import ModelError
 BUILTIN_PREFIX = "builtin:"
 BUILTINS = ("tiny_wan",)
 INDEX_FILE = "model_index.json"
+ROOTS_VARIABLE = "EDIT_RAY_MODEL_ROOTS"
+"""Folders as in PATH. Where it is set, as by who runs a cluster, models are loaded from there and the package alone."""
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -20,7 +23,7 @@ def locate_model(path: str) -> str:
         path: `builtin:tiny_wan`, a folder, or a hub id such as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`.
 
     Raises:
-        ModelError: none of them, or a folder without `model_index.json`.
+        ModelError: none of them, a folder without `model_index.json`, or outside of `$EDIT_RAY_MODEL_ROOTS`.
     """
     if path.startswith(BUILTIN_PREFIX):
         name = path.removeprefix(BUILTIN_PREFIX)
@@ -30,8 +33,10 @@ def locate_model(path: str) -> str:
         return _checked_folder(_ASSETS / name, path)
     folder = local_folder(path)
     if folder is not None:
+        _check_allowed(folder.resolve(), path)
         return _checked_folder(folder, path)
     if is_hub_id(path):
+        _check_allowed(None, path)
         return path
     raise ModelError(f"{path!r} is neither a folder nor a hub id like org/name.")
 
@@ -48,6 +53,14 @@ def local_folder(path: str) -> Path | None:
 def is_hub_id(path: str) -> bool:
     """Whether the path has a hub id's form, `org/name`."""
     return _HUB_ID.fullmatch(path) is not None and ".." not in path and "--" not in path
+
+
+def _check_allowed(folder: Path | None, path: str) -> None:
+    roots = [Path(root) for root in os.environ.get(ROOTS_VARIABLE, "").split(os.pathsep) if root]
+    inside = folder is not None and any(folder.is_relative_to(root.resolve()) for root in (_ASSETS, *roots))
+    if roots and not inside:
+        said = os.pathsep.join(map(str, roots))
+        raise ModelError(f"{path!r} is not allowed here; models are {BUILTIN_PREFIX}… or folders in {said}.")
 
 
 def _checked_folder(folder: Path, path: str) -> str:

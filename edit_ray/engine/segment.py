@@ -16,12 +16,12 @@ from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.engine.decode import to_uint8
 from edit_ray.engine.encode import encode, to_video
 from edit_ray.engine.init_file import read_init
-from edit_ray.engine.loading import load_pipeline, with_flow_shift
+from edit_ray.engine.loading import load_pipeline, second_gpu, with_flow_shift
 from edit_ray.engine.options import ContinuityOptions, ModelOptions, SamplingOptions, frames_of
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.reuse import Reuse, plan_run_reuse
 from edit_ray.engine.stream import Preceding, RunStream
-from edit_ray.errors import SegmentFailed
+from edit_ray.errors import ModelError, SegmentFailed
 
 MAX_SEQUENCE_LENGTH = 512  # the pipeline's default, so that embeddings equal the library's
 UNCACHED = CacheOptions()
@@ -44,13 +44,17 @@ class SegmentEngine:
         self._cached_for: object = None  # the options that the pipeline's cache was enabled with
 
     @classmethod
-    def load(cls, model: ModelOptions, cpu_threads: int | None = None) -> Self:
+    def load(cls, model: ModelOptions, cpu_threads: int | None = None, *, cfg_parallel: bool = False) -> Self:
         """Load `model` and give torch `cpu_threads` threads, by default one per core that this process may use.
 
-        Raises `ModelError`.
+        With `cfg_parallel` the branch "uncond" is computed on a second GPU. Raises `ModelError`.
         """
         torch.set_num_threads(cpu_threads or usable_cores())
-        return cls(load_pipeline(model), offload_text_encoder=model.offload == "text_encoder")
+        second = second_gpu() if cfg_parallel else None
+        pipe = load_pipeline(model)
+        if second is not None:
+            pipe.enable_cfg_parallel(second)
+        return cls(pipe, offload_text_encoder=model.offload == "text_encoder")
 
     @property
     def device(self) -> torch.device:
@@ -69,10 +73,15 @@ class SegmentEngine:
         return bool(self.pipe.config.expand_timesteps)
 
     def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:
-        """Encode what is not yet known, each prompt alone; then, if so loaded, the text encoder leaves the device."""
+        """Encode what is not yet known, each prompt alone; then, if so loaded, the text encoder leaves the device.
+
+        Raises `ModelError` for a model without text encoder.
+        """
         missing = [prompt for prompt in dict.fromkeys([*prompts, negative_prompt]) if prompt not in self._embeds]
         if not missing:
             return
+        if self.pipe.text_encoder is None:
+            raise ModelError("The model has no text encoder, so that no prompt can be encoded.")
         device = self.device
         self.pipe.text_encoder.to(device)
         for prompt in missing:

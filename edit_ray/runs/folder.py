@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from edit_ray.errors import RunExists, UnknownRun
+from edit_ray.errors import ManifestUnreadable, RunExists, UnknownRun
 from edit_ray.runs.ids import check_run_id
 from edit_ray.runs.manifest import Begun, Manifest
 from edit_ray.runs.manifest_file import ManifestFile, read_manifest
@@ -106,6 +106,11 @@ class RunFolder:
             manifest = ManifestFile.open(self.manifest)
         except (FileNotFoundError, NotADirectoryError):
             raise self._unknown() from None
+        try:
+            self._check_mine(manifest.manifest)
+        except ManifestUnreadable:
+            manifest.close()
+            raise
         for draft in self.path.rglob(".*.part"):
             draft.unlink(missing_ok=True)
         return manifest
@@ -113,7 +118,7 @@ class RunFolder:
     def read_manifest(self) -> Manifest:
         """Raises UnknownRun when there is none, ManifestUnreadable when it cannot be understood."""
         try:
-            return read_manifest(self.manifest)
+            return self._check_mine(read_manifest(self.manifest))
         except (FileNotFoundError, NotADirectoryError):
             raise self._unknown() from None
 
@@ -157,6 +162,14 @@ class RunFolder:
         """Removes files of the run; those that are gone already are none."""
         for path in paths:
             path.unlink(missing_ok=True)
+
+    def _check_mine(self, manifest: Manifest) -> Manifest:
+        """A run that goes on writes to the folder of its own name, which must be this one."""
+        if manifest.begun.run_id != self.run_id:
+            raise ManifestUnreadable(
+                f"{self.manifest} is of run {manifest.begun.run_id[:80]!r}; its folder must have that name"
+            )
+        return manifest
 
     def _taken(self) -> RunExists:
         return RunExists(

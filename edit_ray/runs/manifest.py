@@ -22,6 +22,8 @@ DiskState = Literal["open", "done", "failed", "cancelled"]
 
 _FILE = re.compile(r"(latents|segments)/[0-9]{5,9}-t[0-9]{1,9}\.[a-z0-9]{2,16}")
 
+_NO_FIGURES: Mapping[str, float] = {}
+
 
 @dataclass(frozen=True)
 class Begun:
@@ -63,7 +65,7 @@ class Rerolled:
     take: Take
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SegmentRecord:
     """One committed segment; paths are relative to the run's folder."""
 
@@ -156,6 +158,13 @@ class Manifest:
     def num_frames(self) -> int | None:
         """Frames of the whole video, None where it goes on until it is stopped."""
         return None if self.num_segments is None else self.begun.layout.total_frames(self.num_segments)
+
+    def without_figures(self, first: int, before: int) -> Manifest:
+        """The same for who keeps it in memory for weeks: of segments `first` to `before` - 1, whose media are gone, the
+        statistics are left to the file.
+        """
+        less = tuple(replace(segment, statistics=_NO_FIGURES) for segment in self.segments[first:before])
+        return replace(self, segments=self.segments[:first] + less + self.segments[before:])
 
     def after(self, line: Line) -> Manifest:
         """The manifest with one line more. Raises ValueError where the line cannot follow."""

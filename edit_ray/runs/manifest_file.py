@@ -12,10 +12,12 @@ import fcntl
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from edit_ray.errors import ManifestUnreadable, RunFolderGone, RunLocked
 from edit_ray.runs.layout import FrameLayout
@@ -139,7 +141,7 @@ def from_bytes(content: bytes, path: Path) -> tuple[Manifest, int]:
         try:
             values = _checked(text)
             manifest = Manifest.start(_first(values)) if manifest is None else manifest.after(_line(values))
-        except (ValueError, TypeError, KeyError) as damage:
+        except (ValueError, TypeError, KeyError, RecursionError) as damage:
             if number == len(lines) > 1 and isinstance(damage, _Torn):
                 break
             raise ManifestUnreadable(f"{path}, line {number}: {damage}; the run cannot be read from here on") from None
@@ -178,8 +180,36 @@ def _line(values: dict[str, Any]) -> Line:
         raise ValueError(f"a line of the kind {kind!r} is not known here")
     if kind in _INSIDE:
         name, inside = _INSIDE[kind]
-        values[name] = inside(**values[name])
-    return _KINDS[kind](**values)
+        values[name] = _made(inside, values[name])
+    line: Line = _made(_KINDS[kind], values)
+    return line
+
+
+def _made(cls: Any, values: Mapping[str, Any]) -> Any:
+    """An object of the class, its values of the types that it declares. Raises ValueError, TypeError."""
+    for name, hint in _hints(cls).items():
+        if name in values and not _fits(values[name], hint):
+            raise ValueError(f"{name} is {repr(values[name])[:60]}, which it cannot be")
+    return cls(**values)
+
+
+@cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether JSON data is of a type; all whole numbers of a manifest count something."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if origin is UnionType:
+        return any(_fits(value, one) for one in inner)
+    if origin is not None:
+        return isinstance(value, origin) and all(_fits(part, inner[1]) for part in value.values())
+    if hint is int:
+        return type(value) is int and value >= 0
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def _lock(descriptor: int, path: Path) -> None:

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
 
@@ -104,6 +103,8 @@ def read_frames(path: Path, *, height: int, width: int, init: Path | None = None
 
 
 def _command(*arguments: str) -> list[str]:
+    import imageio_ffmpeg  # here, because denoising alone needs none of it
+
     return [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-nostdin", "-y", *arguments]
 
 

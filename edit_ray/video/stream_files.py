@@ -24,6 +24,7 @@ from edit_ray.video.fmp4 import place, split
 from edit_ray.video.hls import ENDLIST, Entry, MediaPlaylist, multivariant, named_in
 
 _BOX_HEADER = 8
+_PLAYLIST = re.compile(r"live-([0-9]{1,6})\.m3u8")
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class StreamFiles:
 
     def _next_number(self) -> int:
         """After the one that is named: a later one that is there was never told to anybody."""
-        match = re.fullmatch(r"live-([0-9]+)\.m3u8", newest_playlist(self._folder) or "")
+        match = _PLAYLIST.fullmatch(newest_playlist(self._folder) or "")
         return int(match[1]) + 1 if match else 0
 
     def _bandwidth(self) -> int:
@@ -180,9 +181,9 @@ def _entry(part: Part) -> Entry:
 
 
 def newest_playlist(folder: Path) -> str | None:
-    """The media playlist that a run's `live.m3u8` names; None where there is none yet."""
-    present = _text(folder / "live.m3u8")
-    return named_in(present) if present is not None else None
+    """The media playlist that a run's `live.m3u8` names; None where there is none yet, or it names nothing of ours."""
+    name = named_in(_text(folder / "live.m3u8") or "")
+    return name if name is not None and _PLAYLIST.fullmatch(name) else None
 
 
 def _newest(folder: Path) -> tuple[str, str] | None:
@@ -193,7 +194,7 @@ def _newest(folder: Path) -> tuple[str, str] | None:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except FileNotFoundError:
         return None
 

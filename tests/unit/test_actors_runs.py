@@ -296,7 +296,11 @@ def test_a_removed_folder_ends_the_run_with_a_sentence(tmp_path, model):
 
 def test_an_endless_run_keeps_a_bounded_number_of_files(tmp_path, model):
     config = config_for(
-        model, video={"num_segments": None}, output={"keep_segments": 2}, continuity={"history_latents": 2}
+        model,
+        video={"num_segments": None},
+        output={"keep_segments": 2},
+        continuity={"history_latents": 2},
+        cache={"policy": "always"},
     )
 
     async def run_for_a_while():
@@ -307,6 +311,9 @@ def test_an_endless_run_keeps_a_bounded_number_of_files(tmp_path, model):
             await scheduler.wait_segment("one", index, 60)
         await scheduler.cancel("one")
         status = await end_of(scheduler, "one")
+        in_memory = [(await scheduler.wait_segment("one", index, 1)).record for index in range(status.committed)]
+        assert [bool(record.statistics) for record in in_memory[-3:]] == [False, True, True]
+        assert not any(record.statistics for record in in_memory[:-2])
         await scheduler.resume("one", str(tmp_path), False)
         await scheduler.wait_segment("one", status.committed, 60)
         await scheduler.cancel("one")
@@ -322,6 +329,8 @@ def test_an_endless_run_keeps_a_bounded_number_of_files(tmp_path, model):
     assert status.dropped_before == status.committed - 2
     media = sorted(path.name for path in (folder.path / "segments").iterdir())
     assert len(media) <= 4, "two that stay, and two that were on their way when the run was stopped"
+    assert len(list((folder.path / "records").iterdir())) <= 4
+    assert all(record.statistics for record in folder.read_manifest().segments), "the file keeps what memory lets go"
     needed = 2 + lookback_latents(AutoencoderKLWan.load_config(model / "vae"))
     latents = len(list((folder.path / "latents").iterdir()))
     assert -(-needed // 3) <= latents <= -(-needed // 3) + 2, "each segment adds three"

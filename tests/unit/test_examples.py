@@ -1,6 +1,9 @@
-"""The examples run as they stand."""
+"""The examples run as they stand; those that need Ray are in tests/ray."""
 
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,18 @@ import torch
 from edit_ray.cache import Cache, CachePolicy, apply_cache_on_transformer
 from edit_ray.cache.adapters import adapter_of
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+# Each with the video that it leaves, and what it prints.
+OF_THE_LIBRARY = {
+    "text_to_video": ("text_to_video.mp4", "text_to_video.mp4"),
+    "wan_t2v_teacache": ("wan_t2v_teacache.mp4", "of the steps skipped"),
+    "custom_policy": (None, "most=3  ■■·■·■··■··■···■···■"),
+    "custom_store": (None, "'CompressedStore'"),
+    "edit_a_generation": ("edit_a_generation.mp4", "5 of 20 forwards came from the other generation"),
+    "other_model": (None, "equal again without the cache: True"),
+}
+WITH_RAY = {"storyboard", "contact_sheet"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -88,3 +102,19 @@ def test_the_adapter_stays_small(ltx):
     first = next(i for i, line in enumerate(lines) if line.startswith("@register_adapter"))
     last = next(i for i, line in enumerate(lines) if i > first and line.startswith("def "))
     assert last - first <= 60
+
+
+def test_every_example_is_tested():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == OF_THE_LIBRARY.keys() | WITH_RAY
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_THE_LIBRARY)
+def test_an_example_runs_without_arguments(name, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(EXAMPLES / f"{name}.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    video, words = OF_THE_LIBRARY[name]
+    assert words in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ([video] if video else [])

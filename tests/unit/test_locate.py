@@ -45,6 +45,20 @@ def test_a_folder_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.Monk
         locate_model("org/name")
 
 
+def test_an_operator_says_where_models_may_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("allowed/a", "other/b"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model_index.json").touch()
+    (tmp_path / "allowed" / "link").symlink_to(tmp_path / "other" / "b")
+    monkeypatch.setenv("EDIT_RAY_MODEL_ROOTS", f"{tmp_path}/none:{tmp_path}/allowed")
+    assert locate_model(f"{tmp_path}/allowed/a") == f"{tmp_path}/allowed/a"
+    assert locate_model(locate_model("builtin:tiny_wan")).endswith("assets/tiny_wan")
+    outside = ["other/b", "allowed/../other/b", "allowed/link"]
+    for path in [*(f"{tmp_path}/{name}" for name in outside), "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]:
+        with pytest.raises(ModelError, match=r"is not allowed here; models are builtin:… or folders in .*/allowed\.$"):
+            locate_model(path)
+
+
 @pytest.mark.parametrize("path", ["Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "a/b", "org/some_name.v2"])
 def test_a_hub_id_is_returned_as_it_is(path: str) -> None:
     assert locate_model(path) == path

@@ -94,7 +94,7 @@ def parse_header(header: bytes) -> tuple[Key, FileEntry] | None:
         key = tuple(json.loads(metadata["key"]))
         shape = tuple(operator.index(length) for length in tensor["shape"])
         entry = FileEntry(_DTYPES[tensor["dtype"]], shape, metadata["xxh3_64"])
-        return (key, entry) if header_of(key, entry) == header else None
+        return (key, entry) if min(shape, default=0) >= 0 and header_of(key, entry) == header else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
