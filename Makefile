@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv page demo monitor test test-gpu proof chaos check fix bench clean
+.PHONY: help venv page demo monitor docs test test-gpu proof chaos check fix bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,17 @@ monitor: ## Prometheus on monitoring/prometheus, beside the runs in RUNS=folder
 	@echo "targets: http://$(PROMETHEUS)/targets  alerts: http://$(PROMETHEUS)/alerts  dashboards: monitoring/README.md"
 	prometheus --config.file=monitoring/prometheus/prometheus.yml --storage.tsdb.path=build/prometheus \
 	  --storage.tsdb.retention.size=1GB --web.listen-address=$(PROMETHEUS) --log.level=warn
+
+DOCS := $(VENV)/.docs
+
+docs: $(DOCS) ## build the documentation into build/docs; warnings and broken links are errors
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build
+	@echo "$(abspath build/docs/index.html)"
+
+$(DOCS): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
 
 test: check ## everything that must hold before a commit: check, then the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/ray
