@@ -6,10 +6,10 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv page demo monitor docs test test-gpu proof chaos check fix bench clean
+.PHONY: help venv page demo monitor docs test test-units test-ray test-gpu proof chaos check fix bench bench-gpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(INSTALLED) ## make the virtual environment
 
@@ -38,7 +38,8 @@ monitor: ## Prometheus on monitoring/prometheus, beside the runs in RUNS=folder
 	@mkdir -p -m 700 "$(RUNS)" && mkdir -p build/prometheus && ln -sfn "$(abspath $(RUNS))" monitoring/prometheus/runs
 	@echo "runs: $(RUNS)"
 	@echo "targets: http://$(PROMETHEUS)/targets  alerts: http://$(PROMETHEUS)/alerts  dashboards: monitoring/README.md"
-	prometheus --config.file=monitoring/prometheus/prometheus.yml --storage.tsdb.path=build/prometheus \
+	@echo "segments: http://$(PROMETHEUS)/graph?g0.expr=edit_ray_segments_total&g0.tab=0  (end with Ctrl-C)"
+	@prometheus --config.file=monitoring/prometheus/prometheus.yml --storage.tsdb.path=build/prometheus \
 	  --storage.tsdb.retention.size=1GB --web.listen-address=$(PROMETHEUS) --log.level=warn
 
 DOCS := $(VENV)/.docs
@@ -52,8 +53,14 @@ $(DOCS): $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
-test: check ## everything that must hold before a commit: check, then the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/ray
+test: check ## everything that must hold before a commit: check, then the tests, in two halves at a time
+	$(MAKE) --jobs 2 --output-sync=target test-units test-ray
+
+# On Ray a test mostly waits for processes to start and for one thread's work: the other half takes what that leaves.
+test-units: $(INSTALLED) ## the half of the tests that needs no Ray
+	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/ray
+
+test-ray: $(INSTALLED) ## the half that runs on one Ray
 	$(BIN)/pytest tests/ray
 
 proof: check ## the tests together with the slow and the chaos proofs
@@ -83,6 +90,14 @@ bench: $(INSTALLED) ## run the benchmarks
 	$(BIN)/python benchmarks/policies.py --quick
 	$(BIN)/python benchmarks/continuity.py --quick
 	$(BIN)/python benchmarks/reuse.py --quick
+
+RESULTS ?= benchmarks/results
+
+bench-gpu: $(INSTALLED) ## run the benchmarks of a GPU, results into RESULTS=folder; scale.py wants two
+	for name in wan_table skip_cost long_video memory_bound overhead scale; do \
+	  $(BIN)/python benchmarks/$$name.py --output $(RESULTS)/$$name || echo "$$name.py has failed"; done
+	$(BIN)/python benchmarks/overhead.py --peak --text-encoder full --output $(RESULTS)/peak_memory
+	$(BIN)/python benchmarks/gpu_page.py
 
 clean: ## remove caches and builds (the virtual environment stays)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

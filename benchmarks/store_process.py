@@ -73,12 +73,13 @@ class RayStore:
     def __init__(self) -> None:
         import ray  # here, as the other one needs none
 
+        from edit_ray.actors import shells
         from edit_ray.actors.launch import StoreCalls
 
         self._ray = ray
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 4}
-        actor: Any = ray.remote(**options)(CacheStoreActor)
+        actor: Any = ray.remote(**options)(shells.CacheStoreActor)
         self._actor = actor.remote()
         self.pid: int = ray.get(self._actor.describe.remote())["pid"]
         self._calls = StoreCalls(self._actor)
@@ -89,5 +90,5 @@ class RayStore:
 
     def close(self) -> None:
         """End the actor and its Ray."""
-        self._ray.get(self._actor.close.remote())
+        self._ray.get(self._actor.call.remote("close"))
         self._ray.shutdown()

@@ -24,7 +24,11 @@ def main(arguments: Sequence[str]) -> int:
     """`arguments` go to the job as they are."""
     with tempfile.TemporaryDirectory(prefix="edit_ray_") as temp, private_ray(Path(temp)) as environment:
         submit = [str(BIN / "ray"), "job", "submit", "--", "python", "jobs/long_video.py", *arguments]
-        return _submit(submit, environment)
+        code = _submit(submit, environment)
+        # So that Prometheus, where one looks on, is told that nothing is left to be asked.
+        down = [sys.executable, "-m", "edit_ray.cli", "down"]
+        subprocess.run(down, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, check=False)
+        return code
 
 
 def _submit(command: list[str], environment: dict[str, str]) -> int:

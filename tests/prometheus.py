@@ -82,11 +82,12 @@ class Prometheus:
         return {alert["labels"]["alertname"] for alert in alerts if alert["state"] in states}
 
     def up(self, job):
-        """How many targets of a job are scraped."""
-        return sum(
-            target["labels"]["job"] == job and target["health"] == "up"
-            for target in self.ask("targets")["activeTargets"]
-        )
+        """How many targets of a job are scraped: none before it listens."""
+        try:
+            targets = self.ask("targets")["activeTargets"]
+        except urllib.error.URLError:
+            return 0
+        return sum(target["labels"]["job"] == job and target["health"] == "up" for target in targets)
 
     def __enter__(self):
         return self

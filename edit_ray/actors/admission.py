@@ -10,9 +10,10 @@ from pathlib import Path
 from edit_ray.actors.crew import Crew
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import RunSpec
-from edit_ray.actors.space import shortage_before
+from edit_ray.actors.space import room_in, shortage_before
 from edit_ray.config import Config, check_config, dump_yaml, load_config
 from edit_ray.errors import ConfigError, HardwareDiffers, ResourcesUnavailable, RunExists, RunLocked, UnknownRun
+from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Line, Manifest, Opened
 from edit_ray.runs.manifest_file import ManifestFile
@@ -77,7 +78,8 @@ class Admission:
     async def begin(self, spec: RunSpec, token: str) -> LiveRun:
         """A new run, its folder made."""
         begun = spec.begun(token, await self._provenance(spec))
-        file = await asyncio.to_thread(spec.folder.create, dump_yaml(spec.config), begun)
+        with room_in(spec.root):
+            file = await asyncio.to_thread(spec.folder.create, dump_yaml(spec.config), begun)
         return LiveRun.of(spec, file)
 
     async def go_on(
@@ -88,7 +90,8 @@ class Admission:
         Raises UnknownRun, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers, ResourcesUnavailable.
         """
         folder = RunFolder(root, run_id)
-        file = await self._open(folder)
+        with room_in(root):
+            file = await self._open(folder)
         try:
             config = await asyncio.to_thread(load_config, folder.run_yaml, (), check_model=False)
             spec = RunSpec.of(root, config, file.manifest)
@@ -97,9 +100,10 @@ class Admission:
             if not allow_different_hardware:
                 check_same(run_id, dict(file.manifest.provenance), provenance)
             changed = change(file.manifest, config) if change else None
-            await asyncio.to_thread(file.append, Opened(file.manifest.incarnation + 1, provenance))
-            if changed is not None:
-                await asyncio.to_thread(file.append, changed)
+            with room_in(root):
+                await asyncio.to_thread(file.append, Opened(file.manifest.incarnation + 1, provenance))
+                if changed is not None:
+                    await asyncio.to_thread(file.append, changed)
         except BaseException:
             file.close()
             raise
@@ -130,13 +134,28 @@ def check_same(run_id: str, before: dict[str, str | int], here: dict[str, str | 
         )
 
 
-def denoised_before(spec: RunSpec, committed: int) -> int:
-    """How many segments need not be denoised again.
+def denoised_before(spec: RunSpec, committed: int) -> list[dict[str, float]]:
+    """The figures of those segments after the committed ones that need not be denoised again.
 
-    A segment's latents are durable before what others reuse of it is. The segment after it begins when both are: so the
-    latest latents may be of a segment that is not complete, those before them are not.
+    All that a segment leaves is durable before the event log says that it was made, and before the one after it begins;
+    its latents alone may be there earlier. Where a segment is denoised from frames the latest one is made again in any
+    case: its predecessor's frames may be decoded in tiles from now on.
     """
-    latents = committed
-    while latents < committed + LEAD and spec.latents(latents).exists():
-        latents += 1
-    return max(committed, latents - 1)
+    made = {
+        (event.get("segment"), event.get("take")): event["figures"]
+        for event in read_events(spec.folder.events)
+        if event.get("event") == "segment_made" and "figures" in event
+    }
+    found: list[dict[str, float] | None] = []
+    while len(found) < LEAD and spec.latents(committed + len(found)).exists():
+        index = committed + len(found)
+        found.append(made.get((index, spec.segment(index).take)))
+    if found and (found[-1] is None or spec.layout.denoise_needs_frames):
+        found.pop()
+    return [figures or {} for figures in found]
+
+
+def last_worker(spec: RunSpec) -> int | None:
+    """The GPU actor that worked on the run last; None if none has."""
+    had = [event.get("worker") for event in read_events(spec.folder.events) if event.get("event") == "gpu_actor"]
+    return had[-1] if had else None

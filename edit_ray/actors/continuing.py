@@ -32,7 +32,18 @@ def context_of(engine: SegmentEngine, spec: RunSpec, segment_index: int) -> dict
             return {}
         return {continuity.mode: load_latents(spec.folder.init_latents)[:, :, -continuity.init_latents :]}
     position, preceding = spec.layout.first_latent(segment_index), preceding_of(spec, segment_index)
-    return engine.context(spec.config.continuity, spec.run_id, position=position, preceding=preceding)
+    return engine.context(
+        spec.config.continuity,
+        spec.run_id,
+        position=position,
+        preceding=preceding,
+        tiled_from=tiled_position(spec),
+    )
+
+
+def tiled_position(spec: RunSpec) -> int | None:
+    """The latent of the run's stream from which on frames are decoded in tiles."""
+    return None if spec.first_tiled is None else spec.layout.first_latent(spec.first_tiled)
 
 
 def preceding_of(spec: RunSpec, segment_index: int) -> Preceding:

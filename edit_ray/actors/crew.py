@@ -42,5 +42,11 @@ class Crew(Protocol):
     async def recall(self) -> dict[str, Pointer]:
         """What was remembered last."""
 
+    async def remember_targets(self, targets: Mapping[str, str]) -> None:
+        """Keeps where Prometheus was told to ask: the address by the path of the file that names it."""
+
+    async def recall_targets(self) -> dict[str, str]:
+        """What was remembered last."""
+
     async def end(self) -> None:
         """Ends every actor, this one too."""

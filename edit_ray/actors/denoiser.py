@@ -6,6 +6,7 @@ import os
 import secrets
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from edit_ray.actors.continuing import added_by, context_of, preceding_of
+from edit_ray.actors.continuing import added_by, context_of, preceding_of, tiled_position
 from edit_ray.actors.figures import StepTimes, decisions, show_memory
 from edit_ray.actors.leases import SegmentLeases, Store, reuse_statistics
 from edit_ray.actors.messages import Progress, RunSpec, code_version, statistics
@@ -46,6 +47,7 @@ class DenoiserActor:
         self._store = store
         self._engine: SegmentEngine | None = None
         self._loaded_for: object = None
+        self._threads = 0  # of torch
         self._thread = ThreadPoolExecutor(1, "torch")
         self._decoding = threading.Lock()
         self._stopped: set[str] = set()
@@ -60,7 +62,7 @@ class DenoiserActor:
 
     def describe(self) -> dict[str, str | int]:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        return {"version": code_version(), "pid": os.getpid(), "device": device}
+        return {"version": code_version(), "pid": os.getpid(), "device": device, "gpus": torch.cuda.device_count()}
 
     def provenance(self, spec: RunSpec) -> dict[str, str | int]:
         """What the run's bits would depend on here, beside its configuration. Raises ModelError."""
@@ -126,10 +128,12 @@ class DenoiserActor:
             reused = reuse_statistics(store, leases.complete(reusing, attempt))
             reused |= {"complete_at": began, "complete_s": time.time() - began, "segments_made_again": made_again}
         self._short_of_memory = False
-        append_event(spec.folder.events, "segment_made", segment=segment.index, attempt=attempt)
-        return statistics(
+        figures = statistics(
             denoise_at=denoise_at, denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused
         )
+        of = {"segment": segment.index, "take": segment.take, "attempt": attempt}
+        append_event(spec.folder.events, "segment_made", **of, figures=figures)
+        return figures
 
     def _denoise(
         self, spec: RunSpec, engine: SegmentEngine, segment: SegmentPlan, store: PlannedStore | None
@@ -192,9 +196,9 @@ class DenoiserActor:
         return made
 
     def decode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
-        """Decodes one segment's new latents; the frames wait here to be encoded."""
+        """Decodes one segment's new latents; the frames wait here to be encoded. Raises OutOfMemory at once."""
         self._check_current(spec)
-        frames, decode_at, decode_s = self._decode(spec, segment)
+        frames, decode_at, decode_s = self._decode(spec, segment, again=False)
         self._frames[spec.media(segment.index), spec.incarnation] = frames
         return statistics(decode_at=decode_at, decode_s=decode_s)
 
@@ -219,8 +223,12 @@ class DenoiserActor:
         started = time.perf_counter()
         draft = draft_of(spec.folder.final)
         media = [spec.media(index) for index in range(first, spec.num_segments)]
-        join(spec.folder.init, media, draft, comment=spec.settings)
-        publish(draft, spec.folder.final)
+        try:
+            join(spec.folder.init, media, draft, comment=spec.settings)
+            publish(draft, spec.folder.final)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
         return statistics(finalize_s=time.perf_counter() - started)
 
     def stop_run(self, run_id: str) -> None:
@@ -262,18 +270,22 @@ class DenoiserActor:
     def _load_for(self, spec: RunSpec) -> SegmentEngine:
         config = spec.config
         threads = config.engine.cpu_threads or usable_cores()  # Ray would leave one
-        if self._engine is None or self._loaded_for != config.model:
+        wanted = config.model, config.engine.cfg_parallel
+        if self._engine is None or self._loaded_for != wanted:
             self._engine, self._loading = None, True  # the last model goes before the next one comes
             try:
-                self._engine, self._loaded_for = SegmentEngine.load(config.model, threads), config.model
+                engine = SegmentEngine.load(config.model, threads, cfg_parallel=config.engine.cfg_parallel)
+                self._engine, self._loaded_for = engine, wanted
             finally:
                 self._loading = False
         torch.set_num_threads(threads)
+        self._threads = threads
         use_mode(config.engine.mode)
+        self._engine.max_live_decoders = config.engine.max_live_decoders
         self._engine.encode_prompts(spec.texts)
         return self._engine
 
-    def _decode(self, spec: RunSpec, segment: SegmentPlan) -> tuple[Frames, float, float]:
+    def _decode(self, spec: RunSpec, segment: SegmentPlan, *, again: bool = True) -> tuple[Frames, float, float]:
         """The segment's frames, uint8 [F, H, W, 3], when their decoding began, and its seconds."""
         engine = self._ready_engine(spec)
         latents = load_latents(spec.latents(segment.index))
@@ -285,35 +297,42 @@ class DenoiserActor:
                 position=spec.layout.first_latent(segment.index),
                 preceding=preceding_of(spec, segment.index),
                 keep_frames=spec.config.continuity.carried_frames,
+                tiled_from=tiled_position(spec),
             )
 
         with self._decoding:
-            frames, decode_at, decode_s = self._compute(engine, work)
+            frames, decode_at, decode_s = self._compute(engine, work, again=again)
         assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
         return frames.numpy(), decode_at, decode_s
 
     def _compute(
-        self, engine: SegmentEngine, work: Callable[[], T], *, denoises: bool = False
+        self, engine: SegmentEngine, work: Callable[[], T], *, denoises: bool = False, again: bool = True
     ) -> tuple[T, float, float]:
         """What the work gives, when it began (in unix seconds), and its seconds.
 
-        On a CPU one thread does all of torch's work. OpenMP keeps a team of threads for each thread that calls it, and
-        as soon as two teams are more threads than cores, both wait asleep instead of spinning: half the speed.
+        On a CPU one thread does all of torch's work, unless torch has one thread only. OpenMP keeps a team of threads
+        for each thread that calls it, and as soon as two teams are more threads than cores, both wait asleep instead of
+        spinning: half the speed.
+
+        Where the GPU's memory does not do, what can be had again leaves it; `again` says whether the same may do then.
         """
 
         def timed() -> tuple[T, float, float]:
+            torch.set_num_threads(self._threads)  # of this thread, if it has called torch before
             began, started = time.time(), time.perf_counter()
             return work(), began, time.perf_counter() - started
 
+        one_by_one = engine.device.type == "cpu" and self._threads > 1
         try:
-            return self._thread.submit(timed).result() if engine.device.type == "cpu" else timed()
+            return self._thread.submit(timed).result() if one_by_one else timed()
         except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # they hold what the work had reached
             engine.make_room(of_cache=denoises)
-            raise self._out_of_memory(error) from None
+            raise self._out_of_memory(error, again) from None
 
-    def _out_of_memory(self, error: torch.OutOfMemoryError) -> EditRayError:
+    def _out_of_memory(self, error: torch.OutOfMemoryError, again: bool) -> EditRayError:
         """The first time another attempt may do, the second time none will."""
-        if self._short_of_memory:
+        if self._short_of_memory or not again:
             return OutOfMemory(
                 f"the GPU's memory does not do ({str(error).splitlines()[0]}); lower sampling.height, width or "
                 "num_frames, or take a smaller torch_dtype"

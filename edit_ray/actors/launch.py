@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,13 +26,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from edit_ray.actors.crew import NotStarted, Pointer
 from edit_ray.actors.messages import GROUP_OF, RunSpec, code_version
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.actors.shells import CacheStoreActor, DenoiserActor
+from edit_ray.config import Config
 from edit_ray.engine.model_info import dtype_problem
 from edit_ray.errors import ActorVersionMismatch, ConfigError, ResourcesUnavailable
+from edit_ray.metrics.exporter import remove_targets
 
 NAMESPACE = "edit_ray"
 SCHEDULER, DENOISER, CACHE_STORE = "segment_scheduler", "denoiser", "cache_store"
 PLACEMENT = "edit_ray_worker"
-LIVE_RUNS = "live_runs"
+LIVE_RUNS, TARGETS = "live_runs", "metrics_targets"
 RESTART_TIMEOUT_S = 60.0  # of the segment scheduler
 SCHEDULER_RESOURCE = "edit_ray_scheduler"  # of nodes that are to have it; where there is none, any node may
 
@@ -98,10 +102,20 @@ def end_actors() -> list[str]:
 
 
 def _forget_everything() -> None:
-    """Frees the actors' places; what ends the actors ends their runs, and nobody goes on with those by himself."""
+    """Frees the actors' places; what ends the actors ends their runs, and nobody goes on with those by himself. Nor
+    does Prometheus ask any more where nobody answers.
+    """
     for group in _placements().values():
         remove_placement_group(group)
     internal_kv._internal_kv_del(LIVE_RUNS, namespace=NAMESPACE)
+    for path, address in _recalled(TARGETS).items():
+        remove_targets(Path(path), address)
+    internal_kv._internal_kv_del(TARGETS, namespace=NAMESPACE)
+
+
+def _recalled(key: str) -> dict[str, Any]:
+    known: dict[str, Any] = json.loads(internal_kv._internal_kv_get(key, namespace=NAMESPACE) or "{}")
+    return known
 
 
 class RayCrew:
@@ -115,12 +129,14 @@ class RayCrew:
 
     async def denoiser(self, worker: int, method: str, *arguments: Any) -> Any:
         name = name_of(DENOISER, worker)
-        call = getattr(self._handle(name), method).options(concurrency_group=GROUP_OF.get(method, "control"))
-        return await _reply(name, call.remote(*arguments))
+        call = self._handle(name).call.options(
+            name=f"{DenoiserActor.__name__}.{method}", concurrency_group=GROUP_OF.get(method, "control")
+        )
+        return await _reply(name, call.remote(method, *arguments))
 
     async def store(self, worker: int, method: str, *arguments: Any) -> Any:
         name = name_of(CACHE_STORE, worker)
-        return await _reply(name, getattr(self._handle(name), method).remote(*arguments))
+        return await _reply(name, self._handle(name).call.remote(method, *arguments))
 
     async def restart_denoiser(self, worker: int) -> None:
         with contextlib.suppress(ConnectionError):
@@ -133,8 +149,15 @@ class RayCrew:
         await asyncio.to_thread(internal_kv._internal_kv_put, LIVE_RUNS, text, namespace=NAMESPACE)
 
     async def recall(self) -> dict[str, Pointer]:
-        text = await asyncio.to_thread(internal_kv._internal_kv_get, LIVE_RUNS, namespace=NAMESPACE)
-        return {run_id: Pointer(**pointer) for run_id, pointer in json.loads(text or "{}").items()}
+        known = await asyncio.to_thread(_recalled, LIVE_RUNS)
+        return {run_id: Pointer(**pointer) for run_id, pointer in known.items()}
+
+    async def remember_targets(self, targets: Mapping[str, str]) -> None:
+        text = json.dumps(dict(targets))
+        await asyncio.to_thread(internal_kv._internal_kv_put, TARGETS, text, namespace=NAMESPACE)
+
+    async def recall_targets(self) -> dict[str, str]:
+        return await asyncio.to_thread(_recalled, TARGETS)
 
     async def end(self) -> None:
         await asyncio.to_thread(end_actors)
@@ -145,11 +168,8 @@ class RayCrew:
         return self._handles[name]
 
     def _start(self, spec: RunSpec, worker: int) -> None:
-        from edit_ray.actors.cache_store import CacheStoreActor  # here, because a client needs none of torch
-        from edit_ray.actors.denoiser import DenoiserActor
-
         deadline = time.monotonic() + spec.config.engine.start_timeout_s
-        num_gpus = _gpus_for(spec.config.model.device)
+        num_gpus = _gpus_for(spec.config)
         needs = {"CPU": 1, "GPU": num_gpus} if num_gpus else {"CPU": 1}
         place = name_of(PLACEMENT, worker)
         group = _placements().get(place) or placement_group([needs], name=place, lifetime="detached")
@@ -178,9 +198,10 @@ class RayCrew:
         check_version(store_name, _answer(store_name, store.describe, deadline))
         described = _answer(denoiser_name, denoiser.describe, deadline)
         check_version(denoiser_name, described)
-        if num_gpus and described["device"] == "cpu":
+        if num_gpus > int(described["gpus"]):
             raise ResourcesUnavailable(
-                "model.device asks for a GPU, and the living GPU actor has none; run `edit-ray down` first"
+                f"this run asks for {num_gpus} GPUs (model.device, engine.cfg_parallel), and the living GPU actor has "
+                f"{described['gpus']}; run `edit-ray down` first"
             )
         if problem := dtype_problem(spec.config.model.torch_dtype, "cuda" if num_gpus else "cpu"):
             raise ConfigError([f"model.torch_dtype {problem}"])
@@ -203,7 +224,7 @@ class StoreCalls:
         self._handle = handle
 
     def call(self, method: str, *arguments: Any) -> Callable[[], Any]:
-        reference = getattr(self._handle, method).remote(*arguments)
+        reference = self._handle.call.remote(method, *arguments)
 
         def reply() -> Any:
             try:
@@ -230,7 +251,10 @@ def _placements() -> dict[str, PlacementGroup]:
     }
 
 
-def _gpus_for(device: str) -> int:
+def _gpus_for(config: Config) -> int:
+    device = config.model.device
+    if config.engine.cfg_parallel:
+        return 2
     if device == "auto":
         return 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
     return 1 if device == "cuda" else 0

@@ -52,6 +52,11 @@ class LiveRun:
             await asyncio.to_thread(self.file.append, line)
         await self.tell()
 
+    async def forget_figures(self, first: int, before: int) -> None:
+        """Lets go of the statistics of segments whose media are gone, which the file alone has from then on."""
+        async with self._appending:
+            self.file.manifest = self.manifest.without_figures(first, before)
+
     async def tell(self) -> None:
         """Wakes up who waits for a change."""
         async with self.changed:

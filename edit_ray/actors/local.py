@@ -39,6 +39,7 @@ class LocalCrew:
     def __init__(self) -> None:
         self.workers: dict[int, LocalWorker] = {}
         self._live: dict[str, Pointer] = {}
+        self._targets: dict[str, str] = {}
 
     async def start(self, spec: RunSpec, worker: int) -> None:
         if worker not in self.workers:
@@ -61,6 +62,12 @@ class LocalCrew:
 
     async def recall(self) -> dict[str, Pointer]:
         return self._live
+
+    async def remember_targets(self, targets: Mapping[str, str]) -> None:
+        self._targets = dict(targets)
+
+    async def recall_targets(self) -> dict[str, str]:
+        return self._targets
 
     async def end(self) -> None:
         for worker in self.workers.values():

@@ -34,7 +34,7 @@ class RunSpec:
     """One run as every actor sees it: its id, the folder that holds runs, its configuration, and where it stands.
 
     `incarnation` is that of the run, and one higher in each of its lives; `planned_from` the segment with which what
-    segments reuse of each other was planned.
+    segments reuse of each other was planned, `tiled_from` the one from which on the manifest has frames in tiles.
     """
 
     run_id: str
@@ -44,6 +44,7 @@ class RunSpec:
     incarnation: int = 1
     takes: tuple[Take, ...] = ()
     planned_from: int = 0
+    tiled_from: int | None = None
 
     @classmethod
     def of(cls, root: Path, config: Config, manifest: Manifest) -> RunSpec:
@@ -56,6 +57,7 @@ class RunSpec:
             incarnation=manifest.incarnation,
             takes=manifest.takes,
             planned_from=manifest.planned_from,
+            tiled_from=manifest.tiled_from,
         )
 
     @cached_property
@@ -96,6 +98,16 @@ class RunSpec:
 
     def segment(self, index: int) -> SegmentPlan:
         return self.storyboard.segment(index)
+
+    @property
+    def first_tiled(self) -> int | None:
+        """The segment from which on frames are decoded in tiles; None: none is."""
+        return 0 if self.config.engine.tiled_decode == "always" else self.tiled_from
+
+    def may_be_tiled(self, index: int) -> bool:
+        """Whether a segment that is decoded as a whole may be decoded in tiles instead."""
+        whole = self.first_tiled is None or index < self.first_tiled
+        return whole and self.config.engine.tiled_decode != "never"
 
     def latents(self, index: int) -> Path:
         return self.folder.latents(index, self.segment(index).take)

@@ -15,7 +15,7 @@ from edit_ray.actors.live_run import LiveRun
 from edit_ray.errors import RunCancelled, StaleWork
 from edit_ray.metrics.actor_snapshots import ActorSnapshots
 from edit_ray.metrics.catalog import Role
-from edit_ray.metrics.exporter import Exporter, write_targets
+from edit_ray.metrics.exporter import Exporter, remove_targets, write_targets
 from edit_ray.metrics.options import MetricsOptions
 from edit_ray.metrics.run_metrics import RunMetrics, Standing
 from edit_ray.metrics.totals import Snapshot, Totals
@@ -37,7 +37,7 @@ class Meter:
         self._taken: dict[str, int] = {}  # by run: segments that a client has taken
         self._exporter: Exporter | None = None
         self._serving: MetricsOptions | None = None
-        self._targets: set[Path] = set()
+        self._targets: dict[str, str] = {}  # the address that each file tells
         self._tasks: dict[tuple[Role, int], asyncio.Task[None]] = {}
         self.totals.set("edit_ray_build_info", 1, version=edit_ray.__version__)
 
@@ -54,15 +54,22 @@ class Meter:
             self._serving = options
             self._begin("segment_scheduler", 0)
         with contextlib.suppress(OSError):  # whoever has no targets has no metrics, and still a run
-            self._targets.add(await asyncio.to_thread(write_targets, root, self._exporter.address))
+            path = await asyncio.to_thread(write_targets, root, self._exporter.address)
+            self._targets[str(path)] = self._exporter.address
+            await self._crew.remember_targets(self._targets)
+
+    async def forget_earlier(self) -> None:
+        """What an incarnation that has died told Prometheus holds no longer, be there runs to go on with or not."""
+        for path, address in (await self._crew.recall_targets()).items():
+            await asyncio.to_thread(remove_targets, Path(path), address)
 
     def close(self) -> None:
         """Nobody asks here any more."""
         for task in self._tasks.values():
             task.cancel()
         self._tasks.clear()
-        for targets in self._targets:
-            targets.unlink(missing_ok=True)
+        for path, address in self._targets.items():
+            remove_targets(Path(path), address)
         self._targets.clear()
         if self._exporter is not None:
             self._exporter.close()

@@ -6,21 +6,25 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 import traceback
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edit_ray.actors.admission import Admission, Change, Submission, denoised_before
+from edit_ray.actors.admission import Admission, Change, Submission, denoised_before, last_worker
 from edit_ray.actors.changes import extension, reroll
 from edit_ray.actors.crew import Crew, NotStarted, Pointer
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import Progress, RunStatus, StreamReply, code_version
 from edit_ray.actors.meter import Meter
+from edit_ray.actors.space import is_full
 from edit_ray.actors.stages import Stages, explain
 from edit_ray.config import Config
 from edit_ray.errors import ConfigError, EditRayError, RunExists, RunLive, UnknownRun
+from edit_ray.runs.event_log import append_event
 from edit_ray.runs.events import (
     CancelAsked,
     CloseRun,
@@ -40,6 +44,7 @@ from edit_ray.runs.scheduler import SegmentScheduler
 
 ENDED_RUNS_KEPT = 100
 IDLE_EXIT_S = 600.0  # of an incarnation that finds nothing to do
+WAITING_THREADS = 8  # for what waits for a disk, or for actors to start
 RELEASE_ATTEMPTS, RELEASE_PAUSE_S = 20, 1.0  # of a store that is being started again
 
 _log = logging.getLogger(__name__)
@@ -62,7 +67,9 @@ class SegmentSchedulerActor:
         self._admitting, self._remembering = asyncio.Lock(), asyncio.Lock()
         self._last_use = 0
         self._meter = Meter(crew, lambda: [(run, self._state(run)) for run in self._runs.values() if not run.ended])
-        self._recovered = asyncio.get_running_loop().create_task(self._recover())
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(_threads_for_waiting())
+        self._recovered = loop.create_task(self._recover())
 
     async def describe(self) -> dict[str, str | int]:
         return {"version": code_version(), "pid": os.getpid()}
@@ -179,6 +186,7 @@ class SegmentSchedulerActor:
 
     async def _recover(self) -> None:
         """Goes on with every run that an earlier incarnation was at work on, those first that have a GPU actor."""
+        await self._meter.forget_earlier()
         pointers = await self._crew.recall()
         self._pointers |= pointers  # all of them until each is seen to: this incarnation may die meanwhile
         for run_id, pointer in sorted(pointers.items(), key=lambda item: item[1].worker is None):
@@ -255,8 +263,11 @@ class SegmentSchedulerActor:
         self._runs[spec.run_id] = run
         self._meter.opened(run, recovered=recovered)
         denoised = await asyncio.to_thread(denoised_before, spec, committed)
+        run.statistics |= dict(enumerate(denoised, committed))
+        if worker is None:  # beside the one that had the run last lies what its segments keep for each other
+            worker = await asyncio.to_thread(last_worker, spec)
         self._apply(WorkersCounted(spec.config.engine.gpu_actors))
-        self._apply(RunSubmitted(spec.plan, committed, denoised, worker))
+        self._apply(RunSubmitted(spec.plan, committed, committed + len(denoised), worker))
         return self._status_without_progress(run)
 
     async def _remember(self) -> None:
@@ -287,6 +298,7 @@ class SegmentSchedulerActor:
         try:
             if run.worker != work.worker:
                 run.worker = work.worker
+                append_event(run.spec.folder.events, "gpu_actor", worker=work.worker)
                 self._pointers[work.run_id] = Pointer(str(run.spec.root), work.worker)
                 await self._remember()
             with self._meter.work(run, work):
@@ -294,7 +306,7 @@ class SegmentSchedulerActor:
         except Exception as error:  # whatever it was, the state machine decides what follows
             sentence, fatal = explain(error, run)
             _log.warning("%s of run %s, segment %s: %s", work.stage, work.run_id, work.segment_index, sentence)
-            if not isinstance(error, EditRayError | ConnectionError):
+            if not isinstance(error, EditRayError | ConnectionError) and not is_full(error):
                 _log.warning("%s", "".join(traceback.format_exception(error)))
             outcome = WorkFailed(work, sentence, fatal)
         else:
@@ -350,3 +362,13 @@ class SegmentSchedulerActor:
         if self._machine.idle and use == self._last_use and not self._admitting.locked():
             self._meter.close()
             await self._crew.end()
+
+
+def _threads_for_waiting() -> ThreadPoolExecutor:
+    """All threads are there at once: they would come one by one anyway, whenever two happen to be needed together, and
+    a run of many days would seem to grow.
+    """
+    pool, all_there = ThreadPoolExecutor(WAITING_THREADS, "waiting"), threading.Barrier(WAITING_THREADS)
+    for _ in range(WAITING_THREADS):
+        pool.submit(all_there.wait)
+    return pool

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from edit_ray.actors.messages import RunSpec
 from edit_ray.engine.model_info import read_model_info
+from edit_ray.errors import ResourcesUnavailable
 from edit_ray.runs.forecast import SegmentSize, bytes_to_come, first_guess, measured, shortage
 from edit_ray.runs.manifest import SegmentRecord
 
@@ -27,6 +31,22 @@ def shortage_after(spec: RunSpec, records: tuple[SegmentRecord, ...]) -> str | N
     latest = spec.latents(len(records) - 1)
     size = measured(records, SegmentSize(latest.stat().st_size if latest.exists() else 0, 0))
     return _shortage(spec, len(records), size, spec.folder.path)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether something could not be written as there is no room for it."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def room_in(root: Path) -> Iterator[None]:
+    """Raises ResourcesUnavailable where what is done in it finds no room on the file system."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise ResourcesUnavailable(f"no space is left in {root}; free some, and ask again") from None
 
 
 def _shortage(spec: RunSpec, committed: int, size: SegmentSize, path: Path) -> str | None:

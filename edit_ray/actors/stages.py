@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
+import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from edit_ray.actors.crew import Crew
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import statistics
-from edit_ray.actors.space import shortage_after
+from edit_ray.actors.space import is_full, shortage_after
 from edit_ray.actors.watchdog import Watchdog
 from edit_ray.errors import (
     EditRayError,
     EntryLost,
+    OutOfMemory,
     RunCancelled,
     SegmentFailed,
     StaleLease,
     StaleWork,
 )
 from edit_ray.runs.events import Work
-from edit_ray.runs.manifest import Committed, Dropped, SegmentRecord
+from edit_ray.runs.manifest import Committed, Dropped, SegmentRecord, Tiled
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.runs.retention import retention
+
+_log = logging.getLogger(__name__)
 
 # Errors of ours that another attempt may not meet again.
 _REPEATABLE = (SegmentFailed, RunCancelled, EntryLost, StaleLease, StaleWork)
@@ -66,8 +70,22 @@ class Stages:
         run.statistics[segment.index] = await self._watched(run, work, call)
 
     async def _decode(self, run: LiveRun, work: Work) -> None:
+        """Once more in tiles where the GPU's memory does not do. Before any frame is made so, that is durable."""
+        try:
+            figures = await self._decode_once(run, work)
+        except OutOfMemory:
+            segment_index, spec = _segment(run, work).index, run.spec
+            if not spec.may_be_tiled(segment_index):
+                raise
+            _log.warning("run %s is decoded in tiles from segment %d on", spec.run_id, segment_index)
+            await run.append(Tiled(spec.incarnation, segment_index))
+            run.spec = replace(spec, tiled_from=segment_index)
+            figures = await self._decode_once(run, work)
+        self._note(run, work, figures)
+
+    async def _decode_once(self, run: LiveRun, work: Work) -> dict[str, float]:
         call = self._crew.denoiser(work.worker, "decode_segment", run.spec, _segment(run, work))
-        self._note(run, work, await self._watched(run, work, call))
+        return await self._watched(run, work, call)
 
     async def _encode(self, run: LiveRun, work: Work) -> None:
         call = self._crew.denoiser(work.worker, "encode_segment", run.spec, _segment(run, work))
@@ -112,9 +130,12 @@ class Stages:
         if after.media_from > manifest.dropped_before:
             await run.append(Dropped(spec.incarnation, after.media_from))
         first = 1 if spec.config.continuity.adain else 0  # the colours of every segment follow the first's
-        gone = [spec.media(index) for index in range(before.media_from, after.media_from)]
+        media = range(before.media_from, after.media_from)
+        gone = [spec.media(index) for index in media]
+        gone += [spec.folder.record(index, spec.segment(index).take) for index in media]
         gone += [spec.latents(index) for index in range(max(first, before.latents_from), after.latents_from)]
         await asyncio.to_thread(spec.folder.remove, gone)
+        await run.forget_figures(media.start, media.stop)
         run.removed = after
 
     async def _finalize(self, run: LiveRun, work: Work) -> None:
@@ -127,7 +148,7 @@ def explain(error: Exception, run: LiveRun) -> tuple[str, bool]:
     path = run.spec.folder.path
     if not os.path.isdir(path):
         return f"the run's folder {path} was removed while the run was at work", True
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(cause):
         return f"no space is left for {path}; free some, then go on with `edit-ray resume {run.spec.run_id}`", False
     sentence = str(cause).strip().splitlines()[0] if str(cause).strip() else "no message"
     ours = isinstance(cause, EditRayError)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from edit_ray.cache.stores.device import GPUStore
     from edit_ray.cache.stores.disk import DiskOffloadStore
     from edit_ray.cache.stores.host import CPUOffloadStore, HostStore
+    from edit_ray.cache.stores.spread import SpreadStore
     from edit_ray.cache.stores.tiered import TieredStore
 
 _MODULES = {
@@ -25,6 +26,7 @@ _MODULES = {
     "HostStore": "stores.host",
     "ModelAdapter": "adapters",
     "PolicyContext": "policies",
+    "SpreadStore": "stores.spread",
     "TieredStore": "stores.tiered",
     "apply_cache_on_transformer": "install",
     "register_adapter": "adapters",
@@ -42,6 +44,7 @@ __all__ = [
     "HostStore",
     "ModelAdapter",
     "PolicyContext",
+    "SpreadStore",
     "TieredStore",
     "apply_cache_on_transformer",
     "register_adapter",

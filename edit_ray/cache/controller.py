@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,14 @@ class Where:
     sigma: float | None
 
 
+class _Here(threading.local):
+    """The forward that a thread is at: the branches of one step may be computed in two threads."""
+
+    where: Where | None = None
+    walk: Walk | None = None
+    edit: Edit | None = None
+
+
 class Cache:
     """What `enable_cache` returns and `pipe.cache` is: see, steer and edit a cache while it runs.
 
@@ -59,9 +68,7 @@ class Cache:
         self._hooks: list[UnitHook] = []
         self._states: dict[Owner, UnitState] = {}
         self._plan: Plan = {}
-        self._edit: Edit | None = None
-        self._where: Where | None = None
-        self._walk: Walk | None = None
+        self._here = _Here()
         self._in_call = False
         self._done: list[tuple[str, str, int]] = []  # (expert, branch, step) of the forwards of the latest step
 
@@ -172,6 +179,7 @@ class Cache:
             with self._guarded():
                 self._plan = self._make_plan(steps, branches) if self.policy.timestep_only else {}
             yield
+            self.record.put_in_order()
             self._done.clear()
             if not self.record:
                 raise RuntimeError(
@@ -183,7 +191,7 @@ class Cache:
             raise
         finally:
             self._in_call = False
-            self._where = self._walk = None
+            self._here.where = self._here.walk = None
 
     @contextmanager
     def context(self, branch: str, step_index: int | None, total: int | None, sigma: float | None) -> Iterator[None]:
@@ -198,21 +206,21 @@ class Cache:
             raise ValueError(
                 f"cache_context({branch!r}) says step_index {step_index}; the cache expects 0 to {self.num_steps - 1}."
             )
-        self._where = Where(branch, int(step_index), sigma)
+        self._here.where = Where(branch, int(step_index), sigma)
         try:
             yield
         finally:
-            self._where = None
+            self._here.where = None
 
     def forward(self, expert: Expert, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward of a transformer, inside its `cache_context`."""
-        if self._where is None:
+        if self._here.where is None:
             raise ValueError(
                 f"{type(expert.transformer).__name__} has a cache and was called outside of a cache_context: branch "
                 "and step are not known. Use a pipeline that sets it, or disable the cache."
             )
         check_not_compiled(expert.transformer)
-        where, self._walk = self._where, None
+        where, self._here.walk = self._here.where, None
         self._account(expert, where)
         latents, timestep = expert.adapter.inputs(args, kwargs)
         signals = expert.signals(timestep, latents, where.sigma)
@@ -220,24 +228,25 @@ class Cache:
         def context(unit: Unit) -> PolicyContext:
             return self._make_context(expert, where.branch, unit, where.step, signals, latents.device)
 
-        walk = self._walk = Walk(self, expert.adapter, expert.units, context)
+        walk = self._here.walk = Walk(self, expert.adapter, expert.units, context)
         try:
             output = run(*args, **kwargs)
-            walk.check_complete(expert.units, expert.name)
+            if self.experts:  # else an error in the other branch's thread has removed it meanwhile
+                walk.check_complete(expert.units, expert.name)
             return output
         finally:
-            self._walk = None
+            self._here.walk = None
 
     def block(self, position: int, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of a block; outside of a forward, the block itself."""
-        return run(*args, **kwargs) if self._walk is None else self._walk.block(position, run, args, kwargs)
+        return run(*args, **kwargs) if self._here.walk is None else self._here.walk.block(position, run, args, kwargs)
 
     def decide(self, ctx: PolicyContext, *, can_skip: bool) -> Tensor | None:
         """The unit's output if it is skipped, else None."""
         with self._guarded():
             compute, reason = self._policy_says(ctx)
             replaced: Tensor | None = None
-            self._edit = None
+            self._here.edit = None
             for hook in self._hooks:
                 ctx.decision = "compute" if compute else "reuse"
                 answer = hook(ctx)
@@ -246,7 +255,7 @@ class Cache:
                 elif answer in ("compute", "reuse"):
                     compute, reason, replaced = answer == "compute", "hook", None
                 elif callable(answer):
-                    self._edit = answer
+                    self._here.edit = answer
                 elif answer is not None:
                     raise TypeError(
                         f'A unit hook answered {answer!r}; valid are "compute", "reuse", a tensor, a function, None.'
@@ -262,8 +271,8 @@ class Cache:
         assert ctx.base is not None
         residual = output - ctx.base if between is None else output - ctx.base - between
         with self._guarded():
-            if self._edit is not None:
-                edited = self._edit(residual)
+            if self._here.edit is not None:
+                edited = self._here.edit(residual)
                 output, residual = output + (edited - residual), edited
             ctx.residual = residual = residual.detach()
             ctx.state.computed_steps.append(ctx.step)
@@ -283,8 +292,8 @@ class Cache:
     def _stand_in(self, ctx: PolicyContext, replaced: Tensor | None) -> Tensor | None:
         assert ctx.base is not None
         output = self.policy.reconstruct(ctx) if replaced is None else ctx.base + replaced
-        if output is not None and self._edit is not None:
-            output = ctx.base + self._edit(output - ctx.base)
+        if output is not None and self._here.edit is not None:
+            output = ctx.base + self._here.edit(output - ctx.base)
         return output
 
     def _note(self, ctx: PolicyContext, decision: Decided, reason: Reason) -> None:

@@ -34,6 +34,7 @@ def apply_cache_on_transformer(
     store: CacheStore | None = None,
     history_len: int | None = None,
     schedule: Callable[[], Sequence[LoopStep]] | None = None,
+    copies: Mapping[str, nn.Module] | None = None,
     **policy_kwargs: Any,
 ) -> Cache:
     """Cache a transformer's block stack; works under any pipeline that sets diffusers' `cache_context` with steps.
@@ -46,6 +47,7 @@ def apply_cache_on_transformer(
         granularity: What one decision covers: "stack", "per_block", or groups of so many blocks.
         store: Where residuals live; on the device unless given.
         history_len: How many computed residuals of a unit are kept, at least as many as the policy reads.
+        copies: Of these transformers on another device, by the same names: what they compute counts as the expert's.
 
     Raises:
         ValueError, TypeError: unknown or incomplete policy, bad options or granularity, a model that it cannot cache.
@@ -65,7 +67,10 @@ def apply_cache_on_transformer(
         history_len=history_len or made.history_len,
         schedule=schedule,
     )
+    beside = [_expert(name, module, granularity) for name, module in (copies or {}).items()]
     for expert in experts:
+        cache.experts[expert.name] = expert
+    for expert in (*experts, *beside):
         _install(cache, expert)
     cache.reset(clear_store=False)
     return cache
@@ -97,7 +102,6 @@ def _expert(name: str, transformer: nn.Module, granularity: str | int) -> Expert
 
 
 def _install(cache: Cache, expert: Expert) -> None:
-    cache.experts[expert.name] = expert
     _listen(cache, expert.transformer, _listening_transformer, (cache, expert))
     for position, block in enumerate(expert.adapter.blocks(expert.transformer)):
         _listen(cache, block, _listening_block, (cache, position))

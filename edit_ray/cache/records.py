@@ -59,6 +59,10 @@ class Record:
     def __len__(self) -> int:
         return len(self.decisions)
 
+    def put_in_order(self) -> None:
+        """By step, then branch: where the branches are computed at the same time, theirs come as they are made."""
+        self.decisions.sort(key=lambda decision: (decision.step, decision.branch))
+
     def mask(self, branch: str = "cond", unit: int = 0) -> list[bool]:
         """True where the unit computed, by step, over all experts."""
         return [d.decision == "compute" for d in self.decisions if d.branch == branch and d.unit == unit]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edit_ray.cli import measure, plan, runs, watch
 from edit_ray.cli.dashboards import dashboards
+from edit_ray.cli.make_model import make_model
 from edit_ray.cli.report import report
 from edit_ray.cli.serve import serve
 from edit_ray.errors import EditRayError
@@ -28,6 +29,7 @@ _COMMANDS = {
     "tune": measure.tune,
     "plan": plan.plan,
     "dashboards": dashboards,
+    "make-model": make_model,
 }
 
 
@@ -74,7 +76,19 @@ def parser() -> argparse.ArgumentParser:
     planned = commands.add_parser("plan", help="what a run's segments will reuse of each other, and what that costs")
     _add_config(planned, "a run's configuration")
     planned.add_argument("--forward-ms", type=float, help="milliseconds of one forward of the transformer")
+    _add_making(commands.add_parser("make-model", help="a published Wan's configuration with random weights"))
     return top
+
+
+def _add_making(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--variant", choices=["t2v-1.3B", "t2v-14B", "ti2v-5B"], required=True)
+    made.add_argument("--output", dest="folder", type=Path, required=True, help="a new folder, in diffusers' layout")
+    made.add_argument(
+        "--text-encoder", choices=["full", "tiny", "none"], default="full", help="UMT5-XXL, a small one, or none"
+    )
+    made.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the weights")
+    made.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where weights are drawn")
+    made.add_argument("--seed", type=int, default=0)
 
 
 def _add_going_on(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -6,7 +6,7 @@ from edit_ray.cache.options import CacheOptions
 from edit_ray.config.durations import format_duration
 from edit_ray.config.mistakes import KeyPath, Mistake, dotted
 from edit_ray.config.options import MAX_SEGMENTS, PromptSegment, VideoOptions
-from edit_ray.engine.options import ContinuityOptions, SamplingOptions
+from edit_ray.engine.options import ContinuityOptions, EngineOptions, ModelOptions, SamplingOptions
 from edit_ray.runs.layout import TEMPORAL_FACTOR, FrameLayout
 
 MAX_SEGMENT_PIXELS = 2**31
@@ -85,6 +85,26 @@ def mistakes_of_reuse(
                 "cache.reuse_window both must be above 1 or neither.",
                 needs=(window, ("sampling", "guidance_scale")),
             )
+
+
+def mistakes_of_two_gpus(engine: EngineOptions, model: ModelOptions, cache: CacheOptions) -> Iterator[Mistake]:
+    """What cannot be where the branches of guidance are on a GPU each."""
+    if not engine.cfg_parallel:
+        return
+    path: KeyPath = ("engine", "cfg_parallel")
+    if model.device == "cpu":
+        yield Mistake(
+            path,
+            "engine.cfg_parallel is true and model.device 'cpu'; it needs two GPUs, and model.device 'cuda' or 'auto'.",
+            needs=(("model", "device"),),
+        )
+    if cache.reuse_window:
+        yield Mistake(
+            path,
+            f"engine.cfg_parallel is true and cache.reuse_window {cache.reuse_window}; with two GPUs it must be 0, as "
+            "what segments reuse is brought to one GPU, in the order in which one branch follows the other.",
+            needs=(("cache", "reuse_window"),),
+        )
 
 
 def _check_shape(sampling: SamplingOptions, continuity: ContinuityOptions) -> Iterator[Mistake]:

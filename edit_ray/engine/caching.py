@@ -66,6 +66,7 @@ class CacheControl:
             store,
             history_len,
             lambda: _steps_ahead(pipe, num_inference_steps),
+            None if pipe.cfg_parallel is None else pipe.cfg_parallel.transformers,
             **policy_kwargs,
         )
         return self._cache

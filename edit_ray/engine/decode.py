@@ -49,6 +49,12 @@ def to_uint8(video: Tensor) -> Tensor:
     return frames.float().mul(255).round().to(torch.uint8)
 
 
+def to_pixels(vae: AutoencoderKLWan, patches: Tensor) -> Tensor:
+    """What the VAE's decoder returns, [1, c, F, H', W'], as video [1, 3, F, H, W] in [-1, 1]."""
+    patch_size = vae.config.patch_size
+    return (patches if patch_size is None else unpatchify(patches, patch_size)).clamp(-1.0, 1.0)
+
+
 class StreamingDecoder:
     """Decodes one stream of normalised latents in order, however it is cut.
 
@@ -95,13 +101,20 @@ class StreamingDecoder:
 
         F is 4n, or 4n - 3 at the start of the stream. After an error the decoder is reset.
         """
+        return to_pixels(self._vae, self.decode_patches(latents))
+
+    @torch.no_grad()
+    def decode_patches(self, latents: Tensor) -> Tensor:
+        """As `decode`, before `to_pixels`: what the decoder itself returns."""
         try:
-            video = torch.cat([self._step(latent) for latent in self._prepare(latents).split(1, dim=2)], dim=2)
+            return torch.cat([self._step(latent) for latent in self._prepare(latents).split(1, dim=2)], dim=2)
         except BaseException:
             self.reset()  # half a feature cache would decode to wrong frames, silently
             raise
-        patch_size = self._vae.config.patch_size
-        return (video if patch_size is None else unpatchify(video, patch_size)).clamp(-1.0, 1.0)
+
+    def move_state(self, device: torch.device | str) -> None:
+        """Keep the stream's state on another device; it must be on the VAE's to decode."""
+        self._feature_cache = [kept.to(device) if isinstance(kept, Tensor) else kept for kept in self._feature_cache]
 
     def _prepare(self, latents: Tensor) -> Tensor:
         return denormalise(latents.to(self._vae.device, self._vae.dtype), self._vae.config)

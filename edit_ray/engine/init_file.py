@@ -7,7 +7,6 @@ import tempfile
 from collections import deque
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
@@ -60,6 +59,8 @@ def _read_picture(path: str, height: int, width: int) -> Frames:
 
 
 def _read_clip(path: str, frames: int, height: int, width: int) -> Frames:
+    import imageio_ffmpeg  # here, because most runs begin from no clip
+
     cover = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=lanczos+accurate_rnd+full_chroma_int"
     command = [
         *(imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-nostdin", "-xerror"),

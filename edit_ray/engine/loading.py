@@ -46,6 +46,15 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def second_gpu() -> torch.device:
+    """The device of `engine.cfg_parallel`. Raises `ModelError` where there is none."""
+    if torch.cuda.device_count() < 2:
+        raise ModelError(
+            f"engine.cfg_parallel is true, but torch sees {torch.cuda.device_count()} CUDA devices here; it needs two."
+        )
+    return torch.device("cuda", 1)
+
+
 def choose_dtype(torch_dtype: str, device: torch.device) -> torch.dtype:
     """The torch type of that name. Raises `ModelError` where diffusers or the hardware do not run it."""
     if torch_dtype == "float16" and device.type == "cpu":

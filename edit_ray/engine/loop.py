@@ -6,6 +6,7 @@ are bit-equal to those of diffusers.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,32 +49,39 @@ def denoise(pipe: Any, request: Request) -> Tensor:
 
     pipe.scheduler.set_timesteps(request.num_inference_steps, device=x.device)
     timesteps = pipe.scheduler.timesteps  # [S], from high noise to low
-    x = hold(x, held, float(pipe.scheduler.sigmas[0]))
     warmup = len(timesteps) - request.num_inference_steps * pipe.scheduler.order
     pipe.scheduler.set_begin_index(0)
     pipe._num_timesteps = len(timesteps)
 
+    ahead = pipe.ahead.loop(pipe, x, cond)
     cached = pipe.cached_call(request.reset_cache, request.prefetch_reuse)
-    with cached, pipe.progress_bar(total=request.num_inference_steps) as bar:
+    with ahead as schedule, cached, pipe.progress_bar(total=request.num_inference_steps) as bar:
+        x = hold(x, held, schedule.sigma(pipe.scheduler, 0))
         for i, t in enumerate(timesteps):
             if pipe.interrupt:
                 continue
             pipe._current_timestep = t
-            model, scale = expert_at(pipe, t, request)
+            model, scale = expert_at(pipe, schedule.timestep(i), request)
             timestep = t.expand(len(x)) if clean is None else (clean * t)[None].expand(len(x), -1)  # [B] or [B, tokens]
             inputs = {"hidden_states": x.to(request.prompt_embeds.dtype), "timestep": timestep}  # x: [B, C, T, h, w]
             inputs |= {"attention_kwargs": pipe.attention_kwargs, "return_dict": False}
-            where = {"step_index": i, "sigma": float(pipe.scheduler.sigmas[i]), "num_inference_steps": len(timesteps)}
+            where: dict[str, Any] = {"step_index": i, "num_inference_steps": len(timesteps)}
+            where["sigma"] = schedule.sigma(pipe.scheduler, i)
 
-            with model.cache_context("cond", **where):
+            guided = pipe.do_classifier_free_guidance
+            beside = pipe.cfg_parallel.forward(model, uncond, inputs, where) if guided and pipe.cfg_parallel else None
+            with beside or nullcontext() as begun, model.cache_context("cond", **where):
                 noise_pred = model(encoder_hidden_states=cond, **inputs)[0]  # [B, C, T, h, w]
-            if pipe.do_classifier_free_guidance:
+            if begun is not None:
+                noise_uncond = begun.result().to(x.device, non_blocking=True)  # [B, C, T, h, w]
+            elif guided:
                 with model.cache_context("uncond", **where):
                     noise_uncond = model(encoder_hidden_states=uncond, **inputs)[0]  # [B, C, T, h, w]
+            if guided:
                 noise_pred = noise_uncond + scale * (noise_pred - noise_uncond)
 
             x = pipe.scheduler.step(noise_pred, t, x, return_dict=False)[0]  # [B, C, T, h, w]
-            sigma = float(pipe.scheduler.sigmas[i + 1])
+            sigma = schedule.sigma(pipe.scheduler, i + 1)
             x = hold(x, held, sigma)
 
             if request.callback is not None:
@@ -82,6 +90,7 @@ def denoise(pipe: Any, request: Request) -> Tensor:
                 x = hold(changed.pop("latents", x), held, sigma)
                 cond = changed.pop("prompt_embeds", cond)
                 uncond = changed.pop("negative_prompt_embeds", uncond)
+                pipe.ahead.refresh()
             if i == len(timesteps) - 1 or (i >= warmup and (i + 1) % pipe.scheduler.order == 0):
                 bar.update()
     pipe._current_timestep = None

@@ -110,13 +110,19 @@ Mode = Literal["exact", "fast"]
 class EngineOptions(Options):
     """How the actors work.
 
-    `mode` exact makes the same frames in every process on the same hardware. A run pauses `max_ahead` segments beyond
+    `mode` exact makes the same frames in every process on the same hardware. With `cfg_parallel` each GPU actor has two
+    GPUs, one for each branch of classifier-free guidance. A run pauses `max_ahead` segments beyond
     what its clients have taken. An actor that makes no step for `step_timeout_s` seconds is killed and started again.
+    `tiled_decode` auto decodes in tiles from the segment on for which the GPU's memory did not do, always from the
+    first one. A GPU actor keeps the decoder states of the last `max_live_decoders` runs.
     """
 
     mode: Mode = "exact"
     gpu_actors: int = Field(default=1, ge=1, le=64)
+    cfg_parallel: bool = False
     cpu_threads: int | None = Field(default=None, ge=1, le=1024)
+    tiled_decode: Literal["auto", "always", "never"] = "auto"
+    max_live_decoders: int = Field(default=1, ge=1, le=64)
     max_ahead: int | None = Field(default=None, ge=1, le=100_000)
     step_timeout_s: float = Field(default=600.0, gt=0, le=86400)
     segment_retries: int = Field(default=2, ge=0, le=100)

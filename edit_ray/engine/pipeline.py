@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Generator, Tensor
 
+from edit_ray.engine.ahead import Ahead
 from edit_ray.engine.caching import CacheControl
+from edit_ray.engine.cfg_parallel import CfgControl
 from edit_ray.engine.continuity import Held, check_context
 from edit_ray.engine.decode import denormalise
 from edit_ray.engine.locate import locate_model
@@ -33,12 +35,17 @@ class EditWanOutput(WanPipelineOutput):  # type: ignore[misc]  # diffusers ships
         return super().__getitem__(key) if isinstance(key, str) else self.frames[key]
 
 
-class EditWanPipeline(CacheControl, WanPipeline):  # type: ignore[misc]
+class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[misc]
     """Wan text-to-video with diffusers' components, arguments and results, and one loop that can be read and edited.
 
     >>> pipe = EditWanPipeline.from_pretrained("builtin:tiny_wan")
     >>> video = pipe("a red circle bouncing on a black background", height=128, width=128, num_frames=33)[0]
     """
+
+    _ahead: Ahead | None = None
+
+    # With embeddings given, a pipeline needs neither.
+    _optional_components: ClassVar = [*WanPipeline._optional_components, "text_encoder", "tokenizer"]
 
     @classmethod
     def from_pretrained(
@@ -123,6 +130,13 @@ class EditWanPipeline(CacheControl, WanPipeline):  # type: ignore[misc]
         frames = self._decode(denoise(self, request), output_type)
         self.maybe_free_model_hooks()
         return EditWanOutput(frames=frames) if return_dict else (frames,)
+
+    @property
+    def ahead(self) -> Ahead:
+        """What is computed before a loop and kept for the next one."""
+        if self._ahead is None:
+            self._ahead = Ahead()
+        return self._ahead
 
     def _begin_call(
         self, guidance_scale: float, guidance_scale_2: float | None, attention_kwargs: dict[str, Any] | None

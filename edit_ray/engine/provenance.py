@@ -19,7 +19,7 @@ def provenance_of(device: torch.device, threads: int, mode: Mode) -> dict[str, s
     on_cpu = device.type == "cpu"
     return {
         "device": f"cpu {torch.backends.cpu.get_cpu_capability()}" if on_cpu else torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a plain one: what torch gives can only be read where torch is
         "diffusers": diffusers.__version__,
         "threads": threads,
         "attention": AttentionBackends.get_active_backend()[0].value,

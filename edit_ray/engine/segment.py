@@ -1,6 +1,7 @@
 """`SegmentEngine`: one loaded model that denoises and decodes segments; what a GPU actor wraps, without Ray."""
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Self
@@ -15,12 +16,12 @@ from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.engine.decode import to_uint8
 from edit_ray.engine.encode import encode, to_video
 from edit_ray.engine.init_file import read_init
-from edit_ray.engine.loading import load_pipeline, with_flow_shift
+from edit_ray.engine.loading import load_pipeline, second_gpu, with_flow_shift
 from edit_ray.engine.options import ContinuityOptions, ModelOptions, SamplingOptions, frames_of
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.reuse import Reuse, plan_run_reuse
 from edit_ray.engine.stream import Preceding, RunStream
-from edit_ray.errors import SegmentFailed
+from edit_ray.errors import ModelError, SegmentFailed
 
 MAX_SEQUENCE_LENGTH = 512  # the pipeline's default, so that embeddings equal the library's
 UNCACHED = CacheOptions()
@@ -28,23 +29,32 @@ KEPT_PROMPTS = 256  # at Wan's size an embedding takes 4 MB of host memory
 
 
 class SegmentEngine:
-    """Denoises segments by prompt and seed, and decodes runs as streams. One caller per method at a time."""
+    """Denoises segments by prompt and seed, and decodes runs as streams. One caller per method at a time.
+
+    The decoder states of `max_live_decoders` runs are kept, those that were asked for last; others are made again.
+    """
 
     def __init__(self, pipe: EditWanPipeline, *, offload_text_encoder: bool = False) -> None:
         self.pipe = pipe
         self._offload_text_encoder = offload_text_encoder
         self._embeds: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [1, L, D] on the CPU
-        self._streams: dict[str, RunStream] = {}
+        self._streams: OrderedDict[str, RunStream] = OrderedDict()  # the one asked for last comes last
+        self._asking = threading.Lock()
+        self.max_live_decoders = 1
         self._cached_for: object = None  # the options that the pipeline's cache was enabled with
 
     @classmethod
-    def load(cls, model: ModelOptions, cpu_threads: int | None = None) -> Self:
+    def load(cls, model: ModelOptions, cpu_threads: int | None = None, *, cfg_parallel: bool = False) -> Self:
         """Load `model` and give torch `cpu_threads` threads, by default one per core that this process may use.
 
-        Raises `ModelError`.
+        With `cfg_parallel` the branch "uncond" is computed on a second GPU. Raises `ModelError`.
         """
         torch.set_num_threads(cpu_threads or usable_cores())
-        return cls(load_pipeline(model), offload_text_encoder=model.offload == "text_encoder")
+        second = second_gpu() if cfg_parallel else None
+        pipe = load_pipeline(model)
+        if second is not None:
+            pipe.enable_cfg_parallel(second)
+        return cls(pipe, offload_text_encoder=model.offload == "text_encoder")
 
     @property
     def device(self) -> torch.device:
@@ -63,10 +73,15 @@ class SegmentEngine:
         return bool(self.pipe.config.expand_timesteps)
 
     def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:
-        """Encode what is not yet known, each prompt alone; then, if so loaded, the text encoder leaves the device."""
+        """Encode what is not yet known, each prompt alone; then, if so loaded, the text encoder leaves the device.
+
+        Raises `ModelError` for a model without text encoder.
+        """
         missing = [prompt for prompt in dict.fromkeys([*prompts, negative_prompt]) if prompt not in self._embeds]
         if not missing:
             return
+        if self.pipe.text_encoder is None:
+            raise ModelError("The model has no text encoder, so that no prompt can be encoded.")
         device = self.device
         self.pipe.text_encoder.to(device)
         for prompt in missing:
@@ -154,14 +169,20 @@ class SegmentEngine:
         return None if self.pipe.cache is None else self.pipe.cache.record
 
     def context(
-        self, continuity: ContinuityOptions, run_id: str, *, position: int, preceding: Preceding
+        self,
+        continuity: ContinuityOptions,
+        run_id: str,
+        *,
+        position: int,
+        preceding: Preceding,
+        tiled_from: int | None = None,
     ) -> dict[str, Tensor]:
         """What the segment after `position` latents of a run's stream continues, as `denoise` takes it; empty for none.
 
         Latents alone decide it: where frames are needed and are not at hand, they are decoded again from `preceding`,
-        which returns the last `count` latents before `position`.
+        which returns the last `count` latents before `position`; those from `tiled_from` on in tiles.
         """
-        return self._stream(run_id).context(continuity, position, preceding)
+        return self._stream(run_id, tiled_from).context(continuity, position, preceding)
 
     def encode_init(self, continuity: ContinuityOptions, sampling: SamplingOptions) -> Tensor:
         """The latents [1, C, n, h, w] of the user's picture or clip, float32, on the CPU; raises `ConfigError`.
@@ -183,17 +204,20 @@ class SegmentEngine:
         position: int = 0,
         preceding: Preceding | None = None,
         keep_frames: int = 0,
+        tiled_from: int | None = None,
     ) -> Tensor:
         """New latents [1, C, n, h, w] of a run's stream as frames, uint8 [F, H, W, 3], on the CPU.
 
         `position` counts the stream's latents before them. The decoder's state is carried from call to call; where it
         is not at `position` (a new process, a segment done again) it is rebuilt from `preceding(count)`, which returns
         the last `count` latents before `position`. The last `keep_frames` frames stay at hand for `context`. With
-        `run_id` `None` the latents are a stream of their own.
+        `run_id` `None` the latents are a stream of their own. From the position `tiled_from` on the stream is decoded
+        in tiles.
         """
         if run_id is None:
-            return to_uint8(RunStream(self.pipe.vae).decode(latents, 0)).cpu()
-        return to_uint8(self._stream(run_id).decode(latents, position, preceding, keep_frames)).cpu()
+            tiled = tiled_from is not None and position >= tiled_from
+            return to_uint8(RunStream(self.pipe.vae, 0 if tiled else None).decode(latents, 0)).cpu()
+        return to_uint8(self._stream(run_id, tiled_from).decode(latents, position, preceding, keep_frames)).cpu()
 
     def release(self, run_id: str) -> None:
         """Free the run's decoder state, if there is any."""
@@ -208,8 +232,14 @@ class SegmentEngine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _stream(self, run_id: str) -> RunStream:
-        return self._streams.setdefault(run_id, RunStream(self.pipe.vae))
+    def _stream(self, run_id: str, tiled_from: int | None) -> RunStream:
+        with self._asking:  # a segment is decoded while the next one is denoised
+            stream = self._streams.setdefault(run_id, RunStream(self.pipe.vae))
+            self._streams.move_to_end(run_id)
+            while len(self._streams) > self.max_live_decoders:
+                self._streams.popitem(last=False)
+        stream.tiled_from = tiled_from
+        return stream
 
     def _use_cache(self, cache: CacheOptions, sampling: SamplingOptions) -> None:
         """Enable the cache that a segment asks for, unless it is that of the segment before."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from edit_ray.engine.decode import StreamingDecoder
 from edit_ray.engine.encode import encode
 from edit_ray.engine.options import ContinuityOptions
+from edit_ray.engine.tiles import TiledDecoder
 
 Preceding = Callable[[int], Tensor]
 """Returns the last `count` latents [1, C, count, h, w] before a position of the stream."""
@@ -18,12 +19,14 @@ Preceding = Callable[[int], Tensor]
 class RunStream:
     """Decodes a run's latents in order, from where they are asked for; one caller of `decode` at a time.
 
-    Frames depend on latents alone: what is at hand only saves that it is decoded again.
+    Frames depend on latents alone, and on `tiled_from`: from this position of the stream on, where it is given, they
+    are decoded in tiles. What is at hand only saves that it is decoded again.
     """
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
+    def __init__(self, vae: AutoencoderKLWan, tiled_from: int | None = None) -> None:
         self._vae = vae
-        self._decoder = StreamingDecoder(vae)
+        self.tiled_from = tiled_from
+        self._decoder: StreamingDecoder | TiledDecoder = StreamingDecoder(vae)
         self._end: tuple[int, Tensor] | None = None  # a position, and the last frames before it
 
     @property
@@ -37,12 +40,12 @@ class RunStream:
         """The latents [1, C, n, h, w] at `position` as video [1, 3, F, H, W] in [-1, 1].
 
         Where the decoder is elsewhere it is rebuilt from `preceding`; raises `ValueError` without it. The last
-        `keep_frames` frames stay for `last_frames`.
+        `keep_frames` frames stay for `last_frames`. All of the latents are decoded in tiles, or none.
         """
         self._go_to(position, preceding)
         video = self._decoder.decode(latents)
         before = self._end[1] if self._end is not None and self._end[0] == position else video[:, :, :0]
-        kept = torch.cat([before, video], dim=2)[:, :, -keep_frames:] if keep_frames else None
+        kept = torch.cat([before.to(video.device), video], dim=2)[:, :, -keep_frames:] if keep_frames else None
         self._end = None if kept is None else (self._decoder.position, kept.clone())
         return video
 
@@ -51,11 +54,17 @@ class RunStream:
         end = self._end
         if end is not None and end[0] == position and end[1].shape[2] >= count:
             return end[1][:, :, -count:]
-        decoder = StreamingDecoder(self._vae)  # the stream's own may be at work
         new = min(position, math.ceil((count - 1) / 4) + 1)
-        latents = preceding(min(position, new + decoder.lookback))
-        decoder.rebuild(latents[:, :, :-new], position - new)
-        return decoder.decode(latents[:, :, -new:])[:, :, -count:]
+        latents = preceding(min(position, new + self._decoder.lookback))
+        start = position - latents.shape[2]  # the position of the first of them
+        tiled_from = min(max(position - new, position if self.tiled_from is None else self.tiled_from), position)
+        video = []
+        for first, last in ((position - new, tiled_from), (tiled_from, position)):
+            if first < last:
+                decoder = self._decoder_for(first)  # the stream's own may be at work
+                decoder.rebuild(latents[:, :, : first - start], first)
+                video.append(decoder.decode(latents[:, :, first - start : last - start]))
+        return torch.cat([part.to(video[-1].device) for part in video], dim=2)[:, :, -count:]
 
     def context(self, continuity: ContinuityOptions, position: int, preceding: Preceding) -> dict[str, Tensor]:
         """What the segment after `position` latents continues: `history` or `overlap` [1, C, k, h, w], or nothing.
@@ -76,6 +85,9 @@ class RunStream:
         return {"overlap": torch.cat([first, latents[:, :, 1:]], dim=2)}
 
     def _go_to(self, position: int, preceding: Preceding | None) -> None:
+        other = self._decoder_for(position)
+        if type(other) is not type(self._decoder):
+            self._decoder = other
         decoder = self._decoder
         if position == 0:
             decoder.reset()
@@ -83,3 +95,7 @@ class RunStream:
             if preceding is None:
                 raise ValueError(f"The stream is decoded up to latent {decoder.position}, not {position}.")
             decoder.rebuild(preceding(min(position, decoder.lookback)), position)
+
+    def _decoder_for(self, position: int) -> StreamingDecoder | TiledDecoder:
+        tiled = self.tiled_from is not None and position >= self.tiled_from
+        return TiledDecoder(self._vae) if tiled else StreamingDecoder(self._vae)

@@ -51,8 +51,8 @@ ALERTS = (
         lasts="down",
         severity="critical",
         summary="No metrics from {instance}",
-        description="Prometheus cannot scrape the segment scheduler. `edit-ray list` says whether it lives; it takes "
-        "its target away when it ends by itself.",
+        description="Prometheus cannot scrape the segment scheduler. `edit-ray list` says whether it lives; its "
+        "target goes when it ends, by itself or by `edit-ray down`.",
         broken={f"up{{{_AT}}}": "1x4 0x200"},
         healthy={f"up{{{_AT}}}": "1x4 0x2 1x200"},
         labels=_WHERE,

@@ -5,6 +5,7 @@ A scrape asks nobody and waits for nobody: it tells what is known here.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import os
@@ -171,6 +172,13 @@ def _token(options: MetricsOptions) -> str | None:
     if len(token) < MIN_TOKEN or not token.isprintable():
         raise ConfigError([f"metrics.token_file must hold one line of at least {MIN_TOKEN} printable characters"])
     return token
+
+
+def remove_targets(path: Path, address: str) -> None:
+    """Takes away what `write_targets` has told, unless the file tells of another address by now."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        if json.loads(path.read_text())[0]["targets"] == [address]:
+            path.unlink()
 
 
 def write_targets(root: Path, address: str) -> Path:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
-def append_event(path: Path, event: str, **fields: int | float | str | None) -> None:
+def append_event(path: Path, event: str, **fields: int | float | str | Mapping[str, float] | None) -> None:
     """Adds a line with the name of the event, `wall` (seconds since 1970), `monotonic` (seconds, to be compared only
     with those of one node) and `fields`. It is written at once, so that lines of several processes do not mix.
     """

@@ -22,6 +22,8 @@ DiskState = Literal["open", "done", "failed", "cancelled"]
 
 _FILE = re.compile(r"(latents|segments)/[0-9]{5,9}-t[0-9]{1,9}\.[a-z0-9]{2,16}")
 
+_NO_FIGURES: Mapping[str, float] = {}
+
 
 @dataclass(frozen=True)
 class Begun:
@@ -63,7 +65,7 @@ class Rerolled:
     take: Take
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SegmentRecord:
     """One committed segment; paths are relative to the run's folder."""
 
@@ -92,6 +94,14 @@ class Committed:
 
 
 @dataclass(frozen=True)
+class Tiled:
+    """From segment `start` on latents are decoded in tiles, as the GPU's memory did not do for whole frames."""
+
+    incarnation: int
+    start: int
+
+
+@dataclass(frozen=True)
 class Dropped:
     """The media of all segments before `before` are gone, to make room (`output.keep_segments`)."""
 
@@ -109,7 +119,7 @@ class Ended:
     final: str | None = None
 
 
-Line = Begun | Opened | Extended | Rerolled | Committed | Dropped | Ended
+Line = Begun | Opened | Extended | Rerolled | Committed | Tiled | Dropped | Ended
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,7 @@ class Manifest:
     earlier_takes: tuple[SegmentRecord, ...] = ()
     planned_from: int = 0  # the segment with which what segments reuse of each other was planned anew
     dropped_before: int = 0
+    tiled_from: int | None = None  # the segment from which on frames are decoded in tiles
     end: Ended | None = None
 
     @classmethod
@@ -148,6 +159,13 @@ class Manifest:
         """Frames of the whole video, None where it goes on until it is stopped."""
         return None if self.num_segments is None else self.begun.layout.total_frames(self.num_segments)
 
+    def without_figures(self, first: int, before: int) -> Manifest:
+        """The same for who keeps it in memory for weeks: of segments `first` to `before` - 1, whose media are gone, the
+        statistics are left to the file.
+        """
+        less = tuple(replace(segment, statistics=_NO_FIGURES) for segment in self.segments[first:before])
+        return replace(self, segments=self.segments[:first] + less + self.segments[before:])
+
     def after(self, line: Line) -> Manifest:
         """The manifest with one line more. Raises ValueError where the line cannot follow."""
         if line.incarnation < self.incarnation:
@@ -167,6 +185,10 @@ class Manifest:
                 return self._rerolled(take)
             case Committed(_, segment):
                 return self._committed(segment)
+            case Tiled(_, start):
+                if start < len(self.segments):
+                    raise ValueError(f"segment {start} is committed, and was not decoded in tiles")
+                return replace(self, tiled_from=start)
             case Dropped(_, before):
                 return replace(self, dropped_before=before)
             case Ended():

@@ -33,6 +33,7 @@ from edit_ray.runs.manifest import (
     Opened,
     Rerolled,
     SegmentRecord,
+    Tiled,
 )
 from edit_ray.runs.plan import Take
 
@@ -42,6 +43,7 @@ _KINDS: dict[str, type[Line]] = {
     "extended": Extended,
     "rerolled": Rerolled,
     "committed": Committed,
+    "tiled": Tiled,
     "dropped": Dropped,
     "ended": Ended,
 }

@@ -54,7 +54,7 @@ def save_random_wan(
             expand_timesteps=expand_timesteps,
         )
     pipe.save_pretrained(directory)
-    _name_tokenizer_class(directory)
+    name_tokenizer_class(directory)
     return directory
 
 
@@ -112,7 +112,7 @@ def _noise_scheduler(name: str) -> UniPCMultistepScheduler | FlowMatchEulerDiscr
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 
 
-def _name_tokenizer_class(directory: Path) -> None:
+def name_tokenizer_class(directory: Path) -> None:
     """transformers 5 writes a class name that 4.57 does not know; both know `PreTrainedTokenizerFast`."""
     index_file, tokenizer_file = directory / "model_index.json", directory / "tokenizer" / "tokenizer_config.json"
     index = json.loads(index_file.read_text())

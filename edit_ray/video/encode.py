@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import re
 import shutil
 import subprocess
@@ -10,7 +12,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
 
@@ -60,7 +61,7 @@ def encode(frames: Frames, *, fps: int, options: OutputOptions) -> bytes:
 def join(init: Path, parts: Sequence[Path], path: Path, *, comment: str = "") -> None:
     """Writes an ordinary MP4 of placed fragments in order, without touching a frame; `comment` becomes its metadata.
 
-    Raises EncodeError, OSError.
+    Raises EncodeError, OSError, such as on a full disk.
     """
     path.unlink(missing_ok=True)  # the ffmpeg of a caller that was killed may still write to the file of that name
     with (
@@ -102,6 +103,8 @@ def read_frames(path: Path, *, height: int, width: int, init: Path | None = None
 
 
 def _command(*arguments: str) -> list[str]:
+    import imageio_ffmpeg  # here, because denoising alone needs none of it
+
     return [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-nostdin", "-y", *arguments]
 
 
@@ -116,4 +119,6 @@ def _check(code: int, said: bytes, subject: str) -> None:
         raise EncodeError(f"ffmpeg was killed by signal {-code} while it worked on {subject}")
     if code:
         words = said.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {code}"]
+        if os.strerror(errno.ENOSPC).encode() in said:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), subject)
         raise EncodeError(f"ffmpeg failed on {subject}: {words[0]}")

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from edit_ray.runs.folder import RunFolder
 from jobs.demo import private_ray
-from tests.chaos.processes import MARK, actor_of, kill, marked, wait_for
+from tests.chaos.processes import MARK, actor_of, encoder_of, kill, marked, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VICTIMS = {"GPU actor": "DenoiserActor", "store actor": "CacheStoreActor", "scheduler": "SegmentSchedulerActor"}
+OTHER_VICTIMS = ("driver", "encoder", "head")
 PHASES = (
     *("prepare", "denoise", "spill", "decode", "encode", "between latents and manifest"),
     *("model load", "recovery"),
@@ -136,7 +137,10 @@ class Chaos:
         """Waits for a moment that is still wanted, then kills; False where none came."""
         missing = [phase for phase in PHASES if not any(key[1] == phase for key in self.hit)]
         wanted = self.random.choice(missing or PHASES)
-        victim = self.random.choice(self.victims)
+        unhurt = [victim for victim in self.victims if not any(key[0] == victim for key in self.hit)]
+        victim = self.random.choice(unhurt or self.victims)
+        if victim == "encoder":
+            return self._hurt_encoder()
         if wanted in ("model load", "recovery"):
             return self._hurt_twice("GPU actor" if wanted == "model load" else "scheduler", wanted)
         deadline = time.monotonic() + 5
@@ -146,6 +150,15 @@ class Chaos:
             time.sleep(0.002)
         time.sleep(self.random.uniform(0, 0.03))
         return self._kill(victim, wanted)
+
+    def _hurt_encoder(self):
+        """The process that encodes a segment, as soon as there is one."""
+        deadline = time.monotonic() + 5
+        while (pid := encoder_of(self.ray.mark)) is None:
+            if time.monotonic() > deadline or self.job.poll() is not None:
+                return False
+        kill(pid)
+        return self._note("encoder", "encode")
 
     def _hurt_twice(self, victim, phase):
         """Once, and again as soon as the next one has begun."""
@@ -171,6 +184,9 @@ class Chaos:
             if pid is None:
                 return False
             kill(pid)
+        return self._note(victim, phase)
+
+    def _note(self, victim, phase):
         self.hit[victim, phase] += 1
         self.log(f"  {victim} killed in phase: {phase}; {self.now[1:]}")
         return True

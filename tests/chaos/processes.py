@@ -30,6 +30,11 @@ def actor_of(mark: str, name: str) -> int | None:
     return next((pid for pid, title in marked(mark).items() if title.startswith(f"ray::{name}")), None)
 
 
+def encoder_of(mark: str) -> int | None:
+    """The pid of a process that encodes a segment; None while there is none."""
+    return next((pid for pid, title in marked(mark).items() if " libx264 " in title), None)
+
+
 def kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

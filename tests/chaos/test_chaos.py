@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edit_ray.testing import save_random_wan
-from tests.chaos.harness import PHASES, VICTIMS, Chaos, PrivateRay
+from tests.chaos.harness import OTHER_VICTIMS, PHASES, VICTIMS, Chaos, PrivateRay
 from tests.chaos.processes import marked
 from tests.chaos.run_files import CONTINUITY, WINDOW, check_same, configuration, left_over, skipped_share
 
@@ -37,7 +37,7 @@ def test_every_run_ends_with_the_bytes_of_an_undisturbed_one(ray_of_our_own, tmp
         root = tmp_path / f"{number}"
         root.mkdir()
         config = configuration(root / "run.yaml", model, mode)
-        victims = (*VICTIMS, "driver", "head")
+        victims = (*VICTIMS, *OTHER_VICTIMS)
         chaos = Chaos(ray_of_our_own, root, config, f"{SEED}-{number}", window=WINDOW, victims=victims)
         chaos.hit = hit
         whole = tmp_path / f"whole-{mode}"
@@ -54,7 +54,7 @@ def test_every_run_ends_with_the_bytes_of_an_undisturbed_one(ray_of_our_own, tmp
         number += 1
     print({f"{victim}, {phase}": count for (victim, phase), count in sorted(hit.items())})
     assert {phase for _, phase in hit} >= set(PHASES)
-    assert {victim for victim, _ in hit} == {*VICTIMS, "driver", "head"}
+    assert {victim for victim, _ in hit} == {*VICTIMS, *OTHER_VICTIMS}
     ray_of_our_own.end()
     assert marked(ray_of_our_own.mark) == {}, "orphans"
     assert not list(Path("/dev/shm").glob("edit_ray-*"))

@@ -16,7 +16,7 @@ def test_a_run_survives_some_kills(tmp_path):
     ray = PrivateRay(secrets.token_hex(8)).start()
     try:
         Chaos(ray, tmp_path, config, seed, window=WINDOW).survive("whole", 0)
-        chaos = Chaos(ray, tmp_path, config, seed, window=WINDOW, victims=(*VICTIMS, "driver"))
+        chaos = Chaos(ray, tmp_path, config, seed, window=WINDOW, victims=(*VICTIMS, "driver", "encoder"))
         chaos.survive("hurt", 3)
         assert sum(chaos.hit.values()) > 0
         check_same(tmp_path / "whole", tmp_path / "hurt")

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from edit_ray.actors import launch
 from edit_ray.config import load_config
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.errors import ActorVersionMismatch, RunCancelled, UnknownRun
+from edit_ray.metrics.exporter import TARGETS
 from edit_ray.video.encode import read_frames
 from tests.ray.conftest import manifest_of, pids, wait_until
 from tests.sockets import listening
@@ -59,6 +60,8 @@ def test_three_actors_are_three_processes_with_one_socket_of_ours_on_loopback(ra
     found = pids()
     assert len(set(found.values())) == 3
     assert os.getpid() not in found.values()
+    with_torch = [name for name, pid in found.items() if "libtorch" in Path(f"/proc/{pid}/maps").read_text()]
+    assert with_torch == [launch.DENOISER, launch.CACHE_STORE], "the segment scheduler is to start quickly"
     assert sockets_of_ours(found) == {("segment_scheduler", exporter_of(tmp_path))}
     made = [path for path in (tmp_path / run_id).rglob("*") if path.is_file()]
     assert {path.suffix for path in made} == {".yaml", ".jsonl", ".safetensors", ".mp4", ".m4s", ".m3u8"}
@@ -128,17 +131,17 @@ def test_every_reader_sees_the_same_frames_and_may_have_the_latents(ray_head, co
     assert lazy.path.is_file()
 
 
-@pytest.mark.parametrize("victim", [launch.DENOISER, launch.CACHE_STORE])
-def test_a_killed_actor_changes_no_frame(ray_head, config, tmp_path, victim, run_id):
+def test_killed_actors_change_no_frame(ray_head, config, tmp_path, run_id):
     client = LongVideoClient(output=tmp_path)
     path = config(steps=40)
     whole = client.submit(path, run_id=f"{run_id}-whole")
     list(client.stream(whole, frames=False))
     hurt = client.submit(path, run_id=f"{run_id}-hurt")
     stream = client.stream(hurt, frames=False)
-    next(stream)
-    os.kill(pids()[victim], signal.SIGKILL)
-    assert [segment.index for segment in stream] == [1, 2, 3]
+    for victim in (launch.DENOISER, launch.CACHE_STORE):
+        next(stream)
+        os.kill(pids()[victim], signal.SIGKILL)
+    assert [segment.index for segment in stream] == [2, 3]
     for index in range(4):
         name = f"latents/{index:05d}-t0.safetensors"
         assert np.array_equal(load_latents(tmp_path / whole / name), load_latents(tmp_path / hurt / name))
@@ -184,31 +187,27 @@ def test_actors_of_other_code_are_refused(ray_head, config, tmp_path, run_id):
     assert "edit-ray down" in other.stderr
 
 
-def test_down_ends_the_actors_and_the_next_run_starts_them_again(ray_head, config, tmp_path, run_id):
+def test_down_ends_the_actors_the_next_run_starts_them_again_and_idle_they_end_themselves(
+    ray_head, config, tmp_path, run_id
+):
     client = LongVideoClient(output=tmp_path)
     list(client.stream(client.submit(config(segments=1), run_id=f"{run_id}-before"), frames=False))
     before = pids()
+    assert (tmp_path / TARGETS).exists()
     command = [sys.executable, "-m", "edit_ray.cli", "down"]
     said = subprocess.run(command, env=ray_head, text=True, capture_output=True, check=True).stdout
     assert all(name in said for name in before)
+    assert not (tmp_path / TARGETS).exists(), "Prometheus would find nobody there"
     wait_until(lambda: not any(_alive(pid) for pid in before.values()))
-    list(client.stream(client.submit(config(segments=1), run_id=f"{run_id}-after"), frames=False))
-    assert not set(before.values()) & set(pids().values())
-
-
-def test_actors_end_themselves_when_idle(ray_head, config, tmp_path, run_id):
-    client = LongVideoClient(output=tmp_path)
-    changes = load_config(config(segments=1), ["engine.idle_exit_s=0.5"])
-    list(client.stream(client.submit(changes, run_id=f"{run_id}-short"), frames=False))
-    found = wait_until(pids, 5) if launch.find_segment_scheduler() else {}
+    idle = load_config(config(segments=1), ["engine.idle_exit_s=2"])
+    list(client.stream(client.submit(idle, run_id=f"{run_id}-after"), frames=False))
+    after = pids()
+    assert not set(before.values()) & set(after.values())
+    assert (tmp_path / TARGETS).exists()
     wait_until(lambda: launch.find_segment_scheduler() is None, 20)
-    wait_until(lambda: not any(_alive(pid) for pid in found.values()), 20)
-    deadline = time.monotonic() + 20
-    while ray.util.placement_group_table() and time.monotonic() < deadline:
-        if all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values()):
-            break
-        time.sleep(0.1)
-    assert all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values())
+    wait_until(lambda: not any(_alive(pid) for pid in after.values()), 20)
+    wait_until(lambda: all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values()), 20)
+    assert not (tmp_path / TARGETS).exists()
 
 
 def _alive(pid: int) -> bool:

@@ -21,8 +21,14 @@ FRAMES = 17 + 3 * 4 * (5 - 2)
 
 
 def ray_job_submit(environment, *arguments):
+    """What Ray's command says; again while its job agent, which comes up after everything else, is not there."""
     command = [os.path.join(os.path.dirname(sys.executable), "ray"), "job", "submit", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, check=False)
+
+    def submitted():
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, check=False)
+        return None if "No available agent" in done.stderr else done
+
+    return wait_until(submitted)
 
 
 def latents_of_the_library(model):
@@ -30,32 +36,6 @@ def latents_of_the_library(model):
     pipe = EditWanPipeline.from_pretrained(model)
     seeded = {"generator": torch.Generator().manual_seed(3), "output_type": "latent", "guidance_scale": 4.0}
     return pipe("a red circle", "", height=64, width=64, num_frames=17, num_inference_steps=4, **seeded).frames
-
-
-@pytest.mark.parametrize("options", [[], ["--working-dir", "."]], ids=["in the clone", "working dir"])
-def test_ray_job_submit(ray_head, config, model, tmp_path, options, run_id):
-    job = ["python", "jobs/long_video.py", "--config", str(config()), "--output", str(tmp_path), "--run-id", run_id]
-    done = ray_job_submit(ray_head, *options, "--", *job)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "succeeded" in done.stdout + done.stderr
-    assert len(read_frames(tmp_path / run_id / "final.mp4", height=64, width=64)) == FRAMES
-    first = load_latents(tmp_path / run_id / "latents" / "00000-t0.safetensors")
-    assert torch.equal(first, latents_of_the_library(model)), "segment 0 is the library's"
-    log = [line for line in done.stdout.splitlines() if line.startswith("output: ")]
-    assert log == [f"output: {tmp_path}", f"output: {tmp_path}/{run_id}/final.mp4"]
-
-
-def test_a_bad_configuration_fails_the_job_with_its_sentences(ray_head, config, tmp_path):
-    path = config(more="cachee: {}\n")
-    job = ["python", "jobs/long_video.py", "--config", str(path), "--set", "sampling.height=65"]
-    done = ray_job_submit(ray_head, "--", *job)
-    assert done.returncode == 1
-    said = done.stdout + done.stderr
-    assert "failed" in said
-    assert "cachee" in said, "every mistake is named"
-    assert "sampling.height" in said
-    assert "exit code 2" in said
-    assert "Traceback" not in said
 
 
 MY_POLICY = """
@@ -85,18 +65,43 @@ def test_a_policy_of_an_installed_package_runs_in_the_job(ray_head, config, tmp_
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text("[edit_ray.policies]\nmy_policy = my_policies:MyPolicy\n")
     (package.parent / "my_policies.py").write_text(MY_POLICY)
-    launch.end_actors()  # the living ones were started without the package
+    launch.end_actors()  # those that live were started without the package
     environment = json.dumps({"env_vars": {"PYTHONPATH": str(package.parent)}})
     job = ["python", "jobs/long_video.py", "--config", str(config()), "--output", str(tmp_path), "--run-id", run_id]
     options = ["--set", "cache.policy=my_policy", "--set", "cache.rel_l1_thresh=100"]
     done = ray_job_submit(ray_head, "--runtime-env-json", environment, "--", *job, *options)
-    launch.end_actors()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cache: my_policy skipped 75% of the steps" in done.stdout
     record = Record.from_json((tmp_path / run_id / "records" / "00003-t0.json").read_text())
     assert record.mask("cond") == record.mask("uncond") == [True, False, False, False]
     segments = manifest_of(tmp_path / run_id).segments
     assert [segment.statistics["units_skipped"] for segment in segments] == [6.0] * 4
+
+
+@pytest.mark.parametrize("options", [[], ["--working-dir", "."]], ids=["in the clone", "working dir"])
+def test_ray_job_submit(ray_head, config, model, tmp_path, options, run_id):
+    job = ["python", "jobs/long_video.py", "--config", str(config()), "--output", str(tmp_path), "--run-id", run_id]
+    done = ray_job_submit(ray_head, *options, "--", *job)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout + done.stderr
+    assert len(read_frames(tmp_path / run_id / "final.mp4", height=64, width=64)) == FRAMES
+    first = load_latents(tmp_path / run_id / "latents" / "00000-t0.safetensors")
+    assert torch.equal(first, latents_of_the_library(model)), "segment 0 is the library's"
+    log = [line for line in done.stdout.splitlines() if line.startswith("output: ")]
+    assert log == [f"output: {tmp_path}", f"output: {tmp_path}/{run_id}/final.mp4"]
+
+
+def test_a_bad_configuration_fails_the_job_with_its_sentences(ray_head, config, tmp_path):
+    path = config(more="cachee: {}\n")
+    job = ["python", "jobs/long_video.py", "--config", str(path), "--set", "sampling.height=65"]
+    done = ray_job_submit(ray_head, "--", *job)
+    assert done.returncode == 1
+    said = done.stdout + done.stderr
+    assert "failed" in said
+    assert "cachee" in said, "every mistake is named"
+    assert "sampling.height" in said
+    assert "exit code 2" in said
+    assert "Traceback" not in said
 
 
 def test_a_run_id_is_used_once(start_job, config, tmp_path, run_id):

@@ -181,7 +181,7 @@ def test_every_panel_has_something_to_show_and_it_is_true(prometheus, config, tm
         if segment.index == 5:  # what segment 7 will read
             damage(tmp_path / "runs" / ".cache_store")
     with pytest.raises(StaleLease):  # a run that it was not told of
-        ray.get(ray.get_actor(launch.CACHE_STORE, namespace="edit_ray").missing.remote("nobody", []))
+        ray.get(ray.get_actor(launch.CACHE_STORE, namespace="edit_ray").call.remote("missing", "nobody", []))
     manifest = RunFolder(tmp_path / "runs", run_id).read_manifest()
     page = page_of(tmp_path / "runs")
     check_counters(page, manifest)
@@ -230,7 +230,7 @@ ALARMED = Durations(scrape=0.5, window=5, down=2, stalled=3, full=1, late=3, res
 
 @pytest.mark.slow
 def test_every_alert_fires_where_a_run_misbehaves(ray_head, config, tmp_path, run_id):
-    """Little disk and less memory; a GPU actor that dies again and again, then hangs; at last everything is gone."""
+    """Little disk and less memory; a GPU actor that dies again and again, then hangs; at last the segment scheduler."""
     runs, fired = tmp_path / "runs", []
     runs.mkdir()
     # Of 32 residuals the host tier holds two, and the disk tier could hold all.
@@ -262,7 +262,9 @@ def test_every_alert_fires_where_a_run_misbehaves(ray_head, config, tmp_path, ru
         await_alert("GenerationStalled")
         os.kill(hung, signal.SIGCONT)
         wait_until(lambda: "GenerationStalled" not in prometheus.alerts("firing"))
-        launch.end_actors()
+        os.kill(pid_of("segment_scheduler"), signal.SIGSTOP)
         await_alert("TargetDown")
+        launch.end_actors()
+        wait_until(lambda: not prometheus.alerts("firing", "pending") & {"TargetDown"})
     print(*fired, sep="; ")
     assert len(fired) == len(ALERTS)

@@ -8,8 +8,8 @@ import pytest
 import ray
 
 from edit_ray import LongVideoClient
-from edit_ray.actors.cache_store import CacheStoreActor
 from edit_ray.actors.launch import StoreCalls
+from edit_ray.actors.shells import CacheStoreActor
 from edit_ray.runs.event_log import read_events
 from tests.ray.conftest import pids, wait_until
 from tests.unit.test_leases import DTYPES, RUN, leases_on, make_segment
@@ -73,6 +73,6 @@ def test_every_dtype_comes_back_bit_for_bit_through_ray_calls(ray_head, tmp_path
             leases = leases_on(StoreCalls(handle), tmp_path, "never", dtype, shape, host_bytes=1 << 20)
             assert sum(make_segment(leases, segment)[0] for segment in range(4)) == 3 * 8
             leases.close()
-            ray.get(handle.drop_run.remote(RUN))
+            ray.get(handle.call.remote("drop_run", RUN))
     ray.kill(handle)
     assert list((tmp_path / ".cache_store").iterdir()) == []

@@ -145,8 +145,8 @@ class AnyOrder(RuleBasedStateMachine):
     def submit(self, plan, worker=None):
         run = self.runs[plan.run_id]
         run.plan, run.ended, run.media, run.consumed = plan, None, set(), 0
-        # The latest latents may be of a segment that was not complete: it is made again.
-        denoised = max(run.committed, run.latents - 1)
+        # The latest latents may be of a segment that was not complete: it is made again, here in every other life.
+        denoised = max(run.committed, run.latents - plan.incarnation % 2)
         self.handle(RunSubmitted(plan, run.committed, denoised, worker))
 
     # Events.

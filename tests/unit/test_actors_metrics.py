@@ -121,4 +121,23 @@ def test_targets_go_when_the_scheduler_ends(tmp_path, model):
     assert not (tmp_path / TARGETS).exists()
 
 
+def test_what_one_that_died_told_prometheus_goes_though_no_run_lives(tmp_path, model):
+    async def run():
+        crew, targets = LocalCrew(), tmp_path / TARGETS
+        first = SegmentSchedulerActor(crew)
+        await submit(first, tmp_path, "one", config_for(model, video={"num_segments": 1}, prompt_segments=ONE))
+        await end_of(first, "one")
+        await die(first)
+        told = targets.read_text()
+        await SegmentSchedulerActor(crew).runs()
+        assert not targets.exists()
+        others = told.replace("127.0.0.1", "127.0.0.2")  # of another Ray's segment scheduler
+        targets.write_text(others)
+        await SegmentSchedulerActor(crew).runs()
+        assert targets.read_text() == others
+        await crew.end()
+
+    asyncio.run(run())
+
+
 ONE = [{"segment": 0, "prompt": "a red circle"}]

@@ -2,20 +2,30 @@
 
 import asyncio
 import contextlib
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import imageio_ffmpeg
 import pytest
 import torch
 
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.engine.latent_files import load_latents
-from edit_ray.errors import HardwareDiffers, UnknownRun
+from edit_ray.errors import HardwareDiffers, ResourcesUnavailable, UnknownRun
+from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 SEGMENTS = 4
 REUSE = {
     "cache": {
@@ -117,6 +127,7 @@ def test_the_next_segment_scheduler_goes_on_to_the_same_bytes(tmp_path, model, u
     assert all(same(whole, hurt, index) for index in range(SEGMENTS))
     assert whole.final.read_bytes() == hurt.final.read_bytes()
     assert hurt.read_manifest().incarnation == 2
+    assert all("denoise_s" in record.statistics for record in hurt.read_manifest().segments)
     assert [path.name for path in hurt.path.rglob(".*")] == []
     assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
 
@@ -205,6 +216,31 @@ def test_a_run_goes_on_from_its_folder_alone(tmp_path, model, undisturbed):
     assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
 
 
+def test_a_run_goes_on_beside_the_residuals_that_it_has_left(tmp_path, model, undisturbed):
+    """It was on the second GPU actor, and comes to the second one again, though the first is free."""
+
+    async def resume_elsewhere():
+        crew = LocalCrew()
+        first = SegmentSchedulerActor(crew)
+        engine = {"engine": {"cpu_threads": 1, "gpu_actors": 2}}
+        for run_id, changes in (("other", {}), ("reuse", REUSE)):
+            await submit(first, tmp_path, run_id, config_for(model, **changes, **engine))
+        await first.wait_segment("reuse", 0, 60)
+        await die(first)
+        await crew.end()
+        again = LocalCrew()
+        second = SegmentSchedulerActor(again)
+        await second.resume("reuse", str(tmp_path), False)
+        assert (await end_of(second, "reuse")).state == "done"
+        await again.end()
+        return second._runs["reuse"].worker
+
+    assert asyncio.run(resume_elsewhere()) == 1
+    folder, whole = RunFolder(tmp_path, "reuse"), RunFolder(undisturbed, "reuse")
+    assert whole.final.read_bytes() == folder.final.read_bytes()
+    assert [record.statistics["segments_made_again"] for record in folder.read_manifest().segments] == [0] * SEGMENTS
+
+
 @pytest.mark.parametrize("name", ["plain", "reuse"])
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, model, undisturbed, name):
     async def stop_and_resume():
@@ -214,11 +250,18 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, model, undisturbed, n
         await scheduler.wait_segment(name, 1, 60)
         await scheduler.cancel(name)
         assert (await end_of(scheduler, name)).state == "cancelled"
+        before = read_events(folder.events)
         await scheduler.resume(name, str(tmp_path), False)
         assert (await end_of(scheduler, name)).state == "done"
         await crew.end()
+        return before, read_events(folder.events)
 
-    asyncio.run(stop_and_resume())
+    folder = RunFolder(tmp_path, name)
+    before, after = asyncio.run(stop_and_resume())
+    made = {event["segment"] for event in before if event["event"] == "segment_made"}
+    begun = {event["segment"] for event in after[len(before) :] if event["event"] == "segment_begun"}
+    assert begun == set(range(SEGMENTS)) - made, "what was denoised is not denoised again"
+    assert all("denoise_s" in record.statistics for record in folder.read_manifest().segments)
     assert RunFolder(undisturbed, name).final.read_bytes() == RunFolder(tmp_path, name).final.read_bytes()
     assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
 
@@ -248,3 +291,111 @@ def test_other_hardware_is_refused_by_name(tmp_path, model):
 
     asyncio.run(move())
     assert RunFolder(tmp_path, "one").read_manifest().provenance["device"] == "an abacus"
+
+
+SYNCED = (
+    "latents",
+    "records",
+    "segments",
+    "init.mp4",
+    "stream.mp4",
+    "live-0.m3u8",
+    "live.m3u8",
+    "manifest",
+    "final.mp4",
+)
+
+
+class FullDisk:
+    """`os.fsync` on a file system that is full: while `full` for everything, else the first time for each of `left`."""
+
+    def __init__(self):
+        self.full, self.left, self.sync = False, set(SYNCED), os.fsync
+
+    def __call__(self, descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        kind = next((kind for kind in self.left if re.search(rf"/\.?{kind}[./]", path + "/")), None)
+        if "/reuse/" in path and (self.full or kind):
+            self.left.discard(kind)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.sync(descriptor)
+
+
+def test_a_full_disk_loses_nothing_that_is_committed(tmp_path, model, undisturbed, monkeypatch):
+    """First it is full until the run gives up, then, when it has been resumed, once for every kind of file."""
+    disk = FullDisk()
+
+    async def fill_and_resume():
+        crew = LocalCrew()
+        scheduler = SegmentSchedulerActor(crew)
+        config = config_for(model, **REUSE, engine={"cpu_threads": 1, "segment_retries": 5})
+        disk.left = set()
+        await submit(scheduler, tmp_path, "reuse", config)
+        await scheduler.wait_segment("reuse", 0, 60)
+        disk.full = True
+        failed = await end_of(scheduler, "reuse")
+        there = folder.read_manifest()
+        with pytest.raises(ResourcesUnavailable, match="no space is left in"):
+            await scheduler.resume("reuse", str(tmp_path), False)
+        disk.full = False
+        await scheduler.resume("reuse", str(tmp_path), False)
+        disk.left = set(SYNCED) - {"init.mp4", "live.m3u8"}  # these are there
+        done = await end_of(scheduler, "reuse")
+        await crew.end()
+        return failed, there, done
+
+    monkeypatch.setattr(os, "fsync", disk)
+    folder, whole = RunFolder(tmp_path, "reuse"), RunFolder(undisturbed, "reuse")
+    failed, there, done = asyncio.run(fill_and_resume())
+    assert failed.state == "failed"
+    assert f"no space is left for {folder.path}; free some, then go on with `edit-ray resume reuse`" in failed.error
+    assert (there.state, len(there.segments) >= 1) == ("open", True), "its end could not be recorded"
+    assert folder.read_manifest().segments[: len(there.segments)] == there.segments
+    assert (done.state, disk.left) == ("done", set()), done.error
+    assert all(same(whole, folder, index) for index in range(SEGMENTS))
+    assert whole.final.read_bytes() == folder.final.read_bytes()
+    assert (folder.path / "stream.mp4").read_bytes() == (whole.path / "stream.mp4").read_bytes()
+    assert [path.name for path in folder.path.rglob(".*")] == []
+
+
+@pytest.mark.slow
+def test_a_file_system_that_is_really_full_loses_nothing(tmp_path, model, undisturbed):
+    """With a little more room each time, so that all kinds of files are in turn the one that does not fit."""
+    room = tmp_path / "room"
+    room.mkdir()
+    # In a mount namespace of its own, in which who runs the tests may mount what nobody else sees.
+    mounted = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
+    mount = 'mount -t tmpfs -o size=96m none "$0"'
+    if shutil.which("unshare") is None or subprocess.run([*mounted, mount, room], check=False).returncode:
+        pytest.skip("needs user namespaces, to mount a small file system without privileges")
+    script = [sys.executable, "-m", "tests.unit.disk_full", model, room, undisturbed]
+    command = [*mounted, f'{mount} && exec "$@"', room, *script]
+    done = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# What the encoder is when it is killed: it has read some frames, and written a part of what it makes.
+KILLED = """#!/bin/sh
+case "$*" in *libx264*) kind=encode;; *ffmetadata*) kind=join;; *) kind=read;; esac
+if mkdir "{flags}/$kind" 2>/dev/null; then
+    for last; do :; done
+    head -c 5000 | "{ffmpeg}" "$@" 2>/dev/null | head -c 700
+    [ "$kind" = join ] && echo half >"$last"
+    kill -9 $$
+fi
+exec "{ffmpeg}" "$@"
+"""
+
+
+def test_an_encoder_that_is_killed_is_started_again(tmp_path, model, undisturbed, monkeypatch):
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    script = tmp_path / "ffmpeg"
+    script.write_text(KILLED.format(flags=killed, ffmpeg=imageio_ffmpeg.get_ffmpeg_exe()))
+    script.chmod(0o700)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
+    asyncio.run(make(tmp_path, model, plain={}))
+    assert {path.name for path in killed.iterdir()} == {"encode", "join", "read"}
+    assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
+    assert [path.name for path in (tmp_path / "plain").rglob(".*")] == []

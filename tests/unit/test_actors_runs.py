@@ -1,6 +1,7 @@
 """What ended runs can go on with, and what goes wrong in a run: each a clear error, or no difference at all."""
 
 import asyncio
+import re
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from edit_ray.engine.latent_files import load_latents
 from edit_ray.errors import ConfigError, RunLive
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
+from edit_ray.video.stream_files import newest_playlist
 from tests.unit.test_actors import config_for
-from tests.unit.test_actors_recovery import REUSE, SEGMENTS, end_of, make, submit
+from tests.unit.test_actors_recovery import REUSE, SEGMENTS, die, end_of, make, submit
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 
@@ -68,6 +70,39 @@ def test_a_run_is_extended_and_rerolled_and_its_old_takes_are_kept(tmp_path, mod
         assert (folder.path / record.latents).exists()
     assert not torch.equal(load_latents(folder.latents(4, 0)), load_latents(folder.latents(4, 1)))
     assert manifest.num_frames == 17 + 5 * 4 * (5 - 2)
+    assert all("seam_score" in record.statistics for record in manifest.segments[1:])
+    kept, first = manifest.segments[:4], manifest.earlier_takes
+    assert [playlist(folder.path, number) for number in range(3)] == [
+        listed(records) for records in (kept, (*kept, *first), manifest.segments)
+    ]
+    assert newest_playlist(folder.path) == "live-2.m3u8"
+
+
+def playlist(folder, number):
+    """The fragments that a playlist names, all of which are there, and its durations, in frames at 16 a second."""
+    text = (folder / f"live-{number}.m3u8").read_text()
+    assert text.endswith("#EXT-X-ENDLIST\n")
+    found = re.findall(r"^#EXTINF:([0-9.]+),\n(.+)$", text, re.MULTILINE)
+    assert all((folder / name).exists() for _, name in found)
+    return [(name, float(seconds) * 16) for seconds, name in found]
+
+
+def listed(records):
+    return [(record.media, record.num_frames) for record in records]
+
+
+def test_an_extended_run_is_the_run_that_was_as_long_from_the_start(tmp_path, model, undisturbed):
+    async def extend():
+        crew = LocalCrew()
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, "plain", config_for(model, video={"num_segments": SEGMENTS - 1}))
+        await end_of(scheduler, "plain")
+        await scheduler.extend("plain", str(tmp_path), 1, False)
+        assert (await end_of(scheduler, "plain")).state == "done"
+        await crew.end()
+
+    asyncio.run(extend())
+    assert RunFolder(tmp_path, "plain").final.read_bytes() == RunFolder(undisturbed, "plain").final.read_bytes()
 
 
 def test_a_reroll_with_the_same_seed_makes_the_same_segments(tmp_path, model, undisturbed):
@@ -157,22 +192,26 @@ def test_latents_that_are_not_finite_are_tried_again_and_never_written(tmp_path,
 
 
 class Crowded(LocalCrew):
-    """Its GPU has no memory left the first `times` that segment 1 is begun."""
+    """Its GPU has no memory left the first `times` that segment 1 is denoised, or decoded. Its tiles are small."""
 
-    def __init__(self, times):
+    def __init__(self, times, crowded="denoise_segment"):
         super().__init__()
-        self.times = times
+        self.times, self.crowded = times, crowded
 
     async def denoiser(self, worker, method, *arguments):
-        if method == "denoise_segment" and arguments[1].index == 1 and self.times:
+        if method in ("denoise_segment", "decode_segment"):
+            pipe = self.workers[worker].denoiser._ready_engine(arguments[0]).pipe
+            pipe.vae.tile_sample_min_height = pipe.vae.tile_sample_min_width = 24
+            pipe.vae.tile_sample_stride_height = pipe.vae.tile_sample_stride_width = 16
+        if method == self.crowded and arguments[1].index == 1 and self.times:
             self.times -= 1
-            transformer = self.workers[worker].denoiser._ready_engine(arguments[0]).pipe.transformer
 
             def full(*_):
                 hook.remove()
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-            hook = transformer.register_forward_pre_hook(full)
+            decodes = method == "decode_segment"
+            hook = (pipe.vae.decoder if decodes else pipe.transformer).register_forward_pre_hook(full)
         return await super().denoiser(worker, method, *arguments)
 
 
@@ -194,6 +233,50 @@ def test_memory_that_does_not_do_is_tried_once_more_then_named(tmp_path, model, 
         assert status.error.startswith("denoise of segment 1 failed: the GPU's memory does not do (CUDA out of memory.")
 
 
+def test_memory_that_does_not_do_for_decoding_does_for_tiles_and_stays_so(tmp_path, model, undisturbed):
+    """What is resumed by other actors, which have memory enough, is decoded as it would have been."""
+    config = config_for(model, video={"num_segments": 3})
+
+    async def crowd():
+        crew = Crowded(1, "decode_segment")
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, "whole", config)
+        ended = [await end_of(scheduler, "whole")]
+        crew.times = 1
+        await submit(scheduler, tmp_path, "hurt", config)
+        await scheduler.wait_segment("hurt", 1, 60)
+        await die(scheduler)
+        await crew.end()
+        other = Crowded(0)
+        again = SegmentSchedulerActor(other)
+        await again.resume("hurt", str(tmp_path), False)
+        ended.append(await end_of(again, "hurt"))
+        await other.end()
+        return ended
+
+    assert [status.state for status in asyncio.run(crowd())] == ["done", "done"]
+    before, whole, hurt = (RunFolder(*of) for of in ((undisturbed, "plain"), (tmp_path, "whole"), (tmp_path, "hurt")))
+    assert whole.read_manifest().tiled_from == hurt.read_manifest().tiled_from == 1
+    assert hurt.final.read_bytes() == whole.final.read_bytes()
+    assert [before.media(k).read_bytes() == whole.media(k).read_bytes() for k in range(3)] == [True, False, False]
+
+
+@pytest.mark.parametrize(("tiled_decode", "times"), [("auto", 2), ("always", 1), ("never", 1)])
+def test_memory_that_does_not_even_do_for_tiles_is_named(tmp_path, model, tiled_decode, times):
+    async def crowd():
+        crew = Crowded(times, "decode_segment")
+        scheduler = SegmentSchedulerActor(crew)
+        engine = {"cpu_threads": 1, "tiled_decode": tiled_decode}
+        await submit(scheduler, tmp_path, "one", config_for(model, engine=engine, video={"num_segments": 3}))
+        status = await end_of(scheduler, "one")
+        await crew.end()
+        return status
+
+    status = asyncio.run(crowd())
+    assert status.error.startswith("decode of segment 1 failed: the GPU's memory does not do (CUDA out of memory.")
+    assert RunFolder(tmp_path, "one").read_manifest().tiled_from == (1 if tiled_decode == "auto" else None)
+
+
 def test_a_removed_folder_ends_the_run_with_a_sentence(tmp_path, model):
     async def remove():
         crew = LocalCrew()
@@ -213,7 +296,11 @@ def test_a_removed_folder_ends_the_run_with_a_sentence(tmp_path, model):
 
 def test_an_endless_run_keeps_a_bounded_number_of_files(tmp_path, model):
     config = config_for(
-        model, video={"num_segments": None}, output={"keep_segments": 2}, continuity={"history_latents": 2}
+        model,
+        video={"num_segments": None},
+        output={"keep_segments": 2},
+        continuity={"history_latents": 2},
+        cache={"policy": "always"},
     )
 
     async def run_for_a_while():
@@ -224,6 +311,9 @@ def test_an_endless_run_keeps_a_bounded_number_of_files(tmp_path, model):
             await scheduler.wait_segment("one", index, 60)
         await scheduler.cancel("one")
         status = await end_of(scheduler, "one")
+        in_memory = [(await scheduler.wait_segment("one", index, 1)).record for index in range(status.committed)]
+        assert [bool(record.statistics) for record in in_memory[-3:]] == [False, True, True]
+        assert not any(record.statistics for record in in_memory[:-2])
         await scheduler.resume("one", str(tmp_path), False)
         await scheduler.wait_segment("one", status.committed, 60)
         await scheduler.cancel("one")
@@ -239,6 +329,8 @@ def test_an_endless_run_keeps_a_bounded_number_of_files(tmp_path, model):
     assert status.dropped_before == status.committed - 2
     media = sorted(path.name for path in (folder.path / "segments").iterdir())
     assert len(media) <= 4, "two that stay, and two that were on their way when the run was stopped"
+    assert len(list((folder.path / "records").iterdir())) <= 4
+    assert all(record.statistics for record in folder.read_manifest().segments), "the file keeps what memory lets go"
     needed = 2 + lookback_latents(AutoencoderKLWan.load_config(model / "vae"))
     latents = len(list((folder.path / "latents").iterdir()))
     assert -(-needed // 3) <= latents <= -(-needed // 3) + 2, "each segment adds three"

@@ -92,6 +92,11 @@ def test_an_endless_video_has_no_number_of_segments_and_survives_writing(tmp_pat
     [
         ({"video": {}}, "neither num_segments nor duration"),
         ({"video": {"num_segments": None}, "cache": {"policy": "warmstart_reuse", "reuse_window": 1}}, "the window 0"),
+        ({"engine": {"cfg_parallel": True}, "model": {"device": "cpu"}}, "needs two GPUs"),
+        (
+            {"engine": {"cfg_parallel": True}, "cache": {"policy": "warmstart_reuse", "reuse_window": 1}},
+            "with two GPUs it must be 0",
+        ),
         (
             {
                 "cache": {"policy": "warmstart_reuse", "reuse_window": 1},

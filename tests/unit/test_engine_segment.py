@@ -202,3 +202,28 @@ def test_devices_and_types():
         assert choose_device("auto").type == "cpu"
         with pytest.raises(ModelError, match="no CUDA device"):
             choose_device("cuda")
+
+
+@pytest.mark.parametrize(("kept", "decoded"), [(1, 13), (2, 9), (3, 7)])
+def test_the_decoder_states_of_the_latest_runs_are_kept(engine, kept, decoded):
+    """Three runs take turns; what was given up is made again from latents, one by one, to the same frames."""
+    engine.max_live_decoders, count = kept, []
+    latents = {
+        run: torch.randn(1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(i)) for i, run in enumerate("abc")
+    }
+    hook = engine.pipe.vae.decoder.register_forward_pre_hook(lambda *_: count.append(1))
+    frames = {run: [] for run in latents}
+    for run in "ababcba":
+        of_run, position = latents[run], len(frames[run])
+        frames[run].append(
+            engine.decode(
+                run,
+                of_run[:, :, position : position + 1],
+                position=position,
+                preceding=lambda n, of_run=of_run, position=position: of_run[:, :, position - n : position],
+            )
+        )
+    assert len(count) == decoded
+    hook.remove()
+    for run, parts in frames.items():
+        assert torch.equal(torch.cat(parts), frames_at_once(engine, latents[run][:, :, : len(parts)]))

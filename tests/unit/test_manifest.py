@@ -23,6 +23,7 @@ from edit_ray.runs.manifest import (
     Opened,
     Rerolled,
     SegmentRecord,
+    Tiled,
 )
 from edit_ray.runs.manifest_file import ManifestFile, from_bytes, read_manifest, to_text
 from edit_ray.runs.plan import Take
@@ -50,6 +51,7 @@ LINES = [
     Ended(3, "cancelled"),
     Opened(4, HARDWARE),
     Rerolled(4, Take(1, 3, 99, "another")),
+    Tiled(4, 3),
     Committed(4, record(3, 1)),
     Ended(4, "failed", "denoise of segment 4 failed: it broke"),
 ]
@@ -76,6 +78,7 @@ def test_the_lines_add_up():
     assert [(segment.index, segment.take) for segment in manifest.earlier_takes] == [(3, 0), (4, 0)]
     assert (manifest.state, manifest.error) == ("failed", "denoise of segment 4 failed: it broke")
     assert (manifest.final, manifest.dropped_before, manifest.planned_from) == (None, 2, 3)
+    assert (manifest.tiled_from, fold(LINES[:9]).tiled_from) == (3, None)
     assert fold(LINES[:9]).planned_from == 4
     assert fold(LINES[:6]).final == "final.mp4"
     assert fold(LINES[:7]).state == "open"
@@ -112,6 +115,7 @@ def test_lines_of_an_earlier_incarnation_are_fenced_off():
     [
         ([Committed(1, record(1))], "segment 1 of take 0 does not follow"),
         ([Committed(1, record(0, 1))], "segment 0 of take 1 does not follow"),
+        ([Committed(1, record(0)), Tiled(1, 0)], "segment 0 is committed, and was not decoded in tiles"),
         ([Committed(1, record(0))] * 2, "segment 0 of take 0 does not follow"),
         ([Committed(2, record(0))], "has not opened the run"),
         ([Opened(1, HARDWARE)], "opens the run twice"),

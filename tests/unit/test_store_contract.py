@@ -10,6 +10,8 @@ from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredSt
 from edit_ray.cache.stores.allocator import ExtentAllocator
 from edit_ray.cache.stores.arena import Arena
 from edit_ray.cache.stores.disk_tier import DiskTier
+from edit_ray.cache.stores.pinned import PinnedStore
+from edit_ray.cache.stores.spread import SpreadStore
 from edit_ray.testing import check_store
 
 
@@ -91,6 +93,8 @@ def test_our_stores_and_a_small_one_from_outside_keep_the_contract(folder):
     check_store(SmallStore)
     check_store(GPUStore)
     check_store(CPUOffloadStore)
+    check_store(PinnedStore)
+    check_store(lambda: SpreadStore(0.5, ahead=1))
     check_store(lambda: DiskOffloadStore(folder(), allow_tmpfs=True))
 
 

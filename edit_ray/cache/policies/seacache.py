@@ -134,9 +134,10 @@ class SeaCache(CachePolicy):
             )
         if not 0 <= ctx.sigma <= 1:
             raise ValueError(f"seacache needs the sigma of a flow-matching loop, from 0 to 1, and got {ctx.sigma}.")
-        if self._filtered is None or self._filtered[0] is not ctx.signals:
-            self._filtered = ctx.signals, wiener_filter(ctx.latents, ctx.sigma, self.power_exp).detach()
-        return self._filtered[1]
+        filtered = self._filtered
+        if filtered is None or filtered[0] is not ctx.signals:
+            filtered = self._filtered = ctx.signals, wiener_filter(ctx.latents, ctx.sigma, self.power_exp).detach()
+        return filtered[1]
 
     def _distance(self, current: Tensor, previous: Tensor) -> float:
         """`distance`, measured once for all units of a forward."""

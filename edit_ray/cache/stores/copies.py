@@ -112,14 +112,14 @@ class StreamCopies:
 
     def out(self, taken: Taken, place: Tensor) -> Copy:
         assert taken.ready is not None
-        with _Current(self.leaving):
+        with self.leaving:
             self.leaving.wait_event(taken.ready)
             place.copy_(taken.tensor, non_blocking=True)
         self._ready.append(taken.ready)
         return self._on_stream(self.leaving, taken.tensor)
 
     def load(self, place: Tensor) -> Loaded:
-        with _Current(self.loading):
+        with self.loading:
             tensor = place.to(self._device, non_blocking=True)
         return Loaded(tensor, self._on_stream(self.loading, tensor))
 
@@ -134,22 +134,6 @@ class StreamCopies:
         event = torch.cuda.Event()
         event.record(stream)
         return _OnStream(event, tensor)
-
-
-class _Current:
-    """The stream is the current one; as `torch.cuda.stream`, for streams of one device, in a third of the time."""
-
-    __slots__ = ("_before", "_stream")
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream = stream
-
-    def __enter__(self) -> None:
-        self._before = torch.cuda.current_stream()
-        torch.cuda.set_stream(self._stream)
-
-    def __exit__(self, *error: object) -> None:
-        torch.cuda.set_stream(self._before)
 
 
 def copies_for(device: torch.device) -> Copies:

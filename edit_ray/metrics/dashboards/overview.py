@@ -3,7 +3,9 @@
 from edit_ray.metrics.dashboards.panel import Dashboard, Panel, Row, Target
 from edit_ray.metrics.dashboards.query import mean, of, quantile, rate, ratio, total
 
-_SPEED = f"clamp_min({rate('segments_total')}, 1e-5)"
+_DENOISED = {part: of("work_seconds", part, stage="denoise") for part in ("_sum", "_count")}
+_SECONDS = ratio(*(f"sum(increase({series}[$__range]))" for series in _DENOISED.values()))
+_AT_A_TIME = f"clamp_min({total(of('work_in_flight', stage='denoise'))}, 1)"
 
 _NOW = Row(
     "Now",
@@ -26,9 +28,9 @@ _NOW = Row(
         ),
         Panel(
             "Time to go",
-            "Segments to go at the speed of the last while; large where none was committed in it.",
+            "Segments to go, times what denoising one took in the range shown, over how many are denoised at a time.",
             "s",
-            (Target(f"{total(of('segments_remaining'))} / {_SPEED}", "time"),),
+            (Target(f"{total(of('segments_remaining'))} * ({_SECONDS}) / {_AT_A_TIME}", "time"),),
             kind="stat",
             width=6,
         ),

@@ -1,0 +1,195 @@
+"""Forecasting every block's residual with less memory than that takes: without tiers, with tiers, and the peers.
+
+    python benchmarks/memory_bound.py --output benchmarks/results/memory_bound      on a GPU, capped at 24 GB
+    python benchmarks/memory_bound.py --quick                                       a toy on a CPU, without a cap
+
+TaylorSeer with a unit for each block keeps `max_order` + 1 residuals of every block and branch, and reads them all in
+every skipped step. The process is capped with `torch.cuda.set_per_process_memory_fraction`. With tiers, as many units
+as do not fit have their residuals in pinned host memory. Times are of the denoising loop, medians of alternating runs.
+"""
+
+import gc
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
+
+import torch
+from diffusers import TaylorSeerCacheConfig
+
+from benchmarks.gpu_results import LeftOut, Results, arguments
+from benchmarks.real_size import Task, embeds, generate, make_pipe, memory_peak, stock_pipe, synchronise, task_for
+from benchmarks.wan_table import our_cache
+from edit_ray.cache import CPUOffloadStore, GPUStore, TieredStore
+from edit_ray.cache.stores.spread import SpreadStore
+from edit_ray.engine.reuse import residual_form
+
+UNCAPPED, WITHOUT = "ours, all in VRAM, no cap", "ours, all in VRAM, capped"
+WITH, BY_RECENCY = "ours, tiers, capped", "ours, tiers by recency, capped"
+AHEAD = 4  # entries on their way
+On = Callable[[], AbstractContextManager[Any]]
+
+
+class Bench:
+    """Loops of one model under a cap or without."""
+
+    def __init__(self, results: Results, task: Task, device: str, cap: float, max_order: int) -> None:
+        self.results, self.task, self.device, self.max_order = results, task, device, max_order
+        self.pipe = make_pipe(task, device)
+        self.stock, self.given = stock_pipe(self.pipe), embeds(self.pipe)
+        self.cap, self._latents = cap, dict[str, torch.Tensor]()
+        self.entry = residual_form(self.pipe, task.sampling).size
+        self.needed = (max_order + 1) * 2 * len(self.pipe.transformer.blocks) * self.entry
+        results.note(f"{self.needed / 2**30:.1f} GiB of residuals, of {self.entry / 1e6:.1f} MB each")
+
+    def measure(self, name: str, pipe: Any, on: On, capped: bool) -> None:
+        """A loop; one that runs out of memory is a result too."""
+        if not self.results.time_for(name):
+            return
+        with self.results.row(name) as figures, self._capped(capped):
+            memory_peak(self.device, reset=True)
+            steps: list[int] = []
+            try:
+                with on():
+                    synchronise(self.device)
+                    started = time.perf_counter()
+                    latents = generate(pipe, self.task, self.given, callback_on_step_end=partial(_note_step, steps))
+                    synchronise(self.device)
+                self._latents[name] = latents.cpu()
+                each = [*figures.get("each", []), time.perf_counter() - started]
+                figures.update(outcome="done", seconds=median(each), times=len(each), each=each)
+            except torch.OutOfMemoryError:
+                figures.update(outcome=f"out of memory after {len(steps)} of {self.task.num_inference_steps} steps")
+            figures["ours"] = pipe is self.pipe
+            if self.device == "cuda":
+                figures["peak_GB"] = (memory_peak(self.device) or 0) / 1e9
+            full = self.results.of(UNCAPPED).get("seconds")
+            if name != UNCAPPED and full and "seconds" in figures:
+                figures["ratio"] = figures["seconds"] / full
+                if pipe is self.pipe:
+                    figures["equal"] = torch.equal(self._latents[name], self._latents[UNCAPPED])
+        self._free()
+
+    def forecasting(self, store: Any = None) -> AbstractContextManager[Any]:
+        """Our cache, with residuals in a store."""
+        options = {"granularity": "per_block", "max_order": self.max_order}
+        return our_cache(self.pipe, "taylorseer", self.task.num_inference_steps, store=store, **options)
+
+    def host_share(self) -> float:
+        """Of the units, so that the rest fits under the cap beside what the loop itself takes."""
+        peak = self.results.of(UNCAPPED).get("peak_GB")
+        if self.device != "cuda":
+            return 0.3
+        if peak is None:
+            raise LeftOut("the loop without a cap was not measured")
+        itself = peak * 1e9 - self.needed
+        room = 0.96 * self.cap - itself - (4 * AHEAD + 2) * self.entry  # fragments, and what is on its way
+        units = 2 * len(self.pipe.transformer.blocks)
+        share: float = min(1.0, math.ceil(units * max(0.0, 1 - room / self.needed)) / units + 1e-9)
+        self.results.note(f"the loop itself takes {itself / 1e9:.1f} GB; {share:.0%} of the residuals are on the host")
+        return float(share)
+
+    def _capped(self, capped: bool) -> AbstractContextManager[None]:
+        if self.device != "cuda":
+            return nullcontext()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, self.cap / total) if capped else 1.0)
+        return nullcontext()
+
+    def _free(self) -> None:
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def _note_step(steps: list[int], _pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    steps.append(step)
+    return tensors
+
+
+def peer_rows(bench: Bench) -> None:
+    """What others make of it under the cap."""
+    steps = bench.task.num_inference_steps
+
+    class Enabled:
+        """diffusers' TaylorSeer; without names of modules it finds none in Wan, so they are given."""
+
+        def __enter__(self) -> None:
+            config = TaylorSeerCacheConfig(max_order=bench.max_order, cache_identifiers=[r"blocks\.\d+"])
+            bench.stock.transformer.enable_cache(config)
+
+        def __exit__(self, *error: object) -> None:
+            bench.stock.transformer.disable_cache()
+
+    bench.measure("diffusers TaylorSeer on blocks, capped", bench.stock, Enabled, capped=True)
+    try:
+        from benchmarks.methods import Pipelines, cache_dit
+
+        enable = cache_dit(taylorseer=True)
+        on = partial(enable, Pipelines(bench.pipe, bench.stock, steps), {"residual_diff_threshold": 1e9})
+    except ImportError as error:
+        bench.results.note(f"cache-dit was not run: {error}")
+        return
+    name = "cache-dit DBCache + TaylorSeer, capped"  # of the stack, not of each block
+    bench.measure(name, bench.stock, on, capped=True)
+
+
+def measure(bench: Bench, repeats: int, by_recency: bool) -> None:
+    """All rows."""
+    share, store = 0.0, None
+    for turn in range(repeats):
+        bench.measure(UNCAPPED, bench.pipe, bench.forecasting, capped=False)
+        if turn == 0:
+            if bench.device == "cuda":
+                bench.measure(WITHOUT, bench.pipe, bench.forecasting, capped=True)
+            share = bench.host_share()
+            store = SpreadStore(share, ahead=AHEAD)
+            with bench.forecasting(store):  # pinned memory takes its time, once
+                generate(bench.pipe, bench.task, bench.given)
+            bench._free()
+        bench.measure(WITH, bench.pipe, partial(bench.forecasting, store), capped=True)
+        if store is not None:
+            bench.results.of(WITH)["host_share"] = share
+    del store
+    bench._free()
+    peer_rows(bench)
+    if by_recency:
+        on_device = int((1 - share) * bench.needed)
+        tiers = TieredStore([(GPUStore(), on_device), (CPUOffloadStore(), None)], promote=False)
+        bench.measure(BY_RECENCY, bench.pipe, partial(bench.forecasting, tiers), capped=True)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    args = arguments(
+        __doc__ or "",
+        seconds=90,
+        steps={"type": int, "default": 15},
+        num_frames={"type": int, "default": 69},
+        max_order={"type": int, "default": 3},
+        cap={"type": float, "default": 24.0, "help": "GB"},
+        repeats={"type": int, "default": 2},
+        by_recency={"action": "store_true", "help": "also a TieredStore, which goes by recency"},
+    )
+    frames = None if args.quick else args.num_frames
+    task = task_for(args.quick, num_inference_steps=args.steps, num_frames=frames)
+    told = {"quick": args.quick, "cap_GB": args.cap, "policy": "taylorseer, per_block", "max_order": args.max_order}
+    results = Results(args, task.told() | told, figure="seconds")
+    bench = Bench(results, task, args.device, args.cap * 1e9, args.max_order)
+    generate(bench.pipe, task, bench.given, num_inference_steps=2)  # a first call is slow
+    measure(bench, args.repeats, args.by_recency or args.quick)
+    if not args.quick:
+        results.bar("tiers, capped / all in VRAM without a cap", results.of(WITH).get("ratio"), most=1.10)
+    results.finish()
+
+
+if __name__ == "__main__":
+    main()

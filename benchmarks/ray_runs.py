@@ -1,0 +1,82 @@
+"""Runs through the three actors on a Ray of their own, and what a client sees of them when."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from edit_ray.actors import launch
+from edit_ray.client import LongVideoClient
+from edit_ray.config import Config
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A run as its client saw it: seconds from `submit` until each segment was committed, and until the run was done.
+
+    `statistics` are the segments' own.
+    """
+
+    committed: list[float]
+    done: float
+    statistics: list[Mapping[str, float]]
+
+    @property
+    def steady(self) -> float:
+        """Seconds a segment, from the first one's commit on; of a single one its own."""
+        first, last = self.committed[0], self.committed[-1]
+        return (last - first) / (len(self.committed) - 1) if len(self.committed) > 1 else first
+
+
+@contextmanager
+def private_ray(num_cpus: int) -> Iterator[None]:
+    """A Ray for as long as it is entered; the actors end with it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        namespace=launch.NAMESPACE,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+    try:
+        yield
+    finally:
+        launch.end_actors()
+        ray.shutdown()
+
+
+def watch(client: LongVideoClient, run_id: str, submitted: float) -> Seen:
+    """Follow a run that was submitted at that moment of `time.perf_counter` to its end."""
+    committed, statistics = [], []
+    for segment in client.stream(run_id, frames=False):
+        committed.append(time.perf_counter() - submitted)
+        statistics.append(segment.statistics)
+    return Seen(committed, time.perf_counter() - submitted, statistics)
+
+
+def run(client: LongVideoClient, config: Config, run_id: str) -> Seen:
+    """Submit a run, and follow it to its end."""
+    submitted = time.perf_counter()
+    client.submit(config, run_id=run_id)
+    return watch(client, run_id, submitted)
+
+
+def in_denoiser(ask: Callable[[Any], Any], worker: int = 0) -> Any:
+    """What a function says that is called with the GPU actor's object, in its process."""
+    handle = ray.get_actor(launch.name_of(launch.DENOISER, worker), namespace=launch.NAMESPACE)
+    return ray.get(handle.__ray_call__.remote(ask))
+
+
+def latents_at(folder: Path, run_id: str, index: int) -> Path:
+    """Where a segment's latents lie."""
+    return folder / run_id / "latents" / f"{index:05}-t0.safetensors"

@@ -1,0 +1,162 @@
+"""What a skipped forward costs beside a full one, ours and the peers'.
+
+    python benchmarks/skip_cost.py --output benchmarks/results/skip_cost      on a GPU
+    python benchmarks/skip_cost.py --quick                                    a toy on a CPU
+
+In the denoising loop of each pipeline, with the same steps skipped by all: a forward's time is that between two events
+on the device, from before its `cache_context` until after it (on a CPU, by the clock). The loop is ahead of the device
+where it can be. Medians, of both branches.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
+
+import torch
+
+from benchmarks.gpu_results import LeftOut, Results, arguments
+from benchmarks.peers import PEERS
+from benchmarks.real_size import MODES, Task, embeds, generate, make_pipe, stock_pipe, synchronise, task_for, use
+from benchmarks.wan_table import our_cache
+
+COMPUTED = 4  # first steps that compute
+
+
+class Moments:
+    """Times of the forwards of one transformer, in milliseconds, in their order."""
+
+    def __init__(self, transformer: Any, device: str) -> None:
+        self._transformer, self._cuda = transformer, device == "cuda"
+        self._moments: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Every forward in it is timed."""
+        inner = self._transformer.cache_context
+
+        @contextmanager
+        def cache_context(name: str, **where: Any) -> Iterator[None]:
+            before = self._now()
+            with inner(name, **where):
+                yield
+            self._moments.append((before, self._now()))
+
+        self._transformer.__dict__["cache_context"] = cache_context
+        try:
+            yield
+        finally:
+            del self._transformer.__dict__["cache_context"]
+
+    def taken(self) -> list[float]:
+        """Milliseconds of each, and forget them."""
+        moments, self._moments = self._moments, []
+        if not self._cuda:
+            return [1000 * (after - before) for before, after in moments]
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) for before, after in moments]
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def measure(
+    results: Results,
+    name: str,
+    run: Callable[..., Any],
+    on: Callable[[], AbstractContextManager[dict[str, Any]]],
+    moments: Moments,
+    ours: bool,
+) -> None:
+    """A row: one loop of `run`, whose first steps compute and whose others are skipped."""
+    if not results.time_for(name):
+        return
+    with results.row(name) as figures:
+        with on() as beside, moments.watched():
+            run(**beside)
+        taken = moments.taken()
+        full, skipped = taken[2 : 2 * COMPUTED], taken[2 * COMPUTED :]  # the first step is slow
+        figures.update(
+            ours=ours,
+            full_ms=median(full),
+            skipped_ms=median(skipped),
+            share=median(skipped) / median(full),
+            least_ms=min(skipped),
+            forwards=len(skipped),
+        )
+
+
+def measure_all(results: Results, task: Task, device: str, modes: Sequence[str]) -> None:
+    """Ours in the modes, and the peers."""
+    pipe = make_pipe(task, device)
+    stock, given = stock_pipe(pipe), embeds(pipe)
+    mask = [step < COMPUTED for step in range(task.num_inference_steps)]
+
+    def loop_of(of: Any) -> Callable[..., Any]:
+        return lambda **beside: generate(of, task, given, **beside)
+
+    def ours(mode: str) -> None:
+        generate(pipe, task, given, num_inference_steps=2)
+        synchronise(device)
+
+        def on() -> AbstractContextManager[dict[str, Any]]:
+            return our_cache(pipe, "schedule", task.num_inference_steps, mask=mask)
+
+        for _ in range(2):  # the second one stands
+            measure(results, f"ours, {mode}", loop_of(pipe), on, Moments(pipe.transformer, device), True)
+
+    ours("exact")
+    for name, enable in PEERS.items():
+
+        def on(enable: Any = enable) -> AbstractContextManager[dict[str, Any]]:
+            return enable(stock, mask)  # type: ignore[no-any-return]
+
+        measure(results, name, loop_of(stock), on, Moments(stock.transformer, device), False)
+    full_loop(results, loop_of(pipe), Moments(pipe.transformer, device), "exact")
+    for mode in modes:
+        with results.row(f"{mode}: to compile") as figures:
+            if device == "cpu":
+                raise LeftOut("a toy on a CPU is not worth compiling")
+            started = time.perf_counter()
+            use(pipe, mode)
+            generate(pipe, task, given, num_inference_steps=2)
+            figures.update(ours=True, compile_s=time.perf_counter() - started)
+        if results.of(f"{mode}: to compile"):
+            ours(mode)
+            full_loop(results, loop_of(pipe), Moments(pipe.transformer, device), mode)
+
+
+def full_loop(results: Results, run: Callable[..., Any], moments: Moments, mode: str) -> None:
+    """Forwards without any cache."""
+    with results.row(f"no cache, {mode}") as figures:
+        with moments.watched():
+            run(num_inference_steps=5)
+        figures.update(ours=True, full_ms=median(moments.taken()[2:]))
+
+
+def main() -> None:
+    """Measure, print, write."""
+    args = arguments(
+        __doc__ or "", seconds=45, modes={"nargs": "*", "choices": MODES[1:], "default": [], "help": "beside exact"}
+    )
+    task = task_for(args.quick)
+    results = Results(args, task.told() | {"quick": args.quick, "computed_steps": COMPUTED}, figure="skipped_ms")
+    measure_all(results, task, args.device, args.modes)
+    if not args.quick:
+        results.bar("skipped / full forward, exact", results.of("ours, exact").get("share"), most=0.004)
+        full = results.of("no cache, fast").get("full_ms")
+        results.bar("full forward, fast, ms", full, most=120)
+    results.finish()
+
+
+if __name__ == "__main__":
+    main()

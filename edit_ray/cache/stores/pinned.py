@@ -1,0 +1,149 @@
+"""The host tier of a loop on a GPU: pinned memory, copies beside the computation, what is read next brought ahead."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edit_ray.cache.stores.copies import Copies, Copy, Loaded, copies_for
+from edit_ray.cache.stores.store import Key
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """Host memory of one entry, and the copies that it is in; memory of a dropped entry is used again."""
+
+    memory: Tensor
+    device: torch.device
+    leaving: Copy | None = None
+    loading: Copy | None = None
+
+    def settle(self) -> None:
+        """Nothing is on its way when this returns."""
+        for copy in (self.leaving, self.loading):
+            if copy is not None:
+                copy.wait()
+        self.leaving = self.loading = None
+
+
+class PinnedStore:
+    """A `CacheStore` in host memory, without a bound; `get` returns an entry on the device from which it was put.
+
+    What was read after an entry the last time is brought ahead when that one is read again, `ahead` entries deep: a
+    loop that reads the same in every step finds it there. So many may be on their way from the device at a time, and
+    twice as many reads asked for that the device has not come to; whoever is further ahead of it waits. Not
+    thread-safe: one owner at a time.
+    """
+
+    tier = "host"
+
+    def __init__(self, ahead: int = 4) -> None:
+        """Raises ValueError: `ahead` is below 1."""
+        if ahead < 1:
+            raise ValueError(f"ahead is {ahead}; valid is a number of entries from 1.")
+        self.bytes_resident = 0
+        self._most = ahead
+        self._entries: dict[Key, _Place] = {}
+        self._free: dict[tuple[torch.dtype, torch.Size], list[_Place]] = {}
+        self._copies: dict[torch.device, Copies] = {}
+        self._loaded: OrderedDict[Key, Loaded] = OrderedDict()  # begun, and not asked for yet
+        self._then: dict[Key, Key] = {}  # what was read after it
+        self._last: Key | None = None
+        self._leaving: deque[_Place] = deque()
+        self._asked: deque[torch.cuda.Event] = deque()  # where the device was to be at each of the last reads
+
+    def put(self, key: Key, tensor: Tensor) -> None:
+        self.drop(key)
+        whole = tensor.detach().contiguous()
+        copies = self._copies_of(whole.device)
+        place = self._entries[key] = self._place_for(whole)
+        place.leaving = copies.out(copies.take(whole), place.memory)
+        self.bytes_resident += whole.nbytes
+        self._leaving.append(place)
+        while self._leaving and (len(self._leaving) > self._most or self._has_left(self._leaving[0])):
+            self._leaving.popleft().settle()  # which lets go of the device's memory
+
+    def get(self, key: Key) -> Tensor | None:
+        if key not in self._entries:
+            return None
+        if self._last is not None:
+            self._then[self._last] = key
+        self._last = key
+        device = self._entries[key].device
+        self._wait_for(device)
+        loaded = self._loaded.pop(key, None) or self._load(key)
+        following: Key | None = key
+        for _ in range(self._most):
+            following = None if following is None else self._then.get(following)
+            if following is None or following not in self._entries:
+                break
+            if following not in self._loaded and following != key and len(self._loaded) < self._most:
+                self._loaded[following] = self._load(following)
+        return self._copies_of(device).use(loaded)
+
+    def prefetch(self, keys: Iterable[Key]) -> None:
+        """Nothing to do: it knows the order in which entries were read."""
+
+    def drop(self, key: Key) -> None:
+        self._loaded.pop(key, None)
+        self._then.pop(key, None)
+        place = self._entries.pop(key, None)
+        if place is not None:
+            self.bytes_resident -= place.memory.nbytes
+            self._free.setdefault((place.memory.dtype, place.memory.shape), []).append(place)
+
+    def drop_where(self, condition: Callable[[Key], bool]) -> None:
+        for key in [key for key in self._entries if condition(key)]:
+            self.drop(key)
+
+    def clear(self) -> None:
+        self.drop_where(lambda key: True)
+        self._last = None
+
+    def sizes(self) -> dict[Key, int]:
+        """Bytes of every entry, oldest first."""
+        return {key: place.memory.nbytes for key, place in self._entries.items()}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _copies_of(self, device: torch.device) -> Copies:
+        if device not in self._copies:
+            self._copies[device] = copies_for(device)
+        return self._copies[device]
+
+    def _place_for(self, tensor: Tensor) -> _Place:
+        free = self._free.get((tensor.dtype, tensor.shape))
+        if free:
+            place = free.pop(0)  # the one that was given back first: its copies are over, if any are
+            place.settle()
+            place.device = tensor.device
+            return place
+        pinned = tensor.device.type == "cuda"
+        return _Place(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned), tensor.device)
+
+    def _has_left(self, place: _Place) -> bool:
+        return place.leaving is None or place.leaving.done()
+
+    def _load(self, key: Key) -> Loaded:
+        place = self._entries[key]
+        if place.leaving is not None:
+            place.leaving.wait()
+            place.leaving = None
+        loaded = self._copies_of(place.device).load(place.memory)
+        place.loading = loaded.copy
+        return loaded
+
+    def _wait_for(self, device: torch.device) -> None:
+        """The device is at most so many reads behind: what it has not come to holds its memory."""
+        if device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        self._asked.append(event)
+        if len(self._asked) > 2 * self._most:
+            self._asked.popleft().synchronize()

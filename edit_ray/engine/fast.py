@@ -1,0 +1,162 @@
+"""`engine.mode: fast`: what stands in for a transformer's blocks, and with what their arithmetic is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from edit_ray.engine.fast_block import BlockWeights, Layer, Rope, Sizes, block, quantise
+
+# The fastest first, as measured on Hopper.
+ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+@cache
+def compiled_block() -> Callable[..., Tensor]:
+    """`fast_block.block`, compiled once in a process for each form of its tensors."""
+    return torch.compile(block, dynamic=False, fullgraph=True)
+
+
+class FastBlocks:
+    """Stands in for the forwards of one transformer's blocks while a loop runs."""
+
+    def __init__(
+        self, transformer: WanTransformer3DModel, *, fp8: bool = False, run: Callable[..., Tensor] | None = None
+    ) -> None:
+        self.transformer, self.fp8 = transformer, fp8
+        self._run = run or compiled_block()
+        self._blocks: list[WanTransformerBlock] = list(transformer.blocks)
+        self._weights: list[BlockWeights] = []
+        self._quantised: dict[int, tuple[int, Layer]] = {}  # by the memory of a weight, its version
+        self._texts: list[tuple[Tensor, int, list[tuple[Tensor, Tensor]]]] = []
+        self._rope: tuple[Tensor, Rope] | None = None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The blocks' forwards in here are the fast one."""
+        self._weights = [self._gather(each) for each in self._blocks]
+        for index, each in enumerate(self._blocks):
+            each.forward = partial(self._forward, index)
+        try:
+            with sdpa_kernel(ATTENTION, set_priority=True):
+                yield
+        finally:
+            for each in self._blocks:
+                del each.forward
+            self._texts.clear()
+
+    def _forward(
+        self,
+        index: int,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        rotary_emb: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        text_k, text_v = self._text_of(encoder_hidden_states)[index]
+        each = self._blocks[index]
+        sizes = Sizes(each.attn1.heads, each.norm1.eps, each.attn1.norm_q.eps)
+        return self._run(hidden_states, text_k, text_v, temb, self._rope_of(rotary_emb), self._weights[index], sizes)
+
+    def _text_of(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of a projected text in each block, which are those of all steps."""
+        for known, version, made in self._texts:
+            if known is text and version == text._version:
+                return made
+        made = [_keys_and_values(each.attn2, text) for each in self._blocks]
+        self._texts = [(text, text._version, made), *self._texts[:1]]
+        return made
+
+    def _rope_of(self, rotary_emb: tuple[Tensor, Tensor]) -> Rope:
+        cos, sin = rotary_emb
+        if self._rope is None or self._rope[0] is not cos:
+            signs = torch.tensor([-1.0, 1.0], device=sin.device).repeat(sin.shape[-1] // 2)
+            self._rope = (cos, Rope(cos[0, :, 0].float().contiguous(), (sin[0, :, 0].float() * signs).contiguous()))
+        return self._rope[1]
+
+    def _gather(self, each: WanTransformerBlock) -> BlockWeights:
+        attn, text, ff = each.attn1, each.attn2, each.ffn.net
+        norm2 = None if isinstance(each.norm2, nn.Identity) else (each.norm2.weight, each.norm2.bias)
+        return BlockWeights(
+            table=each.scale_shift_table,
+            qkv=self._layer(*fused_qkv(attn)),
+            norm_q=attn.norm_q.weight,
+            norm_k=attn.norm_k.weight,
+            out=self._layer(attn.to_out[0].weight, attn.to_out[0].bias),
+            norm2=norm2,
+            text_q=self._layer(text.to_q.weight, text.to_q.bias),
+            text_norm_q=text.norm_q.weight,
+            text_out=self._layer(text.to_out[0].weight, text.to_out[0].bias),
+            up=self._layer(ff[0].proj.weight, ff[0].proj.bias),
+            down=self._layer(ff[2].weight, ff[2].bias),
+        )
+
+    def _layer(self, weight: Tensor, bias: Tensor | None) -> Layer:
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        if not self.fp8:
+            return Layer(weight, bias)
+        version, known = self._quantised.get(weight.data_ptr(), (-1, None))
+        if known is None or version != weight._version:
+            known = quantise(Layer(weight, bias))
+            self._quantised[weight.data_ptr()] = (weight._version, known)
+        return known
+
+
+def can_be_fast(transformer: Any) -> bool:
+    """Whether the blocks are diffusers' own, as loaded: without adapters, hooks, image conditions, or own attention."""
+    return isinstance(transformer, WanTransformer3DModel) and all(_is_plain(each) for each in transformer.blocks)
+
+
+def _is_plain(each: Any) -> bool:
+    if not isinstance(each, WanTransformerBlock) or each._compiled_call_impl is not None:
+        return False
+    if each.attn2.add_k_proj is not None or each.attn1.fused_projections or each.attn2.fused_projections:
+        return False
+    return all(
+        type(module).__module__.startswith(("torch.nn.", "diffusers."))
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        for module in each.modules()
+        if module is not each
+    )
+
+
+_FUSED = "_edit_ray_qkv"
+
+
+def fused_qkv(attn: WanAttention) -> tuple[Tensor, Tensor | None]:
+    """Weight [3D, D] and bias [3D] of query, key and value in one piece, of which the layers' own become views."""
+    layers = (attn.to_q, attn.to_k, attn.to_v)
+    fused = attn.__dict__.get(_FUSED)
+    if fused is None or any(
+        part.data_ptr() != layer.weight.data_ptr() for part, layer in zip(fused[0].chunk(3), layers, strict=True)
+    ):
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
+        for index, layer in enumerate(layers):
+            layer.weight.data = weight.chunk(3)[index]
+            if bias is not None:
+                layer.bias.data = bias.chunk(3)[index]
+        fused = attn.__dict__[_FUSED] = (weight, bias)
+    return fused  # type: ignore[no-any-return]
+
+
+def _keys_and_values(attn: WanAttention, text: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, heads, L, head_dim] each."""
+    key, value = attn.norm_k(attn.to_k(text)), attn.to_v(text)
+    split = [part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (key, value)]
+    return split[0], split[1]

@@ -1,0 +1,164 @@
+"""A Wan block as one function of tensors, made to be compiled once for all blocks of a transformer.
+
+It computes what diffusers' `WanTransformerBlock` computes, in another order of arithmetic: one product for query, key
+and value, RoPE in real numbers without rounding between it and the norm before, keys and values of the text given. It
+sees no module, so that neither a cache on the blocks nor another block compiles it again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+
+
+class Layer(NamedTuple):
+    """A linear layer [out, in]; with `scale` [1, out] its weight is in FP8."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None = None
+
+
+class BlockWeights(NamedTuple):
+    """What one block is made of."""
+
+    table: Tensor  # [1, 6, D] float32
+    qkv: Layer
+    norm_q: Tensor  # [D]
+    norm_k: Tensor
+    out: Layer
+    norm2: tuple[Tensor | None, Tensor | None] | None
+    text_q: Layer
+    text_norm_q: Tensor
+    text_out: Layer
+    up: Layer
+    down: Layer
+
+
+class Sizes(NamedTuple):
+    """The block's constants."""
+
+    heads: int
+    eps: float
+    qk_eps: float
+
+
+class Rope(NamedTuple):
+    """Cosines and sines [N, head_dim] in float32; the sine of each pair's first has the opposite sign."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def block(x: Tensor, text_k: Tensor, text_v: Tensor, temb: Tensor, rope: Rope, w: BlockWeights, sizes: Sizes) -> Tensor:
+    """The block's output [B, N, D] for `x` [B, N, D].
+
+    `text_k`, `text_v` are [B, heads, L, head_dim], `temb` [B, 6, D] or [B, N, 6, D].
+    """
+    dtype, width = x.dtype, x.shape[-1:]
+    modulation = (w.table if temb.ndim == 3 else w.table[None]) + temb.float()
+    shift, scale, gate, ff_shift, ff_scale, ff_gate = (
+        part if temb.ndim == 4 else part[:, None] for part in modulation.unbind(-2)
+    )
+    h = (F.layer_norm(x.float(), width, eps=sizes.eps) * (1 + scale) + shift).to(dtype)
+    q, k, v = linear(h, w.qkv).chunk(3, dim=-1)
+    q, k = (rotate(_rms(part, norm, sizes), rope, dtype) for part, norm in ((q, w.norm_q), (k, w.norm_k)))
+    attended = F.scaled_dot_product_attention(q, k, _heads(v, sizes.heads).transpose(1, 2))
+    x = (x.float() + linear(attended.transpose(1, 2).flatten(2), w.out).float() * gate).to(dtype)
+
+    h = x if w.norm2 is None else F.layer_norm(x.float(), width, *_float(w.norm2), eps=sizes.eps).to(dtype)
+    q = _rms(linear(h, w.text_q), w.text_norm_q, sizes).to(dtype).transpose(1, 2)
+    attended = F.scaled_dot_product_attention(q, text_k, text_v)
+    x = x + linear(attended.transpose(1, 2).flatten(2), w.text_out)
+
+    h = (F.layer_norm(x.float(), width, eps=sizes.eps) * (1 + ff_scale) + ff_shift).to(dtype)
+    h = feed_forward(h, w.up, w.down)
+    out: Tensor = (x.float() + h.float() * ff_gate).to(dtype)
+    return out
+
+
+def rotate(x: Tensor, rope: Rope, dtype: torch.dtype) -> Tensor:
+    """`x` [B, N, heads, head_dim] turned pair by pair, as [B, heads, N, head_dim]."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    turned: Tensor = (x * rope.cos[:, None] + swapped * rope.sin[:, None]).to(dtype)
+    return turned.transpose(1, 2)
+
+
+def feed_forward(x: Tensor, up: Layer, down: Layer) -> Tensor:
+    """Up, GELU in its tanh form, and down again; [B, N, D]."""
+    if up.scale is None:
+        return F.linear(linear_gelu(x, up.weight, up.bias), down.weight, down.bias)
+    h = linear(x, up)
+    # GELU grows above -0.75, and is never below -0.17: the largest value says how large its results are.
+    largest = F.gelu(h.amax(-1, keepdim=True).float(), approximate="tanh").clamp_min(0.17)
+    return _eight_bits(F.gelu(h.float(), approximate="tanh"), largest, down, x.dtype)
+
+
+@torch.library.custom_op("edit_ray::linear_gelu", mutates_args=())
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer and GELU in its tanh form, on a GPU in one kernel; compiled they would be two."""
+    if not x.is_cuda or bias is None:
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    rows: Tensor = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return _split_rows(rows, x)
+
+
+@linear_gelu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(weight)))
+
+
+def linear(x: Tensor, layer: Layer) -> Tensor:
+    """`x` [B, N, in] through the layer; in FP8 with one scale for each row of `x` and each row of the weight."""
+    if layer.scale is None:
+        return F.linear(x, layer.weight, layer.bias)
+    return _eight_bits(x, x.abs().amax(-1, keepdim=True).float(), layer, x.dtype)
+
+
+def _eight_bits(x: Tensor, largest: Tensor, layer: Layer, dtype: torch.dtype) -> Tensor:
+    assert layer.scale is not None
+    scale = largest.clamp_min(1e-12) / FP8_MAX
+    rows = (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8).flatten(0, 1)
+    product: Tensor = torch._scaled_mm(
+        rows,
+        layer.weight.t(),
+        scale.flatten(0, 1),
+        layer.scale,
+        bias=layer.bias,
+        out_dtype=dtype,
+        use_fast_accum=True,
+    )
+    return _split_rows(product, x)
+
+
+def _split_rows(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.view(*like.shape[:-1], rows.shape[-1])
+
+
+def quantise(layer: Layer) -> Layer:
+    """The layer with its weight in FP8, scaled by row."""
+    scale = layer.weight.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / FP8_MAX
+    return Layer((layer.weight.float() / scale).to(FP8), layer.bias, scale.t().contiguous())
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    split: Tensor = x.unflatten(-1, (heads, -1))
+    return split
+
+
+def _rms(x: Tensor, weight: Tensor, sizes: Sizes) -> Tensor:
+    """Normalised over all heads together, float32 [B, N, heads, head_dim]."""
+    x = x.float()
+    normalised = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + sizes.qk_eps) * weight.float()
+    return _heads(normalised, sizes.heads)
+
+
+def _float(affine: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    weight, bias = affine
+    return None if weight is None else weight.float(), None if bias is None else bias.float()

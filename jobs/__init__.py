@@ -1,0 +1,1 @@
+"""What a user submits to Ray, or starts by `make demo`."""

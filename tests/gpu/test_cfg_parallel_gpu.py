@@ -1,0 +1,41 @@
+"""The two branches on two GPUs: the bits of one."""
+
+import pytest
+import torch
+
+from edit_ray import EditWanPipeline
+
+STEPS = 12
+CALL = {
+    "prompt": "a red circle and a blue square bouncing on a black background",
+    "height": 128,
+    "width": 128,
+    "num_frames": 33,
+    "num_inference_steps": STEPS,
+    "guidance_scale": 4.0,
+    "output_type": "latent",
+    "return_dict": False,
+}
+CACHES = {
+    "none": None,
+    "schedule": {"mask": [True, False] * (STEPS // 2)},
+    "fbcache": {"rel_l1_thresh": 0.3},
+    "taylorseer": {},
+}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("policy", CACHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_two_gpus_make_the_bits_of_one(policy, dtype):
+    pipe = EditWanPipeline.from_pretrained("builtin:tiny_wan", torch_dtype=dtype, device="cuda")
+    pipe.set_progress_bar_config(disable=True)
+    found = []
+    for parallel in (False, True):
+        if parallel:
+            pipe.enable_cfg_parallel("cuda:1")
+        if policy != "none":
+            pipe.enable_cache(policy, STEPS, **CACHES[policy])
+        found.append(pipe(**CALL, generator=torch.Generator().manual_seed(3))[0])
+        pipe.disable_cache()
+    assert torch.equal(*found)

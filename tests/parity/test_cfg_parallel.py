@@ -1,0 +1,108 @@
+"""The two branches at the same time are the two branches one after the other, bit for bit."""
+
+import pytest
+import torch
+
+from edit_ray import EditWanPipeline
+from edit_ray.testing import save_random_wan
+
+STEPS = 6
+CALL = {
+    "prompt": "a red circle",
+    "height": 32,
+    "width": 32,
+    "num_frames": 5,
+    "num_inference_steps": STEPS,
+    "max_sequence_length": 32,
+    "output_type": "latent",
+    "return_dict": False,
+}
+CACHES = {
+    "none": None,
+    "schedule": {"mask": [True, True, False, True, False, True]},
+    "fbcache": {"rel_l1_thresh": 0.5},
+    "seacache": {"threshold": 0.6, "retention_steps": 1, "cache_end_steps": 1},
+    "taylorseer": {"cache_interval": 2, "max_order": 1, "disable_cache_before_step": 2},
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["one expert", "two experts"])
+def pipe(request, tmp_path_factory):
+    options = {"two_experts": True, "boundary_ratio": 0.8} if request.param else {}
+    folder = save_random_wan(tmp_path_factory.mktemp("wan"), num_layers=3, **options)
+    pipe = EditWanPipeline.from_pretrained(str(folder))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(pipe):
+    yield
+    pipe.disable_cache()
+    pipe.disable_cfg_parallel()
+
+
+def latents(pipe, guidance_scale=5.0):
+    return pipe(**CALL, guidance_scale=guidance_scale, generator=torch.Generator().manual_seed(3))[0]
+
+
+@pytest.mark.parametrize("policy", CACHES)
+def test_every_policy_makes_the_same_bits_and_the_same_decisions(pipe, policy):
+    found = []
+    for parallel in (False, True):
+        if parallel:
+            pipe.enable_cfg_parallel("cpu")
+        cache = None if policy == "none" else pipe.enable_cache(policy, STEPS, **CACHES[policy])
+        found.append((latents(pipe), None if cache is None else cache.record.decisions))
+        pipe.disable_cache()
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    if policy != "none":
+        assert any(decision.decision == "reuse" for decision in found[0][1])
+
+
+def test_without_guidance_there_is_one_branch(pipe):
+    alone = latents(pipe, guidance_scale=1.0)
+    pipe.enable_cfg_parallel("cpu")
+    assert torch.equal(latents(pipe, guidance_scale=1.0), alone)
+
+
+def test_the_copies_share_nothing_and_leave_nothing(pipe):
+    before = latents(pipe)
+    pipe.enable_cfg_parallel("cpu")
+    copied = pipe.cfg_parallel.transformers["transformer"]
+    ours = {tensor.data_ptr() for tensor in [*pipe.transformer.parameters(), *pipe.transformer.buffers()]}
+    assert not ours & {tensor.data_ptr() for tensor in [*copied.parameters(), *copied.buffers()]}
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert not torch.equal(latents(pipe), before)
+    pipe.disable_cfg_parallel()
+    assert torch.equal(latents(pipe), before)
+
+
+def test_what_fails_in_the_other_thread_fails_here(pipe):
+    pipe.enable_cfg_parallel("cpu")
+    cache = pipe.enable_cache("always", STEPS)
+
+    def fails(ctx):
+        if ctx.branch == "uncond" and ctx.step == 2:
+            raise ZeroDivisionError("in a hook")
+
+    cache.on_unit(fails)
+    with pytest.raises(ZeroDivisionError, match="in a hook"):
+        latents(pipe)
+    assert pipe.cache is None
+
+
+def test_it_is_enabled_once_and_before_a_cache(pipe):
+    pipe.enable_cache("always", STEPS)
+    with pytest.raises(ValueError, match="A cache is enabled"):
+        pipe.enable_cfg_parallel("cpu")
+    pipe.disable_cache()
+    pipe.enable_cfg_parallel("cpu")
+    with pytest.raises(ValueError, match="enabled already"):
+        pipe.enable_cfg_parallel("cpu")
+    pipe.enable_cache("always", STEPS)
+    with pytest.raises(ValueError, match="A cache is enabled"):
+        pipe.disable_cfg_parallel()

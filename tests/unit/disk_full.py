@@ -1,0 +1,67 @@
+"""A run on a file system that is really full, over and over, each time with a little more room than the last.
+
+python -m tests.unit.disk_full MODEL ROOM WHOLE, where ROOM is an empty file system of its own, larger than the margin
+that a run is asked to leave, and WHOLE the folder of an undisturbed run.
+"""
+
+import asyncio
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.engine.latent_files import load_latents
+from edit_ray.runs.folder import RunFolder
+from tests.unit.test_actors import config_for
+from tests.unit.test_actors_recovery import REUSE, SEGMENTS, end_of, same, submit
+
+STEP = 4096
+
+
+def leave(ballast: Path, count: int) -> None:
+    """Fills the file system but for so many bytes."""
+    with ballast.open("wb") as file:
+        status = os.statvfs(ballast)
+        os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize - count)
+
+
+async def survive(root: Path, model: Path, count: int) -> str:
+    """One run that finds so many bytes from its first commit on; how it ended, or `done` where they did."""
+    crew, ballast = LocalCrew(), root / "ballast"
+    scheduler = SegmentSchedulerActor(crew)
+    await submit(scheduler, root, "reuse", config_for(model, **REUSE))
+    await scheduler.wait_segment("reuse", 0, 60)
+    leave(ballast, count)
+    ended = await end_of(scheduler, "reuse")
+    ballast.unlink()
+    if ended.state == "failed":
+        assert "no space is left for" in ended.error, ended.error
+        folder = RunFolder(root, "reuse")
+        for record in folder.read_manifest().segments:
+            load_latents(folder.path / record.latents)
+            assert (folder.path / record.media).stat().st_size
+        await scheduler.resume("reuse", str(root), False)
+        assert (await end_of(scheduler, "reuse")).state == "done"
+    await crew.end()
+    return ended.error or "done"
+
+
+def main(model: Path, room: Path, whole: Path) -> None:
+    count, said = 0, ""
+    while said != "done":
+        said = asyncio.run(survive(room, model, count))
+        print(f"{count:7} bytes: {said[:60]}", flush=True)
+        one, other = RunFolder(whole, "reuse"), RunFolder(room, "reuse")
+        assert all(same(one, other, index) for index in range(SEGMENTS))
+        assert one.final.read_bytes() == other.final.read_bytes()
+        assert [path.name for path in other.path.rglob(".*")] == []
+        shutil.rmtree(other.path)
+        assert list(room.glob(".cache_store/*.safetensors")) == []
+        count += STEP
+    assert count > STEP, "it was never full"
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

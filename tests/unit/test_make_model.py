@@ -1,0 +1,101 @@
+"""Models with a published Wan's configuration and random weights: sizes, files, and that they load and run."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file
+from transformers import UMT5Config, UMT5EncoderModel
+
+from edit_ray import EditWanPipeline
+from edit_ray.cli.main import main, parser
+from edit_ray.engine.model_info import read_model_info
+from edit_ray.engine.segment import SegmentEngine
+from edit_ray.errors import ModelError
+from edit_ray.testing import VARIANTS, Variant, fill_random, make_model, meta_transformer
+from edit_ray.testing.random_weights import save_random_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+PUBLISHED = {"t2v-1.3B": 1_418_996_800, "t2v-14B": 14_288_491_584, "ti2v-5B": 4_999_787_712}
+SMALL = Variant(
+    {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "ffn_dim": 48,
+        "num_layers": 2,
+        "text_dim": 32,
+        "freq_dim": 32,
+        "rope_max_seq_len": 64,
+    },
+    flow_shift=3.0,
+    vae={"base_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1},
+    text_encoder={"vocab_size": 512, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+)
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_has_the_published_sizes(name):
+    assert count(meta_transformer(name)) == PUBLISHED[name]
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(**VARIANTS[name].vae)
+    assert round(count(vae) / 1e6) == (705 if name == "ti2v-5B" else 127)
+
+
+def test_the_full_text_encoder_is_umt5_xxl():
+    with torch.device("meta"):
+        encoder = UMT5EncoderModel(UMT5Config(**VARIANTS["t2v-1.3B"].text_encoder_config("full")))
+    assert count(encoder) == 5_680_910_336
+
+
+@pytest.mark.parametrize("text_encoder", ["full", "none"])
+def test_a_made_model_loads_and_runs_in_bfloat16(tmp_path, text_encoder):
+    make_model(tmp_path, SMALL, text_encoder=text_encoder, file_bytes=32_000)
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
+    pipe = EditWanPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2}
+    if text_encoder == "none":
+        with pytest.raises(ModelError, match="no text encoder"):
+            SegmentEngine(pipe).encode_prompts(["any text"])
+        embeds = {name: torch.randn(1, 512, 32) for name in ("prompt_embeds", "negative_prompt_embeds")}
+        video = pipe(**call, **embeds)[0]
+    else:
+        video = pipe("any text, naïve 世界", **call)[0]
+        assert read_model_info(str(tmp_path)).vocabulary is None
+    assert 0.01 < video.std() < 0.5
+
+
+def written(folder, **changes):
+    save_random_weights(
+        meta_transformer(SMALL), folder / "w", dtype=torch.float32, device=torch.device("cpu"), **changes
+    )
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+        file.unlink()
+    return found
+
+
+def test_weights_depend_on_seed_and_name_and_not_on_files(tmp_path):
+    one, many = written(tmp_path, seed=0), written(tmp_path, seed=0, file_bytes=20_000)
+    other = written(tmp_path, seed=1)
+    assert one.keys() == many.keys() == meta_transformer(SMALL).state_dict().keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    assert not torch.equal(one["proj_out.weight"], other["proj_out.weight"])
+    filled = WanTransformer3DModel(**SMALL.transformer)
+    fill_random(filled)
+    assert all(torch.equal(one[name], value) for name, value in filled.state_dict().items())
+
+
+def test_the_command_knows_every_variant_and_keeps_what_is_there(tmp_path, capsys):
+    for name in VARIANTS:
+        assert parser().parse_args(["make-model", "--variant", name, "--output", "x"]).text_encoder == "full"
+    (tmp_path / "file").touch()
+    assert main(["make-model", "--variant", "t2v-1.3B", "--output", str(tmp_path)]) == 2
+    assert "new or an empty folder" in capsys.readouterr().err
+    assert json.dumps([path.name for path in tmp_path.iterdir()]) == '["file"]'
