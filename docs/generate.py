@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,19 @@ def generated() -> dict[str, str]:
     return {
         "docs/configuration.md": configuration_page(),
         "docs/sizing.md": sizing_page(),
-        "docs/policies.md": policies_page((ROOT / "docs" / "policies.md").read_text()),
+        "docs/policies.md": _filled("docs/policies.md", "front", best_below_half()),
+        "README.md": _filled("README.md", "measured", measured()),
     }
+
+
+def _filled(page: str, mark: str, block: str) -> str:
+    """The page with the block between its two marks."""
+    before, _, rest = (ROOT / page).read_text().partition(f"<!-- {mark} -->")
+    return f"{before}<!-- {mark} -->\n{block}\n<!-- /{mark} -->{rest.partition(f'<!-- /{mark} -->')[2]}"
+
+
+def _results(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / name / "results.json").read_text())
 
 
 def configuration_page() -> str:
@@ -107,9 +119,9 @@ def _shown(value: Any) -> str:
     return dump({"x": value})[3:].strip().removesuffix("\n...")
 
 
-def policies_page(text: str) -> str:
-    """The page with the table of what was measured at half of the blocks between its two marks."""
-    points = json.loads((ROOT / "benchmarks/results/front/results.json").read_text())["points"]
+def best_below_half() -> str:
+    """What was measured of each method at half of the blocks or fewer."""
+    points = _results("front")["points"]
     best: dict[str, tuple[float, Any]] = {}
     for point in points:
         psnr = sum(point["psnr"]) / len(point["psnr"])
@@ -120,8 +132,50 @@ def policies_page(text: str) -> str:
         setting = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in point["setting"].items())
         name = f"`{method}`" if point["group"] == "ours" else method
         rows.append(f"| {name} | {setting} | {point['share']:.3f} | {psnr:.2f} dB |")
-    before, _, rest = text.partition("<!-- front -->")
-    return f"{before}<!-- front -->\n{chr(10).join(rows)}\n<!-- /front -->{rest.partition('<!-- /front -->')[2]}"
+    return "\n".join(rows)
+
+
+def measured() -> str:
+    """Some figures with their results."""
+    front, tuned, joins, tiers = map(_results, ("front", "tuned", "continuity", "tiered_longrun"))
+    half = next(point for point in front["front"] if point["speedup"] == 2)
+    ours, peer = (sum(half[who]["psnr"]) / len(half[who]["psnr"]) for who in ("ours", "peer"))
+    inside, less = (re.search(r" is ([\d.]+)", verdict) for verdict in joins["verdicts"][:2])
+    assert inside is not None
+    assert less is not None
+    found, unseen = tuned["found"], tuned["unseen"]
+    most = tiers["summary"]["most_bytes"] / 2**20
+    generations = len(tiers["rows"])
+    rows = [
+        (
+            f"PSNR against the uncached videos with half of the blocks: {ours:.1f} dB with `{half['ours']['method']}`, "
+            f"{peer:.1f} dB with the best of the other packages ({half['peer']['method']})",
+            front,
+            "front/front.md",
+        ),
+        (
+            f"`edit-ray tune`, asked for {tuned['psnr']:g} dB: `{found['policy']}` with {found['blocks']:.0%} of the "
+            f"blocks, {unseen['psnr']:.1f} dB on prompts that it had not seen",
+            tuned,
+            "tuned/results.json",
+        ),
+        (
+            f"How visible joins are with `history`: {inside[1]} times what is seen inside segments, {less[1]} times "
+            "less than without",
+            joins,
+            "continuity/continuity.md",
+        ),
+        (
+            f"Memory of all tiers over {generations} generations of new residuals: at most {most:,.0f} MiB, flat from "
+            f"generation {tiers['summary']['flat_from']} on",
+            tiers,
+            "tiered_longrun/results.json",
+        ),
+    ]
+    lines = ["| figure | on | result |", "|---|---|---|"]
+    for said, result, file in rows:
+        lines.append(f"| {said} | {result['device']} | [{result['date'][:10]}](benchmarks/results/{file}) |")
+    return "\n".join(lines)
 
 
 def sizing_page() -> str:
