@@ -79,6 +79,7 @@ def find_segment_scheduler() -> Any | None:
 
 
 def check_version(name: str, description: dict[str, Any]) -> None:
+    """Raises ActorVersionMismatch where a living actor runs other code than this process."""
     if description["version"] != code_version():
         raise ActorVersionMismatch(
             f"the living actor {name!r} runs edit_ray {description['version']}, this process {code_version()}; "
