@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv page demo monitor test test-units test-ray test-gpu proof chaos check fix bench bench-gpu clean
+.PHONY: help venv page demo monitor docs test test-units test-ray test-gpu proof chaos check fix bench bench-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,17 @@ monitor: ## Prometheus on monitoring/prometheus, beside the runs in RUNS=folder
 	@echo "segments: http://$(PROMETHEUS)/graph?g0.expr=edit_ray_segments_total&g0.tab=0  (end with Ctrl-C)"
 	@prometheus --config.file=monitoring/prometheus/prometheus.yml --storage.tsdb.path=build/prometheus \
 	  --storage.tsdb.retention.size=1GB --web.listen-address=$(PROMETHEUS) --log.level=warn
+
+DOCS := $(VENV)/.docs
+
+docs: $(DOCS) ## build the documentation into build/docs; warnings and broken links are errors
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build
+	@echo "$(abspath build/docs/index.html)"
+
+$(DOCS): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
 
 test: check ## everything that must hold before a commit: check, then the tests, in two halves at a time
 	@echo "Two halves of the tests run side by side; each tells all that it has to tell at its end."
