@@ -6,7 +6,7 @@ from edit_ray.cache.options import CacheOptions
 from edit_ray.config.durations import format_duration
 from edit_ray.config.mistakes import KeyPath, Mistake, dotted
 from edit_ray.config.options import MAX_SEGMENTS, PromptSegment, VideoOptions
-from edit_ray.engine.options import ContinuityOptions, SamplingOptions
+from edit_ray.engine.options import ContinuityOptions, EngineOptions, SamplingOptions
 from edit_ray.runs.layout import TEMPORAL_FACTOR, FrameLayout
 
 MAX_SEGMENT_PIXELS = 2**31
@@ -85,6 +85,14 @@ def mistakes_of_reuse(
                 "cache.reuse_window both must be above 1 or neither.",
                 needs=(window, ("sampling", "guidance_scale")),
             )
+
+
+def mistakes_of_mode(engine: EngineOptions) -> Iterator[Mistake]:
+    """What cannot be of how the model computes."""
+    if engine.fp8 and engine.mode != "fast":
+        path: KeyPath = ("engine", "fp8")
+        text = f"{dotted(path)} is true and engine.mode {engine.mode}; 8 bits must go with the mode fast."
+        yield Mistake(path, text, needs=(("engine", "mode"),))
 
 
 def _check_shape(sampling: SamplingOptions, continuity: ContinuityOptions) -> Iterator[Mistake]:

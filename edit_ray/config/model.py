@@ -5,7 +5,14 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from edit_ray.cache.options import CacheOptions, StoreOptions
-from edit_ray.config.between import first_segment, layout_of, mistakes_between, mistakes_of_reuse, num_segments_of
+from edit_ray.config.between import (
+    first_segment,
+    layout_of,
+    mistakes_between,
+    mistakes_of_mode,
+    mistakes_of_reuse,
+    num_segments_of,
+)
 from edit_ray.config.mistakes import Mistakes
 from edit_ray.config.options import MAX_PROMPTS, VALID_PROMPTS, PromptSegment, VideoOptions
 from edit_ray.config.strict_yaml import dump
@@ -45,6 +52,7 @@ class Config(Options):
         sampling, video, entries = self.sampling, self.video, self.prompt_segments
         mistakes = mistakes_between(sampling, self.continuity, self.cache, video, entries)
         mistakes += mistakes_of_reuse(self.cache, sampling, video, entries)
+        mistakes += mistakes_of_mode(self.engine)
         if mistakes:
             raise Mistakes(mistakes)
         return self
