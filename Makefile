@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv page demo monitor test test-units test-ray test-gpu proof chaos check fix bench bench-gpu clean
+.PHONY: help venv page demo monitor docs test test-units test-ray test-gpu proof chaos check fix bench bench-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,8 +42,20 @@ monitor: ## Prometheus on monitoring/prometheus, beside the runs in RUNS=folder
 	@prometheus --config.file=monitoring/prometheus/prometheus.yml --storage.tsdb.path=build/prometheus \
 	  --storage.tsdb.retention.size=1GB --web.listen-address=$(PROMETHEUS) --log.level=warn
 
+DOCS := $(VENV)/.docs
+
+docs: $(DOCS) ## build the documentation into build/docs; warnings and broken links are errors
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build
+	@echo "$(abspath build/docs/index.html)"
+
+$(DOCS): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
 test: check ## everything that must hold before a commit: check, then the tests, in two halves at a time
-	$(MAKE) --jobs 2 --output-sync=target test-units test-ray
+	@echo "Two halves of the tests run side by side; each tells all that it has to tell at its end."
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-units test-ray
 
 # On Ray a test mostly waits for processes to start and for one thread's work: the other half takes what that leaves.
 test-units: $(INSTALLED) ## the half of the tests that needs no Ray

@@ -154,7 +154,9 @@ class CacheStoreActor:
             self._close()
 
     def _own(self, directory: Path) -> Path:
-        return directory / f"worker-{self._worker}" if self._worker else directory
+        """On this node, whose environment may say where its disk is."""
+        here = Path(os.path.expandvars(directory))
+        return here / f"worker-{self._worker}" if self._worker else here
 
     def _of(self, run_id: str) -> SharedTiers:
         with self._lock:

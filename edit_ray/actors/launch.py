@@ -37,6 +37,7 @@ SCHEDULER, DENOISER, CACHE_STORE = "segment_scheduler", "denoiser", "cache_store
 PLACEMENT = "edit_ray_worker"
 LIVE_RUNS, TARGETS = "live_runs", "metrics_targets"
 RESTART_TIMEOUT_S = 60.0  # of the segment scheduler
+SCHEDULER_RESOURCE = "edit_ray_scheduler"  # of nodes that are to have it; where there is none, any node may
 
 _STAYS = {"namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
 
@@ -62,7 +63,8 @@ def segment_scheduler() -> Any:
 
     Raises ActorVersionMismatch when it runs other code than this process.
     """
-    actor: Any = ray.remote(num_cpus=0, max_restarts=-1)(SegmentSchedulerActor)
+    needs = {SCHEDULER_RESOURCE: 0.001} if SCHEDULER_RESOURCE in ray.cluster_resources() else {}
+    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, resources=needs)(SegmentSchedulerActor)
     handle = actor.options(name=SCHEDULER, **_STAYS).remote(RayCrew())
     check_version(SCHEDULER, _answer(SCHEDULER, handle.describe, time.monotonic() + RESTART_TIMEOUT_S))
     return handle
@@ -77,6 +79,7 @@ def find_segment_scheduler() -> Any | None:
 
 
 def check_version(name: str, description: dict[str, Any]) -> None:
+    """Raises ActorVersionMismatch where a living actor runs other code than this process."""
     if description["version"] != code_version():
         raise ActorVersionMismatch(
             f"the living actor {name!r} runs edit_ray {description['version']}, this process {code_version()}; "

@@ -28,8 +28,12 @@ class _Shell:
 
 
 class DenoiserActor(_Shell):
+    """The GPU actor."""
+
     module = "edit_ray.actors.denoiser"
 
 
 class CacheStoreActor(_Shell):
+    """The CacheStore actor."""
+
     module = "edit_ray.actors.cache_store"

@@ -8,6 +8,7 @@ from edit_ray.errors import ConfigError
 
 
 def dashboards(options: argparse.Namespace) -> int:
+    """Writes what is made from the catalog and differs from what is there."""
     from edit_ray.metrics.generate import write_generated
 
     try:

@@ -9,6 +9,7 @@ from edit_ray.errors import ConfigError
 
 
 def make_model(options: argparse.Namespace) -> int:
+    """Writes a model of random weights into a new folder."""
     from edit_ray.engine.loading import DTYPES, choose_device
     from edit_ray.testing.made_model import make_model as write_model
 

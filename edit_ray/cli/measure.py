@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def calibrate(options: argparse.Namespace) -> int:
+    """Measures a model for a policy and writes what fits it."""
     from edit_ray.engine.calibrate import fit_magcache, fit_teacache, observe, plot_fit
     from edit_ray.engine.calibration import write_calibration
     from edit_ray.engine.ranking import SkipMeasure
@@ -49,6 +50,7 @@ def calibrate(options: argparse.Namespace) -> int:
 
 
 def tune(options: argparse.Namespace) -> int:
+    """Prints the policy that computes least at the likeness that is asked for."""
     from edit_ray.engine.tune import TUNABLE, Videos, best
     from edit_ray.engine.tune import tune as trials_of
 

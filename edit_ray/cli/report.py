@@ -18,6 +18,7 @@ _SEGMENT = re.compile(r"([0-9]+)(?:-t([0-9]+))?")
 
 
 def report(options: argparse.Namespace) -> int:
+    """Writes the page of a record, of a folder or of a run."""
     from edit_ray.config import output_root
 
     source = Path(options.source)

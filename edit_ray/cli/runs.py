@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 def down(options: argparse.Namespace) -> int:
+    """Ends every actor of ours."""
     from edit_ray.actors import launch
 
     if not launch.connect_if_running(options.address):
@@ -22,12 +23,14 @@ def down(options: argparse.Namespace) -> int:
 
 
 def list_runs(options: argparse.Namespace) -> int:
+    """Prints a line for each run that is remembered."""
     for status in _client(options).runs():
         print(line_of(status))
     return 0
 
 
 def status(options: argparse.Namespace) -> int:
+    """Prints where a run stands."""
     status = _client(options).status(options.run_id)
     print(line_of(status))
     if status.progress:
@@ -40,24 +43,28 @@ def status(options: argparse.Namespace) -> int:
 
 
 def cancel(options: argparse.Namespace) -> int:
+    """Asks a run to stop."""
     _client(options).cancel(options.run_id)
     print(f"asked {options.run_id} to stop")
     return 0
 
 
 def resume(options: argparse.Namespace) -> int:
+    """Goes on with a run at its first segment that is not committed."""
     client = _client(options)
     print(line_of(client.resume(options.run_id, allow_different_hardware=options.allow_different_hardware)))
     return 0
 
 
 def extend(options: argparse.Namespace) -> int:
+    """Gives a run that has ended more segments."""
     client, allow = _client(options), options.allow_different_hardware
     print(line_of(client.extend(options.run_id, options.segments, allow_different_hardware=allow)))
     return 0
 
 
 def reroll(options: argparse.Namespace) -> int:
+    """Makes segments of a run that has ended again."""
     status = _client(options).reroll(
         options.run_id,
         options.start,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edit_ray.metrics.dashboards import DASHBOARDS
 from edit_ray.metrics.page import metrics_page
-from edit_ray.metrics.rules import rule_tests_yaml, rules_yaml
+from edit_ray.metrics.rules import prometheus_rule_yaml, rule_tests_yaml, rules_yaml
 
 
 def generated() -> dict[str, str]:
@@ -14,6 +14,7 @@ def generated() -> dict[str, str]:
     files = {f"monitoring/grafana/dashboards/{board.name}.json": board.to_json() for board in DASHBOARDS}
     files["monitoring/prometheus/rules.yml"] = rules_yaml()
     files["monitoring/prometheus/rules_test.yml"] = rule_tests_yaml("rules.yml")
+    files["deploy/kuberay/prometheus-rule.yaml"] = prometheus_rule_yaml()
     files["docs/metrics.md"] = metrics_page()
     return files
 

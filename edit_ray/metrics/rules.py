@@ -41,14 +41,22 @@ RECORDED: dict[str, str] = {
 
 def rules_yaml(durations: Durations | None = None) -> str:
     """The recording rules and the alerts."""
-    durations = durations or Durations()
+    return _GENERATED + _dump({"groups": _groups(durations or Durations())})
+
+
+def prometheus_rule_yaml() -> str:
+    """The same as the Prometheus operator of Kubernetes takes them."""
+    about = {"apiVersion": "monitoring.coreos.com/v1", "kind": "PrometheusRule", "metadata": {"name": "edit-ray"}}
+    return _GENERATED + _dump({**about, "spec": {"groups": _groups(Durations())}})
+
+
+def _groups(durations: Durations) -> list[dict[str, Any]]:
     recorded = [{"record": name, "expr": _timed(expr, durations)} for name, expr in RECORDED.items()]
     interval = span(durations.scrape)
-    groups = [
+    return [
         {"name": "edit_ray_recorded", "interval": interval, "rules": recorded},
         {"name": "edit_ray_alerts", "interval": interval, "rules": [_rule(alert, durations) for alert in ALERTS]},
     ]
-    return _GENERATED + _dump({"groups": groups})
 
 
 def rule_tests_yaml(rules_file: str) -> str:

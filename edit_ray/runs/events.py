@@ -49,6 +49,8 @@ class Consumed:
 
 @dataclass(frozen=True)
 class CancelAsked:
+    """The run is to stop between two steps."""
+
     run_id: str
 
 

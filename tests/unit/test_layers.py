@@ -92,3 +92,16 @@ def test_the_median_module_fits_in_the_head() -> None:
     # An empty __init__ would only make the median look better than it is.
     sizes = [lines for path in MODULES if (lines := len(path.read_text().splitlines())) > 1]
     assert statistics.median(sizes) <= MEDIAN_LINES
+
+
+def test_everything_public_says_what_it_is() -> None:
+    """Modules, and the classes and functions of a module that have no underscore."""
+    silent = []
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        named = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        public = [node for node in tree.body if isinstance(node, named) and not node.name.startswith("_")]
+        silent += [f"{name_of(path)}.{node.name}" for node in public if ast.get_docstring(node) is None]
+        if tree.body and ast.get_docstring(tree) is None:
+            silent.append(name_of(path))
+    assert silent == []

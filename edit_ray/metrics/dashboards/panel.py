@@ -36,12 +36,16 @@ class Panel:
 
 @dataclass(frozen=True)
 class Row:
+    """Panels under one title."""
+
     title: str
     panels: tuple[Panel, ...]
 
 
 @dataclass(frozen=True)
 class Dashboard:
+    """Rows, as one file of Grafana's."""
+
     name: str
     title: str
     description: str

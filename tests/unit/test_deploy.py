@@ -1,0 +1,128 @@
+"""deploy/: the files parse, agree with each other and with the configurations, and the job's command is understood."""
+
+import json
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from edit_ray.actors.launch import SCHEDULER_RESOURCE
+from edit_ray.cache.options import parse_bytes
+from edit_ray.cache.stores.shared_tiers import TABLES_BYTES
+from edit_ray.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
+
+
+def documents(name):
+    return list(yaml.safe_load_all((DEPLOY / name).read_text()))
+
+
+(JOB,) = documents("kuberay/ray-job.yaml")
+(CLUSTER,) = documents("kuberay/ray-cluster.yaml")
+SPEC = CLUSTER["spec"]
+(WORKERS,) = SPEC["workerGroupSpecs"]
+
+
+@pytest.fixture(scope="module")
+def config():
+    """What the job's command line asks for, its paths being those of the image."""
+    program, script, *arguments = shlex.split(JOB["spec"]["entrypoint"])
+    options = runpy.run_path(str(ROOT / "jobs" / "long_video.py"))["_parser"]().parse_args(arguments)
+    assert (program, script) == ("python", "/opt/edit_ray/jobs/long_video.py")
+    assert options.resume
+    assert str(options.output) == "/runs"
+    return load_config(ROOT / options.config.relative_to("/opt/edit_ray"), options.set, check_model=False)
+
+
+def pods():
+    """Every pod's specification, with its rayStartParams."""
+    return [(group["template"]["spec"], group["rayStartParams"]) for group in (SPEC["headGroupSpec"], WORKERS)]
+
+
+def volumes(pod):
+    return {volume["name"]: volume for volume in pod["volumes"]}
+
+
+def test_all_files_parse_and_are_named_in_the_readme():
+    files = sorted(path for path in DEPLOY.rglob("*.yaml"))
+    assert len(files) == 6
+    for path in files:
+        assert all(list(yaml.safe_load_all(path.read_text())))
+        assert f"({path.relative_to(DEPLOY)})" in (DEPLOY / "README.md").read_text()
+
+
+def test_job_and_cluster_are_the_same_cluster():
+    assert JOB["spec"]["rayClusterSpec"] == SPEC
+    ray = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    assert SPEC["rayVersion"] == ray
+    assert SPEC["authOptions"] == {"mode": "token"}
+
+
+def test_shared_memory_does_for_the_configuration(config):
+    for pod, params in pods():
+        size = parse_bytes(volumes(pod)["shm"]["emptyDir"]["sizeLimit"] + "B")
+        store = config.store.host_bytes + TABLES_BYTES if params.get("num-gpus") else 0
+        assert size >= store + int(params["object-store-memory"])
+        (container,) = pod["containers"]
+        assert parse_bytes(container["resources"]["limits"]["memory"] + "B") > 2 * size
+
+
+def test_every_path_is_a_volume_and_every_volume_is_there(config):
+    claims = {claim["metadata"]["name"]: claim["spec"] for claim in documents("kuberay/volumes.yaml")}
+    for pod, params in pods():
+        (container,) = pod["containers"]
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        assert set(mounts.values()) == set(volumes(pod))
+        environment = {entry["name"]: entry["value"] for entry in container["env"]}
+        assert {environment["EDIT_RAY_OUTPUT"], environment["EDIT_RAY_MODEL_ROOTS"]} <= set(mounts)
+        assert config.model.path.startswith(environment["EDIT_RAY_MODEL_ROOTS"] + "/")
+        for volume in volumes(pod).values():
+            if claim := volume.get("persistentVolumeClaim"):
+                assert claim["claimName"] in claims
+        if params.get("num-gpus"):
+            assert "ephemeral" in volumes(pod)[mounts[config.store.directory]], "it goes with the pod"
+            assert container["resources"]["limits"]["nvidia.com/gpu"] == params["num-gpus"]
+        else:
+            assert Path(config.metrics.token_file).parent.as_posix() in mounts
+    assert claims["edit-ray-runs"]["accessModes"] == ["ReadWriteMany"]
+
+
+def test_metrics_are_found_where_they_are(config):
+    head, params = pods()[0]
+    assert json.loads(json.loads(params["resources"])) == {SCHEDULER_RESOURCE: 1}
+    ports = {port["name"]: port["containerPort"] for port in head["containers"][0]["ports"]}
+    ours, rays = documents("kuberay/pod-monitor.yaml")
+    (endpoint,) = ours["spec"]["podMetricsEndpoints"]
+    assert ports[endpoint["port"]] == config.metrics.port
+    secret = volumes(head)["metrics-token"]["secret"]["secretName"]
+    assert endpoint["authorization"]["credentials"] == {"name": secret, "key": Path(config.metrics.token_file).name}
+    for monitor, job in ((ours, "edit_ray"), (rays, "ray")):
+        assert monitor["spec"]["podMetricsEndpoints"][0]["relabelings"][0]["replacement"] == job
+        labels = SPEC["headGroupSpec"]["template"]["metadata"]["labels"] | {"ray.io/node-type": "head"}
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    (rule,) = documents("kuberay/prometheus-rule.yaml")
+    there = yaml.safe_load((ROOT / "monitoring" / "prometheus" / "rules.yml").read_text())
+    assert rule["spec"] == there
+
+
+def test_the_image_has_what_the_files_expect():
+    (version,) = re.findall(r'^__version__ = "(.*)"$', (ROOT / "edit_ray" / "__init__.py").read_text(), re.MULTILINE)
+    assert f"edit-ray:{version}" in DOCKERFILE
+    assert {pod["containers"][0]["image"] for pod, _ in pods()} == {f"edit-ray:{version}"}
+    copied = [name for line in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE) for name in line.split()]
+    assert {"jobs", "configs", "edit_ray", "constraints.txt", "pyproject.toml", "README.md"} <= set(copied)
+    assert all((ROOT / name).exists() for name in copied)
+    assert re.search(r"^USER 1000$", DOCKERFILE, re.MULTILINE)
+
+
+def test_the_launcher_s_head_has_the_segment_scheduler():
+    (launcher,) = documents("ray-cluster.yaml")
+    start = launcher["head_start_ray_commands"][-1]
+    assert json.loads(re.search(r"--resources='([^']*)'", start)[1]) == {SCHEDULER_RESOURCE: 1}
+    assert "RAY_AUTH_MODE=token" in start

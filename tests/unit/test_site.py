@@ -1,0 +1,122 @@
+"""README, docs and the other pages: their links lead somewhere, their commands are understood, what is made is fresh.
+
+What runs of their code: tests/unit/test_docs.py and test_docs_long_video.py, and here that of the README.
+"""
+
+import importlib.util
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+
+import pytest
+import torch
+import yaml
+
+from edit_ray.cli.main import parser
+from edit_ray.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "monitoring/README.md", "examples/README.md", "deploy/README.md"),
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
+SITE = runpy.run_path(str(ROOT / "docs" / "repository_links.py"))
+# Programs of others, whose arguments are not looked at.
+OF_OTHERS = {"pip", "python3", "uv", "ray", "docker", "kubectl", "npm", "ffplay", "sudo", "cd", "export", "cmp"}
+
+
+def blocks(page, *languages):
+    text = (ROOT / page).read_text()
+    found = re.findall(r"^( *)```(\w*)\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, kind, code in found if kind in languages]
+
+
+def anchors(page):
+    """Of the headings, as code hosts and the site make them."""
+    text = re.sub(r"^ *```.*?^ *```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ +(.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    SITE["linked"](text, PurePosixPath(page), ROOT)
+    for target in re.findall(r"\]\(([^)\s]*#[^)\s]+)\)", text):
+        path, _, heading = target.partition("#")
+        if not path.startswith("http"):
+            other = os.path.normpath(Path(page).parent / path) if path else page
+            assert heading in anchors(other), target
+
+
+def test_every_page_has_its_place_in_the_site():
+    said = yaml.safe_load((ROOT / "mkdocs.yml").read_text().split("hooks:")[0]) | {
+        "nav": yaml.safe_load((ROOT / "mkdocs.yml").read_text().split("\nnav:")[1])
+    }
+    named = [next(iter(entry.values())) for entry in said["nav"]]
+    assert sorted(named) == sorted(["index.md", *(page.removeprefix("docs/") for page in PAGES if page[:5] == "docs/")])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_understood(page):
+    job = runpy.run_path(str(ROOT / "jobs" / "long_video.py"))["_parser"]()
+    targets = (ROOT / "Makefile").read_text()
+    for line in "".join(blocks(page, "console", "bash")).replace("\\\n", "").splitlines():
+        for command in line.partition(" #")[0].split(";"):
+            words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=.*", word)]
+            match words:
+                case ["edit-ray", *arguments]:
+                    parser().parse_args(arguments)
+                case ["make", *names]:
+                    assert all(f"\n{name}:" in targets for name in names), command
+                case ["ray", "job", "submit", *rest] if "--" in rest:
+                    assert rest[rest.index("--") + 1 :][:2] == ["python", "jobs/long_video.py"]
+                    job.parse_args(rest[rest.index("--") + 3 :])
+                case ["python", script, *_]:
+                    assert (ROOT / script).is_file(), command
+                case [program, *_]:
+                    assert Path(program).name in OF_OTHERS, command
+
+
+@pytest.mark.parametrize("page", ["monitoring/README.md", "docs/operations.md", "docs/stores.md", "README.md"])
+def test_configurations_are_valid(page, tmp_path):
+    for code in blocks(page, "yaml"):
+        path = tmp_path / "run.yaml"
+        path.write_text(code + "\nvideo: {num_segments: 1}\nprompt_segments: [{segment: 0, prompt: a red circle}]\n")
+        load_config(path)
+
+
+def test_pages_that_are_made_from_the_code_are_fresh():
+    for page, text in runpy.run_path(str(ROOT / "docs" / "generate.py"))["generated"]().items():
+        assert (ROOT / page).read_text() == text, f"{page}: run `python docs/generate.py`"
+
+
+@pytest.mark.slow
+def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    """Of the library; that of the client is in tests/ray."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    torch.set_num_threads(1)
+    for code in blocks("README.md", "python"):
+        if "LongVideoClient" not in code:
+            exec(compile(code, "<README.md>", "exec"), names)
+    assert names["video"].shape == (33, 128, 128, 3)
+    assert (tmp_path / "circle_and_square.mp4").is_file()
+    assert "skipped=" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    if importlib.util.find_spec("mkdocs") is None:
+        if "mkdocs" in os.environ.get("EDIT_RAY_REQUIRE", ""):
+            pytest.fail("mkdocs is not installed")
+        pytest.skip("mkdocs is not installed: `make docs` installs it")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "excluded from the built site" not in done.stderr
+    assert (tmp_path / "index.html").is_file()
