@@ -226,16 +226,21 @@ def measure(results: Results, task: Task, config: Config, folder: Path, args: An
         return
     bench = Bench(results, task, config, folder)
     bench.load()
-    for _ in range(args.pairs or (1 if args.quick else 2 if args.device == "cuda" else 5)):
+    for pair in range(args.pairs or (1 if args.quick or args.device == "cuda" else 5)):
         bench.pair()
         shutil.rmtree(folder / bench.last_run / "segments", ignore_errors=True)
-    if args.mode == "exact":
-        bench.compare_latents()
-    note_memory(results, args.device, args.text_encoder)
-    if args.quick:
-        return
+        if not args.quick:
+            add_bars(results, args.device)
+        if pair == 0 and args.mode == "exact":
+            bench.compare_latents()
+        if pair == 0:
+            note_memory(results, args.device, args.text_encoder)
+
+
+def add_bars(results: Results, device: str) -> None:
+    """Of the pairs so far."""
     actors = results.of(ACTORS)
-    results.bar("three actors / plain loop, per segment", actors.get("ratio"), most=BARS[args.device])
+    results.bar("three actors / plain loop, per segment", actors.get("ratio"), most=BARS[device])
     later = "first segment visible after submit, beyond a segment's own time, s"
     results.bar(later, actors.get("first_later"), most=MOST_LATER_S)
 
