@@ -54,7 +54,8 @@ $(DOCS): $(INSTALLED)
 	@touch $@
 
 test: check ## everything that must hold before a commit: check, then the tests, in two halves at a time
-	$(MAKE) --jobs 2 --output-sync=target test-units test-ray
+	@echo "Two halves of the tests run side by side; each tells all that it has to tell at its end."
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-units test-ray
 
 # On Ray a test mostly waits for processes to start and for one thread's work: the other half takes what that leaves.
 test-units: $(INSTALLED) ## the half of the tests that needs no Ray

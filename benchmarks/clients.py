@@ -1,6 +1,6 @@
 """What clients cost a run: three of them (one slow, one that is killed and started again in the middle) against none.
 
-    python benchmarks/clients.py [--pairs 5] [--segments 5] [--output benchmarks/results/clients]
+    python benchmarks/clients.py [--pairs 5] [--segments 4] [--output benchmarks/results/clients]
 
 The embedded model through the real actors on a Ray of its own, with one thread for torch. Runs with clients and without
 alternate; each client is a process of its own that follows the run with `frames=False`, and each has to see every
@@ -46,10 +46,10 @@ for segment in client.stream(run_id, start, frames=False):
 
 
 def config_for(segments: int, steps: int) -> dict[str, Any]:
-    """A run of the embedded model that leaves a core to others."""
+    """A run that denoises for longer than it decodes: a core is free for others most of the time."""
     return {
         "model": {"path": "builtin:tiny_wan", "device": "cpu"},
-        "sampling": {"height": 128, "width": 128, "num_frames": 33, "num_inference_steps": steps, "seed": 7},
+        "sampling": {"height": 96, "width": 96, "num_frames": 33, "num_inference_steps": steps, "seed": 7},
         "video": {"num_segments": segments},
         "prompt_segments": [{"segment": 0, "prompt": "a red circle bouncing on a black background"}],
         "continuity": {"mode": "history", "history_latents": 3},
@@ -144,8 +144,8 @@ def main() -> int:
     """Measure, judge, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--segments", type=int, default=5, help="of each run")
-    parser.add_argument("--steps", type=int, default=8, help="of denoising, for each segment")
+    parser.add_argument("--segments", type=int, default=4, help="of each run")
+    parser.add_argument("--steps", type=int, default=24, help="of denoising, for each segment")
     parser.add_argument("--output", type=Path, help="the folder to write into")
     args = parser.parse_args()
     config = config_for(args.segments, args.steps)

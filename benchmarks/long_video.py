@@ -8,7 +8,7 @@ Segments of one run with a reuse window of 4 and a unit for each block: the firs
 of every unit and branch, or reads it. Device and host together hold little more than one segment's, disk has the rest.
 All are made by the GPU actor's class, one call after the other: with everything in VRAM, with prefetch, and five of
 them without (then nothing comes to the device before it is asked for). A segment's seconds are those of
-`denoise_segment`. To be done soon, a segment has few steps; a longer one has more time to hide in, and the same to hide.
+`denoise_segment`. To be done soon, a segment has few steps; a longer one has more time to hide in, and as much to hide.
 After a segment the device holds what is on its way for the next one, which some have and some have not: `alike_spread`
 is that of the segments that read and are followed by one that reads.
 """
@@ -125,8 +125,8 @@ class Bench:
             allocated = [of["allocated"] for of in each]
             found["allocated_GB"] = [round(of / 1e9, 3) for of in allocated]
             found["allocated_spread"] = (max(allocated) - min(allocated)) / min(allocated)
-            alike = [of for index, of in enumerate(allocated) if _reads(index) and _reads(index + 1)]
-            alike = alike[:-1] if len(each) == self.segments and _reads(len(each) - 1) else alike  # nothing follows
+            inner = range(min(len(each), self.segments - 1))  # nothing follows the last one
+            alike = [allocated[index] for index in inner if _reads(index) and _reads(index + 1)]
             if alike:
                 found["alike_spread"] = (max(alike) - min(alike)) / min(alike)
             found["peak_GB"] = max(of["peak"] for of in each) / 1e9

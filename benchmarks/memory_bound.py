@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, f
 import torch
 from diffusers import TaylorSeerCacheConfig
 
-from benchmarks.gpu_results import LeftOut, Results, arguments
+from benchmarks.gpu_results import Results, arguments
 from benchmarks.real_size import Task, embeds, generate, make_pipe, memory_peak, stock_pipe, synchronise, task_for
 from benchmarks.wan_table import our_cache
 from edit_ray.cache import CPUOffloadStore, GPUStore, TieredStore
@@ -33,6 +33,7 @@ from edit_ray.engine.reuse import residual_form
 
 UNCAPPED, WITHOUT = "ours, all in VRAM, no cap", "ours, all in VRAM, capped"
 WITH, BY_RECENCY = "ours, tiers, capped", "ours, tiers by recency, capped"
+OUT_OF_MEMORY = "out of memory"
 AHEAD = 4  # entries on their way
 On = Callable[[], AbstractContextManager[Any]]
 
@@ -66,7 +67,7 @@ class Bench:
                 each = [*figures.get("each", []), time.perf_counter() - started]
                 figures.update(outcome="done", seconds=median(each), times=len(each), each=each)
             except torch.OutOfMemoryError:
-                figures.update(outcome=f"out of memory after {len(steps)} of {self.task.num_inference_steps} steps")
+                figures.update(outcome=f"{OUT_OF_MEMORY} after {len(steps)} of {self.task.num_inference_steps} steps")
             figures["ours"] = pipe is self.pipe
             if self.device == "cuda":
                 figures["peak_GB"] = (memory_peak(self.device) or 0) / 1e9
@@ -75,7 +76,7 @@ class Bench:
                 figures["ratio"] = figures["seconds"] / full
                 if pipe is self.pipe:
                     figures["equal"] = torch.equal(self._latents[name], self._latents[UNCAPPED])
-        self._free()
+        self.free()
 
     def forecasting(self, store: Any = None) -> AbstractContextManager[Any]:
         """Our cache, with residuals in a store."""
@@ -85,10 +86,8 @@ class Bench:
     def host_share(self) -> float:
         """Of the units, so that the rest fits under the cap beside what the loop itself takes."""
         peak = self.results.of(UNCAPPED).get("peak_GB")
-        if self.device != "cuda":
+        if self.device != "cuda" or peak is None:
             return 0.3
-        if peak is None:
-            raise LeftOut("the loop without a cap was not measured")
         itself = peak * 1e9 - self.needed
         room = 0.96 * self.cap - itself - (4 * AHEAD + 2) * self.entry  # fragments, and what is on its way
         units = 2 * len(self.pipe.transformer.blocks)
@@ -103,7 +102,7 @@ class Bench:
         torch.cuda.set_per_process_memory_fraction(min(1.0, self.cap / total) if capped else 1.0)
         return nullcontext()
 
-    def _free(self) -> None:
+    def free(self) -> None:
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
@@ -142,29 +141,40 @@ def peer_rows(bench: Bench) -> None:
     bench.measure(name, bench.stock, on, capped=True)
 
 
+def with_tiers(bench: Bench) -> tuple[SpreadStore, float]:
+    """The row with tiers, measured once: its store, and how much of it is on the host."""
+    share = bench.host_share()
+    while True:
+        store = SpreadStore(share, ahead=AHEAD)
+        with bench.forecasting(store):  # pinned memory takes its time, once
+            generate(bench.pipe, bench.task, bench.given)
+        bench.free()
+        bench.measure(WITH, bench.pipe, partial(bench.forecasting, store), capped=True)
+        found = bench.results.of(WITH)
+        if share >= 1 or not str(found.get("outcome")).startswith(OUT_OF_MEMORY):
+            return store, share
+        bench.results.note(f"with {share:.0%} of the residuals on the host it ran {OUT_OF_MEMORY}")
+        share = min(1.0, share + 0.1)
+
+
 def measure(bench: Bench, repeats: int, by_recency: bool) -> None:
     """All rows."""
-    share, store = 0.0, None
-    for turn in range(repeats):
-        bench.measure(UNCAPPED, bench.pipe, bench.forecasting, capped=False)
-        if turn == 0:
-            if bench.device == "cuda":
-                bench.measure(WITHOUT, bench.pipe, bench.forecasting, capped=True)
-            share = bench.host_share()
-            store = SpreadStore(share, ahead=AHEAD)
-            with bench.forecasting(store):  # pinned memory takes its time, once
-                generate(bench.pipe, bench.task, bench.given)
-            bench._free()
-        bench.measure(WITH, bench.pipe, partial(bench.forecasting, store), capped=True)
-        if store is not None:
-            bench.results.of(WITH)["host_share"] = share
-    del store
-    bench._free()
+    bench.measure(UNCAPPED, bench.pipe, bench.forecasting, capped=False)
+    if bench.device == "cuda":
+        bench.measure(WITHOUT, bench.pipe, bench.forecasting, capped=True)
+    if "seconds" in bench.results.of(UNCAPPED):
+        store, share = with_tiers(bench)
+        for _ in range(repeats - 1):
+            bench.measure(UNCAPPED, bench.pipe, bench.forecasting, capped=False)
+            bench.measure(WITH, bench.pipe, partial(bench.forecasting, store), capped=True)
+        bench.results.of(WITH).update(host_share=share)
+        del store
+        bench.free()
+        if by_recency:
+            on_device = int((1 - share) * bench.needed)
+            tiers = TieredStore([(GPUStore(), on_device), (CPUOffloadStore(), None)], promote=False)
+            bench.measure(BY_RECENCY, bench.pipe, partial(bench.forecasting, tiers), capped=True)
     peer_rows(bench)
-    if by_recency:
-        on_device = int((1 - share) * bench.needed)
-        tiers = TieredStore([(GPUStore(), on_device), (CPUOffloadStore(), None)], promote=False)
-        bench.measure(BY_RECENCY, bench.pipe, partial(bench.forecasting, tiers), capped=True)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """How much of decoding a run hides behind denoising.
 
-    python benchmarks/overlap.py [--pairs 3] [--segments 6] [--steps 20] [--output benchmarks/results/overlap]
+    python benchmarks/overlap.py [--pairs 3] [--segments 6] [--steps 30] [--output benchmarks/results/overlap]
 
 The embedded model on the CPU with one thread for torch, cache off, `history`, through the real actors on a Ray of its
 own. Alternating, a run as ever (A), and the same segments denoised by the same GPU actor with nothing decoded (B). From
@@ -36,9 +36,10 @@ BAR = 1.1
 
 
 def config_for(segments: int, steps: int) -> dict[str, Any]:
+    """As many steps as in configs/tiny.yaml, so that a segment is denoised for longer than it is decoded."""
     return {
         "model": {"path": "builtin:tiny_wan", "device": "cpu"},
-        "sampling": {"height": 128, "width": 128, "num_frames": 33, "num_inference_steps": steps, "seed": 7},
+        "sampling": {"height": 96, "width": 96, "num_frames": 33, "num_inference_steps": steps, "seed": 7},
         "video": {"num_segments": segments},
         "prompt_segments": [{"segment": 0, "prompt": "a red circle bouncing on a black background"}],
         "continuity": {"mode": "history", "history_latents": 3},
@@ -102,7 +103,7 @@ def draw(root: Path, run_id: str, picture: Path) -> None:
     command = [sys.executable, "-m", "edit_ray.cli", "--output", str(root), "report", run_id, "--page", str(page)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     quiet = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={root}/browser")
-    command = [browser, *quiet, "--window-size=980,620", f"--screenshot={picture.resolve()}", page.as_uri()]
+    command = [browser, *quiet, "--window-size=980,490", f"--screenshot={picture.resolve()}", page.as_uri()]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
 
 
@@ -148,7 +149,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--segments", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=20, help="of denoising, for each segment")
+    parser.add_argument("--steps", type=int, default=30, help="of denoising, for each segment")
     parser.add_argument("--output", type=Path, help="the folder to write into")
     args = parser.parse_args()
     config = config_for(args.segments, args.steps)

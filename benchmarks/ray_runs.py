@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from edit_ray.actors import launch
 from edit_ray.client import LongVideoClient
@@ -43,6 +44,7 @@ def private_ray(num_cpus: int) -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=num_cpus,
+        num_gpus=torch.cuda.device_count(),
         namespace=launch.NAMESPACE,
         include_dashboard=False,
         log_to_driver=False,

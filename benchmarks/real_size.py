@@ -14,8 +14,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from edit_ray import EditWanPipeline
 from edit_ray.engine.fast_vae import fast_decoder
-from edit_ray.engine.options import Mode, SamplingOptions
-from edit_ray.engine.provenance import use_mode
+from edit_ray.engine.options import SamplingOptions
 from edit_ray.testing import VARIANTS, Variant, fill_random, make_model
 from edit_ray.testing.made_model import byte_tokenizer
 from edit_ray.testing.variants import TextEncoder
@@ -138,6 +137,7 @@ def stock_pipe(pipe: EditWanPipeline) -> WanPipeline:
 @torch.no_grad()
 def embeds(pipe: EditWanPipeline) -> dict[str, Tensor]:
     """The prompt's embeddings, made once: they are no part of the loop."""
+    pipe.text_encoder.to(pipe.transformer.device)  # it may be offloaded
     found = pipe.encode_prompt(PROMPT, "", max_sequence_length=512, device=pipe.transformer.device)
     return dict(zip(("prompt_embeds", "negative_prompt_embeds"), found, strict=True))
 
@@ -163,9 +163,7 @@ MODES = ("exact", "fast", "fp8")  # the last is `fast` with linear layers in 8 b
 
 def use(pipe: EditWanPipeline, mode: str) -> None:
     """From now on the pipeline works in this mode."""
-    of_engine: Mode = "exact" if mode == "exact" else "fast"
-    use_mode(of_engine)
-    pipe.ahead.mode, pipe.ahead.fp8 = of_engine, mode == "fp8"
+    pipe.ahead.mode, pipe.ahead.fp8 = "exact" if mode == "exact" else "fast", mode == "fp8"
 
 
 def decoding(pipe: EditWanPipeline, mode: str) -> AbstractContextManager[None]:

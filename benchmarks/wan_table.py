@@ -274,12 +274,12 @@ def measure_compiled(bench: Bench, rows: Rows, mode: str) -> None:
         bench.warm_up(bench.pipe)
         figures.update(ours=True, compile_s=time.perf_counter() - started, graphs=compiled_graphs())
     if bench.results.of(f"{mode}: to compile"):
-        found = rows(bench, mode)
+        found, graphs = rows(bench, mode), compiled_graphs()
         for row in found if mode == "fast" else (found[0], found[-1]):
             bench.measure(row, count_blocks=False)
+        bench.results.bar(f"compilations after the first loop, {mode}", compiled_graphs() - graphs, most=0)
         if mode == "fast":
             decode_rows(bench, mode)
-        bench.results.note(f"{compiled_graphs()} graphs were compiled until the end of {mode}")
     use(bench.pipe, "exact")
 
 

@@ -21,6 +21,7 @@ from edit_ray.config import Config, check_config, config_of, load_config, output
 from edit_ray.errors import (
     ConfigError,
     EditRayError,
+    ResourcesUnavailable,
     RunCancelled,
     RunLive,
     SegmentFailed,
@@ -165,8 +166,7 @@ class LongVideoClient:
             try:
                 return _Said(True, _call(scheduler, method, *arguments, timeout_s=timeout_s))
             except ray.exceptions.RayActorError:
-                if time.monotonic() > deadline:
-                    raise
+                _check_time(deadline)
                 time.sleep(RETRY_S)
         return _Said(False, None)
 
@@ -182,8 +182,7 @@ class LongVideoClient:
                     raise
                 return self.status(arguments[0])  # it was begun, only the answer was lost
             except ray.exceptions.RayActorError:
-                if time.monotonic() > deadline:
-                    raise
+                _check_time(deadline)
                 again = True
                 time.sleep(RETRY_S)
 
@@ -255,6 +254,14 @@ class SegmentStream(Iterator[Segment], AsyncIterator[Segment]):
             frames=frames,
             latents=latents,
         )
+
+
+def _check_time(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise ResourcesUnavailable(
+            f"the segment scheduler was not back within {launch.RESTART_TIMEOUT_S:g} s; what is committed is safe: "
+            "look at the Ray cluster, then go on with `edit-ray resume RUN`"
+        ) from None
 
 
 def _load_latents(path: Path) -> torch.Tensor:

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import subprocess
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -82,15 +83,25 @@ class Prometheus:
         return {alert["labels"]["alertname"] for alert in alerts if alert["state"] in states}
 
     def up(self, job):
-        """How many targets of a job are scraped: none before it listens."""
-        try:
-            targets = self.ask("targets")["activeTargets"]
-        except urllib.error.URLError:
-            return 0
+        """How many targets of a job are scraped."""
+        targets = self.ask("targets")["activeTargets"]
         return sum(target["labels"]["job"] == job and target["health"] == "up" for target in targets)
 
     def __enter__(self):
+        deadline = time.monotonic() + 60
+        while not self._is_ready():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.__exit__()
+                raise AssertionError(f"Prometheus is not ready: {Path(self._log.name).read_text()}")
+            time.sleep(0.05)
         return self
+
+    def _is_ready(self):
+        try:
+            with urllib.request.urlopen(self.url.replace("api/v1/", "-/ready"), timeout=10):
+                return True
+        except OSError:
+            return False
 
     def __exit__(self, *_):
         self._process.kill()

@@ -22,7 +22,7 @@ from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.engine.decode import lookback_latents
 from edit_ray.engine.latent_files import load_latents, save_latents
 from edit_ray.engine.loading import choose_device
-from edit_ray.engine.provenance import provenance_of, use_mode
+from edit_ray.engine.provenance import provenance_of
 from edit_ray.engine.segment import SegmentEngine, usable_cores
 from edit_ray.errors import EditRayError, OutOfMemory, RunCancelled, SegmentFailed, StaleWork
 from edit_ray.metrics.totals import Snapshot, Totals
@@ -68,7 +68,7 @@ class DenoiserActor:
         """What the run's bits would depend on here, beside its configuration. Raises ModelError."""
         engine = spec.config.engine
         threads = engine.cpu_threads or usable_cores()
-        return provenance_of(choose_device(spec.config.model.device), threads, engine.mode)
+        return provenance_of(choose_device(spec.config.model.device), threads, engine.mode, engine.fp8)
 
     def progress(self) -> Progress | None:
         return self._progress
@@ -280,8 +280,8 @@ class DenoiserActor:
                 self._loading = False
         torch.set_num_threads(threads)
         self._threads = threads
-        use_mode(config.engine.mode)
         self._engine.max_live_decoders = config.engine.max_live_decoders
+        self._engine.use_mode(config.engine.mode, fp8=config.engine.fp8)
         self._engine.encode_prompts(spec.texts)
         return self._engine
 

@@ -107,6 +107,14 @@ def mistakes_of_two_gpus(engine: EngineOptions, model: ModelOptions, cache: Cach
         )
 
 
+def mistakes_of_mode(engine: EngineOptions) -> Iterator[Mistake]:
+    """What cannot be of how the model computes."""
+    if engine.fp8 and engine.mode != "fast":
+        path: KeyPath = ("engine", "fp8")
+        text = f"{dotted(path)} is true and engine.mode {engine.mode}; 8 bits must go with the mode fast."
+        yield Mistake(path, text, needs=(("engine", "mode"),))
+
+
 def _check_shape(sampling: SamplingOptions, continuity: ContinuityOptions) -> Iterator[Mistake]:
     frames, latents = sampling.num_frames, (sampling.num_frames - 1) // TEMPORAL_FACTOR + 1
     if frames % TEMPORAL_FACTOR != 1:

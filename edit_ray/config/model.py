@@ -9,6 +9,7 @@ from edit_ray.config.between import (
     first_segment,
     layout_of,
     mistakes_between,
+    mistakes_of_mode,
     mistakes_of_reuse,
     mistakes_of_two_gpus,
     num_segments_of,
@@ -53,6 +54,7 @@ class Config(Options):
         mistakes = mistakes_between(sampling, self.continuity, self.cache, video, entries)
         mistakes += mistakes_of_reuse(self.cache, sampling, video, entries)
         mistakes += mistakes_of_two_gpus(self.engine, self.model, self.cache)
+        mistakes += mistakes_of_mode(self.engine)
         if mistakes:
             raise Mistakes(mistakes)
         return self

@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edit_ray.engine.fast_block import BlockWeights, Layer, Rope, Sizes, block, quantise
+from edit_ray.engine.options import Mode
+from edit_ray.errors import ModelError
 
-# The fastest first, as measured on Hopper.
-ATTENTION = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+FP8_CAPABILITY = (8, 9)
+
+
+def check_mode(mode: str, fp8: bool, device: torch.device) -> None:
+    """Raises `ModelError` for what cannot be on a device."""
+    if mode not in get_args(Mode):
+        raise ModelError(f"The mode is {mode!r}; valid are {', '.join(get_args(Mode))}.")
+    if fp8 and mode != "fast":
+        raise ModelError(f"fp8 is true in the mode {mode}; it needs the mode fast.")
+    if fp8 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY):
+        here = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+        raise ModelError(f"fp8 is true, and {here} multiplies no FP8; it needs a GPU of capability 8.9 or later.")
 
 
 @cache
@@ -51,8 +57,7 @@ class FastBlocks:
         for index, each in enumerate(self._blocks):
             each.forward = partial(self._forward, index)
         try:
-            with sdpa_kernel(ATTENTION, set_priority=True):
-                yield
+            yield
         finally:
             for each in self._blocks:
                 del each.forward

@@ -33,7 +33,7 @@ class BlockWeights(NamedTuple):
     norm_q: Tensor  # [D]
     norm_k: Tensor
     out: Layer
-    norm2: tuple[Tensor | None, Tensor | None] | None
+    norm2: tuple[Tensor, Tensor] | None  # [D] each
     text_q: Layer
     text_norm_q: Tensor
     text_out: Layer
@@ -61,23 +61,25 @@ def block(x: Tensor, text_k: Tensor, text_v: Tensor, temb: Tensor, rope: Rope, w
 
     `text_k`, `text_v` are [B, heads, L, head_dim], `temb` [B, 6, D] or [B, N, 6, D].
     """
-    dtype, width = x.dtype, x.shape[-1:]
+    dtype = x.dtype
     modulation = (w.table if temb.ndim == 3 else w.table[None]) + temb.float()
     shift, scale, gate, ff_shift, ff_scale, ff_gate = (
         part if temb.ndim == 4 else part[:, None] for part in modulation.unbind(-2)
     )
-    h = (F.layer_norm(x.float(), width, eps=sizes.eps) * (1 + scale) + shift).to(dtype)
+    h = (_normalised(x, sizes.eps) * (1 + scale) + shift).to(dtype)
     q, k, v = linear(h, w.qkv).chunk(3, dim=-1)
     q, k = (rotate(_rms(part, norm, sizes), rope, dtype) for part, norm in ((q, w.norm_q), (k, w.norm_k)))
     attended = F.scaled_dot_product_attention(q, k, _heads(v, sizes.heads).transpose(1, 2))
     x = (x.float() + linear(attended.transpose(1, 2).flatten(2), w.out).float() * gate).to(dtype)
 
-    h = x if w.norm2 is None else F.layer_norm(x.float(), width, *_float(w.norm2), eps=sizes.eps).to(dtype)
+    h = x
+    if w.norm2 is not None:
+        h = (_normalised(x, sizes.eps) * w.norm2[0].float() + w.norm2[1].float()).to(dtype)
     q = _rms(linear(h, w.text_q), w.text_norm_q, sizes).to(dtype).transpose(1, 2)
     attended = F.scaled_dot_product_attention(q, text_k, text_v)
     x = x + linear(attended.transpose(1, 2).flatten(2), w.text_out)
 
-    h = (F.layer_norm(x.float(), width, eps=sizes.eps) * (1 + ff_scale) + ff_shift).to(dtype)
+    h = (_normalised(x, sizes.eps) * (1 + ff_scale) + ff_shift).to(dtype)
     h = feed_forward(h, w.up, w.down)
     out: Tensor = (x.float() + h.float() * ff_gate).to(dtype)
     return out
@@ -152,13 +154,16 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return split
 
 
+def _normalised(x: Tensor, eps: float) -> Tensor:
+    """With mean 0 and variance 1 over the last dimension, in float32; both from one pass over it."""
+    wide = x.float()
+    mean = wide.mean(-1, keepdim=True)
+    variance = (wide.square().mean(-1, keepdim=True) - mean.square()).clamp_min(0)
+    return (wide - mean) * torch.rsqrt(variance + eps)
+
+
 def _rms(x: Tensor, weight: Tensor, sizes: Sizes) -> Tensor:
     """Normalised over all heads together, float32 [B, N, heads, head_dim]."""
     x = x.float()
     normalised = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + sizes.qk_eps) * weight.float()
     return _heads(normalised, sizes.heads)
-
-
-def _float(affine: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    weight, bias = affine
-    return None if weight is None else weight.float(), None if bias is None else bias.float()

@@ -21,6 +21,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_pipeline(options: ModelOptions) -> EditWanPipeline:
     """Load the model on its device, without progress bars, every part in `torch_dtype`, the VAE included.
 
+    A text encoder that is offloaded stays in host memory.
+
     Raises `ModelError` where the path is no Wan model, the device is missing or it cannot run the dtype.
     """
     device = choose_device(options.device)
@@ -30,9 +32,12 @@ def load_pipeline(options: ModelOptions) -> EditWanPipeline:
     transformers_logging.disable_progress_bar()
     try:
         with _ONE_AT_A_TIME:
-            pipe = EditWanPipeline.from_pretrained(folder, torch_dtype=dtype, device=device)
+            pipe = EditWanPipeline.from_pretrained(folder, torch_dtype=dtype)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"model.path {options.path!r} ({folder}) cannot be loaded as a Wan model: {error}") from error
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and not (name == "text_encoder" and options.offload == "text_encoder"):
+            part.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

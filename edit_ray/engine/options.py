@@ -110,14 +110,16 @@ Mode = Literal["exact", "fast"]
 class EngineOptions(Options):
     """How the actors work.
 
-    `mode` exact makes the same frames in every process on the same hardware. With `cfg_parallel` each GPU actor has two
-    GPUs, one for each branch of classifier-free guidance. A run pauses `max_ahead` segments beyond
-    what its clients have taken. An actor that makes no step for `step_timeout_s` seconds is killed and started again.
-    `tiled_decode` auto decodes in tiles from the segment on for which the GPU's memory did not do, always from the
-    first one. A GPU actor keeps the decoder states of the last `max_live_decoders` runs.
+    `mode` exact makes the same frames in every process on the same hardware, those of diffusers. `fast` compiles the
+    transformer's blocks and the decoder on a GPU, and its frames differ a little; with `fp8` it multiplies in 8 bits.
+    With `cfg_parallel` each GPU actor has two GPUs, one for each branch of classifier-free guidance. A run pauses
+    `max_ahead` segments beyond what its clients have taken. An actor that makes no step for `step_timeout_s` seconds is
+    killed and started again. `tiled_decode` auto decodes in tiles from the segment on for which the GPU's memory did
+    not do, always from the first one. A GPU actor keeps the decoder states of the last `max_live_decoders` runs.
     """
 
     mode: Mode = "exact"
+    fp8: bool = False
     gpu_actors: int = Field(default=1, ge=1, le=64)
     cfg_parallel: bool = False
     cpu_threads: int | None = Field(default=None, ge=1, le=1024)

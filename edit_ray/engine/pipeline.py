@@ -20,8 +20,10 @@ from edit_ray.engine.caching import CacheControl
 from edit_ray.engine.cfg_parallel import CfgControl
 from edit_ray.engine.continuity import Held, check_context
 from edit_ray.engine.decode import denormalise
+from edit_ray.engine.fast import check_mode
 from edit_ray.engine.locate import locate_model
 from edit_ray.engine.loop import Request, StepCallback, denoise
+from edit_ray.engine.options import Mode
 
 Frames: TypeAlias = NDArray[np.float32] | Tensor | list[list[Image]]
 logger = logging.getLogger(__name__)
@@ -130,6 +132,15 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         frames = self._decode(denoise(self, request), output_type)
         self.maybe_free_model_hooks()
         return EditWanOutput(frames=frames) if return_dict else (frames,)
+
+    def use_mode(self, mode: Mode, *, fp8: bool = False) -> None:
+        """From the next call on: `exact`, which gives the bits of diffusers, or `fast`, which does not.
+
+        `fast` compiles the transformers' blocks in its first call; with `fp8` their linear layers compute in 8 bits.
+        Raises `ModelError` for an unknown mode, for `fp8` without `fast`, and where the hardware has no FP8.
+        """
+        check_mode(mode, fp8, torch.device(self.device))
+        self.ahead.mode, self.ahead.fp8 = mode, fp8
 
     @property
     def ahead(self) -> Ahead:

@@ -1,4 +1,4 @@
-"""What a run's bits depend on beside its configuration, and the switches of torch that decide it."""
+"""What a run's bits depend on beside its configuration."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Att
 from edit_ray.engine.options import Mode
 
 
-def use_mode(mode: Mode) -> None:
-    """`exact`: the same bits in every process on the same hardware. `fast`: torch may choose by trying."""
-    torch.backends.cudnn.benchmark = mode == "fast"
-
-
-def provenance_of(device: torch.device, threads: int, mode: Mode) -> dict[str, str | int]:
+def provenance_of(device: torch.device, threads: int, mode: Mode, fp8: bool = False) -> dict[str, str | int]:
     """Two processes for which this is equal make the same frames of one configuration, in the mode `exact`."""
     on_cpu = device.type == "cpu"
     return {
@@ -24,5 +19,5 @@ def provenance_of(device: torch.device, threads: int, mode: Mode) -> dict[str, s
         "threads": threads,
         "attention": AttentionBackends.get_active_backend()[0].value,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "mode": mode,
+        "mode": f"{mode}, fp8" if fp8 else mode,
     }

@@ -4,6 +4,8 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Self
 
 import torch
@@ -15,17 +17,20 @@ from edit_ray.cache.stores.device import GPUStore
 from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.engine.decode import to_uint8
 from edit_ray.engine.encode import encode, to_video
+from edit_ray.engine.fast_vae import fast_decoder
 from edit_ray.engine.init_file import read_init
 from edit_ray.engine.loading import load_pipeline, second_gpu, with_flow_shift
-from edit_ray.engine.options import ContinuityOptions, ModelOptions, SamplingOptions, frames_of
+from edit_ray.engine.options import ContinuityOptions, Mode, ModelOptions, SamplingOptions, frames_of
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.reuse import Reuse, plan_run_reuse
 from edit_ray.engine.stream import Preceding, RunStream
+from edit_ray.engine.text import streamed
 from edit_ray.errors import ModelError, SegmentFailed
 
 MAX_SEQUENCE_LENGTH = 512  # the pipeline's default, so that embeddings equal the library's
 UNCACHED = CacheOptions()
 KEPT_PROMPTS = 256  # at Wan's size an embedding takes 4 MB of host memory
+PROMPTS_AT_ONCE = 32  # which share one way of the text encoder's weights to the device
 
 
 class SegmentEngine:
@@ -42,6 +47,9 @@ class SegmentEngine:
         self._asking = threading.Lock()
         self.max_live_decoders = 1
         self._cached_for: object = None  # the options that the pipeline's cache was enabled with
+        self._fast_decoder = ExitStack()
+        self._mode: Mode = "exact"
+        self._video_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @classmethod
     def load(cls, model: ModelOptions, cpu_threads: int | None = None, *, cfg_parallel: bool = False) -> Self:
@@ -55,6 +63,19 @@ class SegmentEngine:
         if second is not None:
             pipe.enable_cfg_parallel(second)
         return cls(pipe, offload_text_encoder=model.offload == "text_encoder")
+
+    def use_mode(self, mode: Mode, *, fp8: bool = False) -> None:
+        """Compute in this mode from now on, `fast` with the blocks' linear layers in FP8 if so told.
+
+        Raises `ModelError` where the hardware has no FP8.
+        """
+        self.pipe.use_mode(mode, fp8=fp8)
+        if mode == self._mode:
+            return
+        self._fast_decoder.close()
+        if mode == "fast" and self.device.type == "cuda":
+            self._fast_decoder.enter_context(fast_decoder(self.pipe.vae))
+        self._mode = mode
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +94,7 @@ class SegmentEngine:
         return bool(self.pipe.config.expand_timesteps)
 
     def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:
-        """Encode what is not yet known, each prompt alone; then, if so loaded, the text encoder leaves the device.
+        """Encode what is not yet known; of an offloaded text encoder one block is on the device at a time.
 
         Raises `ModelError` for a model without text encoder.
         """
@@ -82,13 +103,9 @@ class SegmentEngine:
             return
         if self.pipe.text_encoder is None:
             raise ModelError("The model has no text encoder, so that no prompt can be encoded.")
-        device = self.device
-        self.pipe.text_encoder.to(device)
-        for prompt in missing:
-            self._embeds[prompt] = self._encode(prompt)
-        if self._offload_text_encoder and device.type != "cpu":
-            self.pipe.text_encoder.to("cpu")
-            torch.cuda.empty_cache()
+        for start in range(0, len(missing), PROMPTS_AT_ONCE):
+            some = missing[start : start + PROMPTS_AT_ONCE]
+            self._embeds.update(zip(some, self._encode(some), strict=True))
         while len(self._embeds) > max(KEPT_PROMPTS, len(missing)):
             self._embeds.popitem(last=False)
 
@@ -182,7 +199,8 @@ class SegmentEngine:
         Latents alone decide it: where frames are needed and are not at hand, they are decoded again from `preceding`,
         which returns the last `count` latents before `position`; those from `tiled_from` on in tiles.
         """
-        return self._stream(run_id, tiled_from).context(continuity, position, preceding)
+        with self._video():
+            return self._stream(run_id, tiled_from).context(continuity, position, preceding)
 
     def encode_init(self, continuity: ContinuityOptions, sampling: SamplingOptions) -> Tensor:
         """The latents [1, C, n, h, w] of the user's picture or clip, float32, on the CPU; raises `ConfigError`.
@@ -194,7 +212,8 @@ class SegmentEngine:
         frames = read_init(continuity.init, frames=count, height=sampling.height, width=sampling.width)
         if continuity.begins_with_picture and continuity.picture_as == "still":
             frames = frames.repeat(frames_of(2), axis=0)
-        return encode(self.pipe.vae, to_video(frames)).cpu()
+        with self._video():
+            return encode(self.pipe.vae, to_video(frames)).cpu()
 
     def decode(
         self,
@@ -214,10 +233,11 @@ class SegmentEngine:
         `run_id` `None` the latents are a stream of their own. From the position `tiled_from` on the stream is decoded
         in tiles.
         """
-        if run_id is None:
-            tiled = tiled_from is not None and position >= tiled_from
-            return to_uint8(RunStream(self.pipe.vae, 0 if tiled else None).decode(latents, 0)).cpu()
-        return to_uint8(self._stream(run_id, tiled_from).decode(latents, position, preceding, keep_frames)).cpu()
+        with self._video():
+            if run_id is None:
+                tiled = tiled_from is not None and position >= tiled_from
+                return to_uint8(RunStream(self.pipe.vae, 0 if tiled else None).decode(latents, 0)).cpu()
+            return to_uint8(self._stream(run_id, tiled_from).decode(latents, position, preceding, keep_frames)).cpu()
 
     def release(self, run_id: str) -> None:
         """Free the run's decoder state, if there is any."""
@@ -231,6 +251,10 @@ class SegmentEngine:
             self._cached_for = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _video(self) -> AbstractContextManager[object]:
+        """The VAE's work is queued beside that of the transformer, and not after it."""
+        return nullcontext() if self._video_stream is None else torch.cuda.stream(self._video_stream)
 
     def _stream(self, run_id: str, tiled_from: int | None) -> RunStream:
         with self._asking:  # a segment is decoded while the next one is denoised
@@ -259,11 +283,19 @@ class SegmentEngine:
         self._cached_for = wanted
 
     @torch.no_grad()
-    def _encode(self, prompt: str) -> Tensor:
-        embeds: Tensor = self.pipe.encode_prompt(
-            prompt, do_classifier_free_guidance=False, max_sequence_length=MAX_SEQUENCE_LENGTH, device=self.device
-        )[0]
-        return embeds.cpu()
+    def _encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """[1, L, D] of each prompt, with the bits that it has alone, on the CPU."""
+        device = self.device
+        encode = partial(
+            self.pipe.encode_prompt,
+            do_classifier_free_guidance=False,
+            max_sequence_length=MAX_SEQUENCE_LENGTH,
+            device=device,
+        )
+        if self._offload_text_encoder and device.type != "cpu":
+            with streamed(self.pipe.text_encoder, device):
+                return list(encode(list(prompts))[0].cpu().split(1))
+        return [encode(prompt)[0].cpu() for prompt in prompts]
 
 
 def usable_cores() -> int:

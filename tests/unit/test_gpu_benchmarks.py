@@ -35,7 +35,8 @@ def test_a_mask_that_cannot_be_is_refused(skipped):
 
 
 def test_every_policy_is_compared_where_it_never_skips():
-    assert set(never_skipping(3)) == set(POLICIES.names())
+    own = {name for name in POLICIES.names() if POLICIES.find(name).__module__.startswith("edit_ray.")}
+    assert set(never_skipping(3)) == own, "other tests may have registered more"
 
 
 @pytest.fixture

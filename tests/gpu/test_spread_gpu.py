@@ -1,0 +1,52 @@
+"""Residuals in pinned memory on a CUDA device: what is read is what was put, however far the loop is ahead."""
+
+import pytest
+import torch
+
+from edit_ray import EditWanPipeline
+from edit_ray.cache.stores.pinned import PinnedStore
+from edit_ray.cache.stores.spread import SpreadStore
+
+DEVICE = torch.device("cuda", 0)
+UNITS, STEPS, KEPT = 8, 6, 2
+
+
+def key(unit, step):
+    return (0, "transformer", "cond", unit, step)
+
+
+def value(unit, step):
+    return float(1 + unit + UNITS * step)
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_what_is_read_is_what_was_put_last(ahead):
+    store, matrix = PinnedStore(ahead), torch.randn(2048, 2048, device=DEVICE)
+    wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for step in range(STEPS):
+        for unit in range(UNITS):
+            for _ in range(5):
+                matrix @ matrix  # the device is behind
+            store.put(key(unit, step), torch.full((1 << 20,), value(unit, step), device=DEVICE))
+            store.drop(key(unit, step - KEPT))
+        for _ in range(3):
+            for unit in range(UNITS):
+                for at in range(max(0, step - KEPT + 1), step + 1):
+                    found = store.get(key(unit, at))
+                    assert found.device == DEVICE
+                    wrong += (found != value(unit, at)).sum()
+    assert wrong.item() == 0
+    assert len(store) == UNITS * KEPT
+    assert sum(len(free) for free in store._free.values()) <= UNITS
+
+
+def test_latents_are_those_of_the_device_alone():
+    pipe = EditWanPipeline.from_pretrained("builtin:tiny_wan", torch_dtype=torch.bfloat16, device="cuda")
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": 128, "width": 128, "num_frames": 33, "num_inference_steps": 12, "output_type": "latent"}
+    made = []
+    for store in (None, SpreadStore(0.5, ahead=2)):
+        pipe.enable_cache("taylorseer", 12, "per_block", store, cache_interval=3, max_order=2)
+        made.append(pipe("a red circle", generator=torch.Generator().manual_seed(0), **call).frames)
+        pipe.disable_cache()
+    assert torch.equal(*made)

@@ -1,0 +1,138 @@
+"""The mode fast computes what diffusers does, and leaves nothing behind; so does a streamed text encoder."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch._dynamo.utils import counters
+
+from edit_ray import EditWanPipeline
+from edit_ray.cache import apply_cache_on_transformer
+from edit_ray.config import Config
+from edit_ray.engine import fast_block, fast_vae
+from edit_ray.engine.decode import StreamingDecoder
+from edit_ray.engine.fast import FastBlocks, can_be_fast
+from edit_ray.engine.text import streamed
+from edit_ray.errors import ModelError
+from edit_ray.testing import Variant, fill_random, random_transformer, random_vae, save_random_wan
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+CPU = torch.device("cpu")
+SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 48, "num_layers": 3, "text_dim": 24}
+TIMES = {"one": torch.tensor([500]), "per token": torch.arange(32)[None]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def transformer():
+    return random_transformer(Variant(SIZES, flow_shift=3.0), device=CPU, dtype=torch.bfloat16)
+
+
+@torch.no_grad()
+def forward(transformer, timestep=TIMES["one"], seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    latents, text = torch.randn(1, 16, 2, 8, 8, generator=generator), torch.randn(1, 9, 24, generator=generator)
+    return transformer(latents.bfloat16(), timestep, text.bfloat16(), return_dict=False)[0].float()
+
+
+@pytest.mark.parametrize("timestep", TIMES.values(), ids=TIMES.keys())
+def test_the_fast_block_computes_what_diffusers_does(transformer, timestep):
+    before = {name: value.clone() for name, value in transformer.state_dict().items()}
+    exact = forward(transformer, timestep)
+    with FastBlocks(transformer, run=fast_block.block).installed():
+        fast = forward(transformer, timestep)
+        other = forward(transformer, timestep, seed=1)
+    assert (fast - exact).abs().max() < 0.05 < exact.std()
+    assert (other - forward(transformer, timestep, seed=1)).abs().max() < 0.05
+    assert torch.equal(forward(transformer, timestep), exact), "afterwards it is exact again"
+    assert all(torch.equal(value, before[name]) for name, value in transformer.state_dict().items())
+
+
+def test_one_graph_for_all_blocks_steps_prompts_and_loops(transformer):
+    run = torch.compile(fast_block.block, backend="eager", dynamic=False, fullgraph=True)
+    fast, graphs = FastBlocks(transformer, run=run), []
+    for seed in range(2):
+        with fast.installed():
+            forward(transformer, torch.tensor([900 - seed]), seed)
+        graphs.append(counters["stats"]["unique_graphs"])
+    apply_cache_on_transformer(transformer, "always", 1)  # which gives the blocks another class
+    at = {"step_index": 0, "num_inference_steps": 1}
+    with FastBlocks(transformer, run=run).installed(), transformer.cache_context("cond", **at):
+        forward(transformer)
+    assert [*graphs, counters["stats"]["unique_graphs"]] == [graphs[0]] * 3
+
+
+def test_edited_weights_act_in_the_next_loop(transformer):
+    fast = FastBlocks(transformer, run=fast_block.block)
+    with fast.installed():
+        forward(transformer)
+    with torch.no_grad():
+        transformer.blocks[0].attn1.to_k.weight.mul_(-1)
+    exact = forward(transformer)
+    with fast.installed():
+        assert (forward(transformer) - exact).abs().max() < 0.05
+
+
+def test_changed_blocks_are_left_to_diffusers(transformer):
+    assert can_be_fast(transformer)
+    hooked, adapted, fused = (copy.deepcopy(transformer) for _ in range(3))
+    hooked.blocks[1].ffn.register_forward_hook(lambda *_: None)
+    adapted.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    fused.blocks[0].attn1.fuse_projections()
+    assert not any(map(can_be_fast, (hooked, adapted, fused, None)))
+
+
+@torch.no_grad()
+def test_eight_bits_are_close():
+    generator = torch.Generator().manual_seed(0)
+    layer = fast_block.Layer(torch.randn(32, 64, generator=generator) / 8, torch.randn(32, generator=generator))
+    quantised = fast_block.quantise(layer)
+    weight = quantised.weight.float() * quantised.scale.t()
+    assert (weight - layer.weight).abs().max() < 0.04 * layer.weight.abs().max()
+    x = torch.linspace(-9, 9, 2001)
+    largest = torch.nn.functional.gelu(x.amax(), approximate="tanh").clamp_min(0.17)
+    assert torch.nn.functional.gelu(x, approximate="tanh").abs().amax() <= largest
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wide", [128, 3], ids=["as they are", "widened"])
+def test_the_fast_decoder_computes_what_diffusers_does(monkeypatch, wide):
+    vae = random_vae()
+    fill_random(vae)
+    latents = torch.randn(1, 4, 4, 4, 6, generator=torch.Generator().manual_seed(0))
+    exact = StreamingDecoder(vae).decode(latents)
+    monkeypatch.setattr(fast_vae, "WIDE", wide)
+    with fast_vae.fast_decoder(vae, fast_vae.norm_silu):
+        fast = StreamingDecoder(vae).decode(latents)
+    assert (fast - exact).abs().max() < 1e-4 < exact.std()
+    assert torch.equal(StreamingDecoder(vae).decode(latents), exact)
+    assert not any("forward" in module.__dict__ for module in vae.modules())
+
+
+@torch.no_grad()
+def test_a_streamed_text_encoder_gives_the_bits_of_each_prompt_alone(tmp_path):
+    pipe = EditWanPipeline.from_pretrained(save_random_wan(tmp_path))
+    prompts = ["a red circle", "a blue square and a green circle bouncing", ""]
+    alone = [pipe.encode_prompt(prompt, do_classifier_free_guidance=False)[0] for prompt in prompts]
+    with streamed(pipe.text_encoder, CPU):
+        together = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)[0]
+    assert torch.equal(together, torch.cat(alone))
+    assert not any("forward" in module.__dict__ for module in pipe.text_encoder.modules())
+
+
+def test_modes_that_cannot_be_are_named(tmp_path):
+    pipe = EditWanPipeline.from_pretrained(save_random_wan(tmp_path))
+    for mode, fp8, says in (("fastest", False, "exact, fast"), ("exact", True, "mode fast"), ("fast", True, "the CPU")):
+        with pytest.raises(ModelError, match=says):
+            pipe.use_mode(mode, fp8=fp8)
+    run = {"video": {"num_segments": 1}, "prompt_segments": [{"segment": 0, "prompt": "a"}]}
+    with pytest.raises(ValueError, match=r"engine\.fp8 is true and engine\.mode exact"):
+        Config.model_validate({**run, "engine": {"fp8": True}})
