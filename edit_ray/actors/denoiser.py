@@ -200,7 +200,7 @@ class DenoiserActor:
         self._check_current(spec)
         frames, decode_at, decode_s = self._decode(spec, segment, again=False)
         self._frames[spec.media(segment.index), spec.incarnation] = frames
-        return statistics(decode_at=decode_at, decode_s=decode_s)
+        return statistics(decode_at=decode_at, decode_s=decode_s, decode_tiled=spec.tiled(segment.index))
 
     def encode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
         """Encodes one segment's frames into its media file; where they are not at hand they are decoded again."""

@@ -104,10 +104,13 @@ class RunSpec:
         """The segment from which on frames are decoded in tiles; None: none is."""
         return 0 if self.config.engine.tiled_decode == "always" else self.tiled_from
 
+    def tiled(self, index: int) -> bool:
+        """Whether a segment's frames are decoded in tiles."""
+        return self.first_tiled is not None and index >= self.first_tiled
+
     def may_be_tiled(self, index: int) -> bool:
         """Whether a segment that is decoded as a whole may be decoded in tiles instead."""
-        whole = self.first_tiled is None or index < self.first_tiled
-        return whole and self.config.engine.tiled_decode != "never"
+        return not self.tiled(index) and self.config.engine.tiled_decode != "never"
 
     def latents(self, index: int) -> Path:
         return self.folder.latents(index, self.segment(index).take)

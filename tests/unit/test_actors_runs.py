@@ -257,6 +257,7 @@ def test_memory_that_does_not_do_for_decoding_does_for_tiles_and_stays_so(tmp_pa
     assert [status.state for status in asyncio.run(crowd())] == ["done", "done"]
     before, whole, hurt = (RunFolder(*of) for of in ((undisturbed, "plain"), (tmp_path, "whole"), (tmp_path, "hurt")))
     assert whole.read_manifest().tiled_from == hurt.read_manifest().tiled_from == 1
+    assert [record.statistics["decode_tiled"] for record in hurt.read_manifest().segments] == [0, 1, 1]
     assert hurt.final.read_bytes() == whole.final.read_bytes()
     assert [before.media(k).read_bytes() == whole.media(k).read_bytes() for k in range(3)] == [True, False, False]
 
