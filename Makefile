@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv page demo monitor docs test test-units test-ray test-gpu proof chaos check fix bench bench-gpu clean
+.PHONY: help venv page demo monitor docs test test-units test-ray test-gpu proof coverage chaos check fix bench bench-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,16 @@ test-ray: $(INSTALLED) ## the half that runs on one Ray
 
 proof: check ## the tests together with the slow and the chaos proofs
 	$(BIN)/pytest -m "not gpu"
+
+COVERED ?= not gpu
+MEASURED := $(abspath build/coverage)
+
+coverage: $(INSTALLED) ## how much of edit_ray/ the proofs run through, Ray's workers included; COVERED chooses by marker
+	rm -rf $(MEASURED) && mkdir -p $(MEASURED)
+	COVERAGE_FILE=$(MEASURED)/data COVERAGE_PROCESS_START=$(abspath pyproject.toml) PYTHONPATH=$(abspath tests/coverage) \
+	  $(BIN)/pytest -m "$(COVERED)"
+	cd $(MEASURED) && COVERAGE_FILE=$(MEASURED)/data $(abspath $(BIN))/coverage combine --rcfile=$(abspath pyproject.toml)
+	COVERAGE_FILE=$(MEASURED)/data $(BIN)/coverage report --fail-under=90
 
 test-gpu: $(INSTALLED) ## what only a CUDA device can show
 	$(BIN)/pytest -m gpu tests/gpu

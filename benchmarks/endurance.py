@@ -6,7 +6,8 @@ A random model of a megabyte makes tiny segments through the real actors on a Ra
 reused and written to disk, and `output.keep_segments`. After every segment each actor's process is looked at. From
 segment 100 on, windows of 100 segments are compared by their medians. Flat is where the slope through these (Theil and
 Sen: the median slope of all pairs, so that single windows do not decide) times the length of the run is within 5 % of
-the first window's median. Manifest and event log are appended to by design; they are told apart.
+the first window's median. Ray is started with MALLOC_ARENA_MAX=2, unless that is set. Manifest and event log are
+appended to by design; they are told apart.
 """
 
 import argparse
@@ -167,6 +168,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.segments < FIRST + 2 * WINDOW:
         parser.error(f"--segments is {args.segments}; it must be at least {FIRST + 2 * WINDOW}")
+    # As docs/operations.md advises for such runs. Otherwise glibc gives threads memory pools of their own, and what
+    # each keeps of what was given back would look like growth.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     # Ray's sockets lie below it, and their paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="er-", dir="/tmp") as temp, private_ray(Path(temp)) as environment:
         os.environ.update(environment)

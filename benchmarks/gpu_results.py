@@ -142,6 +142,9 @@ def arguments(description: str, *, seconds: float, **options: Mapping[str, Any])
     return args
 
 
+MODE = {"choices": ["exact", "fast"], "default": "exact", "help": "engine.mode"}
+
+
 def shown(figures: Mapping[str, Any]) -> str:
     """A row on one line."""
     return ", ".join(f"{key} {text(value)}" for key, value in figures.items() if key not in HIDDEN)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, f
 import torch
 
 from benchmarks.gpu_actor import DeviceDenoiser, ReadyDenoiser, config_of, spec_of
-from benchmarks.gpu_results import Results, arguments
+from benchmarks.gpu_results import MODE, Results, arguments
 from benchmarks.provenance import ROOT
 from benchmarks.real_size import Task, make_pipe, memory_peak, synchronise, task_for
 from benchmarks.store_process import AnyStore, RayStore, StoreProcess
@@ -47,7 +47,7 @@ class Bench:
 
     def __init__(self, results: Results, task: Task, device: str, segments: int, folder: Path) -> None:
         self.results, self.task, self.device, self.segments = results, task, device, segments
-        self.folder = folder
+        self.folder, self.mode = folder, results.content["task"]["mode"]
         self.engine = SegmentEngine(make_pipe(task, device))
         self.form: Form = residual_form(self.engine.pipe, task.sampling)
         self.cache = CacheOptions(
@@ -71,7 +71,8 @@ class Bench:
     def measure(self, name: str, store: AnyStore) -> None:
         """A run; its row grows with each segment."""
         options = self.bounds(prefetch=name != AT_ONCE)
-        config = config_of(self.task, self.device, self.segments, cache=self.cache, store=options)
+        engine = {"mode": self.mode}
+        config = config_of(self.task, self.device, self.segments, cache=self.cache, store=options, engine=engine)
         kind = DeviceDenoiser if name == IN_VRAM else ReadyDenoiser
         actor = kind(store, self.engine, config)
         spec = spec_of(self.folder, name.replace(" ", "-").replace(",", "").lower(), config)
@@ -121,6 +122,8 @@ class Bench:
         if other:
             ratios = [of["seconds"] / to["seconds"] for of, to in zip(each, other, strict=False)]
             found["ratio"] = median(ratios[1:] or ratios)
+            sums = [sum(of["seconds"] for of in segments) for segments in (each, other[: len(each)])]
+            found["ratio_of_sums"] = sums[0] / sums[1]
         if self.device == "cuda":
             allocated = [of["allocated"] for of in each]
             found["allocated_GB"] = [round(of / 1e9, 3) for of in allocated]
@@ -143,6 +146,7 @@ def main() -> None:
     args = arguments(
         __doc__ or "",
         seconds=150,
+        mode=MODE,
         steps={"type": int, "default": 12},
         segments={"type": int},
         no_ray={"action": "store_true"},
@@ -150,7 +154,13 @@ def main() -> None:
     )
     task = task_for(args.quick, num_inference_steps=4 if args.quick else args.steps)
     segments = args.segments or (3 if args.quick else 8)
-    told = {"quick": args.quick, "segments": segments, "reuse_window": WINDOW, "granularity": "per_block"}
+    told = {
+        "quick": args.quick,
+        "mode": args.mode,
+        "segments": segments,
+        "reuse_window": WINDOW,
+        "granularity": "per_block",
+    }
     results = Results(args, task.told() | told, figure="seconds")
     args.directory.mkdir(parents=True, exist_ok=True)
     store: AnyStore = StoreProcess() if args.no_ray or args.quick else RayStore()
@@ -158,6 +168,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=args.directory, prefix="long_video-") as folder:
             bench = Bench(results, task, args.device, segments, Path(folder))
             results.note(f"{task.num_inference_steps} steps a segment, so that the whole takes little of a GPU")
+            bench.engine.use_mode(args.mode)
             bench.engine.denoise(task.sampling.model_copy(update={"num_inference_steps": 2}), prompt="a circle", seed=1)
             for name in (IN_VRAM, AHEAD, AT_ONCE):
                 bench.measure(name, store)
@@ -165,6 +176,8 @@ def main() -> None:
         store.close()
     if not args.quick:
         results.bar("bounded with prefetch / all in VRAM, per segment", results.of(AHEAD).get("ratio"), most=1.01)
+        of_sums = results.of(AHEAD).get("ratio_of_sums")
+        results.bar("the same of all segments together, those that write and the first that read", of_sums, most=1.01)
         spread = results.of(AHEAD).get("allocated_spread")
         results.bar("allocated memory after each segment, spread", spread, most=0.01)
         spread = results.of(AHEAD).get("alike_spread")

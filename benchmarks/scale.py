@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_actor import config_of
-from benchmarks.gpu_results import LeftOut, Results, arguments
+from benchmarks.gpu_results import MODE, LeftOut, Results, arguments
 from benchmarks.provenance import ROOT
 from benchmarks.ray_runs import Seen, private_ray, watch
-from benchmarks.real_size import Task, embeds, generate, make_pipe, save_model, synchronise, task_for
+from benchmarks.real_size import Task, embeds, generate, make_pipe, save_model, synchronise, task_for, use
 from benchmarks.stand_in_ffmpeg import has_ffmpeg, use_stand_in
 from edit_ray.cache.options import CacheOptions
 from edit_ray.client import LongVideoClient
@@ -64,10 +64,11 @@ def measure_runs(results: Results, client: LongVideoClient, config: Config) -> N
                 figures["ratio"] = figures["seconds"] / alone
 
 
-def measure_cfg(results: Results, task: Task, device: str) -> None:
+def measure_cfg(results: Results, task: Task, device: str, mode: str) -> None:
     """Denoising of a segment with each branch of guidance on a device of its own, beside both on one: bits and time."""
     pipe = make_pipe(task, device)
     given = embeds(pipe)
+    use(pipe, mode)
 
     def loop() -> tuple[Tensor, float]:
         synchronise(device)
@@ -96,7 +97,7 @@ def config_for(task: Task, args: Any, folder: Path, segments: int) -> Config:
     """Two GPU actors, and a model that is made here."""
     model: dict[str, Any] = {"path": str(save_model(task, args.device, folder / "model"))}
     threads = max(1, usable_cores() // 2)
-    engine = {"gpu_actors": 2}
+    engine = {"gpu_actors": 2, "mode": args.mode}
     of = config_of(task, args.device, segments, cache=CacheOptions(), store={}, threads=threads, model=model)
     return of.model_copy(update={"engine": of.engine.model_copy(update=engine)})
 
@@ -106,20 +107,22 @@ def main() -> None:
     args = arguments(
         __doc__ or "",
         seconds=90,
+        mode=MODE,
         steps={"type": int, "default": 8},
         segments={"type": int},
         directory={"type": Path, "default": ROOT / "runs", "help": "where model and runs are written"},
     )
     task = task_for(args.quick, num_inference_steps=4 if args.quick else args.steps)
     segments = args.segments or (2 if args.quick else 4)
-    results = Results(args, task.told() | {"quick": args.quick, "segments": segments}, figure="seconds")
+    told = {"quick": args.quick, "segments": segments, "mode": args.mode}
+    results = Results(args, task.told() | told, figure="seconds")
     args.directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.directory, prefix="scale-") as name:
         folder = Path(name)
         if not has_ffmpeg():
             results.note("no ffmpeg here: encode left out, frames are stored as they are by a stand-in")
             use_stand_in(folder)
-        measure_cfg(results, task, args.device)
+        measure_cfg(results, task, args.device, args.mode)
         gc.collect()
         config = config_for(task, args, folder, segments)
         if args.device == "cuda" and torch.cuda.device_count() < 2:

@@ -17,7 +17,7 @@ import ray
 
 from edit_ray.actors import launch
 from edit_ray.actors.messages import RunStatus, StreamReply
-from edit_ray.config import Config, check_config, load_config, output_root
+from edit_ray.config import Config, check_config, config_of, load_config, output_root
 from edit_ray.errors import (
     ConfigError,
     EditRayError,
@@ -275,7 +275,7 @@ def _as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:
         return config
     if isinstance(config, str | Path):
         return load_config(Path(config))
-    return Config.model_validate(dict(config))
+    return config_of(config)
 
 
 def absolute(config: Config) -> Config:

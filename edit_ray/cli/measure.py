@@ -87,7 +87,7 @@ def tune(options: argparse.Namespace) -> int:
 def _load(config: Config) -> EditWanPipeline:
     from edit_ray.engine.loading import load_pipeline, with_flow_shift
 
-    pipe = load_pipeline(config.model)
+    pipe = load_pipeline(config.model.model_copy(update={"offload": "none"}))  # prompts come one by one
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = with_flow_shift(pipe.scheduler, config.sampling.flow_shift)
     return pipe

@@ -1,6 +1,6 @@
 """Configurations: YAML and options in, frozen models or every mistake at once out."""
 
-from edit_ray.config.load import load_config
+from edit_ray.config.load import config_of, load_config
 from edit_ray.config.model import Config, dump_yaml
 from edit_ray.config.model_checks import check_config, check_texts
 from edit_ray.config.options import PromptSegment, VideoOptions
@@ -12,6 +12,7 @@ __all__ = [
     "VideoOptions",
     "check_config",
     "check_texts",
+    "config_of",
     "dump_yaml",
     "load_config",
     "output_root",

@@ -1,7 +1,7 @@
 """From a YAML file and `--set` options to a configuration, or to every mistake in them at once."""
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from edit_ray.config.mistakes import KeyPath, Mistake, WrongKeys
 from edit_ray.config.model import Config
 from edit_ray.config.model_checks import model_mistakes
 from edit_ray.config.sentences import Schema, mistakes_of
-from edit_ray.config.source import Source
+from edit_ray.config.source import Source, printable
+from edit_ray.errors import ConfigError
 
 _STAND_INS: dict[str, Any] = {"video": {"num_segments": 1}, "prompt_segments": [{"segment": 0, "prompt": "-"}]}
 
@@ -36,6 +37,18 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), *, check_model
         source.add(mistake.path, mistake.text)
     if config is None or source.problems:
         source.stop()
+    return config
+
+
+def config_of(data: Mapping[str, Any]) -> Config:
+    """The configuration that a mapping holds, with the keys and values that a YAML file would have.
+
+    Raises:
+        ConfigError: one sentence for every mistake. What depends on the model is left to `check_config`.
+    """
+    config, mistakes = _validate(dict(data), check_model=False)
+    if config is None or mistakes:
+        raise ConfigError([printable(mistake.text) for mistake in mistakes])
     return config
 
 

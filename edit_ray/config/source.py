@@ -49,7 +49,7 @@ class Source:
 
     def stop(self) -> NoReturn:
         """Raises ConfigError with every problem; each is one line that any terminal can print."""
-        lines = [_printable(problem) for problem in self.problems]
+        lines = [printable(problem) for problem in self.problems]
         if len(lines) > MAX_PROBLEMS:
             lines[MAX_PROBLEMS:] = [f"{self._name}: there are {len(lines) - MAX_PROBLEMS} more mistakes."]
         raise ConfigError(lines)
@@ -122,7 +122,8 @@ def _key(container: object, part: str, above: KeyPath) -> str | int:
     return int(part)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """The text as one line that any terminal can print."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )

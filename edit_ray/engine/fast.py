@@ -13,6 +13,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanTrans
 from torch import Tensor, nn
 
 from edit_ray.engine.fast_block import BlockWeights, Layer, Rope, Sizes, block, quantise
+from edit_ray.engine.hoist import version_of
 from edit_ray.engine.options import Mode
 from edit_ray.errors import ModelError
 
@@ -46,8 +47,8 @@ class FastBlocks:
         self._run = run or compiled_block()
         self._blocks: list[WanTransformerBlock] = list(transformer.blocks)
         self._weights: list[BlockWeights] = []
-        self._quantised: dict[int, tuple[int, Layer]] = {}  # by the memory of a weight, its version
-        self._texts: list[tuple[Tensor, int, list[tuple[Tensor, Tensor]]]] = []
+        self._quantised: dict[int, tuple[tuple[int | None, ...], Layer]] = {}  # by a weight's memory, with versions
+        self._texts: list[tuple[Tensor, int | None, list[tuple[Tensor, Tensor]]]] = []
         self._rope: tuple[Tensor, Rope] | None = None
 
     @contextmanager
@@ -79,44 +80,48 @@ class FastBlocks:
     def _text_of(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of a projected text in each block, which are those of all steps."""
         for known, version, made in self._texts:
-            if known is text and version == text._version:
+            if known is text and version is not None and version == version_of(text):
                 return made
         made = [_keys_and_values(each.attn2, text) for each in self._blocks]
-        self._texts = [(text, text._version, made), *self._texts[:1]]
+        self._texts = [(text, version_of(text), made), *self._texts[:1]]
         return made
 
     def _rope_of(self, rotary_emb: tuple[Tensor, Tensor]) -> Rope:
         cos, sin = rotary_emb
         if self._rope is None or self._rope[0] is not cos:
-            signs = torch.tensor([-1.0, 1.0], device=sin.device).repeat(sin.shape[-1] // 2)
+            signs = torch.arange(sin.shape[-1], device=sin.device) % 2 * 2 - 1  # made there, so that nothing waits
             self._rope = (cos, Rope(cos[0, :, 0].float().contiguous(), (sin[0, :, 0].float() * signs).contiguous()))
         return self._rope[1]
 
     def _gather(self, each: WanTransformerBlock) -> BlockWeights:
         attn, text, ff = each.attn1, each.attn2, each.ffn.net
-        norm2 = None if isinstance(each.norm2, nn.Identity) else (each.norm2.weight, each.norm2.bias)
         return BlockWeights(
             table=each.scale_shift_table,
-            qkv=self._layer(*fused_qkv(attn)),
+            qkv=self._layer(*fused_qkv(attn), attn.to_q, attn.to_k, attn.to_v),
             norm_q=attn.norm_q.weight,
             norm_k=attn.norm_k.weight,
-            out=self._layer(attn.to_out[0].weight, attn.to_out[0].bias),
-            norm2=norm2,
-            text_q=self._layer(text.to_q.weight, text.to_q.bias),
+            out=self._linear(attn.to_out[0]),
+            norm2=None if isinstance(each.norm2, nn.Identity) else (each.norm2.weight, each.norm2.bias),
+            text_q=self._linear(text.to_q),
             text_norm_q=text.norm_q.weight,
-            text_out=self._layer(text.to_out[0].weight, text.to_out[0].bias),
-            up=self._layer(ff[0].proj.weight, ff[0].proj.bias),
-            down=self._layer(ff[2].weight, ff[2].bias),
+            text_out=self._linear(text.to_out[0]),
+            up=self._linear(ff[0].proj),
+            down=self._linear(ff[2]),
         )
 
-    def _layer(self, weight: Tensor, bias: Tensor | None) -> Layer:
+    def _linear(self, layer: Any) -> Layer:
+        return self._layer(layer.weight, layer.bias, layer)
+
+    def _layer(self, weight: Tensor, bias: Tensor | None, *layers: nn.Module) -> Layer:
+        """Weight and bias of `layers`; in 8 bits anew where one of their weights has changed."""
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         if not self.fp8:
             return Layer(weight, bias)
-        version, known = self._quantised.get(weight.data_ptr(), (-1, None))
-        if known is None or version != weight._version:
+        version = tuple(version_of(layer.weight) for layer in layers)  # type: ignore[arg-type]
+        known_version, known = self._quantised.get(weight.data_ptr(), (None, None))
+        if known is None or version != known_version:
             known = quantise(Layer(weight, bias))
-            self._quantised[weight.data_ptr()] = (weight._version, known)
+            self._quantised[weight.data_ptr()] = (version, known)
         return known
 
 

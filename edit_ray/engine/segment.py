@@ -293,7 +293,7 @@ class SegmentEngine:
             device=device,
         )
         if self._offload_text_encoder and device.type != "cpu":
-            with streamed(self.pipe.text_encoder, device):
+            with streamed(self.pipe.text_encoder.to("cpu"), device):
                 return list(encode(list(prompts))[0].cpu().split(1))
         return [encode(prompt)[0].cpu() for prompt in prompts]
 

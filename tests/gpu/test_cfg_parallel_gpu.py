@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from edit_ray import EditWanPipeline
+from edit_ray.testing import save_random_wan
 
 STEPS = 12
 CALL = {
@@ -27,8 +28,9 @@ CACHES = {
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("policy", CACHES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_two_gpus_make_the_bits_of_one(policy, dtype):
-    pipe = EditWanPipeline.from_pretrained("builtin:tiny_wan", torch_dtype=dtype, device="cuda")
+def test_two_gpus_make_the_bits_of_one(policy, dtype, tmp_path):
+    folder = save_random_wan(tmp_path / "wan", num_layers=6)
+    pipe = EditWanPipeline.from_pretrained(str(folder), torch_dtype=dtype, device="cuda")
     pipe.set_progress_bar_config(disable=True)
     found = []
     for parallel in (False, True):

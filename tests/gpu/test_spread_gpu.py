@@ -23,6 +23,8 @@ def value(unit, step):
 def test_what_is_read_is_what_was_put_last(ahead):
     store, matrix = PinnedStore(ahead), torch.randn(2048, 2048, device=DEVICE)
     wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    matrix @ matrix
+    before, size = torch.cuda.memory_allocated(), 4 << 20
     for step in range(STEPS):
         for unit in range(UNITS):
             for _ in range(5):
@@ -35,7 +37,9 @@ def test_what_is_read_is_what_was_put_last(ahead):
                     found = store.get(key(unit, at))
                     assert found.device == DEVICE
                     wrong += (found != value(unit, at)).sum()
+    del found
     assert wrong.item() == 0
+    assert torch.cuda.memory_allocated() - before <= (4 * ahead + 2) * size, "what was read has left the device"
     assert len(store) == UNITS * KEPT
     assert sum(len(free) for free in store._free.values()) <= UNITS
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from edit_ray.config import Config, load_config
+from edit_ray.config import Config, config_of, load_config
 from edit_ray.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +51,8 @@ def test_no_configuration_names_code_to_load(key):
     data = load_config(ROOT / "configs" / "tiny.yaml").model_dump(mode="json")
     section, _, name = key.rpartition(".")
     (data[section] if section else data)[name] = "os"
+    with pytest.raises(ConfigError, match=rf"^{key} is an unknown key"):  # as `LongVideoClient.submit` takes it
+        config_of(data)
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):  # where a client is not ours
         Config.model_validate(data)
 

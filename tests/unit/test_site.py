@@ -26,7 +26,21 @@ PAGES = [
 ]
 SITE = runpy.run_path(str(ROOT / "docs" / "repository_links.py"))
 # Programs of others, whose arguments are not looked at.
-OF_OTHERS = {"pip", "python3", "uv", "ray", "docker", "kubectl", "npm", "ffplay", "sudo", "cd", "export", "cmp"}
+OF_OTHERS = {
+    "pip",
+    "python3",
+    "uv",
+    "ray",
+    "docker",
+    "kubectl",
+    "npm",
+    "python",
+    "ffplay",
+    "sudo",
+    "cd",
+    "export",
+    "cmp",
+}
 
 
 def blocks(page, *languages):

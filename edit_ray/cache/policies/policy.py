@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edit_ray.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor  # a configuration is checked without torch
-
-Branch = Literal["cond", "uncond"]
-Granularity = Literal["stack", "per_block"] | int
 
 
 @dataclass

@@ -29,6 +29,11 @@ class _Place:
                 copy.wait()
         self.leaving = self.loading = None
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is on its way."""
+        return all(copy is None or copy.done() for copy in (self.leaving, self.loading))
+
 
 class PinnedStore:
     """A `CacheStore` in host memory, without a bound; `get` returns an entry on the device from which it was put.
@@ -54,6 +59,7 @@ class PinnedStore:
         self._then: dict[Key, Key] = {}  # what was read after it
         self._last: Key | None = None
         self._leaving: deque[_Place] = deque()
+        self._loading: deque[_Place] = deque()
         self._asked: deque[torch.cuda.Event] = deque()  # where the device was to be at each of the last reads
 
     def put(self, key: Key, tensor: Tensor) -> None:
@@ -64,8 +70,7 @@ class PinnedStore:
         place.leaving = copies.out(copies.take(whole), place.memory)
         self.bytes_resident += whole.nbytes
         self._leaving.append(place)
-        while self._leaving and (len(self._leaving) > self._most or self._has_left(self._leaving[0])):
-            self._leaving.popleft().settle()  # which lets go of the device's memory
+        self._let_go(self._leaving, self._most)
 
     def get(self, key: Key) -> Tensor | None:
         if key not in self._entries:
@@ -103,6 +108,9 @@ class PinnedStore:
     def clear(self) -> None:
         self.drop_where(lambda key: True)
         self._last = None
+        self._asked.clear()
+        for on_their_way in (self._leaving, self._loading):
+            self._let_go(on_their_way, 0)
 
     def sizes(self) -> dict[Key, int]:
         """Bytes of every entry, oldest first."""
@@ -126,8 +134,10 @@ class PinnedStore:
         pinned = tensor.device.type == "cuda"
         return _Place(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned), tensor.device)
 
-    def _has_left(self, place: _Place) -> bool:
-        return place.leaving is None or place.leaving.done()
+    def _let_go(self, on_their_way: deque[_Place], most: int) -> None:
+        """A copy holds what it reads or fills on the device: few are kept, and none that is over."""
+        while on_their_way and (len(on_their_way) > most or on_their_way[0].settled):
+            on_their_way.popleft().settle()
 
     def _load(self, key: Key) -> Loaded:
         place = self._entries[key]
@@ -136,6 +146,8 @@ class PinnedStore:
             place.leaving = None
         loaded = self._copies_of(place.device).load(place.memory)
         place.loading = loaded.copy
+        self._loading.append(place)
+        self._let_go(self._loading, self._most)
         return loaded
 
     def _wait_for(self, device: torch.device) -> None:

@@ -1,0 +1,123 @@
+"""GPU memory of a segment of Wan2.1-T2V-1.3B, the full-size text encoder included, phase by phase.
+
+    python benchmarks/peak_memory.py [--quick] [--directory DIR] --output FILE
+
+Makes the model with random weights in DIR (14 GB, removed afterwards), loads it as a run does, encodes a storyboard's
+prompts, denoises, decodes, in both modes, and decodes while it denoises. `--quick`: a toy size, on a CPU too.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run as a file, from anywhere
+
+from benchmarks.provenance import provenance  # noqa: E402
+from edit_ray.engine.options import Mode, ModelOptions, SamplingOptions  # noqa: E402
+from edit_ray.engine.segment import SegmentEngine  # noqa: E402
+from edit_ray.testing import Variant, make_model  # noqa: E402
+
+PROMPTS = [f"a lighthouse on a rocky coast, take {take}" for take in range(4)]
+TOY = Variant(
+    {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 48, "num_layers": 2, "text_dim": 32},
+    flow_shift=3.0,
+    vae={"base_dim": 4, "num_res_blocks": 1},
+    text_encoder={"vocab_size": 512, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+)
+
+
+class Phases:
+    """Seconds and peak memory of each phase."""
+
+    def __init__(self) -> None:
+        self.on_gpu = torch.cuda.is_available()
+        self.rows: list[dict[str, Any]] = []
+
+    def phase(self, name: str, work: Callable[[], Any]) -> Any:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        result = work()
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        row: dict[str, Any] = {"phase": name, "seconds": round(time.perf_counter() - started, 3)}
+        if self.on_gpu:
+            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            row["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+            row["allocated_after_gb"] = torch.cuda.memory_allocated() / 1e9
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+        return result
+
+
+def measure(folder: Path, quick: bool, phases: Phases) -> None:
+    """Everything on one loaded model."""
+    size: dict[str, Any] = {"height": 480, "width": 832, "num_frames": 33}
+    if quick:
+        size = {"height": 32, "width": 48, "num_frames": 9}
+    sampling = SamplingOptions(**size, num_inference_steps=4, guidance_scale=5.0)
+    model = ModelOptions(path=str(folder), torch_dtype="bfloat16")
+    engine: SegmentEngine = phases.phase("load", lambda: SegmentEngine.load(model))
+    phases.phase("encode 5 prompts", lambda: engine.encode_prompts(PROMPTS))
+    modes: tuple[Mode, ...] = ("exact", "fast")
+    for mode in modes:
+        engine.use_mode(mode)
+
+        def denoise(take: int = 0) -> torch.Tensor:
+            return engine.denoise(sampling, prompt=PROMPTS[take], seed=take)
+
+        latents = phases.phase(f"{mode}: denoise, first", denoise)
+        phases.phase(f"{mode}: denoise", denoise)
+
+        def decode(latents: torch.Tensor = latents) -> torch.Tensor:
+            return engine.decode(None, latents)
+
+        phases.phase(f"{mode}: decode, first", decode)
+        phases.phase(f"{mode}: decode", decode)
+        if phases.on_gpu:
+            torch.cuda.empty_cache()
+
+        def both(latents: torch.Tensor = latents) -> None:
+            beside = threading.Thread(target=engine.decode, args=(None, latents))
+            beside.start()
+            denoise(1)
+            beside.join()
+
+        phases.phase(f"{mode}: denoise and decode at once", both)
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a toy size")
+    parser.add_argument("--directory", type=Path, help="where the model is made (default: the temporary folder)")
+    parser.add_argument("--output", type=Path, help="where to write the figures (JSON)")
+    args = parser.parse_args()
+    phases = Phases()
+    device = torch.device("cuda" if phases.on_gpu else "cpu")
+    with tempfile.TemporaryDirectory(dir=args.directory) as folder:
+        variant: Any = TOY if args.quick else "t2v-1.3B"
+        phases.phase("make", lambda: make_model(Path(folder) / "model", variant, device=device))
+        if phases.on_gpu:
+            torch.cuda.empty_cache()
+        measure(Path(folder) / "model", args.quick, phases)
+    figures: dict[str, Any] = {"provenance": provenance(device.type), "rows": phases.rows}
+    if phases.on_gpu:
+        figures["peak_gb"] = max(row["peak_gb"] for row in phases.rows[1:])
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
