@@ -96,12 +96,19 @@ def test_commands_are_understood(page):
                     assert Path(program).name in OF_OTHERS, command
 
 
-@pytest.mark.parametrize("page", ["monitoring/README.md", "docs/operations.md", "docs/stores.md", "README.md"])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")])
 def test_configurations_are_valid(page, tmp_path):
+    rest = {"video": "{num_segments: 3}", "prompt_segments": "[{segment: 0, prompt: a red circle}]"}
     for code in blocks(page, "yaml"):
         path = tmp_path / "run.yaml"
-        path.write_text(code + "\nvideo: {num_segments: 1}\nprompt_segments: [{segment: 0, prompt: a red circle}]\n")
+        path.write_text(code + "".join(f"\n{key}: {value}\n" for key, value in rest.items() if f"{key}:" not in code))
         load_config(path)
+
+
+def test_all_python_is_run_by_a_test():
+    """Here, in test_docs.py, test_docs_long_video.py and tests/ray/test_tutorial.py."""
+    run = {"README.md", "docs/caching.md", "docs/long-video.md", "docs/tutorial.md"}
+    assert {page for page in PAGES if blocks(page, "python")} == run
 
 
 def test_pages_that_are_made_from_the_code_are_fresh():
