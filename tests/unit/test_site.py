@@ -141,3 +141,27 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "excluded from the built site" not in done.stderr
     assert (tmp_path / "index.html").is_file()
+
+
+# Said by Ray, or put together from parts.
+OF_RAY = {"No module named 'ray'", "No available agent", "The current node timed out during startup"}
+MADE_OF_PARTS = {
+    "is an unknown key; did you mean",
+    "is not allowed here; models are builtin:",
+    "lower the host tier's budget or enlarge /dev/shm",
+    "this is a newer version's manifest",
+}
+
+
+def test_what_the_page_of_troubles_quotes_is_what_is_said():
+    sources = "\n".join(path.read_text() for path in (ROOT / "edit_ray").rglob("*.py"))
+    said = re.sub(r'"\s*\n\s*f?"', "", sources)  # sentences that go on in the next line
+    quoted = [
+        part.strip(" ;")
+        for row in re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+        for code in re.findall(r"`([^`]+)`", row)
+        for part in code.split("…")
+    ]
+    sentences = {part for part in quoted if len(part) >= 10}
+    assert len(sentences) > 20
+    assert {part for part in sentences if part not in said} == OF_RAY | MADE_OF_PARTS
