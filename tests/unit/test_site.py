@@ -96,12 +96,19 @@ def test_commands_are_understood(page):
                     assert Path(program).name in OF_OTHERS, command
 
 
-@pytest.mark.parametrize("page", ["monitoring/README.md", "docs/operations.md", "docs/stores.md", "README.md"])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")])
 def test_configurations_are_valid(page, tmp_path):
+    rest = {"video": "{num_segments: 3}", "prompt_segments": "[{segment: 0, prompt: a red circle}]"}
     for code in blocks(page, "yaml"):
         path = tmp_path / "run.yaml"
-        path.write_text(code + "\nvideo: {num_segments: 1}\nprompt_segments: [{segment: 0, prompt: a red circle}]\n")
+        path.write_text(code + "".join(f"\n{key}: {value}\n" for key, value in rest.items() if f"{key}:" not in code))
         load_config(path)
+
+
+def test_all_python_is_run_by_a_test():
+    """Here, in test_docs.py, test_docs_long_video.py and tests/ray/test_tutorial.py."""
+    run = {"README.md", "docs/caching.md", "docs/long-video.md", "docs/tutorial.md"}
+    assert {page for page in PAGES if blocks(page, "python")} == run
 
 
 def test_pages_that_are_made_from_the_code_are_fresh():
@@ -134,3 +141,27 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "excluded from the built site" not in done.stderr
     assert (tmp_path / "index.html").is_file()
+
+
+# Said by Ray, or put together from parts.
+OF_RAY = {"No module named 'ray'", "No available agent", "The current node timed out during startup"}
+MADE_OF_PARTS = {
+    "is an unknown key; did you mean",
+    "is not allowed here; models are builtin:",
+    "lower the host tier's budget or enlarge /dev/shm",
+    "this is a newer version's manifest",
+}
+
+
+def test_what_the_page_of_troubles_quotes_is_what_is_said():
+    sources = "\n".join(path.read_text() for path in (ROOT / "edit_ray").rglob("*.py"))
+    said = re.sub(r'"\s*\n\s*f?"', "", sources)  # sentences that go on in the next line
+    quoted = [
+        part.strip(" ;")
+        for row in re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+        for code in re.findall(r"`([^`]+)`", row)
+        for part in code.split("…")
+    ]
+    sentences = {part for part in quoted if len(part) >= 10}
+    assert len(sentences) > 20
+    assert {part for part in sentences if part not in said} == OF_RAY | MADE_OF_PARTS
