@@ -275,6 +275,11 @@ def products(bench: Bench, model: Model) -> None:
             for layout, qkv in layouts.items():
                 with sdpa_kernel(which):
                     found[f"{backend}, {layout}"] = bench.device_ms(partial(F.scaled_dot_product_attention, *qkv), 5)
+            key, value = (torch.randn(1, heads, 512, head_dim, device=device).to(dtype) for _ in range(2))
+            with sdpa_kernel(which):
+                found[f"{backend}, text"] = bench.device_ms(
+                    partial(F.scaled_dot_product_attention, views[0], key, value), 20
+                )
         found["default, views"] = bench.device_ms(partial(F.scaled_dot_product_attention, *views), 5)
         return found
 
@@ -490,10 +495,10 @@ PARTS: dict[str, Callable[[Bench, Model], None]] = {
     "exact": exact,
     "forwards": fast_forwards,
     "decoding": decoding,
+    "products": products,
     "searched": searched,
     "loops": loops,
     "blocks": blocks,
-    "products": products,
 }
 
 

@@ -7,6 +7,7 @@ sees no module, so that neither a cache on the blocks nor another block compiles
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -98,8 +99,13 @@ def feed_forward(x: Tensor, up: Layer, down: Layer) -> Tensor:
         return F.linear(linear_gelu(x, up.weight, up.bias), down.weight, down.bias)
     h = linear(x, up)
     # GELU grows above -0.75, and is never below -0.17: the largest value says how large its results are.
-    largest = F.gelu(h.amax(-1, keepdim=True).float(), approximate="tanh").clamp_min(0.17)
-    return _eight_bits(F.gelu(h.float(), approximate="tanh"), largest, down, x.dtype)
+    largest = _gelu(h.amax(-1, keepdim=True).float()).clamp_min(0.171)
+    return _eight_bits(_gelu(h.float()), largest, down, x.dtype)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, written with a sigmoid, which takes half the instructions."""
+    return x * torch.sigmoid(2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x))
 
 
 @torch.library.custom_op("edit_ray::linear_gelu", mutates_args=())
