@@ -108,6 +108,7 @@ bench-gpu: $(INSTALLED) ## run the benchmarks of a GPU, results into RESULTS=fol
 	for name in wan_table skip_cost long_video memory_bound overhead scale; do \
 	  $(BIN)/python benchmarks/$$name.py --output $(RESULTS)/$$name || echo "$$name.py has failed"; done
 	$(BIN)/python benchmarks/overhead.py --peak --text-encoder full --output $(RESULTS)/peak_memory
+	$(BIN)/python benchmarks/loop_trace.py --output $(RESULTS)/loop_trace
 	$(BIN)/python benchmarks/gpu_page.py
 
 clean: ## remove caches and builds (the virtual environment stays)
