@@ -33,7 +33,7 @@ from edit_ray import EditWanPipeline  # noqa: E402
 from edit_ray.cache import apply_cache_on_transformer  # noqa: E402
 from edit_ray.engine import fast_block, fast_vae  # noqa: E402
 from edit_ray.engine.decode import StreamingDecoder  # noqa: E402
-from edit_ray.engine.fast import FastBlocks, compiled_block  # noqa: E402
+from edit_ray.engine.fast import FastTransformer, Functions, compiled  # noqa: E402
 from edit_ray.engine.fast_vae import fast_decoder  # noqa: E402
 from edit_ray.engine.hoist import Hoisted  # noqa: E402
 from edit_ray.testing import Variant, fill_random, random_transformer  # noqa: E402
@@ -197,7 +197,7 @@ def exact(bench: Bench, model: Model) -> None:
     bench.part("forward, skipped, exact", lambda: skipped_forward(bench, model))
 
 
-def skipped_forward(bench: Bench, model: Model) -> Row:
+def skipped_forward(bench: Bench, model: Model, fast: FastTransformer | None = None) -> Row:
     count = 200
     cache = apply_cache_on_transformer(model.transformer, "schedule", count, mask=[True] + [False] * (count - 1))
     step = iter(range(1, count))
@@ -206,7 +206,7 @@ def skipped_forward(bench: Bench, model: Model) -> Row:
         with model.transformer.cache_context("cond", step_index=next(step), num_inference_steps=count):
             return model.forward()
 
-    with model.known():
+    with model.known(), nullcontext() if fast is None else fast.installed():
         with model.transformer.cache_context("cond", step_index=0, num_inference_steps=count):
             model.forward()
         found: Row = {"ms": bench.ms(skipped, 50, 10), "device_ms": bench.device_ms(skipped, 30)}
@@ -313,8 +313,8 @@ def blocks(bench: Bench, model: Model) -> None:
     wanted = block(*args)
     bench.part("block, diffusers eager", lambda: {"ms": bench.device_ms(lambda: block(*args), 5)})
 
-    def ours(run: Callable[..., Tensor], fp8: bool = False) -> Row:
-        fast = FastBlocks(model.transformer, fp8=fp8, run=run)
+    def ours(functions: Functions, fp8: bool = False) -> Row:
+        fast = FastTransformer(model.transformer, fp8=fp8, functions=functions)
         with fast.installed():
             got = block(*args)
             found: Row = {"ms": bench.device_ms(lambda: block(*args), 10), "deviation": deviation(got, wanted)}
@@ -322,10 +322,10 @@ def blocks(bench: Bench, model: Model) -> None:
                 found["kernels"] = kernels(lambda: block(*args), 25)
         return found
 
-    bench.part("block, ours eager", lambda: ours(fast_block.block))
+    bench.part("block, ours eager", lambda: ours(Functions()))
     if bench.device.type == "cuda" or not bench.quick:
-        bench.part("block, ours compiled", lambda: ours(compiled_block()), 20)
-        bench.part("block, ours compiled, fp8", lambda: ours(compiled_block(), fp8=True), 20)
+        bench.part("block, ours compiled", lambda: ours(compiled()), 20)
+        bench.part("block, ours compiled, fp8", lambda: ours(compiled(), fp8=True), 20)
 
 
 def loops(bench: Bench, model: Model) -> None:
@@ -404,7 +404,7 @@ def fast_forwards(bench: Bench, model: Model) -> None:
     wanted = model.forward()
 
     def measured(fp8: bool) -> Row:
-        fast = FastBlocks(model.transformer, fp8=fp8)
+        fast = FastTransformer(model.transformer, fp8=fp8)
         with model.known(), fast.installed():
             got = model.forward()
             found: Row = {"ms": bench.ms(model.forward), "deviation": deviation(got, wanted)}
@@ -416,6 +416,7 @@ def fast_forwards(bench: Bench, model: Model) -> None:
     if bench.device.type == "cuda":
         bench.part("forward, fast", lambda: measured(False), 15)
         bench.part("forward, fast, fp8", lambda: measured(True), 15)
+        bench.part("forward, skipped, fast", lambda: skipped_forward(bench, model, FastTransformer(model.transformer)))
 
 
 def decoding(bench: Bench, _model: Model) -> None:
@@ -477,7 +478,8 @@ def searched(bench: Bench, model: Model) -> None:
 
     def measured(options: dict[str, Any]) -> Row:
         torch._dynamo.reset()
-        fast = FastBlocks(model.transformer, run=torch.compile(fast_block.block, dynamic=False, options=options))
+        block = torch.compile(fast_block.block, dynamic=False, options=options)
+        fast = FastTransformer(model.transformer, functions=compiled()._replace(block=block))
         with model.known(), fast.installed():
             started = time.perf_counter()
             got = model.forward()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edit_ray.engine.fast import FastBlocks, can_be_fast
+from edit_ray.engine.fast import FastTransformer, can_be_fast
 from edit_ray.engine.hoist import Hoisted, can_hoist, version_of
 from edit_ray.engine.noise_steps import UniPCPlan, plan_noise_steps
 from edit_ray.engine.options import Mode
@@ -47,7 +47,7 @@ class Ahead:
     def __init__(self) -> None:
         self._hoisted: dict[str, Hoisted] = {}
         self._noise_steps: UniPCPlan | None = None
-        self._fast: dict[str, FastBlocks] = {}
+        self._fast: dict[str, FastTransformer] = {}
         self.mode: Mode = "exact"
         self.fp8 = False
 
@@ -56,14 +56,15 @@ class Ahead:
         """Surrounds one loop over `latents` [B, …] with a prompt's `text` [B, L, D], once the steps are set."""
         schedule = Schedule(pipe.scheduler.timesteps)
         with ExitStack() as stack:
+            fast = self._fast_transformers(pipe, latents.device)
             self._hoisted = {} if torch.is_inference_mode_enabled() else self._choose(pipe)
             self._noise_steps = plan_noise_steps(pipe.scheduler, latents.device, self._noise_steps)
             if self._noise_steps is not None:
                 stack.enter_context(self._noise_steps.installed(pipe.scheduler))
             for hoisted in self._hoisted.values():
                 stack.enter_context(hoisted.installed())
-            for fast in self._fast_blocks(pipe, latents.device):
-                stack.enter_context(fast.installed())
+            for transformer in fast:
+                stack.enter_context(transformer.installed())
             if not pipe.config.expand_timesteps:
                 self._embed_times(pipe, latents, text)
             yield schedule
@@ -73,19 +74,19 @@ class Ahead:
         for hoisted in self._hoisted.values():
             hoisted.refresh()
 
-    def _fast_blocks(self, pipe: Any, device: torch.device) -> list[FastBlocks]:
+    def _fast_transformers(self, pipe: Any, device: torch.device) -> list[FastTransformer]:
         """What stands in for blocks in the mode `fast`, which is exact on a CPU."""
         if self.mode == "exact" or device.type != "cuda":
             self._fast.clear()
             return []
-        found = _transformers(pipe)
-        for name, transformer in found.items():
-            known = self._fast.get(name)
-            if known is not None and known.transformer is transformer and known.fp8 == self.fp8:
-                continue
-            self._fast.pop(name, None)
-            if can_be_fast(transformer):
-                self._fast[name] = FastBlocks(transformer, fp8=self.fp8)
+        plain = {name: transformer for name, transformer in _transformers(pipe).items() if can_be_fast(transformer)}
+        known = self._fast
+        self._fast = {
+            name: known[name]
+            if name in known and known[name].transformer is transformer and known[name].fp8 == self.fp8
+            else FastTransformer(transformer, fp8=self.fp8)
+            for name, transformer in plain.items()
+        }
         return list(self._fast.values())
 
     def _choose(self, pipe: Any) -> dict[str, Hoisted]:

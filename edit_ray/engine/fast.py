@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
 
-from edit_ray.engine.fast_block import BlockWeights, Layer, Rope, Sizes, block, quantise
+from edit_ray.engine import fast_block
+from edit_ray.engine.fast_block import BlockWeights, Layer, Rope, Sizes, quantise
 from edit_ray.engine.hoist import version_of
 from edit_ray.engine.options import Mode
 from edit_ray.errors import ModelError
@@ -31,21 +33,29 @@ def check_mode(mode: str, fp8: bool, device: torch.device) -> None:
         raise ModelError(f"fp8 is true, and {here} multiplies no FP8; it needs a GPU of capability 8.9 or later.")
 
 
+class Functions(NamedTuple):
+    """What a forward is made of; those of `fast_block`, compiled or as they are."""
+
+    embed: Callable[..., Tensor] = fast_block.embed
+    block: Callable[..., Tensor] = fast_block.block
+    head: Callable[..., Tensor] = fast_block.head
+
+
 @cache
-def compiled_block() -> Callable[..., Tensor]:
-    """`fast_block.block`, compiled once in a process for each form of its tensors."""
-    return torch.compile(block, dynamic=False, fullgraph=True)
+def compiled() -> Functions:
+    """Compiled once in a process for each form of their tensors."""
+    return Functions(*(torch.compile(function, dynamic=False, fullgraph=True) for function in Functions()))
 
 
-class FastBlocks:
-    """Stands in for the forwards of one transformer's blocks while a loop runs."""
+class FastTransformer:
+    """Stands in for the forwards of one transformer and its blocks while a loop runs."""
 
     def __init__(
-        self, transformer: WanTransformer3DModel, *, fp8: bool = False, run: Callable[..., Tensor] | None = None
+        self, transformer: WanTransformer3DModel, *, fp8: bool = False, functions: Functions | None = None
     ) -> None:
         self.transformer, self.fp8 = transformer, fp8
-        self._run = run or compiled_block()
-        self._blocks: list[WanTransformerBlock] = list(transformer.blocks)
+        self._functions = functions or compiled()
+        self._blocks: list[Any] = []
         self._weights: list[BlockWeights] = []
         self._quantised: dict[int, tuple[tuple[int | None, ...], Layer]] = {}  # by a weight's memory, with versions
         self._texts: list[tuple[Tensor, int | None, list[tuple[Tensor, Tensor]]]] = []
@@ -53,18 +63,49 @@ class FastBlocks:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """The blocks' forwards in here are the fast one."""
+        """The forwards in here are the fast ones."""
+        self._blocks = list(self.transformer.blocks)
         self._weights = [self._gather(each) for each in self._blocks]
         for index, each in enumerate(self._blocks):
-            each.forward = partial(self._forward, index)
+            each.forward = partial(self._block, index)
+        self.transformer.forward = self._forward
         try:
             yield
         finally:
-            for each in self._blocks:
-                del each.forward
+            for module in (self.transformer, *self._blocks):
+                del module.forward
             self._texts.clear()
 
     def _forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,  # diffusers' scale of adapters, of which there are none
+    ) -> tuple[Tensor] | Transformer2DModelOutput:
+        """The transformer's forward, with diffusers' arguments and results."""
+        whole, (embed, _, head) = self.transformer, self._functions
+        patch = whole.config.patch_size
+        grid = tuple(size // of for size, of in zip(hidden_states.shape[2:], patch, strict=True))
+        rotary_emb = whole.rope(hidden_states)
+        x = embed(hidden_states, whole.patch_embedding.weight, whole.patch_embedding.bias)
+        per_token = timestep.shape[1] if timestep.ndim == 2 else None
+        temb, timestep_proj, text, _ = whole.condition_embedder(
+            timestep if per_token is None else timestep.flatten(),
+            encoder_hidden_states,
+            encoder_hidden_states_image,
+            timestep_seq_len=per_token,
+        )
+        timestep_proj = timestep_proj.unflatten(-1, (6, -1))
+        for each in whole.blocks:
+            x = each(x, text, timestep_proj, rotary_emb)
+        layer = Layer(whole.proj_out.weight, whole.proj_out.bias)
+        output = head(x, temb, whole.scale_shift_table, layer, (*grid, *patch), whole.norm_out.eps)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _block(
         self,
         index: int,
         hidden_states: Tensor,
@@ -75,7 +116,8 @@ class FastBlocks:
         text_k, text_v = self._text_of(encoder_hidden_states)[index]
         each = self._blocks[index]
         sizes = Sizes(each.attn1.heads, each.norm1.eps, each.attn1.norm_q.eps)
-        return self._run(hidden_states, text_k, text_v, temb, self._rope_of(rotary_emb), self._weights[index], sizes)
+        rope = self._rope_of(rotary_emb)
+        return self._functions.block(hidden_states, text_k, text_v, temb, rope, self._weights[index], sizes)
 
     def _text_of(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of a projected text in each block, which are those of all steps."""
@@ -93,7 +135,7 @@ class FastBlocks:
             self._rope = (cos, Rope(cos[0, :, 0].float().contiguous(), (sin[0, :, 0].float() * signs).contiguous()))
         return self._rope[1]
 
-    def _gather(self, each: WanTransformerBlock) -> BlockWeights:
+    def _gather(self, each: Any) -> BlockWeights:
         attn, text, ff = each.attn1, each.attn2, each.ffn.net
         return BlockWeights(
             table=each.scale_shift_table,
@@ -126,23 +168,18 @@ class FastBlocks:
 
 
 def can_be_fast(transformer: Any) -> bool:
-    """Whether the blocks are diffusers' own, as loaded: without adapters, hooks, image conditions, or own attention."""
-    return isinstance(transformer, WanTransformer3DModel) and all(_is_plain(each) for each in transformer.blocks)
+    """Whether a transformer is diffusers' own, as loaded: without adapters, hooks, image conditions, fused layers."""
+    if not isinstance(transformer, WanTransformer3DModel) or transformer.condition_embedder.image_embedder is not None:
+        return False
+    if any(block.attn1.fused_projections or block.attn2.add_k_proj is not None for block in transformer.blocks):
+        return False
+    return all(_is_plain(module) for module in transformer.modules())
 
 
-def _is_plain(each: Any) -> bool:
-    if not isinstance(each, WanTransformerBlock) or each._compiled_call_impl is not None:
-        return False
-    if each.attn2.add_k_proj is not None or each.attn1.fused_projections or each.attn2.fused_projections:
-        return False
-    return all(
-        type(module).__module__.startswith(("torch.nn.", "diffusers."))
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        for module in each.modules()
-        if module is not each
-    )
+def _is_plain(module: nn.Module) -> bool:
+    own = type(module).__module__.startswith(("torch.nn.", "diffusers."))
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return own and not hooked and module._compiled_call_impl is None
 
 
 _FUSED = "_edit_ray_qkv"

@@ -86,6 +86,27 @@ def block(x: Tensor, text_k: Tensor, text_v: Tensor, temb: Tensor, rope: Rope, w
     return out
 
 
+def embed(latents: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Latents [B, C, T, h, w] cut into patches and embedded by `weight` [D, C, pt, ph, pw], as [B, N, D]."""
+    patch = weight.shape[2:]
+    cut = latents.unflatten(4, (-1, patch[2])).unflatten(3, (-1, patch[1])).unflatten(2, (-1, patch[0]))
+    rows = cut.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+    return F.linear(rows, weight.flatten(1), bias)
+
+
+def head(x: Tensor, temb: Tensor, table: Tensor, layer: Layer, grid: tuple[int, ...], eps: float) -> Tensor:
+    """What the last block gives [B, N, D] as latents [B, C, T, h, w].
+
+    `temb` is [B, D] or [B, N, D], `table` [1, 2, D]; `grid` are patches along T, h, w, and the sizes of one.
+    """
+    modulation = (table if temb.ndim == 2 else table[None]) + temb.unsqueeze(-2)
+    shift, scale = (part if temb.ndim == 3 else part[:, None] for part in modulation.unbind(-2))
+    h = (_normalised(x, eps) * (1 + scale) + shift).to(x.dtype)
+    cut = F.linear(h, layer.weight, layer.bias).unflatten(1, grid[:3]).unflatten(-1, (*grid[3:], -1))
+    joined: Tensor = cut.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    return joined
+
+
 def rotate(x: Tensor, rope: Rope, dtype: torch.dtype) -> Tensor:
     """`x` [B, N, heads, head_dim] turned pair by pair, as [B, heads, N, head_dim]."""
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)

@@ -12,7 +12,7 @@ from edit_ray.cache import apply_cache_on_transformer
 from edit_ray.config import Config
 from edit_ray.engine import fast_block, fast_vae
 from edit_ray.engine.decode import StreamingDecoder
-from edit_ray.engine.fast import FastBlocks, can_be_fast
+from edit_ray.engine.fast import FastTransformer, Functions, can_be_fast
 from edit_ray.engine.text import streamed
 from edit_ray.errors import ModelError
 from edit_ray.testing import Variant, fill_random, random_transformer, random_vae, save_random_wan
@@ -47,7 +47,7 @@ def forward(transformer, timestep=TIMES["one"], seed=0):
 def test_the_fast_block_computes_what_diffusers_does(transformer, timestep):
     before = {name: value.clone() for name, value in transformer.state_dict().items()}
     exact = forward(transformer, timestep)
-    with FastBlocks(transformer, run=fast_block.block).installed():
+    with FastTransformer(transformer, functions=Functions()).installed():
         fast = forward(transformer, timestep)
         other = forward(transformer, timestep, seed=1)
     assert (fast - exact).abs().max() < 0.05 < exact.std()
@@ -57,21 +57,23 @@ def test_the_fast_block_computes_what_diffusers_does(transformer, timestep):
 
 
 def test_one_graph_for_all_blocks_steps_prompts_and_loops(transformer):
-    run = torch.compile(fast_block.block, backend="eager", dynamic=False, fullgraph=True)
-    fast, graphs = FastBlocks(transformer, run=run), []
+    functions = Functions(
+        *(torch.compile(each, backend="eager", dynamic=False, fullgraph=True) for each in Functions())
+    )
+    fast, graphs = FastTransformer(transformer, functions=functions), []
     for seed in range(2):
         with fast.installed():
             forward(transformer, torch.tensor([900 - seed]), seed)
         graphs.append(counters["stats"]["unique_graphs"])
     apply_cache_on_transformer(transformer, "always", 1)  # which gives the blocks another class
     at = {"step_index": 0, "num_inference_steps": 1}
-    with FastBlocks(transformer, run=run).installed(), transformer.cache_context("cond", **at):
+    with FastTransformer(transformer, functions=functions).installed(), transformer.cache_context("cond", **at):
         forward(transformer)
     assert [*graphs, counters["stats"]["unique_graphs"]] == [graphs[0]] * 3
 
 
 def test_edited_weights_act_in_the_next_loop(transformer):
-    fast = FastBlocks(transformer, run=fast_block.block)
+    fast = FastTransformer(transformer, functions=Functions())
     with fast.installed():
         forward(transformer)
     with torch.no_grad():
@@ -82,7 +84,7 @@ def test_edited_weights_act_in_the_next_loop(transformer):
 
 
 def test_weights_in_eight_bits_are_made_again_when_they_change(transformer):
-    fast, made = FastBlocks(transformer, fp8=True, run=fast_block.block), []
+    fast, made = FastTransformer(transformer, fp8=True, functions=Functions()), []
     for factor in (1, 1, -1):
         with torch.no_grad():
             transformer.blocks[0].attn1.to_v.weight.mul_(factor)
