@@ -64,13 +64,13 @@ test-units: $(INSTALLED) ## the half of the tests that needs no Ray
 test-ray: $(INSTALLED) ## the half that runs on one Ray
 	$(BIN)/pytest tests/ray
 
-proof: check ## the tests together with the slow and the chaos proofs
+proof: check $(DOCS) ## the tests together with the slow and the chaos proofs
 	$(BIN)/pytest -m "not gpu"
 
 COVERED ?= not gpu
 MEASURED := $(abspath build/coverage)
 
-coverage: $(INSTALLED) ## how much of edit_ray/ the proofs run through, Ray's workers included; COVERED chooses by marker
+coverage: $(INSTALLED) $(DOCS) ## how much of edit_ray/ the proofs run through, Ray's workers included; COVERED chooses by marker
 	rm -rf $(MEASURED) && mkdir -p $(MEASURED)
 	COVERAGE_FILE=$(MEASURED)/data COVERAGE_PROCESS_START=$(abspath pyproject.toml) PYTHONPATH=$(abspath tests/coverage) \
 	  $(BIN)/pytest -m "$(COVERED)"
