@@ -45,6 +45,8 @@ class Hoisted:
         finally:
             del self._rope_module.forward, self._embedder.forward
             self._texts.clear()
+            if self._schedule is None:
+                self._times.clear()
 
     def refresh(self) -> None:
         """Forget everything if the weights are no longer those it was made with."""

@@ -72,9 +72,10 @@ class SegmentEngine:
         self.pipe.use_mode(mode, fp8=fp8)
         if mode == self._mode:
             return
-        self._fast_decoder.close()
-        if mode == "fast" and self.device.type == "cuda":
-            self._fast_decoder.enter_context(fast_decoder(self.pipe.vae))
+        with self._video():  # where the weights are laid out anew, they are read after that
+            self._fast_decoder.close()
+            if mode == "fast" and self.device.type == "cuda":
+                self._fast_decoder.enter_context(fast_decoder(self.pipe.vae))
         self._mode = mode
 
     @property
