@@ -105,9 +105,8 @@ bench: $(INSTALLED) ## run the benchmarks
 RESULTS ?= benchmarks/results
 
 bench-gpu: $(INSTALLED) ## run the benchmarks of a GPU, results into RESULTS=folder; scale.py wants two
-	for name in wan_table skip_cost long_video memory_bound overhead scale; do \
+	for name in wan_table skip_cost long_video memory_bound overhead peak_memory scale; do \
 	  $(BIN)/python benchmarks/$$name.py --output $(RESULTS)/$$name || echo "$$name.py has failed"; done
-	$(BIN)/python benchmarks/overhead.py --peak --text-encoder full --output $(RESULTS)/peak_memory
 	$(BIN)/python benchmarks/loop_trace.py --output $(RESULTS)/loop_trace
 	$(BIN)/python benchmarks/gpu_page.py
 

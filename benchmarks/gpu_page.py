@@ -26,10 +26,9 @@ ABOUT = {
     "long_video": "Segments that reuse each other's residuals: everything in VRAM, and bounded tiers over disk.",
     "memory_bound": "Forecasting every block's residual with less memory than that takes.",
     "overhead": "The three actors beside the same segments in a plain loop.",
-    "peak_memory": "What the GPU actor's process needs, the real text encoder included.",
+    "peak_memory": "What each phase of a segment needs, the full-size text encoder included.",
     "scale": "Several GPUs.",
 }
-_COMMANDS = {"peak_memory": "overhead.py --peak --text-encoder full"}
 _INTRO = """# On a GPU
 
 Made by `python benchmarks/gpu_page.py` of `benchmarks/results/`, which `make bench-gpu` writes. The architecture is the
@@ -51,10 +50,9 @@ def page() -> str:
 
 
 def _section(name: str, about: str, content: Mapping[str, Any] | None) -> str:
-    command = _COMMANDS.get(name, f"{name}.py")
     lines = [f"## {name}", "", about, ""]
     if content is None:
-        return "\n".join([*lines, f"Not measured yet: `python benchmarks/{command}`.", ""])
+        return "\n".join([*lines, f"Not measured yet: `python benchmarks/{name}.py`.", ""])
     lines += [f"{heading(content)}, commit {content['commit'][:12]}: `{content['command']}`.", ""]
     lines += [f"- {note}" for note in content["notes"]]
     lines += [""] if content["notes"] else []

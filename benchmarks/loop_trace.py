@@ -30,7 +30,7 @@ KINDS = {"attention": ("sdpa", "flash", "fmha"), "products": ("nvjet", "gemm", "
 
 
 def trace(device: str, quick: bool, mode: Mode) -> dict[str, Any]:
-    """Intervals in milliseconds of launches and of kernels, and the synchronisations of the loop."""
+    """Intervals in milliseconds of launches and of kernels, and the synchronisations from the second step on."""
     task = task_for(quick, num_inference_steps=len(MASK))
     pipe = make_pipe(task, device)
     pipe.use_mode(mode)
@@ -42,16 +42,21 @@ def trace(device: str, quick: bool, mode: Mode) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with profile(activities=activities) as profiler:
-            with record_function("loop"):
-                generate(pipe, task, given)
+            generate(pipe, task, given, callback_on_step_end=_mark)
             synchronise(device)
     return told(profiler.events(), task.told(), mode)
 
 
+def _mark(_pipe: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+    """Where in the trace a step has been queued."""
+    with record_function("step"):
+        return {}
+
+
 def told(events: Any, task: dict[str, Any], mode: Mode) -> dict[str, Any]:
     """What of the profiler's events is drawn and counted."""
-    loop = next(event for event in events if event.name == "loop" and _is_on(event, "CPU"))
-    start, end = loop.time_range.start, loop.time_range.end
+    steps = [event.time_range.start for event in events if event.name == "step" and _is_on(event, "CPU")]
+    start, end = min(steps), max(steps)  # the first step has been queued, and the last
 
     def interval(event: Any) -> list[float]:
         return [round((event.time_range.start - start) / 1000, 4), round(event.time_range.elapsed_us() / 1000, 4)]
@@ -65,7 +70,7 @@ def told(events: Any, task: dict[str, Any], mode: Mode) -> dict[str, Any]:
         "task": task | {"mode": mode, "mask": MASK},
         "loop_ms": round((end - start) / 1000, 3),
         "launches": [interval(event) for event in launches],
-        "kernels": [[*interval(event), kind_of(event.name)] for event in kernels if not event.name.startswith("loop")],
+        "kernels": [[*interval(event), kind_of(event.name)] for event in kernels if event.name != "step"],
         "synchronisations": {name: waits.count(name) for name in sorted(set(waits))},
     }
 
@@ -89,7 +94,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
         bars = [(at, took) for at, took, of in content["kernels"] if of == kind]
         axes.broken_barh(bars, (0.1, 0.8), facecolors=colour, label=kind)
     last = max((at + took for at, took, _ in content["kernels"]), default=content["loop_ms"])
-    axes.axvline(content["loop_ms"], color="#555", linestyle=":", label="the loop's call has returned")
+    axes.axvline(content["loop_ms"], color="#555", linestyle=":", label="the last step is queued")
     axes.set(yticks=[0.5, 1.5], yticklabels=["GPU kernels", "launches (CPU)"], xlim=(0, last), xlabel="ms")
     waits = sum(content["synchronisations"].values())
     axes.set_title(

@@ -2,7 +2,6 @@
 
     python benchmarks/overhead.py --output benchmarks/results/overhead        on a GPU: Wan2.1-1.3B with random weights
     python benchmarks/overhead.py --device cpu --pairs 5                      the embedded model, with the same threads
-    python benchmarks/overhead.py --peak --text-encoder full                  memory alone, with the real text encoder
     python benchmarks/overhead.py --quick                                     a toy
 
 Pairs of a loop in this process and of a run on Ray, one after the other, in which the model is loaded already. A
@@ -154,22 +153,20 @@ def memory(_actor: Any) -> dict[str, int]:
     }
 
 
-def note_memory(results: Results, device: str, text_encoder: str) -> None:
-    """What the GPU actor has needed since it began, its model's loading included."""
-    with results.row(f"GPU actor's memory, text encoder {text_encoder}") as figures:
+def note_memory(results: Results, device: str) -> None:
+    """What the GPU actor has needed since it began, its model's loading included; the text encoder is a small one."""
+    with results.row("GPU actor's memory") as figures:
         if device != "cuda":
             raise LeftOut("only a CUDA device says")
         found = in_denoiser(memory)
         figures.update({f"{name}_GB": size / 1e9 for name, size in found.items()})
-        if text_encoder == "full":
-            results.bar("peak memory, full-size text encoder included, GB", figures["peak_GB"], most=12)
 
 
-def model_of(task: Task, device: str, embedded: bool, folder: Path, text_encoder: Any) -> str:
+def model_of(task: Task, device: str, embedded: bool, folder: Path) -> str:
     """What the actors are told to load."""
     if embedded:
         return "builtin:tiny_wan"
-    return str(save_model(task, device, folder / "model", text_encoder))
+    return str(save_model(task, device, folder / "model"))
 
 
 def main() -> None:
@@ -181,8 +178,6 @@ def main() -> None:
         pairs={"type": int},
         steps={"type": int},
         segments={"type": int},
-        text_encoder={"choices": ["tiny", "full"], "default": "tiny"},
-        peak={"action": "store_true", "help": "one short segment, for the memory that it takes"},
         directory={"type": Path, "default": ROOT / "runs", "help": "where model and runs are written"},
     )
     embedded = args.device == "cpu" and not args.quick
@@ -200,7 +195,7 @@ def main() -> None:
         if not has_ffmpeg():
             results.note("no ffmpeg here: encode left out, frames are stored as they are by a stand-in, both ways")
             use_stand_in(folder)
-        model = {"path": model_of(task, args.device, embedded, folder, args.text_encoder)}
+        model = {"path": model_of(task, args.device, embedded, folder)}
         config = config_of(
             task,
             args.device,
@@ -218,12 +213,6 @@ def main() -> None:
 
 def measure(results: Results, task: Task, config: Config, folder: Path, args: Any) -> None:
     """All rows."""
-    if args.peak:
-        config = config.model_copy(update={"video": config.video.model_copy(update={"num_segments": 1})})
-        with results.row("a run of one segment") as figures:
-            figures["seconds"] = Bench(results, task, config, folder).through_actors().done
-        note_memory(results, args.device, args.text_encoder)
-        return
     bench = Bench(results, task, config, folder)
     bench.load()
     for pair in range(args.pairs or (1 if args.quick or args.device == "cuda" else 5)):
@@ -234,7 +223,7 @@ def measure(results: Results, task: Task, config: Config, folder: Path, args: An
         if pair == 0 and args.mode == "exact":
             bench.compare_latents()
         if pair == 0:
-            note_memory(results, args.device, args.text_encoder)
+            note_memory(results, args.device)
 
 
 def add_bars(results: Results, device: str) -> None:

@@ -1,13 +1,11 @@
 """GPU memory of a segment of Wan2.1-T2V-1.3B, the full-size text encoder included, phase by phase.
 
-    python benchmarks/peak_memory.py [--quick] [--directory DIR] --output FILE
+    python benchmarks/peak_memory.py [--quick] [--directory DIR] --output FOLDER
 
 Makes the model with random weights in DIR (14 GB, removed afterwards), loads it as a run does, encodes a storyboard's
 prompts, denoises, decodes, in both modes, and decodes while it denoises. `--quick`: a toy size, on a CPU too.
 """
 
-import argparse
-import json
 import sys
 import tempfile
 import threading
@@ -21,12 +19,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a file, from anywhere
 
-from benchmarks.provenance import provenance  # noqa: E402
+from benchmarks.gpu_results import Results, arguments  # noqa: E402
+from benchmarks.real_size import task_for  # noqa: E402
 from edit_ray.engine.options import Mode, ModelOptions, SamplingOptions  # noqa: E402
 from edit_ray.engine.segment import SegmentEngine  # noqa: E402
 from edit_ray.testing import Variant, make_model  # noqa: E402
 
 PROMPTS = [f"a lighthouse on a rocky coast, take {take}" for take in range(4)]
+SHARED = ("load", "encode 5 prompts")  # phases of both modes
 TOY = Variant(
     {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 48, "num_layers": 2, "text_dim": 32},
     flow_shift=3.0,
@@ -36,28 +36,27 @@ TOY = Variant(
 
 
 class Phases:
-    """Seconds and peak memory of each phase."""
+    """Seconds and peak memory of each phase, a row each."""
 
-    def __init__(self) -> None:
-        self.on_gpu = torch.cuda.is_available()
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, results: Results) -> None:
+        self.on_gpu, self.results = torch.cuda.is_available(), results
 
     def phase(self, name: str, work: Callable[[], Any]) -> Any:
+        """What `work` returns; a phase that fails ends the benchmark."""
         if self.on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        result = work()
+        done = work()
         if self.on_gpu:
             torch.cuda.synchronize()
-        row: dict[str, Any] = {"phase": name, "seconds": round(time.perf_counter() - started, 3)}
-        if self.on_gpu:
-            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            row["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
-            row["allocated_after_gb"] = torch.cuda.memory_allocated() / 1e9
-        self.rows.append(row)
-        print(json.dumps(row), flush=True)
-        return result
+        with self.results.row(name) as figures:
+            figures["seconds"] = time.perf_counter() - started
+            if self.on_gpu:
+                figures["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
+                figures["reserved_GB"] = torch.cuda.max_memory_reserved() / 1e9
+                figures["allocated_GB"] = torch.cuda.memory_allocated() / 1e9
+        return done
 
 
 def measure(folder: Path, quick: bool, phases: Phases) -> None:
@@ -67,8 +66,8 @@ def measure(folder: Path, quick: bool, phases: Phases) -> None:
         size = {"height": 32, "width": 48, "num_frames": 9}
     sampling = SamplingOptions(**size, num_inference_steps=4, guidance_scale=5.0)
     model = ModelOptions(path=str(folder), torch_dtype="bfloat16")
-    engine: SegmentEngine = phases.phase("load", lambda: SegmentEngine.load(model))
-    phases.phase("encode 5 prompts", lambda: engine.encode_prompts(PROMPTS))
+    engine: SegmentEngine = phases.phase(SHARED[0], lambda: SegmentEngine.load(model))
+    phases.phase(SHARED[1], lambda: engine.encode_prompts(PROMPTS))
     modes: tuple[Mode, ...] = ("exact", "fast")
     for mode in modes:
         engine.use_mode(mode)
@@ -97,26 +96,28 @@ def measure(folder: Path, quick: bool, phases: Phases) -> None:
 
 
 def main() -> None:
-    """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a toy size")
-    parser.add_argument("--directory", type=Path, help="where the model is made (default: the temporary folder)")
-    parser.add_argument("--output", type=Path, help="where to write the figures (JSON)")
-    args = parser.parse_args()
-    phases = Phases()
-    device = torch.device("cuda" if phases.on_gpu else "cpu")
+    """Measure, print, write."""
+    directory = {"type": Path, "help": "where the model is made (default: the temporary folder)"}
+    args = arguments(__doc__ or "", seconds=120, directory=directory)
+    task = task_for(args.quick, num_inference_steps=4)
+    results = Results(args, task.told() | {"quick": args.quick, "prompts": len(PROMPTS)}, figure="peak_GB")
+    phases = Phases(results)
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
         variant: Any = TOY if args.quick else "t2v-1.3B"
-        phases.phase("make", lambda: make_model(Path(folder) / "model", variant, device=device))
+        phases.phase("make", lambda: make_model(Path(folder) / "model", variant, device=torch.device(args.device)))
         if phases.on_gpu:
             torch.cuda.empty_cache()
         measure(Path(folder) / "model", args.quick, phases)
-    figures: dict[str, Any] = {"provenance": provenance(device.type), "rows": phases.rows}
-    if phases.on_gpu:
-        figures["peak_gb"] = max(row["peak_gb"] for row in phases.rows[1:])
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(figures, indent=1) + "\n")
+    judge(results)
+    results.finish()
+
+
+def judge(results: Results) -> None:
+    """The most that any phase of each mode takes; making the model is none."""
+    for mode in ("exact", "fast"):
+        phases = [row for row in results.rows if row["name"] in SHARED or row["name"].startswith(mode)]
+        peaks = [row["peak_GB"] for row in phases if "peak_GB" in row]
+        results.bar(f"peak memory, full-size text encoder included, {mode}, GB", max(peaks, default=None), most=12)
 
 
 if __name__ == "__main__":

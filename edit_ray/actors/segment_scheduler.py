@@ -322,6 +322,7 @@ class SegmentSchedulerActor:
             await self._release(run, close.worker)
         with contextlib.suppress(OSError):  # an end must be told even where nothing can be written
             await asyncio.to_thread(run.stream.end)
+            await asyncio.to_thread(spec.folder.remove_drafts)  # of actors that were killed
         final = spec.folder.relative(spec.folder.final) if close.state == "done" else None
         ended = Ended(spec.incarnation, close.state, close.error, final)
         try:

@@ -111,9 +111,13 @@ class RunFolder:
         except ManifestUnreadable:
             manifest.close()
             raise
+        self.remove_drafts()
+        return manifest
+
+    def remove_drafts(self) -> None:
+        """What was begun to be written by processes that are dead; while none writes in here."""
         for draft in self.path.rglob(".*.part"):
             draft.unlink(missing_ok=True)
-        return manifest
 
     def read_manifest(self) -> Manifest:
         """Raises UnknownRun when there is none, ManifestUnreadable when it cannot be understood."""

@@ -278,6 +278,20 @@ def test_memory_that_does_not_even_do_for_tiles_is_named(tmp_path, model, tiled_
     assert RunFolder(tmp_path, "one").read_manifest().tiled_from == (1 if tiled_decode == "auto" else None)
 
 
+def test_what_a_killed_actor_had_begun_to_write_goes_with_the_end_of_the_run(tmp_path, model):
+    async def leave_a_draft():
+        crew = LocalCrew()
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, "plain", config_for(model))
+        draft = tmp_path / "plain" / "segments" / ".00000-t0.m4s.1.part"
+        draft.write_bytes(b"half a segm")
+        assert (await end_of(scheduler, "plain")).state == "done"
+        await crew.end()
+        return draft
+
+    assert not asyncio.run(leave_a_draft()).exists()
+
+
 def test_a_removed_folder_ends_the_run_with_a_sentence(tmp_path, model):
     async def remove():
         crew = LocalCrew()
