@@ -489,17 +489,16 @@ def searched(bench: Bench, model: Model) -> None:
         return found
 
     for name, options in told.items():
-        bench.part(f"forward, fast, {name}", partial(measured, options), 25)
-    torch._dynamo.reset()
+        bench.part(f"forward, fast, {name}", partial(measured, options), 15)
 
 
 PARTS: dict[str, Callable[[Bench, Model], None]] = {
     "exact": exact,
     "forwards": fast_forwards,
-    "decoding": decoding,
-    "products": products,
-    "searched": searched,
     "loops": loops,
+    "decoding": decoding,
+    "searched": searched,
+    "products": products,
     "blocks": blocks,
 }
 
