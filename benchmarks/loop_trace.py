@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
 
 import torch
+import torch._dynamo
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.provenance import provenance
@@ -38,13 +39,19 @@ def trace(device: str, quick: bool, mode: Mode) -> dict[str, Any]:
     given = embeds(pipe)
     for _ in range(2):  # the first loops compile, and make what is kept
         generate(pipe, task, given)
+    compiled = _compiled()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with profile(activities=activities) as profiler:
             generate(pipe, task, given, callback_on_step_end=_mark)
             synchronise(device)
-    return told(profiler.events(), task.told(), mode)
+    return told(profiler.events(), task.told(), mode) | {"compilations": _compiled() - compiled}
+
+
+def _compiled() -> int:
+    """How often torch has compiled something in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def _mark(_pipe: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +127,10 @@ def main() -> None:
         content = trace(args.device, args.quick, args.mode)
         (folder / "trace.json").write_text(json.dumps(content) + "\n")
     content = json.loads((folder / "trace.json").read_text())
-    print(f"{content['loop_ms']} ms, {len(content['kernels'])} kernels, waits: {content['synchronisations'] or 'none'}")
+    print(
+        f"{content['loop_ms']} ms, {len(content['kernels'])} kernels, waits: {content['synchronisations'] or 'none'}, "
+        f"compilations: {content['compilations']}"
+    )
     try:
         draw(content, folder / "trace.png")
     except ImportError:

@@ -37,7 +37,7 @@ UNCAPPED, WITHOUT = "ours, all in VRAM, no cap", "ours, all in VRAM, capped"
 WITH, BY_RECENCY = "ours, tiers, capped", "ours, tiers by recency, capped"
 OUT_OF_MEMORY = "out of memory"
 AHEAD = 4  # entries on their way
-FRAGMENTS = 0.12  # of the cap: what the allocator holds and cannot give, as seen without tiers
+FRAGMENTS = 0.2  # of the cap: what the allocator holds and cannot give
 On = Callable[[], AbstractContextManager[Any]]
 
 
