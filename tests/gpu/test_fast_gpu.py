@@ -49,10 +49,14 @@ def test_a_planned_loop_never_waits(pipe, mode, policy):
 @pytest.mark.parametrize("fp8", [False, True])
 def test_fast_is_close_repeatable_and_compiled_once(pipe, fp8):
     exact = latents(pipe)
+    wide = EditWanPipeline.from_pretrained(TINY, device="cuda")
+    wide.set_progress_bar_config(disable=True)
+    wanted = latents(wide)
     pipe.use_mode("fast", fp8=fp8)
     fast, compiled = latents(pipe), graphs()
     assert torch.equal(latents(pipe), fast)
-    assert likeness(fast, exact) > (20 if fp8 else 30)
+    # As near to what the model gives in float32 as diffusers' own order of arithmetic in bfloat16, or nearly.
+    assert likeness(fast, wanted) > likeness(exact, wanted) - (10 if fp8 else 3)
     for policy, granularity in (("teacache", "stack"), ("teacache", "per_block"), ("fbcache", 3)):
         options = KNOWN.get(policy, {"rel_l1_thresh": 0.3})
         pipe.enable_cache(policy, STEPS, granularity, **options)
