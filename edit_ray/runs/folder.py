@@ -122,7 +122,7 @@ class RunFolder:
     def read_manifest(self) -> Manifest:
         """Raises UnknownRun when there is none, ManifestUnreadable when it cannot be understood."""
         try:
-            return self._check_mine(read_manifest(self.manifest))
+            return read_manifest(self.manifest)
         except (FileNotFoundError, NotADirectoryError):
             raise self._unknown() from None
 
