@@ -37,6 +37,7 @@ SCHEDULER, DENOISER, CACHE_STORE = "segment_scheduler", "denoiser", "cache_store
 PLACEMENT = "edit_ray_worker"
 LIVE_RUNS, TARGETS = "live_runs", "metrics_targets"
 RESTART_TIMEOUT_S = 60.0  # of the segment scheduler
+_ENDED_S = 0.3
 SCHEDULER_RESOURCE = "edit_ray_scheduler"  # of nodes that are to have it; where there is none, any node may
 
 _STAYS = {"namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
@@ -87,19 +88,27 @@ def check_version(name: str, description: dict[str, Any]) -> None:
         )
 
 
-def end_actors() -> list[str]:
-    """Ends every actor of ours in this Ray, the segment scheduler last; returns the names of those that lived."""
-    ended = []
+def end_actors(within: bool = False) -> list[str]:
+    """Ends every actor of ours in this Ray; returns the names of those that lived.
+
+    The segment scheduler goes first, as it starts again what dies; where it ends them itself, `within` it, last.
+    """
+    ended: list[str] = []
+    while names := _names_of_ours():
+        for name in sorted(names, key=lambda name: (name == SCHEDULER) == within):
+            with contextlib.suppress(ValueError):
+                handle = ray.get_actor(name, namespace=NAMESPACE)
+                if name == SCHEDULER:
+                    _forget_everything()
+                ray.kill(handle)
+                ended.append(name)
+        time.sleep(_ENDED_S)  # in which what the segment scheduler had just asked for is there
+    return list(dict.fromkeys(ended))
+
+
+def _names_of_ours() -> list[str]:
     named = ray.util.list_named_actors(all_namespaces=True)
-    ours = [actor["name"] for actor in named if actor["namespace"] == NAMESPACE]
-    for name in sorted(ours, key=lambda name: name == SCHEDULER):
-        with contextlib.suppress(ValueError):
-            handle = ray.get_actor(name, namespace=NAMESPACE)
-            if name == SCHEDULER:
-                _forget_everything()
-            ray.kill(handle)
-            ended.append(name)
-    return ended
+    return [actor["name"] for actor in named if actor["namespace"] == NAMESPACE]
 
 
 def _forget_everything() -> None:
@@ -161,7 +170,7 @@ class RayCrew:
         return await asyncio.to_thread(_recalled, TARGETS)
 
     async def end(self) -> None:
-        await asyncio.to_thread(end_actors)
+        await asyncio.to_thread(end_actors, within=True)
 
     def _handle(self, name: str) -> Any:
         if name not in self._handles:
