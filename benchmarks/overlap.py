@@ -103,7 +103,7 @@ def draw(root: Path, run_id: str, picture: Path) -> None:
     command = [sys.executable, "-m", "edit_ray.cli", "--output", str(root), "report", run_id, "--page", str(page)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     quiet = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={root}/browser")
-    command = [browser, *quiet, "--window-size=980,490", f"--screenshot={picture.resolve()}", page.as_uri()]
+    command = [browser, *quiet, "--window-size=980,900", f"--screenshot={picture.resolve()}", page.as_uri()]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
 
 
