@@ -16,7 +16,7 @@ from edit_ray.actors.figures import TierFigures
 from edit_ray.actors.messages import code_version
 from edit_ray.cache.options import StoreOptions
 from edit_ray.cache.stores import carried
-from edit_ray.cache.stores.arena import Arena
+from edit_ray.cache.stores.arena import Arena, remove_stale
 from edit_ray.cache.stores.carried import Bytes
 from edit_ray.cache.stores.disk_tier import DiskTier
 from edit_ray.cache.stores.entry_files import EntryFiles
@@ -147,6 +147,8 @@ class CacheStoreActor:
             self._runs.discard(run_id)
             if not self._runs:
                 self._close()
+                with suppress(OSError):  # of an incarnation that was killed, after which no other had one
+                    remove_stale()
 
     def close(self) -> None:
         """Give the memory back; what is on disk stays."""

@@ -1,12 +1,15 @@
 """A segment's store through the classes of the actors: in shared memory, and with calls that carry the bytes."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from edit_ray.actors.cache_store import CacheStoreActor
 from edit_ray.actors.leases import SegmentLeases
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache.stores import arena as arena_module
@@ -299,3 +302,13 @@ def test_a_segment_made_again_reads_what_was_loaded_ahead_for_the_next(tmp_path)
     assert make_segment(leases, 3)[0] == 8
     leases.close()
     store.close()
+
+
+def test_the_end_of_the_last_run_takes_the_memory_of_a_store_that_was_killed(tmp_path):
+    code = "from edit_ray.cache.stores.arena import Arena; print(Arena.create(8192).path, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as killed:
+        left = Path(killed.stdout.readline().strip())
+        killed.kill()
+    assert left.exists()
+    CacheStoreActor().drop_run(RUN)
+    assert not left.exists()
