@@ -20,6 +20,7 @@ from edit_ray.engine.reuse import Reuse
 from edit_ray.errors import ConfigError, EntryLost, StaleLease
 
 T = TypeVar("T")
+ON_THEIR_WAY = 4  # entries
 logger = logging.getLogger(__name__)
 Reply = Callable[[], Any]
 """Waits for the answer to a call, and raises what the call has raised."""
@@ -115,12 +116,18 @@ class SegmentLeases:
         return _Opened(segment, lease, store)
 
     def _handed(self, segment: int, ahead_bytes: int) -> list[Key]:
-        """What a segment writes and the next one reads, as far as it stays on the device, in the order of use."""
+        """What a segment writes and the next one reads, as far as it stays on the device.
+
+        The last in the order of use: of what has just been written the host keeps the first, and the others would have
+        to come back from the disk. Some room is left for the first, so that they are on their way before they are read.
+        """
         if segment < 0 or segment + 1 >= len(self.reuse.plan.segments):
             return []
         written = {op.key for op in self.reuse.ops(segment) if op.writes}
         read = dict.fromkeys(op.key for op in self.reuse.ops(segment + 1) if not op.writes)
-        return [key for key in read if key in written][: ahead_bytes // max(self.reuse.form.size, 1)]
+        wanted, room = [key for key in read if key in written], ahead_bytes // max(self.reuse.form.size, 1)
+        stay = room if len(wanted) <= room else room - min(ON_THEIR_WAY, room // 2)
+        return wanted[len(wanted) - min(stay, len(wanted)) :]
 
     def _look_ahead(self, segment: int, history_len: int) -> None:
         """Load what a segment reads while the one before it is made. The answer to `prepare` came long ago."""

@@ -8,7 +8,7 @@ from edit_ray import EditWanPipeline
 from edit_ray.engine.decode import to_uint8
 from edit_ray.engine.loading import load_pipeline
 from edit_ray.engine.options import ModelOptions, SamplingOptions
-from edit_ray.engine.segment import SegmentEngine
+from edit_ray.engine.segment import MAX_SEQUENCE_LENGTH, SegmentEngine
 from edit_ray.engine.stream import RunStream
 from edit_ray.testing import VARIANTS, Variant, make_model
 from tests.gpu.test_cache_gpu import KNOWN, STEPS, latents, synchronisations_in_the_loop
@@ -101,7 +101,8 @@ def test_a_text_encoder_comes_block_by_block_with_the_same_bits(tmp_path):
     make_model(tmp_path, Variant(small, 3.0, vae={"base_dim": 8}, text_encoder=deep), device=torch.device("cuda"))
     whole = load_pipeline(ModelOptions(path=str(tmp_path), torch_dtype="bfloat16", device="cuda", offload="none"))
     with torch.no_grad():
-        wanted = [whole.encode_prompt(prompt, do_classifier_free_guidance=False)[0].cpu() for prompt in PROMPTS]
+        alone = {"do_classifier_free_guidance": False, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+        wanted = [whole.encode_prompt(prompt, **alone)[0].cpu() for prompt in PROMPTS]
     size = sum(parameter.nbytes for parameter in whole.text_encoder.parameters())
     del whole
     torch.cuda.empty_cache()

@@ -286,6 +286,20 @@ def test_with_room_for_all_nothing_is_waited_for_or_read_at_the_segment_s_start(
     store.close()
 
 
+def test_what_was_just_written_is_read_from_memory_where_device_and_host_together_hold_it(tmp_path):
+    store = StoreHere()
+    leases = leases_on(store, tmp_path, "require", host_bytes=6 * 4096)
+    leases.ahead_bytes = 6 * leases.reuse.form.size
+    make_segment(leases, 0)
+    planned = leases.begin(1, 0, history_len=1)
+    assert make_ops(planned, leases.reuse.form) == 8
+    assert planned.waits.calls == 0
+    planned.finish()
+    assert leases.complete(1, 0)["counters"].prefetch.late == 0
+    leases.close()
+    store.close()
+
+
 def test_a_segment_made_again_reads_what_was_loaded_ahead_for_the_next(tmp_path):
     store = StoreHere()
     leases = leases_on(store, tmp_path, "require", host_bytes=3 * 4096, num_segments=4)
