@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from edit_ray.engine.fast import FastTransformer, can_be_fast
 from edit_ray.engine.hoist import Hoisted, can_hoist, version_of
 from edit_ray.engine.noise_steps import UniPCPlan, plan_noise_steps
 from edit_ray.engine.options import Mode
+
+logger = logging.getLogger(__name__)
 
 
 class Schedule:
@@ -48,6 +51,7 @@ class Ahead:
         self._hoisted: dict[str, Hoisted] = {}
         self._noise_steps: UniPCPlan | None = None
         self._fast: dict[str, FastTransformer] = {}
+        self._left: set[str] = set()  # those of which it was said that diffusers computes them
         self.mode: Mode = "exact"
         self.fp8 = False
 
@@ -79,7 +83,15 @@ class Ahead:
         if self.mode == "exact" or device.type != "cuda":
             self._fast.clear()
             return []
-        plain = {name: transformer for name, transformer in _transformers(pipe).items() if can_be_fast(transformer)}
+        found = {name: transformer for name, transformer in _transformers(pipe).items() if transformer is not None}
+        plain = {name: transformer for name, transformer in found.items() if can_be_fast(transformer)}
+        for name in found.keys() - plain.keys() - self._left:
+            self._left.add(name)
+            logger.warning(
+                "%s is not as diffusers loads it (adapters, hooks, image conditions, fused or compiled layers): "
+                "the mode fast leaves it to diffusers.",
+                name,
+            )
         known = self._fast
         self._fast = {
             name: known[name]

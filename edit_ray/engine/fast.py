@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edit_ray.engine import fast_block
 from edit_ray.engine.fast_block import BlockWeights, Layer, Rope, Sizes, quantise
-from edit_ray.engine.hoist import version_of
+from edit_ray.engine.hoist import has_own_forward, version_of
 from edit_ray.engine.options import Mode
 from edit_ray.errors import ModelError
 
@@ -178,8 +178,8 @@ def can_be_fast(transformer: Any) -> bool:
 
 def _is_plain(module: nn.Module) -> bool:
     own = type(module).__module__.startswith(("torch.nn.", "diffusers."))
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return own and not hooked and module._compiled_call_impl is None
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return own and not hooked and has_own_forward(module) and module._compiled_call_impl is None
 
 
 _FUSED = "_edit_ray_qkv"

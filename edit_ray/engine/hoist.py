@@ -120,14 +120,21 @@ def can_hoist(transformer: nn.Module) -> bool:
     if not isinstance(transformer, WanTransformer3DModel) or transformer._compiled_call_impl is not None:
         return False
     parts = (transformer.rope, transformer.condition_embedder)
-    return all("forward" not in part.__dict__ and _are_plain(part) for part in parts)
+    return all(has_own_forward(part) and _are_plain(part) for part in parts)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module's forward is its class's: hooks of diffusers that were removed leave just that on the module."""
+    on_module = module.__dict__.get("forward")
+    bound_to, function = getattr(on_module, "__self__", None), getattr(on_module, "__func__", None)
+    return on_module is None or (bound_to is module and function is type(module).forward)
 
 
 def _are_plain(part: nn.Module) -> bool:
     """Whether all submodules are torch's and diffusers' own, without hooks."""
     return all(
         type(module).__module__.startswith(("torch.nn.", "diffusers."))
-        and (module is part or "forward" not in module.__dict__)
+        and (module is part or has_own_forward(module))
         and not module._forward_hooks
         and not module._forward_pre_hooks
         for module in part.modules()

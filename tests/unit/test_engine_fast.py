@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from peft import LoraConfig
 from torch._dynamo.utils import counters
 
@@ -102,6 +103,17 @@ def test_changed_blocks_are_left_to_diffusers(transformer):
     adapted.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     fused.blocks[0].attn1.fuse_projections()
     assert not any(map(can_be_fast, (hooked, adapted, fused, None)))
+
+
+def test_a_cache_of_diffusers_that_was_taken_away_leaves_a_transformer_fast(transformer):
+    transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    assert not can_be_fast(transformer)
+    transformer.disable_cache()
+    assert "forward" in transformer.blocks[0].__dict__
+    assert can_be_fast(transformer)
+    with FastTransformer(transformer, functions=Functions()).installed():
+        forward(transformer)
+    assert torch.isfinite(forward(transformer)).all()
 
 
 @torch.no_grad()
