@@ -25,6 +25,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a file, from anywhere
 
+from benchmarks.cpu_run import config_for  # noqa: E402
 from benchmarks.provenance import provenance  # noqa: E402
 from edit_ray.runs.folder import RunFolder  # noqa: E402
 from edit_ray.runs.manifest import Manifest  # noqa: E402
@@ -43,18 +44,6 @@ for segment in client.stream(run_id, start, frames=False):
     print(segment.index, flush=True)
     time.sleep(pause)
 """
-
-
-def config_for(segments: int, steps: int) -> dict[str, Any]:
-    """A run that denoises for longer than it decodes: a core is free for others most of the time."""
-    return {
-        "model": {"path": "builtin:tiny_wan", "device": "cpu"},
-        "sampling": {"height": 96, "width": 96, "num_frames": 33, "num_inference_steps": steps, "seed": 7},
-        "video": {"num_segments": segments},
-        "prompt_segments": [{"segment": 0, "prompt": "a red circle bouncing on a black background"}],
-        "continuity": {"mode": "history", "history_latents": 3},
-        "engine": {"cpu_threads": 1},
-    }
 
 
 def seconds_of(manifest: Manifest) -> float:

@@ -18,11 +18,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
 
 import torch
-import torch._dynamo
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.provenance import provenance
-from benchmarks.real_size import embeds, generate, make_pipe, synchronise, task_for
+from benchmarks.real_size import compiled_graphs, embeds, generate, make_pipe, synchronise, task_for
 from edit_ray.engine.options import Mode
 
 MASK = [True, True, False, True, False, True]
@@ -39,19 +38,14 @@ def trace(device: str, quick: bool, mode: Mode) -> dict[str, Any]:
     given = embeds(pipe)
     for _ in range(2):  # the first loops compile, and make what is kept
         generate(pipe, task, given)
-    compiled = _compiled()
+    compiled = compiled_graphs()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with profile(activities=activities) as profiler:
             generate(pipe, task, given, callback_on_step_end=_mark)
             synchronise(device)
-    return told(profiler.events(), task.told(), mode) | {"compilations": _compiled() - compiled}
-
-
-def _compiled() -> int:
-    """How often torch has compiled something in this process."""
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return told(profiler.events(), task.told(), mode) | {"compilations": compiled_graphs() - compiled}
 
 
 def _mark(_pipe: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:

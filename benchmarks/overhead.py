@@ -11,7 +11,6 @@ as the actors do; these do it while the next segment is denoised, and also measu
 
 import shutil
 import sys
-import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -24,10 +23,8 @@ import torch
 
 from benchmarks.gpu_actor import config_of
 from benchmarks.gpu_results import MODE, LeftOut, Results, arguments
-from benchmarks.provenance import ROOT
-from benchmarks.ray_runs import Seen, in_denoiser, latents_at, private_ray, run
+from benchmarks.ray_runs import DIRECTORY, Seen, folder_for_runs, in_denoiser, latents_at, private_ray, run
 from benchmarks.real_size import PROMPT, Task, embeds, generate, save_model, stock_pipe, synchronise, task_for
-from benchmarks.stand_in_ffmpeg import has_ffmpeg, use_stand_in
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache.options import CacheOptions
 from edit_ray.client import LongVideoClient
@@ -178,7 +175,7 @@ def main() -> None:
         pairs={"type": int},
         steps={"type": int},
         segments={"type": int},
-        directory={"type": Path, "default": ROOT / "runs", "help": "where model and runs are written"},
+        directory=DIRECTORY,
     )
     embedded = args.device == "cpu" and not args.quick
     task = task_for(args.quick, num_inference_steps=args.steps or (4 if args.quick else 8))
@@ -189,12 +186,7 @@ def main() -> None:
     threads = 1 if args.quick else usable_cores()
     told = task.told() | {"quick": args.quick, "segments": segments, "threads": threads, "mode": args.mode}
     results = Results(args, told, figure="seconds")
-    args.directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.directory, prefix="overhead-") as name:
-        folder = Path(name)
-        if not has_ffmpeg():
-            results.note("no ffmpeg here: encode left out, frames are stored as they are by a stand-in, both ways")
-            use_stand_in(folder)
+    with folder_for_runs(args.directory, "overhead-", results.note) as folder:
         model = {"path": model_of(task, args.device, embedded, folder)}
         config = config_of(
             task,

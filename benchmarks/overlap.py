@@ -28,23 +28,12 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a file, from anywhere
 
+from benchmarks.cpu_run import config_for  # noqa: E402
 from benchmarks.provenance import provenance  # noqa: E402
 from edit_ray.config import Config, dump_yaml  # noqa: E402
 from jobs.demo import private_ray  # noqa: E402
 
 BAR = 1.1
-
-
-def config_for(segments: int, steps: int) -> dict[str, Any]:
-    """As many steps as in configs/tiny.yaml, so that a segment is denoised for longer than it is decoded."""
-    return {
-        "model": {"path": "builtin:tiny_wan", "device": "cpu"},
-        "sampling": {"height": 96, "width": 96, "num_frames": 33, "num_inference_steps": steps, "seed": 7},
-        "video": {"num_segments": segments},
-        "prompt_segments": [{"segment": 0, "prompt": "a red circle bouncing on a black background"}],
-        "continuity": {"mode": "history", "history_latents": 3},
-        "engine": {"cpu_threads": 1},
-    }
 
 
 def run_whole(root: Path, run_id: str, config: Mapping[str, Any]) -> list[Mapping[str, float]]:

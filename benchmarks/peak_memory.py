@@ -8,9 +8,9 @@ prompts, denoises, decodes, in both modes, and decodes while it denoises. `--qui
 
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,10 @@ def measure(folder: Path, quick: bool, phases: Phases) -> None:
             torch.cuda.empty_cache()
 
         def both(latents: torch.Tensor = latents) -> None:
-            beside = threading.Thread(target=engine.decode, args=(None, latents))
-            beside.start()
-            denoise(1)
-            beside.join()
+            with ThreadPoolExecutor(1) as beside:
+                decoded = beside.submit(engine.decode, None, latents)
+                denoise(1)
+                decoded.result()
 
         phases.phase(f"{mode}: denoise and decode at once", both)
 

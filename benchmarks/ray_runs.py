@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +15,14 @@ from typing import Any
 import ray
 import torch
 
+from benchmarks.provenance import ROOT
+from benchmarks.stand_in_ffmpeg import has_ffmpeg, use_stand_in
 from edit_ray.actors import launch
 from edit_ray.client import LongVideoClient
 from edit_ray.config import Config
+
+DIRECTORY = {"type": Path, "default": ROOT / "runs", "help": "where model and runs are written"}
+"""The command line's option for `folder_for_runs`."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,20 @@ def private_ray(num_cpus: int) -> Iterator[None]:
     finally:
         launch.end_actors()
         ray.shutdown()
+
+
+@contextmanager
+def folder_for_runs(directory: Path, prefix: str, note: Callable[[str], None]) -> Iterator[Path]:
+    """A folder in `directory` for a model and its runs, gone afterwards; where there is no ffmpeg that is noted, and a
+    stand-in for it lies in the folder.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=prefix) as name:
+        folder = Path(name)
+        if not has_ffmpeg():
+            note("no ffmpeg here: encode left out, frames are stored as they are by a stand-in")
+            use_stand_in(folder)
+        yield folder
 
 
 def watch(client: LongVideoClient, run_id: str, submitted: float) -> Seen:

@@ -9,7 +9,6 @@ of the same run, decode and encode included.
 
 import gc
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,10 +22,8 @@ from torch import Tensor
 
 from benchmarks.gpu_actor import config_of
 from benchmarks.gpu_results import MODE, LeftOut, Results, arguments
-from benchmarks.provenance import ROOT
-from benchmarks.ray_runs import Seen, private_ray, watch
+from benchmarks.ray_runs import DIRECTORY, Seen, folder_for_runs, private_ray, watch
 from benchmarks.real_size import Task, embeds, generate, make_pipe, save_model, synchronise, task_for, use
-from benchmarks.stand_in_ffmpeg import has_ffmpeg, use_stand_in
 from edit_ray.cache.options import CacheOptions
 from edit_ray.client import LongVideoClient
 from edit_ray.config import Config
@@ -110,18 +107,13 @@ def main() -> None:
         mode=MODE,
         steps={"type": int, "default": 8},
         segments={"type": int},
-        directory={"type": Path, "default": ROOT / "runs", "help": "where model and runs are written"},
+        directory=DIRECTORY,
     )
     task = task_for(args.quick, num_inference_steps=4 if args.quick else args.steps)
     segments = args.segments or (2 if args.quick else 4)
     told = {"quick": args.quick, "segments": segments, "mode": args.mode}
     results = Results(args, task.told() | told, figure="seconds")
-    args.directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.directory, prefix="scale-") as name:
-        folder = Path(name)
-        if not has_ffmpeg():
-            results.note("no ffmpeg here: encode left out, frames are stored as they are by a stand-in")
-            use_stand_in(folder)
+    with folder_for_runs(args.directory, "scale-", results.note) as folder:
         measure_cfg(results, task, args.device, args.mode)
         gc.collect()
         config = config_for(task, args, folder, segments)

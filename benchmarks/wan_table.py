@@ -80,8 +80,8 @@ class Bench:
         """One call of a row's pipeline; its figures are those of all calls so far."""
         if not self.results.time_for(row.name):
             return
-        with self.results.row(row.name) as figures, row.on() as beside:
-            handles = self._count() if count_blocks else []
+        counted = self._counted() if count_blocks else nullcontext()
+        with self.results.row(row.name) as figures, row.on() as beside, counted:
             memory_peak(self.device, reset=True)
             synchronise(self.device)
             started = time.perf_counter()
@@ -89,8 +89,6 @@ class Bench:
             synchronise(self.device)
             each = [*figures.get("each", []), time.perf_counter() - started]
             peak = memory_peak(self.device)
-            for handle in handles:
-                handle.remove()
             figures.update(ours=row.ours, skipped=row.skipped, seconds=median(each), times=len(each))
             if count_blocks:
                 figures["blocks"] = self._blocks
@@ -112,14 +110,20 @@ class Bench:
             found["skipped_step"] = (took * steps - (steps - row.skipped)) / row.skipped
         return found
 
-    def _count(self) -> list[Any]:
-        """Count the blocks that run by their self-attention, which a skipped one does not reach."""
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count the blocks that run in here by their self-attention, which a skipped one does not reach."""
         self._blocks = 0
 
         def count(_module: torch.nn.Module, _args: Any) -> None:
             self._blocks += 1
 
-        return [block.attn1.register_forward_pre_hook(count) for block in self.pipe.transformer.blocks]
+        handles = [block.attn1.register_forward_pre_hook(count) for block in self.pipe.transformer.blocks]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def warm_up(self, pipe: Any, **beside: Any) -> None:
         """A first call is slow."""

@@ -46,6 +46,16 @@ def _no_ray_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     monkeypatch.setattr(importlib.import_module("ray"), "init", refuse)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models as small as those of tests run fastest on one thread."""
+    torch = importlib.import_module("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def ray_head() -> Iterator[dict[str, str]]:
     """One Ray for the session, started as `make demo` starts its own: with job submission, behind a token.

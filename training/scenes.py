@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 SIZE = 128  # pixels, both ways
-FPS = 16
 EDGE = 2.0  # pixels over which an edge runs from outside to inside: an 8x autoencoder cannot carry sharper ones
 MARGIN = 1.2  # an object's largest reach from its centre, in radii
 FADE_FRAMES = 8  # length of the cross-fade in `render_change`

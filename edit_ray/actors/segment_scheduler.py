@@ -297,10 +297,10 @@ class SegmentSchedulerActor:
         outcome: WorkDone | WorkFailed
         try:
             if run.worker != work.worker:
-                run.worker = work.worker
                 append_event(run.spec.folder.events, "gpu_actor", worker=work.worker)
                 self._pointers[work.run_id] = Pointer(str(run.spec.root), work.worker)
                 await self._remember()
+                run.worker = work.worker
             with self._meter.work(run, work):
                 await self._stages.carry_out(run, work)
         except Exception as error:  # whatever it was, the state machine decides what follows
@@ -319,7 +319,10 @@ class SegmentSchedulerActor:
         spec = run.spec
         # Before anyone is told: whoever waits for the end may end the actors, and then nothing must be left behind.
         if close.worker is not None:
-            await self._release(run, close.worker)
+            try:
+                await self._release(run, close.worker)
+            except Exception as error:  # whatever it was, an end must be told
+                _log.error("what run %s has left in memory and on disk cannot be freed: %s", close.run_id, error)
         with contextlib.suppress(OSError):  # an end must be told even where nothing can be written
             await asyncio.to_thread(run.stream.end)
             await asyncio.to_thread(spec.folder.remove_drafts)  # of actors that were killed

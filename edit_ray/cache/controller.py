@@ -353,8 +353,10 @@ class Cache:
 
     def _account(self, expert: Expert, where: Where) -> None:
         """Notice, where no one says so, that a new call has begun: its steps do not go on from those before."""
+        if self._in_call:
+            return
         this = (expert.name, where.branch, where.step)
-        if not self._in_call and self._done:
+        if self._done:
             last = self._done[-1][2]
             if this in self._done or where.step not in (last, last + 1):
                 self._begin(clear_store=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -25,10 +26,14 @@ class Entry:
 
 
 class ResidualIndex:
-    """Puts residuals into a store, and knows what was put there: a store may let anything go at any time."""
+    """Puts residuals into a store, and knows what was put there: a store may let anything go at any time.
+
+    The branches of a step may be computed in two threads; the store is asked by one at a time.
+    """
 
     def __init__(self, store: CacheStore, history_len: int) -> None:
         self.store, self.history_len = store, history_len
+        self._asking = threading.Lock()
         self.generation = 0
         self.window: tuple[int, ...] = ()
         self._steps: dict[tuple[int, Owner], list[int]] = {}
@@ -38,12 +43,18 @@ class ResidualIndex:
         """Store the residual of a computed step, and drop the oldest that nothing will read."""
         owner = (state.expert, state.branch, state.unit_index)
         key = (self.generation, *owner, step)
-        self.store.put(key, residual)
+        with self._asking:
+            self.store.put(key, residual)
         self._entries[key] = Entry(key, "", tuple(residual.shape), residual.nbytes)
         steps = self._steps.setdefault((self.generation, owner), [])
         steps.append(step)
         if len(steps) > self.history_len and not keeps(steps[-1 - self.history_len]):
             self._drop((self.generation, *owner, steps[-1 - self.history_len]))
+
+    def get(self, key: Key) -> Tensor | None:
+        """What the store has under the key."""
+        with self._asking:
+            return self.store.get(key)
 
     def adopt(self, store: CacheStore, stored: Iterable[Key]) -> None:
         """Go on with another store, and with what earlier generations have left there, each in the order of steps."""
@@ -64,7 +75,7 @@ class ResidualIndex:
             found: str | None = self.store.tier_of(key)
             return found
         tier: str = getattr(self.store, "tier", type(self.store).__name__)
-        return None if self.store.get(key) is None else tier
+        return None if self.get(key) is None else tier
 
     def bytes_by_branch(self) -> dict[str, int]:
         """Bytes put and not dropped, by branch."""
@@ -110,7 +121,8 @@ class ResidualIndex:
         self._steps.clear()
 
     def _drop(self, key: Key) -> None:
-        self.store.drop(key)
+        with self._asking:
+            self.store.drop(key)
         self._entries.pop(key, None)
 
 
@@ -153,5 +165,5 @@ class UnitResiduals:
         return found
 
     def _get(self, generation: int, step: int) -> Tensor | None:
-        residual = self.index.store.get((generation, *self.owner, step))
+        residual = self.index.get((generation, *self.owner, step))
         return residual if residual is None or self.device is None else residual.to(self.device)

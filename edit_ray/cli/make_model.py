@@ -14,9 +14,9 @@ def make_model(options: argparse.Namespace) -> int:
     from edit_ray.testing.made_model import make_model as write_model
 
     folder: Path = options.folder.expanduser()
-    if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
-        raise ConfigError([f"--output is {folder}, which is there; it must be a new or an empty folder"])
     try:
+        if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+            raise ConfigError([f"--output is {folder}, which is there; it must be a new or an empty folder"])
         made = write_model(
             folder,
             options.variant,

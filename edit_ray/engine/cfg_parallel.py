@@ -23,7 +23,7 @@ class CfgParallel:
         """The copies share no weights with the originals: what is changed there later (LoRA, say) is not seen here."""
         self.device = device
         self.transformers = {name: _copied(transformer, device) for name, transformer in transformers.items()}
-        self._copy_of = {id(transformers[name]): copied for name, copied in self.transformers.items()}
+        self._copy_of = {transformers[name]: copied for name, copied in self.transformers.items()}
         self._thread = ThreadPoolExecutor(1, "uncond")
 
     @contextmanager
@@ -34,9 +34,14 @@ class CfgParallel:
 
         Its result is the noise prediction [B, C, T, h, w], on the copy's device. `inputs` are the forward's other
         arguments, `where` those of its `cache_context`. The arguments are copied here, after what the caller has
-        computed.
+        computed. Raises ValueError for a transformer that is not one of the originals.
         """
-        model: Any = self._copy_of[id(transformer)]
+        model: Any = self._copy_of.get(transformer)
+        if model is None:
+            raise ValueError(
+                "The pipeline has another transformer than enable_cfg_parallel() has copied; call "
+                "disable_cfg_parallel(), and enable it again."
+            )
         text = encoder_hidden_states.to(self.device, non_blocking=True)
         there = {
             name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value

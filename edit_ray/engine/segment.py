@@ -89,17 +89,13 @@ class SegmentEngine:
         dtype: torch.dtype = self.pipe.transformer.dtype
         return dtype
 
-    @property
-    def supports_history(self) -> bool:
-        """Whether the model takes per-token timesteps, so that a segment can continue its predecessor."""
-        return bool(self.pipe.config.expand_timesteps)
-
     def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:
         """Encode what is not yet known; of an offloaded text encoder one block is on the device at a time.
 
         Raises `ModelError` for a model without text encoder.
         """
-        missing = [prompt for prompt in dict.fromkeys([*prompts, negative_prompt]) if prompt not in self._embeds]
+        wanted = dict.fromkeys([*prompts, negative_prompt])
+        missing = [prompt for prompt in wanted if prompt not in self._embeds]
         if not missing:
             return
         if self.pipe.text_encoder is None:
@@ -107,7 +103,9 @@ class SegmentEngine:
         for start in range(0, len(missing), PROMPTS_AT_ONCE):
             some = missing[start : start + PROMPTS_AT_ONCE]
             self._embeds.update(zip(some, self._encode(some), strict=True))
-        while len(self._embeds) > max(KEPT_PROMPTS, len(missing)):
+        for prompt in wanted:
+            self._embeds.move_to_end(prompt)
+        while len(self._embeds) > max(KEPT_PROMPTS, len(wanted)):
             self._embeds.popitem(last=False)
 
     def denoise(

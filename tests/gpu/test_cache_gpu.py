@@ -6,18 +6,10 @@ import pytest
 import torch
 
 from edit_ray import EditWanPipeline
+from tests.calls import AS_TRAINED
 
 STEPS = 12
-CALL = {
-    "prompt": "a red circle and a blue square bouncing on a black background",
-    "height": 128,
-    "width": 128,
-    "num_frames": 33,
-    "num_inference_steps": STEPS,
-    "guidance_scale": 4.0,
-    "output_type": "latent",
-    "return_dict": False,
-}
+CALL = AS_TRAINED | {"num_inference_steps": STEPS}
 KNOWN = {
     "magcache": {"threshold": 0.3},
     "schedule": {"mask": [True, False] * (STEPS // 2)},

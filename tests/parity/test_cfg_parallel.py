@@ -1,22 +1,18 @@
 """The two branches at the same time are the two branches one after the other, bit for bit."""
 
+import copy
+import time
+
 import pytest
 import torch
 
 from edit_ray import EditWanPipeline
+from edit_ray.cache import GPUStore
 from edit_ray.testing import save_random_wan
+from tests.calls import TINY
 
 STEPS = 6
-CALL = {
-    "prompt": "a red circle",
-    "height": 32,
-    "width": 32,
-    "num_frames": 5,
-    "num_inference_steps": STEPS,
-    "max_sequence_length": 32,
-    "output_type": "latent",
-    "return_dict": False,
-}
+CALL = TINY | {"num_inference_steps": STEPS}
 CACHES = {
     "none": None,
     "schedule": {"mask": [True, True, False, True, False, True]},
@@ -93,6 +89,45 @@ def test_what_fails_in_the_other_thread_fails_here(pipe):
     with pytest.raises(ZeroDivisionError, match="in a hook"):
         latents(pipe)
     assert pipe.cache is None
+
+
+class Watched(GPUStore):
+    """Takes its time, and notes how many threads were in it at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.most = [], 0
+
+    def _slowly(self, call, *arguments):
+        self.inside.append(call)
+        self.most = max(self.most, len(self.inside))
+        time.sleep(0.0005)
+        self.inside.remove(call)
+        return call(*arguments)
+
+    def put(self, key, tensor):
+        self._slowly(super().put, key, tensor)
+
+    def get(self, key):
+        return self._slowly(super().get, key)
+
+
+def test_a_store_is_asked_by_one_thread_at_a_time(pipe):
+    pipe.enable_cfg_parallel("cpu")
+    store = Watched()
+    pipe.enable_cache("taylorseer", STEPS, "per_block", store, **CACHES["taylorseer"])
+    latents(pipe)
+    assert store.most == 1
+
+
+def test_a_transformer_that_is_replaced_is_no_copy_of_another(pipe):
+    pipe.enable_cfg_parallel("cpu")
+    original, pipe.transformer = pipe.transformer, copy.deepcopy(pipe.transformer)
+    try:
+        with pytest.raises(ValueError, match="another transformer than enable_cfg_parallel"):
+            latents(pipe)
+    finally:
+        pipe.transformer = original
 
 
 def test_it_is_enabled_once_and_before_a_cache(pipe):

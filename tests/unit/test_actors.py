@@ -2,12 +2,15 @@
 
 import asyncio
 import dataclasses
+import errno
+import os
 import pickle
 
 import numpy as np
 import pytest
 import torch
 
+from edit_ray.actors import segment_scheduler
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
@@ -16,6 +19,7 @@ from edit_ray.engine.continuity import match_statistics
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.errors import ConfigError, RunExists, UnknownRun
+from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
 from edit_ray.video.encode import read_frames
@@ -63,6 +67,15 @@ class Crew(LocalCrew):
         return await super().denoiser(worker, method, *arguments)
 
 
+class Unlucky(Crew):
+    """A crew whose store can free nothing at the end of a run."""
+
+    async def store(self, worker, method, *arguments):
+        if method == "drop_run":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return await super().store(worker, method, *arguments)
+
+
 async def generate(root, config, run_id="one", crew=None):
     crew = crew or Crew()
     scheduler = SegmentSchedulerActor(crew)
@@ -105,6 +118,24 @@ def test_a_run_makes_exactly_the_promised_frames(tmp_path, model):
     assert left == [], "nothing half-written stays"
 
 
+def test_what_cannot_be_written_or_freed_keeps_no_run_from_its_end(tmp_path, model, monkeypatch):
+    append, failed = segment_scheduler.append_event, []
+
+    def fails_once(path, event, **fields):
+        if not failed:
+            failed.append(event)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        append(path, event, **fields)
+
+    monkeypatch.setattr(segment_scheduler, "append_event", fails_once)
+    config = config_for(model, video={"num_segments": 1}, prompt_segments=[{"segment": 0, "prompt": "a red circle"}])
+    status, records, _ = asyncio.run(generate(tmp_path, config, crew=Unlucky()))
+    assert (status.state, len(records)) == ("done", 1)
+    assert failed == ["gpu_actor"]
+    said = [event for event in read_events(RunFolder(tmp_path, "one").events) if event["event"] == "gpu_actor"]
+    assert [event["worker"] for event in said] == [0], "who goes on with the run is told where it was"
+
+
 def test_segments_that_stand_alone(tmp_path, model):
     config = config_for(
         model,
@@ -117,10 +148,10 @@ def test_segments_that_stand_alone(tmp_path, model):
     assert len(frames_of(tmp_path, config)) == 2 * 17
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_segment_0_equals_the_library(tmp_path, model):
     config = config_for(model, video={"num_segments": 1}, prompt_segments=[{"segment": 0, "prompt": "a red circle"}])
     asyncio.run(generate(tmp_path, config))
-    torch.set_num_threads(1)
     pipe = EditWanPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     sampling = config.sampling

@@ -27,16 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SEGMENTS = 4
-REUSE = {
-    "cache": {
-        "policy": "warmstart_reuse",
-        "inner": "fbcache",
-        "rel_l1_thresh": 0.2,
-        "warm_steps": 2,
-        "reuse_window": 2,
-    },
-    "store": {"host_bytes": 4 * 4096, "allow_tmpfs": True},
-}
+WARM = {"policy": "warmstart_reuse", "inner": "fbcache", "rel_l1_thresh": 0.2, "warm_steps": 2, "reuse_window": 2}
+REUSE = {"cache": WARM, "store": {"host_bytes": 4 * 4096, "allow_tmpfs": True}}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +89,16 @@ class Dying(LocalCrew):
             if self.left == 0:
                 self.now.set()
         return await super().denoiser(worker, method, *arguments)
+
+
+async def leave_half_made(root, run_id, config):
+    """A run that was at work when all its actors died."""
+    crew = Dying(5)
+    scheduler = SegmentSchedulerActor(crew)
+    await submit(scheduler, root, run_id, config)
+    await crew.now.wait()
+    await die(scheduler)
+    await crew.end()
 
 
 def same(one, other, index):
@@ -194,12 +196,7 @@ def test_a_run_goes_on_from_its_folder_alone(tmp_path, model, undisturbed):
     """As after the loss of the whole cluster: other actors, and nobody who remembers."""
 
     async def resume_elsewhere():
-        crew = Dying(5)
-        first = SegmentSchedulerActor(crew)
-        await submit(first, tmp_path, "plain", config_for(model))
-        await crew.now.wait()
-        await die(first)
-        await crew.end()
+        await leave_half_made(tmp_path, "plain", config_for(model))
         other = LocalCrew()
         second = SegmentSchedulerActor(other)
         with pytest.raises(UnknownRun):
@@ -274,12 +271,7 @@ class OtherHardware(LocalCrew):
 
 def test_other_hardware_is_refused_by_name(tmp_path, model):
     async def move():
-        crew = Dying(5)
-        first = SegmentSchedulerActor(crew)
-        await submit(first, tmp_path, "one", config_for(model))
-        await crew.now.wait()
-        await die(first)
-        await crew.end()
+        await leave_half_made(tmp_path, "one", config_for(model))
         other = OtherHardware()
         second = SegmentSchedulerActor(other)
         with pytest.raises(HardwareDiffers, match=r"device was 'cpu \w+' and is 'an abacus', threads was 1 and is 64"):

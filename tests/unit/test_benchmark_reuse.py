@@ -4,7 +4,6 @@ import json
 import sys
 
 import pytest
-import torch
 
 from benchmarks import reuse
 from benchmarks.long_videos import load
@@ -12,14 +11,7 @@ from benchmarks.reuse import Warm, settings, thresholds_by_skips, work
 from benchmarks.reuse_report import differences, verdicts
 from edit_ray.cache.tiering.reuse_plan import make_reuse_plan
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small run fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("setting", settings(), ids=lambda setting: setting.name)

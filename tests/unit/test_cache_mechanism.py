@@ -13,18 +13,11 @@ from edit_ray.cache import (
 )
 from edit_ray.cache.stores.host import HostStore
 from edit_ray.testing import save_random_wan
+from tests.calls import TINY
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 5
-CALL = {
-    "prompt": "a red circle",
-    "height": 32,
-    "width": 32,
-    "num_frames": 5,
-    "num_inference_steps": STEPS,
-    "max_sequence_length": 32,
-    "output_type": "latent",
-    "return_dict": False,
-}
+CALL = TINY | {"num_inference_steps": STEPS}
 GRANULARITIES = ["stack", "per_block", 2]
 
 
@@ -47,15 +40,6 @@ def folder(tmp_path_factory):
 def two_experts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wan22")
     return save_random_wan(folder, num_layers=3, two_experts=True, boundary_ratio=0.8)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models this small run fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -19,18 +19,11 @@ from edit_ray.cache import (
     remove_cache_from_transformer,
 )
 from edit_ray.testing import save_random_wan
+from tests.calls import TINY
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 4
-CALL = {
-    "prompt": "a red circle",
-    "height": 32,
-    "width": 32,
-    "num_frames": 5,
-    "num_inference_steps": STEPS,
-    "max_sequence_length": 32,
-    "output_type": "latent",
-    "return_dict": False,
-}
+CALL = TINY | {"num_inference_steps": STEPS}
 GRANULARITIES = ["stack", "per_block", 2]
 
 
@@ -43,15 +36,6 @@ class Mask(CachePolicy):
     def should_compute(self, ctx):
         self.seen.append((ctx.step, ctx.branch, ctx.e, ctx.e0))
         return self.mask[ctx.step]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models this small run fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

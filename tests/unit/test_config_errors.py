@@ -1,14 +1,11 @@
 """Every row of bad input: one sentence with the place, the key, what was given and what is valid, and no traceback."""
 
-import json
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from edit_ray.config import load_config
 from edit_ray.errors import ConfigError
@@ -339,66 +336,3 @@ def test_thousands_of_mistakes_are_counted_not_listed(tmp_path: Path) -> None:
     assert time.monotonic() - began < 30
     assert len(problems) == 101
     assert "2899 more mistakes" in problems[-1]
-
-
-def load_quietly(path: Path, overrides: Sequence[str] = ()) -> None:
-    problems: Sequence[str] = ["none"]
-    try:
-        load_config(path, overrides, check_model=False)
-    except ConfigError as error:
-        problems = error.problems
-    assert problems
-    assert all(problem.isprintable() for problem in problems)
-
-
-fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-KEYS = ["model", "sampling", "video", "prompt_segments", "continuity", "store", "num_segments", "duration", "start"]
-KEYS += ["prompt", "segment", "num_frames", "fps", "mode", "history_latents", "host_bytes", "path", "directory"]
-VALUES = ["0s", "3s", "1e6", "256MiB", "history", "none", "", " ", ".nan", "\ud800", "\0"]
-leaves = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-5, 50),
-    st.integers(),
-    st.floats(),
-    st.text(max_size=8),
-    st.sampled_from(VALUES),
-)
-trees = st.recursive(
-    leaves,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4), st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=3), inner, max_size=6)
-    ),
-    max_leaves=25,
-)
-
-
-@fuzz
-@given(st.binary(max_size=200))
-def test_random_bytes_raise_nothing_else(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "fuzz.yaml").write_bytes(content)
-    load_quietly(tmp_path / "fuzz.yaml")
-
-
-@fuzz
-@given(st.text(st.sampled_from("ab:- \n{}[]&*!|>'\"%#?,\\0u\t"), max_size=60))
-def test_random_yaml_raises_nothing_else(tmp_path: Path, content: str) -> None:
-    (tmp_path / "fuzz.yaml").write_text(content)
-    load_quietly(tmp_path / "fuzz.yaml")
-
-
-@fuzz
-@given(trees)
-def test_random_trees_raise_nothing_else(tmp_path: Path, tree: object) -> None:
-    # JSON is YAML too, and its escapes reach what YAML text cannot hold.
-    (tmp_path / "fuzz.yaml").write_text(json.dumps(tree))
-    load_quietly(tmp_path / "fuzz.yaml")
-
-
-@fuzz
-@given(
-    st.lists(st.tuples(st.lists(st.sampled_from([*KEYS, "0", "1", "x"]), max_size=4), st.text(max_size=9)), max_size=4)
-)
-def test_random_options_raise_nothing_else(tmp_path: Path, options: list[tuple[list[str], str]]) -> None:
-    (tmp_path / "fuzz.yaml").write_text(GOOD)
-    load_quietly(tmp_path / "fuzz.yaml", [f"{'.'.join(key)}={value}" for key, value in options])

@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
 from edit_ray.cache.policies import POLICIES, CachePolicy, PolicyContext, WarmstartReuse
 from edit_ray.cache.policies.per_branch import parse_per_branch
@@ -30,14 +29,7 @@ REQUIRED = {
     "magcache": {"mag_ratios": [1.0]},
 }
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models this small run fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def blocks(language, text=PAGE):

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-import torch
+import pytest
 
 from edit_ray.cli.main import parser
 from edit_ray.config import load_config
@@ -19,17 +19,13 @@ def block(language, number=0):
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[number]
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_code_runs(capsys):
     code = block("python")
     for old, new in SMALLER.items():
         assert old in code
         code = code.replace(old, new)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        exec(compile(code, "<docs/long-video.md>", "exec"), {})
-    finally:
-        torch.set_num_threads(before)
+    exec(compile(code, "<docs/long-video.md>", "exec"), {})
     assert capsys.readouterr().out.splitlines()[-1] == "81"
 
 

@@ -8,14 +8,7 @@ from edit_ray.engine.decode import StreamingDecoder, denormalise, lookback_laten
 from edit_ray.engine.encode import encode, normalise
 from edit_ray.testing import random_vae
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small run fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_normalise_is_the_inverse_of_denormalise():

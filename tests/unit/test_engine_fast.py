@@ -18,18 +18,10 @@ from edit_ray.engine.text import streamed
 from edit_ray.errors import ModelError
 from edit_ray.testing import Variant, fill_random, random_transformer, random_vae, save_random_wan
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 CPU = torch.device("cpu")
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 48, "num_layers": 3, "text_dim": 24}
 TIMES = {"one": torch.tensor([500]), "per token": torch.arange(32)[None]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -8,14 +8,7 @@ from edit_ray.testing import save_random_wan
 
 SIZE = {"height": 32, "width": 32, "num_frames": 17, "num_inference_steps": 3}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small run fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

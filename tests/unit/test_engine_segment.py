@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from edit_ray.engine import segment
 from edit_ray.engine.decode import denormalise, to_uint8
 from edit_ray.engine.loading import choose_device, choose_dtype, load_pipeline, with_flow_shift
 from edit_ray.engine.options import ModelOptions, SamplingOptions
@@ -16,14 +17,7 @@ SAMPLING = SamplingOptions(
     height=32, width=48, num_frames=9, num_inference_steps=3, guidance_scale=4.0, negative_prompt="black"
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small run fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +74,14 @@ def test_prompts_are_encoded_once_and_up_front(engine, monkeypatch):
     monkeypatch.setattr(engine.pipe, "text_encoder", None)
     engine.denoise(SAMPLING, prompt=PROMPTS[1], seed=3)
     assert encoded[3:] == [None], "the pipeline is given embeddings, not words"
+
+
+def test_embeddings_that_are_asked_for_again_are_not_let_go(engine, monkeypatch):
+    monkeypatch.setattr(segment, "KEPT_PROMPTS", 2)
+    first = engine.denoise(SAMPLING, prompt=PROMPTS[0], seed=3)
+    for prompt in (PROMPTS[1], "a green circle", PROMPTS[0]):
+        latents = engine.denoise(SAMPLING, prompt=prompt, seed=3)
+    assert torch.equal(latents, first)
 
 
 def test_on_step_counts_and_may_stop(engine):
@@ -155,7 +157,7 @@ def test_without_a_run_every_segment_is_a_stream_of_its_own(engine, stream):
 
 
 def test_what_the_engine_says_of_itself(engine, folder):
-    assert (engine.device, engine.dtype, engine.supports_history) == (torch.device("cpu"), torch.float32, True)
+    assert (engine.device, engine.dtype) == (torch.device("cpu"), torch.float32)
     options = ModelOptions(path=str(folder), device="cpu", torch_dtype="bfloat16")
     half = SegmentEngine.load(options, cpu_threads=1)
     assert half.dtype == torch.bfloat16

@@ -12,14 +12,7 @@ from tests.unit.test_engine_decode import VAES, decode_at_once
 TILE, STRIDE = 3, 2  # latents
 LATENTS = 5
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small run fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_tiles(vae):

@@ -25,14 +25,7 @@ OF_THE_LIBRARY = {
 }
 WITH_RAY = {"storyboard", "contact_sheet"}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models this small run fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from tests.store_here import StoreHere
 RUN, EXPERT = "run", "transformer"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
 WAYS = ("require", "never")
+READS_OF_8 = {"step": 48, "last": 176}  # of so many segments, by how they are aligned
 
 
 def leases_on(
@@ -208,14 +209,18 @@ def test_too_little_shared_memory_is_made_up_for_where_that_is_allowed(leases_fo
 
 
 def many_segments(leases, number):
-    """Segments whose loop goes on after their reads and writes: in that time the next one's are brought."""
+    """Segments whose loop goes on after their reads and writes: in that time the next one's are brought. How much they
+    have read.
+    """
+    read = 0
     for segment in range(number):
         store = leases.begin(segment, 0, history_len=1)
-        make_ops(store, leases.reuse.form)
+        read += make_ops(store, leases.reuse.form)
         for step in range(10, 30):
             store.put((segment, EXPERT, "cond", 0, step), torch.zeros(1))
         store.finish()
         leases.complete(segment, 0)
+    return read
 
 
 @pytest.mark.parametrize("align", ["step", "last"])
@@ -226,7 +231,7 @@ def test_reads_of_the_next_segment_loaded_while_this_one_is_made_are_right(tmp_p
     store = StoreHere()
     leases = leases_on(store, tmp_path, "require", host_bytes=host * 4096, num_segments=8, align=align)
     leases.ahead_bytes = ahead * leases.reuse.form.size
-    many_segments(leases, 8)
+    assert many_segments(leases, 8) == READS_OF_8[align]
     leases.close()
     store.close()
 

@@ -21,14 +21,7 @@ from tests.unit.policy_unit import RecordedSignals, Unit
 
 SEEDS = st.integers(0, 2**32)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tensors this small are fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def walk(count, shape, drift, seed):

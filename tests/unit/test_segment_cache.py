@@ -28,14 +28,7 @@ PER_BLOCK = CacheOptions(policy="taylorseer", cache_interval=2, disable_cache_be
 PROBED = CacheOptions(policy="fbcache", rel_l1_thresh=3)
 CACHES = [MASKED, FITTED, PER_BLOCK, PROBED]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small run fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path, PurePosixPath
 
 import pytest
-import torch
 import yaml
 
 from edit_ray.cli.main import parser
@@ -102,7 +101,7 @@ def test_configurations_are_valid(page, tmp_path):
     for code in blocks(page, "yaml"):
         path = tmp_path / "run.yaml"
         path.write_text(code + "".join(f"\n{key}: {value}\n" for key, value in rest.items() if f"{key}:" not in code))
-        load_config(path)
+        assert yaml.safe_load(code).keys() <= load_config(path).model_fields_set
 
 
 def test_all_python_is_run_by_a_test():
@@ -117,11 +116,11 @@ def test_pages_that_are_made_from_the_code_are_fresh():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     """Of the library; that of the client is in tests/ray."""
     monkeypatch.chdir(tmp_path)
     names = {}
-    torch.set_num_threads(1)
     for code in blocks("README.md", "python"):
         if "LongVideoClient" not in code:
             exec(compile(code, "<README.md>", "exec"), names)

@@ -224,6 +224,7 @@ class Histories(RuleBasedStateMachine):
 
     folder: Path  # set by the test, with fragments of every segment and take in it
     parts: dict[tuple[int, int], Part]
+    ended: list[int]  # how many segments each video had that was ended
 
     @initialize()
     def begin(self):
@@ -268,6 +269,7 @@ class Histories(RuleBasedStateMachine):
         if self.told:
             assert has_ended(self.folder)
             assert listed(self.folder) == [part.path for part in self.told]
+        self.ended.append(len(self.told))
 
     @invariant()
     def a_viewer_never_loses_what_was_told(self):
@@ -291,9 +293,12 @@ def test_any_history_leaves_files_that_agree(tmp_path):
     for take in range(3):
         for index in range(4):
             parts[index, take] = make_part(tmp_path, index, index * 8, 8, take)
-    machine = type("Bound", (Histories,), {"folder": tmp_path, "parts": parts})
-    checks = settings(max_examples=60, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck))
+    ended = []
+    machine = type("Bound", (Histories,), {"folder": tmp_path, "parts": parts, "ended": ended})
+    given = {"max_examples": 60, "stateful_step_count": 15, "deadline": None, "database": None, "derandomize": True}
+    checks = settings(**given, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(machine, settings=checks)
+    assert set(ended) == {0, 1, 2, 3, 4}
 
 
 def follow(folder: Path, fps: int, lengths: list[int], timeout_s: float) -> list[int]:

@@ -43,11 +43,6 @@ class ExtentAllocator:
         self._start_of = {self.size_bytes: 0}  # a free range's end -> its offset
         self._size_at = {0: self.size_bytes}  # a free range's offset -> its size
 
-    @property
-    def largest_free(self) -> int:
-        """Bytes of the largest extent that can be had now."""
-        return self._by_size[-1][0] if self._by_size else 0
-
     def allocate(self, size: int) -> Extent | None:
         """An extent of `room_of(size)` bytes, or None while no free range is that large."""
         room = room_of(size)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
 
+from edit_ray.cache.stores.held import HeldTensors
 from edit_ray.cache.stores.store import Key, check_budget
 
 _LARGE = 1 << 20  # bytes
 
 
-class HostStore:
+class HostStore(HeldTensors):
     """A `CacheStore` in RAM. `budget_bytes` None means no bound.
 
     Counts what it refuses (larger than the whole budget) and what it evicts. Not thread-safe: one owner at a time.
@@ -22,11 +22,10 @@ class HostStore:
     tier = "host"
 
     def __init__(self, budget_bytes: int | None = None) -> None:
+        super().__init__()
         self.budget_bytes = check_budget(budget_bytes)
-        self.bytes_resident = 0
         self.num_evictions = 0
         self.num_refused = 0
-        self._entries: OrderedDict[Key, torch.Tensor] = OrderedDict()
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
         self.drop(key)
@@ -48,26 +47,6 @@ class HostStore:
 
     def prefetch(self, keys: Iterable[Key]) -> None:
         """Nothing to do: every entry is already where `get` finds it."""
-
-    def drop(self, key: Key) -> None:
-        tensor = self._entries.pop(key, None)
-        if tensor is not None:
-            self.bytes_resident -= tensor.nbytes
-
-    def drop_where(self, condition: Callable[[Key], bool]) -> None:
-        for key in [key for key in self._entries if condition(key)]:
-            self.drop(key)
-
-    def clear(self) -> None:
-        self._entries.clear()
-        self.bytes_resident = 0
-
-    def sizes(self) -> dict[Key, int]:
-        """Bytes of every entry, least recently used first."""
-        return {key: tensor.nbytes for key, tensor in self._entries.items()}
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,6 @@ class Counters:
 
     stored: int = 0
     spills: int = 0  # moves one or more tiers down
-    promotions: int = 0  # moves up
     stale: int = 0  # events about a request or a place that is gone, or not there yet
     retries: int = 0  # spills tried again after the tier was full below its budget
     misses: int = 0  # reads that found nothing

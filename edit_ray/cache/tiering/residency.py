@@ -186,8 +186,6 @@ class Residency:
         if spill:
             self.counters.spills += 1
             self.ahead.wasted(entry)
-        elif level != self.staging:
-            self.counters.promotions += 1
         self._settle(entry)
 
     def failed(self, ticket: int, failure: Failure) -> None:
