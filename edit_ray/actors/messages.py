@@ -210,6 +210,7 @@ class RunStatus:
 
     @property
     def ended(self) -> bool:
+        """Whether it is done, failed or cancelled. One that is not may still wait, `paused` or `open`."""
         return self.state in ("done", "failed", "cancelled")
 
 

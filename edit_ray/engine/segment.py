@@ -89,11 +89,6 @@ class SegmentEngine:
         dtype: torch.dtype = self.pipe.transformer.dtype
         return dtype
 
-    @property
-    def supports_history(self) -> bool:
-        """Whether the model takes per-token timesteps, so that a segment can continue its predecessor."""
-        return bool(self.pipe.config.expand_timesteps)
-
     def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:
         """Encode what is not yet known; of an offloaded text encoder one block is on the device at a time.
 

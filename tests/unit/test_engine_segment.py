@@ -155,7 +155,7 @@ def test_without_a_run_every_segment_is_a_stream_of_its_own(engine, stream):
 
 
 def test_what_the_engine_says_of_itself(engine, folder):
-    assert (engine.device, engine.dtype, engine.supports_history) == (torch.device("cpu"), torch.float32, True)
+    assert (engine.device, engine.dtype) == (torch.device("cpu"), torch.float32)
     options = ModelOptions(path=str(folder), device="cpu", torch_dtype="bfloat16")
     half = SegmentEngine.load(options, cpu_threads=1)
     assert half.dtype == torch.bfloat16

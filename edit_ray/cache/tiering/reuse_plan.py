@@ -86,10 +86,6 @@ class ReusePlan:
             uses.setdefault(read.key, []).append((index, order))
         return uses
 
-    def dead_after(self) -> dict[Key, int]:
-        """The last segment that reads each entry."""
-        return {key: uses[-1][0] for key, uses in self.uses().items()}
-
 
 def make_reuse_plan(
     run: str,
