@@ -81,6 +81,7 @@ LEFT_OUT = {
     "kubectl apply -f deploy/kuberay/volumes.yaml": "needs a cluster; test_deploy.py checks the files",
     "kubectl apply -f deploy/kuberay/ray-job.yaml": "needs a cluster",
     "kubectl apply -f deploy/kuberay/pod-monitor.yaml -f deploy/kuberay/prometheus-rule.yaml": "needs a cluster",
+    "pip install -c constraints.txt git+file:///path/to/clone": "the line before it, by way of git's partial clone",
     "uv venv && uv pip install -c constraints.txt -e .": "another installer, for what the lines before do with pip",
     "ffplay stream.mp4": "needs a screen; test_playing.py plays the files with ffmpeg",
     "ffplay -live_start_index 0 live.m3u8": "needs a screen",
