@@ -31,6 +31,7 @@ class LiveRun:
 
     @classmethod
     def of(cls, spec: RunSpec, file: ManifestFile) -> LiveRun:
+        """The run, with what plays of it as its folder has it."""
         return cls(spec, file, spec.stream_files())
 
     @property
@@ -44,6 +45,7 @@ class LiveRun:
 
     @property
     def end(self) -> Ended | None:
+        """How it has ended; None while it has not."""
         return self.manifest.end or self.unrecorded
 
     async def append(self, line: Line) -> None:

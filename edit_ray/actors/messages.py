@@ -74,6 +74,7 @@ class RunSpec:
 
     @property
     def plan(self) -> RunPlan:
+        """The run as the state machine sees it."""
         engine = self.config.engine
         return RunPlan(
             self.run_id,
@@ -113,9 +114,11 @@ class RunSpec:
         return not self.tiled(index) and self.config.engine.tiled_decode != "never"
 
     def latents(self, index: int) -> Path:
+        """The file of a segment's latents, in its newest take."""
         return self.folder.latents(index, self.segment(index).take)
 
     def media(self, index: int) -> Path:
+        """The file of a segment's frames, in its newest take."""
         return self.folder.media(index, self.segment(index).take)
 
     def part(self, segment: SegmentPlan) -> Part:
@@ -210,6 +213,7 @@ class RunStatus:
 
     @property
     def ended(self) -> bool:
+        """Whether it is done, failed or cancelled. One that is not may still wait, `paused` or `open`."""
         return self.state in ("done", "failed", "cancelled")
 
 

@@ -53,7 +53,7 @@ def config_of(data: Mapping[str, Any]) -> Config:
 
 
 def _validate(data: Any, check_model: bool) -> tuple[Config | None, list[Mistake]]:
-    """The configuration and every mistake; with mistakes it is the one that stands-ins for wrong values make.
+    """The configuration and every mistake; with mistakes it is the one that stand-ins for wrong values make.
 
     What has been found wrong is replaced and all is checked again, so that the checks that need a whole
     configuration run as well. What they say about a replaced value is dropped.
@@ -72,7 +72,7 @@ def _validate(data: Any, check_model: bool) -> tuple[Config | None, list[Mistake
         for path in new or [mistake.path[:1] for mistake in mistakes]:
             wrong.add(path)
     if config is not None and check_model and not wrong.touch(("model", "path")):
-        # Not what stands-ins have spoiled, but what is known: the words of an ill-placed prompt are still its own.
+        # Not what stand-ins have spoiled, but what is known: the words of an ill-placed prompt are still its own.
         known = WrongKeys(mistake.path for mistake in found)
         found += [mistake for mistake in model_mistakes(config, list(_texts(data))) if not known.spoil(mistake)]
     return config, found

@@ -71,6 +71,7 @@ class RunMetrics:
             self._commit(run_id, run, record)
 
     def ended(self, run_id: str, outcome: str) -> None:
+        """A run has ended with this outcome, and nothing of it is counted any more."""
         self._totals.inc("edit_ray_runs_ended_total", outcome=outcome)
         self._runs.pop(run_id, None)
         self._begun = {of: since for of, since in self._begun.items() if of[0] != run_id}

@@ -90,6 +90,7 @@ class Storyboard:
     takes: tuple[Take, ...] = ()
 
     def segment(self, index: int) -> SegmentPlan:
+        """What segment `index`, from 0, shows: the scene that holds there, as its newest take has it."""
         scene = self.scenes[bisect_right(self.scenes, index, key=lambda scene: scene.start) - 1]
         seed, prompt = scene.seed, scene.prompt
         for take in self.takes:

@@ -81,6 +81,18 @@ def start_job(spawn):
     return lambda *arguments: spawn(str(REPOSITORY / "jobs" / "long_video.py"), *arguments)
 
 
+def typed(command, environment) -> subprocess.CompletedProcess[str]:
+    """What comes of a command; once more while Ray's job agent, which comes up after everything else, is not there."""
+
+    def done():
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=600, check=False
+        )
+        return None if "No available agent" in done.stderr else done
+
+    return wait_until(done)
+
+
 def manifest_of(folder: Path) -> Manifest:
     return RunFolder(folder.parent, folder.name).read_manifest()
 

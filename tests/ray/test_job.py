@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -15,20 +14,13 @@ from edit_ray.actors import launch
 from edit_ray.cache.records import Record
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.video.encode import read_frames
-from tests.ray.conftest import REPOSITORY, manifest_of, wait_until
+from tests.ray.conftest import manifest_of, typed, wait_until
 
 FRAMES = 17 + 3 * 4 * (5 - 2)
 
 
 def ray_job_submit(environment, *arguments):
-    """What Ray's command says; again while its job agent, which comes up after everything else, is not there."""
-    command = [os.path.join(os.path.dirname(sys.executable), "ray"), "job", "submit", *arguments]
-
-    def submitted():
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, check=False)
-        return None if "No available agent" in done.stderr else done
-
-    return wait_until(submitted)
+    return typed([os.path.join(os.path.dirname(sys.executable), "ray"), "job", "submit", *arguments], environment)
 
 
 def latents_of_the_library(model):

@@ -15,13 +15,13 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "long-video.md").read_tex
 SMALLER = {"height=128": "height=32", "width=128": "width=32", "num_inference_steps=30": "num_inference_steps=2"}
 
 
-def block(language, number=0):
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[number]
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_code_runs(capsys):
-    code = block("python")
+    (code,) = blocks("python")
     for old, new in SMALLER.items():
         assert old in code
         code = code.replace(old, new)
@@ -31,18 +31,20 @@ def test_the_code_runs(capsys):
 
 def test_the_configuration_names_every_option(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text(block("yaml") + "video: {num_segments: 3}\nprompt_segments: [{segment: 0, prompt: a red circle}]\n")
+    path.write_text(
+        blocks("yaml")[0] + "video: {num_segments: 3}\nprompt_segments: [{segment: 0, prompt: a red circle}]\n"
+    )
     config = load_config(path)
     assert config.continuity == ContinuityOptions(mode="overlap")
     assert config.num_frames_total == 33 + 2 * 24
-    assert list(ContinuityOptions.model_fields) == re.findall(r"^  (\w+):", block("yaml"), re.MULTILINE)
+    assert list(ContinuityOptions.model_fields) == re.findall(r"^  (\w+):", blocks("yaml")[0], re.MULTILINE)
     for suffix in PICTURES + CLIPS:
         assert f"`{suffix}`" in PAGE
 
 
 def test_the_storyboard_is_understood(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text(block("yaml", 1) + "video: {num_segments: 3}\n")
+    path.write_text(blocks("yaml")[1] + "video: {num_segments: 3}\n")
     last = load_config(path).storyboard.segment(2)
     assert (last.guidance_scale, "square" in last.prompt) == (6.0, True)
 

@@ -1,6 +1,7 @@
 """The house's rules that a linter of imports cannot see: what is really loaded, and how large things have grown."""
 
 import ast
+import re
 import statistics
 import subprocess
 import sys
@@ -92,6 +93,25 @@ def test_the_median_module_fits_in_the_head() -> None:
     # An empty __init__ would only make the median look better than it is.
     sizes = [lines for path in MODULES if (lines := len(path.read_text().splitlines())) > 1]
     assert statistics.median(sizes) <= MEDIAN_LINES
+
+
+CUDA = re.compile(r"torch\.cuda\.(?!OutOfMemory)|is_cuda|\.type [!=]= \"cuda\"")
+# They ask for a GPU in lines that a CPU runs as well.
+EVERYWHERE = {"actors/denoiser.py", "engine/fast.py", "engine/provenance.py"}
+
+
+def test_what_only_a_gpu_runs_is_named() -> None:
+    """In CONTRIBUTING.md, by module, with the names in it and the tests that run them."""
+    section = (
+        (ROOT / "CONTRIBUTING.md").read_text().partition("## What only a GPU runs through")[2].partition("\n## ")[0]
+    )
+    named = set(re.findall(r"`(\w+/[\w/]+\.py)`", section))
+    asking = {str(path.relative_to(PACKAGE)) for path in MODULES if CUDA.search(path.read_text())}
+    assert named == asking - EVERYWHERE
+    for module, names, tests in re.findall(r"^\| `(\S+)`: (.*?) \| (.*?) \|$", section, re.MULTILINE):
+        source = (PACKAGE / module).read_text()
+        assert all(re.search(rf"(def|class) {name}\b", source) for name in re.findall(r"`(\w+)`", names))
+        assert all((ROOT / "tests" / "gpu" / test).is_file() for test in re.findall(r"`(\S+)`", tests))
 
 
 def test_everything_public_says_what_it_is() -> None:

@@ -1,6 +1,6 @@
 """README, docs and the other pages: their links lead somewhere, their commands are understood, what is made is fresh.
 
-What runs of their code: tests/unit/test_docs.py and test_docs_long_video.py, and here that of the README.
+tests/documented.py says which test runs which of their code; here is that of the README.
 """
 
 import importlib.util
@@ -17,35 +17,12 @@ import yaml
 
 from edit_ray.cli.main import parser
 from edit_ray.config import load_config
+from tests.documented import PAGES, ROOT, blocks, commands
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [
-    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "monitoring/README.md", "examples/README.md", "deploy/README.md"),
-    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
-]
 SITE = runpy.run_path(str(ROOT / "docs" / "repository_links.py"))
-# Programs of others, whose arguments are not looked at.
-OF_OTHERS = {
-    "pip",
-    "python3",
-    "uv",
-    "ray",
-    "docker",
-    "kubectl",
-    "npm",
-    "python",
-    "ffplay",
-    "sudo",
-    "cd",
-    "export",
-    "cmp",
-}
-
-
-def blocks(page, *languages):
-    text = (ROOT / page).read_text()
-    found = re.findall(r"^( *)```(\w*)\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
-    return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, kind, code in found if kind in languages]
+# Programs of others, whose arguments are not looked at: tests/documented.py says which test runs them.
+OF_OTHERS = {"pip", "python", "python3", "uv", "ray", "torchrun"}
+OF_OTHERS |= {"docker", "kubectl", "npm", "ffplay", "sudo", "cd", "export"}
 
 
 def anchors(page):
@@ -78,36 +55,29 @@ def test_every_page_has_its_place_in_the_site():
 def test_commands_are_understood(page):
     job = runpy.run_path(str(ROOT / "jobs" / "long_video.py"))["_parser"]()
     targets = (ROOT / "Makefile").read_text()
-    for line in "".join(blocks(page, "console", "bash")).replace("\\\n", "").splitlines():
-        for command in line.partition(" #")[0].split(";"):
-            words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=.*", word)]
-            match words:
-                case ["edit-ray", *arguments]:
-                    parser().parse_args(arguments)
-                case ["make", *names]:
-                    assert all(f"\n{name}:" in targets for name in names), command
-                case ["ray", "job", "submit", *rest] if "--" in rest:
-                    assert rest[rest.index("--") + 1 :][:2] == ["python", "jobs/long_video.py"]
-                    job.parse_args(rest[rest.index("--") + 3 :])
-                case ["python", script, *_]:
-                    assert (ROOT / script).is_file(), command
-                case [program, *_]:
-                    assert Path(program).name in OF_OTHERS, command
+    for command in commands(page):
+        words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=.*", word)]
+        match words:
+            case ["edit-ray", *arguments]:
+                parser().parse_args(arguments)
+            case ["make", *names]:
+                assert all(f"\n{name}:" in targets for name in names), command
+            case ["ray", "job", "submit", *rest] if "--" in rest:
+                assert rest[rest.index("--") + 1 :][:2] == ["python", "jobs/long_video.py"]
+                job.parse_args(rest[rest.index("--") + 3 :])
+            case ["python", script, *_]:
+                assert (ROOT / script).is_file(), command
+            case [program, *_]:
+                assert Path(program).name in OF_OTHERS, command
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")])
 def test_configurations_are_valid(page, tmp_path):
     rest = {"video": "{num_segments: 3}", "prompt_segments": "[{segment: 0, prompt: a red circle}]"}
-    for code in blocks(page, "yaml"):
+    for code in (block.code for block in blocks(page, "yaml")):
         path = tmp_path / "run.yaml"
         path.write_text(code + "".join(f"\n{key}: {value}\n" for key, value in rest.items() if f"{key}:" not in code))
         assert yaml.safe_load(code).keys() <= load_config(path).model_fields_set
-
-
-def test_all_python_is_run_by_a_test():
-    """Here, in test_docs.py, test_docs_long_video.py and tests/ray/test_tutorial.py."""
-    run = {"README.md", "docs/caching.md", "docs/long-video.md", "docs/tutorial.md"}
-    assert {page for page in PAGES if blocks(page, "python")} == run
 
 
 def test_pages_that_are_made_from_the_code_are_fresh():
@@ -121,7 +91,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     """Of the library; that of the client is in tests/ray."""
     monkeypatch.chdir(tmp_path)
     names = {}
-    for code in blocks("README.md", "python"):
+    for code in (block.code for block in blocks("README.md", "python")):
         if "LongVideoClient" not in code:
             exec(compile(code, "<README.md>", "exec"), names)
     assert names["video"].shape == (33, 128, 128, 3)

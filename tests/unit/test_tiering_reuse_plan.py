@@ -36,6 +36,11 @@ def small(**changes):
     return make_reuse_plan("run", 5, **(arguments | changes))
 
 
+def last_reads(plan):
+    """The last segment that reads each entry."""
+    return {key: uses[-1][0] for key, uses in plan.uses().items()}
+
+
 def listed(plan):
     """Per segment: which it writes, and which it reads at which step."""
     return [
@@ -61,8 +66,7 @@ def test_aligned_by_the_last_residual_each_segment_stores_one():
     assert plan.needed_bytes == 30
     latest = small(align="last")
     assert listed(latest)[2] == ([2], [(0, 1)])
-    read_in = {key: [segment for segment, _ in uses] for key, uses in latest.uses().items()}
-    assert read_in == {CacheKey("run", i, "transformer", "cond", 0, "last"): [i + 1] for i in range(4)}
+    assert last_reads(latest) == {CacheKey("run", i, "transformer", "cond", 0, "last"): i + 1 for i in range(4)}
 
 
 def test_order_is_that_of_the_loop():
@@ -114,7 +118,7 @@ def test_every_read_is_written_before_and_every_write_is_read(shape, budget):
             assert [each.step for each in planned] == sorted(each.step for each in planned)
             assert not {each.key[2:] for each in planned} & computed
     assert set(written) == set(last_read), "nothing is written that nobody reads"
-    assert {key: uses[-1][0] for key, uses in plan.uses().items()} == last_read
+    assert last_reads(plan) == last_read
     for index, segment in enumerate(plan.segments):
         alive = {key for key, first in written.items() if first <= index <= last_read[key]}
         assert set(segment.working) == alive, "nothing waits for a later segment"
