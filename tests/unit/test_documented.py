@@ -16,7 +16,6 @@ import urllib.request
 from typing import get_args
 
 import pytest
-import torch
 
 from edit_ray.cache.records import Decision, Record
 from edit_ray.cli.main import main
