@@ -49,7 +49,8 @@ class SegmentEngine:
         self._cached_for: object = None  # the options that the pipeline's cache was enabled with
         self._fast_decoder = ExitStack()
         self._mode: Mode = "exact"
-        self._video_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # Before the denoising beside it: somebody waits for these frames, and what comes next takes as long either way.
+        self._video_stream = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
 
     @classmethod
     def load(cls, model: ModelOptions, cpu_threads: int | None = None, *, cfg_parallel: bool = False) -> Self:
