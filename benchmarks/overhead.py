@@ -222,8 +222,9 @@ def add_bars(results: Results, device: str) -> None:
     """Of the pairs so far."""
     actors = results.of(ACTORS)
     results.bar("three actors / plain loop, per segment", actors.get("ratio"), most=BARS[device])
-    later = "first segment visible after submit, beyond a segment's own time, s"
-    results.bar(later, actors.get("first_later"), most=MOST_LATER_S)
+    if device == "cuda":
+        later = "first segment visible after submit, beyond a segment's own time, s"
+        results.bar(later, actors.get("first_later"), most=MOST_LATER_S)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ SCHEDULER, DENOISER, CACHE_STORE = "segment_scheduler", "denoiser", "cache_store
 PLACEMENT = "edit_ray_worker"
 LIVE_RUNS, TARGETS = "live_runs", "metrics_targets"
 RESTART_TIMEOUT_S = 60.0  # of the segment scheduler
+END_TIMEOUT_S = 60.0  # for Ray to end what it was told to end
 _ENDED_S = 0.3
 SCHEDULER_RESOURCE = "edit_ray_scheduler"  # of nodes that are to have it; where there is none, any node may
 
@@ -91,10 +92,16 @@ def check_version(name: str, description: dict[str, Any]) -> None:
 def end_actors(within: bool = False) -> list[str]:
     """Ends every actor of ours in this Ray; returns the names of those that lived.
 
-    The segment scheduler goes first, as it starts again what dies; where it ends them itself, `within` it, last.
+    The segment scheduler goes first, as it starts again what dies; where it ends them itself, `within` it, last. Raises
+    ResourcesUnavailable where Ray does not end them.
     """
     ended: list[str] = []
+    deadline = time.monotonic() + END_TIMEOUT_S
     while names := _names_of_ours():
+        if time.monotonic() > deadline:
+            raise ResourcesUnavailable(
+                f"Ray has not ended {', '.join(names)} within {END_TIMEOUT_S:g} s; try again, or end Ray: `ray stop`"
+            )
         for name in sorted(names, key=lambda name: (name == SCHEDULER) == within):
             with contextlib.suppress(ValueError):
                 handle = ray.get_actor(name, namespace=NAMESPACE)
