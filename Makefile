@@ -107,7 +107,8 @@ RESULTS ?= benchmarks/results
 bench-gpu: $(INSTALLED) ## run the benchmarks of a GPU, results into RESULTS=folder; scale.py wants two
 	for name in wan_table skip_cost long_video memory_bound overhead peak_memory scale; do \
 	  $(BIN)/python benchmarks/$$name.py --output $(RESULTS)/$$name || echo "$$name.py has failed"; done
-	$(BIN)/python benchmarks/loop_trace.py --output $(RESULTS)/loop_trace
+	for mode in exact fast; do \
+	  $(BIN)/python benchmarks/loop_trace.py --mode $$mode --output $(RESULTS)/loop_trace || echo "loop_trace.py has failed"; done
 	$(BIN)/python benchmarks/gpu_page.py
 
 clean: ## remove caches and builds (the virtual environment stays)

@@ -1,7 +1,7 @@
 """The profiler's trace of a denoising loop with a known mask, as a picture: who waits for whom.
 
     python benchmarks/loop_trace.py --output benchmarks/results/loop_trace     Wan2.1-1.3B, random weights, on a GPU
-    python benchmarks/loop_trace.py --draw benchmarks/results/loop_trace       the picture anew, of its trace.json
+    python benchmarks/loop_trace.py --draw runs/loop_trace                     the picture anew, of exact.trace.json
     python benchmarks/loop_trace.py --quick                                    a toy; a CPU has no kernels
 
 Six steps, of which the third and the fifth are skipped. Above, when Python launches kernels; below, the kernels on the
@@ -106,6 +106,13 @@ def draw(content: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def note(content: dict[str, Any], mode: Mode, path: Path) -> None:
+    """The figures of this mode beside those of the other: of launches and kernels their number."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[mode] = {key: len(of) if key in ("launches", "kernels") else of for key, of in content.items()}
+    path.write_text(json.dumps(known, indent=1) + "\n")
+
+
 def main() -> None:
     """Trace, count, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,22 +120,23 @@ def main() -> None:
     parser.add_argument("--mode", choices=["exact", "fast"], default="exact")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/loop_trace"), help="a folder")
-    parser.add_argument("--draw", type=Path, help="a folder with trace.json, which is only drawn")
+    parser.add_argument("--draw", type=Path, help="a folder with a trace, which is only drawn")
     args = parser.parse_args()
     folder: Path = args.draw or args.output
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{args.mode}.trace.json"
     if args.draw is None:
-        content = trace(args.device, args.quick, args.mode)
-        (folder / "trace.json").write_text(json.dumps(content) + "\n")
-    content = json.loads((folder / "trace.json").read_text())
+        path.write_text(json.dumps(trace(args.device, args.quick, args.mode)) + "\n")
+    content = json.loads(path.read_text())
+    note(content, args.mode, folder / "results.json")
     print(
         f"{content['loop_ms']} ms, {len(content['kernels'])} kernels, waits: {content['synchronisations'] or 'none'}, "
         f"compilations: {content['compilations']}"
     )
     try:
-        draw(content, folder / "trace.png")
+        draw(content, folder / f"{args.mode}.png")
     except ImportError:
-        print("No trace.png: matplotlib is not installed (the extra `plot`).")
+        print(f"No {args.mode}.png: matplotlib is not installed (the extra `plot`).")
 
 
 if __name__ == "__main__":
