@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import urllib.request
@@ -61,7 +60,7 @@ class Shell:
                 with urllib.request.urlopen(url, timeout=30) as answer:
                     return answer.read().decode()
             finally:
-                served.send_signal(signal.SIGINT)
+                served.terminate()
 
 
 @pytest.mark.slow
