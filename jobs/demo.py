@@ -79,6 +79,8 @@ def private_ray(temp: Path) -> Iterator[dict[str, str]]:
                 *(str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", f"--temp-dir={temp}"),
                 *("--node-ip-address=127.0.0.1", f"--port={gcs}"),
                 *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+                # Another Ray on this machine has the port that it would take, and without it no job can be submitted.
+                f"--dashboard-agent-listen-port={free_port()}",
             ],
             cwd=REPOSITORY,
             env={name: value for name, value in environment.items() if name != "RAY_ADDRESS"},
