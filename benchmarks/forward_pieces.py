@@ -57,16 +57,11 @@ def products(bench: Bench, model: Model) -> None:
             for layout, qkv in layouts.items():
                 with sdpa_kernel(which):
                     found[f"{backend}, {layout}"] = bench.device_ms(partial(F.scaled_dot_product_attention, *qkv), 5)
-            key, value = (torch.randn(1, heads, 512, head_dim, device=device).to(dtype) for _ in range(2))
-            with sdpa_kernel(which):
-                found[f"{backend}, text"] = bench.device_ms(
-                    partial(F.scaled_dot_product_attention, views[0], key, value), 20
-                )
-            rounded = [torch.randn(1, heads, -(-tokens // 128) * 128, head_dim, device=device).to(dtype) for _ in "kv"]
-            with sdpa_kernel(which):
-                found[f"{backend}, keys to a multiple of 128"] = bench.device_ms(
-                    partial(F.scaled_dot_product_attention, views[0], *rounded), 5
-                )
+            for name, keys in {"text": 512, "keys to a multiple of 128": -(-tokens // 128) * 128}.items():
+                key, value = (torch.randn(1, heads, keys, head_dim, device=device).to(dtype) for _ in range(2))
+                with sdpa_kernel(which):
+                    attend = partial(F.scaled_dot_product_attention, views[0], key, value)
+                    found[f"{backend}, {name}"] = bench.device_ms(attend, 10)
         found["default, views"] = bench.device_ms(partial(F.scaled_dot_product_attention, *views), 5)
         return found
 
