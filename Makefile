@@ -57,9 +57,10 @@ test: check ## everything that must hold before a commit: check, then the tests,
 	@echo "Two halves of the tests run side by side; each tells all that it has to tell at its end."
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-units test-ray
 
-# On Ray a test mostly waits for processes to start and for one thread's work: the other half takes what that leaves.
+# On Ray a test mostly waits for processes to start and for one thread's work: the other half takes what that leaves,
+# which it does at a niceness of no less than 15, Ray's for its actors.
 test-units: $(INSTALLED) ## the half of the tests that needs no Ray
-	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/ray
+	OMP_NUM_THREADS=1 nice -n 16 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/ray
 
 test-ray: $(INSTALLED) ## the half that runs on one Ray
 	$(BIN)/pytest tests/ray

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import secrets
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ from jobs.demo import private_ray
 
 TESTS = Path(__file__).parent
 MARKERS_OF_FOLDER = {"ray": ("ray",), "chaos": ("ray", "chaos"), "gpu": ("gpu",)}
+
+# A shell has what it starts in the background ignore SIGINT, and that is inherited: what tests interrupt would go on.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Ray reads these when it is imported or started, so they are set before any test module is.
 os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)

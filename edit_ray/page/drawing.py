@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 WIDTH = 900
 _LEFT, _LANE, _CHART, _FOOT = 150, 26, 120, 20
+_SHORTEST_S = 1e-6  # that is drawn to scale: below it, divisions overflow
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Bar:
 def timeline(bars: Sequence[Bar]) -> str:
     """Lanes from top to bottom in the order in which they first appear, time from left to right."""
     lanes = list(dict.fromkeys(bar.lane for bar in bars))
-    end = max((bar.start_s + bar.length_s for bar in bars), default=0.0) or 1.0
+    end = max((bar.start_s + bar.length_s for bar in bars), default=0.0)
+    end = end if end > _SHORTEST_S else 1.0
     scale, bottom = (WIDTH - _LEFT) / end, _LANE * len(lanes)
     parts = [f'<text x="0" y="{_LANE * row + 17}">{html.escape(lane)}</text>' for row, lane in enumerate(lanes)]
     for bar in bars:

@@ -9,6 +9,8 @@ import pytest
 import ray
 
 from edit_ray.actors import launch
+from edit_ray.client import LongVideoClient
+from edit_ray.errors import EditRayError
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Manifest
 from edit_ray.testing import save_random_wan
@@ -43,9 +45,18 @@ def config(model, tmp_path):
 
 
 @pytest.fixture
-def run_id() -> str:
-    """One that no other test of the session has used."""
-    return f"test-{secrets.token_hex(4)}"
+def run_id(ray_head):
+    """One that no other test of the session has used. What a test that failed has left at work goes on no further: it
+    would keep the GPU actor from the next one.
+    """
+    name = f"test-{secrets.token_hex(4)}"
+    yield name
+    if launch.SCHEDULER in {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}:
+        client = LongVideoClient()
+        with contextlib.suppress(EditRayError):  # of other code, say
+            for run in client.runs():
+                if run.run_id.startswith(name) and not run.ended:
+                    client.cancel(run.run_id)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -107,7 +118,12 @@ def wait_until(condition, timeout_s: float = 60.0):
 
 
 def pids() -> dict[str, int]:
-    return {
-        name: ray.get(ray.get_actor(name, namespace="edit_ray").describe.remote())["pid"]
-        for name in (launch.SCHEDULER, launch.DENOISER, launch.CACHE_STORE)
-    }
+    """Of the actors, once each is there: one that was killed is being started again."""
+    actors = (launch.SCHEDULER, launch.DENOISER, launch.CACHE_STORE)
+    return {name: wait_until(lambda name=name: pid_of(name)) for name in actors}
+
+
+def pid_of(name: str) -> int | None:
+    with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
+        return ray.get(ray.get_actor(name, namespace="edit_ray").describe.remote())["pid"]
+    return None
