@@ -51,7 +51,7 @@ class Ahead:
         self._hoisted: dict[str, Hoisted] = {}
         self._noise_steps: UniPCPlan | None = None
         self._fast: dict[str, FastTransformer] = {}
-        self._left: set[str] = set()  # those of which it was said that diffusers computes them
+        self._told_of: set[str] = set()  # transformers that the mode fast leaves to diffusers
         self.mode: Mode = "exact"
         self.fp8 = False
 
@@ -85,8 +85,8 @@ class Ahead:
             return []
         found = {name: transformer for name, transformer in _transformers(pipe).items() if transformer is not None}
         plain = {name: transformer for name, transformer in found.items() if can_be_fast(transformer)}
-        for name in found.keys() - plain.keys() - self._left:
-            self._left.add(name)
+        for name in found.keys() - plain.keys() - self._told_of:
+            self._told_of.add(name)
             logger.warning(
                 "%s is not as diffusers loads it (adapters, hooks, image conditions, fused or compiled layers): "
                 "the mode fast leaves it to diffusers.",
