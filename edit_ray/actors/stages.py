@@ -34,6 +34,17 @@ _log = logging.getLogger(__name__)
 # Errors of ours that another attempt may not meet again.
 _REPEATABLE = (SegmentFailed, RunCancelled, EntryLost, StaleLease, StaleWork)
 
+RETRY_PAUSE_S, LONGEST_RETRY_PAUSE_S = 1.0, 30.0  # the first pause, and what doubling it leads to
+
+
+def pause_before(attempt: int) -> float:
+    """Seconds to wait before a piece of work is tried again (attempt 1 is the first repetition).
+
+    What made it fail may take a while to end: actors outlive the node that died under them, by up to a second or two,
+    and answer meanwhile.
+    """
+    return min(RETRY_PAUSE_S * 2.0 ** (attempt - 1), LONGEST_RETRY_PAUSE_S) if attempt else 0.0
+
 
 class Stages:
     """Carries out the instructions of the state machine, one call of `carry_out` for each."""
@@ -44,6 +55,7 @@ class Stages:
 
     async def carry_out(self, run: LiveRun, work: Work) -> None:
         """Returns when the work is done, raises whatever makes it fail."""
+        await asyncio.sleep(pause_before(work.attempt))
         if work.attempt or work.stage == "prepare":
             await self._crew.start(run.spec, work.worker)  # what failed may have been an actor's death
         stages: dict[str, Callable[[LiveRun, Work], Awaitable[None]]] = {

@@ -16,6 +16,7 @@ import torch
 
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.actors.stages import LONGEST_RETRY_PAUSE_S, pause_before
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.errors import HardwareDiffers, ResourcesUnavailable, UnknownRun
 from edit_ray.runs.event_log import read_events
@@ -391,3 +392,10 @@ def test_an_encoder_that_is_killed_is_started_again(tmp_path, model, undisturbed
     assert {path.name for path in killed.iterdir()} == {"encode", "join", "read"}
     assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
     assert [path.name for path in (tmp_path / "plain").rglob(".*")] == []
+
+
+def test_what_failed_is_tried_again_after_a_while_that_grows_and_is_bounded():
+    pauses = [pause_before(attempt) for attempt in range(102)]
+    assert pauses[:4] == [0.0, 1.0, 2.0, 4.0]
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == LONGEST_RETRY_PAUSE_S
