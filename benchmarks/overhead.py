@@ -34,7 +34,7 @@ from edit_ray.engine.segment import SegmentEngine, usable_cores
 from edit_ray.runs.folder import write_atomic
 from edit_ray.video.encode import encode
 
-LOOP, ACTORS = "plain loop", "three actors"
+LOOP, ACTORS, FIRST = "plain loop", "three actors", "three actors, the first segment"
 MOST_LATER_S = 1.5  # beyond a segment's own time, until its client has the first one
 BARS = {"cuda": 1.01, "cpu": 1.05}
 
@@ -127,6 +127,8 @@ class Bench:
                 ratio=median(of / to for of, to in zip(each, loop["each"], strict=True)),
                 each=each,
             )
+        with self.results.row(FIRST) as figures:
+            figures.update(seen.first_by_stage, ours=True, seconds=seen.committed[0])
 
     def compare_latents(self) -> None:
         """A segment of the last run, bit for bit that of the loop and of diffusers' own pipeline."""

@@ -29,18 +29,34 @@ DIRECTORY = {"type": Path, "default": ROOT / "runs", "help": "where model and ru
 class Seen:
     """A run as its client saw it: seconds from `submit` until each segment was committed, and until the run was done.
 
-    `statistics` are the segments' own.
+    `statistics` are the segments' own; `submitted_at` is in unix seconds, as their `…_at` are.
     """
 
     committed: list[float]
     done: float
     statistics: list[Mapping[str, float]]
+    submitted_at: float
 
     @property
     def steady(self) -> float:
-        """Seconds a segment, from the first one's commit on; of a single one its own."""
-        first, last = self.committed[0], self.committed[-1]
-        return (last - first) / (len(self.committed) - 1) if len(self.committed) > 1 else first
+        """Seconds a segment, from one's beginning to the next one's, on average; of a single one its own.
+
+        Not from commit to commit: the last segment is decoded and encoded with nothing else at work.
+        """
+        begun = [segment["denoise_at"] for segment in self.statistics]
+        return (begun[-1] - begun[0]) / (len(begun) - 1) if len(begun) > 1 else self.committed[0]
+
+    @property
+    def first_by_stage(self) -> dict[str, float]:
+        """Where the seconds of the first segment go, from `submit` until its client has it: each stage, and what lies
+        before it.
+        """
+        first, now, found = self.statistics[0], self.submitted_at, {}
+        for stage in ("denoise", "decode", "encode", "publish"):
+            found[f"to_{stage}_s"] = first[f"{stage}_at"] - now
+            found[f"{stage}_s"] = first[f"{stage}_s"]
+            now = first[f"{stage}_at"] + first[f"{stage}_s"]
+        return found | {"to_client_s": self.submitted_at + self.committed[0] - now}
 
 
 @contextmanager
@@ -79,11 +95,12 @@ def folder_for_runs(directory: Path, prefix: str, note: Callable[[str], None]) -
 
 def watch(client: LongVideoClient, run_id: str, submitted: float) -> Seen:
     """Follow a run that was submitted at that moment of `time.perf_counter` to its end."""
+    submitted_at = time.time() - (time.perf_counter() - submitted)
     committed, statistics = [], []
     for segment in client.stream(run_id, frames=False):
         committed.append(time.perf_counter() - submitted)
         statistics.append(segment.statistics)
-    return Seen(committed, time.perf_counter() - submitted, statistics)
+    return Seen(committed, time.perf_counter() - submitted, statistics, submitted_at)
 
 
 def run(client: LongVideoClient, config: Config, run_id: str) -> Seen:

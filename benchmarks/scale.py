@@ -3,8 +3,8 @@
     python benchmarks/scale.py --output benchmarks/results/scale      on two GPUs: Wan2.1-1.3B with random weights
     python benchmarks/scale.py --quick                                a toy on a CPU
 
-Runs go through the actors on Ray, the models being loaded already; a segment's seconds are those between two commits
-of the same run, decode and encode included.
+Runs go through the actors on Ray, the models being loaded already; a segment's seconds are those from its beginning to
+that of the next one of the same run, decode and encode included.
 """
 
 import gc

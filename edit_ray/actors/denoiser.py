@@ -150,6 +150,7 @@ class DenoiserActor:
             self._progress = Progress(spec.run_id, segment.index, step, num_steps)
             self._beat += 1
             self._check_current(spec)
+            self._let_decoding_go_first(engine)
 
         def work() -> torch.Tensor:
             times.begin()
@@ -165,7 +166,16 @@ class DenoiserActor:
             )
             return added_by(latents, spec, segment.index)
 
+        self._let_decoding_go_first(engine)
         return self._compute(engine, work, denoises=True)
+
+    def _let_decoding_go_first(self, engine: SegmentEngine) -> None:
+        """On a GPU a step begins when no decoding is at work. Either fills the GPU: at once they take as long as one after
+        the other, and frames would come later that somebody waits for.
+        """
+        if engine.device.type == "cuda":
+            with self._decoding:
+                return
 
     def _make_lost_again(
         self, spec: RunSpec, engine: SegmentEngine, leases: SegmentLeases, reusing: int, attempt: int
