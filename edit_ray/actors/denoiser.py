@@ -170,8 +170,8 @@ class DenoiserActor:
         return self._compute(engine, work, denoises=True)
 
     def _let_decoding_go_first(self, engine: SegmentEngine) -> None:
-        """On a GPU a step begins when no decoding is at work. Either fills the GPU: at once they take as long as one after
-        the other, and frames would come later that somebody waits for.
+        """On a GPU a step begins when no decoding is at work. Either fills the GPU: at once they take as long as one by
+        one, and frames would come later that somebody waits for.
         """
         if engine.device.type == "cuda":
             with self._decoding:
@@ -297,8 +297,6 @@ class DenoiserActor:
 
     def _decode(self, spec: RunSpec, segment: SegmentPlan, *, again: bool = True) -> tuple[Frames, float, float]:
         """The segment's frames, uint8 [F, H, W, 3], when their decoding began, and its seconds."""
-        engine = self._ready_engine(spec)
-        latents = load_latents(spec.latents(segment.index))
 
         def work() -> torch.Tensor:
             return engine.decode(
@@ -310,7 +308,9 @@ class DenoiserActor:
                 tiled_from=tiled_position(spec),
             )
 
-        with self._decoding:
+        with self._decoding:  # from the call on: the next segment's denoising is asked for at the same moment
+            engine = self._ready_engine(spec)
+            latents = load_latents(spec.latents(segment.index))
             frames, decode_at, decode_s = self._compute(engine, work, again=again)
         assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
         return frames.numpy(), decode_at, decode_s
