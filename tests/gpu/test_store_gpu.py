@@ -144,9 +144,13 @@ class Delayed(StreamCopies):
         self.pause(self.leaving)
         return copy
 
-    def load(self, place):
+    def load(self, place, into=None):
         self.pause(self.loading)
-        return super().load(place)
+        return super().load(place, into)
+
+    def keep(self, tensor, into):
+        self.pause(torch.cuda.current_stream())
+        return super().keep(tensor, into)
 
     def use(self, loaded):
         self.pause(torch.cuda.current_stream())
