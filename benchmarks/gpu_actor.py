@@ -61,6 +61,8 @@ class DeviceLeases:
 
     def give_up(self) -> None: ...
 
+    def make_room(self) -> None: ...
+
     def close(self) -> None:
         self._store.clear()
 

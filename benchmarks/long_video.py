@@ -9,8 +9,6 @@ of every unit and branch, or reads it. Device and host together hold little more
 All are made by the GPU actor's class, one call after the other: with everything in VRAM, with prefetch, and five of
 them without (then nothing comes to the device before it is asked for). A segment's seconds are those of
 `denoise_segment`. To be done soon, a segment has few steps; a longer one has more time to hide in, and as much to hide.
-After a segment the device holds what is on its way for the next one, which some have and some have not: `alike_spread`
-is that of the segments that read and are followed by one that reads.
 """
 
 import shutil
@@ -128,10 +126,6 @@ class Bench:
             allocated = [of["allocated"] for of in each]
             found["allocated_GB"] = [round(of / 1e9, 3) for of in allocated]
             found["allocated_spread"] = (max(allocated) - min(allocated)) / min(allocated)
-            inner = range(min(len(each), self.segments - 1))  # nothing follows the last one
-            alike = [allocated[index] for index in inner if _reads(index) and _reads(index + 1)]
-            if alike:
-                found["alike_spread"] = (max(alike) - min(alike)) / min(alike)
             found["peak_GB"] = max(of["peak"] for of in each) / 1e9
         return found
 
@@ -180,8 +174,6 @@ def main() -> None:
         results.bar("the same of all segments together, those that write and the first that read", of_sums, most=1.01)
         spread = results.of(AHEAD).get("allocated_spread")
         results.bar("allocated memory after each segment, spread", spread, most=0.01)
-        spread = results.of(AHEAD).get("alike_spread")
-        results.bar("allocated memory after segments that are alike, spread", spread, most=0.01)
         results.bar("cache traffic of a segment, GB", results.of(AHEAD).get("moved_GB"), least=2.0)
     results.finish()
 

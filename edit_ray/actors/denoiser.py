@@ -337,6 +337,9 @@ class DenoiserActor:
             return self._thread.submit(timed).result() if one_by_one else timed()
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold what the work had reached
+            for _, leases in list(self._leases.values()):
+                if denoises and leases is not None:
+                    leases.make_room()
             engine.make_room(of_cache=denoises)
             raise self._out_of_memory(error, again) from None
 

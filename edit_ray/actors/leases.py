@@ -8,9 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache.stores.arena import Arena, owner_lives
 from edit_ray.cache.stores.carried import Bytes, CarriedTable, carried_memory
+from edit_ray.cache.stores.device_pool import DevicePool
 from edit_ray.cache.stores.holders import this_holder
 from edit_ray.cache.stores.op_table import OpTable
 from edit_ray.cache.stores.open_segment import Lease
@@ -61,6 +64,7 @@ class SegmentLeases:
         self._holder = this_holder()
         self._directory = spec.residuals_directory
         self._arena: Arena | None = None
+        self._pool: DevicePool | None = None
         self._current: _Opened | None = None
         self._opened: _Opened | None = None  # the next segment's, ahead of its time
         self._given_by = ""  # the incarnation of the store that gave the last lease
@@ -77,9 +81,12 @@ class SegmentLeases:
     def begin(self, segment: int, attempt: int, history_len: int, then_next: bool = True) -> PlannedStore:
         """The store for a segment; the next segment's is asked for, unless that is not what comes next."""
         last, opened, self._opened = self._current, self._opened, None
-        self._settle(last)  # before the store takes the places of a segment that has failed
+        if last is not None:  # before the store takes the places of a segment that has failed
+            last.store.settle()
+            if last.segment != segment - 1 or attempt:
+                last.store.close()
         if opened is not None and (opened.segment != segment or attempt or not self._lives(opened.lease)):
-            self._settle(opened)
+            opened.store.close()
             opened = None
         lease = None if opened is None else opened.lease
         if lease is None and attempt == 0:
@@ -91,13 +98,16 @@ class SegmentLeases:
         if then_next and segment + 1 < len(self.reuse.plan.segments):
             self._ahead[segment + 1] = self._prepare(segment + 1, 0)
         self._current = opened or self._open(segment, attempt, lease, history_len)
-        if last is not None and last.segment == segment - 1 and attempt == 0:
+        if last is not None:
             self._current.store.adopt(last.store.handed_over)
+            last.store.close()
         return self._current.store
 
     def _open(self, segment: int, attempt: int, lease: Lease, history_len: int) -> _Opened:
         """A segment's store. On a GPU, once the segment has read all, it brings ahead what the next one reads."""
         arena, table = self._mapped(lease) if lease.arena else self._carried(segment, attempt)
+        if lease.arena and self.ahead_bytes and self._pool is None:
+            self._take_pool()
         ahead = self.ahead_bytes if lease.arena else 0
         store = PlannedStore(
             arena,
@@ -107,6 +117,7 @@ class SegmentLeases:
             prefix=(self._run_id,),
             history_len=history_len,
             ahead_bytes=ahead,
+            pool=self._pool if ahead else None,
             hand_over=self._handed(segment, ahead),
             handed=self._handed(segment - 1, ahead) if attempt == 0 else (),
             when_read=(lambda: self._look_ahead(segment + 1, history_len)) if ahead else None,
@@ -114,6 +125,18 @@ class SegmentLeases:
         if isinstance(table, CarriedTable):
             table.waits = store.waits
         return _Opened(segment, lease, store)
+
+    def _take_pool(self) -> None:
+        """Once for all segments, so that what the device holds is the same after each: as many places as may be used at
+        a time, which no more than a segment reads will be.
+        """
+        form, reads = self.reuse.form, max(len(segment.reads) for segment in self.reuse.plan.segments)
+        number = min(self.ahead_bytes // max(form.size, 1), reads)
+        try:
+            self._pool = DevicePool(form.device, form.dtype, form.shape, number)
+        except torch.OutOfMemoryError:
+            self.ahead_bytes = 0
+            logger.warning("The GPU lacks the %d bytes of store.device_bytes: nothing comes ahead.", number * form.size)
 
     def _handed(self, segment: int, ahead_bytes: int) -> list[Key]:
         """What a segment writes and the next one reads, as far as it stays on the device.
@@ -145,16 +168,20 @@ class SegmentLeases:
 
     def give_up(self) -> None:
         """Nothing stays of what is not complete."""
-        self._settle(self._current)
-        self._settle(self._opened)
-        self._current = self._opened = None
+        self._close_stores()
         with suppress(ConnectionError):  # it holds nothing then
             self._store.call("give_up", self._run_id, self._holder)()
 
+    def make_room(self) -> None:
+        """What is on the device for later segments leaves it, and nothing comes there ahead of its use again."""
+        self._close_stores()
+        self.ahead_bytes, self._pool = 0, None
+
     def close(self) -> None:
-        """Give up what is not complete, and unmap the arena."""
+        """Give up what is not complete, unmap the arena, and let the device's memory go."""
         self.give_up()
         self._unmap()
+        self._pool = None
 
     def _unmap(self) -> None:
         if self._arena is not None:
@@ -165,9 +192,11 @@ class SegmentLeases:
     def _on_gpu(self) -> bool:
         return self.reuse.form.device.type == "cuda"
 
-    def _settle(self, opened: _Opened | None) -> None:
-        if opened is not None:
-            opened.store.settle()
+    def _close_stores(self) -> None:
+        for opened in (self._current, self._opened):
+            if opened is not None:
+                opened.store.close()
+        self._current = self._opened = None
 
     def _mapped(self, lease: Lease) -> tuple[Arena, OpTable]:
         """The store's own memory, of which this process sees the same file."""

@@ -77,6 +77,9 @@ class StoreOptions(Options):
     """How many bytes of what segments reuse may be on a GPU on their way from and to the CacheStore actor, and how many
     that one may hold in host memory and on disk (None: no bound), and where.
 
+    On a GPU `device_bytes` is taken once, at a run's first segment; less where no segment reads so much. It is given
+    back at the run's end, or when there is too little memory to denoise: then nothing comes there ahead of its use.
+
     `shared_memory`: `require` it for the host tier; or, with `auto` where there is too little of it and with `never`,
     take other memory, whose bytes travel through Ray's object store.
     """

@@ -1,10 +1,13 @@
 """What segments reuse of each other on a CUDA device: the arena registered, copies on streams of their own."""
 
+import gc
 import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -144,9 +147,13 @@ class Delayed(StreamCopies):
         self.pause(self.leaving)
         return copy
 
-    def load(self, place):
+    def load(self, place, into=None):
         self.pause(self.loading)
-        return super().load(place)
+        return super().load(place, into)
+
+    def keep(self, tensor, into):
+        self.pause(torch.cuda.current_stream())
+        return super().keep(tensor, into)
 
     def use(self, loaded):
         self.pause(torch.cuda.current_stream())
@@ -161,6 +168,99 @@ def test_streams_keep_their_order_under_random_delays(store, leases_for, tmp_pat
         make(leases.begin(segment, 0, 1), checks)
         leases.complete(segment, 0)
     assert torch.stack(checks).all()
+
+
+class Behind(StreamCopies):
+    """The computing stream is far behind the host: a place is given away long before what lies in it is read. Notes
+    for each load whether it got a place.
+    """
+
+    found_place: ClassVar[list[bool]] = []
+
+    def fall_behind(self):
+        torch.cuda._sleep(2_000_000)  # about 1 ms
+
+    def load(self, place, into=None):
+        self.found_place.append(into is not None)
+        return super().load(place, into)
+
+    def keep(self, tensor, into):
+        self.fall_behind()
+        return super().keep(tensor, into)
+
+    def use(self, loaded):
+        self.fall_behind()
+        return super().use(loaded)
+
+
+@pytest.mark.parametrize("ahead", [2, 5])
+def test_places_are_filled_again_only_when_they_were_read(store, leases_for, tmp_path, monkeypatch, ahead):
+    """Each segment reads three to eight times as many entries as there are places, a part of them handed over."""
+    monkeypatch.setattr("edit_ray.cache.stores.planned.copies_for", Behind)
+    monkeypatch.setattr(Behind, "found_place", [])
+    leases, checks = leases_for(store, tmp_path, segments=8, host=100, ahead=ahead), []
+    for segment in range(8):
+        make(leases.begin(segment, 0, 1), checks)
+        leases.complete(segment, 0)
+    assert len(checks) == 2 * UNITS * (1 + 2 * 6)
+    assert torch.stack(checks).all()
+    handed_over = 7 * {2: 1, 5: 3}[ahead]
+    assert Behind.found_place == [True] * (len(checks) - handed_over)
+    leases.give_up()
+    assert (leases._pool.number, leases._pool.free) == (ahead, ahead)
+
+
+class Late(StreamCopies):
+    """What is loaded comes so many cycles of the GPU later."""
+
+    cycles = 0
+
+    def load(self, place, into=None):
+        with torch.cuda.stream(self.loading):
+            torch.cuda._sleep(self.cycles)
+        return super().load(place, into)
+
+
+def test_a_place_is_filled_again_only_after_a_load_that_nobody_has_used(store, leases_for, tmp_path, monkeypatch):
+    monkeypatch.setattr("edit_ray.cache.stores.planned.copies_for", Late)
+    leases, checks = leases_for(store, tmp_path, segments=4, host=100, ahead=5), []
+    for segment in range(2):
+        make(leases.begin(segment, 0, 1), checks)
+        leases.complete(segment, 0)
+    monkeypatch.setattr(Late, "cycles", 40_000_000)  # about 20 ms
+    planned = leases.begin(2, 1, 1)
+    deadline = time.monotonic() + 10
+    while len(planned._loaded) < 5:
+        planned.go_on()
+        assert time.monotonic() < deadline
+    monkeypatch.setattr(Late, "cycles", 0)
+    for op in planned.ops:
+        if op.writes:
+            planned.put(op.key[1:], tensor_of(op.key))
+    planned.finish()
+    leases.complete(2, 1)
+    make(leases.begin(3, 0, 1), checks)
+    leases.complete(3, 0)
+    assert torch.stack(checks).all()
+
+
+def test_after_every_segment_the_same_memory_is_allocated(store, leases_for, tmp_path):
+    """The first reads nothing and the last hands nothing over; what else is on its way is a matter of time."""
+    gc.collect()  # of what earlier tests have left
+    before, allocated = torch.cuda.memory_allocated(), []
+    leases = leases_for(store, tmp_path, host=3, ahead=5)
+    for segment in range(6):
+        planned, checks = leases.begin(segment, 0, 1), []
+        make(planned, checks)
+        leases.complete(segment, 0)
+        assert not checks or torch.stack(checks).all()
+        planned.clear()  # what the segment has computed itself, which the last one's ops do not
+        del planned, checks
+        allocated.append(torch.cuda.memory_allocated())
+    assert allocated == allocated[:1] * 6
+    assert allocated[0] - before >= 5 * SIZE
+    leases.close()
+    assert torch.cuda.memory_allocated() == before
 
 
 def test_500_spills_and_reads(store, leases_for, tmp_path):

@@ -52,7 +52,7 @@ def config_for(model, host=100, granularity="stack", shared_memory="require", la
 
 
 class Crew(LocalCrew):
-    """Loses its GPU actor or its store before some segments, or after one has been made."""
+    """Loses its GPU actor or its store before some segments, or after one has been made, or has no memory for one."""
 
     def __init__(self, lost=()):
         super().__init__()
@@ -68,6 +68,14 @@ class Crew(LocalCrew):
             if "gpu" in lost:
                 await self.restart_denoiser(worker)
                 raise ConnectionError("the actor died")
+            if "memory" in lost:
+                transformer = self.workers[worker].denoiser._ready_engine(arguments[0]).pipe.transformer
+
+                def full(*_):
+                    hook.remove()
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+                hook = transformer.blocks[2].register_forward_pre_hook(full)
         return await super().denoiser(worker, method, *arguments)
 
 
@@ -129,10 +137,10 @@ def test_reuse_shows_in_what_is_computed_and_in_the_latents(tmp_path, model):
 @pytest.mark.parametrize("shared_memory", ["require", "never"])
 @pytest.mark.parametrize(
     "lost",
-    [{2: "store"}, {2: "gpu"}, {1: "store", 3: "gpu"}, {4: "gpu and store"}, {0: "gpu", 5: "store"}],
+    [{2: "store"}, {2: "gpu"}, {1: "store", 3: "gpu"}, {4: "gpu and store"}, {0: "gpu", 3: "memory", 5: "store"}],
     ids=str,
 )
-def test_a_lost_actor_changes_no_latents(tmp_path, model, lost, shared_memory):
+def test_a_lost_actor_or_too_little_memory_changes_no_latents(tmp_path, model, lost, shared_memory):
     config = config_for(model, 2, shared_memory=shared_memory)
     asyncio.run(generate(tmp_path, config, "whole"))
     crew = Crew(lost)

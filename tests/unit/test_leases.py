@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from edit_ray.actors import leases as leases_module
 from edit_ray.actors.cache_store import CacheStoreActor
 from edit_ray.actors.leases import SegmentLeases
 from edit_ray.actors.messages import RunSpec
@@ -223,6 +224,12 @@ def many_segments(leases, number):
     return read
 
 
+def assert_all_places_are_free(leases):
+    """Of the memory that the run has taken on the device, once nothing is under way."""
+    leases.give_up()
+    assert leases._pool.free == leases._pool.number
+
+
 @pytest.mark.parametrize("align", ["step", "last"])
 @pytest.mark.parametrize("ahead", [1, 3, 100])
 @pytest.mark.parametrize("host", [1, 3, 100])
@@ -232,6 +239,8 @@ def test_reads_of_the_next_segment_loaded_while_this_one_is_made_are_right(tmp_p
     leases = leases_on(store, tmp_path, "require", host_bytes=host * 4096, num_segments=8, align=align)
     leases.ahead_bytes = ahead * leases.reuse.form.size
     assert many_segments(leases, 8) == READS_OF_8[align]
+    assert leases._pool.number == min(ahead, max(len(segment.reads) for segment in leases.reuse.plan.segments))
+    assert_all_places_are_free(leases)
     leases.close()
     store.close()
 
@@ -319,6 +328,39 @@ def test_a_segment_made_again_reads_what_was_loaded_ahead_for_the_next(tmp_path)
     assert make_segment(leases, 1, attempt=1)[0] == 8
     assert make_segment(leases, 2)[0] == 8
     assert make_segment(leases, 3)[0] == 8
+    assert_all_places_are_free(leases)
+    leases.close()
+    store.close()
+
+
+def test_where_the_device_is_short_of_memory_what_is_ahead_leaves_it_for_good(tmp_path):
+    store = StoreHere()
+    leases = leases_on(store, tmp_path, "require", host_bytes=100 * 4096, num_segments=8, align="last")
+    leases.ahead_bytes = 4 * leases.reuse.form.size
+    read = many_segments(leases, 3)
+    pool = leases._pool
+    failed = leases.begin(3, 0, history_len=1)
+    make_ops(failed, leases.reuse.form)
+    assert pool.free < pool.number, "something is handed over"
+    leases.make_room()
+    assert pool.free == pool.number
+    read += make_segment(leases, 3, attempt=1)[0]
+    read += sum(make_segment(leases, segment)[0] for segment in range(4, 8))
+    assert (read, leases._pool) == (READS_OF_8["last"], None)
+    leases.close()
+    store.close()
+
+
+def test_where_the_device_has_no_memory_for_it_nothing_comes_ahead(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(leases_module, "DevicePool", full)
+    store = StoreHere()
+    leases = leases_on(store, tmp_path, "require", num_segments=8)
+    leases.ahead_bytes = 4 * leases.reuse.form.size
+    assert many_segments(leases, 8) == READS_OF_8["step"]
+    assert caplog.text.count("The GPU lacks the 3072 bytes of store.device_bytes") == 1
     leases.close()
     store.close()
 

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from edit_ray.cache.stores.allocator import Extent, room_of
 from edit_ray.cache.stores.arena import Arena
+from edit_ray.cache.stores.device_pool import DevicePool
 from edit_ray.cache.stores.op_table import DONE, NEEDED, SKIPPED, UNTOUCHED, Op, OpTable, table_bytes
 from edit_ray.cache.stores.planned import Form, PlannedStore
 from edit_ray.errors import EntryLost
@@ -205,3 +208,158 @@ def test_a_settled_store_drops_what_waited(arena):
     owner.give(0)
     store.put(key(1), residual(6))
     assert place.mean() == 9, "the place may be another's"
+
+
+def pool_of(number):
+    return DevicePool(FORM.device, FORM.dtype, FORM.shape, number)
+
+
+def within(memory, tensor):
+    """Whether a tensor is a view of a pool's place."""
+    return memory.tensor.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+
+
+def test_a_pool_gives_first_what_it_got_back_first():
+    pool = pool_of(3)
+    first, second, third = (pool.take() for _ in range(3))
+    assert pool.take() is None
+    pool.give_back(second)
+    pool.give_back(first)
+    assert (pool.take(), pool.take(), pool.take()) == (second, first, None)
+    third.readers = 2
+    pool.give_back(third)
+    assert pool.free == 0, "one that reads it is left"
+    pool.give_back(third)
+    assert pool.free == 1
+    with pytest.raises(ValueError, match="given back before"):
+        pool.give_back(third)
+
+
+def test_places_are_used_again_and_what_was_read_stays_as_it_was(arena):
+    owner, pool = Owner(arena, *reads(ENTRIES)), pool_of(2)
+    for index in range(ENTRIES):
+        owner.fill(index, index)
+    owner.give(*range(ENTRIES))
+    store, place = owner.store(ahead=2, pool=pool), pool.take()
+    assert place is None, "both are filled ahead"
+    found = []
+    for index in range(ENTRIES):
+        found.append(store.get(key(index)))
+        assert all(loaded.place is not None for loaded in store._loaded.values()), "two are enough for two"
+    store.finish()
+    assert [tensor.mean().item() for tensor in found] == list(range(ENTRIES))
+    place = pool.take()
+    assert not any(within(place, tensor) for tensor in found)
+    assert pool.free == 1
+
+
+def test_without_a_free_place_what_is_read_comes_to_memory_of_its_own(arena):
+    owner, pool = Owner(arena, *reads(2)), pool_of(1)
+    for index in range(2):
+        owner.fill(index, index)
+    owner.give(0, 1)
+    store = owner.store(ahead=2, pool=pool)
+    assert [store.get(key(index)).mean().item() for index in range(2)] == [0, 1]
+    assert pool.free == 1
+
+
+def test_what_is_handed_over_is_a_copy_and_goes_to_all_who_read_it(arena):
+    owner, pool = Owner(arena, (key(0), True)), pool_of(1)
+    owner.give(0)
+    store = owner.store(ahead=1, pool=pool, hand_over=[("run", *key(0))])
+    computed = residual(3)
+    store.put(key(0), computed)
+    computed.fill_(99)
+    store.finish()
+    store.settle()
+    assert pool.free == 0, "it stays for the next segment"
+
+    following = Owner(arena, (key(0), False), (key(0), False))
+    next_store = following.store(ahead=1, pool=pool, handed=list(store.handed_over))
+    next_store.adopt(store.handed_over)
+    store.close()
+    assert next_store.get(key(0)).mean() == 3
+    assert pool.free == 0, "the plan has it read once more"
+    assert next_store.get(key(0)).mean() == 3
+    assert pool.free == 1
+
+
+@pytest.mark.parametrize("adopted", [[], [1], [0, 1]])
+@pytest.mark.parametrize("used", [0, 1, 2])
+def test_what_is_not_adopted_or_not_read_leaves_its_place(arena, adopted, used):
+    owner, pool = Owner(arena, (key(0), True), (key(1), True)), pool_of(2)
+    owner.give(0, 1)
+    store = owner.store(ahead=2, pool=pool, hand_over=[("run", *key(number)) for number in range(2)])
+    for number in range(2):
+        store.put(key(number), residual(number))
+    store.finish()
+    next_store = Owner(arena, *[(key(number), False) for number in adopted]).store(ahead=2, pool=pool)
+    next_store.adopt(store.handed_over)
+    store.close()
+    assert pool.free == 2 - len(adopted)
+    for number in adopted[:used]:
+        assert next_store.get(key(number)).mean() == number
+    next_store.close()
+    assert pool.free == 2
+
+
+def test_a_closed_store_takes_no_place(arena):
+    """One that failed may still be given something, by who has not heard of it."""
+    owner, pool = Owner(arena, (key(0), False), (key(1), True)), pool_of(2)
+    owner.fill(0, 4)
+    owner.give(0)
+    store = owner.store(ahead=2, pool=pool, hand_over=[("run", *key(1))])
+    store.close()
+    assert store.get(key(0)).mean() == 4
+    store.put(key(1), residual(5))
+    assert pool.free == 2
+
+
+@st.composite
+def chains(draw):
+    """Segments of a chain: what each reads of the entries before and writes, which of that it comes to use, and after
+    how many ops it fails, if it does.
+    """
+    segments, written = [], []
+    for first in range(0, 8, 2):
+        read = draw(st.lists(st.sampled_from(written), max_size=4)) if written else []
+        ops = [(entry, False) for entry in read] + [(entry, True) for entry in range(first, first + 2)]
+        used = [draw(st.integers(0, 4)) > 0 for _ in ops]
+        segments.append((ops, used, draw(st.sampled_from([None, None, None, 0, 1, 2, 3]))))
+        written += [first, first + 1]
+    return segments
+
+
+@given(chain=chains(), places=st.integers(0, 5), ahead=st.integers(0, 5), handed=st.integers(0, 2))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_segments_do_reads_are_right_and_every_place_comes_back(arena, chain, places, ahead, handed):
+    pool, last, found = pool_of(places), None, []
+    for ops, used, end in chain:
+        owner = Owner(arena, *[(key(entry), writes) for entry, writes in ops])
+        for index, (entry, writes) in enumerate(ops):
+            owner.fill(index, -1 if writes else entry)
+        owner.give(*range(len(ops)))
+        hand_over = [("run", *key(entry)) for entry, writes in ops if writes][:handed]
+        adopts = [] if last is None else list(last.handed_over)
+        store = owner.store(ahead, pool=pool, hand_over=hand_over, handed=adopts)
+        if last is not None:
+            store.adopt(last.handed_over)
+            last.close()
+        fails = end is not None
+        try:
+            for (entry, writes), use in list(zip(ops, used, strict=True))[:end]:
+                if use and writes:
+                    store.put(key(entry), residual(entry))
+                elif use:
+                    found.append((entry, store.get(key(entry))))
+            if not fails:
+                store.finish()
+        except EntryLost:  # what the plan has written was not, or what it has read twice was read the second time only
+            fails = True
+        last = None if fails else store
+        (store.close if fails else store.settle)()
+        assert pool.free == places - min(places, 0 if fails else len(store.handed_over))
+    if last is not None:
+        last.close()
+    assert pool.free == places
+    assert all(torch.equal(tensor, residual(entry)) for entry, tensor in found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from edit_ray.cache.stores.allocator import Extent, room_of
 from edit_ray.cache.stores.arena import Arena
 from edit_ray.cache.stores.copies import Copy, Loaded, Taken, copies_for
+from edit_ray.cache.stores.device_pool import DevicePlace, DevicePool
 from edit_ray.cache.stores.op_table import DONE, NEEDED, SKIPPED, WAITING, Op, OpTable
 from edit_ray.cache.stores.store import Key
 from edit_ray.errors import EntryLost
@@ -59,7 +60,8 @@ class PlannedStore:
     What the segment itself has just computed stays on the device, the last `history_len` of each unit. What the plan
     wants for later segments goes to the arena as well; what it wants from earlier ones comes from there, each op in
     its turn. Up to `ahead_bytes` of the device hold reads before they are asked for, in the order of use, and as much
-    again writes that have no place in the arena yet. An entry that the plan promises and nobody has any more is an
+    again writes that have no place in the arena yet. Those reads, and what is handed over to the next segment, lie in
+    the places of `pool` as far as it has any. An entry that the plan promises and nobody has any more is an
     `EntryLost`, as another than the planned computation would make other frames.
     """
 
@@ -75,6 +77,7 @@ class PlannedStore:
         prefix: Key = (),
         history_len: int = 1,
         ahead_bytes: int = 0,
+        pool: DevicePool | None = None,
         hand_over: Collection[Key] = (),
         handed: Collection[Key] = (),
         when_read: Callable[[], None] | None = None,
@@ -88,7 +91,7 @@ class PlannedStore:
         self.arena, self.table, self.ops, self.form = arena, table, ops, form
         self.waits = Waits()
         self.copies, self._room = copies_for(form.device), room_of(form.size)
-        self.handed_over: dict[Key, torch.Tensor] = {}
+        self.handed_over: dict[Key, Loaded] = {}
         self._prefix, self._history_len = tuple(prefix), history_len
         self._indices_of: dict[tuple[Key, bool], deque[int]] = {}  # of the ops to come; a read may be planned twice
         for index, op in enumerate(ops):
@@ -96,7 +99,7 @@ class PlannedStore:
         self._own: dict[Owner, OrderedDict[Key, torch.Tensor]] = {}
         self._next = 0  # the first op that has neither been used nor passed over
         self._most_ahead = ahead_bytes // max(form.size, 1)  # entries
-        self._hand_over, self._when_read = frozenset(hand_over), when_read
+        self._pool, self._hand_over, self._when_read = pool, frozenset(hand_over), when_read
         self._most_loaded = self._most_ahead - len(handed)
         # Reads neither begun nor asked for; what is handed over needs no way.
         self._to_load = deque(i for i, op in enumerate(ops) if not op.writes and op.key not in handed)
@@ -107,11 +110,14 @@ class PlannedStore:
         self._timeout_s = timeout_s
         self.go_on()
 
-    def adopt(self, tensors: Mapping[Key, torch.Tensor]) -> None:
-        """Reads that the segment before has on the device already; their places are given back."""
-        for key, tensor in tensors.items():
-            for index in self._indices_of.get((key, False), ()):
-                self._loaded[index] = Loaded(tensor)
+    def adopt(self, handed_over: dict[Key, Loaded]) -> None:
+        """Takes out of it the reads that the segment before has on the device already; their places are given back."""
+        for key in [key for key in handed_over if self._indices_of.get((key, False))]:
+            loaded, indices = handed_over.pop(key), self._indices_of[key, False]
+            if loaded.place is not None:
+                loaded.place.readers = len(indices)
+            for index in indices:
+                self._loaded[index] = loaded
                 self.table.mark(index, SKIPPED)
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
@@ -124,7 +130,9 @@ class PlannedStore:
             self._leave()
             self.waits.writes += 1
             if self.ops[index].key in self._hand_over:
-                self.handed_over[self.ops[index].key] = whole
+                place = self._free_place()
+                kept = Loaded(whole) if place is None else self.copies.keep(whole, place)
+                self.handed_over[self.ops[index].key] = kept
         own = self._own.setdefault(key[1:4], OrderedDict())
         own[key] = tensor
         while len(own) > self._history_len:
@@ -148,8 +156,10 @@ class PlannedStore:
             self._load(index, self._await_place(index))
         loaded = self._loaded.pop(index)
         self.waits.reads += 1
+        tensor = self.copies.use(loaded)
+        self._give_back(loaded)
         self.go_on()
-        return self.copies.use(loaded)
+        return tensor
 
     def prefetch(self, keys: Iterable[Key]) -> None:
         """Nothing to do: the store knows the plan."""
@@ -199,7 +209,13 @@ class PlannedStore:
         for _, copy in self._moving:
             copy.wait()
         self._moving.clear()
-        self._loaded.clear()
+        self._give_all_back(self._loaded)
+
+    def close(self) -> None:
+        """As `settle`, and what nobody has adopted is let go: nothing of this segment is left in the pool."""
+        self.settle()
+        self._give_all_back(self.handed_over)
+        self._pool = None
 
     def go_on(self) -> None:
         """Say what is over, and begin what can be begun without waiting."""
@@ -213,9 +229,24 @@ class PlannedStore:
             self._load(self._to_load.popleft(), offset)
 
     def _load(self, index: int, offset: int | None) -> None:
-        loaded = self._loaded[index] = self.copies.load(self._place(index, offset))
+        place = self._place(index, offset)
+        loaded = self._loaded[index] = self.copies.load(place, self._free_place())
         if loaded.copy is not None:
             self._moving.append((index, loaded.copy))
+
+    def _free_place(self) -> DevicePlace | None:
+        """A place of the pool for what comes to the device, or stays there."""
+        return None if self._pool is None else self._pool.take()
+
+    def _give_back(self, loaded: Loaded) -> None:
+        """One that reads it has read it, or will not."""
+        if self._pool is not None and loaded.place is not None:
+            self.copies.let_go(loaded)
+            self._pool.give_back(loaded.place)
+
+    def _give_all_back(self, unread: dict[int, Loaded] | dict[Key, Loaded]) -> None:
+        while unread:
+            self._give_back(unread.popitem()[1])
 
     def _leave(self) -> None:
         """Copy what waits for a place and has one now."""
@@ -255,8 +286,11 @@ class PlannedStore:
         for passed in range(self._next, index):
             if self.ops[passed].writes:
                 self._unwritten.append(passed)
-            if self._loaded.pop(passed, None) is None:  # else it is over when its copy is
+            loaded = self._loaded.pop(passed, None)
+            if loaded is None:
                 self.table.mark(passed, SKIPPED)
+            else:  # the op is over when its copy is
+                self._give_back(loaded)
 
     def _await_place(self, index: int) -> int | None:
         offset = self.table.place(index)
