@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -344,6 +345,9 @@ def test_where_the_device_is_short_of_memory_what_is_ahead_leaves_it_for_good(tm
     assert pool.free < pool.number, "something is handed over"
     leases.make_room()
     assert pool.free == pool.number
+    gone = weakref.ref(pool)
+    del pool
+    assert gone() is None, "the failed segment's store is still there, and keeps none of its memory"
     read += make_segment(leases, 3, attempt=1)[0]
     read += sum(make_segment(leases, segment)[0] for segment in range(4, 8))
     assert (read, leases._pool) == (READS_OF_8["last"], None)
