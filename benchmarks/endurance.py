@@ -1,13 +1,15 @@
 """Whether a run of very many segments stays as it is: memory, open files, threads, time of a commit, disk.
 
-    python benchmarks/endurance.py [--segments 2000] [--keep 8] [--output benchmarks/results/endurance]
+    python benchmarks/endurance.py --directory /dev/shm --output benchmarks/results/endurance
+    python benchmarks/endurance.py [--segments 2000] [--keep 8]               on the disk of /tmp
 
 A random model of a megabyte makes tiny segments through the real actors on a Ray of its own, with residuals that are
 reused and written to disk, and `output.keep_segments`. After every segment each actor's process is looked at. From
 segment 100 on, windows of 100 segments are compared by their medians. Flat is where the slope through these (Theil and
 Sen: the median slope of all pairs, so that single windows do not decide) times the length of the run is within 5 % of
 the first window's median. Ray is started with MALLOC_ARENA_MAX=2, unless that is set. Manifest and event log are
-appended to by design; they are told apart.
+appended to by design; they are told apart. On a disk most of a commit is waiting for it, and what a disk takes may drift
+by more than the bar with nothing of ours at work; in memory what is left is ours.
 """
 
 import argparse
@@ -131,7 +133,7 @@ def summary(found: Mapping[str, Sequence[tuple[int, float]]], segments: int) -> 
     for name, values in found.items():
         medians = windows(values, segments)
         grows = drift(medians)
-        held = not (name.startswith(("logs", "segment ms")) or name.endswith("own MB"))
+        held = not (name.startswith(("logs", "segment ms", "publish ms")) or name.endswith("own MB"))
         told[name] = {"windows": medians, "drift": grows, "flat": abs(grows) <= BAR if held else None}
     return told
 
@@ -164,6 +166,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--segments", type=int, default=2000, help=f"at least {FIRST + 2 * WINDOW}, to be judged")
     parser.add_argument("--keep", type=int, default=8, help="output.keep_segments")
+    parser.add_argument("--directory", default="/tmp", help="where a folder for all that is written is made")
     parser.add_argument("--output", type=Path, help="the folder to write into")
     args = parser.parse_args()
     if args.segments < FIRST + 2 * WINDOW:
@@ -172,7 +175,7 @@ def main() -> int:
     # each keeps of what was given back would look like growth.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     # Ray's sockets lie below it, and their paths may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="er-", dir="/tmp") as temp, private_ray(Path(temp)) as environment:
+    with tempfile.TemporaryDirectory(prefix="er-", dir=args.directory) as temp, private_ray(Path(temp)) as environment:
         os.environ.update(environment)
         model, runs = save_random_wan(Path(temp) / "model", expand_timesteps=True), Path(temp) / "runs"
         runs.mkdir()
