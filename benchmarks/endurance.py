@@ -1,15 +1,16 @@
 """Whether a run of very many segments stays as it is: memory, open files, threads, time of a commit, disk.
 
-    python benchmarks/endurance.py --directory /dev/shm --output benchmarks/results/endurance
-    python benchmarks/endurance.py [--segments 2000] [--keep 8]               on the disk of /tmp
+    python benchmarks/endurance.py [--segments 2000] [--keep 8] [--output benchmarks/results/endurance]
 
 A random model of a megabyte makes tiny segments through the real actors on a Ray of its own, with residuals that are
 reused and written to disk, and `output.keep_segments`. After every segment each actor's process is looked at. From
 segment 100 on, windows of 100 segments are compared by their medians. Flat is where the slope through these (Theil and
 Sen: the median slope of all pairs, so that single windows do not decide) times the length of the run is within 5 % of
 the first window's median. Ray is started with MALLOC_ARENA_MAX=2, unless that is set. Manifest and event log are
-appended to by design; they are told apart. On a disk most of a commit is waiting for it, and what a disk takes may drift
-by more than the bar with nothing of ours at work; in memory what is left is ours.
+appended to by design; they are told apart.
+
+Times drift with the machine and its disk, with nothing of ours at work, by more than that. So commits are compared in
+pairs: of 200 segments that the long run is extended by, and of a short one's first 200, the later half; then again.
 """
 
 import argparse
@@ -35,7 +36,8 @@ from benchmarks.provenance import provenance  # noqa: E402
 from edit_ray.testing import save_random_wan  # noqa: E402
 from jobs.demo import private_ray  # noqa: E402
 
-FIRST, WINDOW, BAR = 100, 100, 0.05
+FIRST, WINDOW, BAR, PAIRS = 100, 100, 0.05, 5
+LONG = "endurance"
 DISK_EVERY = 10  # segments between two looks at the disk
 LOGS = ("manifest.jsonl", "events.jsonl")
 ACTORS = ("segment_scheduler", "denoiser", "cache_store")
@@ -82,20 +84,36 @@ def _size(path: Path) -> int:
         return 0
 
 
-def measure(root: Path, config: Mapping[str, Any]) -> tuple[dict[str, list[tuple[int, float]]], float]:
+def commit_ms(segment: Any) -> float:
+    """From the first write of the commit until a client that waits for the segment has it, which is now."""
+    return 1000 * (time.time() - float(segment.statistics["publish_at"]))
+
+
+def compare_commits(client: Any, config: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """The median of a short run's commits, and of those that the long one is extended by, in turn."""
+    pairs = []
+    for pair in range(PAIRS):
+        there = client.status(LONG).committed
+        client.extend(LONG, FIRST + WINDOW)
+        late = [commit_ms(segment) for segment in client.stream(LONG, start=there, frames=False)][FIRST:]
+        short = dict(config) | {"video": {"num_segments": FIRST + WINDOW}}
+        run_id = client.submit(short, run_id=f"short-{pair}")
+        early = [commit_ms(segment) for segment in client.stream(run_id, frames=False)][FIRST:]
+        pairs.append((statistics.median(early), statistics.median(late)))
+        print(f"pair {pair}: {pairs[-1][0]:.2f} ms in the short run, {pairs[-1][1]:.2f} ms in the long one", flush=True)
+    return pairs
+
+
+def measure(client: Any, root: Path, config: Mapping[str, Any]) -> tuple[dict[str, list[tuple[int, float]]], float]:
     """Every quantity as (segment, value), and the seconds of the run."""
     import ray
 
-    from edit_ray import LongVideoClient
-
-    client = LongVideoClient(output=root)
     found: dict[str, list[tuple[int, float]]] = {}
-    run_id = client.submit(dict(config), run_id="endurance")
+    run_id = client.submit(dict(config), run_id=LONG)
     pids: dict[str, int] = {}
     began = last = time.monotonic()
     for segment in client.stream(run_id, frames=False):
-        # From the first write of the commit until a client that waits for the segment has it.
-        now, committed = time.monotonic(), 1000 * (time.time() - segment.statistics["publish_at"])
+        now, committed = time.monotonic(), commit_ms(segment)
         if not pids:
             actors: dict[str, Any] = {name: ray.get_actor(name, namespace="edit_ray") for name in ACTORS}
             told: dict[str, Any] = {name: ray.get(actor.describe.remote()) for name, actor in actors.items()}
@@ -133,9 +151,15 @@ def summary(found: Mapping[str, Sequence[tuple[int, float]]], segments: int) -> 
     for name, values in found.items():
         medians = windows(values, segments)
         grows = drift(medians)
-        held = not (name.startswith(("logs", "segment ms", "publish ms")) or name.endswith("own MB"))
+        held = not (name.startswith(("logs", "segment ms", "publish ms", "commit ms")) or name.endswith("own MB"))
         told[name] = {"windows": medians, "drift": grows, "flat": abs(grows) <= BAR if held else None}
     return told
+
+
+def of_pairs(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """How much more a commit takes late than early, by the median of the pairs' ratios."""
+    grows = statistics.median(late / early for early, late in pairs) - 1
+    return {"windows": [of for pair in pairs for of in pair], "drift": grows, "flat": abs(grows) <= BAR}
 
 
 def table_of(told: Mapping[str, Mapping[str, Any]], heading: str) -> Table:
@@ -166,7 +190,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--segments", type=int, default=2000, help=f"at least {FIRST + 2 * WINDOW}, to be judged")
     parser.add_argument("--keep", type=int, default=8, help="output.keep_segments")
-    parser.add_argument("--directory", default="/tmp", help="where a folder for all that is written is made")
     parser.add_argument("--output", type=Path, help="the folder to write into")
     args = parser.parse_args()
     if args.segments < FIRST + 2 * WINDOW:
@@ -175,15 +198,20 @@ def main() -> int:
     # each keeps of what was given back would look like growth.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     # Ray's sockets lie below it, and their paths may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="er-", dir=args.directory) as temp, private_ray(Path(temp)) as environment:
+    with tempfile.TemporaryDirectory(prefix="er-", dir="/tmp") as temp, private_ray(Path(temp)) as environment:
         os.environ.update(environment)
         model, runs = save_random_wan(Path(temp) / "model", expand_timesteps=True), Path(temp) / "runs"
         runs.mkdir()
-        found, seconds = measure(runs, config_for(model, args.segments, args.keep))
         import ray
 
+        from edit_ray import LongVideoClient
+
+        client, config = LongVideoClient(output=runs), config_for(model, args.segments, args.keep)
+        found, seconds = measure(client, runs, config)
+        pairs = compare_commits(client, config)
+
         ray.shutdown()
-    told = summary(found, args.segments)
+    told = summary(found, args.segments) | {"commit ms, short run and long one in turn": of_pairs(pairs)}
     failed = [name for name, row in told.items() if row["flat"] is False]
     heading = (
         f"{args.segments} segments in {seconds:.0f} s ({1000 * seconds / args.segments:.0f} ms each), of which "

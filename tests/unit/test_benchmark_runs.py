@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.endurance import drift, summary, windows
+from benchmarks.endurance import drift, of_pairs, summary, windows
 from benchmarks.overlap import compare
 
 
@@ -26,6 +26,13 @@ def test_what_grows_is_not_flat_and_logs_are_held_to_nothing():
         "two: resident MB": True,
         "logs kB": None,
     }
+
+
+def test_commits_are_compared_in_pairs_whatever_the_machine_does():
+    slower_and_slower = [(early, 1.04 * early) for early in (5.0, 7.0, 12.0)]
+    assert of_pairs(slower_and_slower)["drift"] == pytest.approx(0.04)
+    assert of_pairs(slower_and_slower)["flat"]
+    assert not of_pairs([(early, 1.06 * early) for early in (5.0, 7.0, 12.0)])["flat"]
 
 
 def test_a_run_that_hides_all_but_its_last_decoding_has_the_ratio_one():
