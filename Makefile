@@ -55,18 +55,21 @@ $(DOCS): $(INSTALLED)
 
 test: check ## everything that must hold before a commit: check, then the tests, in two halves at a time
 	@echo "Two halves of the tests run side by side; each tells all that it has to tell at its end."
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-units test-ray
+	@$(HALVES) --output-sync=target test-units test-ray
 
 # On Ray a test mostly waits for processes to start and for one thread's work: the other half takes what that leaves,
-# which it does at a niceness of no less than 15, Ray's for its actors.
+# which it does at a niceness of no less than 15, Ray's for its actors. MARKED chooses by marker.
+MARKED ?=
+HALVES := $(MAKE) --no-print-directory --jobs 2
+
 test-units: $(INSTALLED) ## the half of the tests that needs no Ray
-	OMP_NUM_THREADS=1 nice -n 16 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/ray
+	OMP_NUM_THREADS=1 nice -n 16 $(BIN)/pytest $(MARKED) -n 2 --dist loadfile --ignore tests/ray --ignore tests/chaos
 
 test-ray: $(INSTALLED) ## the half that runs on one Ray
-	$(BIN)/pytest tests/ray
+	$(BIN)/pytest $(MARKED) tests/ray tests/chaos
 
-proof: check $(DOCS) ## the tests together with the slow and the chaos proofs
-	$(BIN)/pytest -m "not gpu"
+proof: check $(DOCS) ## the tests together with the slow and the chaos proofs, in the same two halves
+	@$(HALVES) --output-sync=line MARKED='-m "not gpu"' test-units test-ray
 
 COVERED ?= not gpu
 MEASURED := $(abspath build/coverage)
@@ -74,7 +77,7 @@ MEASURED := $(abspath build/coverage)
 coverage: $(INSTALLED) $(DOCS) ## how much of edit_ray/ the proofs run through, Ray's workers included; COVERED chooses by marker
 	rm -rf $(MEASURED) && mkdir -p $(MEASURED)
 	COVERAGE_FILE=$(MEASURED)/data COVERAGE_PROCESS_START=$(abspath pyproject.toml) PYTHONPATH=$(abspath tests/coverage) \
-	  $(BIN)/pytest -m "$(COVERED)"
+	  $(HALVES) --output-sync=line MARKED='-m "$(COVERED)"' test-units test-ray
 	cd $(MEASURED) && COVERAGE_FILE=$(MEASURED)/data $(abspath $(BIN))/coverage combine --rcfile=$(abspath pyproject.toml)
 	COVERAGE_FILE=$(MEASURED)/data $(BIN)/coverage report --fail-under=90
 
