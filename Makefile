@@ -54,13 +54,13 @@ $(DOCS): $(INSTALLED)
 	@touch $@
 
 test: check ## everything that must hold before a commit: check, then the tests, in two halves at a time
-	@echo "Two halves of the tests run side by side; each tells all that it has to tell at its end."
-	@$(HALVES) --output-sync=target test-units test-ray
+	@$(HALVES)
 
 # On Ray a test mostly waits for processes to start and for one thread's work: the other half takes what that leaves,
 # which it does at a niceness of no less than 15, Ray's for its actors. MARKED chooses by marker.
 MARKED ?=
-HALVES := $(MAKE) --no-print-directory --jobs 2
+HALVES := echo "Two halves of the tests run side by side; each tells all that it has to tell at its end." && \
+  $(MAKE) --no-print-directory --jobs 2 --output-sync=target test-units test-ray
 
 test-units: $(INSTALLED) ## the half of the tests that needs no Ray
 	OMP_NUM_THREADS=1 nice -n 16 $(BIN)/pytest $(MARKED) -n 2 --dist loadfile --ignore tests/ray --ignore tests/chaos
@@ -69,15 +69,15 @@ test-ray: $(INSTALLED) ## the half that runs on one Ray
 	$(BIN)/pytest $(MARKED) tests/ray tests/chaos
 
 proof: check $(DOCS) ## the tests together with the slow and the chaos proofs, in the same two halves
-	@$(HALVES) --output-sync=line MARKED='-m "not gpu"' test-units test-ray
+	@$(HALVES) MARKED='-m "not gpu"'
 
 COVERED ?= not gpu
 MEASURED := $(abspath build/coverage)
 
 coverage: $(INSTALLED) $(DOCS) ## how much of edit_ray/ the proofs run through, Ray's workers included; COVERED chooses by marker
 	rm -rf $(MEASURED) && mkdir -p $(MEASURED)
-	COVERAGE_FILE=$(MEASURED)/data COVERAGE_PROCESS_START=$(abspath pyproject.toml) PYTHONPATH=$(abspath tests/coverage) \
-	  $(HALVES) --output-sync=line MARKED='-m "$(COVERED)"' test-units test-ray
+	export COVERAGE_FILE=$(MEASURED)/data COVERAGE_PROCESS_START=$(abspath pyproject.toml) PYTHONPATH=$(abspath tests/coverage); \
+	  $(HALVES) MARKED='-m "$(COVERED)"'
 	cd $(MEASURED) && COVERAGE_FILE=$(MEASURED)/data $(abspath $(BIN))/coverage combine --rcfile=$(abspath pyproject.toml)
 	COVERAGE_FILE=$(MEASURED)/data $(BIN)/coverage report --fail-under=90
 

@@ -10,7 +10,7 @@ the first window's median. Ray is started with MALLOC_ARENA_MAX=2, unless that i
 appended to by design; they are told apart.
 
 Times drift with the machine and its disk, with nothing of ours at work, by more than that. So commits are compared in
-pairs: of 200 segments that the long run is extended by, and of a short one's first 200, the later half; then again.
+pairs: of 60 segments that the long run is extended by, and of a short run's 60, the last 40; then again.
 """
 
 import argparse
@@ -36,7 +36,8 @@ from benchmarks.provenance import provenance  # noqa: E402
 from edit_ray.testing import save_random_wan  # noqa: E402
 from jobs.demo import private_ray  # noqa: E402
 
-FIRST, WINDOW, BAR, PAIRS = 100, 100, 0.05, 5
+FIRST, WINDOW, BAR, PAIRS = 100, 100, 0.05, 12
+BEFORE, COMPARED = 20, 40  # segments of each half of a pair: those not looked at, and those whose commits are
 LONG = "endurance"
 DISK_EVERY = 10  # segments between two looks at the disk
 LOGS = ("manifest.jsonl", "events.jsonl")
@@ -94,11 +95,11 @@ def compare_commits(client: Any, config: Mapping[str, Any]) -> list[tuple[float,
     pairs = []
     for pair in range(PAIRS):
         there = client.status(LONG).committed
-        client.extend(LONG, FIRST + WINDOW)
-        late = [commit_ms(segment) for segment in client.stream(LONG, start=there, frames=False)][FIRST:]
-        short = dict(config) | {"video": {"num_segments": FIRST + WINDOW}}
+        client.extend(LONG, BEFORE + COMPARED)
+        late = [commit_ms(segment) for segment in client.stream(LONG, start=there, frames=False)][BEFORE:]
+        short = dict(config) | {"video": {"num_segments": BEFORE + COMPARED}}
         run_id = client.submit(short, run_id=f"short-{pair}")
-        early = [commit_ms(segment) for segment in client.stream(run_id, frames=False)][FIRST:]
+        early = [commit_ms(segment) for segment in client.stream(run_id, frames=False)][BEFORE:]
         pairs.append((statistics.median(early), statistics.median(late)))
         print(f"pair {pair}: {pairs[-1][0]:.2f} ms in the short run, {pairs[-1][1]:.2f} ms in the long one", flush=True)
     return pairs
