@@ -174,6 +174,8 @@ class SegmentLeases:
 
     def make_room(self) -> None:
         """What is on the device for later segments leaves it, and nothing comes there ahead of its use again."""
+        if self._pool is not None:
+            self._pool.let_go()
         self._close_stores()
         self.ahead_bytes, self._pool = 0, None
 

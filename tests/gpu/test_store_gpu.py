@@ -127,6 +127,12 @@ def test_what_was_written_is_read(store, leases_for, tmp_path, host, ahead):
     assert torch.stack(checks).all()
 
 
+def use(monkeypatch, copies):
+    """Has all copies made by these, with and without a pool."""
+    for module in ("planned", "device_pool"):
+        monkeypatch.setattr(f"edit_ray.cache.stores.{module}.copies_for", copies)
+
+
 class Delayed(StreamCopies):
     """Each copy and each use comes after a pause of its stream, of a random length."""
 
@@ -151,10 +157,6 @@ class Delayed(StreamCopies):
         self.pause(self.loading)
         return super().load(place, into)
 
-    def keep(self, tensor, into):
-        self.pause(torch.cuda.current_stream())
-        return super().keep(tensor, into)
-
     def use(self, loaded):
         self.pause(torch.cuda.current_stream())
         return super().use(loaded)
@@ -162,7 +164,7 @@ class Delayed(StreamCopies):
 
 @pytest.mark.parametrize("ahead", [0, 4])
 def test_streams_keep_their_order_under_random_delays(store, leases_for, tmp_path, monkeypatch, ahead):
-    monkeypatch.setattr("edit_ray.cache.stores.planned.copies_for", Delayed)
+    use(monkeypatch, Delayed)
     leases, checks = leases_for(store, tmp_path, segments=12, host=3, ahead=ahead), []
     for segment in range(12):
         make(leases.begin(segment, 0, 1), checks)
@@ -171,22 +173,18 @@ def test_streams_keep_their_order_under_random_delays(store, leases_for, tmp_pat
 
 
 class Behind(StreamCopies):
-    """The computing stream is far behind the host: a place is given away long before what lies in it is read. Notes
-    for each load whether it got a place.
+    """The computing stream is far behind the host: a tensor leaves the store long before it is read. Notes for each load
+    whether it took one of the pool.
     """
 
-    found_place: ClassVar[list[bool]] = []
+    of_pool: ClassVar[list[bool]] = []
 
     def fall_behind(self):
         torch.cuda._sleep(2_000_000)  # about 1 ms
 
     def load(self, place, into=None):
-        self.found_place.append(into is not None)
+        self.of_pool.append(into is not None)
         return super().load(place, into)
-
-    def keep(self, tensor, into):
-        self.fall_behind()
-        return super().keep(tensor, into)
 
     def use(self, loaded):
         self.fall_behind()
@@ -194,10 +192,10 @@ class Behind(StreamCopies):
 
 
 @pytest.mark.parametrize("ahead", [2, 5])
-def test_places_are_filled_again_only_when_they_were_read(store, leases_for, tmp_path, monkeypatch, ahead):
-    """Each segment reads three to eight times as many entries as there are places, a part of them handed over."""
-    monkeypatch.setattr("edit_ray.cache.stores.planned.copies_for", Behind)
-    monkeypatch.setattr(Behind, "found_place", [])
+def test_memory_is_filled_again_only_when_it_was_read(store, leases_for, tmp_path, monkeypatch, ahead):
+    """Each segment reads three to eight times as many entries as the pool has tensors, a part of them handed over."""
+    use(monkeypatch, Behind)
+    monkeypatch.setattr(Behind, "of_pool", [])
     leases, checks = leases_for(store, tmp_path, segments=8, host=100, ahead=ahead), []
     for segment in range(8):
         make(leases.begin(segment, 0, 1), checks)
@@ -205,7 +203,7 @@ def test_places_are_filled_again_only_when_they_were_read(store, leases_for, tmp
     assert len(checks) == 2 * UNITS * (1 + 2 * 6)
     assert torch.stack(checks).all()
     handed_over = 7 * {2: 1, 5: 3}[ahead]
-    assert Behind.found_place == [True] * (len(checks) - handed_over)
+    assert Behind.of_pool == [True] * (len(checks) - handed_over)
     leases.give_up()
     assert (leases._pool.number, leases._pool.free) == (ahead, ahead)
 
@@ -221,8 +219,8 @@ class Late(StreamCopies):
         return super().load(place, into)
 
 
-def test_a_place_is_filled_again_only_after_a_load_that_nobody_has_used(store, leases_for, tmp_path, monkeypatch):
-    monkeypatch.setattr("edit_ray.cache.stores.planned.copies_for", Late)
+def test_memory_is_filled_again_only_after_a_load_that_nobody_has_used(store, leases_for, tmp_path, monkeypatch):
+    use(monkeypatch, Late)
     leases, checks = leases_for(store, tmp_path, segments=4, host=100, ahead=5), []
     for segment in range(2):
         make(leases.begin(segment, 0, 1), checks)
@@ -298,7 +296,7 @@ def test_the_memory_of_what_was_read_is_not_another_read_s(store, leases_for, tm
 
 
 def test_a_failed_segment_writes_nothing_into_what_is_given_to_others(store, leases_for, tmp_path, monkeypatch):
-    monkeypatch.setattr("edit_ray.cache.stores.planned.copies_for", Delayed)
+    use(monkeypatch, Delayed)
     leases, checks = leases_for(store, tmp_path, segments=3, host=3, ahead=8), []
     make(leases.begin(0, 0, 1), checks)
     leases.complete(0, 0)

@@ -214,43 +214,49 @@ def pool_of(number):
     return DevicePool(FORM.device, FORM.dtype, FORM.shape, number)
 
 
-def within(memory, tensor):
-    """Whether a tensor is a view of a pool's place."""
-    return memory.tensor.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-
-
-def test_a_pool_gives_first_what_it_got_back_first():
-    pool = pool_of(3)
-    first, second, third = (pool.take() for _ in range(3))
+def test_a_pool_has_as_many_tensors_as_are_not_in_use():
+    pool = pool_of(2)
+    first, second = pool.take(), pool.take()
+    assert first.shape == second.shape == torch.Size(FORM.shape)
+    assert first.data_ptr() != second.data_ptr()
     assert pool.take() is None
-    pool.give_back(second)
-    pool.give_back(first)
-    assert (pool.take(), pool.take(), pool.take()) == (second, first, None)
-    third.readers = 2
-    pool.give_back(third)
-    assert pool.free == 0, "one that reads it is left"
-    pool.give_back(third)
+    pool.restock()
     assert pool.free == 1
-    with pytest.raises(ValueError, match="given back before"):
-        pool.give_back(third)
+    pool.restock()
+    pool.restock()
+    assert pool.free == 2, "no more than there were"
+    pool.let_go()
+    pool.restock()
+    assert (pool.free, pool.take()) == (0, None)
 
 
-def test_places_are_used_again_and_what_was_read_stays_as_it_was(arena):
+def test_a_device_without_memory_for_another_tensor_has_one_less(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    pool = pool_of(2)
+    pool.take()
+    monkeypatch.setattr(pool.copies, "room", full)
+    pool.restock()
+    assert (pool.number, pool.free) == (1, 1)
+
+
+def test_what_was_read_is_its_readers_and_another_tensor_takes_its_place(arena):
     owner, pool = Owner(arena, *reads(ENTRIES)), pool_of(2)
     for index in range(ENTRIES):
         owner.fill(index, index)
     owner.give(*range(ENTRIES))
-    store, place = owner.store(ahead=2, pool=pool), pool.take()
-    assert place is None, "both are filled ahead"
+    store = owner.store(ahead=2, pool=pool)
+    assert pool.free == 0, "both are filled ahead"
     found = []
     for index in range(ENTRIES):
         found.append(store.get(key(index)))
-        assert all(loaded.place is not None for loaded in store._loaded.values()), "two are enough for two"
+        assert all(loaded.pooled for loaded in store._loaded.values()), "two are enough for two"
     store.finish()
+    assert pool.free == 2
     assert [tensor.mean().item() for tensor in found] == list(range(ENTRIES))
-    place = pool.take()
-    assert not any(within(place, tensor) for tensor in found)
-    assert pool.free == 1
+    addresses = [tensor.data_ptr() for tensor in (*found, pool.take(), pool.take())]
+    assert len(set(addresses)) == ENTRIES + 2
 
 
 def test_without_a_free_place_what_is_read_comes_to_memory_of_its_own(arena):
@@ -263,13 +269,11 @@ def test_without_a_free_place_what_is_read_comes_to_memory_of_its_own(arena):
     assert pool.free == 1
 
 
-def test_what_is_handed_over_is_a_copy_and_goes_to_all_who_read_it(arena):
+def test_what_is_handed_over_goes_to_all_who_read_it(arena):
     owner, pool = Owner(arena, (key(0), True)), pool_of(1)
     owner.give(0)
     store = owner.store(ahead=1, pool=pool, hand_over=[("run", *key(0))])
-    computed = residual(3)
-    store.put(key(0), computed)
-    computed.fill_(99)
+    store.put(key(0), residual(3))
     store.finish()
     store.settle()
     assert pool.free == 0, "it stays for the next segment"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from edit_ray.cache.stores.device_pool import DevicePlace
 
 
 class Copy(Protocol):
@@ -31,13 +30,14 @@ class Taken:
 
 @dataclass(slots=True)
 class Loaded:
-    """A tensor on the device, and the copy that fills it; None for one that was computed there. `place` is where it
-    lies in a pool, if it does.
+    """A tensor on the device, and the copy that fills it; None for one that was computed there. So many reads will use
+    it; `pooled` if it is there in place of one of a pool.
     """
 
     tensor: Tensor
     copy: Copy | None = None
-    place: DevicePlace | None = None
+    pooled: bool = False
+    readers: int = 1
 
 
 class Copies(Protocol):
@@ -49,17 +49,14 @@ class Copies(Protocol):
     def out(self, taken: Taken, place: Tensor) -> Copy:
         """Copy to a place of the same type and shape."""
 
-    def load(self, place: Tensor, into: DevicePlace | None = None) -> Loaded:
-        """The bytes of a place on the device, in a place of a pool there or else in a fresh tensor."""
+    def room(self, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        """A tensor of the device to be loaded into, by these copies."""
 
-    def keep(self, tensor: Tensor, into: DevicePlace) -> Loaded:
-        """What is computed so far of a tensor, copied into a place of a pool."""
+    def load(self, place: Tensor, into: Tensor | None = None) -> Loaded:
+        """A tensor of the device with the bytes of a place: `into` from a pool, or a fresh one."""
 
     def use(self, loaded: Loaded) -> Tensor:
-        """The tensor, for what the caller computes from now on; of what lies in a pool a copy that is the caller's."""
-
-    def let_go(self, loaded: Loaded) -> None:
-        """Its place in a pool, if it has one, may be filled again after its copy and what is computed so far."""
+        """The tensor, for what the caller computes from now on."""
 
 
 class _Done:
@@ -83,17 +80,14 @@ class HostCopies:
         place.copy_(taken.tensor)
         return _DONE
 
-    def load(self, place: Tensor, into: DevicePlace | None = None) -> Loaded:
-        return Loaded(place.clone() if into is None else into.tensor.copy_(place), _DONE, into)
+    def room(self, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        return torch.empty(*shape, dtype=dtype)
 
-    def keep(self, tensor: Tensor, into: DevicePlace) -> Loaded:
-        return Loaded(into.tensor.copy_(tensor), None, into)
+    def load(self, place: Tensor, into: Tensor | None = None) -> Loaded:
+        return Loaded(place.clone() if into is None else into.copy_(place), _DONE, into is not None)
 
     def use(self, loaded: Loaded) -> Tensor:
-        return loaded.tensor if loaded.place is None else loaded.tensor.clone()
-
-    def let_go(self, loaded: Loaded) -> None:
-        return
+        return loaded.tensor
 
 
 @dataclass(slots=True)
@@ -113,9 +107,8 @@ class _OnStream:
 class StreamCopies:
     """On a GPU one stream for each direction, so that both ways go at once and neither waits for the computation.
 
-    The call returns at once if the arena is registered with CUDA. The memory of what is loaded into a fresh tensor is
-    the loading stream's: taken from the computing one, it would be free only after everything that was queued there
-    before. A place of a pool is filled when it is free, for which streams wait, and never the caller.
+    The call returns at once if the arena is registered with CUDA. The memory of what is loaded is the loading stream's:
+    taken from the computing one, it would be free only after everything that was queued there before.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -136,48 +129,21 @@ class StreamCopies:
         self._ready.append(taken.ready)
         return self._on_stream(self.leaving, taken.tensor)
 
-    def load(self, place: Tensor, into: DevicePlace | None = None) -> Loaded:
-        if into is not None:
-            self._await_free(into, self.loading)
-            into.tensor.record_stream(self.loading)  # of a pool that is let go while this is under way
+    def room(self, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         with self.loading:
-            if into is None:
-                tensor = place.to(self._device, non_blocking=True)
-            else:
-                tensor = into.tensor.copy_(place, non_blocking=True)
-        return Loaded(tensor, self._on_stream(self.loading, tensor), into)
+            return torch.empty(*shape, dtype=dtype, device=self._device)
 
-    def keep(self, tensor: Tensor, into: DevicePlace) -> Loaded:
-        self._await_free(into, torch.cuda.current_stream(self._device))
-        return Loaded(into.tensor.copy_(tensor, non_blocking=True), None, into)
+    def load(self, place: Tensor, into: Tensor | None = None) -> Loaded:
+        with self.loading:
+            tensor = place.to(self._device, non_blocking=True) if into is None else into.copy_(place, non_blocking=True)
+        return Loaded(tensor, self._on_stream(self.loading, tensor), into is not None)
 
     def use(self, loaded: Loaded) -> Tensor:
-        computing = self._computing_after(loaded)
-        if loaded.place is not None:
-            return loaded.tensor.clone()
-        if loaded.copy is not None:
+        if isinstance(loaded.copy, _OnStream):
+            computing = torch.cuda.current_stream(self._device)
+            computing.wait_event(loaded.copy.event)
             loaded.tensor.record_stream(computing)
         return loaded.tensor
-
-    def let_go(self, loaded: Loaded) -> None:
-        if loaded.place is not None:
-            if loaded.place.free is None:
-                loaded.place.free = torch.cuda.Event()
-            loaded.place.free.record(self._computing_after(loaded))
-
-    def _computing_after(self, loaded: Loaded) -> torch.cuda.Stream:
-        """The computing stream, which waits for what fills a tensor."""
-        computing = torch.cuda.current_stream(self._device)
-        if isinstance(loaded.copy, _OnStream):
-            computing.wait_event(loaded.copy.event)
-        return computing
-
-    def _await_free(self, place: DevicePlace, stream: torch.cuda.Stream) -> None:
-        """The stream that will fill a place waits until it is free."""
-        if place.free is None:
-            stream.wait_stream(torch.cuda.current_stream(self._device))
-        else:
-            stream.wait_event(place.free)
 
     def _on_stream(self, stream: torch.cuda.Stream, tensor: Tensor) -> Copy:
         event = torch.cuda.Event()

@@ -12,7 +12,7 @@ import torch
 from edit_ray.cache.stores.allocator import Extent, room_of
 from edit_ray.cache.stores.arena import Arena
 from edit_ray.cache.stores.copies import Copy, Loaded, Taken, copies_for
-from edit_ray.cache.stores.device_pool import DevicePlace, DevicePool
+from edit_ray.cache.stores.device_pool import DevicePool
 from edit_ray.cache.stores.op_table import DONE, NEEDED, SKIPPED, WAITING, Op, OpTable
 from edit_ray.cache.stores.store import Key
 from edit_ray.errors import EntryLost
@@ -60,8 +60,8 @@ class PlannedStore:
     What the segment itself has just computed stays on the device, the last `history_len` of each unit. What the plan
     wants for later segments goes to the arena as well; what it wants from earlier ones comes from there, each op in
     its turn. Up to `ahead_bytes` of the device hold reads before they are asked for, in the order of use, and as much
-    again writes that have no place in the arena yet. Those reads, and what is handed over to the next segment, lie in
-    the places of `pool` as far as it has any. An entry that the plan promises and nobody has any more is an
+    again writes that have no place in the arena yet. Those reads, and what is handed over to the next segment, take the
+    places of tensors of `pool` as far as it has any. An entry that the plan promises and nobody has any more is an
     `EntryLost`, as another than the planned computation would make other frames.
     """
 
@@ -90,7 +90,7 @@ class PlannedStore:
         """
         self.arena, self.table, self.ops, self.form = arena, table, ops, form
         self.waits = Waits()
-        self.copies, self._room = copies_for(form.device), room_of(form.size)
+        self.copies, self._room = copies_for(form.device) if pool is None else pool.copies, room_of(form.size)
         self.handed_over: dict[Key, Loaded] = {}
         self._prefix, self._history_len = tuple(prefix), history_len
         self._indices_of: dict[tuple[Key, bool], deque[int]] = {}  # of the ops to come; a read may be planned twice
@@ -114,8 +114,7 @@ class PlannedStore:
         """Takes out of it the reads that the segment before has on the device already; their places are given back."""
         for key in [key for key in handed_over if self._indices_of.get((key, False))]:
             loaded, indices = handed_over.pop(key), self._indices_of[key, False]
-            if loaded.place is not None:
-                loaded.place.readers = len(indices)
+            loaded.readers = len(indices)
             for index in indices:
                 self._loaded[index] = loaded
                 self.table.mark(index, SKIPPED)
@@ -130,9 +129,7 @@ class PlannedStore:
             self._leave()
             self.waits.writes += 1
             if self.ops[index].key in self._hand_over:
-                place = self._free_place()
-                kept = Loaded(whole) if place is None else self.copies.keep(whole, place)
-                self.handed_over[self.ops[index].key] = kept
+                self.handed_over[self.ops[index].key] = Loaded(whole, pooled=self._spare() is not None)
         own = self._own.setdefault(key[1:4], OrderedDict())
         own[key] = tensor
         while len(own) > self._history_len:
@@ -156,10 +153,9 @@ class PlannedStore:
             self._load(index, self._await_place(index))
         loaded = self._loaded.pop(index)
         self.waits.reads += 1
-        tensor = self.copies.use(loaded)
-        self._give_back(loaded)
+        self._leave_pool(loaded)
         self.go_on()
-        return tensor
+        return self.copies.use(loaded)
 
     def prefetch(self, keys: Iterable[Key]) -> None:
         """Nothing to do: the store knows the plan."""
@@ -209,12 +205,12 @@ class PlannedStore:
         for _, copy in self._moving:
             copy.wait()
         self._moving.clear()
-        self._give_all_back(self._loaded)
+        self._leave_pool_all(self._loaded)
 
     def close(self) -> None:
         """As `settle`, and what nobody has adopted is let go: nothing of this segment is left in the pool."""
         self.settle()
-        self._give_all_back(self.handed_over)
+        self._leave_pool_all(self.handed_over)
         self._pool = None
 
     def go_on(self) -> None:
@@ -230,23 +226,23 @@ class PlannedStore:
 
     def _load(self, index: int, offset: int | None) -> None:
         place = self._place(index, offset)
-        loaded = self._loaded[index] = self.copies.load(place, self._free_place())
+        loaded = self._loaded[index] = self.copies.load(place, self._spare())
         if loaded.copy is not None:
             self._moving.append((index, loaded.copy))
 
-    def _free_place(self) -> DevicePlace | None:
-        """A place of the pool for what comes to the device, or stays there."""
+    def _spare(self) -> torch.Tensor | None:
+        """A tensor of the pool, whose place what comes to the device takes, or what stays there."""
         return None if self._pool is None else self._pool.take()
 
-    def _give_back(self, loaded: Loaded) -> None:
-        """One that reads it has read it, or will not."""
-        if self._pool is not None and loaded.place is not None:
-            self.copies.let_go(loaded)
-            self._pool.give_back(loaded.place)
+    def _leave_pool(self, loaded: Loaded) -> None:
+        """One that reads it has it, or will not."""
+        loaded.readers -= 1
+        if self._pool is not None and loaded.pooled and loaded.readers == 0:
+            self._pool.restock()
 
-    def _give_all_back(self, unread: dict[int, Loaded] | dict[Key, Loaded]) -> None:
+    def _leave_pool_all(self, unread: dict[int, Loaded] | dict[Key, Loaded]) -> None:
         while unread:
-            self._give_back(unread.popitem()[1])
+            self._leave_pool(unread.popitem()[1])
 
     def _leave(self) -> None:
         """Copy what waits for a place and has one now."""
@@ -290,7 +286,7 @@ class PlannedStore:
             if loaded is None:
                 self.table.mark(passed, SKIPPED)
             else:  # the op is over when its copy is
-                self._give_back(loaded)
+                self._leave_pool(loaded)
 
     def _await_place(self, index: int) -> int | None:
         offset = self.table.place(index)
