@@ -173,8 +173,8 @@ def test_streams_keep_their_order_under_random_delays(store, leases_for, tmp_pat
 
 
 class Behind(StreamCopies):
-    """The computing stream is far behind the host: a tensor leaves the store long before it is read. Notes for each load
-    whether it took one of the pool.
+    """The computing stream is far behind the host: a tensor leaves the store long before it is read. Notes for each
+    load whether it took one of the pool.
     """
 
     of_pool: ClassVar[list[bool]] = []
