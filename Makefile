@@ -69,9 +69,10 @@ test-ray: $(INSTALLED) ## the half that runs on one Ray
 	$(BIN)/pytest $(MARKED) tests/ray tests/chaos
 
 proof: check $(DOCS) ## the tests together with the slow and the chaos proofs, in the same two halves
-	@$(HALVES) MARKED='-m "not gpu"'
+	@$(HALVES) MARKED='-m "not gpu and not timed"'
+	$(BIN)/pytest -m timed
 
-COVERED ?= not gpu
+COVERED ?= not gpu and not timed
 MEASURED := $(abspath build/coverage)
 
 coverage: $(INSTALLED) $(DOCS) ## how much of edit_ray/ the proofs run through, Ray's workers included; COVERED chooses by marker

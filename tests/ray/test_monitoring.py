@@ -193,6 +193,7 @@ def test_every_panel_has_something_to_show_and_it_is_true(prometheus, config, tm
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_scrapes_are_quick_and_cost_next_to_nothing(ray_head, config, tmp_path, run_id):
     client = LongVideoClient(output=tmp_path)
     client.submit(config(steps=60, segments=1000, more=RUN), run_id=run_id)
