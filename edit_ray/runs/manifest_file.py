@@ -54,6 +54,7 @@ _INSIDE: dict[str, tuple[str, type]] = {
     "rerolled": ("take", Take),
 }
 _HEAD = len('{"crc": "00000000", ')
+_BEGIN = b'{"crc": "'  # inside a line: the end of a committed one is damaged, as quotes in texts are escaped
 
 
 class ManifestFile:
@@ -142,7 +143,7 @@ def from_bytes(content: bytes, path: Path) -> tuple[Manifest, int]:
             values = _checked(text)
             manifest = Manifest.start(_first(values)) if manifest is None else manifest.after(_line(values))
         except (ValueError, TypeError, KeyError, RecursionError) as damage:
-            if number == len(lines) > 1 and isinstance(damage, _Torn):
+            if number == len(lines) > 1 and isinstance(damage, _Torn) and _BEGIN not in text[1:]:
                 break
             raise ManifestUnreadable(f"{path}, line {number}: {damage}; the run cannot be read from here on") from None
         size += len(text) + 1

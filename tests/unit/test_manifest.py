@@ -7,7 +7,7 @@ import zlib
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edit_ray.errors import ManifestUnreadable, RunFolderGone, RunLocked
@@ -163,6 +163,7 @@ def test_a_file_that_is_cut_anywhere_loses_no_whole_line(tmp_path_factory, at):
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0), st.integers(1, 255))
+@example(sum(len(to_text(line)) for line in [BEGUN, *LINES[:-1]]) - 1, 1)  # the end of the last line but one
 def test_a_byte_that_has_changed_is_noticed(at, change):
     content = bytearray(b"".join(map(to_text, [BEGUN, *LINES])))
     at %= len(content)
