@@ -177,6 +177,25 @@ def test_what_the_next_segment_reads_stays_on_the_device_for_it(arena):
     assert following.states() == [DONE, SKIPPED]
 
 
+def test_the_room_that_was_left_for_what_is_handed_over_is_used_once_it_is_there(arena):
+    owner = Owner(arena, (key(3), True))
+    owner.give(0)
+    store = owner.store(ahead=3, hand_over=[("run", *key(3))])
+    store.put(key(3), residual(3))
+    store.finish()
+
+    following = Owner(arena, *reads(4))
+    places = [following.fill(i, i) for i in range(3)]
+    following.give(0, 1, 2)
+    next_store = following.store(ahead=3, handed=list(store.handed_over))
+    places[2].fill_(5)  # two are loaded, and the third place is left for what is handed over
+    next_store.adopt(store.handed_over)
+    assert next_store.get(key(0)).mean() == 0
+    for place in places:
+        place.fill_(99)  # the first has left its place by now
+    assert [next_store.get(key(i)).mean().item() for i in range(1, 4)] == [1, 5, 3]
+
+
 def test_what_was_to_be_handed_over_and_was_not_is_read(arena):
     owner = Owner(arena, (key(0), False))
     owner.fill(0, 4)

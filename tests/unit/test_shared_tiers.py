@@ -143,7 +143,7 @@ def test_an_attempt_that_was_given_up_leaves_nothing(tiers_in):
     tiers.follow(plan.uses())
     store = begin(tiers, plan, 0, holder="dead")
     make(store, 0, upto=5)
-    tiers.holder_gone("dead")
+    tiers.give_up(RUN, "dead")
     tiers.flush()  # what was on its way holds its place until it has arrived
     figures = tiers.statistics()
     assert (figures["entries"], figures["bytes"]["host"], figures["bytes"]["disk"]) == (0, 0, 0)
@@ -326,7 +326,6 @@ def test_a_holder_that_began_earlier_cannot_take_a_run_back(tiers_in, other_proc
     begin(tiers, plan, 0, holder=holder)
     with pytest.raises(StaleLease, match="which began later"):
         begin(tiers, plan, 0, attempt=1, holder=earlier)
-    tiers.holder_gone(holder)
     tiers.drop_run(RUN)
     begin(tiers, plan, 0, holder=earlier)
     assert tiers.statistics()["stale_leases"] == 1

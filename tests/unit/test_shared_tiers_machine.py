@@ -148,14 +148,24 @@ class Histories(RuleBasedStateMachine):
 
     @rule()
     def gpu_actor_dies(self):
-        stale = self.holder
-        self.tiers.holder_gone(stale)
+        """The store hears of it when the next one asks."""
+        stale = self.attempt, self.holder
         self.holder += 1
+        self.make_again()
+        self.use(0)
         if self.segment < SEGMENTS:
             with pytest.raises(StaleLease):
-                self.tiers.complete(RUN, self.segment, self.attempt, stale)
-        self.make_again()
+                self.tiers.complete(RUN, self.segment, *stale)
         self.count("gpu actor dies")
+
+    @rule()
+    def gpu_actor_gives_up(self):
+        self.tiers.give_up(RUN, self.holder)
+        if self.segment < SEGMENTS:
+            with pytest.raises(StaleLease):
+                self.tiers.complete(RUN, self.segment, self.attempt, self.holder)
+        self.make_again()
+        self.count("gpu actor gives up")
 
     @rule(number=st.integers(0, 3), more=st.integers(0, 20))
     def gpu_actor_hangs(self, number, more):
@@ -244,7 +254,8 @@ class Histories(RuleBasedStateMachine):
 
 
 EVERYTHING = {"write", "read", "lost", "complete", "complete, failed", "ahead", "fault", "damage"}
-EVERYTHING |= {"gpu actor hangs", "hung one writes", "hung ones end", "gpu actor dies", "store dies", "reply lost"}
+EVERYTHING |= {"gpu actor hangs", "hung one writes", "hung ones end", "gpu actor dies", "gpu actor gives up"}
+EVERYTHING |= {"store dies", "reply lost"}
 
 
 def happened_in(folder, number, monkeypatch):

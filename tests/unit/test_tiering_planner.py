@@ -16,7 +16,6 @@ from edit_ray.cache.tiering.events import (
     Found,
     Free,
     Granted,
-    HolderGone,
     Move,
     Moved,
     MoveFailed,
@@ -63,8 +62,8 @@ class Shell:
         self.do(make(self.number, *args, **kwargs))
         return self.number
 
-    def prepare(self, reads="", writes="", size=1, holder=None):
-        return self.ask(Prepare, keys(reads), tuple((key, size) for key in keys(writes)), holder)
+    def prepare(self, reads="", writes="", size=1):
+        return self.ask(Prepare, keys(reads), tuple((key, size) for key in keys(writes)))
 
     def put(self, letters, size=1):
         """Write, with all moves that it takes, one after the other."""
@@ -149,15 +148,15 @@ def test_a_read_that_is_nowhere_is_a_miss():
 
 def test_a_read_of_what_an_earlier_segment_is_writing_waits_for_it():
     shell = Shell(4, None)
-    first = shell.prepare(writes="a", holder="gpu")
+    first = shell.prepare(writes="a")
     second, third = shell.prepare(reads="a"), shell.prepare(reads="a")
     assert list(shell.granted) == [first]
     shell.do(Complete(first))
     assert list(shell.granted) == [first, second, third]
     assert shell.granted[second].reads[0].key == ("a",)
-    again = shell.prepare(writes="a", holder="gpu")
+    again = shell.prepare(writes="a")
     waiting = shell.prepare(reads="a")
-    shell.do(HolderGone("gpu"))
+    shell.do(Abandon(again))
     assert again in shell.granted
     assert shell.granted[waiting].reads[0] == shell.granted[second].reads[0], "the old one is still there"
 
@@ -190,13 +189,14 @@ def test_an_entry_larger_than_a_tier_goes_to_the_next_or_nowhere():
     assert shell.counters.refusals == {"too_large": 1}
 
 
-def test_a_dead_holder_leaves_nothing():
+def test_what_is_given_up_leaves_nothing():
     shell = Shell(4, None)
     shell.put("a")
-    granted = shell.prepare(reads="a", writes="bc", holder="gpu")
-    waiting = shell.prepare(reads="a", writes="def", holder="gpu")
-    other = shell.prepare(writes="g", holder="another")
-    shell.do(HolderGone("gpu"))
+    granted = shell.prepare(reads="a", writes="bc")
+    waiting = shell.prepare(reads="a", writes="def")
+    other = shell.prepare(writes="g")
+    shell.do(Abandon(waiting))
+    shell.do(Abandon(granted))
     assert other in shell.granted
     assert waiting not in shell.granted
     assert shell.account("host") == (1, 1, 2)

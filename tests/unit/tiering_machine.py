@@ -18,7 +18,6 @@ from edit_ray.cache.tiering.events import (
     Free,
     Full,
     Granted,
-    HolderGone,
     Move,
     Moved,
     MoveFailed,
@@ -35,7 +34,6 @@ from edit_ray.cache.tiering.residency import STAGING
 KEYS = st.sampled_from([(name,) for name in "abcdef"])
 SIZES = st.sampled_from([2, 1, 3, 4, 0])
 INDEX = st.integers(0, 63)
-HOLDERS = st.sampled_from(["gpu", 1])
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -169,13 +167,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     # Events.
 
-    @rule(
-        reads=st.lists(KEYS, max_size=3, unique=True),
-        writes=st.dictionaries(KEYS, SIZES, max_size=3),
-        holder=HOLDERS,
-    )
-    def prepare(self, reads, writes, holder):
-        self.ask("prepare", lambda n: Prepare(n, tuple(reads), tuple(writes.items()), holder), reads, writes)
+    @rule(reads=st.lists(KEYS, max_size=3, unique=True), writes=st.dictionaries(KEYS, SIZES, max_size=3))
+    def prepare(self, reads, writes):
+        self.ask("prepare", lambda n: Prepare(n, tuple(reads), tuple(writes.items())), reads, writes)
 
     @rule(key=KEYS, promote=st.booleans())
     def read(self, key, promote):
@@ -209,20 +203,11 @@ class AnyOrder(RuleBasedStateMachine):
         self.handle(Complete(number, None if all_of_it else tuple(place.key for place in written)), "complete")
 
     @precondition(lambda self: self.granted or self.asked)
-    @rule(index=INDEX, gone=st.one_of(st.none(), HOLDERS))
-    def give_up(self, index, gone):
-        if gone is not None:
-            return self.holder_gone(gone)
+    @rule(index=INDEX)
+    def give_up(self, index):
         number = [*self.granted, *self.asked][index % (len(self.granted) + len(self.asked))]
         self.forget(number)
         self.handle(Abandon(number), "abandon")
-
-    def holder_gone(self, holder):
-        of_all = {number: event for number, (event, *_) in (*self.granted.items(), *self.asked.items())}
-        for number, event in of_all.items():
-            if isinstance(event, Prepare) and event.holder == holder:
-                self.forget(number)
-        self.handle(HolderGone(holder), "holder_gone")
 
     def forget(self, number):
         self.granted.pop(number, None)
@@ -331,6 +316,6 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 EVENTS = (
-    *("prepare", "read", "write", "prefetch", "need", "complete", "abandon", "holder_gone", "drop", "full"),
+    *("prepare", "read", "write", "prefetch", "need", "complete", "abandon", "drop", "full"),
     *("moved", "move_failed", "stale_request", "stale_move", "follow", "advance"),
 )

@@ -118,6 +118,7 @@ class PlannedStore:
             for index in indices:
                 self._loaded[index] = loaded
                 self.table.mark(index, SKIPPED)
+        self._most_loaded = self._most_ahead  # the room that was left for them is theirs, or free
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
         """Raises EntryLost where the plan wants it and the store gives it no place."""

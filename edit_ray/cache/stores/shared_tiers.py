@@ -142,10 +142,6 @@ class SharedTiers:
         """A holder is through with a run, whatever it has not completed."""
         self._do(lambda: self._give_up(run, holder))
 
-    def holder_gone(self, holder: object) -> None:
-        """Drop every open segment of a holder, whose process must be gone."""
-        self._do(lambda: self._give_up(None, holder))
-
     def drop_run(self, run: str) -> None:
         """Drop all that belongs to a run."""
         self._do(lambda: self._drop_run(run))
@@ -347,10 +343,9 @@ class SharedTiers:
                 self._op_of.pop(opened.requests[index], None)
                 self._mover.handle(events.Abandon(opened.requests[index]))
 
-    def _give_up(self, run: str | None, holder: object) -> None:
-        for which in [which for which, opened in self._open.items() if opened.holder == holder]:
-            if run in (None, which[0]):
-                self._abandon(*which, by=holder)
+    def _give_up(self, run: str, holder: object) -> None:
+        for which in [which for which, opened in self._open.items() if which[0] == run and opened.holder == holder]:
+            self._abandon(*which, by=holder)
 
     def _drop_run(self, run: str) -> None:
         self._holders.pop(run, None)

@@ -42,7 +42,6 @@ class Prepare:
     request: int
     reads: tuple[Key, ...] = ()
     writes: tuple[tuple[Key, int], ...] = ()
-    holder: str | int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +90,6 @@ class Abandon:
     """A request is given up, waiting or granted: nothing that it wrote stays."""
 
     request: int
-
-
-@dataclass(frozen=True, slots=True)
-class HolderGone:
-    """Every request of the holder is given up."""
-
-    holder: str | int
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +157,6 @@ Event = (
     | Need
     | Complete
     | Abandon
-    | HolderGone
     | Drop
     | Full
     | Found

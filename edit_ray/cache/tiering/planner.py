@@ -45,7 +45,6 @@ from edit_ray.cache.tiering.events import (
     Follow,
     Found,
     Full,
-    HolderGone,
     Instruction,
     Key,
     Moved,
@@ -123,10 +122,6 @@ class TierPlanner:
                 self._need(number)
             case Abandon(number):
                 self._abandon(number)
-            case HolderGone(holder):
-                for request in self._requests():
-                    if request.holder == holder:
-                        self._serving.give_back(request)
             case MoveFailed(ticket, failure):
                 self._moved(ticket, failure)
             case Drop(keys, reason):
@@ -188,7 +183,7 @@ class TierPlanner:
     def _prepare(self, event: Prepare) -> None:
         keys, number = tuple(dict.fromkeys(event.reads)), event.request
         writes = [Given(key, size) for key, size in event.writes]
-        request = Request(number, "segment", [Wanted(key) for key in keys], writes, event.holder)
+        request = Request(number, "segment", [Wanted(key) for key in keys], writes)
         self._ask(request)
         needed = Counter[int]()
         for size in [*(self._size_of(key, number) for key in keys), *(size for _, size in event.writes)]:

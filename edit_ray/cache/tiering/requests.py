@@ -42,7 +42,6 @@ class Request:
     kind: Kind
     reads: list[Wanted] = field(default_factory=list)
     writes: list[Given] = field(default_factory=list)
-    holder: str | int | None = None
     promote: bool = True
     needed: bool = False
     to_find: list[Wanted] = field(init=False)
@@ -60,7 +59,7 @@ class Request:
 
     def become_rest(self, lifted: list[Wanted]) -> None:
         """Nothing is left of it but what it has lifted to staging, or is lifting."""
-        self.kind, self.holder, self.reads, self.writes = "rest", None, lifted, []
+        self.kind, self.reads, self.writes = "rest", lifted, []
         self.to_find, self.to_place = [], []
         self.to_bring = [read for read in lifted if read.ticket is None]
         self.moving = len(lifted) - len(self.to_bring)
