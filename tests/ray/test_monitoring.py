@@ -255,6 +255,9 @@ def test_every_alert_fires_where_a_run_misbehaves(ray_head, config, tmp_path, ru
         for number in (1, 2, 3, 4):
             kill("denoiser")
             wait_until(lambda number=number: restarts(page_of(runs)) >= number)
+            # Until it is at work again: dead in the pause before another attempt, it would have failed in nothing.
+            then = client.status(run_id).committed + 3
+            wait_until(lambda then=then: client.status(run_id).committed >= then)
         await_alert("ActorRestarting")
         await_alert("SegmentFailures")
         wait_until(lambda: "GenerationStalled" not in prometheus.alerts("pending", "firing"))
