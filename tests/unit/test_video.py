@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -97,21 +98,22 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def await_child(pid: int) -> int:
+def await_child(pid: int, known: Collection[int] = ()) -> int:
+    """A child that is none of the known ones, as soon as there is one."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        if found := children(pid):
-            return found[0]
+        if found := set(children(pid)) - set(known):
+            return found.pop()
         time.sleep(0.001)
     raise AssertionError("no child was started")
 
 
 def test_a_killed_encoder_is_an_error_and_leaves_nobody():
     frames = np.random.default_rng(0).integers(0, 256, (60, 256, 256, 3), np.uint8)  # seconds of work
-    killed = []
+    known, killed = children(os.getpid()), []  # such as multiprocessing's, of other tests
 
     def kill() -> None:
-        child = await_child(os.getpid())
+        child = await_child(os.getpid(), known)
         os.kill(child, signal.SIGKILL)
         killed.append(child)
 
