@@ -58,15 +58,17 @@ def kill(name):
 
 @contextlib.contextmanager
 def stuttering(name):
-    """An actor that stands still most of the time."""
+    """An actor that stands still most of the time, and then has 2 ms of CPU time, however busy the machine is."""
     pid, over = pid_of(name), threading.Event()
 
     def stutter():
         while not over.is_set():
             os.kill(pid, signal.SIGSTOP)
             time.sleep(0.1)
+            worked = cpu_ns(pid)
             os.kill(pid, signal.SIGCONT)
-            over.wait(0.01)
+            while cpu_ns(pid) < worked + 2_000_000 and not over.wait(0.0005):
+                pass
 
     thread = threading.Thread(target=stutter)
     thread.start()
@@ -75,6 +77,15 @@ def stuttering(name):
     finally:
         over.set()
         thread.join()
+
+
+def cpu_ns(pid):
+    """What the threads that a process has now have had of a CPU."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            total += int((task / "schedstat").read_text().split()[0])
+    return total
 
 
 def damage(folder):
