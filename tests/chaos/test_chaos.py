@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from edit_ray.cache.stores.arena import owner_lives
 from edit_ray.testing import save_random_wan
 from tests.chaos.harness import OTHER_VICTIMS, PHASES, VICTIMS, Chaos, PrivateRay
 from tests.chaos.processes import marked, wait_for
@@ -62,4 +63,4 @@ def test_every_run_ends_with_the_bytes_of_an_undisturbed_one(ray_of_our_own, tmp
 
 def arenas_of_the_dead():
     """Other tests on this machine may have arenas of their own, or be about to remove one."""
-    return [path for path in Path("/dev/shm").glob("edit_ray-*") if not Path("/proc", path.name.split("-")[1]).exists()]
+    return [path for path in Path("/dev/shm").glob("edit_ray-*") if not owner_lives(path)]

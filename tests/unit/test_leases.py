@@ -370,7 +370,7 @@ def test_where_the_device_has_no_memory_for_it_nothing_comes_ahead(tmp_path, mon
 
 
 def test_the_end_of_the_last_run_takes_the_memory_of_a_store_that_was_killed(tmp_path):
-    code = "from edit_ray.cache.stores.arena import Arena; print(Arena.create(8192).path, flush=True); input()"
+    code = "from edit_ray.cache.stores.arena import Arena; a = Arena.create(8192); print(a.path, flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as killed:
         left = Path(killed.stdout.readline().strip())
         assert left.exists()  # once it is dead, a store of other tests on this machine may remove it as well
