@@ -5,6 +5,7 @@ EditRayError
 ├── ModelError             (also ValueError)   a path that is no usable Wan model
 ├── RunExists              (also ValueError)   a run id that is taken
 ├── RunLive                (also ValueError)   a run that must have ended first
+├── NotYourRun             (also ValueError)   a run of another owner
 ├── RunLocked              (also ValueError)   a run that another process works on
 ├── ManifestUnreadable     (also ValueError)   a manifest that is damaged, or of another version
 ├── HardwareDiffers        (also ValueError)   a run that would go on with other bits
@@ -49,6 +50,10 @@ class RunExists(EditRayError, ValueError):
 
 class RunLive(EditRayError, ValueError):
     """The run is at work, and what was asked for needs one that has ended."""
+
+
+class NotYourRun(EditRayError, ValueError):
+    """The run belongs to another owner; `force` acts on it anyway."""
 
 
 class RunLocked(EditRayError, ValueError):

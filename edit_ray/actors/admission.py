@@ -37,6 +37,8 @@ class Submission:
     root: Path
     probe: Path
     token: str
+    owner: str = ""
+    job: str = ""
 
 
 class Admission:
@@ -75,9 +77,9 @@ class Admission:
         except UnknownRun:
             return False
 
-    async def begin(self, spec: RunSpec, token: str) -> LiveRun:
+    async def begin(self, spec: RunSpec, asked: Submission) -> LiveRun:
         """A new run, its folder made."""
-        begun = spec.begun(token, await self._provenance(spec))
+        begun = spec.begun(asked.token, await self._provenance(spec), asked.owner, asked.job)
         with room_in(spec.root):
             file = await asyncio.to_thread(spec.folder.create, dump_yaml(spec.config), begun)
         return LiveRun.of(spec, file)

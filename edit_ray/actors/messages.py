@@ -144,7 +144,7 @@ class RunSpec:
         segments = [{"prompt": segment.prompt, "seed": segment.seed} for segment in every]
         return json.dumps({"edit_ray": edit_ray.__version__, **said, "segments": segments})
 
-    def begun(self, submission: str, provenance: Mapping[str, str | int]) -> Begun:
+    def begun(self, submission: str, provenance: Mapping[str, str | int], owner: str = "", job: str = "") -> Begun:
         """The first line of the run's manifest."""
         return Begun(
             run_id=self.run_id,
@@ -155,6 +155,8 @@ class RunSpec:
             num_segments=self.num_segments,
             submission=submission,
             provenance=provenance,
+            owner=owner,
+            job=job,
         )
 
 
@@ -189,6 +191,8 @@ class RunStatus:
     error: str | None = None
     warning: str | None = None  # what will go wrong if nobody does anything
     progress: Progress | None = None
+    owner: str = ""  # who submitted it; empty where that was not recorded
+    job: str = ""  # the submission id of the Ray job that did
 
     @classmethod
     def of(
@@ -209,6 +213,8 @@ class RunStatus:
             dropped_before=manifest.dropped_before,
             error=manifest.error,
             progress=progress,
+            owner=begun.owner,
+            job=begun.job,
         )
 
     @property

@@ -76,12 +76,14 @@ class SegmentSchedulerActor:
 
     # What clients ask for.
 
-    async def submit(self, run_id: str, config: dict[str, Any], root: str, probe: str, token: str) -> RunStatus:
+    async def submit(
+        self, run_id: str, config: dict[str, Any], root: str, probe: str, token: str, owner: str = "", job: str = ""
+    ) -> RunStatus:
         """Queues a run whose folder is `root/run_id`; see `Submission`. The same submission again changes nothing.
 
         Raises ConfigError, RunExists, ResourcesUnavailable, ActorVersionMismatch; then nothing was written.
         """
-        asked = Submission(run_id, Config.model_validate(config), Path(root), Path(probe), token)
+        asked = Submission(run_id, Config.model_validate(config), Path(root), Path(probe), token, owner, job)
         async with self._admission_of(asked.config.engine.idle_exit_s):
             if run_id in self._runs and not self._runs[run_id].ended:
                 if self._runs[run_id].manifest.begun.submission == token:
@@ -92,7 +94,7 @@ class SegmentSchedulerActor:
             async with self._pointed_at(run_id, spec.root):
                 if self._admission.mine(asked):
                     return await self._live(await self._admission.go_on(spec.root, run_id))
-                return await self._live(await self._admission.begin(spec, token))
+                return await self._live(await self._admission.begin(spec, asked))
 
     async def resume(self, run_id: str, root: str, allow_different_hardware: bool) -> RunStatus:
         """Goes on with a run at its first segment that is not committed; one that lives or is done is left as it is.

@@ -27,7 +27,10 @@ _NO_FIGURES: Mapping[str, float] = {}
 
 @dataclass(frozen=True)
 class Begun:
-    """The first line. `submission` tells whose run this is when a client must ask again whether it was taken."""
+    """The first line. `submission` tells whose run this is when a client must ask again whether it was taken.
+
+    `owner` is who submitted the run, and `job` the submission id of the Ray job that did; each is empty if unknown.
+    """
 
     run_id: str
     version: str
@@ -39,6 +42,8 @@ class Begun:
     provenance: Mapping[str, str | int]
     schema: int = SCHEMA
     incarnation: int = 1
+    owner: str = ""
+    job: str = ""
 
 
 @dataclass(frozen=True)
