@@ -23,6 +23,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from edit_ray.actors.address import check_address
 from edit_ray.actors.crew import NotStarted, Pointer
 from edit_ray.actors.messages import GROUP_OF, RunSpec, code_version
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
@@ -45,15 +46,20 @@ _STAYS = {"namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
 
 
 def connect(address: str | None = None) -> None:
-    """Joins the Ray that is running (address None: the one that Ray itself finds, else a new local one)."""
+    """Joins the Ray that is running (address None: the one that Ray itself finds, else a new local one).
+
+    Raises ResourcesUnavailable where nobody answers at the address.
+    """
     if not ray.is_initialized():
+        check_address(address)
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
 
 
 def connect_if_running(address: str | None = None) -> bool:
-    """Joins a running Ray, and starts none: False when there is none to join."""
+    """Joins a running Ray, and starts none: False when there is none to join. Raises as `connect`."""
     try:
         if not ray.is_initialized():
+            check_address(address)
             ray.init(address=address or "auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError:
         return False
