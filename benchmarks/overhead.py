@@ -31,7 +31,7 @@ from edit_ray.client import LongVideoClient
 from edit_ray.config import Config
 from edit_ray.engine.latent_files import load_latents, save_latents
 from edit_ray.engine.segment import SegmentEngine, usable_cores
-from edit_ray.runs.folder import write_atomic
+from edit_ray.files import write_atomic
 from edit_ray.video.encode import encode
 
 LOOP, ACTORS, FIRST = "plain loop", "three actors", "three actors, the first segment"

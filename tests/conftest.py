@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from edit_ray import files
 from jobs.demo import private_ray
 
 TESTS = Path(__file__).parent
@@ -49,6 +50,13 @@ def _no_ray_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
         pytest.fail(f"{request.node.nodeid} starts Ray, but only tests marked `ray` may: move it to tests/ray")
 
     monkeypatch.setattr(importlib.import_module("ray"), "init", refuse)
+
+
+@pytest.fixture(autouse=True)
+def _disk_as_it_was() -> Iterator[None]:
+    """A test may put another disk under all files; the next one finds the true one."""
+    with files.swapped(files.disk):
+        yield
 
 
 @pytest.fixture(scope="module")

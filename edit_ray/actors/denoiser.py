@@ -25,9 +25,9 @@ from edit_ray.engine.loading import choose_device
 from edit_ray.engine.provenance import provenance_of
 from edit_ray.engine.segment import SegmentEngine, usable_cores
 from edit_ray.errors import EditRayError, OutOfMemory, RunCancelled, SegmentFailed, StaleWork
+from edit_ray.files import replacing, write_atomic
 from edit_ray.metrics.totals import Snapshot, Totals
 from edit_ray.runs.event_log import append_event
-from edit_ray.runs.folder import draft_of, publish, write_atomic
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.video.encode import Frames, encode, join
 from edit_ray.video.joins import Joins
@@ -231,14 +231,9 @@ class DenoiserActor:
         self._check_current(spec)
         assert spec.num_segments is not None, "a run without an end has no final video"
         started = time.perf_counter()
-        draft = draft_of(spec.folder.final)
         media = [spec.media(index) for index in range(first, spec.num_segments)]
-        try:
-            join(spec.folder.init, media, draft, comment=spec.settings)
-            publish(draft, spec.folder.final)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
+        with replacing(spec.folder.final) as draft:
+            join(spec.folder.init, media, draft.path, comment=spec.settings)
         return statistics(finalize_s=time.perf_counter() - started)
 
     def stop_run(self, run_id: str) -> None:

@@ -12,7 +12,7 @@ from edit_ray.errors import ConfigError
 def serve(options: argparse.Namespace) -> int:
     """Serves a run's page until it is interrupted."""
     from edit_ray.config import load_config, output_root
-    from edit_ray.page.files import HLS_JS
+    from edit_ray.page.served import HLS_JS
     from edit_ray.page.server import PageServer
     from edit_ray.runs.folder import RunFolder
 

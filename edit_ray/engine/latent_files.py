@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from edit_ray.errors import EditRayError
-from edit_ray.runs.folder import write_atomic
+from edit_ray.files import read_bytes, write_atomic
 
 
 def save_latents(path: Path, latents: torch.Tensor) -> None:
@@ -21,9 +21,8 @@ def save_latents(path: Path, latents: torch.Tensor) -> None:
 def load_latents(path: Path) -> torch.Tensor:
     """[1, C, t, h, w], float32, on the CPU. Raises EditRayError when the file is not what `save_latents` writes."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            latents: torch.Tensor = file.get_tensor("latents")
-    except (OSError, SafetensorError) as broken:
+        latents = load(read_bytes(path))["latents"]
+    except (OSError, KeyError, SafetensorError) as broken:
         raise EditRayError(f"cannot read the latents in {path}: {broken}") from None
     if latents.ndim != 5 or latents.shape[0] != 1 or latents.dtype != torch.float32:
         raise EditRayError(f"{path} holds {latents.dtype} {list(latents.shape)}, not float32 [1, C, t, h, w] latents")

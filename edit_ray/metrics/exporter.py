@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
-import os
 import socket
 import threading
 import time
@@ -24,6 +23,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from edit_ray.errors import ConfigError
+from edit_ray.files import read_bytes, remove, remove_drafts, write_atomic
 from edit_ray.metrics.actor_snapshots import ActorSnapshots
 from edit_ray.metrics.catalog import CATALOG, Metric
 from edit_ray.metrics.options import MetricsOptions
@@ -177,14 +177,13 @@ def _token(options: MetricsOptions) -> str | None:
 def remove_targets(path: Path, address: str) -> None:
     """Takes away what `write_targets` has told, unless the file tells of another address by now."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        if json.loads(path.read_text())[0]["targets"] == [address]:
-            path.unlink()
+        if json.loads(read_bytes(path))[0]["targets"] == [address]:
+            remove(path)
 
 
 def write_targets(root: Path, address: str) -> Path:
     """Tells Prometheus in the folder of runs where to scrape (its file_sd); the file is there whole or not at all."""
     path = root / TARGETS
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    draft.write_text(json.dumps([{"targets": [address], "labels": {}}]) + "\n")
-    os.replace(draft, path)
+    remove_drafts(root, TARGETS)
+    write_atomic(path, json.dumps([{"targets": [address], "labels": {}}]).encode() + b"\n")
     return path

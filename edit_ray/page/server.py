@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from edit_ray.errors import EditRayError
-from edit_ray.page.files import byte_range, open_named
+from edit_ray.page.served import byte_range, open_named
 
 LOOPBACK = "127.0.0.1"
 _CHUNK = 1 << 20

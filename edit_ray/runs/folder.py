@@ -14,51 +14,21 @@ RUN/final.mp4                         all frames, once the run is done
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
+import re
+import secrets
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
+from edit_ray import files
 from edit_ray.errors import ManifestUnreadable, RunExists, UnknownRun
-from edit_ray.runs.ids import check_run_id
+from edit_ray.runs.ids import RUN_ID_PATTERN, check_run_id
 from edit_ray.runs.manifest import Begun, Manifest
 from edit_ray.runs.manifest_file import ManifestFile, read_manifest
 
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes beside `path`, syncs, renames: a reader sees the old content or the new, never a part."""
-    draft = draft_of(path)
-    try:
-        with open(draft, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        publish(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-
-
-def draft_of(path: Path) -> Path:
-    """Where this process writes what will be `path`: no two processes write to one file, whoever thinks it is alive."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
-def publish(draft: Path, path: Path) -> None:
-    """Makes a finished draft durable and renames it to its place."""
-    with open(draft, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Makes what was created in, renamed into or removed from a folder durable."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+_FOLDERS = ("latents", "segments", "records")
+_DRAFT = re.compile(rf"\.{RUN_ID_PATTERN[1:-1]}-[0-9a-z_]{{8,16}}")
+_LITTER_S = 3600.0  # after which a draft without a manifest has no maker that is still alive
 
 
 class RunFolder:
@@ -74,24 +44,29 @@ class RunFolder:
         Raises RunExists when it is there already: nothing is overwritten.
         """
         root = self.path.parent
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files.make_folder(root)
         if self.path.exists():
             raise self._taken()
-        draft = Path(tempfile.mkdtemp(prefix=f".{self.run_id}-", dir=root))
-        manifest = None
+        made, manifest = root / f".{self.run_id}-{secrets.token_hex(8)}", None
+        files.disk.mkdir(made)
         try:
-            for name in ("latents", "segments", "records"):
-                (draft / name).mkdir(mode=0o700)
-            write_atomic(draft / "run.yaml", run_yaml.encode())
-            manifest = ManifestFile.create(draft / self.manifest.name, begun)
-            sync_folder(draft)
-            draft.rename(self.path)
-            sync_folder(root)
+            manifest = ManifestFile.create(
+                made / self.manifest.name, begun
+            )  # first, as its lock says that it is no litter
+            _remove_litter(root, made.stat().st_mtime - _LITTER_S)
+            for name in _FOLDERS:
+                files.disk.mkdir(made / name)
+            files.write_atomic(made / "run.yaml", run_yaml.encode())
+            files.sync(made)
+            files.disk.replace(made, self.path)
+            made = self.path
+            files.sync(root)
         except BaseException as failure:
+            taken = made != self.path and isinstance(failure, OSError) and self.path.exists()
+            _remove_new(made)
             if manifest is not None:
                 manifest.close()
-            shutil.rmtree(draft, ignore_errors=True)
-            if isinstance(failure, OSError) and self.path.exists():
+            if taken:
                 raise self._taken() from None
             raise
         manifest.path = self.manifest
@@ -116,8 +91,8 @@ class RunFolder:
 
     def remove_drafts(self) -> None:
         """What was begun to be written by processes that are dead; while none writes in here."""
-        for draft in self.path.rglob(".*.part"):
-            draft.unlink(missing_ok=True)
+        for name in ("", *_FOLDERS):
+            files.remove_drafts(self.path / name)
 
     def read_manifest(self) -> Manifest:
         """Raises UnknownRun when there is none, ManifestUnreadable when it cannot be understood."""
@@ -165,7 +140,7 @@ class RunFolder:
     def remove(self, paths: Iterable[Path]) -> None:
         """Removes files of the run; those that are gone already are none."""
         for path in paths:
-            path.unlink(missing_ok=True)
+            files.remove(path)
 
     def _check_mine(self, manifest: Manifest) -> Manifest:
         """A run that goes on writes to the folder of its own name, which must be this one."""
@@ -182,3 +157,31 @@ class RunFolder:
 
     def _unknown(self) -> UnknownRun:
         return UnknownRun(f"no run {self.run_id!r} under {self.path.parent}")
+
+
+def _remove_litter(root: Path, before: float) -> None:
+    """Removes the folders of runs whose making was cut short; who makes one holds the lock of its manifest.
+
+    One that has no manifest yet must have been changed last before this time, in seconds since 1970.
+    """
+    for folder in [root / name for name in files.disk.listdir(root) if _DRAFT.fullmatch(name)]:
+        with suppress(OSError):
+            try:
+                with files.opened(folder / "manifest.jsonl", os.O_RDWR | os.O_NOFOLLOW) as manifest:
+                    files.disk.lock(manifest)
+                    _remove_new(folder)
+            except FileNotFoundError:
+                if folder.stat(follow_symlinks=False).st_mtime < before:
+                    _remove_new(folder)
+
+
+def _remove_new(folder: Path) -> None:
+    """Removes what `RunFolder.create` makes; a folder with anything else in it stays."""
+    with suppress(OSError):
+        for name in _FOLDERS:
+            with suppress(FileNotFoundError):
+                files.disk.rmdir(folder / name)
+        files.remove_drafts(folder)
+        files.remove(folder / "run.yaml")
+        files.remove(folder / "manifest.jsonl")
+        files.disk.rmdir(folder)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import zlib
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from edit_ray import files
 from edit_ray.errors import ManifestUnreadable, RunFolderGone, RunLocked
 from edit_ray.runs.layout import FrameLayout
 from edit_ray.runs.manifest import (
@@ -67,7 +67,7 @@ class ManifestFile:
     @classmethod
     def create(cls, path: Path, begun: Begun) -> ManifestFile:
         """A new file with its first line, synced."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = files.disk.open(path, files.NEW)
         with _closed_on_error(descriptor):
             _lock(descriptor, path)
             text = to_text(begun)
@@ -80,13 +80,12 @@ class ManifestFile:
 
         Raises FileNotFoundError, RunLocked where another process works on the run, ManifestUnreadable.
         """
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = files.disk.open(path, os.O_RDWR)
         with _closed_on_error(descriptor):
             _lock(descriptor, path)
-            with open(descriptor, "rb", closefd=False) as file:
-                manifest, size = from_bytes(file.read(), path)
-            os.ftruncate(descriptor, size)
-            os.fsync(descriptor)
+            manifest, size = from_bytes(files.read_all(descriptor), path)
+            files.disk.truncate(descriptor, size)
+            files.disk.fsync(descriptor)
             return cls(path, descriptor, manifest, size)
 
     def append(self, line: Line) -> Manifest:
@@ -106,7 +105,7 @@ class ManifestFile:
 
     def close(self) -> None:
         """Another process may have the run."""
-        os.close(self._descriptor)
+        files.disk.close(self._descriptor)
 
     def _check_mine(self) -> None:
         mine = os.fstat(self._descriptor)
@@ -124,7 +123,7 @@ class ManifestFile:
 
 def read_manifest(path: Path) -> Manifest:
     """What is committed at this moment. Raises FileNotFoundError, ManifestUnreadable."""
-    return from_bytes(path.read_bytes(), path)[0]
+    return from_bytes(files.read_bytes(path), path)[0]
 
 
 def to_text(line: Line) -> bytes:
@@ -215,7 +214,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _lock(descriptor: int, path: Path) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        files.disk.lock(descriptor)
     except BlockingIOError:
         raise RunLocked(f"another process is at work on the run in {path.parent}") from None
 
@@ -223,11 +222,11 @@ def _lock(descriptor: int, path: Path) -> None:
 def _write(descriptor: int, text: bytes, at: int) -> None:
     """All of it, durable; or nothing of it."""
     try:
-        if os.pwrite(descriptor, text, at) != len(text):
+        if files.disk.write(descriptor, [text], at) != len(text):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(descriptor)
+        files.disk.fsync(descriptor)
     except BaseException:
-        os.ftruncate(descriptor, at)
+        files.disk.truncate(descriptor, at)
         raise
 
 
@@ -236,5 +235,5 @@ def _closed_on_error(descriptor: int) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        os.close(descriptor)
+        files.disk.close(descriptor)
         raise

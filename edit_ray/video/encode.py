@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from edit_ray.files import read_bytes
 from edit_ray.video.fmp4 import TICKS_PER_FRAME, read_fragment, split
 from edit_ray.video.options import OutputOptions
 
@@ -63,7 +63,6 @@ def join(init: Path, parts: Sequence[Path], path: Path, *, comment: str = "") ->
 
     Raises EncodeError, OSError, such as on a full disk.
     """
-    path.unlink(missing_ok=True)  # the ffmpeg of a caller that was killed may still write to the file of that name
     with (
         tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as metadata,
         tempfile.TemporaryFile() as said,
@@ -80,8 +79,7 @@ def join(init: Path, parts: Sequence[Path], path: Path, *, comment: str = "") ->
             try:
                 with contextlib.suppress(BrokenPipeError):  # it has ended, and its exit code tells why
                     for file in (init, *parts):
-                        with file.open("rb") as source:
-                            shutil.copyfileobj(source, process.stdin)
+                        process.stdin.write(read_bytes(file))
             except BaseException:
                 process.kill()
                 raise

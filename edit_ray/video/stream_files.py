@@ -11,15 +11,13 @@ A fragment is durable before a playlist names it. `stream.mp4` and the playlists
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
+from edit_ray import files
 from edit_ray.video.fmp4 import place, split
 from edit_ray.video.hls import ENDLIST, Entry, MediaPlaylist, multivariant, named_in
 
@@ -44,12 +42,12 @@ def write_part(folder: Path, part: Part, number: int, encoded: bytes) -> None:
     init, fragment = split(encoded)
     path = folder / "init.mp4"
     if not path.exists():
-        _write(path, init)
-    elif path.read_bytes() != init:
+        files.write_atomic(path, init)
+    elif files.read_bytes(path) != init:
         raise ValueError(
             f"segment {number} is encoded in another way than {path} says, and cannot follow what is there"
         )
-    _write(folder / part.path, place(fragment, sequence_number=number + 1, first_frame=part.first_frame))
+    files.write_atomic(folder / part.path, place(fragment, sequence_number=number + 1, first_frame=part.first_frame))
 
 
 class StreamFiles:
@@ -125,29 +123,24 @@ class StreamFiles:
         if len(self._parts) == 1 or self._keep is not None or present < self._bytes:
             self._write_stream(self._parts)
             return
-        with path.open("r+b") as stream, (self._folder / part.path).open("rb") as source:
-            stream.truncate(self._bytes)  # half a fragment may be there, from a write that failed
+        fragment = files.read_bytes(self._folder / part.path)
+        with files.opened(path, os.O_RDWR) as stream:
+            files.disk.truncate(stream, self._bytes)  # half a fragment may be there, from a write that failed
             # Its first box begins with zeros until all of it is there: readers take such a box for the end.
-            head = source.read(_BOX_HEADER)
-            stream.seek(_BOX_HEADER, os.SEEK_END)
-            shutil.copyfileobj(source, stream)
-            length = stream.tell()
-            stream.seek(self._bytes)
-            stream.write(head)
+            length = files.write_all(stream, fragment[_BOX_HEADER:], self._bytes + _BOX_HEADER)
+            files.write_all(stream, fragment[:_BOX_HEADER], self._bytes)
         self._bytes = length
 
     def _write_stream(self, parts: Sequence[Part]) -> None:
         path = self._folder / "stream.mp4"
         if not parts:
-            path.unlink(missing_ok=True)
+            files.remove(path)
             self._bytes = 0
             return
-        with _replacing(path) as stream:
+        with files.replacing(path) as stream:
             for name in ("init.mp4", *(part.path for part in parts)):
-                with (self._folder / name).open("rb") as source:
-                    shutil.copyfileobj(source, stream)
-            length = stream.tell()
-        self._bytes = length
+                stream.write(files.read_bytes(self._folder / name))
+        self._bytes = stream.size
 
     def _tell(self, *, ended: bool) -> None:
         """Writes the playlist: the newest one, unless its readers could not follow."""
@@ -158,11 +151,11 @@ class StreamFiles:
         if not self._parts or (name is not None and content.startswith(text)):
             return
         if name is not None and self._playlist.replaces(text, content):
-            _write(self._folder / name, text.encode())
+            files.write_atomic(self._folder / name, text.encode())
         else:
             name = f"live-{self._next_number()}.m3u8"
-            _write(self._folder / name, text.encode())
-            _write(self._folder / "live.m3u8", multivariant(name, bandwidth=self._bandwidth()).encode())
+            files.write_atomic(self._folder / name, text.encode())
+            files.write_atomic(self._folder / "live.m3u8", multivariant(name, bandwidth=self._bandwidth()).encode())
         self._present = (name, text)
 
     def _next_number(self) -> int:
@@ -194,32 +187,6 @@ def _newest(folder: Path) -> tuple[str, str] | None:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text(errors="replace")
+        return files.read_bytes(path).decode(errors="replace")
     except FileNotFoundError:
         return None
-
-
-def _write(path: Path, data: bytes) -> None:
-    with _replacing(path) as file:
-        file.write(data)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A draft that takes the place of `path`, durably, once it is written: a reader sees the old content or the new."""
-    # Not one that another process may have open, which only thinks that it is still the one to write.
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with draft.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from xxhash import xxh3_64_hexdigest
 
+from edit_ray import files
 from edit_ray.cache import DiskOffloadStore
-from edit_ray.cache.stores.direct_io import DirectFiles, DiskFull, FileCalls, aligned_buffer, is_tmpfs, memory_of
+from edit_ray.cache.stores.direct_io import DirectFiles, DiskFull, aligned_buffer, is_tmpfs, memory_of
 from edit_ray.cache.stores.tensor_file import LONGEST_HEADER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +26,7 @@ FAULTS = ("missing", "length", "header", "checksum", "read", "write", "full", "r
 KEY = ("run", 1, None)
 
 
-class Faulty(FileCalls):
+class Faulty(files.Disk):
     """Calls that record the flags of `open` and fail as told: `fail[name]` lists errnos, None where it goes well."""
 
     def __init__(self, **fail):
@@ -48,10 +49,10 @@ class Faulty(FileCalls):
         self._check("read")
         return super().read(descriptor, parts, offset)
 
-    def rename(self, source, target):
+    def replace(self, source, target):
         if target.suffix == ".safetensors":
             self._check("publish")
-        super().rename(source, target)
+        super().replace(source, target)
 
     def unlink(self, path):
         self._check("unlink")
@@ -86,7 +87,8 @@ class NoDirect(Faulty):
 
 
 def make(path, calls=None):
-    return DiskOffloadStore(path, allow_tmpfs=True, calls=calls)
+    files.disk = calls or files.Disk()
+    return DiskOffloadStore(path, allow_tmpfs=True)
 
 
 def faults(store):
@@ -150,7 +152,8 @@ def test_where_direct_io_is_refused_at_the_first_read_it_is_read_buffered(tmp_pa
     tensor = torch.randn(3000)
     make(tmp_path).put(KEY, tensor)
     calls = NoDirect("read")
-    store = make(tmp_path, calls)
+    store = make(tmp_path)
+    files.disk = calls
     for _ in range(2):
         assert torch.equal(store.get(KEY), tensor)
     assert calls.direct() == [True, False, False]
@@ -166,7 +169,7 @@ def test_an_invalid_argument_that_is_not_about_direct_io_is_an_error_and_changes
     assert faults(store) == {"write": 1}
 
 
-class Bits(FileCalls):
+class Bits(files.Disk):
     """A filesystem that moves a few bytes at each call."""
 
     def write(self, descriptor, parts, offset):
@@ -198,7 +201,7 @@ def test_a_full_disk_is_said_by_type_and_leaves_nothing(tmp_path, call, number):
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_file_leaves_nothing(tmp_path):
-    class FillsUp(FileCalls):
+    class FillsUp(files.Disk):
         def write(self, descriptor, parts, offset):
             if offset >= 8192:
                 raise OSError(errno.ENOSPC, "full")
@@ -264,7 +267,8 @@ def test_a_real_limit_of_the_file_s_size_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES, errno.ESTALE], ids=errno.errorcode.get)
 def test_a_read_error_that_may_pass_is_a_miss_and_the_file_stays(tmp_path, call, number):
     make(tmp_path).put(KEY, torch.ones(5))
-    store = make(tmp_path, Faulty(**{call: [number, number]}))
+    store = make(tmp_path)
+    files.disk = Faulty(**{call: [number, number]})
     assert (store.get(KEY), store.get(KEY)) == (None, None)
     assert (len(store), store.bytes_resident, store.num_unreadable, faults(store)) == (1, 20, 0, {"read": 2})
     assert torch.equal(store.get(KEY), torch.ones(5))
@@ -311,10 +315,10 @@ def test_the_root_is_on_a_disk_or_not_as_mount_says():
 
 
 def test_a_file_of_another_size_is_not_read(tmp_path):
-    files, buffer = DirectFiles(), memory_of(aligned_buffer(8192))
-    files.write(tmp_path / "file", [buffer], 5000)
+    direct, buffer = DirectFiles(), memory_of(aligned_buffer(8192))
+    direct.write(tmp_path / "file", [buffer], 5000)
     assert (tmp_path / "file").stat().st_size == 5000
-    assert [files.read(tmp_path / "file", [buffer], size) for size in (4999, 5000, 5001)] == [False, True, False]
+    assert [direct.read(tmp_path / "file", [buffer], size) for size in (4999, 5000, 5001)] == [False, True, False]
 
 
 def test_a_direct_read_of_an_odd_size_stays_in_its_room(tmp_path):

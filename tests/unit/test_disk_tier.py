@@ -12,16 +12,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from edit_ray import files
 from edit_ray.cache.stores.allocator import Extent
 from edit_ray.cache.stores.arena import Arena
-from edit_ray.cache.stores.direct_io import DiskFull, FileCalls, aligned_buffer, memory_of
+from edit_ray.cache.stores.direct_io import DiskFull, aligned_buffer, memory_of
 from edit_ray.cache.stores.disk_tier import DiskTier
 from edit_ray.cache.stores.tensor_file import FileEntry, file_name
 
 PAGE = 4096
 
 
-class Gate(FileCalls):
+class Gate(files.Disk):
     """Holds every call of a kind (`open` is one of a reader) until the gate is opened, and says when one has come."""
 
     def __init__(self, call):
@@ -33,7 +34,7 @@ class Gate(FileCalls):
             assert self.opened.wait(20)
 
     def open(self, path, flags):
-        if not flags & os.O_WRONLY:
+        if not flags & os.O_CREAT:
             self._hold("open")
         return super().open(path, flags)
 
@@ -70,7 +71,8 @@ def open_tier(tmp_path):
     tiers = []
 
     def open_tier(calls=None, num_threads=2):
-        tiers.append(DiskTier(tmp_path, num_threads=num_threads, allow_tmpfs=True, calls=calls))
+        files.disk = calls or files.Disk()
+        tiers.append(DiskTier(tmp_path, num_threads=num_threads, allow_tmpfs=True))
         return tiers[-1]
 
     yield open_tier
@@ -234,7 +236,7 @@ def test_memory_that_is_too_short_is_refused(open_tier, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-class Faults(FileCalls):
+class Faults(files.Disk):
     """Fails the next calls as told."""
 
     def __init__(self):
@@ -259,9 +261,9 @@ class Faults(FileCalls):
         self._maybe("read")
         return super().read(descriptor, parts, offset)
 
-    def rename(self, source, target):
+    def replace(self, source, target):
         self._maybe("rename")
-        super().rename(source, target)
+        super().replace(source, target)
 
 
 KEYS = st.integers(0, 2).map(lambda number: ("run", number))
@@ -283,7 +285,8 @@ class AgainstADict(RuleBasedStateMachine):
         for path in self.folder.iterdir():
             path.unlink()
         self.calls, self.expected, self.doubtful, self.value = Faults(), {}, set(), 0
-        self.tier = DiskTier(self.folder, allow_tmpfs=True, calls=self.calls)
+        files.disk = self.calls
+        self.tier = DiskTier(self.folder, allow_tmpfs=True)
 
     def count(self, name):
         self.fired[name] = self.fired.get(name, 0) + 1
@@ -353,7 +356,8 @@ class AgainstADict(RuleBasedStateMachine):
     def reopen(self):
         self.calls.next = None
         self.tier.close()
-        self.tier = DiskTier(self.folder, allow_tmpfs=True, calls=self.calls)
+        files.disk = self.calls
+        self.tier = DiskTier(self.folder, allow_tmpfs=True)
         self.count("reopen")
 
     @invariant()

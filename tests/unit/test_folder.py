@@ -1,11 +1,18 @@
 """A run's folder is there whole or not at all, and only its owner's."""
 
+import errno
 import os
+import subprocess
+import sys
+import time
+from subprocess import PIPE
 
 import pytest
 
+from edit_ray import files
 from edit_ray.errors import RunExists, RunLocked, UnknownRun
-from edit_ray.runs.folder import RunFolder, publish, write_atomic
+from edit_ray.files import write_atomic
+from edit_ray.runs.folder import RunFolder
 from tests.unit.test_manifest import BEGUN
 
 
@@ -70,9 +77,112 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_draft_is_published_by_its_name_alone(tmp_path):
-    draft, path = tmp_path / ".file.part", tmp_path / "file"
-    draft.write_bytes(b"new")
-    publish(draft, path)
-    assert path.read_bytes() == b"new"
-    assert not draft.exists()
+KILLED = """
+import os, sys
+from pathlib import Path
+from edit_ray import files
+from edit_ray.runs.folder import RunFolder
+from tests.unit.test_manifest import BEGUN
+
+left = int(sys.argv[2])
+
+def kill(name):
+    def counted(self, *arguments):
+        global left
+        left -= 1
+        if left < 0:
+            os._exit(9)
+        return getattr(files.Disk, name)(self, *arguments)
+    return counted
+
+files.disk = type("Killed", (files.Disk,), {name: kill(name) for name in ("open", "mkdir", "write", "replace")})()
+RunFolder(Path(sys.argv[1]), "one").create("", BEGUN)
+"""
+
+
+@pytest.mark.parametrize("left", [1, 2, 4, 6])
+def test_what_a_killed_submit_has_left_goes_with_the_next_one(tmp_path, left):
+    assert subprocess.run([sys.executable, "-c", KILLED, tmp_path, str(left)], check=False).returncode == 9
+    (draft,) = tmp_path.iterdir()
+    if not any(draft.iterdir()):
+        os.utime(draft, (0, 0))  # before it has a manifest it may be one that is being made
+    RunFolder(tmp_path, "two").create("", BEGUN).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]
+
+
+def test_a_folder_with_what_is_not_ours_stays(tmp_path):
+    foreign = tmp_path / ".one-0123456789abcdef" / "mine.txt"
+    foreign.parent.mkdir()
+    foreign.write_text("not to be removed")
+    os.utime(foreign.parent, (0, 0))
+    RunFolder(tmp_path, "two").create("", BEGUN).close()
+    assert foreign.exists()
+
+
+def test_what_another_process_is_making_stays(tmp_path):
+    class Slow(files.Disk):
+        """While one submission renames its folder another one comes."""
+
+        def replace(self, source, target):
+            if target.name == "one":
+                RunFolder(tmp_path, "two").create("", BEGUN).close()
+            super().replace(source, target)
+
+    with files.swapped(Slow()):
+        RunFolder(tmp_path, "one").create("", BEGUN).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_a_folder_that_could_not_be_made_durable_is_not_there(tmp_path):
+    class Broken(files.Disk):
+        def fsync(self, descriptor):
+            if os.readlink(f"/proc/self/fd/{descriptor}") == str(tmp_path):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            super().fsync(descriptor)
+
+    with files.swapped(Broken()), pytest.raises(OSError, match="Input/output"):
+        RunFolder(tmp_path, "one").create("", BEGUN)
+    assert list(tmp_path.iterdir()) == []
+    RunFolder(tmp_path, "one").create("", BEGUN).close()
+
+
+WRITER = """
+import os, sys, time
+from pathlib import Path
+from edit_ray import files
+
+print(os.getpid(), flush=True)
+with files.replacing(Path(sys.argv[1])) as draft:
+    draft.write(sys.argv[2].encode() * 1000)
+    sys.stdin.read()  # until it is told to publish, or is killed
+"""
+
+
+def test_processes_with_equal_pids_never_publish_each_others_half(tmp_path):
+    path = tmp_path / "file"
+    separate = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if subprocess.run([*separate, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no process ids of one's own here")
+    writers = [
+        subprocess.Popen([*separate, sys.executable, "-c", WRITER, path, who], stdin=PIPE, stdout=PIPE, text=True)
+        for who in "ab"
+    ]
+    assert writers[0].stdout.readline() == writers[1].stdout.readline()
+    while sum(draft.stat().st_size for draft in tmp_path.iterdir()) < 2000:
+        time.sleep(0.01)
+    writers[1].kill()
+    writers[1].communicate()
+    assert not path.exists()
+    writers[0].communicate()
+    assert path.read_bytes() == b"a" * 1000
+
+
+def test_a_link_in_the_place_of_a_draft_is_not_followed(tmp_path):
+    victim, link = tmp_path / "victim", tmp_path / "link"
+    victim.write_text("whole")
+    link.symlink_to(victim)
+    for path in (link, victim):
+        with pytest.raises(FileExistsError):
+            files.disk.open(path, files.NEW)
+    write_atomic(link, b"new")
+    assert (victim.read_text(), link.read_text(), link.is_symlink()) == ("whole", "new", False)

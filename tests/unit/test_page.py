@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edit_ray.cli.main import main
 from edit_ray.errors import UnknownRun
-from edit_ray.page.files import HLS_JS, byte_range, open_named
+from edit_ray.page.served import HLS_JS, byte_range, open_named
 from edit_ray.page.server import PageServer
 
 SECRET = b"nothing of anybody's business"

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from edit_ray.page.files import HLS_JS
+from edit_ray.page.served import HLS_JS
 from edit_ray.page.server import PageServer
 from edit_ray.video.stream_files import StreamFiles, newest_playlist
 from tests.unit import chromium
@@ -99,7 +99,7 @@ def test_playback_crosses_every_join_without_a_seek_while_the_run_goes_on(run, u
 
 
 def test_without_hls_js_the_browser_plays_what_is_there(run, url, tmp_path, monkeypatch):
-    monkeypatch.setattr("edit_ray.page.files.HLS_JS", tmp_path / "nowhere")
+    monkeypatch.setattr("edit_ray.page.served.HLS_JS", tmp_path / "nowhere")
     for _ in LENGTHS:
         run.grow()
     run.end()

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from edit_ray import files
 from edit_ray.cache.stores.allocator import Extent, room_of
 from edit_ray.cache.stores.arena import Arena
-from edit_ray.cache.stores.direct_io import FileCalls
 from edit_ray.cache.stores.disk_tier import DiskTier
 from edit_ray.cache.stores.holders import began_before, is_gone, this_holder
 from edit_ray.cache.stores.op_table import Op, OpTable
@@ -361,12 +361,12 @@ def test_a_holder_that_gives_up_gets_nothing_dropped_of_what_it_completed(tiers_
 def test_what_is_complete_is_synced_and_nothing_before(tiers_in):
     plan, tiers, synced = plan_of(), tiers_in(2), []
 
-    class Calls(FileCalls):
-        def sync(self, path):
-            synced.append(path)
-            super().sync(path)
+    class Calls(files.Disk):
+        def fsync(self, descriptor):
+            synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+            super().fsync(descriptor)
 
-    tiers.disk.files.files.calls = Calls()
+    files.disk = Calls()
     tiers.follow(plan.uses())
     store = begin(tiers, plan, 0)
     make(store, 0)
@@ -379,18 +379,18 @@ def test_what_is_complete_is_synced_and_nothing_before(tiers_in):
 def test_what_cannot_be_synced_is_not_complete(tiers_in):
     plan, tiers = plan_of(), tiers_in(2)
 
-    class Calls(FileCalls):
-        def sync(self, path):
+    class Calls(files.Disk):
+        def fsync(self, descriptor):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     tiers.follow(plan.uses())
     store = begin(tiers, plan, 0)
     make(store, 0)
     store.finish()
-    whole, tiers.disk.files.files.calls = tiers.disk.files.files.calls, Calls()
+    whole, files.disk = files.disk, Calls()
     with pytest.raises(OSError, match="Input/output"):
         tiers.complete(RUN, 0, 0, 1)
-    tiers.disk.files.files.calls = whole
+    files.disk = whole
     again = begin(tiers, plan, 0, attempt=1)
     make(again, 0)
     again.finish()

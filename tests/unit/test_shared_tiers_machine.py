@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from edit_ray import files
 from edit_ray.cache.stores import shared_tiers
 from edit_ray.cache.stores.allocator import Extent
 from edit_ray.cache.stores.arena import Arena
@@ -65,7 +66,8 @@ class Histories(RuleBasedStateMachine):
 
     def open_store(self):
         arena = Arena.create(self.host + TABLES_BYTES, self.folder)
-        disk = DiskTier(self.folder / "disk", allow_tmpfs=True, calls=self.calls)
+        files.disk = self.calls
+        disk = DiskTier(self.folder / "disk", allow_tmpfs=True)
         self.tiers = SharedTiers(arena, self.host, disk, is_gone=lambda holder: holder not in self.hung)
         self.tiers.follow(self.plan.uses(), self.segment)
         self.store = None

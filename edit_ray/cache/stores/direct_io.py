@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import TypeVar
 
 import torch
 
+from edit_ray import files
 from edit_ray.cache.stores.allocator import ALIGNMENT, rounded
 
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
@@ -24,49 +26,19 @@ class DiskFull(OSError):
     """The disk or a quota has no room for a file, of which nothing is left: make room and try again."""
 
 
-class FileCalls:
-    """The calls that reach the filesystem; a test makes its own, which fail as a filesystem would."""
-
-    def open(self, path: Path, flags: int) -> int:
-        return os.open(path, flags, 0o666)
-
-    def write(self, descriptor: int, parts: Sequence[memoryview], offset: int) -> int:
-        return os.pwritev(descriptor, parts, offset)
-
-    def read(self, descriptor: int, parts: Sequence[memoryview], offset: int) -> int:
-        return os.preadv(descriptor, parts, offset)
-
-    def truncate(self, descriptor: int, size: int) -> None:
-        os.ftruncate(descriptor, size)
-
-    def rename(self, source: Path, target: Path) -> None:
-        os.rename(source, target)
-
-    def unlink(self, path: Path) -> None:
-        os.unlink(path)
-
-    def sync(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 class DirectFiles:
     """Writes and reads whole files with O_DIRECT. Where that is refused, at `open` or later, it does so no more.
 
     Every part starts at a multiple of `ALIGNMENT` in memory and is a multiple long, whatever the file's true size.
     """
 
-    def __init__(self, calls: FileCalls | None = None, num_transfers: int = 1) -> None:
+    def __init__(self, num_transfers: int = 1) -> None:
         """At most `num_transfers` files are on their way at once; who comes in another thread then waits."""
-        self.calls = calls or FileCalls()
         self.direct = bool(_DIRECT)
         self._transfers = BoundedSemaphore(num_transfers)
 
     def write(self, path: Path, parts: Sequence[memoryview], size: int) -> None:
-        """Make a file of the first `size` bytes of `parts`, not synced. Raises OSError, DiskFull if that is why."""
+        """Make a new file of the first `size` bytes of `parts`, not synced. Raises OSError, DiskFull if that is why."""
         try:
             with self._transfers:
                 self._direct_if_possible(lambda flag: self._write(path, parts, size, flag))
@@ -91,24 +63,21 @@ class DirectFiles:
         return done
 
     def _write(self, path: Path, parts: Sequence[memoryview], size: int, flag: int) -> None:
-        descriptor = self.calls.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flag)
+        length = sum(map(len, parts))
         try:
-            length = sum(map(len, parts))
-            if _move(self.calls.write, descriptor, parts, length) < length:
-                raise OSError(errno.EIO, "The filesystem took no more bytes", str(path))
-            if length != size:
-                self.calls.truncate(descriptor, size)
-        finally:
-            os.close(descriptor)
+            with files.opened(path, files.NEW | flag) as descriptor:
+                if _move(files.disk.write, descriptor, parts, length) < length:
+                    raise OSError(errno.EIO, "The filesystem took no more bytes", str(path))
+                if length != size:
+                    files.disk.truncate(descriptor, size)
+        except BaseException:
+            with suppress(OSError):  # also what an open that was refused has made
+                files.disk.unlink(path)
+            raise
 
     def _read(self, path: Path, parts: Sequence[memoryview], size: int, flag: int) -> bool:
-        descriptor = self.calls.open(path, os.O_RDONLY | flag)
-        try:
-            if os.fstat(descriptor).st_size != size:
-                return False
-            return _move(self.calls.read, descriptor, parts, size) == size
-        finally:
-            os.close(descriptor)
+        with files.opened(path, os.O_RDONLY | flag) as descriptor:
+            return os.fstat(descriptor).st_size == size and _move(files.disk.read, descriptor, parts, size) == size
 
 
 def as_disk_full(error: OSError) -> OSError:

@@ -7,7 +7,7 @@ from os import PathLike
 
 import torch
 
-from edit_ray.cache.stores.direct_io import FileCalls, aligned_buffer, memory_of
+from edit_ray.cache.stores.direct_io import aligned_buffer, memory_of
 from edit_ray.cache.stores.entry_files import UNREADABLE, EntryFiles
 from edit_ray.cache.stores.store import Key
 from edit_ray.cache.stores.tensor_file import check_dtype
@@ -22,11 +22,9 @@ class DiskOffloadStore:
 
     tier = "disk"
 
-    def __init__(
-        self, directory: str | PathLike[str], *, allow_tmpfs: bool = False, calls: FileCalls | None = None
-    ) -> None:
+    def __init__(self, directory: str | PathLike[str], *, allow_tmpfs: bool = False) -> None:
         """Raises ValueError: `directory` is a file, or lies in memory and `allow_tmpfs` is not given."""
-        self.files = EntryFiles(directory, allow_tmpfs=allow_tmpfs, calls=calls)
+        self.files = EntryFiles(directory, allow_tmpfs=allow_tmpfs)
         self.directory = self.files.directory
         self._staging = aligned_buffer(0)  # as large as the largest entry so far
 

@@ -9,7 +9,6 @@ from types import TracebackType
 
 import torch
 
-from edit_ray.cache.stores.direct_io import FileCalls
 from edit_ray.cache.stores.entry_files import EntryFiles
 from edit_ray.cache.stores.store import Key
 from edit_ray.cache.stores.tensor_file import FileEntry
@@ -24,18 +23,11 @@ class DiskTier:
     is to be written, so that the disk does not wait for checksums.
     """
 
-    def __init__(
-        self,
-        directory: str | PathLike[str],
-        *,
-        num_threads: int = 2,
-        allow_tmpfs: bool = False,
-        calls: FileCalls | None = None,
-    ) -> None:
+    def __init__(self, directory: str | PathLike[str], *, num_threads: int = 2, allow_tmpfs: bool = False) -> None:
         """Opens or makes `directory` and finds the entries in it. Raises ValueError as `EntryFiles` does."""
         if num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}; valid is 1 or more.")
-        self.files = EntryFiles(directory, num_transfers=num_threads, allow_tmpfs=allow_tmpfs, calls=calls)
+        self.files = EntryFiles(directory, num_transfers=num_threads, allow_tmpfs=allow_tmpfs)
         self._threads = ThreadPoolExecutor(2 * num_threads, thread_name_prefix="disk")
         self._closed = False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,11 +14,11 @@ from typing import Literal, get_args
 
 import torch
 
+from edit_ray import files
 from edit_ray.cache.stores.allocator import ALIGNMENT, rounded
 from edit_ray.cache.stores.direct_io import (
     DirectFiles,
     DiskFull,
-    FileCalls,
     aligned_buffer,
     as_disk_full,
     is_tmpfs,
@@ -35,7 +36,7 @@ from edit_ray.cache.stores.tensor_file import (
 )
 
 _WHOLE = re.compile(r"[0-9a-f]{32}\.safetensors")
-_UNFINISHED = re.compile(r"[0-9a-f]{32}(-[0-9]+)?\.unfinished")
+_UNFINISHED = re.compile(r"[0-9a-f]{32}(-[0-9a-f]+)?\.unfinished")
 
 Fault = Literal["missing", "length", "header", "checksum", "read", "write", "full", "remove"]
 """What went wrong with a file. The first four lose the entry and remove the file; `read` may pass and keeps both."""
@@ -50,14 +51,7 @@ class EntryFiles:
     anything.
     """
 
-    def __init__(
-        self,
-        directory: str | PathLike[str],
-        *,
-        num_transfers: int = 1,
-        allow_tmpfs: bool = False,
-        calls: FileCalls | None = None,
-    ) -> None:
+    def __init__(self, directory: str | PathLike[str], *, num_transfers: int = 1, allow_tmpfs: bool = False) -> None:
         """Opens or makes the directory and reads the header of every file of ours. Moves `num_transfers` at once.
 
         Raises ValueError: `directory` is a file, or lies in memory and `allow_tmpfs` is not given.
@@ -65,13 +59,13 @@ class EntryFiles:
         self.directory = Path(directory)
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"directory is {str(directory)!r}, which is a file; valid is a folder, or a name for one.")
-        self.directory.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.directory)
         if not allow_tmpfs and is_tmpfs(self.directory):
             raise ValueError(
                 f"directory is {str(directory)!r}, which lies in memory (tmpfs) and not on a disk; "
                 "valid is a folder on a disk, or allow_tmpfs=True."
             )
-        self.files = DirectFiles(calls, num_transfers)
+        self.files = DirectFiles(num_transfers)
         self.faults: dict[Fault, int] = dict.fromkeys(get_args(Fault), 0)
         self.bytes_resident = 0
         self._entries: dict[Key, FileEntry] = {}
@@ -109,7 +103,7 @@ class EntryFiles:
         False if the key was dropped or written anew since the ticket was given. Raises OSError, DiskFull if there is
         no room, and ValueError; nothing is left then.
         """
-        draft = self._draft(key, ticket)
+        draft = self._draft(key)
         try:
             header, entry = self._described(key, memory, dtype, shape)
             parts = [memory_of(header), memory[: rounded(entry.nbytes)]]
@@ -146,8 +140,8 @@ class EntryFiles:
         """What of these entries is there survives the loss of power when this returns. Raises OSError."""
         for path in [self._path(key) for key in keys if key in self._entries]:
             with suppress(FileNotFoundError):  # dropped meanwhile
-                self.files.calls.sync(path)
-        self.files.calls.sync(self.directory)
+                files.sync(path)
+        files.sync(self.directory)
 
     def drop(self, key: Key) -> Path | None:
         """Forget an entry, and a write of it in flight: what is left to do is to `remove` the file returned."""
@@ -164,10 +158,8 @@ class EntryFiles:
         """Remove what writers left that were stopped, and what was set aside; nobody may be writing."""
         if not self.directory.exists():  # someone has removed it
             return
-        with os.scandir(self.directory) as found:
-            left = [item.path for item in found if _UNFINISHED.fullmatch(item.name) and _is_file(item)]
-        for path in left:
-            self.remove(Path(path))
+        for path in self._named(_UNFINISHED):
+            self.remove(path)
 
     def _described(
         self, key: Key, memory: memoryview, dtype: torch.dtype, shape: Sequence[int]
@@ -186,7 +178,7 @@ class EntryFiles:
         with self._lock:
             if self._writing.get(key) != ticket:
                 return False
-            self.files.calls.rename(draft, self._path(key))
+            files.disk.replace(draft, self._path(key))
             del self._writing[key]
             self._add(key, entry)
             return True
@@ -219,11 +211,7 @@ class EntryFiles:
 
     def _scan(self) -> None:
         self.remove_unfinished()
-        with os.scandir(self.directory) as found:
-            ours = [
-                (item.stat().st_mtime_ns, item.path) for item in found if _WHOLE.fullmatch(item.name) and _is_file(item)
-            ]
-        for path in (Path(path) for _, path in sorted(ours)):
+        for path in sorted(self._named(_WHOLE), key=lambda path: path.stat().st_mtime_ns):
             try:
                 described = self._header_of_file(path)
             except OSError:
@@ -236,13 +224,12 @@ class EntryFiles:
                 self._add(*described)
 
     def _header_of_file(self, path: Path) -> tuple[Key, FileEntry] | Fault:
-        with open(path, "rb", buffering=0) as file:
-            start = file.read(ALIGNMENT)
-            size = header_size(start)
-            described = None if size is None else parse_header(start + file.read(size - len(start)))
+        with files.opened(path) as descriptor:
+            size = header_size(files.read_at(descriptor, 0, ALIGNMENT))
+            described = None if size is None else parse_header(files.read_at(descriptor, 0, size))
             if size is None or described is None or path.name != file_name(described[0]):
                 return "header"
-            return described if os.fstat(file.fileno()).st_size == size + described[1].nbytes else "length"
+            return described if os.fstat(descriptor).st_size == size + described[1].nbytes else "length"
 
     def _set_aside(self, key: Key) -> Path | None:
         """With the lock held: take an entry out, by a rename, which is quick; the file that is left of it."""
@@ -250,10 +237,9 @@ class EntryFiles:
         if entry is None:
             return None
         self.bytes_resident -= entry.nbytes
-        self._tickets += 1  # no draft has its name
-        path, aside = self._path(key), self._draft(key, self._tickets)
+        path, aside = self._path(key), self._draft(key)
         try:
-            self.files.calls.rename(path, aside)
+            files.disk.replace(path, aside)
         except FileNotFoundError:
             return None
         except OSError:
@@ -263,7 +249,7 @@ class EntryFiles:
 
     def _unlink(self, path: Path) -> None:
         try:
-            self.files.calls.unlink(path)
+            files.disk.unlink(path)
         except FileNotFoundError:
             return
         except OSError:
@@ -280,9 +266,10 @@ class EntryFiles:
     def _path(self, key: Key) -> Path:
         return self.directory / file_name(key)
 
-    def _draft(self, key: Key, ticket: int) -> Path:
-        return self._path(key).with_name(f"{self._path(key).stem}-{ticket}.unfinished")
+    def _draft(self, key: Key) -> Path:
+        """A random name, which no other process has."""
+        return self._path(key).with_name(f"{self._path(key).stem}-{secrets.token_hex(8)}.unfinished")
 
-
-def _is_file(item: os.DirEntry[str]) -> bool:
-    return item.is_file(follow_symlinks=False)
+    def _named(self, pattern: re.Pattern[str]) -> list[Path]:
+        found = [self.directory / name for name in files.disk.listdir(self.directory) if pattern.fullmatch(name)]
+        return [path for path in found if path.is_file() and not path.is_symlink()]

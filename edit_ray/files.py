@@ -1,0 +1,205 @@
+"""The one layer through which files become durable: a write is synced, and so is the folder that names the file.
+
+Everything a run or a disk tier keeps is opened, read, written, renamed and removed through `disk`. An experiment puts
+its own in that place (`swapped`), which records every operation or lets one fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+_DRAFT = ".part"
+NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+"""How a file is opened that must not be there yet, not even as a link."""
+
+
+class Disk:
+    """The calls that reach the file system. All raise OSError."""
+
+    def open(self, path: Path, flags: int) -> int:
+        """A descriptor; a new file is its owner's alone."""
+        return os.open(path, flags, 0o600)
+
+    def close(self, descriptor: int) -> None:
+        os.close(descriptor)
+
+    def read(self, descriptor: int, parts: Sequence[bytearray | memoryview], offset: int) -> int:
+        """The bytes read: fewer than asked for at the end of the file, and possibly before it."""
+        return os.preadv(descriptor, parts, offset)
+
+    def write(self, descriptor: int, parts: Sequence[bytes | memoryview], offset: int) -> int:
+        """The bytes written, possibly fewer than given. `offset` is ignored on a descriptor opened with O_APPEND."""
+        return os.pwritev(descriptor, parts, offset)
+
+    def truncate(self, descriptor: int, size: int) -> None:
+        os.ftruncate(descriptor, size)
+
+    def fsync(self, descriptor: int) -> None:
+        os.fsync(descriptor)
+
+    def lock(self, descriptor: int) -> None:
+        """Raises BlockingIOError where another process holds the file's lock. The kernel frees a dead process's."""
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def replace(self, source: Path, target: Path) -> None:
+        os.replace(source, target)
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def mkdir(self, path: Path) -> None:
+        os.mkdir(path, 0o700)
+
+    def rmdir(self, path: Path) -> None:
+        os.rmdir(path)
+
+    def listdir(self, path: Path) -> list[str]:
+        return os.listdir(path)
+
+
+disk = Disk()
+"""What every function here and every other module calls."""
+
+
+@contextlib.contextmanager
+def swapped(other: Disk) -> Iterator[None]:
+    """Everything goes through another disk meanwhile, in all threads of this process."""
+    global disk
+    before, disk = disk, other
+    try:
+        yield
+    finally:
+        disk = before
+
+
+class Draft:
+    """A new file that takes its place when it is whole. Its name is random: no other process writes to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_DRAFT}")
+        self.size = 0  # bytes written so far
+        self.descriptor = disk.open(self.path, NEW)
+
+    def write(self, data: bytes) -> None:
+        """Appends all of `data`."""
+        self.size = write_all(self.descriptor, data, self.size)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Draft]:
+    """A draft that replaces `path` durably at the end: a reader sees the old content or the new, never a part.
+
+    After an error, `path` is as it was and the draft is gone.
+    """
+    draft = Draft(path)
+    try:
+        try:
+            yield draft
+            disk.fsync(draft.descriptor)
+        finally:
+            disk.close(draft.descriptor)
+        disk.replace(draft.path, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            disk.unlink(draft.path)
+        raise
+    sync(path.parent)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replaces a file's content durably: a reader sees the old content or the new, never a part."""
+    with replacing(path) as draft:
+        draft.write(data)
+
+
+@contextlib.contextmanager
+def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """A descriptor that is closed at the end."""
+    descriptor = disk.open(path, flags)
+    try:
+        yield descriptor
+    finally:
+        disk.close(descriptor)
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a file."""
+    with opened(path) as descriptor:
+        return read_all(descriptor)
+
+
+def read_all(descriptor: int) -> bytes:
+    """All of an open file."""
+    return read_at(descriptor, 0, os.fstat(descriptor).st_size)
+
+
+def read_at(descriptor: int, offset: int, size: int) -> bytes:
+    """`size` bytes of an open file from `offset` on; fewer where it ends before."""
+    content, done = bytearray(size), 0
+    while done < size and (count := disk.read(descriptor, [memoryview(content)[done:]], offset + done)):
+        done += count
+    return bytes(content[:done])
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Appends a line in one write, to a new file if there is none. Not synced; what is torn there gets an end first."""
+    with opened(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as descriptor:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and read_at(descriptor, size - 1, 1) != b"\n"
+        write_all(descriptor, b"\n" * torn + line, size)
+
+
+def write_all(descriptor: int, data: bytes, offset: int) -> int:
+    """Writes all of `data`, in as many calls as it takes; where it ends in the file."""
+    done = 0
+    while done < len(data):
+        count = disk.write(descriptor, [memoryview(data)[done:]], offset + done)
+        if count == 0:
+            raise OSError(errno.EIO, "the file system takes no more bytes")
+        done += count
+    return offset + done
+
+
+def sync(path: Path) -> None:
+    """Makes durable what a file holds, or what was created in, renamed into or removed from a folder."""
+    with opened(path) as descriptor:
+        disk.fsync(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Removes a file; one that is gone already is no error."""
+    with contextlib.suppress(FileNotFoundError):
+        disk.unlink(path)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it that are missing, durably. Raises FileExistsError where there is a file."""
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_folder(path.parent)
+    try:
+        disk.mkdir(path)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+    sync(path.parent)
+
+
+def remove_drafts(folder: Path, of: str = "") -> None:
+    """Removes the drafts in a folder, those of one file name if given; what cannot be removed stays.
+
+    Only for the one who may write there, such as the holder of the manifest's lock. A writer that lost its place and
+    is still alive then cannot publish any more.
+    """
+    with contextlib.suppress(OSError):
+        for name in disk.listdir(folder):
+            if name.startswith(f".{of}") and name.endswith(_DRAFT):
+                with contextlib.suppress(OSError):
+                    disk.unlink(folder / name)
