@@ -124,9 +124,10 @@ class DenoiserActor:
         save_latents(spec.latents(segment.index), latents)
         reused = {}
         if leases is not None and store is not None:
-            began = time.time()
+            complete_at, began = time.time(), time.perf_counter()
             reused = reuse_statistics(store, leases.complete(reusing, attempt))
-            reused |= {"complete_at": began, "complete_s": time.time() - began, "segments_made_again": made_again}
+            complete_s = time.perf_counter() - began
+            reused |= {"complete_at": complete_at, "complete_s": complete_s, "segments_made_again": made_again}
         self._short_of_memory = False
         figures = statistics(
             denoise_at=denoise_at, denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused
@@ -219,11 +220,11 @@ class DenoiserActor:
         frames = self._frames.get((media, spec.incarnation))
         if frames is None:
             frames, _, _ = self._decode(spec, segment)
-        encode_at = time.time()
+        encode_at, began = time.time(), time.perf_counter()
         encoded = encode(frames, fps=spec.config.sampling.fps, options=spec.config.output)
         write_part(spec.folder.path, spec.part(segment), segment.index, encoded)
         self._frames.pop((media, spec.incarnation), None)
-        times = {"encode_at": encode_at, "encode_s": time.time() - encode_at}
+        times = {"encode_at": encode_at, "encode_s": time.perf_counter() - began}
         return statistics(media_bytes=media.stat().st_size, **times, **self._seen(spec, segment))
 
     def finalize_run(self, spec: RunSpec, first: int) -> dict[str, float]:

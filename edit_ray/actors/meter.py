@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import edit_ray
+from edit_ray.actors.best_effort import best_effort
 from edit_ray.actors.crew import Crew
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.errors import RunCancelled, StaleWork
@@ -27,7 +28,10 @@ Live = Callable[[], Iterable[tuple[LiveRun, RunState]]]
 
 
 class Meter:
-    """Told of what the segment scheduler does, it keeps the totals. All in the event loop, but for scrapes."""
+    """Told of what the segment scheduler does, it keeps the totals. All in the event loop, but for scrapes.
+
+    Only `serve` raises: nothing that is told here may fail a run.
+    """
 
     def __init__(self, crew: Crew, live: Live) -> None:
         self._crew, self._live = crew, live
@@ -53,15 +57,16 @@ class Meter:
             self._exporter = await asyncio.to_thread(Exporter, self.totals, self._actors, options)
             self._serving = options
             self._begin("segment_scheduler", 0)
-        with contextlib.suppress(OSError):  # whoever has no targets has no metrics, and still a run
+        with best_effort("tell Prometheus where to ask"):
             path = await asyncio.to_thread(write_targets, root, self._exporter.address)
             self._targets[str(path)] = self._exporter.address
             await self._crew.remember_targets(self._targets)
 
     async def forget_earlier(self) -> None:
         """What an incarnation that has died told Prometheus holds no longer, be there runs to go on with or not."""
-        for path, address in (await self._crew.recall_targets()).items():
-            await asyncio.to_thread(remove_targets, Path(path), address)
+        with best_effort("remove the metrics targets of the segment scheduler before this one"):
+            for path, address in (await self._crew.recall_targets()).items():
+                await asyncio.to_thread(remove_targets, Path(path), address)
 
     def close(self) -> None:
         """Nobody asks here any more."""
@@ -80,22 +85,25 @@ class Meter:
         manifest = run.manifest
         known = len(manifest.segments) + len(manifest.earlier_takes)
         is_new = manifest.incarnation == 1 and not recovered
-        self._runs.opened(run.spec.run_id, run.spec.config.cache.policy, 0 if recovered else known, is_new=is_new)
+        with best_effort("count a run"):
+            self._runs.opened(run.spec.run_id, run.spec.config.cache.policy, 0 if recovered else known, is_new=is_new)
         self._committed(run)
 
     def ended(self, run: LiveRun) -> None:
+        self._taken.pop(run.spec.run_id, None)
         if run.end is not None:
-            self._runs.ended(run.spec.run_id, run.end.state)
-            self._taken.pop(run.spec.run_id, None)
+            with best_effort("count the end of a run"):
+                self._runs.ended(run.spec.run_id, run.end.state)
 
     @contextlib.contextmanager
     def work(self, run: LiveRun, work: Work) -> Iterator[None]:
         """What is carried out meanwhile, and what came of it."""
         which = (work.run_id, work.stage, work.segment_index)
-        if self._exporter is not None:
-            self._begin("denoiser", work.worker)
-            self._begin("cache_store", work.worker)
-        self._runs.began(*which)
+        with best_effort("count work"):
+            if self._exporter is not None:
+                self._begin("denoiser", work.worker)
+                self._begin("cache_store", work.worker)
+            self._runs.began(*which)
         trouble: str | None = "stopped"
         try:
             yield
@@ -104,18 +112,21 @@ class Meter:
             trouble = _trouble(error)
             raise
         finally:
-            self._runs.finished(*which, trouble)
+            with best_effort("count work"):
+                self._runs.finished(*which, trouble)
             self._committed(run)
 
-    @contextlib.contextmanager
-    def consumer(self, run_id: str, segment_index: int) -> Iterator[None]:
-        """A client, which has taken all segments before this one, waits for it."""
-        self._taken[run_id] = max(segment_index, self._taken.get(run_id, 0))
-        with self._runs.consumer():
-            yield
+    def consumer(self) -> contextlib.AbstractContextManager[None]:
+        """A client waits for a segment meanwhile."""
+        return self._runs.consumer()
+
+    def taken(self, run_id: str, segments: int) -> None:
+        """Clients have taken so many segments."""
+        self._taken[run_id] = max(segments, self._taken.get(run_id, 0))
 
     def _committed(self, run: LiveRun) -> None:
-        self._runs.committed(run.spec.run_id, run.manifest.segments, len(run.manifest.earlier_takes))
+        with best_effort("count segments"):
+            self._runs.committed(run.spec.run_id, run.manifest.segments, len(run.manifest.earlier_takes))
 
     def _begin(self, role: Role, worker: int) -> None:
         """Begins to ask an actor, if that is not done already; it ends with the event loop."""
@@ -156,7 +167,8 @@ class Meter:
     @contextlib.contextmanager
     def _on_our_account(self) -> Iterator[None]:
         began = time.thread_time()
-        yield
+        with best_effort("keep the metrics"):
+            yield
         self.totals.inc("edit_ray_metrics_cpu_seconds_total", time.thread_time() - began)
 
 

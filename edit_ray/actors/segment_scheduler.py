@@ -143,12 +143,20 @@ class SegmentSchedulerActor:
     async def wait_segment(self, run_id: str, segment_index: int, timeout_s: float) -> StreamReply:
         """Answers as soon as the segment is committed or the run has ended, after `timeout_s` in any case.
 
-        Who asks for a segment has taken all before it.
+        Who waits for a segment takes all before it as they come. Raises ConfigError where it can be no segment.
         """
+        if type(segment_index) is not int or segment_index < 0:
+            raise ConfigError([f"segment_index is {segment_index!r}; it must be a whole number of at least 0"])
         run = await self._find(run_id)
-        self._apply(Consumed(run_id, segment_index))
-        with self._meter.consumer(run_id, segment_index):
-            await run.wait(lambda: segment_index < len(run.manifest.segments) or run.ended, timeout_s)
+
+        def there() -> bool:
+            taken = min(segment_index, len(run.manifest.segments))
+            self._apply(Consumed(run_id, taken))
+            self._meter.taken(run_id, taken)
+            return segment_index < len(run.manifest.segments) or run.ended
+
+        with self._meter.consumer():
+            await run.wait(there, timeout_s)
         segments = run.manifest.segments
         record = segments[segment_index] if segment_index < len(segments) else None
         return StreamReply(record, self._status_without_progress(run))

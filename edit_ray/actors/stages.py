@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
+from edit_ray.actors.best_effort import best_effort
 from edit_ray.actors.crew import Crew
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import statistics
@@ -19,6 +19,7 @@ from edit_ray.errors import (
     EditRayError,
     EntryLost,
     OutOfMemory,
+    ResourcesUnavailable,
     RunCancelled,
     SegmentFailed,
     StaleLease,
@@ -32,7 +33,7 @@ from edit_ray.runs.retention import retention
 _log = logging.getLogger(__name__)
 
 # Errors of ours that another attempt may not meet again.
-_REPEATABLE = (SegmentFailed, RunCancelled, EntryLost, StaleLease, StaleWork)
+_REPEATABLE = (SegmentFailed, RunCancelled, EntryLost, StaleLease, StaleWork, ResourcesUnavailable)
 
 RETRY_PAUSE_S, LONGEST_RETRY_PAUSE_S = 1.0, 30.0  # the first pause, and what doubling it leads to
 
@@ -111,11 +112,17 @@ class Stages:
         run.statistics[work.segment_index] = run.statistics.get(work.segment_index, {}) | figures
 
     async def _commit(self, run: LiveRun, work: Work) -> None:
-        """Latents and media are durable already: now what plays, then the manifest, then whoever waits."""
-        segment, spec = _segment(run, work), run.spec
-        began = time.time()
+        """Latents and media are durable already: now what plays, then the manifest's line, which ends the commit."""
+        segment = _segment(run, work)
+        if segment.index == len(run.manifest.segments):  # else it is the repetition of a commit whose line is there
+            await self._append(run, segment)
+        run.statistics.pop(segment.index, None)
+        await self._clean_up(run)
+
+    async def _append(self, run: LiveRun, segment: SegmentPlan) -> None:
+        spec, publish_at, began = run.spec, time.time(), time.perf_counter()
         await asyncio.to_thread(run.stream.append, spec.part(segment))
-        published = statistics(publish_at=began, publish_s=time.time() - began)
+        published = statistics(publish_at=publish_at, publish_s=time.perf_counter() - began)
         record = SegmentRecord(
             index=segment.index,
             take=segment.take,
@@ -128,10 +135,13 @@ class Stages:
             statistics=run.statistics.get(segment.index, {}) | published,
         )
         await run.append(Committed(spec.incarnation, record))
-        run.statistics.pop(segment.index, None)
-        await self._drop_old_segments(run)
-        with contextlib.suppress(OSError):  # a forecast that cannot be made is none
-            run.warning = await asyncio.to_thread(shortage_after, spec, run.manifest.segments)
+
+    async def _clean_up(self, run: LiveRun) -> None:
+        """Makes room, and looks how much there is. What fails here is done after the next commit."""
+        with best_effort(f"drop old segments of run {run.spec.run_id}"):
+            await self._drop_old_segments(run)
+        with best_effort(f"foresee the disk space of run {run.spec.run_id}"):
+            run.warning = await asyncio.to_thread(shortage_after, run.spec, run.manifest.segments)
 
     async def _drop_old_segments(self, run: LiveRun) -> None:
         """Says first that they are gone, then removes them: nobody looks for what is not there."""
@@ -151,6 +161,7 @@ class Stages:
         run.removed = after
 
     async def _finalize(self, run: LiveRun, work: Work) -> None:
+        await self._clean_up(run)
         await self._crew.denoiser(work.worker, "finalize_run", run.spec, run.manifest.dropped_before)
 
 

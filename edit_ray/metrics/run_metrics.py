@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol
+from typing import Any, Protocol
 
 from edit_ray.metrics.catalog import LABELS
 from edit_ray.metrics.totals import Totals
 
 _TOLD = {"denoise": "denoise_s", "decode": "decode_s", "encode": "encode_s", "commit": "publish_s"}
 """Where the manifest has the seconds of a stage; those of the others belong to no segment."""
+
+_LIMIT = 2.0**63
+"""No statistic of a segment is as much; below it sums of them stay finite."""
 
 
 class Record(Protocol):
@@ -85,7 +88,7 @@ class RunMetrics:
     def finished(self, run_id: str, stage: str, segment_index: int | None, trouble: str | None = None) -> None:
         """It is not any more; `trouble` is why it came to nothing."""
         now = self._clock()
-        seconds = now - self._work.pop((run_id, stage, segment_index), now)
+        seconds = max(0.0, now - self._work.pop((run_id, stage, segment_index), now))
         self._show_work()
         if trouble is not None:
             self._totals.inc("edit_ray_work_failed_total", stage=stage, trouble=trouble)
@@ -122,11 +125,11 @@ class RunMetrics:
         totals.inc("edit_ray_segments_total")
         totals.inc("edit_ray_frames_total", record.num_frames)
         if run.submitted is not None and record.index == 0:
-            totals.observe("edit_ray_first_segment_seconds", now - run.submitted)
+            totals.observe("edit_ray_first_segment_seconds", max(0.0, now - run.submitted))
         began = self._begun.pop((run_id, record.index), None)
         if began is not None:
-            totals.observe("edit_ray_segment_seconds", now - began)
-        self._count(record.statistics, run.policy)
+            totals.observe("edit_ray_segment_seconds", max(0.0, now - began))
+        self._count(_countable(record.statistics), run.policy)
 
     def _count(self, told: Mapping[str, float], policy: str) -> None:
         totals = self._totals
@@ -143,3 +146,9 @@ class RunMetrics:
         totals.inc("edit_ray_media_bytes_total", told.get("media_bytes", 0))
         if (score := told.get("seam_score")) is not None:
             totals.observe("edit_ray_seam_score", score)
+
+
+def _countable(told: Mapping[str, Any]) -> dict[str, float]:
+    """Those of a manifest's statistics that can be counted: the file may hold anything."""
+    numbers = {name: value for name, value in told.items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in numbers.items() if 0 <= value < _LIMIT}

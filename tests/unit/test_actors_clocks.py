@@ -1,0 +1,114 @@
+"""Wall clocks jump, as with NTP or when a virtual machine is resumed: no byte, no figure, no run depends on them."""
+
+import asyncio
+import math
+import random
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.runs.folder import RunFolder
+from edit_ray.testing import save_random_wan
+from tests.unit.test_actors import config_for
+from tests.unit.test_actors_metrics import page_of
+from tests.unit.test_actors_recovery import REUSE, Dying, die, make, submit
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+
+JUMPS = (-3600.0, -0.001, 0.001, 3600.0)  # seconds
+SHORT = {"video": {"num_segments": 3}}
+COUNTERS = ("edit_ray_segments_total", "edit_ray_frames_total", "edit_ray_media_bytes_total")
+
+
+class WallClock:
+    """`time.time` that jumps whenever it is looked at, by one of `jumps` drawn at random; `hit` counts when it did."""
+
+    def __init__(self, seed, jumps=JUMPS):
+        self._draw, self._jumps, self._offset = random.Random(seed), jumps, 0.0
+        self._real, self._lock = time.time, threading.Lock()
+        self.hit = Counter()
+
+    def jump(self, stage):
+        with self._lock:
+            self._offset += self._draw.choice(self._jumps)
+            self.hit[stage] += 1
+
+    def __call__(self):
+        self.jump("at a look")
+        return self._real() + self._offset
+
+
+class Watched(Dying):
+    """The clock jumps at the beginning of each stage as well."""
+
+    clock = None
+
+    async def denoiser(self, worker, method, *arguments):
+        if method.endswith(("_run", "_segment", "provenance")):
+            self.clock.jump(method)
+        return await super().denoiser(worker, method, *arguments)
+
+
+def everything(root, name):
+    """The bytes of all that a run has made, but for what tells of times."""
+    folder = RunFolder(root, name).path
+    files = [
+        path for path in folder.rglob("*") if path.is_file() and path.name not in ("manifest.jsonl", "events.jsonl")
+    ]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+async def live_through(root, model, name, clock, deaths):
+    """A run under that clock, whose segment scheduler dies after so many calls; the counts must never fall."""
+    crew = Watched(0)
+    crew.clock = clock
+    scheduler = SegmentSchedulerActor(crew)
+    await submit(scheduler, root, name, config_for(model, **(REUSE if name == "reuse" else {}), **SHORT))
+    for calls in deaths:
+        crew.left, crew.now = calls, asyncio.Event()
+        await asyncio.wait_for(crew.now.wait(), 60)
+        await die(scheduler)
+        clock.jump("recovery")
+        scheduler = SegmentSchedulerActor(crew)
+    index, before = 0, dict.fromkeys(COUNTERS, 0.0)
+    while (reply := await scheduler.wait_segment(name, index, 60)).record is not None or not reply.status.ended:
+        index += reply.record is not None
+        samples = await page_of(root)
+        now = {counter: samples(counter) for counter in COUNTERS}
+        assert all(now[counter] >= before[counter] for counter in COUNTERS), (before, now)
+        before = now
+    assert reply.status.state == "done", reply.status.error
+    samples = await page_of(root)
+    records = RunFolder(root, name).read_manifest().segments
+    assert samples("edit_ray_segments_total") == len(records) == 3
+    await crew.end()
+    for record in records:
+        seconds = {key: value for key, value in record.statistics.items() if key.endswith("_s")}
+        assert {"denoise_s", "decode_s", "encode_s", "publish_s"} <= set(seconds)
+        assert all(math.isfinite(value) and 0 <= value < 60 for value in seconds.values()), seconds
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model, tmp_path_factory):
+    root = tmp_path_factory.mktemp("undisturbed")
+    asyncio.run(make(root, model, plain=SHORT, reuse=REUSE | SHORT))
+    return {name: everything(root, name) for name in ("plain", "reuse")}
+
+
+@pytest.mark.parametrize(("seed", "name", "deaths"), [(1, "plain", ()), (2, "reuse", (5,)), (3, "plain", (2, 4))])
+def test_whatever_the_wall_clock_says_the_bytes_are_the_same(
+    tmp_path, model, undisturbed, monkeypatch, seed, name, deaths
+):
+    clock = WallClock(seed)
+    monkeypatch.setattr(time, "time", clock)
+    asyncio.run(live_through(tmp_path, model, name, clock, deaths))
+    assert everything(tmp_path, name) == undisturbed[name]
+    assert clock.hit["at a look"] >= 3 * 3, "each segment looks at it when it is denoised, encoded and committed"

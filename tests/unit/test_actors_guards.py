@@ -1,0 +1,170 @@
+"""What goes wrong beside a run's work costs nobody a segment: clean-up, figures, logs, questions of clients."""
+
+import asyncio
+import contextlib
+import errno
+import math
+import os
+
+import pytest
+
+from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.errors import ConfigError, ResourcesUnavailable
+from edit_ray.metrics.run_metrics import RunMetrics
+from edit_ray.metrics.totals import Totals
+from edit_ray.runs.folder import RunFolder
+from edit_ray.testing import save_random_wan
+from tests.unit.test_actors import config_for
+from tests.unit.test_actors_recovery import end_of, submit
+from tests.unit.test_run_metrics import Segment
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
+
+
+@contextlib.asynccontextmanager
+async def scheduler_of(crew=None):
+    crew = crew or LocalCrew()
+    try:
+        yield SegmentSchedulerActor(crew)
+    finally:
+        await crew.end()
+
+
+# A commit ends with its line.
+
+
+class Failing:
+    """A function of `os` that fails once, or always, where its first argument is of a kind."""
+
+    def __init__(self, name, concerns, number, times=1):
+        self._real, self._concerns, self._number, self.left = getattr(os, name), concerns, number, times
+
+    def __call__(self, subject, *arguments, **keywords):
+        if self.left and self._concerns(subject):
+            self.left -= 1
+            raise OSError(self._number, os.strerror(self._number))
+        return self._real(subject, *arguments, **keywords)
+
+
+def is_media(path):
+    return "/segments/" in os.fspath(path) and not isinstance(path, int)
+
+
+def is_manifest_with_dropped(descriptor):
+    path = os.readlink(f"/proc/self/fd/{descriptor}")
+    if not path.endswith("manifest.jsonl"):
+        return False
+    with open(path, "rb") as file:
+        return b'"dropped"' in file.read().splitlines()[-1]
+
+
+@pytest.mark.parametrize("times", [1, 99])
+@pytest.mark.parametrize(
+    ("name", "concerns", "number"),
+    [
+        ("unlink", is_media, errno.EBUSY),
+        ("fsync", is_manifest_with_dropped, errno.ENOSPC),
+    ],
+)
+def test_what_fails_after_the_manifests_line_fails_no_commit(
+    tmp_path, model, monkeypatch, name, concerns, number, times
+):
+    async def run():
+        async with scheduler_of() as scheduler:
+            await submit(scheduler, tmp_path, "one", config_for(model, output={"keep_segments": 1}))
+            await scheduler.wait_segment("one", 0, 60)
+            monkeypatch.setattr(os, name, failing := Failing(name, concerns, number, times))
+            return await end_of(scheduler, "one"), failing.left
+
+    status, left = asyncio.run(run())
+    assert (status.state, status.committed, status.error) == ("done", 4, None)
+    assert left < times, "it was hit"
+    media = sorted(path.name for path in (tmp_path / "one" / "segments").iterdir())
+    if times == 1:
+        assert media == ["00003-t0.m4s"], "the next commit makes up for it"
+        assert RunFolder(tmp_path, "one").read_manifest().dropped_before == 3
+
+
+# Figures never fail what they tell of.
+
+BAD = [-3600.0, math.nan, math.inf, -math.inf, 10**400, "seven", None, [1.0], {}]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=repr)
+def test_no_statistic_of_a_manifest_fails_the_metrics(bad):
+    keys = ("denoise_s", "encode_s", "publish_s", "seam_score", "media_bytes", "steps_computed_cond", "reuse_wait_s")
+    for key in keys:
+        totals = Totals()
+        runs = RunMetrics(totals)
+        runs.opened("a", "none", 0)
+        runs.committed("a", [Segment(0, 8, {key: bad}), Segment(1, 8, {key: 2.0})])
+        assert totals.value("edit_ray_segments_total") == 2
+        assert all(math.isfinite(value) for value in totals.snapshot("").counts.values())
+
+
+# What may be had again is asked for again.
+
+
+class Busy(LocalCrew):
+    """A cluster that has, at one stage, no place for a while."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.method = method
+
+    async def denoiser(self, worker, method, *arguments):
+        if method == self.method:
+            self.method = None
+            raise ResourcesUnavailable("the GPU actor found no place")
+        return await super().denoiser(worker, method, *arguments)
+
+
+@pytest.mark.parametrize("method", ["prepare_run", "denoise_segment"])
+def test_a_cluster_that_lacks_resources_for_a_while_fails_no_run(tmp_path, model, method):
+    async def run():
+        async with scheduler_of(Busy(method)) as scheduler:
+            await submit(scheduler, tmp_path, "one", config_for(model))
+            return await end_of(scheduler, "one")
+
+    status = asyncio.run(run())
+    assert status.state == "done", status.error
+
+
+# Questions of clients.
+
+
+@pytest.mark.parametrize("index", [-1, 1.5, "0", True, None])
+def test_a_segment_that_cannot_be_is_refused_in_a_sentence(tmp_path, model, index):
+    async def run():
+        async with scheduler_of() as scheduler:
+            await submit(scheduler, tmp_path, "one", config_for(model))
+            with pytest.raises(ConfigError, match=r"segment_index is .*; it must be a whole number of at least 0"):
+                await scheduler.wait_segment("one", index, 0.1)
+            await scheduler.cancel("one")
+            await end_of(scheduler, "one")
+
+    asyncio.run(run())
+
+
+def test_a_question_for_a_far_segment_takes_only_what_is_there(tmp_path, model):
+    """Nobody has taken what was not made: once the client has gone the run pauses again."""
+
+    async def run():
+        async with scheduler_of() as scheduler:
+            await submit(scheduler, tmp_path, "one", config_for(model, engine={"max_ahead": 1, "cpu_threads": 1}))
+            await scheduler.wait_segment("one", 10**6, 0.01)
+            async with asyncio.timeout(60):
+                while (status := await scheduler.status("one")).state not in ("paused", "done"):
+                    await asyncio.sleep(0.01)
+            assert (status.state, status.committed) == ("paused", 1)
+            reply = await scheduler.wait_segment("one", 3, 60)  # who waits for the last one takes those before it
+            assert reply.record is not None
+            assert (await end_of(scheduler, "one")).state == "done"
+
+    asyncio.run(run())
