@@ -1,4 +1,4 @@
-"""Decoding a stream of latents segment by segment, to the same bits as decoding it at once.
+"""Decodes a stream of latents segment by segment, to the same bits however it is cut.
 
 Wan's decoder is causal: it takes one latent frame at a time and keeps, per convolution, the last two frames that it
 saw (the feature cache). Carried over from segment to segment, that cache makes the cut invisible. It is large and need
@@ -58,7 +58,8 @@ def to_pixels(vae: AutoencoderKLWan, patches: Tensor) -> Tensor:
 class StreamingDecoder:
     """Decodes one stream of normalised latents in order, however it is cut.
 
-    Its bits are those of `vae.decode` without tiling or slicing; the VAE itself holds no state of the stream.
+    Its bits are those of `vae.decode` without tiling or slicing, except where the machine's kernels give several latents
+    at once (`post_quant_conv`) other last bits than one. The VAE itself holds no state of the stream.
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:

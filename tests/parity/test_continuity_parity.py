@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from edit_ray.config.between import layout_of
-from edit_ray.engine.decode import denormalise, lookback_latents, to_uint8
+from edit_ray.engine.decode import lookback_latents, to_uint8
 from edit_ray.engine.options import ContinuityOptions, ModelOptions, SamplingOptions
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.engine.stream import RunStream
 from edit_ray.testing import save_random_wan
+from tests.decoding import decode_at_once
 
 SEGMENTS, RESUMED = 6, 4
 SAMPLING = SamplingOptions(height=32, width=32, num_frames=49, num_inference_steps=2, guidance_scale=1.0)
@@ -50,12 +51,6 @@ def make(engine, continuity, parts, until, *, decode=True):
     return frames
 
 
-@torch.no_grad()
-def decode_at_once(engine, latents):
-    vae = engine.pipe.vae
-    return vae.decode(denormalise(latents, vae.config), return_dict=False)[0]
-
-
 @pytest.fixture(scope="module", params=CARRIED)
 def run(request, folder):
     """An engine that has made a run: its options, its latents by segment, its frames by segment."""
@@ -68,7 +63,7 @@ def test_six_segments_are_one_video(run):
     engine, continuity, parts, frames = run
     layout = layout_of(SAMPLING, continuity)
     assert [len(part) for part in frames] == [layout.frames_of(index) for index in range(SEGMENTS)]
-    whole = decode_at_once(engine, torch.cat(parts, dim=2))
+    whole = decode_at_once(engine.pipe.vae, torch.cat(parts, dim=2))
     assert torch.equal(torch.cat(frames), to_uint8(whole))
     stream, at = RunStream(engine.pipe.vae), [layout.first_latent(index) for index in range(SEGMENTS)]
     pieces = [stream.decode(part, position) for part, position in zip(parts, at, strict=True)]
@@ -98,7 +93,7 @@ def test_the_decoder_looks_back_as_far_as_its_configuration_says(run):
     engine, _, parts, _ = run
     latents, stream = torch.cat(parts, dim=2), RunStream(engine.pipe.vae)
     lookback = lookback_latents(engine.pipe.vae.config)
-    whole = decode_at_once(engine, latents)
+    whole = decode_at_once(engine.pipe.vae, latents)
     position = latents.shape[2] - 3
 
     def preceding(count):
@@ -114,4 +109,4 @@ def test_segments_that_stand_alone_are_decoded_alone(mode, folder):
     frames = make(engine, continuity, parts, 3)
     assert sum(map(len, frames)) == 3 * SAMPLING.num_frames == layout_of(SAMPLING, continuity).total_frames(3)
     for part, decoded in zip(parts, frames, strict=True):
-        assert torch.equal(decoded, to_uint8(decode_at_once(engine, part)))
+        assert torch.equal(decoded, to_uint8(decode_at_once(engine.pipe.vae, part)))

@@ -5,8 +5,9 @@ import pytest
 import torch
 from diffusers.video_processor import VideoProcessor
 
-from edit_ray.engine.decode import StreamingDecoder, denormalise, lookback_latents, to_uint8
+from edit_ray.engine.decode import StreamingDecoder, lookback_latents, to_uint8
 from edit_ray.testing import random_vae
+from tests.decoding import decode_at_once
 
 VAES = {
     "wan21": {},
@@ -34,11 +35,6 @@ def vae(request):
 
 def noise(frames: int, size: int = 4) -> torch.Tensor:
     return torch.randn(1, 4, frames, size, size, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def decode_at_once(vae, latents: torch.Tensor) -> torch.Tensor:
-    return vae.decode(denormalise(latents, vae.config), return_dict=False)[0]
 
 
 @pytest.mark.parametrize("cuts", [[9], [1, 8], [3, 1, 5], [1] * 9], ids=str)

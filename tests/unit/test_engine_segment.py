@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from edit_ray.engine import segment
-from edit_ray.engine.decode import denormalise, to_uint8
+from edit_ray.engine.decode import to_uint8
 from edit_ray.engine.loading import choose_device, choose_dtype, load_pipeline, with_flow_shift
 from edit_ray.engine.options import ModelOptions, SamplingOptions
 from edit_ray.engine.segment import SegmentEngine, usable_cores
 from edit_ray.errors import ModelError, RunCancelled, SegmentFailed
 from edit_ray.runs.layout import FrameLayout
 from edit_ray.testing import save_random_wan
+from tests.decoding import decode_at_once
 
 PROMPTS = ("a red circle", "a blue square")
 SAMPLING = SamplingOptions(
@@ -117,9 +118,8 @@ def stream(engine):
     return parts, torch.cat([new for _, new in parts], dim=2)
 
 
-@torch.no_grad()
 def frames_at_once(engine, latents):
-    return to_uint8(engine.pipe.vae.decode(denormalise(latents, engine.pipe.vae.config), return_dict=False)[0])
+    return to_uint8(decode_at_once(engine.pipe.vae, latents))
 
 
 def test_a_run_is_decoded_as_one_stream(engine, stream):

@@ -7,7 +7,8 @@ from edit_ray.engine.decode import denormalise
 from edit_ray.engine.stream import RunStream
 from edit_ray.engine.tiles import TiledDecoder
 from edit_ray.testing import random_vae
-from tests.unit.test_engine_decode import VAES, decode_at_once
+from tests.decoding import decode_at_once
+from tests.unit.test_engine_decode import VAES
 
 TILE, STRIDE = 3, 2  # latents
 LATENTS = 5
