@@ -53,6 +53,7 @@ COMMANDS = (
     ("docs/sizing.md", ".*", "tests/unit/test_site.py::test_pages_that_are_made_from_the_code_are_fresh"),
     (".*", r"edit-ray (plan|report record\.json|make-model).*", f"{HERE}::test_a_quick_command_runs"),
     (".*", r"edit-ray (calibrate|tune) .*|python benchmarks/.*", f"{HERE}::test_a_dear_command_runs"),
+    (".*", "export RAY_AUTH_MODE=token", "tests/ray/test_readme_job.py::test_readme_job"),
     # What the shared Ray of the tests was started with, at ports and in a folder of its own.
     (
         ".*",

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -14,6 +15,8 @@ from typing import Any
 
 import ray
 from ray import PlacementGroupID
+from ray._private.authentication import authentication_token_setup as ray_token
+from ray._raylet import AuthenticationTokenLoader
 from ray.experimental import internal_kv
 from ray.util.placement_group import (
     PlacementGroup,
@@ -45,6 +48,16 @@ SCHEDULER_RESOURCE = "edit_ray_scheduler"  # of nodes that are to have it; where
 _STAYS = {"namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
 
 
+def _use_token() -> None:
+    """Has this process show Ray's token where there is one and the user has not said how to authenticate.
+
+    Ray does so by itself only for a cluster that it starts; a client without the token is refused by such a cluster.
+    """
+    loader = AuthenticationTokenLoader.instance()
+    if ray_token.AUTH_MODE_ENV_VAR not in os.environ and loader.has_token(ignore_auth_mode=True):
+        ray_token._enable_token_auth()
+
+
 def connect(address: str | None = None) -> None:
     """Joins the Ray that is running (address None: the one that Ray itself finds, else a new local one).
 
@@ -52,6 +65,7 @@ def connect(address: str | None = None) -> None:
     """
     if not ray.is_initialized():
         check_address(address)
+        _use_token()
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
 
 
@@ -60,6 +74,7 @@ def connect_if_running(address: str | None = None) -> bool:
     try:
         if not ray.is_initialized():
             check_address(address)
+            _use_token()
             ray.init(address=address or "auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError:
         return False
