@@ -21,6 +21,7 @@ from edit_ray.config import Config, check_config, config_of, load_config, output
 from edit_ray.errors import (
     ConfigError,
     EditRayError,
+    NotYourRun,
     ResourcesUnavailable,
     RunCancelled,
     RunLive,
@@ -31,6 +32,7 @@ from edit_ray.errors import (
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.ids import check_run_id, new_run_id
 from edit_ray.runs.manifest import SegmentRecord
+from edit_ray.runs.owner import owner_here
 from edit_ray.video.encode import EncodeError, Frames, read_frames
 
 if TYPE_CHECKING:
@@ -62,15 +64,22 @@ class Segment:
 
 
 class LongVideoClient:
-    """Talks to the actors in the Ray at `address` (None: the one that Ray itself finds, else a new local one).
+    """Talks to the actors in the Ray at `address` (None: the one that Ray itself finds).
 
     `output` is the folder that holds runs: else $EDIT_RAY_OUTPUT, else ~/edit_ray_outputs. A segment scheduler that is
-    being started again is waited for.
+    being started again is waited for. Where no Ray runs, runs are read from their folders, and the first run that
+    begins or goes on starts a local Ray. `connect=False` reads folders alone.
+
+    A run is named by `output` and its id, and belongs to its owner, `$EDIT_RAY_OWNER` or the login name. What changes a
+    run of another owner raises NotYourRun unless `force` is given.
     """
 
-    def __init__(self, *, output: str | Path | None = None, address: str | None = None) -> None:
+    def __init__(self, *, output: str | Path | None = None, address: str | None = None, connect: bool = True) -> None:
         self.output = output_root(str(output) if output is not None else None, os.environ)
-        launch.connect(address)
+        self.owner = owner_here(os.environ)
+        self._address, self._connect = address, connect
+        if connect:
+            launch.connect_if_running(address)
 
     def submit(self, config: Config | Mapping[str, Any] | str | Path, *, run_id: str | None = None) -> str:
         """Starts a run (and the actors, if need be); returns its id.
@@ -84,20 +93,23 @@ class LongVideoClient:
             raise ConfigError(problems)
         with tempfile.NamedTemporaryFile(dir=self.output, prefix=".probe-") as probe:
             token = secrets.token_hex(8)  # so that asking again does not meet one's own run as another's
-            self._admit("submit", run_id, config.model_dump(mode="json"), str(self.output), probe.name, token)
+            settings, root, owner = config.model_dump(mode="json"), str(self.output), self.owner
+            self._admit("submit", run_id, settings, root, probe.name, token, owner.name, owner.job)
         return run_id
 
-    def resume(self, run_id: str, *, allow_different_hardware: bool = False) -> RunStatus:
+    def resume(self, run_id: str, *, allow_different_hardware: bool = False, force: bool = False) -> RunStatus:
         """Goes on with a run at its first segment that is not committed; one that lives or is done is left as it is.
 
-        Raises UnknownRun, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers, ResourcesUnavailable,
-        ActorVersionMismatch.
+        Raises UnknownRun, NotYourRun, RunExists, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers,
+        ResourcesUnavailable, ActorVersionMismatch.
         """
-        return self._admit("resume", check_run_id(run_id), str(self.output), allow_different_hardware)
+        return self._go_on("resume", run_id, force, allow_different_hardware)
 
-    def extend(self, run_id: str, segments: int, *, allow_different_hardware: bool = False) -> RunStatus:
+    def extend(
+        self, run_id: str, segments: int, *, allow_different_hardware: bool = False, force: bool = False
+    ) -> RunStatus:
         """Gives a run that has ended `segments` more. Raises as `resume`, and RunLive."""
-        return self._admit("extend", check_run_id(run_id), str(self.output), segments, allow_different_hardware)
+        return self._go_on("extend", run_id, force, segments, allow_different_hardware)
 
     def reroll(
         self,
@@ -107,27 +119,45 @@ class LongVideoClient:
         seed: int | None = None,
         prompt: str | None = None,
         allow_different_hardware: bool = False,
+        force: bool = False,
     ) -> RunStatus:
         """Makes the segments of an ended run from `start` on again, with another seed (derived where none is given).
 
         What there was of them is kept in the run's folder. Raises as `extend`.
         """
-        given = (check_run_id(run_id), str(self.output), start, seed, prompt, allow_different_hardware)
-        return self._admit("reroll", *given)
+        return self._go_on("reroll", run_id, force, start, seed, prompt, allow_different_hardware)
 
     def status(self, run_id: str) -> RunStatus:
         """Where the run stands: from the segment scheduler, or from the run's folder if that has forgotten it."""
-        status: RunStatus | None = self._ask_if_known("status", run_id)
-        return self._status_on_disk(run_id) if status is None else status
+        return self._at_work(run_id) or self._status_on_disk(run_id)
 
     def runs(self) -> list[RunStatus]:
         """The runs that the segment scheduler remembers, in the order of submission; none where none lives."""
         return list(self._ask_if_known("runs") or [])
 
-    def cancel(self, run_id: str, timeout_s: float | None = None) -> None:
-        """Asks the run to stop; what is committed stays. A run that has ended is left as it is."""
+    def cancel(self, run_id: str, timeout_s: float | None = None, *, force: bool = False) -> None:
+        """Asks the run to stop; what is committed stays. A run that has ended is left as it is.
+
+        Raises UnknownRun where nobody works on the run, NotYourRun. With a `timeout_s` in seconds the run is stopped
+        without a look at its owner and folder, for which there may be no time.
+        """
+        if timeout_s is None:
+            status = self.status(run_id)
+            self.check_mine(status, force)
+            if status.ended:
+                return
+            if status.state == "open":
+                raise UnknownRun(f"nobody works on run {run_id!r}; what is committed lies in {status.path}")
         if not self._ask("cancel", run_id, timeout_s=timeout_s).lives:
             raise UnknownRun(f"run {run_id!r} is not running: no segment scheduler lives in this Ray")
+
+    def check_mine(self, status: RunStatus, force: bool = False) -> None:
+        """Raises NotYourRun if the run belongs to another owner and `force` is not given."""
+        if not force and not self.owner.owns(status.owner):
+            raise NotYourRun(
+                f"run {status.run_id!r} belongs to {status.owner!r}, and you are {self.owner.name!r} "
+                "(EDIT_RAY_OWNER, else the login name); --force acts on it anyway"
+            )
 
     def stream(self, run_id: str, start: int = 0, *, frames: bool = True, latents: bool = False) -> SegmentStream:
         """Each segment from `start` on as soon as it is committed, with `for` or `async for`; ends with the run.
@@ -140,13 +170,29 @@ class LongVideoClient:
     def wait_segment(self, run_id: str, index: int) -> StreamReply:
         """The segment as soon as it is committed, or after a while nothing: then see whether the run has ended."""
         reply: StreamReply | None = self._ask_if_known("wait_segment", run_id, index, POLL_S)
-        if reply is not None:
+        if reply is not None and self._is_meant(reply.status):
             return reply
         status, manifest = self._status_on_disk(run_id), RunFolder(self.output, run_id).read_manifest()
         record = manifest.segments[index] if index < len(manifest.segments) else None
         if record is None and not status.ended:
             raise SegmentFailed(f"nobody works on run {run_id!r}; go on with `edit-ray resume {run_id}`")
         return StreamReply(record, status)
+
+    def _at_work(self, run_id: str) -> RunStatus | None:
+        """The segment scheduler's word on the run; None where it has none, or knows another run by this id."""
+        status: RunStatus | None = self._ask_if_known("status", run_id)
+        return status if status is not None and self._is_meant(status) else None
+
+    def _is_meant(self, status: RunStatus) -> bool:
+        """Whether it is the run of its id in `output`, or where there is none another that is at work or there."""
+        own = self.output / status.run_id
+        if own.exists():
+            return os.path.realpath(own) == os.path.realpath(status.path)
+        return not status.ended or Path(status.path).exists()
+
+    def _go_on(self, method: str, run_id: str, force: bool, *arguments: Any) -> RunStatus:
+        self.check_mine(self._status_on_disk(check_run_id(run_id)), force)
+        return self._admit(method, run_id, str(self.output), *arguments)
 
     def _status_on_disk(self, run_id: str) -> RunStatus:
         folder = RunFolder(self.output, run_id)
@@ -161,6 +207,8 @@ class LongVideoClient:
 
     def _ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> _Said:
         """Asks the living segment scheduler, again and again while it is being restarted."""
+        if not (self._connect and ray.is_initialized()):
+            return _Said(False, None)
         deadline = time.monotonic() + launch.RESTART_TIMEOUT_S
         while (scheduler := launch.find_segment_scheduler()) is not None:
             try:
@@ -172,6 +220,7 @@ class LongVideoClient:
 
     def _admit(self, method: str, *arguments: Any) -> RunStatus:
         """Asks for a run to begin or to go on, of a new segment scheduler where none lives."""
+        launch.connect(self._address)
         deadline, again = time.monotonic() + launch.RESTART_TIMEOUT_S, False
         while True:
             try:

@@ -17,14 +17,16 @@ _HEALTH = "/grpc.health.v1.Health/Check"
 _NOBODY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
-def check_address(address: str | None) -> None:
-    """Returns where a Ray answers, or where Ray itself must search or start one. `address` is the caller's own.
+def check_address(address: str | None) -> str:
+    """The address of the Ray that answers; "" or `local` where Ray would start one, `auto` where it would search.
+
+    `address` is the caller's own.
 
     Raises ResourcesUnavailable within `PROBE_S` seconds, with a sentence that says where the address is from.
     """
     address, source, remedy = _address_of(address)
     if address in ("", "auto", "local"):
-        return
+        return address
     if address.startswith(("http://", "https://")):
         raise ResourcesUnavailable(
             f"{source} is {address}, which is Ray's dashboard; valid is the address of Ray's head, such as "
@@ -35,6 +37,7 @@ def check_address(address: str | None) -> None:
         raise ResourcesUnavailable(f"{source} is {address!r}; valid is a host and a port, such as 127.0.0.1:6379")
     if trouble := _trouble(host.strip("[]"), int(port), is_head="://" not in address):
         raise ResourcesUnavailable(f"no Ray answers at {address}, which is {source} ({trouble}); {remedy}")
+    return address
 
 
 def _address_of(address: str | None) -> tuple[str, str, str]:

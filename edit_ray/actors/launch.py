@@ -70,12 +70,19 @@ def connect(address: str | None = None) -> None:
 
 
 def connect_if_running(address: str | None = None) -> bool:
-    """Joins a running Ray, and starts none: False when there is none to join. Raises as `connect`."""
+    """Joins a running Ray, and starts none: False when there is none to join. Raises as `connect`.
+
+    Without an address it is the Ray that `connect` would join: `auto` would take any other on this machine, be it
+    another user's, or the private one of `make demo`.
+    """
+    if ray.is_initialized():
+        return True
+    known = check_address(address)
+    if known in ("", "local"):
+        return False
     try:
-        if not ray.is_initialized():
-            check_address(address)
-            _use_token()
-            ray.init(address=address or "auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+        _use_token()
+        ray.init(address=known, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError:
         return False
     return True

@@ -88,7 +88,7 @@ class SegmentSchedulerActor:
             if run_id in self._runs and not self._runs[run_id].ended:
                 if self._runs[run_id].manifest.begun.submission == token:
                     return await self._status(self._runs[run_id])
-                raise RunExists(f"run id {run_id!r} is taken by {self._runs[run_id].spec.folder.path}, and at work")
+                raise _taken(self._runs[run_id])
             spec = await self._admission.check(asked)
             await self._meter.serve(spec.config.metrics, spec.root)
             async with self._pointed_at(run_id, spec.root):
@@ -231,6 +231,8 @@ class SegmentSchedulerActor:
         async with self._admission_of(IDLE_EXIT_S):
             known = self._runs.get(run_id)
             if known is not None and not known.ended:
+                if known.spec.root != Path(root):
+                    raise _taken(known)
                 if change is None:
                     return await self._status(known)
                 raise RunLive(
@@ -376,6 +378,10 @@ class SegmentSchedulerActor:
         if self._machine.idle and use == self._last_use and not self._admitting.locked():
             self._meter.close()
             await self._crew.end()
+
+
+def _taken(run: LiveRun) -> RunExists:
+    return RunExists(f"run id {run.spec.run_id!r} is taken by {run.spec.folder.path}, and at work")
 
 
 def _threads_for_waiting() -> ThreadPoolExecutor:

@@ -1,9 +1,12 @@
-"""Commands about runs and actors."""
+"""Commands that change runs, or end the actors."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
+
+from edit_ray.errors import RunLive
 
 if TYPE_CHECKING:
     from edit_ray.actors.messages import RunStatus
@@ -11,78 +14,80 @@ if TYPE_CHECKING:
 
 
 def down(options: argparse.Namespace) -> int:
-    """Ends every actor of ours."""
+    """Ends every actor of ours. Runs at work are named, and end only if that is what the user wants."""
     from edit_ray.actors import launch
 
     if not launch.connect_if_running(options.address):
         print("no Ray is running")
         return 0
+    if not options.force:
+        _check_nobody_works(client_of(options))
     ended = launch.end_actors()
     print(f"ended: {', '.join(ended)}" if ended else "no actors were alive")
     return 0
 
 
-def list_runs(options: argparse.Namespace) -> int:
-    """Prints a line for each run that is remembered."""
-    for status in _client(options).runs():
-        print(line_of(status))
-    return 0
-
-
-def status(options: argparse.Namespace) -> int:
-    """Prints where a run stands."""
-    status = _client(options).status(options.run_id)
-    print(line_of(status))
-    if status.progress:
-        at = status.progress
-        print(f"segment {at.segment_index}: step {at.step} of {at.num_steps}")
-    for said in (status.error, status.warning):
-        if said:
-            print(said)
-    return 0
+def _check_nobody_works(client: LongVideoClient) -> None:
+    """Raises NotYourRun, or RunLive where nobody at a terminal says yes."""
+    live = [run for run in client.runs() if not run.ended]
+    for run in live:
+        print(line_of(run, owner=True))
+    for run in live:
+        client.check_mine(run)
+    count = f"{len(live)} run{'s are' if len(live) > 1 else ' is'} at work"
+    if live and not confirmed(f"{count}. End them? What is committed stays, and `edit-ray resume` goes on."):
+        raise RunLive(f"{count}, and nothing was ended; wait, `edit-ray cancel` them, or give --force")
 
 
 def cancel(options: argparse.Namespace) -> int:
     """Asks a run to stop."""
-    _client(options).cancel(options.run_id)
-    print(f"asked {options.run_id} to stop")
+    client = client_of(options)
+    status = client.status(options.run_id)
+    if status.ended:
+        print(f"{options.run_id} has ended already: {status.state}")
+        return 0
+    client.cancel(options.run_id, force=options.force)
+    print(f"asked {options.run_id} to stop; `edit-ray resume {options.run_id}` goes on with it")
     return 0
 
 
 def resume(options: argparse.Namespace) -> int:
     """Goes on with a run at its first segment that is not committed."""
-    client = _client(options)
-    print(line_of(client.resume(options.run_id, allow_different_hardware=options.allow_different_hardware)))
+    print(line_of(client_of(options).resume(options.run_id, **_allowed(options))))
     return 0
 
 
 def extend(options: argparse.Namespace) -> int:
     """Gives a run that has ended more segments."""
-    client, allow = _client(options), options.allow_different_hardware
-    print(line_of(client.extend(options.run_id, options.segments, allow_different_hardware=allow)))
+    print(line_of(client_of(options).extend(options.run_id, options.segments, **_allowed(options))))
     return 0
 
 
 def reroll(options: argparse.Namespace) -> int:
     """Makes segments of a run that has ended again."""
-    status = _client(options).reroll(
-        options.run_id,
-        options.start,
-        seed=options.seed,
-        prompt=options.prompt,
-        allow_different_hardware=options.allow_different_hardware,
-    )
-    print(line_of(status))
+    made = {"seed": options.seed, "prompt": options.prompt, **_allowed(options)}
+    print(line_of(client_of(options).reroll(options.run_id, options.start, **made)))
     return 0
 
 
-def line_of(status: RunStatus) -> str:
-    """A run in one line: its id, its state, how far it is, where it lies."""
+def _allowed(options: argparse.Namespace) -> dict[str, bool]:
+    return {"allow_different_hardware": options.allow_different_hardware, "force": options.force}
+
+
+def line_of(status: RunStatus, owner: bool = False) -> str:
+    """A run in one line: its id, its state, how far it is, where it lies, and whose it is if that is asked for."""
     total = "∞" if status.num_segments is None else status.num_segments
-    return f"{status.run_id}  {status.state}  {status.committed}/{total} segments  {status.path}"
+    line = f"{status.run_id}  {status.state}  {status.committed}/{total} segments  {status.path}"
+    return f"{line}  {status.owner or 'nobody'}" if owner else line
 
 
-def _client(options: argparse.Namespace) -> LongVideoClient:
+def client_of(options: argparse.Namespace) -> LongVideoClient:
+    """A client of the Ray that runs, if one does."""
     from edit_ray.client import LongVideoClient
 
     return LongVideoClient(output=options.output, address=options.address)
+
+
+def confirmed(question: str) -> bool:
+    """Whether somebody at a terminal says yes."""
+    return sys.stdin.isatty() and input(f"{question} [y/N] ").strip().lower() in ("y", "yes")

@@ -187,6 +187,43 @@ def test_actors_of_other_code_are_refused(ray_head, config, tmp_path, run_id):
     assert "edit-ray down" in other.stderr
 
 
+def edit_ray_as(owner, environment, root, *arguments):
+    command = [sys.executable, "-m", "edit_ray.cli", *arguments, "--output", str(root)]
+    environment = environment | {"EDIT_RAY_OWNER": owner}
+    return subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+
+
+def test_a_run_at_work_is_ended_by_its_owner_alone_and_by_its_root_and_id(
+    ray_head, config, tmp_path, run_id, monkeypatch
+):
+    monkeypatch.setenv("EDIT_RAY_OWNER", "ada")
+    client = LongVideoClient(output=tmp_path)
+    client.submit(config(steps=400, segments=100), run_id=run_id)
+    wait_until(lambda: client.status(run_id).state == "running")
+    before = pids()
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / run_id, elsewhere / run_id)
+    for owner, root, command, says in (
+        ("bob", tmp_path, ["cancel", run_id], f"run {run_id!r} belongs to 'ada', and you are 'bob'"),
+        ("bob", tmp_path, ["resume", run_id], f"run {run_id!r} belongs to 'ada', and you are 'bob'"),
+        ("bob", tmp_path, ["down"], f"run {run_id!r} belongs to 'ada', and you are 'bob'"),
+        ("ada", tmp_path, ["down"], "1 run is at work, and nothing was ended"),
+        ("ada", tmp_path, ["delete", run_id, "--yes"], f"run {run_id!r} is at work"),
+        ("ada", elsewhere, ["cancel", run_id], f"nobody works on run {run_id!r}"),
+        ("ada", elsewhere, ["resume", run_id], f"is taken by {tmp_path / run_id}, and at work"),
+    ):
+        done = edit_ray_as(owner, ray_head, root, *command)
+        assert (done.returncode, says in done.stderr) == (2, True), (command, done.stdout, done.stderr)
+    assert run_id in edit_ray_as("ada", ray_head, tmp_path, "down").stdout
+    assert run_id not in edit_ray_as("bob", ray_head, tmp_path, "list").stdout
+    assert f"{run_id}  running" in edit_ray_as("bob", ray_head, tmp_path, "list", "--all").stdout
+    assert f"{run_id}  open" in edit_ray_as("ada", ray_head, elsewhere, "list").stdout
+    assert client.status(run_id).state == "running"
+    assert pids() == before
+    assert edit_ray_as("bob", ray_head, tmp_path, "cancel", run_id, "--force").returncode == 0
+    wait_until(lambda: client.status(run_id).state == "cancelled")
+
+
 def test_down_ends_the_actors_the_next_run_starts_them_again_and_idle_they_end_themselves(
     ray_head, config, tmp_path, run_id
 ):

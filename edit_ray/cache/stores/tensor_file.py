@@ -11,6 +11,7 @@ import json
 import math
 import operator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
@@ -97,6 +98,18 @@ def parse_header(header: bytes) -> tuple[Key, FileEntry] | None:
         return (key, entry) if min(shape, default=0) >= 0 and header_of(key, entry) == header else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def read_key(path: Path) -> Key | None:
+    """The key of the entry in a file, None if the file is gone or none of ours. Raises OSError."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(_LENGTH_BYTES)
+            size = header_size(start)
+            described = None if size is None else parse_header(start + file.read(size - _LENGTH_BYTES))
+    except FileNotFoundError:
+        return None
+    return None if described is None else described[0]
 
 
 def _text(key: Key) -> str:
