@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray import PlacementGroupID
 from ray._private.authentication import authentication_token_setup as ray_token
-from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.experimental import internal_kv
 from ray.util.placement_group import (
     PlacementGroup,

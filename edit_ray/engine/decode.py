@@ -58,7 +58,7 @@ def to_pixels(vae: AutoencoderKLWan, patches: Tensor) -> Tensor:
 class StreamingDecoder:
     """Decodes one stream of normalised latents in order, however it is cut.
 
-    Its bits are those of `vae.decode` without tiling or slicing, except where the machine's kernels give several latents
+    Its bits are those of `vae.decode` without tiling or slicing, unless the machine's kernels give several latents
     at once (`post_quant_conv`) other last bits than one. The VAE itself holds no state of the stream.
     """
 
