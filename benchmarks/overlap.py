@@ -56,7 +56,6 @@ def denoise_only(root: Path, run_id: str, config: Mapping[str, Any]) -> list[flo
     spec.folder.create(dump_yaml(checked), spec.begun("", {})).close()
     actor: Any = ray.get_actor("denoiser", namespace="edit_ray")
     ask: Any = actor.call.options(concurrency_group="denoise")
-    ray.get(ask.remote("adopt_run", run_id, spec.incarnation))
     ray.get(ask.remote("prepare_run", spec))
     found = [
         ray.get(ask.remote("denoise_segment", spec, spec.segment(index), 0))["denoise_s"]

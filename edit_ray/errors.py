@@ -19,6 +19,7 @@ EditRayError
 ├── EntryLost                                  a stored residual that the plan promised is gone
 ├── StaleLease                                 a lease of a store, or of a holder, that is no more
 ├── StaleWork                                  work for a life of a run that is over
+├── NotAdopted                                 work for a run of which a GPU actor was not told
 └── RunCancelled                               the run was stopped on request
 """
 
@@ -106,6 +107,10 @@ class StaleLease(EditRayError):
 
 class StaleWork(EditRayError):
     """Work was asked for by a segment scheduler that lives no more."""
+
+
+class NotAdopted(EditRayError):
+    """A GPU actor was started again, and nobody has told it of the run yet."""
 
 
 class RunCancelled(EditRayError):

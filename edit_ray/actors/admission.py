@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edit_ray.actors.crew import Crew
+from edit_ray.actors.hardware import Provenance, check_same, differing
+from edit_ray.actors.kept import can_be_made_again
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.space import room_in, shortage_before
 from edit_ray.config import Config, check_config, dump_yaml, load_config
-from edit_ray.errors import ConfigError, HardwareDiffers, ResourcesUnavailable, RunExists, RunLocked, UnknownRun
+from edit_ray.errors import ConfigError, ResourcesUnavailable, RunExists, RunLocked, UnknownRun
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Line, Manifest, Opened
@@ -21,7 +23,7 @@ from edit_ray.runs.run_state import LEAD
 
 LOCK_PATIENCE_S = 10.0  # a process that was killed keeps its locks until the kernel has cleared it away
 
-Change = Callable[[Manifest, Config], Line | None]
+Change = Callable[[Manifest, RunSpec], Line]
 """What a run that goes on begins with, an extension or a re-roll, from how it stands. It is of the next incarnation."""
 
 
@@ -82,7 +84,7 @@ class Admission:
         begun = spec.begun(asked.token, await self._provenance(spec), asked.owner, asked.job)
         with room_in(spec.root):
             file = await asyncio.to_thread(spec.folder.create, dump_yaml(spec.config), begun)
-        return LiveRun.of(spec, file)
+        return LiveRun.of(RunSpec.of(spec.root, spec.config, file.manifest), file)
 
     async def go_on(
         self, root: Path, run_id: str, *, allow_different_hardware: bool = False, change: Change | None = None
@@ -97,22 +99,30 @@ class Admission:
         try:
             config = await asyncio.to_thread(load_config, folder.run_yaml, (), check_model=False)
             spec = RunSpec.of(root, config, file.manifest)
-            await self._crew.start(spec, 0)
-            provenance = await self._provenance(spec)
+            worker = await asyncio.to_thread(last_worker, spec) or 0
+            if worker >= config.engine.gpu_actors:
+                worker = 0
+            await self._crew.start(spec, worker)
+            provenance = await self._provenance(spec, worker)
             if not allow_different_hardware:
-                check_same(run_id, dict(file.manifest.provenance), provenance)
-            changed = change(file.manifest, config) if change else None
+                check_same(run_id, file.manifest.provenance, provenance)
+            changed = await asyncio.to_thread(change, file.manifest, spec) if change else None
+            replans = bool(differing(file.manifest.provenance, provenance)) or not await asyncio.to_thread(
+                can_be_made_again, spec, len(file.manifest.segments)
+            )
             with room_in(root):
-                await asyncio.to_thread(file.append, Opened(file.manifest.incarnation + 1, provenance))
+                await asyncio.to_thread(file.append, Opened(file.manifest.incarnation + 1, provenance, replans))
                 if changed is not None:
                     await asyncio.to_thread(file.append, changed)
         except BaseException:
             file.close()
             raise
-        return LiveRun.of(RunSpec.of(root, config, file.manifest), file)
+        run = LiveRun.of(RunSpec.of(root, config, file.manifest), file)
+        run.may_move = allow_different_hardware
+        return run
 
-    async def _provenance(self, spec: RunSpec) -> dict[str, str | int]:
-        found: dict[str, str | int] = await self._crew.denoiser(0, "provenance", spec)
+    async def _provenance(self, spec: RunSpec, worker: int = 0) -> Provenance:
+        found: Provenance = await self._crew.denoiser(worker, "provenance", spec)
         return found
 
     async def _open(self, folder: RunFolder) -> ManifestFile:
@@ -126,35 +136,25 @@ class Admission:
             await asyncio.sleep(0.2)
 
 
-def check_same(run_id: str, before: dict[str, str | int], here: dict[str, str | int]) -> None:
-    """Raises HardwareDiffers, naming what differs."""
-    differing = [name for name in {**before, **here} if before.get(name) != here.get(name)]
-    if differing:
-        said = ", ".join(f"{name} was {before.get(name)!r} and is {here.get(name)!r}" for name in differing)
-        raise HardwareDiffers(
-            f"run {run_id!r} would not go on with the same bits here: {said}; --allow-different-hardware goes on anyway"
-        )
-
-
 def denoised_before(spec: RunSpec, committed: int) -> list[dict[str, float]]:
     """The figures of those segments after the committed ones that need not be denoised again.
 
-    All that a segment leaves is durable before the event log says that it was made, and before the one after it begins;
-    its latents alone may be there earlier. Where a segment is denoised from frames the latest one is made again in any
-    case: its predecessor's frames may be decoded in tiles from now on.
+    They were made as they would be made now: in this take, under this plan of what segments reuse. All that a segment
+    leaves is durable before the event log says that it was made. Where a segment is denoised from frames the latest one
+    is made again in any case: its predecessor's frames may be decoded in tiles from now on.
     """
     made = {
-        (event.get("segment"), event.get("take")): event["figures"]
+        (event.get("segment"), event.get("take"), event.get("plan")): event["figures"]
         for event in read_events(spec.folder.events)
         if event.get("event") == "segment_made" and "figures" in event
     }
-    found: list[dict[str, float] | None] = []
-    while len(found) < LEAD and spec.latents(committed + len(found)).exists():
-        index = committed + len(found)
-        found.append(made.get((index, spec.segment(index).take)))
-    if found and (found[-1] is None or spec.layout.denoise_needs_frames):
-        found.pop()
-    return [figures or {} for figures in found]
+    found: list[dict[str, float]] = []
+    for index in range(committed, committed + LEAD):
+        figures = made.get((index, spec.segment(index).take, spec.residuals_id))
+        if figures is None or not spec.latents(index).exists():
+            break
+        found.append(figures)
+    return found[:-1] if spec.layout.denoise_needs_frames else found
 
 
 def last_worker(spec: RunSpec) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from edit_ray.actors.figures import TierFigures
-from edit_ray.actors.messages import code_version
+from edit_ray.actors.messages import code_version, run_key
 from edit_ray.cache.options import StoreOptions
 from edit_ray.cache.stores import carried
 from edit_ray.cache.stores.arena import Arena, remove_stale
@@ -70,8 +70,11 @@ class CacheStoreActor:
                 self._close()
                 self._tiers, self._made_for = _make(options, directory), (options, directory)
                 found = {str(key[0]) for key in self._tiers.disk.files.entries() if key}
-                for ended in [other for other in found if other != run_id and not _goes_on(root, other)]:
+                for ended in [other for other in found - {run_id} if not _goes_on(root, other, run_id)]:
                     self._tiers.drop_run(ended)
+            for replaced in [other for other in self._runs - {run_id} if _id_of(other) == _id_of(run_id)]:
+                self._tiers.drop_run(replaced)
+                self._runs.discard(replaced)
             self._tiers.follow(uses, segment)
             self._runs.add(run_id)
 
@@ -183,18 +186,21 @@ def _make(options: StoreOptions, directory: Path) -> SharedTiers:
     return SharedTiers(_memory(options), options.host_bytes, disk, options.disk_bytes)
 
 
-def _goes_on(root: Path, name: str) -> bool:
-    """Whether a run that is not known here has not ended: it may be resumed.
+def _goes_on(root: Path, residuals_id: str, followed: str) -> bool:
+    """Whether a run (`RunSpec.residuals_id`) that is not the one followed has not ended: it may be resumed."""
+    run_id = _id_of(residuals_id)
+    if run_id == _id_of(followed):
+        return False  # an earlier run of that name, or an earlier plan
+    try:
+        manifest = RunFolder(root, run_id).read_manifest()
+    except (EditRayError, ValueError, OSError):
+        return False
+    return manifest.end is None and residuals_id.startswith(run_key(run_id, manifest.begun.submission) + ".")
 
-    One whose reuse was planned anew has a longer name here (`RunSpec.residuals_id`).
-    """
-    for run_id in {name, name.rsplit(".", 2)[0]}:
-        try:
-            if RunFolder(root, run_id).read_manifest().state not in ("done", "failed", "cancelled"):
-                return True
-        except (EditRayError, ValueError, OSError):
-            continue
-    return False
+
+def _id_of(residuals_id: str) -> str:
+    """The id of the run in the name of one of its plans; ids have no dots."""
+    return residuals_id.partition(".")[0]
 
 
 def _memory(options: StoreOptions) -> Arena:

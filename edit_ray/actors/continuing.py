@@ -34,7 +34,7 @@ def context_of(engine: SegmentEngine, spec: RunSpec, segment_index: int) -> dict
     position, preceding = spec.layout.first_latent(segment_index), preceding_of(spec, segment_index)
     return engine.context(
         spec.config.continuity,
-        spec.run_id,
+        spec.key,
         position=position,
         preceding=preceding,
         tiled_from=tiled_position(spec),

@@ -14,17 +14,18 @@ from typing import TypeVar
 
 import torch
 
+from edit_ray.actors.adoption import Adoption
 from edit_ray.actors.continuing import added_by, context_of, preceding_of, tiled_position
 from edit_ray.actors.figures import StepTimes, decisions, show_memory
 from edit_ray.actors.leases import SegmentLeases, Store, reuse_statistics
 from edit_ray.actors.messages import Progress, RunSpec, code_version, statistics
 from edit_ray.cache.stores.planned import PlannedStore
-from edit_ray.engine.decode import lookback_latents
 from edit_ray.engine.latent_files import load_latents, save_latents
 from edit_ray.engine.loading import choose_device
+from edit_ray.engine.lookback import lookback_latents
 from edit_ray.engine.provenance import provenance_of
 from edit_ray.engine.segment import SegmentEngine, usable_cores
-from edit_ray.errors import EditRayError, OutOfMemory, RunCancelled, SegmentFailed, StaleWork
+from edit_ray.errors import EditRayError, OutOfMemory, SegmentFailed
 from edit_ray.files import replacing, write_atomic
 from edit_ray.metrics.totals import Snapshot, Totals
 from edit_ray.runs.event_log import append_event
@@ -50,15 +51,14 @@ class DenoiserActor:
         self._threads = 0  # of torch
         self._thread = ThreadPoolExecutor(1, "torch")
         self._decoding = threading.Lock()
-        self._stopped: set[str] = set()
-        self._incarnations: dict[str, int] = {}  # by run, the latest that was adopted
+        self._adoption = Adoption()
         self._progress: Progress | None = None
         self._joins = Joins()
         self._totals, self._life = Totals(), secrets.token_hex(8)
         self._beat, self._loading = 0, False
         self._short_of_memory = False  # whether the work before this has run out of it
-        self._leases: dict[str, tuple[int, SegmentLeases | None]] = {}  # by run, with the incarnation they are for
-        self._frames: dict[tuple[Path, int], Frames] = {}  # decoded, and not encoded yet
+        self._leases: dict[str, tuple[object, SegmentLeases | None]] = {}  # by run, with what they are for
+        self._frames: dict[tuple[str, Path, int], Frames] = {}  # decoded, and not encoded yet
 
     def describe(self) -> dict[str, str | int]:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -87,10 +87,15 @@ class DenoiserActor:
         """Whether a file of the caller's is visible on this node."""
         return path.exists()
 
-    def adopt_run(self, run_id: str, incarnation: int) -> None:
-        """From now on the run is worked on for this incarnation; what is at work for an earlier one ends soon."""
-        self._incarnations[run_id] = max(incarnation, self._incarnations.get(run_id, 0))
-        self._stopped.discard(run_id)
+    def adopt_run(self, spec: RunSpec) -> None:
+        """From now on the run is worked on for this incarnation; what is at work for an earlier one ends soon.
+
+        What is kept for another run of the same id, whose folder was removed, is freed.
+        """
+        known = self._adoption.of(spec.run_id)
+        if known is not None and known.key != spec.key:
+            self.release_run(spec.run_id)
+        self._adoption.adopt(spec)
 
     def prepare_run(self, spec: RunSpec) -> dict[str, int]:
         """Loads the model if another one is loaded, encodes every prompt of the run, frees the text encoder's place.
@@ -98,6 +103,7 @@ class DenoiserActor:
         What the run begins from is encoded, and made durable. Returns how many latents before a segment it and its
         decoding may need. Raises ConfigError for a file that cannot be used.
         """
+        self.adopt_run(spec)
         engine, config = self._ready_engine(spec), spec.config
         if config.continuity.init is not None and not spec.folder.init_latents.exists():
             latents, _, _ = self._compute(engine, lambda: engine.encode_init(config.continuity, config.sampling))
@@ -111,7 +117,7 @@ class DenoiserActor:
         Raises RunCancelled when the run is stopped meanwhile, StaleWork when another incarnation has it, SegmentFailed
         when the latents are not finite, EntryLost when what it should reuse is gone, OutOfMemory.
         """
-        self._check_current(spec)
+        self._adoption.check(spec)
         engine = self._ready_engine(spec)
         leases = self._leases_of(spec, engine)
         append_event(spec.folder.events, "segment_begun", segment=segment.index, attempt=attempt)
@@ -133,7 +139,7 @@ class DenoiserActor:
             denoise_at=denoise_at, denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused
         )
         of = {"segment": segment.index, "take": segment.take, "attempt": attempt}
-        append_event(spec.folder.events, "segment_made", **of, figures=figures)
+        append_event(spec.folder.events, "segment_made", **of, plan=spec.residuals_id, figures=figures)
         return figures
 
     def _denoise(
@@ -150,7 +156,7 @@ class DenoiserActor:
             times.step(engine.record)
             self._progress = Progress(spec.run_id, segment.index, step, num_steps)
             self._beat += 1
-            self._check_current(spec)
+            self._adoption.check(spec)
             self._let_decoding_go_first(engine)
 
         def work() -> torch.Tensor:
@@ -193,9 +199,7 @@ class DenoiserActor:
             store = leases.begin(index, again, engine.history_len, then_next=False)
             segment = spec.segment(spec.planned_from + index)
             latents, _, _ = self._denoise(spec, engine, segment, store)
-            # One that was dropped to make room (output.keep_segments) cannot be compared.
-            committed = spec.latents(segment.index)
-            if committed.exists() and not torch.equal(latents, load_latents(committed)):
+            if not torch.equal(latents, load_latents(spec.latents(segment.index))):
                 leases.give_up()
                 raise SegmentFailed(
                     f"segment {segment.index} was made again, as residuals of it were lost, and its latents differ "
@@ -208,28 +212,28 @@ class DenoiserActor:
 
     def decode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
         """Decodes one segment's new latents; the frames wait here to be encoded. Raises OutOfMemory at once."""
-        self._check_current(spec)
+        self._adoption.check(spec)
         frames, decode_at, decode_s = self._decode(spec, segment, again=False)
-        self._frames[spec.media(segment.index), spec.incarnation] = frames
+        self._frames[spec.key, spec.media(segment.index), spec.incarnation] = frames
         return statistics(decode_at=decode_at, decode_s=decode_s, decode_tiled=spec.tiled(segment.index))
 
     def encode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
         """Encodes one segment's frames into its media file; where they are not at hand they are decoded again."""
-        self._check_current(spec)
+        self._adoption.check(spec)
         media = spec.media(segment.index)
-        frames = self._frames.get((media, spec.incarnation))
+        frames = self._frames.get((spec.key, media, spec.incarnation))
         if frames is None:
             frames, _, _ = self._decode(spec, segment)
         encode_at, began = time.time(), time.perf_counter()
         encoded = encode(frames, fps=spec.config.sampling.fps, options=spec.config.output)
         write_part(spec.folder.path, spec.part(segment), segment.index, encoded)
-        self._frames.pop((media, spec.incarnation), None)
+        self._frames.pop((spec.key, media, spec.incarnation), None)
         times = {"encode_at": encode_at, "encode_s": time.perf_counter() - began}
         return statistics(media_bytes=media.stat().st_size, **times, **self._seen(spec, segment))
 
     def finalize_run(self, spec: RunSpec, first: int) -> dict[str, float]:
         """Joins the segments from `first` on, those before being dropped, into `final.mp4`."""
-        self._check_current(spec)
+        self._adoption.check(spec)
         assert spec.num_segments is not None, "a run without an end has no final video"
         started = time.perf_counter()
         media = [spec.media(index) for index in range(first, spec.num_segments)]
@@ -239,34 +243,31 @@ class DenoiserActor:
 
     def stop_run(self, run_id: str) -> None:
         """What runs for this run ends at its next step."""
-        self._stopped.add(run_id)
+        self._adoption.stop(run_id)
 
     def release_run(self, run_id: str) -> None:
         """Frees what is kept for an ended run; the model stays loaded."""
-        self._stopped.discard(run_id)
-        self._joins.forget(run_id)
-        self._incarnations.pop(run_id, None)
-        _, leases = self._leases.pop(run_id, (0, None))
+        spec = self._adoption.of(run_id)
+        self._adoption.forget(run_id)
+        self._progress = None
+        if spec is None:
+            return
+        self._joins.forget(spec.key)
+        _, leases = self._leases.pop(spec.key, (None, None))
         if leases is not None:
             leases.close()
         if self._engine is not None:
-            self._engine.release(run_id)
-        for key in [key for key in self._frames if key[0].parent.parent.name == run_id]:
-            del self._frames[key]
-        self._progress = None
-
-    def _check_current(self, spec: RunSpec) -> None:
-        """Raises where nobody waits for this run's work any more."""
-        if self._incarnations.get(spec.run_id, 0) > spec.incarnation:
-            raise StaleWork(f"run {spec.run_id} lives in a later incarnation than {spec.incarnation}")
-        if spec.run_id in self._stopped:
-            raise RunCancelled(f"run {spec.run_id} was stopped")
+            self._engine.release(spec.key)
+        for decoded in [decoded for decoded in self._frames if decoded[0] == spec.key]:
+            del self._frames[decoded]
 
     def _seen(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
         """What the written segment looks like, and how it joins its predecessor."""
         before = spec.part(spec.segment(segment.index - 1)) if segment.index else None
+        if before is not None and not (spec.folder.path / before.path).exists():
+            before = None  # dropped to make room, before the run was re-rolled from here
         size = {"height": spec.config.sampling.height, "width": spec.config.sampling.width}
-        return self._joins.measure(spec.run_id, spec.folder.path, spec.part(segment), before, **size)
+        return self._joins.measure(spec.key, spec.folder.path, spec.part(segment), before, **size)
 
     def _ready_engine(self, spec: RunSpec) -> SegmentEngine:
         """The engine of this run's model, with this run's prompts encoded."""
@@ -296,7 +297,7 @@ class DenoiserActor:
 
         def work() -> torch.Tensor:
             return engine.decode(
-                spec.run_id if spec.layout.history_latents else None,
+                spec.key if spec.layout.history_latents else None,
                 latents,
                 position=spec.layout.first_latent(segment.index),
                 preceding=preceding_of(spec, segment.index),
@@ -351,15 +352,14 @@ class DenoiserActor:
 
     def _leases_of(self, spec: RunSpec, engine: SegmentEngine) -> SegmentLeases | None:
         """The run's leases; those of an earlier incarnation are given up, and the store is told of the run anew."""
-        incarnation, leases = self._leases.get(spec.run_id, (0, None))
-        if incarnation == spec.incarnation:
+        wanted = spec.incarnation, spec.replanned
+        known, leases = self._leases.get(spec.key, (None, None))
+        if known == wanted:
             return leases
         if leases is not None:
             leases.close()
-        leases = None
-        if spec.config.cache.reuse_window:
-            leases = self._plan_leases(spec, engine)
-        self._leases[spec.run_id] = (spec.incarnation, leases)
+        leases = self._plan_leases(spec, engine) if spec.config.cache.reuse_window else None
+        self._leases[spec.key] = (wanted, leases)
         return leases
 
     def _plan_leases(self, spec: RunSpec, engine: SegmentEngine) -> SegmentLeases | None:

@@ -21,12 +21,14 @@ class LiveRun:
     file: ManifestFile
     stream: StreamFiles
     worker: int | None = None  # its GPU actor
+    may_move: bool = False  # to other hardware (--allow-different-hardware)
     unrecorded: Ended | None = None  # its end, where that could not be written
     lookback_latents: int = 0  # before a segment, that its decoding may need
     warning: str | None = None  # what will go wrong if nobody does anything
     removed: Retention = KEEP_ALL  # up to which segments this incarnation has removed old files
     statistics: dict[int, dict[str, float]] = field(default_factory=dict)  # of segments that are not committed
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    beginning: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while its GPU actor is made ready
     _appending: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @classmethod

@@ -17,6 +17,7 @@ from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.layout import FrameLayout
 from edit_ray.runs.manifest import Begun, Manifest, SegmentRecord
 from edit_ray.runs.plan import RunPlan, SegmentPlan, Storyboard, Take
+from edit_ray.runs.retention import first_needed
 from edit_ray.video.stream_files import Part, StreamFiles
 
 GROUP_OF = {
@@ -33,8 +34,9 @@ GROUP_OF = {
 class RunSpec:
     """One run as every actor sees it: its id, the folder that holds runs, its configuration, and where it stands.
 
-    `incarnation` is that of the run, and one higher in each of its lives; `planned_from` the segment with which what
-    segments reuse of each other was planned, `tiled_from` the one from which on the manifest has frames in tiles.
+    `submission` tells it from others of the same name. `incarnation` is one higher in each of its lives. What segments
+    reuse of each other was planned with the segment `planned_from`, `replanned` times before. From the segment
+    `tiled_from` on the manifest has frames in tiles.
     """
 
     run_id: str
@@ -45,6 +47,8 @@ class RunSpec:
     takes: tuple[Take, ...] = ()
     planned_from: int = 0
     tiled_from: int | None = None
+    submission: str = ""
+    replanned: int = 0
 
     @classmethod
     def of(cls, root: Path, config: Config, manifest: Manifest) -> RunSpec:
@@ -58,6 +62,8 @@ class RunSpec:
             takes=manifest.takes,
             planned_from=manifest.planned_from,
             tiled_from=manifest.tiled_from,
+            submission=manifest.begun.submission,
+            replanned=manifest.replanned,
         )
 
     @cached_property
@@ -92,10 +98,17 @@ class RunSpec:
         return [text for scene in self.storyboard.scenes for text in (scene.prompt, scene.negative_prompt)] + of_takes
 
     @property
+    def key(self) -> str:
+        """The run's name among all runs that ever had its id, in whichever folder."""
+        return run_key(self.run_id, self.submission)
+
+    @property
     def residuals_id(self) -> str:
-        """What the CacheStore knows the run by: another name for each plan of what segments reuse."""
-        planned_anew = self.planned_from or self.takes
-        return f"{self.run_id}.{len(self.takes)}.{self.planned_from}" if planned_anew else self.run_id
+        """What the CacheStore knows the run by: another name for each plan of what segments reuse.
+
+        As other hardware makes another plan, it also tells which latents are those that this run would make now.
+        """
+        return f"{self.key}.{self.replanned}"
 
     def segment(self, index: int) -> SegmentPlan:
         return self.storyboard.segment(index)
@@ -116,6 +129,10 @@ class RunSpec:
     def latents(self, index: int) -> Path:
         """The file of a segment's latents, in its newest take."""
         return self.folder.latents(index, self.segment(index).take)
+
+    def context(self, index: int, needed_latents: int) -> list[Path]:
+        """The files of the last `needed_latents` latents before a segment."""
+        return [self.latents(before) for before in range(first_needed(index, needed_latents, self.layout), index)]
 
     def media(self, index: int) -> Path:
         """The file of a segment's frames, in its newest take."""
@@ -229,6 +246,11 @@ class StreamReply:
 
     record: SegmentRecord | None
     status: RunStatus
+
+
+def run_key(run_id: str, submission: str) -> str:
+    """See `RunSpec.key`."""
+    return f"{run_id}.{hashlib.blake2b(submission.encode(), digest_size=8).hexdigest()}"
 
 
 def code_version() -> str:

@@ -11,13 +11,15 @@ from dataclasses import replace
 
 from edit_ray.actors.best_effort import best_effort
 from edit_ray.actors.crew import Crew
+from edit_ray.actors.hardware import check_same, differing
 from edit_ray.actors.live_run import LiveRun
-from edit_ray.actors.messages import statistics
+from edit_ray.actors.messages import RunSpec, statistics
 from edit_ray.actors.space import is_full, shortage_after
 from edit_ray.actors.watchdog import Watchdog
 from edit_ray.errors import (
     EditRayError,
     EntryLost,
+    NotAdopted,
     OutOfMemory,
     ResourcesUnavailable,
     RunCancelled,
@@ -26,14 +28,14 @@ from edit_ray.errors import (
     StaleWork,
 )
 from edit_ray.runs.events import Work
-from edit_ray.runs.manifest import Committed, Dropped, SegmentRecord, Tiled
+from edit_ray.runs.manifest import Committed, Dropped, Moved, SegmentRecord, Tiled
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.runs.retention import retention
 
 _log = logging.getLogger(__name__)
 
 # Errors of ours that another attempt may not meet again.
-_REPEATABLE = (SegmentFailed, RunCancelled, EntryLost, StaleLease, StaleWork, ResourcesUnavailable)
+_REPEATABLE = (SegmentFailed, RunCancelled, EntryLost, StaleLease, StaleWork, NotAdopted, ResourcesUnavailable)
 
 RETRY_PAUSE_S, LONGEST_RETRY_PAUSE_S = 1.0, 30.0  # the first pause, and what doubling it leads to
 
@@ -58,7 +60,7 @@ class Stages:
         """Returns when the work is done, raises whatever makes it fail."""
         await asyncio.sleep(pause_before(work.attempt))
         if work.attempt or work.stage == "prepare":
-            await self._crew.start(run.spec, work.worker)  # what failed may have been an actor's death
+            await self._begin(run, work)  # what failed may have been an actor's death
         stages: dict[str, Callable[[LiveRun, Work], Awaitable[None]]] = {
             "prepare": self._prepare,
             "denoise": self._denoise,
@@ -67,10 +69,29 @@ class Stages:
             "commit": self._commit,
             "finalize": self._finalize,
         }
-        await stages[work.stage](run, work)
+        try:
+            await stages[work.stage](run, work)
+        except NotAdopted:  # its actor was started again while nothing was asked of it
+            await self._begin(run, work)
+            await stages[work.stage](run, work)
+
+    async def _begin(self, run: LiveRun, work: Work) -> None:
+        """The run's actors are there, on the hardware that its manifest names, and know the run.
+
+        Raises HardwareDiffers where something was made on other hardware, unless the run may move.
+        """
+        await self._crew.start(run.spec, work.worker)
+        async with run.beginning:
+            here = await self._crew.denoiser(work.worker, "provenance", run.spec)
+            made = max(run.statistics, default=len(run.manifest.segments) - 1) + 1  # segments that have latents
+            if made and not run.may_move:
+                check_same(run.spec.run_id, run.manifest.provenance, here)
+            if differing(run.manifest.provenance, here):
+                await run.append(Moved(run.spec.incarnation, here, made))
+                run.spec = RunSpec.of(run.spec.root, run.spec.config, run.manifest)
+            await self._crew.denoiser(work.worker, "adopt_run", run.spec)
 
     async def _prepare(self, run: LiveRun, work: Work) -> None:
-        await self._crew.denoiser(work.worker, "adopt_run", run.spec.run_id, run.spec.incarnation)
         said = await self._crew.denoiser(work.worker, "prepare_run", run.spec)
         run.lookback_latents = said["lookback_latents"]
         first = run.manifest.dropped_before
@@ -146,7 +167,14 @@ class Stages:
     async def _drop_old_segments(self, run: LiveRun) -> None:
         """Says first that they are gone, then removes them: nobody looks for what is not there."""
         spec, manifest, before = run.spec, run.manifest, run.removed
-        after = retention(len(manifest.segments), spec.config.output.keep_segments, run.lookback_latents, spec.layout)
+        after = retention(
+            len(manifest.segments),
+            spec.config.output.keep_segments,
+            run.lookback_latents,
+            spec.layout,
+            spec.config.cache.reuse_window,
+            spec.planned_from,
+        )
         if after == before:
             return
         if after.media_from > manifest.dropped_before:

@@ -5,7 +5,6 @@ saw (the feature cache). Carried over from segment to segment, that cache makes 
 not be stored: `lookback_latents` says how many latents must be decoded again to rebuild all of it that matters.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,8 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 from torch import Tensor
 
+from edit_ray.engine.lookback import lookback_latents
+
 
 def denormalise(latents: Tensor, vae_config: Mapping[str, Any]) -> Tensor:
     """Normalised latents [B, C, T, h, w] in the scale that the VAE decodes; operation by operation as diffusers."""
@@ -21,26 +22,6 @@ def denormalise(latents: Tensor, vae_config: Mapping[str, Any]) -> Tensor:
     mean = torch.tensor(vae_config["latents_mean"]).view(shape).to(latents.device, latents.dtype)
     inverse_std = 1.0 / torch.tensor(vae_config["latents_std"]).view(shape).to(latents.device, latents.dtype)
     return latents / inverse_std + mean
-
-
-def lookback_latents(vae_config: Mapping[str, Any]) -> int:
-    """Latents that must be decoded anew before a point of the stream so that all frames after it are bit-equal.
-
-    Every causal convolution over time looks back two frames, each 1/rate latents long, where the rate doubles at each
-    temporal upsampling. Their sum is the decoder's view to the past. One latent more is the one being decoded, and the
-    first two of a rebuilt stream are special: the decoder emits one frame for the first and pads the second.
-    """
-    per_residual_block = 2 * 2  # two convolutions
-    per_level = per_residual_block * (vae_config["num_res_blocks"] + 1)
-    rate = 1
-    view: float = 2 + 2 * per_residual_block  # the first convolution and the middle block
-    for upsamples_time in [*reversed(vae_config["temperal_downsample"]), False]:
-        view += per_level / rate
-        if upsamples_time:
-            view += 2 / rate
-            rate *= 2
-    view += 2 / rate  # the last convolution
-    return math.ceil(view) + 1 + 2
 
 
 def to_uint8(video: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from edit_ray.engine.hub_files import HubUnreachable, hub_file
 from edit_ray.engine.locate import INDEX_FILE, is_hub_id, local_folder, locate_model
+from edit_ray.engine.lookback import lookback_latents
 from edit_ray.errors import ModelError
 
 TRANSFORMER_CLASS = "WanTransformer3DModel"
@@ -40,6 +41,7 @@ class ModelInfo:
     expand_timesteps: bool
     boundary_ratio: float | None
     vocabulary: frozenset[str] | None
+    lookback_latents: int  # before a point of the latent stream, on which the frames after it depend
     _split: Callable[[str], list[str]] = field(default=str.split, repr=False, compare=False)
 
     @property
@@ -115,6 +117,7 @@ def _read(path: str, find: _Find) -> ModelInfo:
             expand_timesteps=bool(index.get("expand_timesteps", False)),
             boundary_ratio=None if boundary_ratio is None else float(boundary_ratio),
             vocabulary=vocabulary,
+            lookback_latents=lookback_latents(vae),
             _split=split,
         )
         sizes = (info.scale_factor_temporal, info.scale_factor_spatial, info.z_dim, info.width)

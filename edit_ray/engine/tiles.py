@@ -6,7 +6,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from edit_ray.engine.decode import StreamingDecoder, lookback_latents, to_pixels
+from edit_ray.engine.decode import StreamingDecoder, to_pixels
+from edit_ray.engine.lookback import lookback_latents
 
 _Tile = tuple[slice, slice]  # rows and columns of the latents
 

@@ -48,18 +48,26 @@ class Begun:
 
 @dataclass(frozen=True)
 class Opened:
-    """Another incarnation works on the run from here on, on this hardware."""
+    """Another incarnation works on the run from here on, on this hardware.
+
+    `replans`: what segments reuse of each other is planned anew, from the first segment that is not committed.
+    """
 
     incarnation: int
     provenance: Mapping[str, str | int]
+    replans: bool = False
 
 
 @dataclass(frozen=True)
 class Extended:
-    """The run has so many segments from here on."""
+    """The run has so many segments from here on.
+
+    What they reuse of earlier ones follows from the plan so far; manifests of earlier versions `replans`.
+    """
 
     incarnation: int
     num_segments: int
+    replans: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,17 @@ class Tiled:
 
 
 @dataclass(frozen=True)
+class Moved:
+    """Other hardware works on the run from here on; what segments reuse is planned anew from `start`, the first segment
+    that has no latents yet.
+    """
+
+    incarnation: int
+    provenance: Mapping[str, str | int]
+    start: int
+
+
+@dataclass(frozen=True)
 class Dropped:
     """The media of all segments before `before` are gone, to make room (`output.keep_segments`)."""
 
@@ -124,7 +143,7 @@ class Ended:
     final: str | None = None
 
 
-Line = Begun | Opened | Extended | Rerolled | Committed | Tiled | Dropped | Ended
+Line = Begun | Opened | Extended | Rerolled | Committed | Tiled | Moved | Dropped | Ended
 
 
 @dataclass(frozen=True)
@@ -139,6 +158,7 @@ class Manifest:
     takes: tuple[Take, ...] = ()
     earlier_takes: tuple[SegmentRecord, ...] = ()
     planned_from: int = 0  # the segment with which what segments reuse of each other was planned anew
+    replanned: int = 0  # how often that was
     dropped_before: int = 0
     tiled_from: int | None = None  # the segment from which on frames are decoded in tiles
     end: Ended | None = None
@@ -178,14 +198,16 @@ class Manifest:
         match line:
             case Begun():
                 raise ValueError("a run begins twice")
-            case Opened(incarnation, provenance):
+            case Opened(incarnation, provenance, replans):
                 if incarnation == self.incarnation:
                     raise ValueError(f"incarnation {incarnation} opens the run twice")
-                return replace(self, incarnation=incarnation, provenance=provenance, end=None)
+                opened = replace(self, incarnation=incarnation, provenance=provenance, end=None)
+                return opened._planned_from(len(self.segments)) if replans else opened
             case _ if line.incarnation > self.incarnation:
                 raise ValueError(f"incarnation {line.incarnation} writes, and has not opened the run")
-            case Extended(_, num_segments):
-                return replace(self, num_segments=num_segments, planned_from=len(self.segments))
+            case Extended(_, num_segments, replans):
+                extended = replace(self, num_segments=num_segments)
+                return extended._planned_from(len(self.segments)) if replans else extended
             case Rerolled(_, take):
                 return self._rerolled(take)
             case Committed(_, segment):
@@ -194,6 +216,10 @@ class Manifest:
                 if start < len(self.segments):
                     raise ValueError(f"segment {start} is committed, and was not decoded in tiles")
                 return replace(self, tiled_from=start)
+            case Moved(_, provenance, start):
+                if start < len(self.segments):
+                    raise ValueError(f"segment {start} is committed, and was planned before")
+                return replace(self, provenance=provenance)._planned_from(start)
             case Dropped(_, before):
                 return replace(self, dropped_before=before)
             case Ended():
@@ -203,13 +229,13 @@ class Manifest:
         if take.number != len(self.takes) + 1 or take.start > len(self.segments):
             raise ValueError(f"take {take.number} from segment {take.start} does not follow")
         kept, replaced = self.segments[: take.start], self.segments[take.start :]
-        return replace(
-            self,
-            takes=(*self.takes, take),
-            segments=kept,
-            earlier_takes=(*self.earlier_takes, *replaced),
-            planned_from=take.start,
+        rerolled = replace(
+            self, takes=(*self.takes, take), segments=kept, earlier_takes=(*self.earlier_takes, *replaced)
         )
+        return rerolled._planned_from(take.start)
+
+    def _planned_from(self, start: int) -> Manifest:
+        return replace(self, planned_from=start, replanned=self.replanned + 1)
 
     def _committed(self, segment: SegmentRecord) -> Manifest:
         if (segment.index, segment.take) != (len(self.segments), take_of(segment.index, self.takes)):

@@ -30,6 +30,7 @@ from edit_ray.runs.manifest import (
     Extended,
     Line,
     Manifest,
+    Moved,
     Opened,
     Rerolled,
     SegmentRecord,
@@ -44,6 +45,7 @@ _KINDS: dict[str, type[Line]] = {
     "rerolled": Rerolled,
     "committed": Committed,
     "tiled": Tiled,
+    "moved": Moved,
     "dropped": Dropped,
     "ended": Ended,
 }

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from edit_ray.config.between import layout_of
-from edit_ray.engine.decode import lookback_latents, to_uint8
+from edit_ray.engine.decode import to_uint8
+from edit_ray.engine.lookback import lookback_latents
 from edit_ray.engine.options import ContinuityOptions, ModelOptions, SamplingOptions
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.engine.stream import RunStream

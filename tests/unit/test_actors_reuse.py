@@ -8,6 +8,7 @@ import torch
 
 from edit_ray.actors.cache_store import CacheStoreActor
 from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.messages import run_key
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.cache.stores.direct_io import aligned_buffer, memory_of
 from edit_ray.cache.stores.disk_tier import DiskTier
@@ -224,8 +225,15 @@ def test_entries_of_runs_that_have_ended_go_and_those_of_runs_that_have_not_stay
     left = DiskTier(tmp_path / ".cache_store", allow_tmpfs=True)
     states = {"done": "done", "failed": "failed", "killed": "running", "no-run": None, "no-manifest": None}
     memory = memory_of(aligned_buffer(8))
+
+    def leave(run_id, submission=BEGUN.submission, plan=0):
+        """What the store keeps of a run, of whom it was submitted by, and of which of its plans."""
+        name = f"{run_key(run_id, submission)}.{plan}"
+        left.write((name, 0, "transformer", "cond", 0, 1), memory, torch.uint8, (8,)).result()
+        return name
+
     for run_id, state in states.items():
-        left.write((run_id, 0, "transformer", "cond", 0, 1), memory, torch.uint8, (8,)).result()
+        leave(run_id)
         if run_id == "no-run":
             continue
         manifest = RunFolder(tmp_path, run_id).create("", BEGUN)
@@ -234,8 +242,10 @@ def test_entries_of_runs_that_have_ended_go_and_those_of_runs_that_have_not_stay
         manifest.close()
         if state is None:
             manifest.path.unlink()
-    left.write(("killed.1.3", 0, "transformer", "cond", 0, 1), memory, torch.uint8, (8,)).result()  # planned anew
-    left.write(("done.1.3", 0, "transformer", "cond", 0, 1), memory, torch.uint8, (8,)).result()
+    leave("done", plan=3)
+    leave("killed", "another run of that name, in another folder")
+    leave("one", plan=1)
+    stays = {leave("killed"), leave("killed", plan=3)}
     left.close()
 
     async def submit():
@@ -250,8 +260,8 @@ def test_entries_of_runs_that_have_ended_go_and_those_of_runs_that_have_not_stay
         await crew.end()
         return found
 
-    assert asyncio.run(submit()) == {"one", "killed", "killed.1.3"}
-    kept = {file_name((run_id, 0, "transformer", "cond", 0, 1)) for run_id in ("killed", "killed.1.3")}
+    assert asyncio.run(submit()) == stays | {f"{run_key('one', '')}.0"}
+    kept = {file_name((name, 0, "transformer", "cond", 0, 1)) for name in stays}
     assert {file.name for file in (tmp_path / ".cache_store").glob("*.safetensors")} == kept
 
 

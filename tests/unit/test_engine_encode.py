@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from edit_ray import EditWanPipeline
-from edit_ray.engine.decode import StreamingDecoder, denormalise, lookback_latents
+from edit_ray.engine.decode import StreamingDecoder, denormalise
 from edit_ray.engine.encode import encode, normalise
+from edit_ray.engine.lookback import lookback_latents
 from edit_ray.testing import random_vae
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,7 +13,7 @@ import torch
 from edit_ray.actors import leases as leases_module
 from edit_ray.actors.cache_store import CacheStoreActor
 from edit_ray.actors.leases import SegmentLeases
-from edit_ray.actors.messages import RunSpec
+from edit_ray.actors.messages import RunSpec, run_key
 from edit_ray.cache.stores import arena as arena_module
 from edit_ray.cache.stores import carried, heap
 from edit_ray.cache.stores.planned import Form
@@ -23,7 +23,8 @@ from edit_ray.engine.reuse import Reuse
 from edit_ray.errors import EntryLost, ResourcesUnavailable, StaleLease
 from tests.store_here import StoreHere
 
-RUN, EXPERT = "run", "transformer"
+EXPERT = "transformer"
+RUN = f"{run_key('run', '')}.0"  # as the store knows it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
 WAYS = ("require", "never")
 READS_OF_8 = {"step": 48, "last": 176}  # of so many segments, by how they are aligned
@@ -49,7 +50,7 @@ def leases_on(
         "prompt_segments": [{"segment": 0, "prompt": "a red circle"}],
         "store": {"host_bytes": host_bytes, "allow_tmpfs": True, "shared_memory": way},
     }
-    return SegmentLeases(store, RunSpec(RUN, folder, Config.model_validate(values)), Reuse(plan, form))
+    return SegmentLeases(store, RunSpec("run", folder, Config.model_validate(values)), Reuse(plan, form))
 
 
 @pytest.fixture

@@ -1,0 +1,85 @@
+"""What a run keeps (`output.keep_segments`) is all that it may still need, whatever its segments reuse."""
+
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edit_ray.cache.tiering.reuse_plan import make_reuse_plan
+from edit_ray.runs.layout import FrameLayout
+from edit_ray.runs.manifest import Extended, Manifest, Moved, Opened, Rerolled
+from edit_ray.runs.plan import Take
+from edit_ray.runs.retention import retention
+from tests.unit.test_manifest import BEGUN, HARDWARE, LINES, fold
+
+SEGMENTS = 9
+LAYOUTS = (FrameLayout(5, 1, 16), FrameLayout(9, 1, 16), FrameLayout(9, 2, 16), FrameLayout(81, 1, 16))
+
+
+def plan_of(segments, window, **changes):
+    sizes = {"experts": ["transformer"] * 3, "unit_bytes": {"transformer": [8]}} | changes
+    return make_reuse_plan("run", segments, window=window, warm_steps=2, **sizes)
+
+
+def made_again_for(plan, segment):
+    """The segments that have to be made again before this one where every residual is lost."""
+    of = {read.key.segment for read in plan.segments[segment].reads}
+    return of.union(*(made_again_for(plan, earlier) for earlier in of))
+
+
+def latents_for(segment, needed, layout):
+    """The segments among whose latents are the last `needed` before a segment, counted one by one."""
+    owners = [k for k in range(segment) for _ in range(layout.first_latent(k + 1) - layout.first_latent(k))]
+    return set(owners[-needed:]) if needed else set()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_segment_can_be_made_from_what_is_kept_even_where_all_residuals_are_lost(layout):
+    for window, planned_from in product(range(5), range(0, SEGMENTS, 2)):
+        plan = plan_of(SEGMENTS - planned_from, window)
+        for needed, keep, committed in product((0, 1, 3, 25), (1, 3), range(planned_from, SEGMENTS)):
+            kept = retention(committed, keep, needed, layout, window, planned_from)
+            assert kept.latents_from <= kept.media_from == max(0, committed - keep)
+            for segment in range(committed, SEGMENTS):
+                again = {planned_from + k for k in made_again_for(plan, segment - planned_from)}
+                used = again.union(*(latents_for(k, needed, layout) for k in {committed} | again if k <= committed))
+                assert all(k >= kept.latents_from for k in used if k < committed), (window, planned_from, committed)
+
+
+@given(
+    st.integers(1, 12),
+    st.integers(0, 8),
+    st.integers(0, 5),
+    st.integers(0, 40).map(lambda size: size * 8),
+    st.integers(1, 3),
+)
+def test_more_segments_change_nothing_in_what_the_first_ones_reuse(segments, more, window, budget, units):
+    """So a run that is extended goes on with its plan, wherever it stands."""
+    short, long = (
+        plan_of(count, window, budget=budget, unit_bytes={"transformer": [8] * units})
+        for count in (segments, segments + more)
+    )
+    assert [one.reads for one in short.segments] == [one.reads for one in long.segments[:segments]]
+
+
+def test_a_plan_is_named_by_how_often_it_was_made_anew():
+    there = fold(LINES[:4])
+    opened = Opened(there.incarnation + 1, HARDWARE)
+    went_on = there.after(opened)
+    assert (went_on.replanned, went_on.planned_from) == (there.replanned, there.planned_from)
+    committed, incarnation = len(there.segments), opened.incarnation
+    extended = went_on.after(Extended(incarnation, 9, replans=False))
+    assert (extended.replanned, extended.planned_from, extended.num_segments) == (0, 0, 9)
+    for line, start in (
+        (Extended(incarnation, 9), committed),  # as earlier versions wrote it
+        (Rerolled(incarnation, Take(1, 1, 7)), 1),
+        (Moved(incarnation, {"device": "a sundial"}, committed + 1), committed + 1),
+    ):
+        after = went_on.after(line)
+        assert (after.replanned, after.planned_from) == (1, start)
+    elsewhere = there.after(Opened(incarnation, {"device": "a sundial"}, replans=True))
+    assert (elsewhere.replanned, elsewhere.planned_from) == (1, committed)
+    with pytest.raises(ValueError, match="is committed"):
+        went_on.after(Moved(incarnation, HARDWARE, committed - 1))
+    assert Manifest.start(BEGUN).replanned == 0
