@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,13 @@ from edit_ray.config import Config, check_config, dump_yaml, load_config
 from edit_ray.errors import ConfigError, ResourcesUnavailable, RunExists, RunLocked, UnknownRun
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
-from edit_ray.runs.manifest import Line, Manifest, Opened
+from edit_ray.runs.manifest import Extended, Manifest, Opened, Rerolled
 from edit_ray.runs.manifest_file import ManifestFile
 from edit_ray.runs.run_state import LEAD
 
 LOCK_PATIENCE_S = 10.0  # a process that was killed keeps its locks until the kernel has cleared it away
 
-Change = Callable[[Manifest, RunSpec], Line]
+Change = Callable[[Manifest, RunSpec], Extended | Rerolled]
 """What a run that goes on begins with, an extension or a re-roll, from how it stands. It is of the next incarnation."""
 
 
@@ -111,9 +112,8 @@ class Admission:
                 can_be_made_again, spec, len(file.manifest.segments)
             )
             with room_in(root):
-                await asyncio.to_thread(file.append, Opened(file.manifest.incarnation + 1, provenance, replans))
-                if changed is not None:
-                    await asyncio.to_thread(file.append, changed)
+                incarnation, writer = file.manifest.incarnation + 1, secrets.token_hex(4)
+                await asyncio.to_thread(file.append, Opened(incarnation, provenance, replans, changed, writer))
         except BaseException:
             file.close()
             raise

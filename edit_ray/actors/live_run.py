@@ -59,7 +59,7 @@ class LiveRun:
     async def forget_figures(self, first: int, before: int) -> None:
         """Lets go of the statistics of segments whose media are gone, which the file alone has from then on."""
         async with self._appending:
-            self.file.manifest = self.manifest.without_figures(first, before)
+            self.file.forget_figures(first, before)
 
     async def tell(self) -> None:
         """Wakes up who waits for a change."""

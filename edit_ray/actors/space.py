@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edit_ray.actors.messages import RunSpec
@@ -26,7 +26,7 @@ def shortage_before(spec: RunSpec) -> str | None:
     return _shortage(spec, 0, size, spec.root)
 
 
-def shortage_after(spec: RunSpec, records: tuple[SegmentRecord, ...]) -> str | None:
+def shortage_after(spec: RunSpec, records: Sequence[SegmentRecord]) -> str | None:
     """The same once segments are there, from what they take."""
     latest = spec.latents(len(records) - 1)
     size = measured(records, SegmentSize(latest.stat().st_size if latest.exists() else 0, 0))

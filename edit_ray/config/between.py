@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from edit_ray.cache.options import CacheOptions
 from edit_ray.config.durations import format_duration
 from edit_ray.config.mistakes import KeyPath, Mistake, dotted
-from edit_ray.config.options import MAX_SEGMENTS, PromptSegment, VideoOptions
+from edit_ray.config.options import PromptSegment, VideoOptions
 from edit_ray.engine.options import ContinuityOptions, EngineOptions, ModelOptions, SamplingOptions
 from edit_ray.runs.layout import TEMPORAL_FACTOR, FrameLayout
+from edit_ray.runs.numbers import MAX_SEGMENTS
 
 MAX_SEGMENT_PIXELS = 2**31
 MAX_VIDEO_FRAMES = 10_000_000

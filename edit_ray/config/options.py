@@ -6,8 +6,8 @@ from pydantic import Field, model_validator
 
 from edit_ray.config.durations import Duration, Instant
 from edit_ray.options import Options
+from edit_ray.runs.numbers import MAX_SEGMENTS
 
-MAX_SEGMENTS = 100_000
 MAX_PROMPTS = 10_000
 VALID_PROMPTS = f"a list of 1 to {MAX_PROMPTS} entries such as {{start: 0s, prompt: …}} or {{segment: 0, prompt: …}}"
 

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from edit_ray.runs.numbers import Count
+
 TEMPORAL_FACTOR = 4
 """Frames that one latent stands for; the first latent of a clip stands for a single frame."""
 
@@ -24,10 +26,10 @@ class FrameLayout:
         ValueError: a number out of its range.
     """
 
-    num_frames: int
-    history_latents: int
-    fps: int
-    init_latents: int = 0
+    num_frames: Count
+    history_latents: Count
+    fps: Count
+    init_latents: Count = 0
     denoise_needs_frames: bool = False
 
     def __post_init__(self) -> None:

@@ -1,21 +1,24 @@
 """The manifest: what a run has made, as the fold of the lines that were appended one after the other.
 
-Nothing here touches a file. Every line carries the incarnation of the segment scheduler that wrote it; a line of an
-earlier incarnation than the latest `Opened` changes nothing, wherever in the file it came to stand.
+Nothing here touches a file. Every line carries the incarnation of the segment scheduler that wrote it. A line of an
+earlier incarnation than the latest `Opened` changes nothing, wherever in the file it stands. Nor does a second `Opened`
+of one incarnation: where a lock was lost, the writer whose line comes first has the run.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, overload
 
 from edit_ray.runs.events import EndState
 from edit_ray.runs.layout import FrameLayout
+from edit_ray.runs.numbers import Count, Frame, Seed, SegmentCount
 from edit_ray.runs.plan import Take, take_of
 
-SCHEMA = 2
+SCHEMA = 3
+READABLE = (2, SCHEMA)  # 2: without digests; an extension or a re-roll was a line of its own behind `Opened`
 
 DiskState = Literal["open", "done", "failed", "cancelled"]
 """What a manifest alone can tell: `open` until an end is recorded, whether anybody works on the run or not."""
@@ -23,6 +26,8 @@ DiskState = Literal["open", "done", "failed", "cancelled"]
 _FILE = re.compile(r"(latents|segments)/[0-9]{5,9}-t[0-9]{1,9}\.[a-z0-9]{2,16}")
 
 _NO_FIGURES: Mapping[str, float] = {}
+
+Provenance = Mapping[str, str | Count]
 
 
 @dataclass(frozen=True)
@@ -34,28 +39,17 @@ class Begun:
 
     run_id: str
     version: str
-    height: int
-    width: int
+    height: Count
+    width: Count
     layout: FrameLayout
-    num_segments: int | None  # None: until it is stopped
+    num_segments: SegmentCount | None  # None: until it is stopped
     submission: str
-    provenance: Mapping[str, str | int]
-    schema: int = SCHEMA
-    incarnation: int = 1
+    provenance: Provenance
+    schema: Count = SCHEMA
+    incarnation: Count = 1
     owner: str = ""
     job: str = ""
-
-
-@dataclass(frozen=True)
-class Opened:
-    """Another incarnation works on the run from here on, on this hardware.
-
-    `replans`: what segments reuse of each other is planned anew, from the first segment that is not committed.
-    """
-
-    incarnation: int
-    provenance: Mapping[str, str | int]
-    replans: bool = False
+    kind: Literal["begun"] = field(default="begun", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -65,32 +59,55 @@ class Extended:
     What they reuse of earlier ones follows from the plan so far; manifests of earlier versions `replans`.
     """
 
-    incarnation: int
-    num_segments: int
+    incarnation: Count
+    num_segments: SegmentCount
     replans: bool = True
+    kind: Literal["extended"] = field(default="extended", kw_only=True)
 
 
 @dataclass(frozen=True)
 class Rerolled:
     """From `take.start` on another take is made; what is there of earlier ones is kept, and is no part of the video."""
 
-    incarnation: int
+    incarnation: Count
     take: Take
+    kind: Literal["rerolled"] = field(default="rerolled", kw_only=True)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Another incarnation works on the run from here on, on this hardware; `change` is what it begins with.
+
+    `replans`: what segments reuse of each other is planned anew, from the first segment that is not committed.
+    `writer` is random: it tells apart two that open the run at once.
+    """
+
+    incarnation: Count
+    provenance: Provenance
+    replans: bool = False
+    change: Extended | Rerolled | None = None
+    writer: str = ""
+    kind: Literal["opened"] = field(default="opened", kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentRecord:
-    """One committed segment; paths are relative to the run's folder."""
+    """One committed segment; paths are relative to the run's folder.
 
-    index: int
-    take: int
+    `digests` are those of the files that the segment's frames are read from: `latents`, `media` and `init` (init.mp4),
+    each xxh3_64 as 16 hexadecimal digits. Segments of earlier versions have none.
+    """
+
+    index: Count
+    take: Count
     prompt: str
-    seed: int
-    first_frame: int
-    num_frames: int
+    seed: Seed
+    first_frame: Frame
+    num_frames: Count
     latents: str
     media: str
     statistics: Mapping[str, float] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for path in (self.latents, self.media):
@@ -102,16 +119,18 @@ class SegmentRecord:
 class Committed:
     """A segment's files are durable."""
 
-    incarnation: int
+    incarnation: Count
     segment: SegmentRecord
+    kind: Literal["committed"] = field(default="committed", kw_only=True)
 
 
 @dataclass(frozen=True)
 class Tiled:
     """From segment `start` on latents are decoded in tiles, as the GPU's memory did not do for whole frames."""
 
-    incarnation: int
-    start: int
+    incarnation: Count
+    start: Count
+    kind: Literal["tiled"] = field(default="tiled", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -120,30 +139,80 @@ class Moved:
     that has no latents yet.
     """
 
-    incarnation: int
-    provenance: Mapping[str, str | int]
-    start: int
+    incarnation: Count
+    provenance: Provenance
+    start: Count
+    kind: Literal["moved"] = field(default="moved", kw_only=True)
 
 
 @dataclass(frozen=True)
 class Dropped:
     """The media of all segments before `before` are gone, to make room (`output.keep_segments`)."""
 
-    incarnation: int
-    before: int
+    incarnation: Count
+    before: Count
+    kind: Literal["dropped"] = field(default="dropped", kw_only=True)
 
 
 @dataclass(frozen=True)
 class Ended:
     """The run is over; an `Opened` after it goes on."""
 
-    incarnation: int
+    incarnation: Count
     state: EndState
     error: str | None = None
     final: str | None = None
+    kind: Literal["ended"] = field(default="ended", kw_only=True)
 
 
 Line = Begun | Opened | Extended | Rerolled | Committed | Tiled | Moved | Dropped | Ended
+
+
+class Records(Sequence[SegmentRecord]):
+    """Records in order; equal to a tuple of the same.
+
+    One record more costs no copy: the longer sequence shares the list of the shorter one, which keeps its length.
+    """
+
+    __slots__ = ("_length", "_shared")
+
+    def __init__(self, records: Iterable[SegmentRecord] = ()) -> None:
+        self._shared = list(records)
+        self._length = len(self._shared)
+
+    def and_then(self, *records: SegmentRecord) -> Records:
+        """These, and behind them the given ones."""
+        longer = object.__new__(Records)
+        # Where another sequence goes on in the shared list already, this one takes its own copy.
+        longer._shared = self._shared if len(self._shared) == self._length else list(self)
+        longer._shared.extend(records)
+        longer._length = self._length + len(records)
+        return longer
+
+    def forget_figures(self, first: int, before: int) -> None:
+        """Lets go of the statistics of records `first` to `before` - 1, in all sequences that share them."""
+        for index in range(first, min(before, self._length)):
+            self._shared[index] = replace(self._shared[index], statistics=_NO_FIGURES)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, at: int) -> SegmentRecord: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[SegmentRecord, ...]: ...
+    def __getitem__(self, at: int | slice) -> SegmentRecord | tuple[SegmentRecord, ...]:
+        if isinstance(at, slice):
+            return tuple(self._shared[index] for index in range(*at.indices(self._length)))
+        return self._shared[range(self._length)[at]]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Records | tuple) and tuple(self) == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Records({list(self)})"
 
 
 @dataclass(frozen=True)
@@ -152,11 +221,11 @@ class Manifest:
 
     begun: Begun
     incarnation: int
-    provenance: Mapping[str, str | int]
+    provenance: Provenance
     num_segments: int | None
-    segments: tuple[SegmentRecord, ...] = ()
+    segments: Records = field(default_factory=Records)
     takes: tuple[Take, ...] = ()
-    earlier_takes: tuple[SegmentRecord, ...] = ()
+    earlier_takes: Records = field(default_factory=Records)
     planned_from: int = 0  # the segment with which what segments reuse of each other was planned anew
     replanned: int = 0  # how often that was
     dropped_before: int = 0
@@ -184,13 +253,6 @@ class Manifest:
         """Frames of the whole video, None where it goes on until it is stopped."""
         return None if self.num_segments is None else self.begun.layout.total_frames(self.num_segments)
 
-    def without_figures(self, first: int, before: int) -> Manifest:
-        """The same for who keeps it in memory for weeks: of segments `first` to `before` - 1, whose media are gone, the
-        statistics are left to the file.
-        """
-        less = tuple(replace(segment, statistics=_NO_FIGURES) for segment in self.segments[first:before])
-        return replace(self, segments=self.segments[:first] + less + self.segments[before:])
-
     def after(self, line: Line) -> Manifest:
         """The manifest with one line more. Raises ValueError where the line cannot follow."""
         if line.incarnation < self.incarnation:
@@ -198,14 +260,17 @@ class Manifest:
         match line:
             case Begun():
                 raise ValueError("a run begins twice")
-            case Opened(incarnation, provenance, replans):
+            case Opened(incarnation, provenance, replans, change):
                 if incarnation == self.incarnation:
-                    raise ValueError(f"incarnation {incarnation} opens the run twice")
+                    return self
                 opened = replace(self, incarnation=incarnation, provenance=provenance, end=None)
-                return opened._planned_from(len(self.segments)) if replans else opened
+                opened = opened._planned_from(len(self.segments)) if replans else opened
+                return opened if change is None else opened.after(change)
             case _ if line.incarnation > self.incarnation:
                 raise ValueError(f"incarnation {line.incarnation} writes, and has not opened the run")
             case Extended(_, num_segments, replans):
+                if num_segments < len(self.segments):
+                    raise ValueError(f"the run has {len(self.segments)} segments, and cannot end with {num_segments}")
                 extended = replace(self, num_segments=num_segments)
                 return extended._planned_from(len(self.segments)) if replans else extended
             case Rerolled(_, take):
@@ -221,6 +286,8 @@ class Manifest:
                     raise ValueError(f"segment {start} is committed, and was planned before")
                 return replace(self, provenance=provenance)._planned_from(start)
             case Dropped(_, before):
+                if before > len(self.segments):
+                    raise ValueError(f"segments before {before} are gone, and only {len(self.segments)} were made")
                 return replace(self, dropped_before=before)
             case Ended():
                 return replace(self, end=line)
@@ -228,9 +295,11 @@ class Manifest:
     def _rerolled(self, take: Take) -> Manifest:
         if take.number != len(self.takes) + 1 or take.start > len(self.segments):
             raise ValueError(f"take {take.number} from segment {take.start} does not follow")
-        kept, replaced = self.segments[: take.start], self.segments[take.start :]
         rerolled = replace(
-            self, takes=(*self.takes, take), segments=kept, earlier_takes=(*self.earlier_takes, *replaced)
+            self,
+            takes=(*self.takes, take),
+            segments=Records(self.segments[: take.start]),
+            earlier_takes=self.earlier_takes.and_then(*self.segments[take.start :]),
         )
         return rerolled._planned_from(take.start)
 
@@ -240,4 +309,6 @@ class Manifest:
     def _committed(self, segment: SegmentRecord) -> Manifest:
         if (segment.index, segment.take) != (len(self.segments), take_of(segment.index, self.takes)):
             raise ValueError(f"segment {segment.index} of take {segment.take} does not follow")
-        return replace(self, segments=(*self.segments, segment))
+        more = object.__new__(Manifest)  # as `replace` does, in a tenth of its time: this line comes 100,000 times
+        more.__dict__.update(self.__dict__, segments=self.segments.and_then(segment))
+        return more

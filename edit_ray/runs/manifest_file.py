@@ -1,80 +1,47 @@
-"""`manifest.jsonl`: one JSON object a line, appended and synced, never written again.
+"""`manifest.jsonl`: lines (`manifest_lines`) that are appended and synced, and never written again.
 
-Each line begins with a checksum of the rest of it. A last line that is not whole was never committed: readers pass over
-it, and whoever goes on with the run cuts it off.
+A lock keeps it for one writer. Where the lock is lost, as when a lease of NFS ends, the file itself decides: a line
+counts if readers find that it does. So a writer reads what others have added before it writes, and what came in between
+afterwards.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
-import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from functools import cache
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from edit_ray import files
-from edit_ray.errors import ManifestUnreadable, RunFolderGone, RunLocked
-from edit_ray.runs.layout import FrameLayout
-from edit_ray.runs.manifest import (
-    SCHEMA,
-    Begun,
-    Committed,
-    Dropped,
-    Ended,
-    Extended,
-    Line,
-    Manifest,
-    Moved,
-    Opened,
-    Rerolled,
-    SegmentRecord,
-    Tiled,
-)
-from edit_ray.runs.plan import Take
+from edit_ray.errors import RunFolderGone, RunLocked
+from edit_ray.runs.manifest import Begun, Line, Manifest
+from edit_ray.runs.manifest_lines import Fold, from_bytes, read_back, to_text
 
-_KINDS: dict[str, type[Line]] = {
-    "begun": Begun,
-    "opened": Opened,
-    "extended": Extended,
-    "rerolled": Rerolled,
-    "committed": Committed,
-    "tiled": Tiled,
-    "moved": Moved,
-    "dropped": Dropped,
-    "ended": Ended,
-}
-_KIND_OF = {line: name for name, line in _KINDS.items()}
-_INSIDE: dict[str, tuple[str, type]] = {
-    "begun": ("layout", FrameLayout),
-    "committed": ("segment", SegmentRecord),
-    "rerolled": ("take", Take),
-}
-_HEAD = len('{"crc": "00000000", ')
-_BEGIN = b'{"crc": "'  # inside a line: the end of a committed one is damaged, as quotes in texts are escaped
+_TRIES = 3  # of writing a line that torn bytes of others came before
 
 
 class ManifestFile:
     """The manifest of a run that this process works on: no other process can have it open for writing meanwhile."""
 
-    def __init__(self, path: Path, descriptor: int, manifest: Manifest, size: int) -> None:
-        self.path, self.manifest = path, manifest
-        self._descriptor, self._size = descriptor, size
+    def __init__(self, path: Path, descriptor: int, fold: Fold) -> None:
+        self.path = path
+        self._descriptor, self._fold = descriptor, fold
+        self._incarnation = fold.manifest.incarnation  # whose lines count as long as no other one opens the run
+        self._size = fold.size  # of the file: others may have left torn bytes behind the lines
 
     @classmethod
     def create(cls, path: Path, begun: Begun) -> ManifestFile:
         """A new file with its first line, synced."""
-        descriptor = files.disk.open(path, files.NEW)
+        descriptor = files.disk.open(path, files.NEW | os.O_APPEND)
         with _closed_on_error(descriptor):
             _lock(descriptor, path)
             text = to_text(begun)
             _write(descriptor, text, 0)
-            return cls(path, descriptor, Manifest.start(begun), len(text))
+            fold = Fold(path)
+            fold.accept(Manifest.start(begun), text, len(text))
+            return cls(path, descriptor, fold)
 
     @classmethod
     def open(cls, path: Path) -> ManifestFile:
@@ -82,34 +49,67 @@ class ManifestFile:
 
         Raises FileNotFoundError, RunLocked where another process works on the run, ManifestUnreadable.
         """
-        descriptor = files.disk.open(path, os.O_RDWR)
+        descriptor = files.disk.open(path, os.O_RDWR | os.O_APPEND)
         with _closed_on_error(descriptor):
             _lock(descriptor, path)
-            manifest, size = from_bytes(files.read_all(descriptor), path)
-            files.disk.truncate(descriptor, size)
+            fold = Fold(path)
+            content = files.read_all(descriptor)
+            fold.add(content)
+            fold.whole()
+            if fold.size < len(content):
+                files.disk.truncate(descriptor, fold.size)
+                fold.add(b"")
             files.disk.fsync(descriptor)
-            return cls(path, descriptor, manifest, size)
+            return cls(path, descriptor, fold)
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._fold.manifest
 
     def append(self, line: Line) -> Manifest:
-        """Commits one line; returns the manifest with it.
+        """Commits one line; returns the manifest with it. A line that is the last one already is only synced.
 
         Raises:
             RunFolderGone: the file was removed or replaced.
-            RunLocked: somebody else has written to it.
-            OSError: it cannot be written, such as on a full disk; then it is as it was.
+            RunLocked: another process has opened the run.
+            OSError: it cannot be written, such as on a full disk; then it does not count.
+            ValueError: it cannot follow.
         """
-        manifest = self.manifest.after(line)
         self._check_mine()
-        text = to_text(line)
-        _write(self._descriptor, text, self._size)
-        self.manifest, self._size = manifest, self._size + len(text)
-        return manifest
+        if line.incarnation < self.manifest.incarnation:
+            raise RunLocked(f"{self.path} belongs to a later incarnation than {line.incarnation}")
+        for _ in range(_TRIES):
+            fold = self._fold
+            text = to_text(line, fold.lines if fold.torn else None)
+            if text == fold.last:  # of a try that has failed, and could not be taken back
+                files.disk.fsync(self._descriptor)
+                return self.manifest
+            followed = self.manifest.after(read_back(text))
+            _write(self._descriptor, text, self._size)
+            if self._size_now() == fold.size + len(text):  # nobody else was there
+                fold.accept(followed, text, fold.size + len(text))
+                self._size = fold.size
+                counts = True
+            else:
+                start, counting, content = fold.size, *self._read_on()
+                counts = any(start + at.end() in counting for at in re.finditer(re.escape(text), content))
+            if counts:
+                self._incarnation = max(line.incarnation, self._incarnation)
+            self._check_incarnation()
+            if counts:
+                return self.manifest
+        raise RunLocked(f"{self.path} is being written by other processes; this one leaves the run alone")
+
+    def forget_figures(self, first: int, before: int) -> None:
+        """Lets go of the statistics of segments `first` to `before` - 1, which the file alone has from then on."""
+        self.manifest.segments.forget_figures(first, before)
 
     def close(self) -> None:
         """Another process may have the run."""
         files.disk.close(self._descriptor)
 
     def _check_mine(self) -> None:
+        """Raises RunFolderGone, RunLocked. Lines that earlier incarnations have written meanwhile are passed over."""
         mine = os.fstat(self._descriptor)
         try:
             there = os.stat(self.path)
@@ -120,98 +120,49 @@ class ManifestFile:
                 f"the run's folder {self.path.parent} was removed or replaced while the run was at work"
             )
         if mine.st_size != self._size:
+            self._read_on()
+        self._check_incarnation()
+
+    def _size_now(self) -> int:
+        return os.fstat(self._descriptor).st_size
+
+    def _read_on(self) -> tuple[set[int], bytes]:
+        """Reads what was added to the file: where lines end that count, and the content."""
+        start = self._fold.size
+        self._size = self._size_now()
+        content = files.read_at(self._descriptor, start, self._size - start)
+        return self._fold.add(content), content
+
+    def _check_incarnation(self) -> None:
+        if self.manifest.incarnation > self._incarnation:
             raise RunLocked(f"{self.path} was written by another process; this one leaves the run alone")
+
+
+class ManifestReader:
+    """A manifest that is read again and again: each time only what was added to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._of: tuple[int, int] | None = None  # the file's inode and device
+        self._fold = Fold(path)
+
+    def read(self) -> Manifest:
+        """What is committed at this moment. Raises FileNotFoundError, ManifestUnreadable."""
+        with files.opened(self._path) as descriptor:
+            there = os.fstat(descriptor)
+            last = self._fold.last
+            start = self._fold.size - len(last)
+            content = files.read_at(descriptor, start, max(there.st_size - start, 0))
+            if self._of != (there.st_ino, there.st_dev) or not content.startswith(last):  # or a line was taken back
+                self._of, self._fold, last = (there.st_ino, there.st_dev), Fold(self._path), b""
+                content = files.read_all(descriptor)
+            self._fold.add(content[len(last) :])
+            return self._fold.whole()
 
 
 def read_manifest(path: Path) -> Manifest:
     """What is committed at this moment. Raises FileNotFoundError, ManifestUnreadable."""
     return from_bytes(files.read_bytes(path), path)[0]
-
-
-def to_text(line: Line) -> bytes:
-    """A line as it is written, with its end."""
-    body = json.dumps({"kind": _KIND_OF[type(line)], **asdict(line)}, ensure_ascii=False)[1:].encode()
-    return b'{"crc": "%08x", %b\n' % (zlib.crc32(body), body)
-
-
-def from_bytes(content: bytes, path: Path) -> tuple[Manifest, int]:
-    """The manifest, and how many bytes of the content are whole lines. Raises ManifestUnreadable."""
-    lines = content.split(b"\n")[:-1]
-    manifest: Manifest | None = None
-    size = 0
-    for number, text in enumerate(lines, 1):
-        try:
-            values = _checked(text)
-            manifest = Manifest.start(_first(values)) if manifest is None else manifest.after(_line(values))
-        except (ValueError, TypeError, KeyError, RecursionError) as damage:
-            if number == len(lines) > 1 and isinstance(damage, _Torn) and _BEGIN not in text[1:]:
-                break
-            raise ManifestUnreadable(f"{path}, line {number}: {damage}; the run cannot be read from here on") from None
-        size += len(text) + 1
-    if manifest is None:
-        raise ManifestUnreadable(f"{path} has no whole line: it is empty, or was cut off; this is no run")
-    return manifest, size
-
-
-class _Torn(ValueError):
-    """A line that is not as it was written."""
-
-
-def _checked(text: bytes) -> dict[str, Any]:
-    body = text[_HEAD:]
-    if text[:_HEAD] != b'{"crc": "%08x", ' % zlib.crc32(body):
-        raise _Torn("the line is damaged (its checksum does not fit), or this is no manifest")
-    values: dict[str, Any] = json.loads(b"{" + body)
-    return values
-
-
-def _first(values: dict[str, Any]) -> Begun:
-    if values.get("kind") != "begun":
-        raise ValueError("the first line of a manifest is missing")
-    if values.get("schema") != SCHEMA:
-        newer = "a newer" if isinstance(values.get("schema"), int) and values["schema"] > SCHEMA else "another"
-        raise ValueError(f"this is {newer} version's manifest (schema {values.get('schema')!r}; known here: {SCHEMA})")
-    line = _line(values)
-    assert isinstance(line, Begun)
-    return line
-
-
-def _line(values: dict[str, Any]) -> Line:
-    kind = values.pop("kind")
-    if kind not in _KINDS:
-        raise ValueError(f"a line of the kind {kind!r} is not known here")
-    if kind in _INSIDE:
-        name, inside = _INSIDE[kind]
-        values[name] = _made(inside, values[name])
-    line: Line = _made(_KINDS[kind], values)
-    return line
-
-
-def _made(cls: Any, values: Mapping[str, Any]) -> Any:
-    """An object of the class, its values of the types that it declares. Raises ValueError, TypeError."""
-    for name, hint in _hints(cls).items():
-        if name in values and not _fits(values[name], hint):
-            raise ValueError(f"{name} is {repr(values[name])[:60]}, which it cannot be")
-    return cls(**values)
-
-
-@cache
-def _hints(cls: type[Any]) -> dict[str, Any]:
-    return get_type_hints(cls)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether JSON data is of a type; all whole numbers of a manifest count something."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in inner
-    if origin is UnionType:
-        return any(_fits(value, one) for one in inner)
-    if origin is not None:
-        return isinstance(value, origin) and all(_fits(part, inner[1]) for part in value.values())
-    if hint is int:
-        return type(value) is int and value >= 0
-    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def _lock(descriptor: int, path: Path) -> None:
@@ -221,14 +172,17 @@ def _lock(descriptor: int, path: Path) -> None:
         raise RunLocked(f"another process is at work on the run in {path.parent}") from None
 
 
-def _write(descriptor: int, text: bytes, at: int) -> None:
-    """All of it, durable; or nothing of it."""
+def _write(descriptor: int, text: bytes, size: int) -> None:
+    """Appends all of it, durable, to a file of `size` bytes. Where that fails it takes back its own bytes alone."""
     try:
-        if files.disk.write(descriptor, [text], at) != len(text):
+        if files.disk.write(descriptor, [text], size) != len(text):  # one write, into which no other one comes
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         files.disk.fsync(descriptor)
     except BaseException:
-        files.disk.truncate(descriptor, at)
+        with contextlib.suppress(OSError):
+            written = files.read_at(descriptor, size, len(text) + 1)
+            if written and text.startswith(written):
+                files.disk.truncate(descriptor, size)
         raise
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edit_ray.runs.layout import FrameLayout
+from edit_ray.runs.numbers import Count, Seed
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Scene:
 class Take:
     """A re-roll: segments from `start` on are made again with another seed, and with `prompt` where there is one."""
 
-    number: int
-    start: int
-    seed: int
+    number: Count
+    start: Count
+    seed: Seed
     prompt: str | None = None
 
 
@@ -78,7 +79,7 @@ def take_seed(seed: int, take: int) -> int:
 
 def take_of(segment_index: int, takes: Sequence[Take]) -> int:
     """The number of the take that a segment belongs to: the latest that begins at it or before; 0 without any."""
-    return max((take.number for take in takes if take.start <= segment_index), default=0)
+    return next((take.number for take in reversed(takes) if take.start <= segment_index), 0)
 
 
 @dataclass(frozen=True)

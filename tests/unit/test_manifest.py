@@ -1,5 +1,6 @@
 """The manifest: what is committed is never lost, and what is not whole is never taken for whole."""
 
+import errno
 import json
 import os
 import resource
@@ -7,9 +8,10 @@ import zlib
 from dataclasses import replace
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from edit_ray import files
 from edit_ray.errors import ManifestUnreadable, RunFolderGone, RunLocked
 from edit_ray.runs.layout import FrameLayout
 from edit_ray.runs.manifest import (
@@ -25,7 +27,7 @@ from edit_ray.runs.manifest import (
     SegmentRecord,
     Tiled,
 )
-from edit_ray.runs.manifest_file import ManifestFile, from_bytes, read_manifest, to_text
+from edit_ray.runs.manifest_file import ManifestFile, ManifestReader, from_bytes, read_manifest, to_text
 from edit_ray.runs.plan import Take
 
 HARDWARE = {"device": "cpu", "threads": 1}
@@ -110,6 +112,16 @@ def test_lines_of_an_earlier_incarnation_are_fenced_off():
     assert fold([*LINES[:3], *late]) == fold(LINES[:3])
 
 
+@pytest.mark.parametrize("change", [Extended(3, 9), Rerolled(3, Take(1, 1, 99, "another"))])
+def test_a_run_that_goes_on_with_a_change_is_one_line(change):
+    """In earlier versions it was two, and they give the same."""
+    before = LINES[:6]
+    opened = Opened(3, HARDWARE, change=change)
+    assert fold([*before, opened]) == fold([*before, Opened(3, HARDWARE), change])
+    content = b"".join(map(to_text, [BEGUN, *before, opened]))
+    assert from_bytes(content, "manifest.jsonl")[0] == fold([*before, opened])
+
+
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
@@ -118,7 +130,8 @@ def test_lines_of_an_earlier_incarnation_are_fenced_off():
         ([Committed(1, record(0)), Tiled(1, 0)], "segment 0 is committed, and was not decoded in tiles"),
         ([Committed(1, record(0))] * 2, "segment 0 of take 0 does not follow"),
         ([Committed(2, record(0))], "has not opened the run"),
-        ([Opened(1, HARDWARE)], "opens the run twice"),
+        ([Extended(1, 5), Committed(1, record(0)), Extended(1, 0)], "has 1 segments, and cannot end with 0"),
+        ([Committed(1, record(0)), Dropped(1, 2)], "segments before 2 are gone, and only 1 were made"),
         ([replace(BEGUN)], "begins twice"),
         ([Rerolled(1, Take(1, 1, 9))], "take 1 from segment 1 does not follow"),
         ([Rerolled(1, Take(2, 0, 9))], "take 2 from segment 0 does not follow"),
@@ -217,6 +230,194 @@ def test_a_second_writer_is_refused(tmp_path):
         ManifestFile.open(file.path)
     file.close()
     ManifestFile.open(file.path).close()
+
+
+class WithoutLocks(files.Disk):
+    def lock(self, descriptor):
+        pass
+
+
+class Meanwhile(files.Disk):
+    """Does something at an instant that nobody can choose: after all looks at the file, before the first write."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def write(self, descriptor, parts, offset):
+        what, self.what = self.what, None
+        if what is not None:
+            what()
+        return super().write(descriptor, parts, offset)
+
+
+class Failing(files.Disk):
+    """Where these calls fail; before the first of them something else is done, which does not."""
+
+    def __init__(self, *calls, meanwhile=None):
+        self.calls, self.meanwhile = calls, meanwhile
+
+    def fsync(self, descriptor):
+        self.fail("fsync")
+        super().fsync(descriptor)
+
+    def truncate(self, descriptor, size):
+        self.fail("truncate")
+        super().truncate(descriptor, size)
+
+    def fail(self, call):
+        if call in self.calls:
+            meanwhile, self.meanwhile, calls, self.calls = self.meanwhile, None, self.calls, ()
+            if meanwhile is not None:
+                meanwhile()
+            self.calls = calls
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two that have one manifest open, as the first has lost its lock: a server gave that to the second."""
+    first = written(tmp_path / "manifest.jsonl", LINES[:2])
+    with files.swapped(WithoutLocks()):
+        second = ManifestFile.open(first.path)
+    yield first, second
+    first.close()
+    second.close()
+
+
+def test_who_has_lost_the_lock_changes_nothing(two):
+    first, second = two
+    second.append(Opened(2, HARDWARE))
+    second.append(Tiled(2, 3))
+    for line in (Tiled(1, 2), Committed(1, record(2)), Opened(2, HARDWARE), Opened(3, HARDWARE)):
+        with pytest.raises(RunLocked):
+            first.append(line)
+    assert second.append(Committed(2, record(2))) == read_manifest(second.path)
+    assert read_manifest(second.path) == fold([*LINES[:2], Opened(2, HARDWARE), Tiled(2, 3), Committed(2, record(2))])
+
+
+@pytest.mark.parametrize("late", [Tiled(1, 2), Committed(1, record(2)), Ended(1, "failed", "late")])
+def test_a_late_line_lands_behind_those_of_the_new_writer_and_is_none(two, late):
+    first, second = two
+    meanwhile = Meanwhile(lambda: [second.append(Opened(2, HARDWARE)), second.append(Tiled(2, 3))])
+    with files.swapped(meanwhile), pytest.raises(RunLocked):
+        first.append(late)
+    assert second.append(Committed(2, record(2))) == read_manifest(second.path)
+    assert read_manifest(second.path) == fold([*LINES[:2], Opened(2, HARDWARE), Tiled(2, 3), Committed(2, record(2))])
+
+
+def test_a_line_that_comes_just_before_another_opens_the_run_counts_for_both(two):
+    first, second = two
+    with files.swapped(Meanwhile(lambda: first.append(Committed(1, record(2))))):
+        manifest = second.append(Opened(2, HARDWARE))
+    assert manifest == read_manifest(first.path) == fold([*LINES[:2], Committed(1, record(2)), Opened(2, HARDWARE)])
+    assert second.append(Committed(2, record(3))) == read_manifest(first.path)
+
+
+def test_of_two_that_open_the_run_at_once_one_has_it(two):
+    first, second = two
+    meanwhile = Meanwhile(lambda: second.append(Opened(2, HARDWARE)))
+    with files.swapped(meanwhile), pytest.raises(RunLocked):
+        first.append(Opened(2, HARDWARE, writer="first"))
+    with pytest.raises(RunLocked):
+        first.append(Committed(2, record(2)))
+    assert second.append(Committed(2, record(2))) == read_manifest(second.path)
+    assert read_manifest(second.path) == fold([*LINES[:2], Opened(2, HARDWARE), Committed(2, record(2))])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 400), st.booleans())
+def test_a_late_write_that_is_torn_damages_no_line(two, length, at_the_last_instant):
+    """The rest of it never comes: the disk was full, or the machine is gone."""
+    first, second = two
+    torn = to_text(Committed(1, record(2)))[:length]
+    late = os.open(first.path, os.O_WRONLY | os.O_APPEND)
+    second.append(Opened(second.manifest.incarnation + 1, HARDWARE))
+    line = Tiled(second.manifest.incarnation, length + 2)
+    if not at_the_last_instant:
+        os.write(late, torn)
+    with files.swapped(Meanwhile(lambda: os.write(late, torn)) if at_the_last_instant else files.Disk()):
+        assert second.append(line) == read_manifest(second.path)
+    os.close(late)
+    assert read_manifest(second.path).tiled_from == length + 2
+    after = Dropped(second.manifest.incarnation, 1)
+    assert second.append(after) == read_manifest(second.path) == ManifestReader(second.path).read()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0), st.integers(1, 255), st.integers(0, 200))
+def test_torn_bytes_that_a_line_vouches_for_hide_no_damage(at, change, length):
+    torn = to_text(LINES[1])[:length]
+    *before, last = [to_text(BEGUN), to_text(LINES[0]), torn + to_text(LINES[1], 2), to_text(LINES[2])]
+    content = bytearray(b"".join(before))
+    assert from_bytes(bytes(content) + last, "manifest.jsonl")[0] == fold(LINES[:3])
+    content[at % len(content)] ^= change
+    try:
+        manifest, _ = from_bytes(bytes(content) + last, "manifest.jsonl")
+    except ManifestUnreadable:
+        return
+    assert manifest == fold(LINES[:3]), "only what is none may be other bytes"
+
+
+def test_a_failed_write_takes_back_its_own_bytes_alone(two):
+    first, second = two
+    disk = Failing("fsync", meanwhile=lambda: second.append(Opened(2, HARDWARE)))
+    with files.swapped(disk), pytest.raises(OSError, match="Input/output error"):
+        first.append(Committed(1, record(2)))
+    assert second.manifest.incarnation == 2
+    assert read_manifest(second.path) == second.manifest
+    assert second.append(Committed(2, record(len(second.manifest.segments)))) == read_manifest(second.path)
+
+
+def test_a_line_that_could_neither_be_synced_nor_taken_back_is_committed_by_the_next_try(tmp_path):
+    file = written(tmp_path / "manifest.jsonl", LINES[:1])
+    with files.swapped(Failing("fsync", "truncate")), pytest.raises(OSError, match="Input/output error"):
+        file.append(LINES[1])
+    assert file.append(LINES[1]) == fold(LINES[:2])
+    assert file.append(LINES[2]) == read_manifest(file.path) == fold(LINES[:3])
+
+
+def test_reading_again_reads_only_what_is_new(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    file, reader = ManifestFile.create(path, BEGUN), ManifestReader(path)
+    for count, line in enumerate(LINES, 1):
+        file.append(line)
+        assert reader.read() == fold(LINES[:count])
+        with path.open("ab") as torn:
+            torn.write(to_text(LINES[count - 1])[:9])
+        assert reader.read() == fold(LINES[:count]), "what is not whole is not there"
+        os.truncate(path, path.stat().st_size - 9)
+    file.close()
+    os.truncate(path, path.stat().st_size - len(to_text(LINES[-1])))
+    assert reader.read() == fold(LINES[:-1]), "a line was taken back"
+    path.unlink()
+    ManifestFile.create(path, replace(BEGUN, submission="another")).close()
+    assert reader.read().begun.submission == "another", "another file is there"
+
+
+HUGE = [10**9, 10**18, 10**30, -1, 1.5, True, "9" * 5000, float("inf")]
+
+
+@pytest.mark.parametrize("number", HUGE, ids=lambda number: f"{number}"[:8])
+@pytest.mark.parametrize("line", [BEGUN, *LINES], ids=lambda line: line.kind)
+def test_a_number_out_of_its_range_is_one_clear_error(line, number, tmp_path):
+    """Whoever reads a manifest loops over its numbers, and adds them up."""
+    values = json.loads(to_text(line))
+    del values["crc"]
+    places = [(values, key) for key in values]
+    for at, key in places:
+        if isinstance(at[key], dict) and key not in ("statistics", "provenance", "digests"):
+            places += [(at[key], inner) for inner in at[key]]
+    for at, key in [place for place in places if type(place[0][place[1]]) is int and place[1] != "first_frame"]:
+        if key == "seed" and number in (10**9, 10**18):
+            continue
+        right, at[key] = at[key], number
+        path = tmp_path / "manifest.jsonl"
+        before = [] if line is BEGUN else [BEGUN, *LINES[: LINES.index(line)]]
+        path.write_bytes(b"".join(map(to_text, before)) + line_of(values) + to_text(Ended(4, "done")))
+        with pytest.raises(ManifestUnreadable, match=f"line {len(before) + 1}: ") as error:
+            read_manifest(path)
+        assert len(str(error.value)) < 400 + len(str(path))
+        at[key] = right
 
 
 def test_a_writer_whose_file_was_written_by_another_leaves_it_alone(tmp_path):
