@@ -33,12 +33,14 @@ demo: $(INSTALLED) ## generate the long video of configs/tiny.yaml on a private 
 RUNS ?= $(or $(EDIT_RAY_OUTPUT),$(HOME)/edit_ray_outputs)
 PROMETHEUS := 127.0.0.1:9090
 
+# Debian builds Prometheus (+ds) with the older pages alone, below /classic.
 monitor: ## Prometheus on monitoring/prometheus, beside the runs in RUNS=folder
 	@command -v prometheus >/dev/null || { echo "prometheus is not installed: apt-get install prometheus"; exit 1; }
 	@mkdir -p -m 700 "$(RUNS)" && mkdir -p build/prometheus && ln -sfn "$(abspath $(RUNS))" monitoring/prometheus/runs
-	@echo "runs: $(RUNS)"
-	@echo "targets: http://$(PROMETHEUS)/targets  alerts: http://$(PROMETHEUS)/alerts  dashboards: monitoring/README.md"
-	@echo "segments: http://$(PROMETHEUS)/graph?g0.expr=edit_ray_segments_total&g0.tab=0  (end with Ctrl-C)"
+	@echo "runs: $(RUNS)  dashboards: monitoring/README.md  (end with Ctrl-C)"
+	@at="http://$(PROMETHEUS)$$(prometheus --version 2>&1 | grep -q '+ds' && echo /classic)"; \
+	  echo "targets: $$at/targets  alerts: $$at/alerts"; \
+	  echo "segments: $$at/graph?g0.expr=edit_ray_segments_total&g0.tab=0"
 	@prometheus --config.file=monitoring/prometheus/prometheus.yml --storage.tsdb.path=build/prometheus \
 	  --storage.tsdb.retention.size=1GB --web.listen-address=$(PROMETHEUS) --log.level=warn
 

@@ -164,10 +164,28 @@ def test_a_prometheus_is_started(tmp_path):
         try:
             while not answers(ready):
                 assert started.poll() is None, log.read_text()
+            pages = re.findall(rf"http://{at}/\S+", log.read_text())
+            assert [url for url in pages if not answers(url)] == [], log.read_text()
         finally:
             os.killpg(started.pid, signal.SIGINT)
             started.wait(60)
-    assert f"http://{at}/targets" in log.read_text()
+    assert len(pages) == 3, log.read_text()
+
+
+@pytest.mark.parametrize(("version", "below"), [("2.42.0+ds", "/classic"), ("2.53.4", ""), ("3.5.0", "")])
+def test_the_pages_of_prometheus_are_named_as_its_build_has_them(tmp_path, version, below):
+    """In the place of Prometheus is what only tells its version."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "monitoring" / "prometheus").mkdir(parents=True)
+    program = tmp_path / "bin" / "prometheus"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho 'prometheus, version {version} (branch: any)'\n")
+    program.chmod(0o755)
+    path = {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
+    command = ["make", "monitor", f"RUNS={tmp_path / 'runs'}", "PROMETHEUS=host:9090"]
+    told = subprocess.run(command, cwd=tmp_path, env=os.environ | path, text=True, capture_output=True, check=True)
+    pages = re.findall(r"http://host:9090(\S*?/)(targets|alerts|graph)\b", told.stdout)
+    assert pages == [(f"{below}/", name) for name in ("targets", "alerts", "graph")]
 
 
 def answers(url):
