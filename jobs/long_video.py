@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.config or DEFAULT_CONFIG, options.set)
         if options.print_config:
-            print(dump_yaml(config), end="")
+            print(dump_yaml(config, empty=True), end="")
             return DONE
         if options.run_id is not None:
             check_run_id(options.run_id)

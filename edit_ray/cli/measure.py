@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def calibrate(options: argparse.Namespace) -> int:
-    """Measures a model for a policy and writes what fits it."""
-    from edit_ray.engine.calibrate import fit_magcache, fit_teacache, observe, plot_fit
-    from edit_ray.engine.calibration import write_calibration
-    from edit_ray.engine.ranking import SkipMeasure
-
+    """Measures a model for a policy and writes what fits it. What can be wrong is seen before torch is imported."""
     if options.batch_size < 1:
         raise ConfigError([f"--batch-size is {options.batch_size}; it must be a whole number from 1"])
     config, prompts = _uncached_config(options), _read_prompts(options.prompts)
     _check_calibration(options.file)
+    from edit_ray.engine.calibrate import fit_magcache, fit_teacache, observe, plot_fit
+    from edit_ray.engine.calibration import write_calibration
+    from edit_ray.engine.ranking import SkipMeasure
+
     pipe, call, seed = _load(config), _call(config), config.sampling.seed
     plot = None
     if options.policy == "ranked":
@@ -50,13 +50,7 @@ def calibrate(options: argparse.Namespace) -> int:
 
 
 def tune(options: argparse.Namespace) -> int:
-    """Prints the policy that computes least at the likeness that is asked for."""
-    from edit_ray.engine.tune import TUNABLE, Videos, best
-    from edit_ray.engine.tune import tune as trials_of
-
-    policies = list(TUNABLE) if options.policies is None else [name.strip() for name in options.policies.split(",")]
-    if unknown := [name for name in policies if name not in TUNABLE]:
-        raise ConfigError([f"--policies has {', '.join(unknown)}; valid are {', '.join(TUNABLE)}"])
+    """Prints the policy that computes least at the likeness that is asked for. Checks as `calibrate` does."""
     if not 0 < options.psnr < 100:
         raise ConfigError([f"--psnr is {options.psnr:g}; it must be above 0 and below 100"])
     if options.seeds < 1:
@@ -64,6 +58,12 @@ def tune(options: argparse.Namespace) -> int:
     config, prompts = _uncached_config(options), _read_prompts(options.prompts)
     if len(prompts) * options.seeds < 2:
         raise ConfigError(["one video says nothing of others: give more --prompts or --seeds"])
+    from edit_ray.engine.tune import TUNABLE, Videos, best
+    from edit_ray.engine.tune import tune as trials_of
+
+    policies = list(TUNABLE) if options.policies is None else [name.strip() for name in options.policies.split(",")]
+    if unknown := [name for name in policies if name not in TUNABLE]:
+        raise ConfigError([f"--policies has {', '.join(unknown)}; valid are {', '.join(TUNABLE)}"])
     videos = Videos(_load(config), prompts, config.sampling.seed, _call(config), options.seeds)
     trials = []
     for trial in trials_of(videos, options.psnr, policies):

@@ -33,7 +33,9 @@ def format_duration(seconds: float) -> str:
 
 
 def _seconds(value: object) -> float:
-    # A bare number is refused: whether it means seconds or frames would be a guess.
+    # A bare number is refused: whether it means seconds or frames would be a guess. 0 is the same in both.
+    if type(value) in (int, float) and value == 0:
+        return 0.0
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is no duration such as 6.5s or 2m")
     return parse_duration(value)

@@ -91,9 +91,11 @@ class Config(Options):
         return Storyboard(scenes, layout)
 
 
-def dump_yaml(config: Config) -> str:
-    """The configuration as YAML that `load_config` reads back to an equal one."""
+def dump_yaml(config: Config, *, empty: bool = False) -> str:
+    """The configuration as YAML that `load_config` reads back to an equal one; with the `empty` options, or without."""
     values = config.model_dump(mode="json", exclude_none=True)
+    if empty:  # of a scene or the length, only what is given may stand there
+        values = config.model_dump(mode="json") | {name: values[name] for name in ("video", "prompt_segments")}
     if config.video.endless:
         values["video"] = {"num_segments": None}  # what is not given and what is null are two things here
     return dump(values)

@@ -112,8 +112,10 @@ def _check_shape(config: Config, info: ModelInfo) -> Iterator[Mistake]:
 def _check_words(texts: Sequence[Text], info: ModelInfo) -> Iterator[Mistake]:
     if info.vocabulary is None:
         return
-    known = sorted(info.vocabulary)
-    named = ", ".join(known[:MAX_WORDS_NAMED]) + (", …" if len(known) > MAX_WORDS_NAMED else "")
+    known = sorted(info.vocabulary, key=lambda word: (not word[:1].isalpha(), word))  # punctuation last
+    named = ", ".join(word if word[:1].isalpha() else repr(word) for word in known[:MAX_WORDS_NAMED]) + (
+        ", …" if len(known) > MAX_WORDS_NAMED else ""
+    )
     for path, text in texts:
         unknown = list(dict.fromkeys(word for word in info.words(text) if word not in info.vocabulary))
         if unknown:

@@ -1,11 +1,15 @@
 """How runs are told of on the command line; what the commands do is tested on Ray."""
 
+import subprocess
+import sys
+
 import pytest
 
 from edit_ray.actors.messages import Progress, RunStatus
 from edit_ray.cli.main import parser
 from edit_ray.cli.runs import line_of
 from edit_ray.cli.watch import description_of, steps_of
+from tests.documented import ROOT
 
 
 def status(**changes):
@@ -41,3 +45,27 @@ def test_progress_counts_steps_and_never_goes_back_behind_what_is_committed():
 def test_the_commands_are_understood(line, wanted):
     options = vars(parser().parse_args(line.split()))
     assert {name: options[name] for name in wanted} == wanted
+
+
+SAID_WITHOUT_TORCH = """
+import sys
+from edit_ray.cli.main import main
+code = main(sys.argv[1:])
+print(code, "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tune", "--config", "configs/tiny.yaml", "--psnr", "30", "--prompts", "/nowhere.txt"],
+        ["tune", "--config", "/nowhere.yaml", "--psnr", "30", "--prompts", "README.md"],
+        ["calibrate", "--policy", "teacache", "--file", "a.json", "--config", "/nowhere", "--prompts", "README.md"],
+    ],
+)
+def test_a_missing_file_is_said_before_torch_is_imported(arguments):
+    """The import takes up to a quarter of a minute."""
+    command = [sys.executable, "-c", SAID_WITHOUT_TORCH, *arguments]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True)
+    assert done.stdout == "2 False\n"
+    assert "/nowhere" in done.stderr

@@ -41,6 +41,20 @@ def test_shipped_configuration_loads_and_survives_both_ways_of_writing(path: Pat
     assert load_config(tmp_path / "run.yaml", check_model=False) == config
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_configuration_survives_being_written_with_its_empty_options(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, check_model=False)
+    text = dump_yaml(config, empty=True)
+    assert "directory: null" in text
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    assert load_config(tmp_path / "run.yaml", check_model=False) == config
+
+
+def test_a_start_of_0_needs_no_unit() -> None:
+    (scene,) = config_of({"start": 0, "prompt": "a"}).prompt_segments
+    assert (scene.start, type(scene.start)) == (0.0, float)
+
+
 def test_the_default_video_is_what_the_readme_promises() -> None:
     config = load_config(ROOT / "configs" / "tiny.yaml", check_model=False)
     sampling = config.sampling
