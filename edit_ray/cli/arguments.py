@@ -13,6 +13,7 @@ _PLACES = (
     ("--address", "the Ray to join (default: the one that Ray itself finds)"),
     ("--output", "the folder that holds runs (default: $EDIT_RAY_OUTPUT or ~/edit_ray_outputs)"),
 )
+_WAIT: dict[str, Any] = {"type": float, "default": 30.0, "metavar": "S", "help": "for the run to begin (default: 30)"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,7 +65,8 @@ def _add_runs(commands: _Commands[_Parser], places: _Parser) -> None:
         "--all", action="store_true", help="also those of other owners"
     )
     add("status", "where one run stands")
-    add("watch", "follow a run: live on a terminal, elsewhere a line a segment")
+    watched = add("watch", "follow a run: live on a terminal, elsewhere a line a segment")
+    watched.add_argument("--wait", **_WAIT)
     add("cancel", "stop one run; what is committed stays", force=others)
     add("down", "end all actors", run=False, force="also where runs are at work, which end where they are")
     going_on = {
@@ -89,13 +91,9 @@ def _add_removal(commands: _Commands[_Parser], places: _Parser) -> None:
     removed.add_argument("--force", action="store_true", help="also where the run belongs to another owner")
     pruned = commands.add_parser("prune", parents=[places], help="remove your runs that have not changed for a while")
     pruned.add_argument("--older-than", required=True, metavar="AGE", help="since the last change, such as 30d or 12h")
-    pruned.add_argument(
-        "--state",
-        nargs="+",
-        choices=["done", "failed", "cancelled", "open"],
-        default=["done", "failed", "cancelled"],
-        help="of the runs (default: every one that has ended)",
-    )
+    ended = ["done", "failed", "cancelled"]
+    says = "of the runs (default: every one that has ended)"
+    pruned.add_argument("--state", nargs="+", choices=[*ended, "open"], default=ended, help=says)
     for command in (removed, pruned):
         command.add_argument("--yes", action="store_true", help="without asking")
 
@@ -107,6 +105,7 @@ def _add_pages(commands: _Commands[_Parser], places: _Parser) -> None:
     served = commands.add_parser("serve", parents=[places], help="a run's page and media, for browsers on this machine")
     served.add_argument("run_id")
     served.add_argument("--port", type=int, default=8642, help="of 127.0.0.1 (default: 8642; 0: any free one)")
+    served.add_argument("--wait", **_WAIT)
     drawn = commands.add_parser("dashboards", help="make Grafana's dashboards and Prometheus' rules from the catalog")
     drawn.add_argument("--into", type=Path, default=Path(), help="the clone, or any folder (default: this one)")
 

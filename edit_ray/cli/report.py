@@ -51,7 +51,10 @@ def _page_of(source: Path) -> str:
 
 
 def _page_of_run(folder: Path) -> str | None:
-    """The page of a run with committed segments; None where there is none. Raises ConfigError."""
+    """The page of a run with committed segments; None where records are all that is there.
+
+    Raises ConfigError, and UnknownRun for a run that has nothing to be told yet.
+    """
     from edit_ray.config import load_config
     from edit_ray.page.report import ReportedSegment, RunReport, render_run
     from edit_ray.page.strip import MOST_SEGMENTS, ends_of, sampled
@@ -68,7 +71,12 @@ def _page_of_run(folder: Path) -> str | None:
     except ValueError as error:
         raise ConfigError([f"{folder} cannot be reported: {error}"]) from None
     if not manifest.segments:
-        return None
+        if next((folder / "records").glob("*.json"), None) is not None:
+            return None
+        raise UnknownRun(
+            f"run {folder.name!r} has committed no segment yet (its state: {manifest.state}); "
+            "there is a report from the first one on"
+        )
     settings = folder / "run.yaml"
     sampling = load_config(settings, check_model=False).sampling
     pictures = []

@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import Any
 
+from edit_ray.cli.watch import awaited
 from edit_ray.errors import ConfigError
 
 
@@ -20,7 +21,7 @@ def serve(options: argparse.Namespace) -> int:
         raise ConfigError([f"--port is {options.port}; it must be from 1 to 65535, or 0 for any free one"])
     try:
         folder = RunFolder(output_root(options.output, os.environ), options.run_id)
-        folder.read_manifest()
+        awaited(folder.read_manifest, options.wait)
     except ValueError as error:
         raise ConfigError([str(error)]) from None
     fps = load_config(folder.path / "run.yaml", check_model=False).sampling.fps

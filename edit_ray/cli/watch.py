@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from edit_ray.cli.runs import line_of
+from edit_ray.errors import UnknownRun
 
 if TYPE_CHECKING:
     from edit_ray.actors.messages import RunStatus
     from edit_ray.client import LongVideoClient
 
 LOOK_S = 0.5
+
+_Found = TypeVar("_Found")
 
 
 def watch(options: argparse.Namespace) -> int:
@@ -22,11 +26,29 @@ def watch(options: argparse.Namespace) -> int:
 
     client = LongVideoClient(output=options.output, address=options.address)
     follow = _draw if sys.stdout.isatty() else _tell
-    last = follow(client, client.status(options.run_id))
+    last = follow(client, awaited(lambda: client.status(options.run_id), options.wait))
     print(line_of(last))
     if last.error:
         print(last.error)
     return 0 if last.state == "done" else 1
+
+
+def awaited(look: Callable[[], _Found], wait_s: float) -> _Found:
+    """What `look` finds, within `wait_s` seconds of a run that nobody knows yet: a job takes some to begin it.
+
+    Raises UnknownRun.
+    """
+    deadline, told = time.monotonic() + wait_s, False
+    while True:
+        try:
+            return look()
+        except UnknownRun as unknown:
+            if time.monotonic() >= deadline:
+                raise
+            if not told:
+                print(f"{unknown}; waiting {wait_s:g} s for it to begin", file=sys.stderr, flush=True)
+        told = True
+        time.sleep(LOOK_S)
 
 
 def _still_going(status: RunStatus) -> bool:

@@ -298,7 +298,7 @@ def block_page(folder):
         ("\0", damage_nothing, "no run's id"),
         ("one", damage_record, "00001-t0.json cannot be read: this is no record of cache decisions"),
         ("one", damage_text, "00001-t0.json cannot be read"),
-        ("one", lose_records, "is no record and no run with records"),
+        ("one", lose_records, "run 'one' has committed no segment yet (its state: open)"),
         ("one", make_folder_of_record, "00002-t0.json cannot be read"),
         ("one", block_page, "report.html cannot be written"),
     ],

@@ -1,6 +1,7 @@
 """`edit-ray` where no Ray runs: what lies on disk is listed, told, removed; nothing is started."""
 
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -112,6 +113,25 @@ def test_an_ended_run_is_not_asked_to_stop(tmp_path, capsys):
     run_on_disk(tmp_path / "runs", "two", state=None)
     code, _, err = told(capsys, "cancel", "two")
     assert (code, "nobody works on run 'two'" in err) == (2, True)
+
+
+def test_watching_waits_for_a_run_that_is_about_to_begin(tmp_path, capsys):
+    code, _, err = told(capsys, "watch", "late", "--wait", "0")
+    assert (code, "no run 'late'" in err) == (2, True)
+    job = threading.Timer(1.0, run_on_disk, (tmp_path / "runs", "late"))
+    job.start()
+    code, out, err = told(capsys, "watch", "late", "--wait", "60")
+    job.join()
+    assert (code, out.splitlines()[-1].startswith("late  done")) == (0, True)
+    assert "waiting 60 s for it to begin" in err
+
+
+@pytest.mark.parametrize("state", ["failed", None])
+def test_a_report_before_the_first_segment_says_so(tmp_path, capsys, state):
+    run_on_disk(tmp_path / "runs", "one", state)
+    code, _, err = told(capsys, "report", "one")
+    assert (code, f"has committed no segment yet (its state: {state or 'open'})" in err) == (2, True)
+    assert not (tmp_path / "runs" / "one" / "report.html").exists()
 
 
 def test_down_without_a_ray_starts_none(capsys):

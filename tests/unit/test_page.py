@@ -242,7 +242,7 @@ def test_the_pinned_package_is_the_locked_one():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nobody"], "no run 'nobody'"),
+        (["nobody", "--wait", "0"], "no run 'nobody'"),
         (["../one"], "run id"),
         (["one", "--port", "70000"], "--port is 70000; it must be from 1 to 65535, or 0"),
     ],
