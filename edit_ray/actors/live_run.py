@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from edit_ray.actors.messages import RunSpec
+from edit_ray.errors import EditRayError
 from edit_ray.runs.manifest import Ended, Line, Manifest
 from edit_ray.runs.manifest_file import ManifestFile
 from edit_ray.runs.retention import KEEP_ALL, Retention
 from edit_ray.video.stream_files import StreamFiles
+
+END_ATTEMPTS = 3
 
 
 @dataclass
@@ -55,6 +58,29 @@ class LiveRun:
         async with self._appending:
             await asyncio.to_thread(self.file.append, line)
         await self.tell()
+
+    async def record_end(self, ended: Ended) -> Exception | None:
+        """Completes what plays, removes the drafts of actors that were killed, and commits the end.
+
+        Each is tried several times, and left where it cannot be done: an end must be told even where nothing can be
+        written. Returns what kept the end from being committed.
+        """
+        steps: tuple[Callable[[], Awaitable[None]], ...] = (
+            lambda: asyncio.to_thread(self.stream.end),
+            lambda: asyncio.to_thread(self.spec.folder.remove_drafts),
+            lambda: self.append(ended),
+        )
+        failure: Exception | None = None
+        for step in steps:
+            for _ in range(END_ATTEMPTS):
+                try:
+                    await step()
+                    failure = None
+                    break
+                except (OSError, EditRayError) as error:
+                    failure = error
+        self.unrecorded = ended if failure else None
+        return failure
 
     async def forget_figures(self, first: int, before: int) -> None:
         """Lets go of the statistics of segments whose media are gone, which the file alone has from then on."""

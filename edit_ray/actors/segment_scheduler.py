@@ -335,16 +335,9 @@ class SegmentSchedulerActor:
                 await self._release(run, close.worker)
             except Exception as error:  # whatever it was, an end must be told
                 _log.error("what run %s has left in memory and on disk cannot be freed: %s", close.run_id, error)
-        with contextlib.suppress(OSError):  # an end must be told even where nothing can be written
-            await asyncio.to_thread(run.stream.end)
-            await asyncio.to_thread(spec.folder.remove_drafts)  # of actors that were killed
         final = spec.folder.relative(spec.folder.final) if close.state == "done" else None
-        ended = Ended(spec.incarnation, close.state, close.error, final)
-        try:
-            await run.append(ended)
-        except (OSError, EditRayError) as error:
-            _log.error("the end of run %s cannot be recorded: %s", close.run_id, error)
-            run.unrecorded = ended
+        if failure := await run.record_end(Ended(spec.incarnation, close.state, close.error, final)):
+            _log.error("the end of run %s cannot be recorded: %s", close.run_id, failure)
         run.file.close()
         self._meter.ended(run)
         self._pointers.pop(close.run_id, None)

@@ -40,13 +40,14 @@ def is_full(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def room_in(root: Path) -> Iterator[None]:
-    """Raises ResourcesUnavailable where what is done in it finds no room on the file system."""
+    """Raises ResourcesUnavailable, with a sentence, where the file system refuses what is done meanwhile."""
     try:
         yield
     except OSError as error:
-        if not is_full(error):
-            raise
-        raise ResourcesUnavailable(f"no space is left in {root}; free some, and ask again") from None
+        if is_full(error):
+            raise ResourcesUnavailable(f"no space is left in {root}; free some, and ask again") from None
+        where, why = error.filename or root, error.strerror or str(error)
+        raise ResourcesUnavailable(f"{where} cannot be used ({why}); ask again once it can be") from None
 
 
 def _shortage(spec: RunSpec, committed: int, size: SegmentSize, path: Path) -> str | None:

@@ -19,10 +19,14 @@ def save_latents(path: Path, latents: torch.Tensor) -> None:
 
 
 def load_latents(path: Path) -> torch.Tensor:
-    """[1, C, t, h, w], float32, on the CPU. Raises EditRayError when the file is not what `save_latents` writes."""
+    """[1, C, t, h, w], float32, on the CPU.
+
+    Raises EditRayError when the file is missing or not what `save_latents` writes, another OSError when it cannot be
+    read now.
+    """
     try:
         latents = load(read_bytes(path))["latents"]
-    except (OSError, KeyError, SafetensorError) as broken:
+    except (FileNotFoundError, KeyError, SafetensorError) as broken:
         raise EditRayError(f"cannot read the latents in {path}: {broken}") from None
     if latents.ndim != 5 or latents.shape[0] != 1 or latents.dtype != torch.float32:
         raise EditRayError(f"{path} holds {latents.dtype} {list(latents.shape)}, not float32 [1, C, t, h, w] latents")

@@ -15,17 +15,20 @@ from edit_ray import files
 
 def append_event(path: Path, event: str, **fields: int | float | str | Mapping[str, float] | None) -> None:
     """Adds a line with the name of the event, `wall` (seconds since 1970), `monotonic` (seconds, to be compared only
-    with those of one node) and `fields`, in one write, so that lines of several processes do not mix. Raises OSError.
+    with those of one node) and `fields`, in one write, so that lines of several processes do not mix.
+
+    What cannot be written is left out: no run fails for its log.
     """
     text = json.dumps({"event": event, "wall": time.time(), "monotonic": time.monotonic(), **fields}) + "\n"
-    files.append_line(path, text.encode())
+    with suppress(OSError):
+        files.append_line(path, text.encode())
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Every event, in order; none where there is no log. Lines that are torn, or are no events, are left out."""
+    """Every event, in order; none where no log can be read. Lines that are torn, or are no events, are left out."""
     try:
         lines = files.read_bytes(path).split(b"\n")
-    except FileNotFoundError:
+    except OSError:
         return []
     events = []
     for line in lines:

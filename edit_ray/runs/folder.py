@@ -95,11 +95,13 @@ class RunFolder:
             files.remove_drafts(self.path / name)
 
     def read_manifest(self) -> Manifest:
-        """Raises UnknownRun when there is none, ManifestUnreadable when it cannot be understood."""
+        """Raises UnknownRun when there is none, ManifestUnreadable when it cannot be read or understood."""
         try:
             return read_manifest(self.manifest)
         except (FileNotFoundError, NotADirectoryError):
             raise self._unknown() from None
+        except OSError as error:
+            raise ManifestUnreadable(f"{self.manifest} cannot be read ({error.strerror}); try again") from None
 
     @property
     def init_latents(self) -> Path:

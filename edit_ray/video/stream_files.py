@@ -103,8 +103,9 @@ class StreamFiles:
             raise
 
     def end(self) -> None:
-        """Says in the playlist that nothing follows."""
+        """Says in the playlist that nothing follows; `stream.mp4` is durable before, as nothing rebuilds it after."""
         if self._parts:
+            files.sync(self._folder / "stream.mp4")
             self._tell(ended=True)
 
     def _slide(self) -> int:

@@ -49,8 +49,7 @@ def test_a_line_cut_short_by_a_full_disk_takes_no_other_with_it(tmp_path, taken)
     path, disk = tmp_path / "events.jsonl", Shortened(taken)
     append_event(path, "one")
     with files.swapped(disk):
-        with pytest.raises(OSError, match="No space"):
-            append_event(path, "two")
+        append_event(path, "two")
         disk.full = False
         append_event(path, "three")
     append_event(path, "four")
@@ -88,3 +87,14 @@ def test_what_is_no_event_is_left_out(tmp_path, line):
         file.write(line.encode(errors="surrogateescape") + b"\n")
     append_event(path, "two", segment=0, take=1, attempt=2, worker=3, figures={"s": 0.5})
     assert [event["event"] for event in read_events(path)] == ["one", "two"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_log_that_cannot_be_used_fails_nobody(tmp_path, number):
+    class Broken(files.Disk):
+        def open(self, path, flags):
+            raise OSError(number, os.strerror(number))
+
+    with files.swapped(Broken()):
+        append_event(tmp_path / "events.jsonl", "one")
+        assert read_events(tmp_path / "events.jsonl") == []

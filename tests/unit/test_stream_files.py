@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import subprocess
 import threading
 from pathlib import Path
@@ -18,10 +19,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from edit_ray.files import Disk, swapped
+from edit_ray.files import Disk, make_folder, swapped
 from edit_ray.video.encode import encode
 from edit_ray.video.options import OutputOptions
 from edit_ray.video.stream_files import Part, StreamFiles, write_part
+from tests.chaos.power import Power, Recorder
 from tests.unit.video_frames import FRAME_BYTES, numbered, numbers_in, reading, shown_by
 
 OPTIONS = OutputOptions(preset="ultrafast")
@@ -339,3 +341,21 @@ def test_ffmpeg_follows_the_growing_playlist_and_shows_every_frame_once(tmp_path
 @pytest.mark.parametrize("fps", [16, 24])
 def test_ffmpeg_follows_a_long_video_to_its_end(tmp_path, fps):
     assert follow(tmp_path, fps, [33, *[24] * 39], timeout_s=300) == list(range(33 + 39 * 24))
+
+
+@pytest.mark.parametrize("keep", [None, 2])
+def test_what_has_ended_is_whole_after_a_loss_of_power(tmp_path, keep):
+    recorder, power = Recorder(tmp_path), Power()
+    with swapped(recorder):
+        files = StreamFiles(tmp_path, fps=16, longest=LONGEST, keep=keep)
+        make_folder(tmp_path / "segments")
+        parts = make_parts(tmp_path, 4)
+        files.rebuild([])
+        for part in parts:
+            files.append(part)
+        files.end()
+    for operation in recorder.operations:
+        power.follow(operation)
+    _, there = power.lost(random.Random(), share=0.0)
+    assert there["stream.mp4"] == (tmp_path / "stream.mp4").read_bytes()
+    assert there["live-0.m3u8"].endswith(b"#EXT-X-ENDLIST\n")
