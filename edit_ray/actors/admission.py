@@ -58,13 +58,13 @@ class Admission:
         spec = RunSpec(asked.run_id, asked.root, asked.config, asked.config.num_segments)
         if problems := await asyncio.to_thread(check_config, asked.config):
             raise ConfigError(problems)
-        if spec.folder.path.exists() and not self.mine(asked):
+        if await asyncio.to_thread(spec.folder.path.exists) and not await self.mine(asked):
             raise RunExists(f"run id {asked.run_id!r} is taken by {spec.folder.path}; choose another run id")
         if too_little := await asyncio.to_thread(shortage_before, spec):
             raise ResourcesUnavailable(too_little)
         await self._crew.start(spec, 0)
         for who, sees in (
-            ("segment scheduler", asked.probe.exists()),
+            ("segment scheduler", await asyncio.to_thread(asked.probe.exists)),
             ("GPU actor", await self._crew.denoiser(0, "sees", asked.probe)),
         ):
             if not sees:
@@ -73,10 +73,11 @@ class Admission:
                 )
         return spec
 
-    def mine(self, asked: Submission) -> bool:
+    async def mine(self, asked: Submission) -> bool:
         """Whether the run's folder was made for this very submission."""
+        folder = RunFolder(asked.root, asked.run_id)
         try:
-            return RunFolder(asked.root, asked.run_id).read_manifest().begun.submission == asked.token
+            return (await asyncio.to_thread(folder.read_manifest)).begun.submission == asked.token
         except UnknownRun:
             return False
 
@@ -96,7 +97,7 @@ class Admission:
         """
         folder = RunFolder(root, run_id)
         with room_in(root):
-            file = await self._open(folder)
+            file = await self.open(folder)
         try:
             config = await asyncio.to_thread(load_config, folder.run_yaml, (), check_model=False)
             spec = RunSpec.of(root, config, file.manifest)
@@ -125,7 +126,8 @@ class Admission:
         found: Provenance = await self._crew.denoiser(worker, "provenance", spec)
         return found
 
-    async def _open(self, folder: RunFolder) -> ManifestFile:
+    async def open(self, folder: RunFolder) -> ManifestFile:
+        """The run's manifest, its lock taken. Raises as `RunFolder.open`."""
         deadline = asyncio.get_running_loop().time() + LOCK_PATIENCE_S
         while True:
             try:

@@ -11,10 +11,14 @@ from edit_ray.actors.messages import RunSpec
 
 @dataclass(frozen=True)
 class Pointer:
-    """Where a live run is found: the folder that holds its folder, and the GPU actor that works on it, if one does."""
+    """Where a live run is found: the folder that holds its folder, and the GPU actor that works on it, if one does.
+
+    `begun` says that the run's folder is there; before that it is being made.
+    """
 
     root: str
     worker: int | None = None
+    begun: bool = False
 
 
 class NotStarted(ConnectionError):

@@ -31,6 +31,7 @@ from edit_ray.actors.crew import NotStarted, Pointer
 from edit_ray.actors.messages import GROUP_OF, RunSpec, code_version
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.actors.shells import CacheStoreActor, DenoiserActor
+from edit_ray.actors.threads import in_own_thread
 from edit_ray.config import Config
 from edit_ray.engine.model_info import dtype_problem
 from edit_ray.errors import ActorVersionMismatch, ConfigError, ResourcesUnavailable
@@ -168,9 +169,11 @@ class RayCrew:
 
     def __init__(self) -> None:
         self._handles: dict[str, Any] = {}
+        self._starting: dict[int, asyncio.Lock] = {}
 
     async def start(self, spec: RunSpec, worker: int) -> None:
-        await asyncio.to_thread(self._start, spec, worker)
+        async with self._starting.setdefault(worker, asyncio.Lock()):  # two would each make the worker's place
+            await in_own_thread(self._start, spec, worker)
 
     async def denoiser(self, worker: int, method: str, *arguments: Any) -> Any:
         name = name_of(DENOISER, worker)

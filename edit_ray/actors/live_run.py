@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from edit_ray.actors.messages import RunSpec
-from edit_ray.errors import EditRayError
+from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Ended, Line, Manifest
 from edit_ray.runs.manifest_file import ManifestFile
 from edit_ray.runs.retention import KEEP_ALL, Retention
@@ -38,6 +38,10 @@ class LiveRun:
     def of(cls, spec: RunSpec, file: ManifestFile) -> LiveRun:
         """The run, with what plays of it as its folder has it."""
         return cls(spec, file, spec.stream_files())
+
+    @property
+    def folder(self) -> RunFolder:
+        return self.spec.folder
 
     @property
     def manifest(self) -> Manifest:
@@ -77,7 +81,7 @@ class LiveRun:
                     await step()
                     failure = None
                     break
-                except (OSError, EditRayError) as error:
+                except Exception as error:
                     failure = error
         self.unrecorded = ended if failure else None
         return failure

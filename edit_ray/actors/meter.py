@@ -33,8 +33,8 @@ class Meter:
     Only `serve` raises: nothing that is told here may fail a run.
     """
 
-    def __init__(self, crew: Crew, live: Live) -> None:
-        self._crew, self._live = crew, live
+    def __init__(self, crew: Crew, live: Live, waiting: Callable[[], int]) -> None:
+        self._crew, self._live, self._waiting = crew, live, waiting
         self.totals = Totals()
         self._runs, self._actors = RunMetrics(self.totals), ActorSnapshots(self.totals)
         self._incarnation, self._ticks = secrets.token_hex(8), 0
@@ -151,7 +151,8 @@ class Meter:
         try:
             while True:
                 with self._on_our_account():
-                    self._runs.standing([self._standing(run, state) for run, state in self._live()])
+                    waiting = [Standing("waiting", 0, 0)] * self._waiting()
+                    self._runs.standing(waiting + [self._standing(run, state) for run, state in self._live()])
                     self._ticks += 1
                     self._actors.take("segment_scheduler", 0, Snapshot(self._incarnation, self._ticks))
                 await asyncio.sleep(ASK_S)

@@ -6,22 +6,24 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
 import traceback
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edit_ray.actors.admission import Admission, Change, Submission, denoised_before, last_worker
+from edit_ray.actors.best_effort import best_effort
 from edit_ray.actors.changes import extension, reroll
-from edit_ray.actors.crew import Crew, NotStarted, Pointer
+from edit_ray.actors.closing import close_run
+from edit_ray.actors.crew import Crew, Pointer
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import Progress, RunStatus, StreamReply, code_version
 from edit_ray.actors.meter import Meter
+from edit_ray.actors.recovery import Recovery, WaitingRun
 from edit_ray.actors.space import is_full
 from edit_ray.actors.stages import Stages, explain
+from edit_ray.actors.threads import disk_threads
 from edit_ray.config import Config
 from edit_ray.errors import ConfigError, EditRayError, RunExists, RunLive, UnknownRun
 from edit_ray.runs.event_log import append_event
@@ -39,13 +41,10 @@ from edit_ray.runs.events import (
     WorkFailed,
 )
 from edit_ray.runs.folder import RunFolder
-from edit_ray.runs.manifest import Ended
 from edit_ray.runs.scheduler import SegmentScheduler
 
 ENDED_RUNS_KEPT = 100
 IDLE_EXIT_S = 600.0  # of an incarnation that finds nothing to do
-WAITING_THREADS = 8  # for what waits for a disk, or for actors to start
-RELEASE_ATTEMPTS, RELEASE_PAUSE_S = 20, 1.0  # of a store that is being started again
 
 _log = logging.getLogger(__name__)
 
@@ -66,9 +65,14 @@ class SegmentSchedulerActor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._admitting, self._remembering = asyncio.Lock(), asyncio.Lock()
         self._last_use = 0
-        self._meter = Meter(crew, lambda: [(run, self._state(run)) for run in self._runs.values() if not run.ended])
+        self._recovery = Recovery(crew, self._admission, self._come_back, self._forget)
+        self._meter = Meter(
+            crew,
+            lambda: [(run, self._state(run)) for run in self._runs.values() if not run.ended],
+            lambda: len(self._recovery.waiting),
+        )
         loop = asyncio.get_running_loop()
-        loop.set_default_executor(_threads_for_waiting())
+        loop.set_default_executor(disk_threads())
         self._recovered = loop.create_task(self._recover())
 
     async def describe(self) -> dict[str, str | int]:
@@ -85,14 +89,14 @@ class SegmentSchedulerActor:
         """
         asked = Submission(run_id, Config.model_validate(config), Path(root), Path(probe), token, owner, job)
         async with self._admission_of(asked.config.engine.idle_exit_s):
-            if run_id in self._runs and not self._runs[run_id].ended:
-                if self._runs[run_id].manifest.begun.submission == token:
-                    return await self._status(self._runs[run_id])
-                raise _taken(self._runs[run_id])
+            if (there := self._there(run_id)) is not None:
+                if there.manifest is None or there.manifest.begun.submission != token:
+                    raise _taken(there.folder)
+                return await self._join(there)
             spec = await self._admission.check(asked)
             await self._meter.serve(spec.config.metrics, spec.root)
-            async with self._pointed_at(run_id, spec.root):
-                if self._admission.mine(asked):
+            async with self._pointed_at(Pointer(root), run_id):
+                if await self._admission.mine(asked):
                     return await self._live(await self._admission.go_on(spec.root, run_id))
                 return await self._live(await self._admission.begin(spec, asked))
 
@@ -101,8 +105,8 @@ class SegmentSchedulerActor:
 
         Raises UnknownRun, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers, ResourcesUnavailable.
         """
-        known = await self._known(run_id)
-        if known is None or known.ended:
+        await self._recovered
+        if self._there(run_id) is None:
             manifest = await asyncio.to_thread(RunFolder(Path(root), run_id).read_manifest)
             if manifest.state == "done" and len(manifest.segments) == manifest.num_segments:
                 return RunStatus.of(Path(root, run_id), manifest)
@@ -128,16 +132,21 @@ class SegmentSchedulerActor:
         return await self._go_on(run_id, root, allow_different_hardware, reroll(start, seed, prompt))
 
     async def status(self, run_id: str) -> RunStatus:
-        return await self._status(await self._find(run_id))
+        run = await self._find(run_id)
+        return run.status if isinstance(run, WaitingRun) else await self._status(run)
 
     async def runs(self) -> list[RunStatus]:
         """All runs that are remembered, in the order of submission."""
         await self._recovered
-        return [self._status_without_progress(run) for run in self._runs.values()]
+        runs = self._recovery.waiting | self._runs
+        return [self._status_without_progress(run) if isinstance(run, LiveRun) else run.status for run in runs.values()]
 
     async def cancel(self, run_id: str) -> None:
         """Asks the run to stop; its committed segments stay. An ended run is left as it is."""
-        await self._find(run_id)
+        run = await self._find(run_id)
+        if isinstance(run, WaitingRun):
+            run.cancelled = True
+            run.wanted.set()
         self._apply(CancelAsked(run_id))
 
     async def wait_segment(self, run_id: str, segment_index: int, timeout_s: float) -> StreamReply:
@@ -148,6 +157,12 @@ class SegmentSchedulerActor:
         if type(segment_index) is not int or segment_index < 0:
             raise ConfigError([f"segment_index is {segment_index!r}; it must be a whole number of at least 0"])
         run = await self._find(run_id)
+        if isinstance(run, WaitingRun):
+            waiting = run
+            await waiting.until(lambda: waiting.record(segment_index) is not None, timeout_s)
+            if not waiting.over:
+                return StreamReply(waiting.record(segment_index), waiting.status)
+            run = self._known(run_id)
 
         def there() -> bool:
             taken = min(segment_index, len(run.manifest.segments))
@@ -161,16 +176,20 @@ class SegmentSchedulerActor:
         record = segments[segment_index] if segment_index < len(segments) else None
         return StreamReply(record, self._status_without_progress(run))
 
-    async def _known(self, run_id: str) -> LiveRun | None:
+    async def _find(self, run_id: str) -> LiveRun | WaitingRun:
         await self._recovered
-        return self._runs.get(run_id)
+        return self._there(run_id) or self._known(run_id)
 
-    async def _find(self, run_id: str) -> LiveRun:
-        run = await self._known(run_id)
-        if run is None:
+    def _there(self, run_id: str) -> LiveRun | WaitingRun | None:
+        """The run if it lives: at work, or waiting to be."""
+        known = self._runs.get(run_id)
+        return known if known is not None and not known.ended else self._recovery.waiting.get(run_id)
+
+    def _known(self, run_id: str) -> LiveRun:
+        if run_id not in self._runs:
             known = ", ".join(list(self._runs)[-5:]) or "none"
             raise UnknownRun(f"no run {run_id!r} here; the latest are: {known}")
-        return run
+        return self._runs[run_id]
 
     def _status_without_progress(self, run: LiveRun, progress: Progress | None = None) -> RunStatus:
         status = RunStatus.of(run.spec.folder.path, run.manifest, self._state(run), progress)
@@ -197,53 +216,62 @@ class SegmentSchedulerActor:
     async def _recover(self) -> None:
         """Goes on with every run that an earlier incarnation was at work on, those first that have a GPU actor."""
         await self._meter.forget_earlier()
-        pointers = await self._crew.recall()
+        pointers = await self._recovery.recall()
         self._pointers |= pointers  # all of them until each is seen to: this incarnation may die meanwhile
-        for run_id, pointer in sorted(pointers.items(), key=lambda item: item[1].worker is None):
-            run = await self._recovered_run(run_id, Path(pointer.root))
-            if run is None:
-                del self._pointers[run_id]
-            else:
-                await self._live(run, pointer.worker, recovered=True)
-        for run in list(self._runs.values()):
-            try:  # only when all are counted: what Prometheus sees must not go back
-                await self._meter.serve(run.spec.config.metrics, run.spec.root)
-            except ConfigError as error:
-                _log.error("run %s goes on without metrics: %s", run.spec.run_id, error)
-        if pointers:
-            await self._remember()
-            if self._machine.idle:
-                self._spawn(self._exit_when_idle(IDLE_EXIT_S))
+        ordered = dict(sorted(pointers.items(), key=lambda item: item[1].worker is None))
+        await self._recovery.begin(ordered, self._spawn)
+        for run in list(self._runs.values()):  # only when all are counted: what Prometheus sees must not go back
+            await self._serve_metrics(run)
 
-    async def _recovered_run(self, run_id: str, root: Path) -> LiveRun | None:
-        """A run that was live in its next incarnation; None where it has ended, or cannot go on."""
-        try:
-            if (await asyncio.to_thread(RunFolder(root, run_id).read_manifest)).end is not None:
-                return None
-            return await self._admission.go_on(root, run_id)
-        except UnknownRun:  # it was not begun yet; its client asks again
-            return None
-        except Exception as error:  # the others go on whatever this one has met
-            _log.error("run %s cannot go on: %s; see `edit-ray resume %s`", run_id, error, run_id)
-            return None
+    async def _come_back(self, run: LiveRun, waiting: WaitingRun) -> None:
+        await self._live(run, waiting.pointer.worker, recovered=True)
+        if waiting.cancelled:
+            self._apply(CancelAsked(waiting.run_id))
+        if self._recovered.done():
+            await self._serve_metrics(run)
+
+    async def _serve_metrics(self, run: LiveRun) -> None:
+        with best_effort(f"serve the metrics of run {run.spec.run_id}"):
+            await self._meter.serve(run.spec.config.metrics, run.spec.root)
+
+    async def _forget(self, run_id: str, idle_exit_s: float = IDLE_EXIT_S) -> None:
+        """Nothing is left to do for a run."""
+        self._pointers.pop(run_id, None)
+        with best_effort(f"note that run {run_id} has ended"):
+            await self._remember()
+        self._spawn(self._exit_when_idle(idle_exit_s))
 
     async def _go_on(self, run_id: str, root: str, allow_different_hardware: bool, change: Change | None) -> RunStatus:
         async with self._admission_of(IDLE_EXIT_S):
-            known = self._runs.get(run_id)
-            if known is not None and not known.ended:
-                if known.spec.root != Path(root):
-                    raise _taken(known)
-                if change is None:
-                    return await self._status(known)
-                raise RunLive(
-                    f"run {run_id!r} is at work; wait for its end, or stop it with `edit-ray cancel {run_id}`"
-                )
-            async with self._pointed_at(run_id, Path(root)):
+            if (there := self._there(run_id)) is not None:
+                if there.folder.path.parent != Path(root):
+                    raise _taken(there.folder)
+                if change is not None:
+                    raise RunLive(
+                        f"run {run_id!r} is at work; wait for its end, or stop it with `edit-ray cancel {run_id}`"
+                    )
+                if isinstance(there, WaitingRun):
+                    there.different_hardware |= allow_different_hardware
+                return await self._join(there)
+            async with self._pointed_at(Pointer(root, begun=True), run_id):
                 run = await self._admission.go_on(
                     Path(root), run_id, allow_different_hardware=allow_different_hardware, change=change
                 )
-                await self._meter.serve(run.spec.config.metrics, run.spec.root)
+                try:
+                    await self._meter.serve(run.spec.config.metrics, run.spec.root)
+                except BaseException:
+                    run.file.close()
+                    raise
                 return await self._live(run)
+
+    async def _join(self, run: LiveRun | WaitingRun) -> RunStatus:
+        """Where a run stands that lives already; one that waits is tried now. Raises what keeps it from going on."""
+        if isinstance(run, LiveRun):
+            return await self._status(run)
+        await run.try_now()
+        if not run.over and run.error is not None:
+            raise run.error
+        return self._status_without_progress(self._known(run.run_id)) if run.over else run.status
 
     @contextlib.asynccontextmanager
     async def _admission_of(self, idle_exit_s: float) -> AsyncIterator[None]:
@@ -254,30 +282,38 @@ class SegmentSchedulerActor:
             try:
                 yield
             finally:
-                if self._machine.idle:
+                if self._idle:
                     self._spawn(self._exit_when_idle(idle_exit_s))
 
     @contextlib.asynccontextmanager
-    async def _pointed_at(self, run_id: str, root: Path) -> AsyncIterator[None]:
+    async def _pointed_at(self, pointer: Pointer, run_id: str) -> AsyncIterator[None]:
         """The pointer is there before the run's folder is: from then on the next incarnation goes on with it."""
-        self._pointers[run_id] = Pointer(str(root))
-        await self._remember()
+        self._pointers[run_id] = pointer
         try:
+            await self._remember()
             yield
         except BaseException:
-            del self._pointers[run_id]
-            await self._remember()
+            await self._forget(run_id)
             raise
+        if not pointer.begun:
+            self._pointers[run_id] = replace(self._pointers[run_id], begun=True)
+            with best_effort(f"note that run {run_id} has begun"):
+                await self._remember()
 
     async def _live(self, run: LiveRun, worker: int | None = None, recovered: bool = False) -> RunStatus:
+        """From here on the state machine has the run. Where that fails another process may open it."""
         spec, committed = run.spec, len(run.manifest.segments)
+        try:
+            denoised = await asyncio.to_thread(denoised_before, spec, committed)
+            if worker is None:  # beside the one that had the run last lies what its segments keep for each other
+                worker = await asyncio.to_thread(last_worker, spec)
+        except BaseException:
+            run.file.close()
+            raise
+        run.statistics |= dict(enumerate(denoised, committed))
         self._runs.pop(spec.run_id, None)  # of an earlier life
         self._runs[spec.run_id] = run
         self._meter.opened(run, recovered=recovered)
-        denoised = await asyncio.to_thread(denoised_before, spec, committed)
-        run.statistics |= dict(enumerate(denoised, committed))
-        if worker is None:  # beside the one that had the run last lies what its segments keep for each other
-            worker = await asyncio.to_thread(last_worker, spec)
         self._apply(WorkersCounted(spec.config.engine.gpu_actors))
         self._apply(RunSubmitted(spec.plan, committed, committed + len(denoised), worker))
         return self._status_without_progress(run)
@@ -302,17 +338,23 @@ class SegmentSchedulerActor:
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("a task of the segment scheduler has failed", exc_info=error)
 
     async def _work(self, work: Work) -> None:
         run = self._runs[work.run_id]
         outcome: WorkDone | WorkFailed
         try:
-            if run.worker != work.worker:
-                append_event(run.spec.folder.events, "gpu_actor", worker=work.worker)
-                self._pointers[work.run_id] = Pointer(str(run.spec.root), work.worker)
-                await self._remember()
-                run.worker = work.worker
+            with best_effort(f"note the GPU actor of run {work.run_id}"):
+                if run.worker != work.worker:  # tried again with the next piece of work
+                    append_event(run.spec.folder.events, "gpu_actor", worker=work.worker)
+                    self._pointers[work.run_id] = Pointer(str(run.spec.root), work.worker, begun=True)
+                    await self._remember()
+                    run.worker = work.worker
             with self._meter.work(run, work):
                 await self._stages.carry_out(run, work)
         except Exception as error:  # whatever it was, the state machine decides what follows
@@ -328,60 +370,28 @@ class SegmentSchedulerActor:
 
     async def _close(self, close: CloseRun) -> None:
         run = self._runs[close.run_id]
-        spec = run.spec
-        # Before anyone is told: whoever waits for the end may end the actors, and then nothing must be left behind.
-        if close.worker is not None:
-            try:
-                await self._release(run, close.worker)
-            except Exception as error:  # whatever it was, an end must be told
-                _log.error("what run %s has left in memory and on disk cannot be freed: %s", close.run_id, error)
-        final = spec.folder.relative(spec.folder.final) if close.state == "done" else None
-        if failure := await run.record_end(Ended(spec.incarnation, close.state, close.error, final)):
-            _log.error("the end of run %s cannot be recorded: %s", close.run_id, failure)
-        run.file.close()
+        await close_run(self._crew, run, close)
         self._meter.ended(run)
-        self._pointers.pop(close.run_id, None)
-        await self._remember()
+        await self._forget(close.run_id, run.spec.config.engine.idle_exit_s)
         await run.tell()
         self._forget_old_runs()
-        self._spawn(self._exit_when_idle(spec.config.engine.idle_exit_s))
-
-    async def _release(self, run: LiveRun, worker: int) -> None:
-        """Frees what the actors hold for a run. If it goes on, segments whose residuals are missed are made again."""
-        spec = run.spec
-        with contextlib.suppress(ConnectionError):  # it holds nothing then
-            await self._crew.denoiser(worker, "release_run", spec.run_id)
-        for _ in range(RELEASE_ATTEMPTS):
-            try:
-                await self._crew.store(worker, "drop_run", spec.residuals_id, spec.residuals_directory)
-                return
-            except NotStarted:
-                return
-            except ConnectionError:  # the store that comes after it finds on disk what this one has left
-                await asyncio.sleep(RELEASE_PAUSE_S)
 
     def _forget_old_runs(self) -> None:
         ended = [run_id for run_id, run in self._runs.items() if run.ended]
         for run_id in ended[:-ENDED_RUNS_KEPT]:
             del self._runs[run_id]
 
+    @property
+    def _idle(self) -> bool:
+        return self._machine.idle and not self._recovery.waiting
+
     async def _exit_when_idle(self, idle_exit_s: float) -> None:
         use = self._last_use
         await asyncio.sleep(idle_exit_s)
-        if self._machine.idle and use == self._last_use and not self._admitting.locked():
+        if self._idle and use == self._last_use and not self._admitting.locked():
             self._meter.close()
             await self._crew.end()
 
 
-def _taken(run: LiveRun) -> RunExists:
-    return RunExists(f"run id {run.spec.run_id!r} is taken by {run.spec.folder.path}, and at work")
-
-
-def _threads_for_waiting() -> ThreadPoolExecutor:
-    """All threads are there at once: they would come one by one anyway, whenever two happen to be needed together, and
-    a run of many days would seem to grow.
-    """
-    pool, all_there = ThreadPoolExecutor(WAITING_THREADS, "waiting"), threading.Barrier(WAITING_THREADS)
-    for _ in range(WAITING_THREADS):
-        pool.submit(all_there.wait)
-    return pool
+def _taken(folder: RunFolder) -> RunExists:
+    return RunExists(f"run id {folder.run_id!r} is taken by {folder.path}, and at work")

@@ -46,7 +46,7 @@ def pause_before(attempt: int) -> float:
     What made it fail may take a while to end: actors outlive the node that died under them, by up to a second or two,
     and answer meanwhile.
     """
-    return min(RETRY_PAUSE_S * 2.0 ** (attempt - 1), LONGEST_RETRY_PAUSE_S) if attempt else 0.0
+    return min(RETRY_PAUSE_S * 2.0 ** min(attempt - 1, 10), LONGEST_RETRY_PAUSE_S) if attempt else 0.0
 
 
 class Stages:

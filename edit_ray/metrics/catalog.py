@@ -47,7 +47,7 @@ LABELS: dict[str, tuple[str, ...]] = {
     "result": ("hit", "miss"),
     "source": ("host", "disk"),
     "stage": ("prepare", "denoise", "decode", "encode", "commit", "finalize"),
-    "state": ("queued", "preparing", "running", "paused", "finalizing", "stopping"),
+    "state": ("queued", "preparing", "running", "paused", "waiting", "finalizing", "stopping"),
     "target": ("host", "disk"),
     "tier": ("host", "disk"),
     "trouble": ("error", "actor_died", "stopped"),

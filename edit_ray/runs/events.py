@@ -13,9 +13,21 @@ from edit_ray.runs.plan import RunPlan
 
 EndState = Literal["done", "failed", "cancelled"]
 RunState = Literal[
-    "queued", "preparing", "running", "paused", "finalizing", "stopping", "done", "failed", "cancelled", "open"
+    "queued",
+    "preparing",
+    "running",
+    "paused",
+    "waiting",
+    "finalizing",
+    "stopping",
+    "done",
+    "failed",
+    "cancelled",
+    "open",
 ]
-"""`open` is what a run's folder says of one whose end is not recorded and of which no segment scheduler knows."""
+"""`waiting` is a run that a segment scheduler has taken over from one that died, and that cannot go on yet. `open` is
+what a run's folder says of one whose end is not recorded and of which no segment scheduler knows.
+"""
 Stage = Literal["prepare", "denoise", "decode", "encode", "commit", "finalize"]
 
 

@@ -1,0 +1,47 @@
+"""How a run ends: what it holds is freed, its end recorded. Whatever fails here, it has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from edit_ray.actors.best_effort import best_effort
+from edit_ray.actors.crew import Crew, NotStarted
+from edit_ray.actors.live_run import LiveRun
+from edit_ray.actors.messages import RunSpec
+from edit_ray.runs.events import CloseRun
+from edit_ray.runs.manifest import Ended
+
+RELEASE_ATTEMPTS, RELEASE_PAUSE_S = 20, 1.0  # of a store that is being started again
+
+
+_log = logging.getLogger(__name__)
+
+
+async def close_run(crew: Crew, run: LiveRun, close: CloseRun) -> None:
+    """Ends a run that nothing is in flight of. Afterwards its lock is free."""
+    spec = run.spec
+    # Before anyone is told: whoever waits for the end may end the actors, and then nothing must be left behind.
+    with best_effort(f"free what run {close.run_id} has left in memory and on disk"):
+        if close.worker is not None:
+            await release_run(crew, spec, close.worker)
+    final = spec.folder.relative(spec.folder.final) if close.state == "done" else None
+    if failure := await run.record_end(Ended(spec.incarnation, close.state, close.error, final)):
+        _log.error("the end of run %s cannot be recorded: %s", close.run_id, failure)
+    with best_effort(f"close the manifest of run {close.run_id}"):
+        run.file.close()
+
+
+async def release_run(crew: Crew, spec: RunSpec, worker: int) -> None:
+    """Frees what the actors hold for a run. If it goes on, segments whose residuals are missed are made again."""
+    with contextlib.suppress(ConnectionError):  # it holds nothing then
+        await crew.denoiser(worker, "release_run", spec.run_id)
+    for _ in range(RELEASE_ATTEMPTS):
+        try:
+            await crew.store(worker, "drop_run", spec.residuals_id, spec.residuals_directory)
+            return
+        except NotStarted:
+            return
+        except ConnectionError:  # the store that comes after it finds on disk what this one has left
+            await asyncio.sleep(RELEASE_PAUSE_S)

@@ -1,0 +1,169 @@
+"""Runs that an earlier segment scheduler was at work on, until they are at work again.
+
+Each run is tried alone, again and again with a growing pause. So a lock that a dead node still holds, an actor that is
+being started, or a file system that is away for a while loses no run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from edit_ray.actors.admission import Admission
+from edit_ray.actors.best_effort import best_effort
+from edit_ray.actors.closing import release_run
+from edit_ray.actors.crew import Crew, Pointer
+from edit_ray.actors.live_run import LiveRun
+from edit_ray.actors.messages import RunSpec, RunStatus
+from edit_ray.actors.stages import pause_before
+from edit_ray.config import load_config
+from edit_ray.errors import UnknownRun
+from edit_ray.runs.events import RunState
+from edit_ray.runs.folder import RunFolder
+from edit_ray.runs.manifest import Ended, Manifest, SegmentRecord
+
+FIRST_TRIES_S = 15.0  # that clients wait for the first tries of all runs together
+ASKED_TRY_S = 60.0  # that a client waits for a try that it has asked for
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class WaitingRun:
+    """A run that cannot go on yet, and why. `manifest` is what was last read of it."""
+
+    run_id: str
+    pointer: Pointer
+    error: Exception | None = None
+    manifest: Manifest | None = None
+    different_hardware: bool = False
+    cancelled: bool = False
+    over: bool = False  # the wait, not the run: it is at work, has ended, or was never begun
+    begun: int = 0  # the number of the latest try, and of the latest one that is over
+    tried: int = 0
+    wanted: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(Path(self.pointer.root), self.run_id)
+
+    @property
+    def status(self) -> RunStatus:
+        """The reason is the `warning`. Numbers that stand in an unreadable manifest are 0."""
+        state: RunState = "stopping" if self.cancelled else "waiting"
+        reason = "the segment scheduler was started again and has not opened the run yet"
+        if self.error is not None:
+            sentence = (str(self.error).strip() or type(self.error).__name__).splitlines()[0]
+            reason = f"the run cannot go on at the moment and is tried again and again: {sentence}"
+        if self.manifest is not None:
+            return replace(RunStatus.of(self.folder.path, self.manifest, state), warning=reason)
+        path = str(self.folder.path)
+        return RunStatus(self.run_id, state, path, 0, None, None, height=0, width=0, fps=0, warning=reason)
+
+    def record(self, segment_index: int) -> SegmentRecord | None:
+        """The segment, if it is known to be committed."""
+        segments = () if self.manifest is None else self.manifest.segments
+        return segments[segment_index] if segment_index < len(segments) else None
+
+    async def until(self, there: Callable[[], bool], timeout_s: float) -> None:
+        """Waits until it is true or the wait is over, and no longer than `timeout_s`."""
+        async with self.changed:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.changed.wait_for(lambda: self.over or there()), timeout_s)
+
+    async def try_now(self) -> None:
+        """Waits for a try that begins after this call."""
+        asked = self.begun + 1
+        self.wanted.set()
+        await self.until(lambda: self.tried >= asked, ASKED_TRY_S)
+
+
+class Recovery:
+    """Owns the runs that wait.
+
+    `come_back` takes over a run that can go on, `forget` one of which nothing is left to do.
+    """
+
+    def __init__(
+        self,
+        crew: Crew,
+        admission: Admission,
+        come_back: Callable[[LiveRun, WaitingRun], Awaitable[None]],
+        forget: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self._crew, self._admission = crew, admission
+        self._come_back, self._forget = come_back, forget
+        self.waiting: dict[str, WaitingRun] = {}
+
+    async def recall(self) -> dict[str, Pointer]:
+        """Where the runs are. They cannot be done without, so this is asked until there is an answer."""
+        for attempt in itertools.count(1):
+            with best_effort("recall which runs were at work"):
+                return await self._crew.recall()
+            await asyncio.sleep(pause_before(attempt))
+        raise AssertionError
+
+    async def begin(self, pointers: Mapping[str, Pointer], spawn: Callable[[Awaitable[None]], None]) -> None:
+        """Starts to bring the runs back. Returns when each was tried, after `FIRST_TRIES_S` in any case."""
+        self.waiting |= {run_id: WaitingRun(run_id, pointer) for run_id, pointer in pointers.items()}
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + FIRST_TRIES_S
+        for run in [self.waiting[run_id] for run_id in pointers]:  # one after the other: in this order they are queued
+            spawn(self._bring_back(run))
+            await run.until(lambda run=run: run.tried > 0, max(0.0, deadline - loop.time()))  # type: ignore[misc]
+
+    async def _bring_back(self, run: WaitingRun) -> None:
+        while not run.over:
+            run.wanted.clear()
+            run.begun += 1
+            try:
+                await self._try(run)
+                run.over = True
+            except Exception as error:  # whatever it is, it may pass
+                _log.warning("run %s cannot go on yet: %s: %s", run.run_id, type(error).__name__, error)
+                run.error = error
+            run.tried = run.begun
+            if run.over:
+                del self.waiting[run.run_id]
+            async with run.changed:
+                run.changed.notify_all()
+            if not run.over:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(run.wanted.wait(), pause_before(run.tried))
+
+    async def _try(self, run: WaitingRun) -> None:
+        try:
+            run.manifest = await asyncio.to_thread(run.folder.read_manifest)
+        except UnknownRun:
+            if run.pointer.begun and not run.cancelled:
+                raise  # the folder was there: its file system may be away
+            return await self._forget(run.run_id)  # its client asks again
+        if run.manifest.end is None:
+            if not run.cancelled:
+                live = await self._admission.go_on(
+                    Path(run.pointer.root), run.run_id, allow_different_hardware=run.different_hardware
+                )
+                return await self._come_back(live, run)
+            await self._cancel(run)
+        return await self._forget(run.run_id)
+
+    async def _cancel(self, run: WaitingRun) -> None:
+        """Records the end. Where that cannot be done either, the run is left to who resumes it."""
+        with best_effort(f"record the end of run {run.run_id}"):
+            file = await self._admission.open(run.folder)
+            try:
+                await asyncio.to_thread(file.append, Ended(file.manifest.incarnation, "cancelled"))
+            finally:
+                file.close()
+        with best_effort(f"free what run {run.run_id} has left in memory and on disk"):
+            if run.pointer.worker is not None and run.manifest is not None:
+                config = await asyncio.to_thread(load_config, run.folder.run_yaml, (), check_model=False)
+                spec = RunSpec.of(Path(run.pointer.root), config, run.manifest)
+                await self._crew.start(spec, run.pointer.worker)
+                await release_run(self._crew, spec, run.pointer.worker)
