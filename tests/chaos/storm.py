@@ -24,10 +24,10 @@ from typing import Any
 
 from edit_ray.actors import stages
 from edit_ray.actors.local import LocalCrew, LocalWorker
-from edit_ray.actors.messages import RunSpec
+from edit_ray.actors.messages import RunSpec, RunStatus
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.config import Config, load_config
-from edit_ray.errors import ConfigError
+from edit_ray.errors import ConfigError, UnknownRun
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Manifest
 from edit_ray.testing import save_random_wan
@@ -75,10 +75,7 @@ class Shape:
                     "seed": 5,
                 },
                 "video": {"num_segments": segments},
-                "prompt_segments": [
-                    {"segment": 0, "prompt": "a red circle"},
-                    {"segment": 1, "prompt": "a blue square"},
-                ],
+                "prompt_segments": [{"segment": 0, "prompt": "a red circle"}],
                 "continuity": continuity,
                 "cache": cache,
                 "store": {"host_bytes": 16 * 4096, "allow_tmpfs": True},
@@ -141,7 +138,8 @@ class Weather(LocalCrew):
 class History:
     """One run, from its submission until it is done, whatever happens."""
 
-    def __init__(self, seed: int, root: Path, model: Path, long_share: float) -> None:
+    def __init__(self, seed: int, root: Path, model: Path, long_share: float, crew: Weather) -> None:
+        """`crew` lives on from the history before."""
         self.draw = random.Random(seed)
         self.run_id, self.root = f"storm-{seed}", root
         self.shape = Shape.drawn(self.draw, long_share)
@@ -150,7 +148,7 @@ class History:
         self.config = self.shape.config(model, self.segments, self.keep)
         self.takes: list[Take] = []
         self.told: list[str] = [f"{self.shape}, keep {self.keep}, {self.segments} segments"]
-        self.crew = Weather(self.draw)
+        self.crew, crew.draw = crew, self.draw
         self.folder = RunFolder(root, self.run_id)
 
     async def live(self) -> Manifest:
@@ -169,7 +167,6 @@ class History:
             await self.scheduler.resume(self.run_id, str(self.root), False)
             state = await self._end()
         assert await self.crew.recall() == {}, "a run is still remembered"
-        await self.crew.end()
         return self.folder.read_manifest()
 
     def _forecast(self) -> None:
@@ -190,7 +187,7 @@ class History:
             await self.scheduler.extend(self.run_id, str(self.root), more, False)
         elif kind == "reroll" and committed and len(self.takes) < 2:
             start, seed = self.draw.randrange(committed), self.draw.choice((None, 77))
-            prompt = self.draw.choice((None, "a red circle"))
+            prompt = self.draw.choice((None, "a blue square"))
             before = self.folder.manifest.read_bytes()
             try:
                 await self.scheduler.reroll(self.run_id, str(self.root), start, seed, prompt, False)
@@ -216,7 +213,10 @@ class History:
                 if self.crew.struck.is_set():
                     self.crew.struck.clear()
                     await self._strike(self.crew.what)
-                status = (await self.scheduler.wait_segment(self.run_id, self.segments + 1, 0.05)).status
+                try:
+                    status = (await self.scheduler.wait_segment(self.run_id, self.segments + 1, 0.05)).status
+                except UnknownRun:  # it had ended when its scheduler died
+                    status = RunStatus.of(self.folder.path, self.folder.read_manifest())
                 if status.ended and not self.crew.struck.is_set():
                     assert status.state in ("done", "cancelled"), status.error
                     return status.state
@@ -251,7 +251,7 @@ class Undisturbed:
     """Runs to which nothing has happened, each made once."""
 
     def __init__(self, root: Path, model: Path) -> None:
-        self._root, self._model = root, model
+        self._root, self._model, self._crew = root, model, LocalCrew()
         self._made: dict[object, RunFolder] = {}
 
     def of(self, shape: Shape, segments: int, takes: list[Take]) -> RunFolder:
@@ -264,8 +264,7 @@ class Undisturbed:
         return self._made[key]
 
     async def _make(self, folder: RunFolder, config: Config, takes: list[Take]) -> None:
-        crew, root = LocalCrew(), str(self._root)
-        scheduler = SegmentSchedulerActor(crew)
+        root, scheduler = str(self._root), SegmentSchedulerActor(self._crew)
         await scheduler.submit(folder.run_id, config.model_dump(mode="json"), root, root, "")
         for take in (None, *takes):
             if take is not None:
@@ -274,7 +273,10 @@ class Undisturbed:
                 while not (status := (await scheduler.wait_segment(folder.run_id, 10**5, 5)).status).ended:
                     pass
             assert status.state == "done", status.error
-        await crew.end()
+
+    def end(self) -> None:
+        """Ends their actors."""
+        asyncio.run(self._crew.end())
 
 
 def compare(folder: RunFolder, manifest: Manifest, whole: RunFolder, keep: int | None) -> None:
@@ -332,24 +334,28 @@ def storm(root: Path, seeds: range, long_share: float = 0.01, patience_s: float 
     (root / "whole").mkdir(exist_ok=True)
     (root / "hurt").mkdir(exist_ok=True)
     undisturbed, counts, began = Undisturbed(root / "whole", model), Counter[str](), time.monotonic()
+    crew = Weather(random.Random())
     pause, stages.RETRY_PAUSE_S = stages.RETRY_PAUSE_S, 0.01
     try:
         for seed in seeds:
             if time.monotonic() - began > patience_s:
                 break
-            history = History(seed, root / "hurt", model, long_share)
+            history = History(seed, root / "hurt", model, long_share, crew)
             try:
                 manifest = asyncio.run(history.live())
                 whole = undisturbed.of(history.shape, history.segments, history.takes)
                 compare(history.folder, manifest, whole, history.keep)
             except Exception as error:
                 raise AssertionError(f"history {seed}: {error!r}\n" + "\n".join(history.told)) from error
-            counts += history.crew.happened
-            counts += Counter(["history", *(line.split(": ")[1].split()[0] for line in history.told if ": " in line)])
+            told, crew = history.told, history.crew
+            counts += Counter(line.split(": ")[1].split()[0] for line in told if line.startswith(("done", "cancelled")))
+            counts += Counter(["history"] + ["81 frames"] * (history.shape.frames == 81))
             shutil.rmtree(history.folder.path)
     finally:
         stages.RETRY_PAUSE_S = pause
-    return counts
+        asyncio.run(crew.end())
+        undisturbed.end()
+    return counts + crew.happened
 
 
 def main() -> None:

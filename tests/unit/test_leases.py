@@ -123,6 +123,20 @@ def test_what_lies_in_memory_in_another_order_comes_back_as_it_was(leases_for, w
     assert torch.equal(leases.begin(1, 0, history_len=1).get(key[1:]), turned)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("other", [{"shape": (1, 24, 8)}, {"dtype": torch.int32}], ids=str)
+def test_what_is_there_of_another_form_is_lost(leases_for, tmp_path, way, other):
+    """As many bytes under the same key: of a tensor of another shape or type."""
+    store, leases = leases_for(way)
+    make_segment(leases, 0)
+    leases.close()
+    others = leases_on(store, tmp_path, way, **other)
+    with pytest.raises(EntryLost):
+        read_all(others.begin(1, 0, history_len=1))
+    assert others.lost(1, attempt=1) == [0]
+    others.close()
+
+
 def test_between_prepare_and_complete_nobody_is_called_in_shared_memory(leases_for):
     store, leases = leases_for("require")
     for segment in range(4):

@@ -228,7 +228,7 @@ class SharedTiers:
         for which, opened in list(self._open.items()):
             if which[0] == run and (which[1] >= segment or opened.holder != holder):
                 self._abandon(*which, by=holder)
-        self._mover.drop([op.key for op in ops if op.writes])
+        self._mover.drop([op.key for op in ops if op.writes or self._is_another(op.key, form)])
         place = self._tables.allocate(table_bytes(len(ops)))
         if place is None:
             raise ValueError(f"{len(ops)} ops are too many for the {TABLES_BYTES} bytes of the arena's tables.")
@@ -245,6 +245,11 @@ class SharedTiers:
             self._mover.handle(events.Prepare(request, reads, writes))
         path = "" if isinstance(self.arena, HeapArena) else str(self.arena.path)
         return Lease(path, extent, len(ops), self.incarnation)
+
+    def _is_another(self, key: Key, form: tuple[torch.dtype, tuple[int, ...]]) -> bool:
+        """Whether what the disk holds under a key is a tensor of another type or shape."""
+        entry = self.disk.files.entry(key)
+        return entry is not None and (entry.dtype, entry.shape) != form
 
     def _follow(self, uses: events.Uses, segment: int) -> None:
         self._uses = uses

@@ -1,0 +1,21 @@
+"""A few of the random histories of `tests/chaos/storm.py`; `make proof` lives many more."""
+
+import pytest
+
+from tests.chaos.storm import storm
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+
+
+def test_whatever_happens_to_a_run_every_file_is_what_it_would_be(tmp_path):
+    counts = storm(tmp_path, range(3), long_share=0.0)
+    assert counts["history"] == 3
+    assert sum(counts[what] for what in ("cancel", "resume", "extend", "reroll")) >= 3, "enough has happened"
+
+
+@pytest.mark.slow
+def test_storm(tmp_path):
+    """The long form; a run of 2,000 histories takes an hour or two: `python -m tests.chaos.storm FOLDER`."""
+    counts = storm(tmp_path, range(100, 10_000), patience_s=240.0)
+    print(dict(counts))
+    assert counts["history"] >= 20
