@@ -28,7 +28,7 @@ from edit_ray.errors import (
     StaleWork,
 )
 from edit_ray.runs.events import Work
-from edit_ray.runs.manifest import Committed, Dropped, Moved, SegmentRecord, Tiled
+from edit_ray.runs.manifest import Committed, Dropped, HardwareChanged, SegmentRecord, Tiled
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.runs.retention import retention
 
@@ -87,7 +87,7 @@ class Stages:
             if made and not run.may_move:
                 check_same(run.spec.run_id, run.manifest.provenance, here)
             if differing(run.manifest.provenance, here):
-                await run.append(Moved(run.spec.incarnation, here, made))
+                await run.append(HardwareChanged(run.spec.incarnation, here, made))
                 run.spec = RunSpec.of(run.spec.root, run.spec.config, run.manifest)
             await self._crew.denoiser(work.worker, "adopt_run", run.spec)
 

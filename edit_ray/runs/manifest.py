@@ -134,7 +134,7 @@ class Tiled:
 
 
 @dataclass(frozen=True)
-class Moved:
+class HardwareChanged:
     """Other hardware works on the run from here on; what segments reuse is planned anew from `start`, the first segment
     that has no latents yet.
     """
@@ -142,7 +142,7 @@ class Moved:
     incarnation: Count
     provenance: Provenance
     start: Count
-    kind: Literal["moved"] = field(default="moved", kw_only=True)
+    kind: Literal["hardware_changed"] = field(default="hardware_changed", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Ended:
     kind: Literal["ended"] = field(default="ended", kw_only=True)
 
 
-Line = Begun | Opened | Extended | Rerolled | Committed | Tiled | Moved | Dropped | Ended
+Line = Begun | Opened | Extended | Rerolled | Committed | Tiled | HardwareChanged | Dropped | Ended
 
 
 class Records(Sequence[SegmentRecord]):
@@ -281,7 +281,7 @@ class Manifest:
                 if start < len(self.segments):
                     raise ValueError(f"segment {start} is committed, and was not decoded in tiles")
                 return replace(self, tiled_from=start)
-            case Moved(_, provenance, start):
+            case HardwareChanged(_, provenance, start):
                 if start < len(self.segments):
                     raise ValueError(f"segment {start} is committed, and was planned before")
                 return replace(self, provenance=provenance)._planned_from(start)

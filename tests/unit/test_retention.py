@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from edit_ray.cache.tiering.reuse_plan import make_reuse_plan
 from edit_ray.runs.layout import FrameLayout
-from edit_ray.runs.manifest import Extended, Manifest, Moved, Opened, Rerolled
+from edit_ray.runs.manifest import Extended, HardwareChanged, Manifest, Opened, Rerolled
 from edit_ray.runs.plan import Take
 from edit_ray.runs.retention import retention
 from tests.unit.test_manifest import BEGUN, HARDWARE, LINES, fold
@@ -74,12 +74,12 @@ def test_a_plan_is_named_by_how_often_it_was_made_anew():
     for line, start in (
         (Extended(incarnation, 9), committed),  # as earlier versions wrote it
         (Rerolled(incarnation, Take(1, 1, 7)), 1),
-        (Moved(incarnation, {"device": "a sundial"}, committed + 1), committed + 1),
+        (HardwareChanged(incarnation, {"device": "a sundial"}, committed + 1), committed + 1),
     ):
         after = went_on.after(line)
         assert (after.replanned, after.planned_from) == (1, start)
     elsewhere = there.after(Opened(incarnation, {"device": "a sundial"}, replans=True))
     assert (elsewhere.replanned, elsewhere.planned_from) == (1, committed)
     with pytest.raises(ValueError, match="is committed"):
-        went_on.after(Moved(incarnation, HARDWARE, committed - 1))
+        went_on.after(HardwareChanged(incarnation, HARDWARE, committed - 1))
     assert Manifest.start(BEGUN).replanned == 0
