@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import secrets
 import tempfile
@@ -77,9 +78,18 @@ class LongVideoClient:
     def __init__(self, *, output: str | Path | None = None, address: str | None = None, connect: bool = True) -> None:
         self.output = output_root(str(output) if output is not None else None, os.environ)
         self.owner = owner_here(os.environ)
-        self._address, self._connect = address, connect
+        self._address, self._connect, self._started_ray = address, connect, False
         if connect:
             launch.connect_if_running(address)
+
+    def close(self) -> None:
+        """Ends the actors if this client has started their Ray, which is about to end: else nobody tells Prometheus.
+
+        A process that exits does so by itself; only `os._exit` leaves that to its caller.
+        """
+        if self._started_ray:
+            self._started_ray = False
+            launch.end_actors()
 
     def submit(self, config: Config | Mapping[str, Any] | str | Path, *, run_id: str | None = None) -> str:
         """Starts a run (and the actors, if need be); returns its id.
@@ -220,7 +230,9 @@ class LongVideoClient:
 
     def _admit(self, method: str, *arguments: Any) -> RunStatus:
         """Asks for a run to begin or to go on, of a new segment scheduler where none lives."""
-        launch.connect(self._address)
+        if launch.connect(self._address):
+            self._started_ray = True
+            atexit.register(self.close)  # before Ray's own, which was registered when it was imported
         deadline, again = time.monotonic() + launch.RESTART_TIMEOUT_S, False
         while True:
             try:

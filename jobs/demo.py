@@ -22,11 +22,13 @@ START_TIMEOUT_S = 60.0
 
 def main(arguments: Sequence[str]) -> int:
     """`arguments` go to the job as they are."""
+    print("starting a private Ray: some ten seconds", flush=True)
     with tempfile.TemporaryDirectory(prefix="edit_ray_") as temp, private_ray(Path(temp)) as environment:
+        print("submitting jobs/long_video.py: its first lines take some ten seconds more", flush=True)
         submit = [str(BIN / "ray"), "job", "submit", "--", "python", "jobs/long_video.py", *arguments]
         code = _submit(submit, environment)
         # So that Prometheus, where one looks on, is told that nothing is left to be asked.
-        down = [sys.executable, "-m", "edit_ray.cli", "down"]
+        down = [sys.executable, "-m", "edit_ray.cli", "down", "--force"]
         subprocess.run(down, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, check=False)
         return code
 

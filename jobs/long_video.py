@@ -77,8 +77,9 @@ def _run(config: Config, root: Path, options: argparse.Namespace) -> int:
 
     print(f"output: {root}", flush=True)
     client = LongVideoClient(output=root)
+    print("starting the actors, which load the model: up to a minute the first time", flush=True)
     run_id, start = _begin(client, config, root, options)
-    _stop_on_signals(client, run_id)
+    _stop_on_signals(client, root, run_id)
     status = client.status(run_id)
     length = "until it is stopped" if status.num_segments is None else f"{status.num_segments} segments"
     frames_in_all = "" if status.num_frames is None else f", {status.num_frames} frames"
@@ -96,7 +97,7 @@ def _run(config: Config, root: Path, options: argparse.Namespace) -> int:
                 figures.append(segment.statistics)
                 print(_line(segment), flush=True)
     except RunCancelled as stopped:
-        print(f"stopped: {stopped}; what is committed stays in {root / run_id}")
+        print(f"stopped: {stopped}; {_how_to_go_on(root, run_id)}")
         return STOPPED
     elapsed = time.perf_counter() - started
     video_s = frames / config.sampling.fps
@@ -198,7 +199,11 @@ def _live_bar(client: LongVideoClient, run_id: str, config: Config, num_segments
             follower.join()
 
 
-def _stop_on_signals(client: LongVideoClient, run_id: str) -> None:
+def _how_to_go_on(root: Path, run_id: str) -> str:
+    return f"what is committed stays in {root / run_id}; go on with `edit-ray --output {root} resume {run_id}`"
+
+
+def _stop_on_signals(client: LongVideoClient, root: Path, run_id: str) -> None:
     """From now on SIGTERM and SIGINT stop the run too. Installed after Ray's own handlers, which it replaces."""
 
     def stop(signum: int, frame: FrameType | None) -> NoReturn:
@@ -206,7 +211,8 @@ def _stop_on_signals(client: LongVideoClient, run_id: str) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             client.cancel(run_id, timeout_s=1.0)
-            print(f"stopped: run {run_id} was asked to stop", flush=True)
+            print(f"stopped: run {run_id} was asked to stop; {_how_to_go_on(root, run_id)}", flush=True)
+            client.close()
         finally:
             os._exit(STOPPED)
 

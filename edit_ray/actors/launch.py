@@ -59,15 +59,18 @@ def _use_token() -> None:
         ray_token._enable_token_auth()
 
 
-def connect(address: str | None = None) -> None:
+def connect(address: str | None = None) -> bool:
     """Joins the Ray that is running (address None: the one that Ray itself finds, else a new local one).
 
-    Raises ResourcesUnavailable where nobody answers at the address.
+    Returns whether it has started one, which ends with this process. Raises ResourcesUnavailable where nobody answers
+    at the address.
     """
-    if not ray.is_initialized():
-        check_address(address)
-        _use_token()
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+    if ray.is_initialized():
+        return False
+    starts = check_address(address) in ("", "local")
+    _use_token()
+    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+    return starts
 
 
 def connect_if_running(address: str | None = None) -> bool:

@@ -89,7 +89,7 @@ def _residuals_of(folder: RunFolder) -> Iterator[Path]:
     if files:
         from edit_ray.cache.stores.tensor_file import read_key
 
-        yield from (path for path in files if (key := read_key(path)) and key[0] == spec.residuals_id)
+        yield from (path for path in files if (key := read_key(path)) and str(key[0]).startswith(f"{spec.key}."))
 
 
 def _idle_s(run: RunStatus) -> float:

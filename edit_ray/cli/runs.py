@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from edit_ray.errors import RunLive
+from edit_ray.errors import ResourcesUnavailable, RunLive
 
 if TYPE_CHECKING:
     from edit_ray.actors.messages import RunStatus
@@ -53,21 +53,35 @@ def cancel(options: argparse.Namespace) -> int:
 
 def resume(options: argparse.Namespace) -> int:
     """Goes on with a run at its first segment that is not committed."""
-    print(line_of(client_of(options).resume(options.run_id, **_allowed(options))))
+    print(line_of(_going_on(options).resume(options.run_id, **_allowed(options))))
     return 0
 
 
 def extend(options: argparse.Namespace) -> int:
     """Gives a run that has ended more segments."""
-    print(line_of(client_of(options).extend(options.run_id, options.segments, **_allowed(options))))
+    print(line_of(_going_on(options).extend(options.run_id, options.segments, **_allowed(options))))
     return 0
 
 
 def reroll(options: argparse.Namespace) -> int:
     """Makes segments of a run that has ended again."""
     made = {"seed": options.seed, "prompt": options.prompt, **_allowed(options)}
-    print(line_of(client_of(options).reroll(options.run_id, options.start, **made)))
+    print(line_of(_going_on(options).reroll(options.run_id, options.start, **made)))
     return 0
+
+
+def _going_on(options: argparse.Namespace) -> LongVideoClient:
+    """A client in a Ray that outlives this command. Raises NotYourRun, ResourcesUnavailable."""
+    from edit_ray.actors import launch
+
+    client = client_of(options)
+    client.check_mine(client.status(options.run_id), options.force)
+    if not launch.connect_if_running(options.address):
+        raise ResourcesUnavailable(
+            "no Ray is running: start one with `ray start --head`, or go on with "
+            f"`python jobs/long_video.py --run-id {options.run_id} --resume`"
+        )
+    return client
 
 
 def _allowed(options: argparse.Namespace) -> dict[str, bool]:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 
 import pytest
@@ -13,8 +14,9 @@ from edit_ray import EditWanPipeline
 from edit_ray.actors import launch
 from edit_ray.cache.records import Record
 from edit_ray.engine.latent_files import load_latents
+from edit_ray.metrics.exporter import TARGETS
 from edit_ray.video.encode import read_frames
-from tests.ray.conftest import manifest_of, typed, wait_until
+from tests.ray.conftest import REPOSITORY, manifest_of, typed, wait_until
 
 FRAMES = 17 + 3 * 4 * (5 - 2)
 
@@ -117,6 +119,26 @@ def test_sigterm_stops_the_run_and_the_driver_within_two_seconds(start_job, conf
     assert job.wait(10) == 130
     assert time.monotonic() - started < 2.0
     wait_until(lambda: manifest_of(tmp_path / run_id).state == "cancelled")
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_ray_of_the_job_s_own_leaves_prometheus_no_target(spawn, config, tmp_path, run_id, stopped):
+    """Sockets of Ray lie below its folder, so its path has to be short."""
+    with tempfile.TemporaryDirectory(prefix="er-", dir="/tmp") as temp:
+        script = "import os, sys; del os.environ['RAY_ADDRESS']; os.environ['RAY_TMPDIR'] = sys.argv[1]; "
+        script += "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+        options = ["--config", str(config(steps=400 if stopped else 4)), "--output", str(tmp_path), "--run-id", run_id]
+        job = spawn("-c", script, temp, str(REPOSITORY / "jobs" / "long_video.py"), *options)
+        said = []
+        for line in job.stdout:
+            said.append(line)
+            if line.startswith("segment 0") and stopped:
+                assert (tmp_path / TARGETS).exists()
+                job.send_signal(signal.SIGINT)
+        assert job.wait(60) == (130 if stopped else 0), said
+    assert not (tmp_path / TARGETS).exists()
+    if stopped:
+        assert f"go on with `edit-ray --output {tmp_path} resume {run_id}`" in said[-1]
 
 
 def test_a_gpu_that_is_not_there_is_said_to_be_missing(start_job, config, tmp_path, run_id):

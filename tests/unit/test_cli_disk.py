@@ -107,6 +107,14 @@ def test_another_owner_s_run_is_left_alone(tmp_path, capsys, command):
     assert folder.read_manifest().incarnation == 1
 
 
+def test_a_run_does_not_go_on_in_a_ray_that_would_end_with_the_command(tmp_path, capsys):
+    folder = run_on_disk(tmp_path / "runs", "one", state=None)
+    code, _, err = told(capsys, "resume", "one")
+    assert code == 1
+    assert "no Ray is running: start one with `ray start --head`" in err
+    assert folder.read_manifest().incarnation == 1
+
+
 def test_an_ended_run_is_not_asked_to_stop(tmp_path, capsys):
     run_on_disk(tmp_path / "runs", "one", state="cancelled")
     assert told(capsys, "cancel", "one") == (0, "one has ended already: cancelled\n", "")
