@@ -40,8 +40,9 @@ class EditWanOutput(WanPipelineOutput):  # type: ignore[misc]  # diffusers ships
 class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[misc]
     """Wan text-to-video with diffusers' components, arguments and results, and one loop that can be read and edited.
 
-    >>> pipe = EditWanPipeline.from_pretrained("builtin:tiny_wan")
-    >>> video = pipe("a red circle bouncing on a black background", height=128, width=128, num_frames=33)[0]
+    Examples:
+        >>> pipe = EditWanPipeline.from_pretrained("builtin:tiny_wan")
+        >>> video = pipe("a red circle bouncing on a black background", height=128, width=128, num_frames=33)[0]
     """
 
     _ahead: Ahead | None = None

@@ -39,8 +39,9 @@ def check_store(make_store: Callable[[], CacheStore], *, may_forget: bool = Fals
     `make_store` returns a new, empty store at each call. With `may_forget`, `get` may return None for anything; without
     it, the store must have room for all that is put here, which is less than a megabyte. Raises AssertionError.
 
-    >>> def test_my_store():
-    ...     check_store(MyStore)
+    Examples:
+        >>> def test_my_store():
+        ...     check_store(MyStore)
     """
     for check in (_check_tensors, _check_keys, _check_replacing, _check_dropping):
         check(_Checked(make_store(), may_forget))

@@ -110,6 +110,11 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "excluded from the built site" not in done.stderr
     assert (tmp_path / "index.html").is_file()
+    pages = {path.name: path.read_text() for path in tmp_path.glob("*.html")}
+    from_elsewhere = r"<(?:script|link|img)\b[^>]*(?:src|href)=[\"']?(?:https?:)?//[^>]*>"
+    assert {name: found for name, page in pages.items() if (found := re.findall(from_elsewhere, page))} == {}
+    assert "&gt;&gt;&gt; " in pages["api.html"]
+    assert "<blockquote>" not in pages["api.html"], "an example is no quotation"
 
 
 # Said by Ray, or put together from parts.

@@ -20,7 +20,8 @@ class SpreadStore:
     unit's residuals have one place, and those on the host come to the device while the units between are at work. Not
     thread-safe: one owner at a time.
 
-    >>> pipe.enable_cache("taylorseer", 50, "per_block", SpreadStore(host_share=0.25), max_order=2)
+    Examples:
+        >>> pipe.enable_cache("taylorseer", 50, "per_block", SpreadStore(host_share=0.25), max_order=2)
     """
 
     def __init__(self, host_share: float, *, ahead: int = 4) -> None:

@@ -47,7 +47,8 @@ class TieredStore:
     `eviction` is "lru", the least recently used first; "furthest_next_use", which wants `follow` and `advance`, goes by
     a reuse plan; or another registered name, or an EvictionPolicy object. `counters` has all that was counted.
 
-    >>> TieredStore([(GPUStore(), 384 << 20), (CPUOffloadStore(), 768 << 20), (DiskOffloadStore(directory), None)])
+    Examples:
+        >>> TieredStore([(GPUStore(), 384 << 20), (CPUOffloadStore(), 768 << 20), (DiskOffloadStore(directory), None)])
     """
 
     def __init__(
