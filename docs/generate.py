@@ -39,6 +39,7 @@ ENVIRONMENT = """## Environment
 | variable | of | what it says |
 |---|---|---|
 | `EDIT_RAY_OUTPUT` | client, job | the folder that holds runs, unless `--output` or `output.directory` says it |
+| `EDIT_RAY_OWNER` | client, job | whose the runs are that it submits, instead of the login name |
 | `EDIT_RAY_MODEL_ROOTS` | every node | folders, parted by `:`, from which alone models are loaded |
 | `RAY_ADDRESS`, `RAY_AUTH_MODE`, `RAY_AUTH_TOKEN` | client, job, nodes | Ray's own: which cluster, and its token |
 

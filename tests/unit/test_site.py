@@ -119,6 +119,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
 
 # Said by Ray, or put together from parts.
 OF_RAY = {"No module named 'ray'", "No available agent", "The current node timed out during startup"}
+OF_RAY |= {"AuthenticationError", "RAY_AUTH_MODE is currently 'disabled'"}
 MADE_OF_PARTS = {
     "is an unknown key; did you mean",
     "is not allowed here; models are builtin:",
