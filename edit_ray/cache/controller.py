@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edit_ray.cache.hooks import Edit, UnitHook, checked, with_edits
 from edit_ray.cache.plan import BRANCHES, Expert, LoopStep, Plan, check_not_compiled, make_plan
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState
 from edit_ray.cache.records import Counts, Decided, Decision, Reason, Record
@@ -20,10 +21,6 @@ from edit_ray.cache.signals import StepSignals
 from edit_ray.cache.stores.store import CacheStore, Key
 from edit_ray.cache.units import Unit
 from edit_ray.cache.walk import Walk
-
-Edit = Callable[[Tensor], Tensor]
-Answer = str | Tensor | Edit | None
-UnitHook = Callable[[PolicyContext], Answer]
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class _Here(threading.local):
 
     where: Where | None = None
     walk: Walk | None = None
-    edit: Edit | None = None
+    edits: Sequence[Edit] = ()  # of the hooks of the unit that is being decided or computed
 
 
 class Cache:
@@ -73,6 +70,15 @@ class Cache:
         self._done: list[tuple[str, str, int]] = []  # (expert, branch, step) of the forwards of the latest step
 
     # What a user sees and does.
+
+    def __repr__(self) -> str:
+        """The policy, what it is on, and how much it has skipped."""
+        units = ", ".join(f"{name}: {len(expert.units)}" for name, expert in self.experts.items()) or "none"
+        skipped = ", ".join(f"{branch} {c.skipped} of {c.skipped + c.computed}" for branch, c in self.stats.items())
+        return (
+            f"<Cache policy={type(self.policy).__name__} num_steps={self.num_steps} units=({units}) "
+            f"store={type(self.store).__name__} skipped=({skipped or 'no call yet'})>"
+        )
 
     @property
     def store(self) -> CacheStore:
@@ -119,9 +125,12 @@ class Cache:
     def on_unit(self, hook: UnitHook) -> Callable[[], None]:
         """Call `hook(ctx)` before each unit, at every step, branch and expert; returns what takes it away again.
 
-        `ctx.decision` says what is about to happen. The hook may answer "compute" or "reuse"; a tensor [B, N, D], added
-        to the unit's input in place of what it would have computed; a function, through which the unit's residual
-        goes, computed or reused; or None, to change nothing.
+        `ctx.decision` says what is about to happen. The hook may answer "compute" or "reuse"; a tensor [B, N, D] of the
+        dtype of `ctx.hidden`, added to the unit's input in place of what it would have computed; a function that is
+        given the unit's residual [B, N, D], computed or reused, and returns what is added instead; or None, to change
+        nothing. The function may change its argument in place: it is a copy, what is stored is never edited, and so an
+        edit acts once on each step at which it is returned. A hook that raises, or returns anything else, ends the
+        call, and the cache is removed.
         """
         self._hooks.append(hook)
         return lambda: self._hooks.remove(hook)
@@ -169,10 +178,10 @@ class Cache:
         """One denoising loop over `steps` and `branches`; what it leaves unfinished is forgotten.
 
         Raises:
-            ValueError: the loop has another number of steps than the cache was enabled for.
+            ValueError: the policy cannot serve a loop of so many steps.
             RuntimeError: no forward of the loop went through the cache.
         """
-        self._check_steps(len(steps))
+        self._follow(len(steps))
         self._begin(clear_store)
         self._in_call = True
         try:
@@ -201,7 +210,9 @@ class Cache:
                 f"cache_context({branch!r}) says no step_index: the cache needs cache_context(name, step_index=…, "
                 "num_inference_steps=…) around each forward, as WanPipeline and EditWanPipeline have it."
             )
-        self._check_steps(self.num_steps if total is None else total)
+        if total is not None and self._in_call and total != self.num_steps:
+            raise ValueError(f"cache_context({branch!r}) says {total} steps, in a loop of {self.num_steps}.")
+        self._follow(self.num_steps if total is None else total)
         if not 0 <= step_index < self.num_steps:
             raise ValueError(
                 f"cache_context({branch!r}) says step_index {step_index}; the cache expects 0 to {self.num_steps - 1}."
@@ -246,16 +257,18 @@ class Cache:
         with self._guarded():
             compute, reason = self._policy_says(ctx)
             replaced: Tensor | None = None
-            self._here.edit = None
-            for hook in self._hooks:
+            edits: list[Edit] = []
+            self._here.edits = edits
+            for hook in list(self._hooks):
                 ctx.decision = "compute" if compute else "reuse"
                 answer = hook(ctx)
                 if isinstance(answer, Tensor):
-                    replaced, compute, reason = answer, False, "hook"
+                    assert ctx.base is not None
+                    replaced, compute, reason = checked(answer, ctx.base, "A unit hook"), False, "hook"
                 elif answer in ("compute", "reuse"):
                     compute, reason, replaced = answer == "compute", "hook", None
                 elif callable(answer):
-                    self._here.edit = answer
+                    edits.append(answer)
                 elif answer is not None:
                     raise TypeError(
                         f'A unit hook answered {answer!r}; valid are "compute", "reuse", a tensor, a function, None.'
@@ -267,13 +280,11 @@ class Cache:
         return output
 
     def computed(self, ctx: PolicyContext, output: Tensor, between: Tensor | None) -> Tensor:
-        """Store what a computed unit added to its base; returns the unit's output."""
+        """Store what a computed unit added to its base; returns the unit's output, as hooks edit it."""
         assert ctx.base is not None
         residual = output - ctx.base if between is None else output - ctx.base - between
         with self._guarded():
-            if self._here.edit is not None:
-                edited = self._here.edit(residual)
-                output, residual = output + (edited - residual), edited
+            output = with_edits(output, residual, self._here.edits)
             ctx.residual = residual = residual.detach()
             ctx.state.computed_steps.append(ctx.step)
             self._index.put(ctx.state, ctx.step, residual, self.policy.keeps)
@@ -292,9 +303,9 @@ class Cache:
     def _stand_in(self, ctx: PolicyContext, replaced: Tensor | None) -> Tensor | None:
         assert ctx.base is not None
         output = self.policy.reconstruct(ctx) if replaced is None else ctx.base + replaced
-        if output is not None and self._here.edit is not None:
-            output = ctx.base + self._here.edit(output - ctx.base)
-        return output
+        if output is None or not self._here.edits:
+            return output
+        return with_edits(output, output - ctx.base, self._here.edits)
 
     def _note(self, ctx: PolicyContext, decision: Decided, reason: Reason) -> None:
         self.record.decisions.append(
@@ -331,20 +342,20 @@ class Cache:
 
     def _make_plan(self, steps: Sequence[LoopStep], branches: Sequence[str]) -> Plan:
         """The policy run ahead of the loop, on states of its own."""
-        self._check_steps(len(steps))
-        states, self._states = self._states, {}
+        self.policy.check(len(steps))
+        before = self._states, self.num_steps
+        self._states, self.num_steps = {}, len(steps)
         try:
             return make_plan(self.policy, self.experts, steps, branches, self._make_context)
         finally:
-            self._states = states
+            self._states, self.num_steps = before
 
-    def _check_steps(self, total: int) -> None:
-        if total != self.num_steps:
-            raise ValueError(
-                f"The cache was enabled for num_inference_steps={self.num_steps}, and the loop makes {total} steps: "
-                "enable it with the loop's number."
-            )
-        self.policy.check(total)
+    def _follow(self, num_steps: int) -> None:
+        """Serve loops of so many steps from now on; what was stored in a loop of another number fits no step of it."""
+        self.policy.check(num_steps)
+        if num_steps != self.num_steps:
+            self.num_steps = num_steps
+            self._begin(clear_store=True)
 
     def _begin(self, clear_store: bool) -> None:
         """As nothing but stored residuals of other generations outlives a call."""
@@ -356,10 +367,9 @@ class Cache:
         if self._in_call:
             return
         this = (expert.name, where.branch, where.step)
-        if self._done:
-            last = self._done[-1][2]
-            if this in self._done or where.step not in (last, last + 1):
-                self._begin(clear_store=False)
+        last = self._done[-1][2] if self._done else None
+        if last is None or this in self._done or where.step not in (last, last + 1):
+            self._begin(clear_store=False)
         if self._done and self._done[-1][2] != where.step:
             self._done.clear()
         self._done.append(this)

@@ -2,7 +2,8 @@
 
 Transformer and blocks are given a subclass of their own class that listens to their calls: their parameters, buffers,
 hooks and `state_dict` stay as they are, LoRA loading finds them under the same names, a block that is compiled stays
-compiled (the cache acts outside of it), and taking the cache off restores the class.
+compiled (the cache acts outside of it), and taking the cache off restores the class. A copy, or what a pickle brings
+back, is of the original class: it has no cache.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache as memoised
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import nn
 
@@ -43,7 +44,8 @@ def apply_cache_on_transformer(
         transformer: A diffusers transformer; or several that share the steps of one loop, by the name of the expert
             ("transformer", "transformer_2").
         policy: When to recompute: a registered name with its options in `policy_kwargs`, or a policy.
-        num_inference_steps: Steps of the loop, as it counts them.
+        num_inference_steps: Steps of the loop, as it counts them: twice the call's number less one for a noise
+            scheduler such as Heun's. A later call of another number is followed where the policy can serve it.
         granularity: What one decision covers: "stack", "per_block", or groups of so many blocks.
         store: Where residuals live; on the device unless given.
         history_len: How many computed residuals of a unit are kept, at least as many as the policy reads.
@@ -53,10 +55,11 @@ def apply_cache_on_transformer(
         ValueError, TypeError: unknown or incomplete policy, bad options or granularity, a model that it cannot cache.
     """
     transformers = {"transformer": transformer} if isinstance(transformer, nn.Module) else dict(transformer)
+    if not transformers:
+        raise ValueError("There is no transformer to cache: the pipeline has neither transformer nor transformer_2.")
+    check_steps(num_inference_steps)
     made = make_policy(policy, policy_kwargs)
     check_granularity(made, granularity)
-    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps is {num_inference_steps!r}; valid is a whole number from 1.")
     if history_len is not None and history_len < made.history_len:
         raise ValueError(f"history_len is {history_len}; this policy reads the last {made.history_len} residuals.")
     experts = [_expert(name, module, granularity) for name, module in transformers.items()]
@@ -76,11 +79,23 @@ def apply_cache_on_transformer(
     return cache
 
 
+def check_steps(num_inference_steps: int) -> None:
+    """Raises ValueError for what is no number of steps."""
+    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps is {num_inference_steps!r}; valid is a whole number from 1.")
+
+
+def cache_on(transformer: nn.Module) -> Cache | None:
+    """The cache that a transformer has, also one that was compiled after that; None without one."""
+    link = getattr(transformer, _LINK, None)
+    return None if link is None else link[0]
+
+
 def remove_cache_from_transformer(transformer: nn.Module) -> None:
     """Take the cache off; without one, nothing happens. Transformers that share a cache lose it together."""
-    link = transformer.__dict__.get(_LINK)
-    if link is not None:
-        link[0].remove()
+    cache = cache_on(transformer)
+    if cache is not None:
+        cache.remove()
 
 
 def _expert(name: str, transformer: nn.Module, granularity: str | int) -> Expert:
@@ -147,7 +162,28 @@ def _listening_transformer(cls: Any) -> Any:
     return listening
 
 
+class _Listening(type):
+    """Classes that equal the one that they listen for: diffusers compares a component's class with those that it knows.
+
+    Without that `from_pipe` would leave out a transformer that has a cache.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__base__
+
+    def __hash__(cls) -> int:
+        return hash(cls.__base__)
+
+
 def _subclass(cls: Any, methods: dict[str, Any]) -> Any:
     """Of the same name and module, so that saving a model writes its own class."""
+
+    def __reduce_ex__(self: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:  # noqa: N807
+        return _new, (cls,), {name: value for name, value in self.__dict__.items() if name != _LINK}
+
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), names | methods)
+    return _Listening(cls.__name__, (cls,), names | methods | {"__reduce_ex__": __reduce_ex__})
+
+
+def _new(cls: Any) -> Any:
+    return cls.__new__(cls)

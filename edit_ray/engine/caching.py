@@ -11,8 +11,8 @@ from diffusers import WanPipeline
 from torch import Tensor
 
 from edit_ray.cache.controller import Cache
-from edit_ray.cache.install import apply_cache_on_transformer
-from edit_ray.cache.plan import LoopStep
+from edit_ray.cache.install import apply_cache_on_transformer, cache_on, check_steps
+from edit_ray.cache.plan import LoopStep, check_not_compiled
 from edit_ray.cache.policies import CachePolicy, make_policy
 from edit_ray.cache.stores.store import CacheStore
 from edit_ray.engine.calibration import calibrated_options
@@ -22,12 +22,16 @@ from edit_ray.engine.targets import THRESHOLD_OF, check_target, option_for
 class CacheControl:
     """`enable_cache`, `disable_cache` and `cache` for a pipeline of diffusers' components."""
 
-    _cache: Cache | None = None
+    _target_steps: int | None = None  # of the loop that target_speedup has chosen a threshold for
 
     @property
     def cache(self) -> Cache | None:
-        """The enabled cache, to see and to edit, or None."""
-        return self._cache if self._cache is not None and self._cache.experts else None
+        """The cache that is on the transformers, to see and to edit, or None."""
+        return next((cache for expert in self._experts().values() if (cache := cache_on(expert)) is not None), None)
+
+    def _experts(self) -> dict[str, Any]:
+        names = ("transformer", "transformer_2")
+        return {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
 
     def enable_cache(
         self,
@@ -41,13 +45,28 @@ class CacheControl:
     ) -> Cache:
         """Skip what a policy says need not be computed again, in all later calls.
 
-        Arguments and errors are those of `edit_ray.cache.apply_cache_on_transformer`. What a policy has to know of the
-        model is taken from the model's own calibration, if it has one, unless it is given. `target_speedup`, of 2 say,
-        chooses the threshold at which half of the forwards are computed, for policies whose mask is known beforehand.
+        Args:
+            policy: "always", "teacache", "magcache", "taylorseer", "ranked", "schedule", "fbcache", "dicache",
+                "seacache", "warmstart_reuse", another registered name, or a `CachePolicy`; docs/caching.md tells when
+                each computes.
+            num_inference_steps: As the calls are given it. A call with another number is followed where the policy can
+                serve it; one with a mask, ranks or a `target_speedup` is for one number.
+            granularity: What one decision covers: "stack", "per_block", or groups of so many blocks.
+            store: Where residuals live; on the device unless given.
+            history_len: How many computed residuals of a unit are kept, at least as many as the policy reads.
+            target_speedup: Of 2, say, chooses the threshold at which half of the forwards are computed, for policies
+                whose mask is known beforehand.
+            policy_kwargs: The policy's own options. What it has to know of the model is taken from the model's own
+                calibration, if there is one, unless it is given.
+
+        Raises:
+            ValueError, TypeError: as `edit_ray.cache.apply_cache_on_transformer`; a cache is enabled already.
         """
         if self.cache is not None:
             raise ValueError("A cache is enabled already; call disable_cache() first.")
         pipe: Any = self
+        check_steps(num_inference_steps)
+        self._target_steps = None
         if isinstance(policy, str):
             name = pipe.config.get("_name_or_path")
             policy_kwargs = calibrated_options(Path(name) if name else None, policy, policy_kwargs)
@@ -56,12 +75,11 @@ class CacheControl:
                 policy_kwargs[option] = value
         elif target_speedup is not None:
             raise ValueError("target_speedup needs the name of a policy, whose threshold it then chooses.")
-        names = ("transformer", "transformer_2")
-        experts = {name: getattr(pipe, name) for name in names if getattr(pipe, name, None) is not None}
-        self._cache = apply_cache_on_transformer(
-            experts,
+        num_steps = len(_steps_ahead(pipe, num_inference_steps))
+        cache = apply_cache_on_transformer(
+            self._experts(),
             policy,
-            num_inference_steps,
+            num_steps,
             granularity,
             store,
             history_len,
@@ -69,7 +87,8 @@ class CacheControl:
             None if pipe.cfg_parallel is None else pipe.cfg_parallel.transformers,
             **policy_kwargs,
         )
-        return self._cache
+        self._target_steps = None if target_speedup is None else num_steps
+        return cache
 
     def _threshold(
         self, policy: str, num_inference_steps: int, target_speedup: float, options: dict[str, Any]
@@ -92,19 +111,26 @@ class CacheControl:
 
     def disable_cache(self) -> None:
         """Compute everything again; without a cache, nothing happens."""
-        if self._cache is not None:
-            self._cache.remove()
-        self._cache = None
+        if self.cache is not None:
+            self.cache.remove()
 
     def cached_call(self, reset_cache: bool, prefetch_reuse: bool) -> AbstractContextManager[None]:
         """What surrounds one denoising loop, once the scheduler's steps are set."""
         pipe: Any = self
         if self.cache is None:
             return nullcontext()
+        for expert in self._experts().values():
+            check_not_compiled(expert)
+        steps = loop_steps(self, pipe.scheduler)
+        if self._target_steps not in (None, len(steps)):
+            raise ValueError(
+                f"The cache's target_speedup was reached for a loop of {self._target_steps} steps, and this one has "
+                f"{len(steps)}: call disable_cache(), then enable_cache() with the call's num_inference_steps."
+            )
         if prefetch_reuse:
             self.cache.prefetch_reuse()
         branches = ("cond", "uncond") if pipe.do_classifier_free_guidance else ("cond",)
-        return self.cache.call(loop_steps(self, pipe.scheduler), branches=branches, clear_store=reset_cache)
+        return self.cache.call(steps, branches=branches, clear_store=reset_cache)
 
 
 def loop_steps(pipe: Any, scheduler: Any) -> list[LoopStep]:

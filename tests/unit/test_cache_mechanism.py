@@ -361,12 +361,6 @@ def test_a_forward_outside_of_a_context_or_without_a_step_is_an_error(pipe):
         model(*inputs)
 
 
-def test_a_loop_of_another_length_is_an_error(pipe):
-    pipe.enable_cache(Mask(), STEPS)
-    with pytest.raises(ValueError, match=f"enabled for num_inference_steps={STEPS}, and the loop makes 3"):
-        latents(pipe, num_inference_steps=3)
-
-
 def test_blocks_that_are_replaced_under_the_cache_are_noticed(pipe):
     pipe.enable_cache(Mask(), STEPS, "per_block")
     blocks = pipe.transformer.blocks

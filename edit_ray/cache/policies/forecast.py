@@ -52,7 +52,7 @@ def read_history(ctx: PolicyContext, count: int) -> list[tuple[int, Tensor]] | N
     Going on with what is left would make the output depend on what a store happens to hold.
     """
     computed = ctx.state.computed_steps[-count:][::-1]
-    history = ctx.history()[: len(computed)]
+    history = ctx.residuals.history()[: len(computed)]
     return history if history and [step for step, _ in history] == computed else None
 
 
@@ -61,7 +61,7 @@ def add_forecast(ctx: PolicyContext, max_order: int, predict: Forecast = forecas
     if ctx.base is None:
         return None
     if max_order == 0:
-        residual = ctx.read_residual()
+        residual = ctx.residuals.latest()
         return None if residual is None else ctx.base + residual
     history = read_history(ctx, max_order + 1)
     return None if history is None else ctx.base + predict(history, ctx.step, max_order)

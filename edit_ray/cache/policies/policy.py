@@ -47,7 +47,7 @@ class Signals(Protocol):
 
 
 class Residuals(Protocol):
-    """The stored residuals that a unit may read at its step."""
+    """The stored residuals that a unit may read at its step, for reading only: they are the store's own tensors."""
 
     def latest(self) -> Tensor | None:
         """Of the last computed step."""
@@ -112,12 +112,13 @@ class PolicyContext:
         return self.signals.sigma
 
     def read_residual(self) -> Tensor | None:
-        """The residual of the last computed step [B, N, D], or None if the store has let it go."""
-        return self.residuals.latest()
+        """A copy of the residual of the last computed step [B, N, D], or None if the store has let it go."""
+        residual = self.residuals.latest()
+        return None if residual is None else residual.clone()
 
     def history(self) -> list[tuple[int, Tensor]]:
-        """(step, residual) of the last computed steps, newest first, at most `history_len` of them."""
-        return self.residuals.history()
+        """(step, copy of the residual) of the last computed steps, newest first, at most `history_len` of them."""
+        return [(step, residual.clone()) for step, residual in self.residuals.history()]
 
 
 class CachePolicy(ABC):
@@ -156,7 +157,7 @@ class CachePolicy(ABC):
 
     def reconstruct(self, ctx: PolicyContext) -> Tensor | None:
         """The unit's output [B, N, D] on a skip; None if it cannot be made, and then the unit computes."""
-        residual = ctx.read_residual()
+        residual = ctx.residuals.latest()
         return None if residual is None or ctx.base is None else ctx.base + residual
 
     def keeps(self, step: int) -> bool:
