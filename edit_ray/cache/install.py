@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache as memoised
+from numbers import Integral
 from typing import Any, SupportsIndex
 
 from torch import nn
@@ -81,7 +82,11 @@ def apply_cache_on_transformer(
 
 def check_steps(num_inference_steps: int) -> None:
     """Raises ValueError for what is no number of steps."""
-    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+    if (
+        isinstance(num_inference_steps, bool)
+        or not isinstance(num_inference_steps, Integral)
+        or num_inference_steps < 1
+    ):
         raise ValueError(f"num_inference_steps is {num_inference_steps!r}; valid is a whole number from 1.")
 
 

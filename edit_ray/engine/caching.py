@@ -15,19 +15,38 @@ from edit_ray.cache.install import apply_cache_on_transformer, cache_on, check_s
 from edit_ray.cache.plan import LoopStep, check_not_compiled
 from edit_ray.cache.policies import CachePolicy, make_policy
 from edit_ray.cache.stores.store import CacheStore
-from edit_ray.engine.calibration import calibrated_options
+from edit_ray.engine.calibration import FILE_NAME, calibrated_options
 from edit_ray.engine.targets import THRESHOLD_OF, check_target, option_for
 
 
 class CacheControl:
     """`enable_cache`, `disable_cache` and `cache` for a pipeline of diffusers' components."""
 
+    _cache: Cache | None = None
     _target_steps: int | None = None  # of the loop that target_speedup has chosen a threshold for
 
     @property
     def cache(self) -> Cache | None:
-        """The cache that is on the transformers, to see and to edit, or None."""
+        """The cache that was enabled here, or that the transformers came with, to see and to edit; or None."""
+        if self._cache is not None and self._cache.experts:
+            return self._cache
         return next((cache for expert in self._experts().values() if (cache := cache_on(expert)) is not None), None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle, whose transformers have no cache."""
+        return {**self.__dict__, "_cache": None}
+
+    @property
+    def calibration(self) -> Path | None:
+        """The file in the model's folder that holds what policies have to know of it; None without one.
+
+        The folder is the one that the transformer was loaded from, by itself or with its pipeline, else the pipeline's.
+        """
+        loaded_from = [expert.config.get("_name_or_path") for expert in self._experts().values()]
+        folders = [folder for name in loaded_from if name for folder in (Path(name), Path(name).parent)]
+        of_pipe = getattr(self, "config", {}).get("_name_or_path")
+        folders += [Path(of_pipe)] if of_pipe else []
+        return next((folder / FILE_NAME for folder in folders if (folder / FILE_NAME).is_file()), None)
 
     def _experts(self) -> dict[str, Any]:
         names = ("transformer", "transformer_2")
@@ -68,15 +87,15 @@ class CacheControl:
         check_steps(num_inference_steps)
         self._target_steps = None
         if isinstance(policy, str):
-            name = pipe.config.get("_name_or_path")
-            policy_kwargs = calibrated_options(Path(name) if name else None, policy, policy_kwargs)
+            folder = None if self.calibration is None else self.calibration.parent
+            policy_kwargs = calibrated_options(folder, policy, policy_kwargs)
             if target_speedup is not None:
                 option, value = self._threshold(policy, num_inference_steps, target_speedup, policy_kwargs)
                 policy_kwargs[option] = value
         elif target_speedup is not None:
             raise ValueError("target_speedup needs the name of a policy, whose threshold it then chooses.")
         num_steps = len(_steps_ahead(pipe, num_inference_steps))
-        cache = apply_cache_on_transformer(
+        cache = self._cache = apply_cache_on_transformer(
             self._experts(),
             policy,
             num_steps,
@@ -113,6 +132,7 @@ class CacheControl:
         """Compute everything again; without a cache, nothing happens."""
         if self.cache is not None:
             self.cache.remove()
+        self._cache = None
 
     def cached_call(self, reset_cache: bool, prefetch_reuse: bool) -> AbstractContextManager[None]:
         """What surrounds one denoising loop, once the scheduler's steps are set."""

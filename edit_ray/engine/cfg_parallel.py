@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edit_ray.engine.alone import check_device
+
 
 class CfgParallel:
     """Copies of a pipeline's transformers on another device, on which the branch "uncond" is computed.
@@ -78,6 +80,7 @@ class CfgControl:
 
         Raises:
             ValueError: it is enabled already, or a cache is.
+            ModelError: there is no such device.
         """
         pipe: Any = self
         if self.cfg_parallel is not None:
@@ -86,7 +89,7 @@ class CfgControl:
             raise ValueError("A cache is enabled; call disable_cache() first, and enable_cache() after this.")
         names = ("transformer", "transformer_2")
         experts = {name: getattr(pipe, name) for name in names if getattr(pipe, name, None) is not None}
-        self.cfg_parallel = CfgParallel(experts, torch.device(device))
+        self.cfg_parallel = CfgParallel(experts, check_device(device))
 
     def disable_cfg_parallel(self) -> None:
         """Compute both branches on one device again, and free the other one; where it is not enabled, nothing happens.

@@ -87,6 +87,7 @@ def denoise(pipe: Any, request: Request) -> Tensor:
             if request.callback is not None:
                 tensors: dict[str, Any] = {"latents": x, "prompt_embeds": cond, "negative_prompt_embeds": uncond}
                 changed = request.callback(pipe, i, t, {name: tensors[name] for name in request.callback_tensor_inputs})
+                check_changed(changed)
                 x = hold(changed.pop("latents", x), held, sigma)
                 cond = changed.pop("prompt_embeds", cond)
                 uncond = changed.pop("negative_prompt_embeds", uncond)
@@ -95,6 +96,16 @@ def denoise(pipe: Any, request: Request) -> Tensor:
                 bar.update()
     pipe._current_timestep = None
     return x
+
+
+def check_changed(changed: object) -> None:
+    """Raises TypeError for what a callback must not return."""
+    if not isinstance(changed, dict):
+        given = changed if changed is None else type(changed).__name__
+        raise TypeError(
+            f"callback_on_step_end returned {given}; it must return a dict of the tensors that it changes, such as "
+            '{"latents": latents}, and {} where it changes none.'
+        )
 
 
 def expert_at(pipe: WanPipeline, t: Tensor, request: Request) -> tuple[WanTransformer3DModel, float | None]:

@@ -1,8 +1,10 @@
 """`EditWanPipeline`: diffusers' `WanPipeline` with an explicit denoising loop, and segments that continue others."""
 
 import logging
+import shutil
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
@@ -10,13 +12,17 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils.torch_utils import get_module_execution_device
 from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Generator, Tensor
 
+from edit_ray.cache.install import check_steps
 from edit_ray.engine.ahead import Ahead
+from edit_ray.engine.alone import check_device, one_call_at_a_time
 from edit_ray.engine.caching import CacheControl
+from edit_ray.engine.calibration import FILE_NAME
 from edit_ray.engine.cfg_parallel import CfgControl
 from edit_ray.engine.continuity import Held, check_context
 from edit_ray.engine.decode import denormalise
@@ -31,10 +37,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class EditWanOutput(WanPipelineOutput):  # type: ignore[misc]  # diffusers ships no types that mypy can follow
-    """`.frames` is the batch as in diffusers; `output[i]` is its i-th video: [F, H, W, 3] for "np"."""
+    """`.frames` is the batch as in diffusers; the output itself is indexed by video, [F, H, W, 3] each for "np".
+
+    `output[0]` and `output.to_tuple()[0]` are the first video, `output[:2]` the first two.
+    """
 
     def __getitem__(self, key: int | slice | str) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.frames[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The videos, one each."""
+        return tuple(self.frames)
 
 
 class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[misc]
@@ -62,8 +75,11 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         """Load `builtin:NAME`, a folder in diffusers' layout, or a hub id, and move it to `device` if one is given.
 
         Everything else (`revision`, `cache_dir`, `local_files_only`, components, …) goes to diffusers as it is, which
-        resolves hub ids. Raises `ModelError` for an unknown builtin name, and what diffusers raises.
+        resolves hub ids. Raises `ModelError` for an unknown builtin name and a device that is not here, and what
+        diffusers raises.
         """
+        if device is not None:
+            device = check_device(device)
         path = str(pretrained_model_name_or_path)
         if path.startswith("builtin:"):
             path = locate_model(path)
@@ -72,6 +88,19 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         pipe: Self = super().from_pretrained(path, **kwargs)
         return pipe if device is None else pipe.to(device)
 
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save as diffusers' `WanPipeline`, which every diffusers loads, with the model's cache calibration."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        source, target = self.calibration, Path(save_directory, FILE_NAME)
+        if source is not None and not (target.exists() and source.samefile(target)):
+            shutil.copyfile(source, target)
+
+    def to_json_string(self) -> str:
+        """The configuration as `save_pretrained` writes it."""
+        text: str = super().to_json_string()
+        return text.replace(f'"_class_name": "{type(self).__name__}"', '"_class_name": "WanPipeline"', 1)
+
+    @one_call_at_a_time
     @torch.no_grad()
     def __call__(
         self,
@@ -104,9 +133,15 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
 
         `history` or `overlap` [B, C, k, h, w]: normalised latents that the first k of T stay, clean (for models with
         `expand_timesteps`) or as noisy as the rest. With a cache, `reset_cache=False` keeps what earlier calls stored,
-        `prefetch_reuse` says what is read of it. Returns `EditWanOutput`, or with `return_dict=False` `(batch,)`: "np"
-        [B, F, H, W, 3], "pt" [B, F, 3, H, W], "pil" lists of images, "latent" [B, C, T, h, w].
+        `prefetch_reuse` says what is read of it.
+
+        Returns `EditWanOutput`, whose `[0]` is the first video and whose `.frames` is the batch; with
+        `return_dict=False` as diffusers `(batch,)`, whose `[0]` is the batch: "np" [B, F, H, W, 3], "pt"
+        [B, F, 3, H, W], "pil" lists of images, "latent" [B, C, T, h, w].
+
+        Raises RuntimeError for a call while another one is at work, in another thread or in a callback of it.
         """
+        check_steps(num_inference_steps)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         names, embeds = callback_on_step_end_tensor_inputs, (prompt_embeds, negative_prompt_embeds)
@@ -205,6 +240,16 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         )
         dtype = self._denoiser.dtype
         return cond.to(dtype), None if uncond is None else uncond.to(dtype)
+
+    def _get_t5_prompt_embeds(self, prompt: str | list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """As diffusers', which leaves out without a word what the text encoder is not given."""
+        limit = kwargs.get("max_sequence_length", 226)
+        for text in [prompt] if isinstance(prompt, str) else prompt:
+            count = len(self.tokenizer(prompt_clean(text), truncation=False).input_ids)
+            if count > limit:
+                logger.warning("A prompt has %d tokens; the model is given the first %d: %.40r…", count, limit, text)
+        embeds: Tensor = super()._get_t5_prompt_embeds(prompt, *args, **kwargs)
+        return embeds
 
     def _draw_noise(
         self,

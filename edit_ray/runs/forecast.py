@@ -47,10 +47,15 @@ def shortage(needed: int, free: int) -> str | None:
     if needed + MARGIN_BYTES <= free:
         return None
     return (
-        f"what is still to come takes about {_mib(needed)} of disk, and {_mib(free)} are free; free some, choose "
-        "another --output, or bound what stays with output.keep_segments"
+        f"what is still to come takes about {_written(needed)} of disk, {_written(MARGIN_BYTES)} besides must stay "
+        f"free, and {_written(free)} are free; free some, choose another --output, or bound what stays with "
+        "output.keep_segments"
     )
 
 
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.0f} MiB"
+def _written(count: int) -> str:
+    """In the unit that leaves a number to read: never 0 MiB for what is some."""
+    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:,.0f} {unit}"
+    return f"{count} bytes"

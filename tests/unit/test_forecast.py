@@ -24,7 +24,16 @@ def test_more_segments_take_more_until_old_ones_go():
 
 def test_a_shortage_is_one_sentence_and_enough_is_none():
     assert shortage(100, 100 + MARGIN_BYTES) is None
-    assert "0 MiB of disk, and 64 MiB are free; free some" in shortage(101, 100 + MARGIN_BYTES)
+    said = shortage(101, 100 + MARGIN_BYTES)
+    assert "101 bytes of disk, 64 MiB besides must stay free, and 64 MiB are free; free some" in said
+    assert "takes about 2,048 MiB of disk" in shortage(2**31, 0)
+    assert "and 0 bytes are free" in shortage(2**31, 0)
+
+
+@given(st.integers(1, 2**40), st.integers(0, 2**40))
+def test_what_some_bytes_take_is_never_written_as_nothing(needed, free):
+    said = shortage(needed, free) or ""
+    assert "about 0 " not in said
 
 
 def test_the_latest_segments_are_measured():
