@@ -1,8 +1,8 @@
 """The configuration of a run: every layer's options in one frozen model, and what follows from them."""
 
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from edit_ray.cache.options import CacheOptions, StoreOptions
 from edit_ray.config.between import (
@@ -25,6 +25,11 @@ from edit_ray.runs.plan import Scene, Storyboard
 from edit_ray.video.options import OutputOptions
 
 
+def _none_of_it(given: object) -> object:
+    """`cache: null` is no cache."""
+    return {} if given is None else given
+
+
 class Config(Options):
     """All that decides what a run's video looks like, and how it is made.
 
@@ -42,7 +47,7 @@ class Config(Options):
         min_length=1, max_length=MAX_PROMPTS, strict=False, json_schema_extra={"valid": VALID_PROMPTS}
     )
     continuity: ContinuityOptions = Field(default_factory=ContinuityOptions)
-    cache: CacheOptions = Field(default_factory=CacheOptions)
+    cache: Annotated[CacheOptions, BeforeValidator(_none_of_it)] = Field(default_factory=CacheOptions)
     store: StoreOptions = Field(default_factory=StoreOptions)
     engine: EngineOptions = Field(default_factory=EngineOptions)
     output: OutputOptions = Field(default_factory=OutputOptions)

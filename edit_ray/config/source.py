@@ -11,6 +11,7 @@ from edit_ray.errors import ConfigError
 
 MAX_FILE_BYTES = 2**20
 MAX_PROBLEMS = 100
+_SWITCHED_OFF = (["cache", "policy"], "none")  # an override that leaves nothing of its section, the policy's options
 
 
 class Source:
@@ -60,7 +61,10 @@ class Source:
         try:
             if not equals or "" in parts:
                 raise ValueError("it must be KEY=VALUE with a dotted key, such as sampling.seed=7")
-            self._options[_put(root, parts, parse_scalar(text))] = override
+            value = parse_scalar(text)
+            if (parts, value) == _SWITCHED_OFF:
+                root["cache"] = {}
+            self._options[_put(root, parts, value)] = override
         except ValueError as error:
             self.problems.append(f"--set {_short(override)}: {error}.")
 

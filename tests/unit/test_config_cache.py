@@ -301,3 +301,20 @@ def test_a_cache_section_is_checked_without_torch(model: Path, tmp_path: Path) -
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+@pytest.mark.parametrize("override", ["cache=null", "cache.policy=none"])
+def test_one_override_switches_the_cache_off(override: str) -> None:
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        config = load_config(path, ["continuity.mode=none", override], check_model=False)
+        assert config.cache == CacheOptions()
+        again = Config.model_validate(config.model_dump(mode="json"))
+        assert again == config
+        later = load_config(path, ["continuity.mode=none", override, "cache.policy=always"], check_model=False)
+        assert later.cache == CacheOptions(policy="always")
+
+
+def test_a_cache_that_is_null_in_a_file_is_none(tmp_path: Path, model: Path) -> None:
+    path = write(model, tmp_path)
+    path.write_text(path.read_text().replace("cache:\n", "cache: null\n"))
+    assert load_config(path).cache == CacheOptions()
