@@ -26,7 +26,7 @@ from edit_ray.engine.lookback import lookback_latents
 from edit_ray.engine.provenance import provenance_of
 from edit_ray.engine.segment import SegmentEngine, usable_cores
 from edit_ray.errors import EditRayError, OutOfMemory, SegmentFailed
-from edit_ray.files import replacing, write_atomic
+from edit_ray.files import read_bytes, replacing, write_atomic
 from edit_ray.metrics.totals import Snapshot, Totals
 from edit_ray.runs.event_log import append_event
 from edit_ray.runs.plan import SegmentPlan
@@ -225,7 +225,8 @@ class DenoiserActor:
         if frames is None:
             frames, _, _ = self._decode(spec, segment)
         encode_at, began = time.time(), time.perf_counter()
-        encoded = encode(frames, fps=spec.config.sampling.fps, options=spec.config.output)
+        init = read_bytes(spec.folder.init) if spec.folder.init.exists() else None
+        encoded = encode(frames, fps=spec.config.sampling.fps, options=spec.config.output, init=init)
         write_part(spec.folder.path, spec.part(segment), segment.index, encoded)
         self._frames.pop((spec.key, media, spec.incarnation), None)
         times = {"encode_at": encode_at, "encode_s": time.perf_counter() - began}

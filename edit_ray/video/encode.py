@@ -23,6 +23,8 @@ Frames = npt.NDArray[np.uint8]
 # Full-range RGB to what players expect; said in the stream, so that reading it back inverts the same matrix.
 _TO_BT709 = "scale=in_range=full:out_range=tv:out_color_matrix=bt709:flags=accurate_rnd+full_chroma_int"
 _BT709 = ("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv")
+# What x264 writes of it: of the options above only matrix and range reach it.
+_TAGS = ("-x264-params", "colorprim=bt709:transfer=bt709:colormatrix=bt709")
 # One thread and no version strings: the same frames give the same bytes on every machine.
 _REPRODUCIBLE = ("-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact", "-map_metadata", "-1")
 
@@ -31,19 +33,28 @@ class EncodeError(RuntimeError):
     """ffmpeg failed; the message ends with its last words."""
 
 
-def encode(frames: Frames, *, fps: int, options: OutputOptions) -> bytes:
+def encode(frames: Frames, *, fps: int, options: OutputOptions, init: bytes | None = None) -> bytes:
     """`frames` [F, H, W, 3] as a fragmented MP4 of a single fragment, which plays by itself.
 
-    No B-frames and a closed group of pictures. Raises EncodeError, also when ffmpeg dies or loses a frame: what it has
-    written by then is never returned.
+    No B-frames and a closed group of pictures. `init` is that of the fragments before it, if there are any: those of a
+    run that was begun without tags for primaries and transfer are followed by one without. Raises EncodeError, also
+    when ffmpeg dies or loses a frame: what it has written by then is never returned.
     """
+    data = _encode(frames, _TAGS, fps=fps, options=options)
+    if init is not None and not data.startswith(init):
+        untagged = _encode(frames, (), fps=fps, options=options)
+        return untagged if untagged.startswith(init) else data
+    return data
+
+
+def _encode(frames: Frames, tags: Sequence[str], *, fps: int, options: OutputOptions) -> bytes:
     count, height, width, _ = frames.shape
     # x264 describes a video of key frames alone otherwise, and the init must not depend on the number of frames.
     group = max(count, 2)
     data = _ffmpeg(
         *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"),
         *("-an", "-vf", _TO_BT709, "-pix_fmt", "yuv420p", *_BT709),
-        *("-c:v", "libx264", "-preset", options.preset, "-crf", str(options.crf)),
+        *("-c:v", "libx264", *tags, "-preset", options.preset, "-crf", str(options.crf)),
         *("-bf", "0", "-g", str(group), "-sc_threshold", "0", "-video_track_timescale", str(TICKS_PER_FRAME * fps)),
         *(*_REPRODUCIBLE, "-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-f", "mp4", "-"),
         given=np.ascontiguousarray(frames).tobytes(),

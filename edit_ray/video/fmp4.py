@@ -14,6 +14,9 @@ from dataclasses import dataclass
 TICKS_PER_FRAME = 1000
 """A frame's duration; the time scale is this many times the frames a second."""
 
+_FIELDS_BEFORE = {b"stsd": 8, b"avc1": 78}
+"""Bytes of a box's own fields, before the boxes in it."""
+
 _LARGEST_HEADER = 1 << 20  # bytes of one init, or of a fragment up to its mdat
 
 _TFHD_BASE_DATA_OFFSET, _TFHD_BASE_IS_MOOF = 0x000001, 0x020000
@@ -54,6 +57,28 @@ def split(data: bytes) -> tuple[bytes, bytes]:
     fragment = data[boxes[2].start : boxes[3].end]
     read_fragment(fragment)
     return data[: boxes[1].end], fragment
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a player has to know before it loads a video: RFC 6381's name of the codec, and pixels."""
+
+    codec: str
+    width: int
+    height: int
+
+
+def read_form(init: bytes) -> Form:
+    """What an init says of its one H.264 track. Raises ValueError if it is anything else."""
+    start, end = 0, len(init)
+    for kind in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1", b"avcC"):
+        box = next((box for box in _boxes(init, start, end) if box.kind == kind), None)
+        if box is None:
+            raise ValueError(f"an init has no {kind.decode()}")
+        start, end = box.body + _FIELDS_BEFORE.get(kind, 0), box.end
+        if kind == b"avc1":
+            width, height = _number(init, box.body + 24, 2, end), _number(init, box.body + 26, 2, end)
+    return Form(f"avc1.{_number(init, start + 1, 3, end):06x}", width, height)
 
 
 def read_fragment(data: bytes) -> Fragment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -53,12 +54,19 @@ class MediaPlaylist:
         return text.startswith(present)
 
 
-def multivariant(media_playlist: str, *, bandwidth: int) -> str:
-    """The playlist that names one media playlist; `bandwidth` is the highest bit rate in it."""
-    return f"#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-STREAM-INF:BANDWIDTH={bandwidth}\n{media_playlist}\n"
+def multivariant(media_playlist: str, *, bandwidth: int, codec: str, width: int, height: int, fps: int) -> str:
+    """The playlist that names one media playlist; `bandwidth` is the highest bit rate of a fragment in it."""
+    said = f'BANDWIDTH={bandwidth},CODECS="{codec}",RESOLUTION={width}x{height},FRAME-RATE={float(fps):.3f}'
+    return f"#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-STREAM-INF:{said}\n{media_playlist}\n"
 
 
 def named_in(multivariant_playlist: str) -> str | None:
     """The media playlist that a text of `multivariant` names; None if it is something else."""
     lines = multivariant_playlist.splitlines()
     return lines[3] if len(lines) == 4 and lines[2].startswith("#EXT-X-STREAM-INF:") else None
+
+
+def bandwidth_in(multivariant_playlist: str) -> int:
+    """The bit rate that a text of `multivariant` says; 0 where it says none."""
+    match = re.search(r"[:,]BANDWIDTH=([0-9]{1,18})", multivariant_playlist)
+    return int(match[1]) if match else 0

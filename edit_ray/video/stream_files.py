@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edit_ray import files
-from edit_ray.video.fmp4 import place, split
-from edit_ray.video.hls import ENDLIST, Entry, MediaPlaylist, multivariant, named_in
+from edit_ray.video.fmp4 import place, read_form, split
+from edit_ray.video.hls import ENDLIST, Entry, MediaPlaylist, bandwidth_in, multivariant, named_in
 
 _BOX_HEADER = 8
 _PLAYLIST = re.compile(r"live-([0-9]{1,6})\.m3u8")
@@ -67,6 +67,7 @@ class StreamFiles:
         self._bytes = 0  # of stream.mp4 with all of them
         self._text = self._whole_text()  # of the playlist that tells of all of them
         self._present: tuple[str, str] | None = None  # the newest playlist and its content, once it is known
+        self._peak = 0  # the highest bit rate of a segment
 
     def rebuild(self, parts: Sequence[Part], first: int = 0) -> None:
         """Starts from exactly these segments, `parts[0]` being segment `first`, whatever the files hold.
@@ -76,6 +77,7 @@ class StreamFiles:
         self._parts, self._first = list(parts), first
         self._present = None
         self._slide()
+        self._peak = max(map(self._bits_a_second, self._parts), default=0)
         self._text = self._whole_text()
         self._write_stream(self._parts)
         self._tell(ended=False)
@@ -96,6 +98,7 @@ class StreamFiles:
             dropped = self._slide()
             self._text = self._whole_text() if dropped else text + self._playlist.lines_of(_entry(part))
             self._extend_stream(part)
+            self._peak = max(self._peak, self._bits_a_second(part))
             self._tell(ended=False)
         except BaseException:
             self._parts.remove(part)
@@ -149,25 +152,32 @@ class StreamFiles:
         if self._present is None:
             self._present = _newest(self._folder)
         name, content = self._present or (None, "")
-        if not self._parts or (name is not None and content.startswith(text)):
+        if not self._parts:
             return
-        if name is not None and self._playlist.replaces(text, content):
+        if name is None or not content.startswith(text):
+            if name is None or not self._playlist.replaces(text, content):
+                name = f"live-{self._next_number()}.m3u8"
             files.write_atomic(self._folder / name, text.encode())
-        else:
-            name = f"live-{self._next_number()}.m3u8"
-            files.write_atomic(self._folder / name, text.encode())
-            files.write_atomic(self._folder / "live.m3u8", multivariant(name, bandwidth=self._bandwidth()).encode())
-        self._present = (name, text)
+            self._present = (name, text)
+        self._announce(name)
+
+    def _announce(self, name: str) -> None:
+        """Names the playlist, with the highest bit rate that was ever in it, in `live.m3u8`."""
+        path, form = self._folder / "live.m3u8", read_form(files.read_bytes(self._folder / "init.mp4"))
+        present = _text(path) or ""
+        peak = max(self._peak, bandwidth_in(present)) if named_in(present) == name else self._peak
+        size = {"width": form.width, "height": form.height}
+        text = multivariant(name, bandwidth=peak, codec=form.codec, **size, fps=self._playlist.fps)
+        if text != present:
+            files.write_atomic(path, text.encode())
 
     def _next_number(self) -> int:
         """After the one that is named: a later one that is there was never told to anybody."""
         match = _PLAYLIST.fullmatch(newest_playlist(self._folder) or "")
         return int(match[1]) + 1 if match else 0
 
-    def _bandwidth(self) -> int:
-        sizes = [(self._folder / part.path).stat().st_size for part in self._parts]
-        fps = self._playlist.fps
-        return max(-(-8 * size * fps // part.num_frames) for size, part in zip(sizes, self._parts, strict=True))
+    def _bits_a_second(self, part: Part) -> int:
+        return -(-8 * (self._folder / part.path).stat().st_size * self._playlist.fps // part.num_frames)
 
 
 def _entry(part: Part) -> Entry:

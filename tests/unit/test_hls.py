@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_ray.video.hls import ENDLIST, Entry, MediaPlaylist, multivariant, named_in
+from edit_ray.video.hls import ENDLIST, Entry, MediaPlaylist, bandwidth_in, multivariant, named_in
 
 EVENT = MediaPlaylist(fps=16, longest=33)
 SLIDING = MediaPlaylist(fps=16, longest=33, sliding=True)
@@ -59,9 +59,12 @@ def test_a_sliding_one_may_change_until_it_has_ended():
 
 
 def test_the_one_that_names_another():
-    text = multivariant("live-3.m3u8", bandwidth=12345)
-    assert text.splitlines() == ["#EXTM3U", "#EXT-X-VERSION:7", "#EXT-X-STREAM-INF:BANDWIDTH=12345", "live-3.m3u8"]
+    text = multivariant("live-3.m3u8", bandwidth=12345, codec="avc1.64000a", width=48, height=32, fps=16)
+    said = '#EXT-X-STREAM-INF:BANDWIDTH=12345,CODECS="avc1.64000a",RESOLUTION=48x32,FRAME-RATE=16.000'
+    assert text.splitlines() == ["#EXTM3U", "#EXT-X-VERSION:7", said, "live-3.m3u8"]
     assert named_in(text) == "live-3.m3u8"
+    assert bandwidth_in(text) == 12345
+    assert bandwidth_in(EVENT.text(ENTRIES)) == 0
     assert named_in(EVENT.text(ENTRIES)) is None
     assert named_in("") is None
     assert ENDLIST not in text

@@ -1,12 +1,15 @@
 """What plays while it grows: exact frames after every append, the same files after every crash."""
 
 import errno
+import math
 import os
 import random
+import re
 import subprocess
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -24,7 +27,7 @@ from edit_ray.video.encode import encode
 from edit_ray.video.options import OutputOptions
 from edit_ray.video.stream_files import Part, StreamFiles, write_part
 from tests.chaos.power import Power, Recorder
-from tests.unit.video_frames import FRAME_BYTES, numbered, numbers_in, reading, shown_by
+from tests.unit.video_frames import FRAME_BYTES, HEIGHT, WIDTH, numbered, numbers_in, reading, shown_by
 
 OPTIONS = OutputOptions(preset="ultrafast")
 LONGEST = 9
@@ -162,6 +165,42 @@ def test_a_full_disk_changes_nothing_that_was_told(tmp_path, monkeypatch, keep):
     kept = parts if keep is None else parts[-keep:]
     assert shown_by(tmp_path / "stream.mp4") == frames_of(*kept)
     assert listed(tmp_path) == [part.path for part in kept]
+
+
+def told(folder: Path) -> dict[str, str]:
+    """What the playlist that names the others says of the newest."""
+    said = (folder / "live.m3u8").read_text().splitlines()[2].partition(":")[2]
+    return dict(re.findall(r'([A-Z-]+)="?([^",]+)"?', said))
+
+
+@pytest.mark.parametrize("keep", [None, 2])
+def test_players_are_told_the_peak_bit_rate_of_all_that_is_there_and_what_it_is(tmp_path, keep):
+    first = make_parts(tmp_path, 3)
+    noise = np.random.default_rng(0).integers(0, 256, (8, HEIGHT, WIDTH, 3), np.uint8)
+    loud = Part("segments/00003-t0.m4s", 25, 8)
+    write_part(tmp_path, loud, 3, encode(noise, fps=16, options=OPTIONS))
+    quiet = [make_part(tmp_path, index, 33 + 8 * (index - 4), 8) for index in (4, 5, 6)]
+    parts = [*first, loud, *quiet]
+    rates = [8 * (tmp_path / part.path).stat().st_size * 16 / part.num_frames for part in parts]
+    assert rates[3] > 2 * rates[0]
+
+    files = StreamFiles(tmp_path, fps=16, longest=LONGEST, keep=keep)
+    for index, part in enumerate(parts):
+        files.append(part)
+        assert int(told(tmp_path)["BANDWIDTH"]) == math.ceil(max(rates[: index + 1]))
+    files.end()
+    undisturbed = (tmp_path / "live.m3u8").read_text()
+    again = StreamFiles(tmp_path, fps=16, longest=LONGEST, keep=keep)
+    again.rebuild(parts if keep is None else parts[-keep:], 0 if keep is None else len(parts) - keep)
+    again.end()
+    assert (tmp_path / "live.m3u8").read_text() == undisturbed
+
+    assert told(tmp_path)["RESOLUTION"] == f"{WIDTH}x{HEIGHT}"
+    assert told(tmp_path)["FRAME-RATE"] == "16.000"
+    # RFC 6381: avc1. and the three bytes that the sequence parameter set begins with, behind its NAL header.
+    init = (tmp_path / "init.mp4").read_bytes()
+    profile = init[init.index(b"avcC") + 13 :][:3]
+    assert told(tmp_path)["CODECS"] == f"avc1.{profile.hex()}"
 
 
 def test_after_a_crash_the_playlist_never_shrinks(files, tmp_path):

@@ -15,8 +15,8 @@ import pytest
 from edit_ray.video.encode import EncodeError, encode, join, read_frames
 from edit_ray.video.fmp4 import read_fragment, split
 from edit_ray.video.options import OutputOptions
-from edit_ray.video.stream_files import Part, write_part
-from tests.unit.video_frames import FFMPEG
+from edit_ray.video.stream_files import Part, StreamFiles, write_part
+from tests.unit.video_frames import FFMPEG, numbered, shown_by
 
 OPTIONS = OutputOptions(crf=12)
 
@@ -78,6 +78,35 @@ def test_a_joined_file_tells_how_it_was_made(tmp_path, comment):
     for special in "\\=;#\n":
         escaped = escaped.replace(special, "\\" + special)
     assert (f"comment={escaped}\n" in said) if comment else ("comment" not in said)
+
+
+def said_of(path: Path) -> str:
+    """What ffmpeg says of a file's picture."""
+    said = subprocess.run([FFMPEG, "-hide_banner", "-i", str(path)], capture_output=True, text=True, check=False).stderr
+    return next(line for line in said.splitlines() if "Video:" in line)
+
+
+def test_players_are_told_which_colours_these_are(tmp_path):
+    parts = parts_of(tmp_path, 9, 8)
+    files = StreamFiles(tmp_path, fps=16, longest=9)
+    files.rebuild([Part(parts[0].name, 0, 9), Part(parts[1].name, 9, 8)])
+    join(tmp_path / "init.mp4", parts, tmp_path / "final.mp4")
+    for name in ("stream.mp4", "final.mp4"):
+        # One name where matrix, primaries and transfer are alike, else ffmpeg lists all three.
+        assert "yuv420p(tv, bt709, progressive)" in said_of(tmp_path / name)
+
+
+def test_a_run_that_began_without_colour_tags_goes_on_without_them(tmp_path):
+    began = (Path(__file__).parents[1] / "data" / "init_before_colour_tags.mp4").read_bytes()
+    (tmp_path / "init.mp4").write_bytes(began)
+    options = OutputOptions(preset="ultrafast")
+    assert not encode(numbered(0, 9), fps=16, options=options).startswith(began)
+    data = encode(numbered(0, 9), fps=16, options=options, init=began)
+    write_part(tmp_path, Part("0.m4s", 0, 9), 0, data)
+    join(tmp_path / "init.mp4", [tmp_path / "0.m4s"], tmp_path / "final.mp4")
+    assert shown_by(tmp_path / "final.mp4") == list(range(9))
+    with pytest.raises(ValueError, match="encoded in another way"):
+        write_part(tmp_path, Part("1.m4s", 9, 9), 1, encode(moving_square(9), fps=16, options=options, init=began))
 
 
 def test_an_unreadable_file_is_named(tmp_path):
