@@ -133,27 +133,21 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
 
         `history` or `overlap` [B, C, k, h, w]: normalised latents that the first k of T stay, clean (for models with
         `expand_timesteps`) or as noisy as the rest. With a cache, `reset_cache=False` keeps what earlier calls stored,
-        `prefetch_reuse` says what is read of it.
-
-        Returns `EditWanOutput`, whose `[0]` is the first video and whose `.frames` is the batch; with
-        `return_dict=False` as diffusers `(batch,)`, whose `[0]` is the batch: "np" [B, F, H, W, 3], "pt"
-        [B, F, 3, H, W], "pil" lists of images, "latent" [B, C, T, h, w].
-
-        Raises RuntimeError for a call while another one is at work, in another thread or in a callback of it.
+        `prefetch_reuse` says what is read of it. Returns `EditWanOutput`, whose `[0]` is the first video and whose
+        `.frames` is the batch; with `return_dict=False` as diffusers `(batch,)`, whose `[0]` is the batch: "np"
+        [B, F, H, W, 3], "pt" [B, F, 3, H, W], "pil" lists of images, "latent" [B, C, T, h, w].
         """
-        check_steps(num_inference_steps)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         names, embeds = callback_on_step_end_tensor_inputs, (prompt_embeds, negative_prompt_embeds)
         self.check_inputs(prompt, negative_prompt, height, width, *embeds, names, guidance_scale_2)
         height, width, num_frames = self._fit(height, width, num_frames)
-        self._begin_call(guidance_scale, guidance_scale_2, attention_kwargs)
+        self._begin_call(num_inference_steps, guidance_scale, guidance_scale_2, attention_kwargs)
         videos = num_videos_per_prompt or 1
         cond, uncond = self._embed(prompt, negative_prompt, videos, *embeds, max_sequence_length)
         batch = len(cond) * (1 if prompt is not None else videos)  # diffusers does not repeat given embeddings
-        noise = self._draw_noise(batch, height, width, num_frames, generator, latents)
         request = Request(
-            latents=noise,
+            latents=(noise := self._draw_noise(batch, height, width, num_frames, generator, latents)),
             prompt_embeds=cond,
             negative_prompt_embeds=uncond,
             num_inference_steps=num_inference_steps,
@@ -186,9 +180,14 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         return self._ahead
 
     def _begin_call(
-        self, guidance_scale: float, guidance_scale_2: float | None, attention_kwargs: dict[str, Any] | None
+        self,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_scale_2: float | None,
+        attention_kwargs: dict[str, Any] | None,
     ) -> None:
         """Set what diffusers' properties of a running call, and its callbacks, read."""
+        check_steps(num_inference_steps)
         self._guidance_scale = guidance_scale
         two_experts = self.config.boundary_ratio is not None
         self._guidance_scale_2 = guidance_scale if two_experts and guidance_scale_2 is None else guidance_scale_2
