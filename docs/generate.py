@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from edit_ray.cache.options import NODE_VARIABLES
 from edit_ray.cli import main
 from edit_ray.config import Config
 from edit_ray.config.options import PromptSegment
@@ -43,7 +44,8 @@ ENVIRONMENT = """## Environment
 | `EDIT_RAY_MODEL_ROOTS` | every node | folders, parted by `:`, from which alone models are loaded |
 | `RAY_ADDRESS`, `RAY_AUTH_MODE`, `RAY_AUTH_TOKEN` | client, job, nodes | Ray's own: which cluster, and its token |
 
-`store.directory` may name variables of the node that it is on, such as `$NVME/edit_ray`.
+`store.directory` may name variables of the node that it is on, such as `$NVME/edit_ray`: {variables}. Others are
+refused, as whoever submits a run would see what they hold.
 """
 
 SIZING = """# Sizing
@@ -100,7 +102,8 @@ def configuration_page() -> str:
             f"## {name}\n\n{'A list of:' + chr(10) + chr(10) if section is PromptSegment else ''}{_paragraphs(about)}\n"
         )
         parts.append(_table(section, schema["$defs"][section.__name__], schema))
-    return "\n".join([*parts, ENVIRONMENT])
+    variables = ", ".join(f"`${name}`" for name in NODE_VARIABLES)
+    return "\n".join([*parts, ENVIRONMENT.format(variables=variables)])
 
 
 def _paragraphs(text: str) -> str:

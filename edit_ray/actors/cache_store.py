@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from edit_ray.actors.figures import TierFigures
 from edit_ray.actors.messages import code_version, run_key
-from edit_ray.cache.options import StoreOptions
+from edit_ray.cache.options import StoreOptions, on_this_node
 from edit_ray.cache.stores import carried
 from edit_ray.cache.stores.arena import Arena, remove_stale
 from edit_ray.cache.stores.carried import Bytes
@@ -23,6 +24,7 @@ from edit_ray.cache.stores.entry_files import EntryFiles
 from edit_ray.cache.stores.heap import HeapArena
 from edit_ray.cache.stores.op_table import Op
 from edit_ray.cache.stores.open_segment import Lease
+from edit_ray.cache.stores.own_folder import FolderTaken, FolderUnusable
 from edit_ray.cache.stores.shared_tiers import TABLES_BYTES, SharedTiers
 from edit_ray.cache.stores.store import Key
 from edit_ray.cache.tiering.events import Uses
@@ -64,14 +66,17 @@ class CacheStoreActor:
             ConfigError: the tiers cannot be made.
             ResourcesUnavailable: there is too little memory.
         """
-        directory = self._own(directory)
         with self._lock:
             if self._tiers is None or self._made_for != (options, directory):
                 self._close()
-                self._tiers, self._made_for = _make(options, directory), (options, directory)
-                found = {str(key[0]) for key in self._tiers.disk.files.entries() if key}
-                for ended in [other for other in found - {run_id} if not _goes_on(root, other, run_id)]:
-                    self._tiers.drop_run(ended)
+                self._tiers, self._made_for = self._make(options, directory), (options, directory)
+
+                def ended(name: str) -> bool:
+                    return name != run_id and not _goes_on(root, name, run_id)
+
+                for name in filter(ended, _runs_in(self._tiers.disk.files)):
+                    self._tiers.drop_run(name)
+                self._remove_left(directory, ended)
             for replaced in [other for other in self._runs - {run_id} if _id_of(other) == _id_of(run_id)]:
                 self._tiers.drop_run(replaced)
                 self._runs.discard(replaced)
@@ -94,7 +99,12 @@ class CacheStoreActor:
     def complete(self, run_id: str, segment: int, attempt: int, holder: str, store: str) -> dict[str, Any]:
         """See `SharedTiers.complete`; returns its statistics."""
         tiers = self._of(run_id)
-        tiers.complete(run_id, segment, attempt, holder, store)
+        try:
+            tiers.complete(run_id, segment, attempt, holder, store)
+        except OSError as error:
+            if error.filename is not None and self._made_for is not None:  # a record shows what was configured
+                error.filename, error.filename2 = str(self._made_for[1]), None
+            raise
         return tiers.statistics()
 
     def fetch(
@@ -143,10 +153,8 @@ class CacheStoreActor:
         with self._lock:
             if self._tiers is not None:
                 self._tiers.drop_run(run_id)
-            elif directory is not None and self._own(directory).is_dir():
-                files = EntryFiles(self._own(directory), allow_tmpfs=True)
-                for key in [key for key in files.entries() if key and key[0] == run_id]:
-                    files.remove(files.drop(key))
+            if directory is not None:
+                self._remove_left(directory, lambda name: name == run_id)
             self._runs.discard(run_id)
             if not self._runs:
                 self._close()
@@ -158,10 +166,39 @@ class CacheStoreActor:
         with self._lock:
             self._close()
 
-    def _own(self, directory: Path) -> Path:
-        """On this node, whose environment may say where its disk is."""
-        here = Path(os.path.expandvars(directory))
-        return here / f"worker-{self._worker}" if self._worker else here
+    def _folders(self, directory: Path) -> Iterator[Path]:
+        """Where this actor's disk tier may be on this node: of these, each store has the first that it finds free."""
+        here = on_this_node(directory)
+        own = here / f"worker-{self._worker}" if self._worker else here
+        yield own
+        for number in count(1):
+            yield own / f"other-{number}"
+
+    def _make(self, options: StoreOptions, directory: Path) -> SharedTiers:
+        try:
+            disk = _first_free(self._folders(directory), options.allow_tmpfs)
+        except FolderUnusable as error:
+            raise ConfigError([f"store.directory is {str(directory)!r}, {error.why}"]) from None
+        except ValueError as error:  # of `on_this_node`
+            raise ConfigError([f"store.directory is {str(directory)!r}, {error}"]) from None
+        except OSError as error:
+            raise ConfigError([f"store.directory is {str(directory)!r}, which fails: {error.strerror}."]) from None
+        try:
+            return SharedTiers(_memory(options), options.host_bytes, disk, options.disk_bytes)
+        except BaseException:
+            disk.close()
+            raise
+
+    def _remove_left(self, directory: Path, unwanted: Callable[[str], bool]) -> None:
+        """Remove the entries of unwanted runs that stores which are no more have left."""
+        with suppress(ValueError, OSError):  # no folder for this actor, or none that can be read
+            for folder in self._folders(directory):
+                if not folder.is_dir():
+                    return
+                with suppress(FolderTaken), closing(EntryFiles(folder, allow_tmpfs=True)) as files:
+                    names = set(filter(unwanted, _runs_in(files)))
+                    for key in [key for key in files.entries() if key and str(key[0]) in names]:
+                        files.remove(files.drop(key))
 
     def _of(self, run_id: str) -> SharedTiers:
         with self._lock:
@@ -178,12 +215,15 @@ class CacheStoreActor:
         self._runs.clear()
 
 
-def _make(options: StoreOptions, directory: Path) -> SharedTiers:
-    try:
-        disk = DiskTier(directory, allow_tmpfs=options.allow_tmpfs)
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"store.directory cannot be used: {error}"]) from None
-    return SharedTiers(_memory(options), options.host_bytes, disk, options.disk_bytes)
+def _first_free(folders: Iterator[Path], allow_tmpfs: bool) -> DiskTier:
+    """A disk tier in the first folder that no other store has open, as one of another cluster may have."""
+    while True:
+        with suppress(FolderTaken):
+            return DiskTier(next(folders), allow_tmpfs=allow_tmpfs)
+
+
+def _runs_in(files: EntryFiles) -> set[str]:
+    return {str(key[0]) for key in files.entries() if key}
 
 
 def _goes_on(root: Path, residuals_id: str, followed: str) -> bool:

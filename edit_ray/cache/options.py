@@ -1,10 +1,13 @@
 """What the cache and the stores can be told."""
 
+import os
 import re
+from collections.abc import Mapping
 from fractions import Fraction
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from edit_ray.options import Options
 
@@ -39,6 +42,37 @@ def parse_bytes(value: object) -> object:
     if count > MAX_BYTES:
         raise ValueError(f"{value!r} is more than {MAX_BYTES} bytes")
     return int(count)
+
+
+# Variables that hold no secrets: whoever submits a run sees what becomes of them on the node.
+NODE_VARIABLES = (
+    *("HOME", "USER", "LOGNAME", "TMPDIR", "NVME", "SCRATCH", "LOCAL_SCRATCH"),
+    *("SLURM_TMPDIR", "SLURM_JOB_ID", "EDIT_RAY_DISK", "EDIT_RAY_DISK_*"),
+)
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+
+
+def _check_variables(directory: str) -> str:
+    for match in _VARIABLE.finditer(directory):
+        name = match[1] or match[2]
+        if name not in NODE_VARIABLES and not name.startswith("EDIT_RAY_DISK_"):
+            raise ValueError(f"which names the variable {name}, and that is not allowed.")
+    return directory
+
+
+def on_this_node(directory: Path, environment: Mapping[str, str] = os.environ) -> Path:
+    """The folder that `store.directory` means where this runs.
+
+    Raises ValueError: it names a variable that is not allowed, or not set here.
+    """
+
+    def value_of(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if not environment.get(name):
+            raise ValueError(f"which names the variable {name}, and that is not set on this node.")
+        return environment[name]
+
+    return Path(_VARIABLE.sub(value_of, _check_variables(str(directory))))
 
 
 ByteCount = Annotated[int, BeforeValidator(parse_bytes)]
@@ -102,6 +136,14 @@ class StoreOptions(Options):
         le=MAX_BYTES,
         json_schema_extra={"valid": "a number of bytes from 0 to 1024TiB, such as 20GiB, or null for no bound"},
     )
-    directory: str | None = Field(default=None, min_length=1, max_length=4096)
+    directory: Annotated[str, AfterValidator(_check_variables)] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=4096,
+        json_schema_extra={
+            "valid": "text of 1 to 4096 characters, in which the variables may be "
+            + ", ".join(f"${name}" for name in NODE_VARIABLES)
+        },
+    )
     allow_tmpfs: bool = False
     shared_memory: Literal["auto", "require", "never"] = "auto"

@@ -182,7 +182,7 @@ def test_a_store_process_that_is_killed_in_the_midst_of_a_segment_leaves_nothing
     store.call("drop_run", "run")()
     store.close()
     assert len(set(pids)) == 2
-    assert list((tmp_path / "disk").iterdir()) == []
+    assert list((tmp_path / "disk").glob("*.*")) == [tmp_path / "disk" / ".lock"]
     assert [path for pid in pids for path in Path("/dev/shm").glob(f"edit_ray-{pid}-*")] == []
 
 

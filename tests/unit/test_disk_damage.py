@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from edit_ray.cache import DiskOffloadStore
 from edit_ray.cache.stores.tensor_file import file_name, parse_header
+from tests.unit.entry_folder import files_in
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
 
@@ -111,6 +112,7 @@ def damage_some(folder, seed, count):
         done[damage.__name__] += 1
     damaged = {key for key, content in whole.items() if (folder / file_name(key)).read_bytes() != content}
     if seed % 2:
+        store.close()
         store = make(folder)
     for key, tensor in expected.items():
         found = store.get(key)
@@ -119,11 +121,11 @@ def damage_some(folder, seed, count):
         else:
             assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
             assert torch.equal(found, tensor)
-    assert set(os.listdir(folder)) == {file_name(key) for key in expected if key not in damaged}
+    assert {path.name for path in files_in(folder)} == {file_name(key) for key in expected if key not in damaged}
     assert store.num_unreadable == len(damaged)
     assert (len(store), store.files.faults["read"]) == (len(expected) - len(damaged), 0)
     store.clear()
-    assert os.listdir(folder) == []
+    assert files_in(folder) == []
     return done, len(damaged)
 
 
@@ -150,13 +152,16 @@ def test_every_byte_of_a_file_is_guarded(tmp_path, reopened):
     key, tensor = ("run", 3, None), torch.randn(3, 5)
     store = make(tmp_path)
     store.put(key, tensor)
-    (path,) = tmp_path.iterdir()
+    (path,) = files_in(tmp_path)
     content = path.read_bytes()
     for index in [*range(0, 500), *range(500, 4096, 97), *range(4096, len(content))]:
         changed = bytearray(content)
         changed[index] ^= 1 << (index % 8)
         path.write_bytes(changed)
-        again = make(tmp_path) if reopened else store
+        again = store
+        if reopened:
+            store.close()
+            again = store = make(tmp_path)
         if reopened and index < 4096:
             assert (len(again), again.num_unreadable, path.exists()) == (0, 1, False)
         assert again.get(key) is None
@@ -169,7 +174,7 @@ def test_every_byte_of_a_file_is_guarded(tmp_path, reopened):
 @pytest.mark.parametrize("change", [-1, 1, -5000, 4096])
 def test_a_file_of_another_length_goes_when_the_folder_is_opened(tmp_path, change):
     make(tmp_path).put(("a",), torch.ones(5000))
-    (path,) = tmp_path.iterdir()
+    (path,) = files_in(tmp_path)
     os.truncate(path, path.stat().st_size + change)
     store = make(tmp_path)
     assert (len(store), store.files.faults["length"], path.exists()) == (0, 1, False)
@@ -178,7 +183,7 @@ def test_a_file_of_another_length_goes_when_the_folder_is_opened(tmp_path, chang
 def test_an_earlier_file_of_the_same_key_is_not_taken_for_the_later(tmp_path):
     store = make(tmp_path)
     store.put(("a",), torch.zeros(4))
-    (path,) = tmp_path.iterdir()
+    (path,) = files_in(tmp_path)
     earlier = path.read_bytes()
     store.put(("a",), torch.ones(4))
     path.write_bytes(earlier)
@@ -193,7 +198,7 @@ def test_a_length_out_of_bounds_takes_no_memory(tmp_path, length):
     store = make(tmp_path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
-    assert (len(store), store.num_unreadable, list(tmp_path.iterdir())) == (0, 1, [])
+    assert (len(store), store.num_unreadable, files_in(tmp_path)) == (0, 1, [])
 
 
 def test_what_no_header_of_ours_is_parsed_to_nothing():
@@ -208,7 +213,7 @@ def test_names_like_ours_that_are_no_files_stay(tmp_path):
     (tmp_path / file_name(("b",))).mkdir()
     os.mkfifo(tmp_path / file_name(("c",)))
     store = make(tmp_path)
-    assert (len(store), store.num_unreadable, len(list(tmp_path.iterdir()))) == (0, 0, 4)
+    assert (len(store), store.num_unreadable, len(files_in(tmp_path))) == (0, 0, 4)
     store.put(("a",), torch.ones(3))
     assert torch.equal(store.get(("a",)), torch.ones(3))
     assert target.read_text() == "mine"

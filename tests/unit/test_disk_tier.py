@@ -18,6 +18,7 @@ from edit_ray.cache.stores.arena import Arena
 from edit_ray.cache.stores.direct_io import DiskFull, aligned_buffer, memory_of
 from edit_ray.cache.stores.disk_tier import DiskTier
 from edit_ray.cache.stores.tensor_file import FileEntry, file_name
+from tests.unit.entry_folder import files_in
 
 PAGE = 4096
 
@@ -97,8 +98,10 @@ def test_from_arena_to_file_and_back(open_tier, tmp_path):
                 assert torch.equal(arena.tensor(target, *(entry.dtype, entry.shape)), value)
                 assert set(arena.memory(Extent(12 * PAGE, 4 * PAGE))) == {ord("?")}
     assert tier.files.bytes_resident == sum(entry.nbytes for entry in tier.files.entries().values())
-    again = open_tier()
-    assert again.files.entries() == tier.files.entries()
+    entries = tier.files.entries()
+    tier.close()
+    tier = open_tier()
+    assert tier.files.entries() == entries
     tier.clear()
 
 
@@ -113,7 +116,7 @@ def test_many_entries_at_once_over_all_threads(open_tier, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 64
     tier.clear()
     tier.close()
-    assert (list(tmp_path.iterdir()), set(tier.files.faults.values())) == ([], {0})
+    assert (files_in(tmp_path), set(tier.files.faults.values())) == ([], {0})
 
 
 def test_an_entry_is_there_when_it_is_whole_and_what_it_replaces_goes_at_once(open_tier, tmp_path):
@@ -147,7 +150,7 @@ def test_a_write_that_is_overtaken_publishes_nothing(open_tier, tmp_path, last):
         assert second.result()
     assert read(tier, ("a",)) == (2 if second else None)
     tier.close()
-    assert len(list(tmp_path.iterdir())) == (1 if second else 0)
+    assert len(files_in(tmp_path)) == (1 if second else 0)
     assert set(tier.files.faults.values()) == {0}
 
 
@@ -202,7 +205,7 @@ def test_closing_with_a_full_queue_cancels_what_waits_and_leaves_no_drafts(open_
     closing.join(20)
     assert moving.result()
     assert begun.result()
-    assert {path.name for path in tmp_path.iterdir()} == {file_name((name,)) for name in ("a", "b")}
+    assert {path.name for path in files_in(tmp_path)} == {file_name((name,)) for name in ("a", "b")}
     for call in (lambda: write(tier, ("a",), 1), lambda: tier.read(("a",), filled(0)), lambda: tier.drop(("a",))):
         with pytest.raises(RuntimeError, match="is closed"):
             call()
@@ -233,7 +236,7 @@ def test_memory_that_is_too_short_is_refused(open_tier, tmp_path):
         tier.write((1.5,), filled(0), torch.uint8, (1,))
     with pytest.raises(ValueError, match="num_threads is 0"):
         DiskTier(tmp_path, num_threads=0)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(files_in(tmp_path)) == 1
 
 
 class Faults(files.Disk):
@@ -282,7 +285,7 @@ class AgainstADict(RuleBasedStateMachine):
 
     @initialize()
     def begin(self):
-        for path in self.folder.iterdir():
+        for path in files_in(self.folder):
             path.unlink()
         self.calls, self.expected, self.doubtful, self.value = Faults(), {}, set(), 0
         files.disk = self.calls
@@ -369,7 +372,7 @@ class AgainstADict(RuleBasedStateMachine):
 
     def teardown(self):
         self.tier.close()
-        assert {path.name for path in self.folder.iterdir()} == {file_name(key) for key in self.tier.files.entries()}
+        assert {path.name for path in files_in(self.folder)} == {file_name(key) for key in self.tier.files.entries()}
 
 
 EVERYTHING = {"write", "write, full", "write, failed", "read", "read, failed", "read, lost", "drop", "damage", "reopen"}

@@ -31,7 +31,7 @@ READS_OF_8 = {"step": 48, "last": 176}  # of so many segments, by how they are a
 
 
 def leases_on(
-    store, folder, way, dtype=torch.float32, shape=(1, 8, 24), host_bytes=2 * 4096, num_segments=4, align="step"
+    store, folder, way, dtype=torch.float32, shape=(1, 8, 24), host_bytes=2 * 4096, num_segments=4, align="step", **more
 ):
     """A run's leases: window 4, two units, of residuals of this dtype and shape."""
     form = Form(torch.device("cpu"), dtype, shape)
@@ -48,7 +48,7 @@ def leases_on(
     values = {
         "video": {"num_segments": num_segments},
         "prompt_segments": [{"segment": 0, "prompt": "a red circle"}],
-        "store": {"host_bytes": host_bytes, "allow_tmpfs": True, "shared_memory": way},
+        "store": {"host_bytes": host_bytes, "allow_tmpfs": True, "shared_memory": way, **more},
     }
     return SegmentLeases(store, RunSpec("run", folder, Config.model_validate(values)), Reuse(plan, form))
 
@@ -264,7 +264,7 @@ def test_reads_of_the_next_segment_loaded_while_this_one_is_made_are_right(tmp_p
 @pytest.mark.parametrize("worker", [0, 1])
 def test_a_store_that_was_not_told_of_a_run_removes_what_an_earlier_one_has_left_of_it(tmp_path, worker, monkeypatch):
     """As where everything died when all segments were made, and only the end is left to be told."""
-    monkeypatch.setenv("NVME_OF_THE_NODE", str(tmp_path))
+    monkeypatch.setenv("NVME", str(tmp_path))
     store = StoreHere(worker)
     leases = leases_on(store, tmp_path, "require")
     make_segment(leases, 0)
@@ -274,7 +274,7 @@ def test_a_store_that_was_not_told_of_a_run_removes_what_an_earlier_one_has_left
     assert len(list(directory.rglob("*.safetensors"))) == 8
     store.call("drop_run", "another", directory)()
     assert len(list(directory.rglob("*.safetensors"))) == 8
-    store.call("drop_run", RUN, Path("$NVME_OF_THE_NODE/.cache_store"))()
+    store.call("drop_run", RUN, Path("$NVME/.cache_store"))()
     assert list(directory.rglob("*.safetensors")) == []
     store.call("drop_run", RUN, tmp_path / "nowhere")()
     store.close()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
 from edit_ray.cache.stores.host import HostStore
+from tests.unit.entry_folder import files_in
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
 
@@ -139,6 +140,7 @@ def test_disk_entries_are_found_when_the_directory_is_opened_again(tmp_path):
     put = {(name, 3, None, -1): torch.randn(5).to(torch.bfloat16) for name in ("z", "é\n", "")}
     for key, tensor in put.items():
         first.put(key, tensor)
+    first.close()
     again = on_disk(tmp_path / "a" / "b")
     assert all(torch.equal(again.get(key), tensor) for key, tensor in put.items())
     assert (len(again), again.bytes_resident, again.num_unreadable) == (3, 30, 0)
@@ -147,12 +149,12 @@ def test_disk_entries_are_found_when_the_directory_is_opened_again(tmp_path):
 def test_a_disk_entry_is_a_safetensors_file_that_says_its_key(tmp_path):
     store, tensor = on_disk(tmp_path), torch.randn(2, 3)
     store.put(("run", 1, None), tensor)
-    (path,) = tmp_path.iterdir()
+    (path,) = files_in(tmp_path)
     assert torch.equal(load_file(path)["tensor"], tensor)
     header = path.read_bytes()[8:].partition(b'"tensor"')[0]
     assert json.dumps(json.dumps(["run", 1, None])).encode() in header
     store.put(("run", 1, None), tensor + 1)
-    assert [path] == list(tmp_path.iterdir())
+    assert [path] == files_in(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "overwritten", "another's", "gone", "no key"])
@@ -160,9 +162,9 @@ def test_a_disk_entry_is_a_safetensors_file_that_says_its_key(tmp_path):
 def test_a_damaged_disk_entry_is_a_miss_and_its_file_goes(tmp_path, damage, reopened):
     store = on_disk(tmp_path)
     store.put(("a",), torch.randn(100))
-    (path,) = tmp_path.iterdir()
+    (path,) = files_in(tmp_path)
     store.put(("b",), torch.ones(100))
-    (other,) = set(tmp_path.iterdir()) - {path}
+    (other,) = set(files_in(tmp_path)) - {path}
     {
         "truncated": lambda: path.write_bytes(path.read_bytes()[:-1]),
         "emptied": lambda: path.write_bytes(b""),
@@ -172,9 +174,10 @@ def test_a_damaged_disk_entry_is_a_miss_and_its_file_goes(tmp_path, damage, reop
         "no key": lambda: save_file({"tensor": torch.zeros(100)}, path),
     }[damage]()
     if reopened:
+        store.close()
         store = on_disk(tmp_path)
     assert store.get(("a",)) is None
-    assert list(tmp_path.iterdir()) == [other]
+    assert files_in(tmp_path) == [other]
     assert (len(store), store.bytes_resident) == (1, 400)
     assert store.num_unreadable == (not (damage == "gone" and reopened))
     assert torch.equal(store.get(("b",)), torch.ones(100))
@@ -190,7 +193,7 @@ def test_a_disk_store_touches_no_file_of_others(tmp_path):
     assert (len(store), store.num_unreadable, store.get(("a",))) == (0, 0, None)
     store.put(("a",), torch.ones(3))
     store.clear()
-    assert sorted(tmp_path.iterdir()) == sorted(others)
+    assert sorted(files_in(tmp_path)) == sorted(others)
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path):
@@ -200,14 +203,14 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
         store.put(("a",), torch.zeros(3, device="meta"))
     with pytest.raises(TypeError):
         store.put((1.5,), torch.zeros(3))
-    assert (list(tmp_path.iterdir()), len(store), store.bytes_resident) == ([], 0, 0)
+    assert (files_in(tmp_path), len(store), store.bytes_resident) == ([], 0, 0)
     store.put(("b",), torch.zeros(3))
-    (in_the_way,) = tmp_path.iterdir()
+    (in_the_way,) = files_in(tmp_path)
     store.clear()
     in_the_way.mkdir()
     with pytest.raises(OSError, match="directory"):
         store.put(("b",), torch.zeros(3))
-    assert (list(tmp_path.iterdir()), len(store), store.get(("b",))) == ([in_the_way], 0, None)
+    assert (files_in(tmp_path), len(store), store.get(("b",))) == ([in_the_way], 0, None)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="which is a file"):
         DiskOffloadStore(tmp_path / "file")

@@ -3,7 +3,6 @@
 import errno
 import os
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
 from edit_ray.cache.stores.host import HostStore
 from edit_ray.cache.tiering.eviction import EvictionPolicy, FurthestNextUse
+from tests.unit.entry_folder import files_in
 
 
 def bytes_of(count: int, fill: int = 0) -> torch.Tensor:
@@ -81,9 +81,9 @@ def test_prefetch_moves_up_what_is_used_first_as_far_as_the_first_tier_goes(tmp_
 
 def test_what_the_tiers_held_before_is_found_and_counted(tmp_path):
     for age, name in enumerate("cba"):
-        known = set(tmp_path.iterdir())
+        known = set(files_in(tmp_path))
         on_disk(tmp_path).put((name,), bytes_of(2, ord(name)))
-        (path,) = set(tmp_path.iterdir()) - known
+        (path,) = set(files_in(tmp_path)) - known
         os.utime(path, (10 - age, 10 - age))
     assert list(on_disk(tmp_path).sizes()) == [("a",), ("b",), ("c",)]
     store = tiers(tmp_path, 2, 2, 4)
@@ -105,7 +105,7 @@ def test_what_a_tier_loses_by_itself_is_a_miss(tmp_path):
     store = tiers(tmp_path, 1, 0, None)
     for name in "ab":
         store.put((name,), bytes_of(1))
-    (file,) = tmp_path.iterdir()
+    (file,) = files_in(tmp_path)
     file.unlink()
     assert store.get(("a",)) is None
     assert (len(store), store.tier_of(("a",)), store.tier_bytes["disk"]) == (1, None, 0)
@@ -156,7 +156,7 @@ def test_tiers_keep_their_budgets_and_account_for_every_entry(budgets, promote, 
                 store.prefetch([(key,) for key in name])
             assert list(store.tier_bytes.values()) == [one.bytes_resident for one in stores]
             assert all(one.bytes_resident <= budget for one, budget in zip(stores, budgets, strict=True))
-            assert len(list(Path(folder).iterdir())) == len(stores[2])
+            assert len(files_in(folder)) == len(stores[2])
         puts = sum(step[0] == "put" for step in steps)
         assert puts == len(store) + removed + store.num_evictions + store.num_refused
         assert sum(len(one) for one in stores) == len(store)

@@ -15,6 +15,8 @@ import torch
 from edit_ray import files
 from edit_ray.cache.stores.allocator import ALIGNMENT, rounded
 
+# A link under one of our names is followed by nobody, and a pipe holds nobody up.
+READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -76,7 +78,7 @@ class DirectFiles:
             raise
 
     def _read(self, path: Path, parts: Sequence[memoryview], size: int, flag: int) -> bool:
-        with files.opened(path, os.O_RDONLY | flag) as descriptor:
+        with files.opened(path, READING | flag) as descriptor:
             return os.fstat(descriptor).st_size == size and _move(files.disk.read, descriptor, parts, size) == size
 
 

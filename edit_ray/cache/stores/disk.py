@@ -14,7 +14,7 @@ from edit_ray.cache.stores.tensor_file import check_dtype
 
 
 class DiskOffloadStore:
-    """A `CacheStore` in files, without a bound. A directory belongs to one store at a time; others' files in it stay.
+    """A `CacheStore` in files, without a bound. It has a directory to itself until `close`, or until it is deleted.
 
     `EntryFiles` says how it keeps them, and counts in `files.faults` what goes wrong: what cannot be read is a miss,
     and removed unless the error may pass. Not thread-safe.
@@ -23,7 +23,7 @@ class DiskOffloadStore:
     tier = "disk"
 
     def __init__(self, directory: str | PathLike[str], *, allow_tmpfs: bool = False) -> None:
-        """Raises ValueError: `directory` is a file, or lies in memory and `allow_tmpfs` is not given."""
+        """Raises ValueError, with the reason: another store has `directory` open, or it is no place for files."""
         self.files = EntryFiles(directory, allow_tmpfs=allow_tmpfs)
         self.directory = self.files.directory
         self._staging = aligned_buffer(0)  # as large as the largest entry so far
@@ -70,6 +70,10 @@ class DiskOffloadStore:
 
     def clear(self) -> None:
         self.drop_where(lambda key: True)
+
+    def close(self) -> None:
+        """Let another store open the directory; entries stay there. Use this one no more."""
+        self.files.close()
 
     def sizes(self) -> dict[Key, int]:
         """Bytes of every entry, oldest first."""

@@ -67,14 +67,17 @@ class DiskTier:
             self.drop(key)
 
     def close(self) -> None:
-        """Cancel what waits in the queue, wait for what is being moved, and end the threads. Entries stay on disk."""
+        """Cancel what waits, wait for what is being moved, end the threads, unlock the folder. Entries stay on disk."""
+        if self._closed:
+            return
         self._closed = True
         self._threads.shutdown(wait=True, cancel_futures=True)
         self.files.remove_unfinished()
+        self.files.close()
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RuntimeError(f"The disk tier in {self.files.directory} is closed.")
+            raise RuntimeError("The disk tier is closed.")
 
     def __enter__(self) -> DiskTier:
         return self

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from os import PathLike
@@ -17,6 +18,7 @@ import torch
 from edit_ray import files
 from edit_ray.cache.stores.allocator import ALIGNMENT, rounded
 from edit_ray.cache.stores.direct_io import (
+    READING,
     DirectFiles,
     DiskFull,
     aligned_buffer,
@@ -24,6 +26,7 @@ from edit_ray.cache.stores.direct_io import (
     is_tmpfs,
     memory_of,
 )
+from edit_ray.cache.stores.own_folder import FolderUnusable, lock, make_own
 from edit_ray.cache.stores.store import Key
 from edit_ray.cache.stores.tensor_file import (
     FileEntry,
@@ -44,7 +47,7 @@ UNREADABLE: tuple[Fault, ...] = ("missing", "length", "header", "checksum")
 
 
 class EntryFiles:
-    """A directory of entries, which belongs to one store at a time; files of others in it stay as they are.
+    """A directory of entries, locked for one store at a time until `close`; files of others in it stay as they are.
 
     A file is named after the hash of its key and appears whole, by a rename. Only `sync` makes it durable: what a crash
     tears is found by its length or checksums, here or when it is read. `faults` counts by class. Any thread may call
@@ -54,17 +57,18 @@ class EntryFiles:
     def __init__(self, directory: str | PathLike[str], *, num_transfers: int = 1, allow_tmpfs: bool = False) -> None:
         """Opens or makes the directory and reads the header of every file of ours. Moves `num_transfers` at once.
 
-        Raises ValueError: `directory` is a file, or lies in memory and `allow_tmpfs` is not given.
+        Raises FolderUnusable, a ValueError: `directory` is a file, cannot be made or locked, or lies in memory and
+        `allow_tmpfs` is not given; FolderTaken, one of these: another store has it open.
         """
         self.directory = Path(directory)
-        if self.directory.exists() and not self.directory.is_dir():
-            raise ValueError(f"directory is {str(directory)!r}, which is a file; valid is a folder, or a name for one.")
-        files.make_folder(self.directory)
+        make_own(self.directory)
         if not allow_tmpfs and is_tmpfs(self.directory):
-            raise ValueError(
-                f"directory is {str(directory)!r}, which lies in memory (tmpfs) and not on a disk; "
-                "valid is a folder on a disk, or allow_tmpfs=True."
+            raise FolderUnusable(
+                self.directory,
+                "which lies in memory (tmpfs) and not on a disk; valid is a folder on a disk, or allow_tmpfs=True.",
             )
+        self._unlock = weakref.finalize(self, os.close, lock(self.directory))
+        self._unlock.atexit = False  # the end of the process unlocks it, and a forked child has not locked it
         self.files = DirectFiles(num_transfers)
         self.faults: dict[Fault, int] = dict.fromkeys(get_args(Fault), 0)
         self.bytes_resident = 0
@@ -73,6 +77,10 @@ class EntryFiles:
         self._tickets = 0
         self._lock = threading.RLock()
         self._scan()
+
+    def close(self) -> None:
+        """Let the next store have the folder. Nobody may use this one any more; entries stay on disk."""
+        self._unlock()
 
     def entries(self) -> dict[Key, FileEntry]:
         """What can be read now, oldest first."""
@@ -91,6 +99,7 @@ class EntryFiles:
     def begin(self, key: Key) -> tuple[int, Path | None]:
         """Forget what is under a key, as it will be written: the ticket for `write`, and a file for `remove`."""
         file_name(key)
+        self._check_open()
         with self._lock:
             aside = self._set_aside(key)
             self._tickets += 1
@@ -123,6 +132,7 @@ class EntryFiles:
 
         None, and rubbish in `into`, if there is no such entry, or no longer, or it cannot be read now.
         """
+        self._check_open()
         while (entry := self._entries.get(key)) is not None:
             fault = self._load(key, entry, into)
             if fault is None:
@@ -145,6 +155,7 @@ class EntryFiles:
 
     def drop(self, key: Key) -> Path | None:
         """Forget an entry, and a write of it in flight: what is left to do is to `remove` the file returned."""
+        self._check_open()
         with self._lock:
             self._writing.pop(key, None)
             return self._set_aside(key)
@@ -160,6 +171,10 @@ class EntryFiles:
             return
         for path in self._named(_UNFINISHED):
             self.remove(path)
+
+    def _check_open(self) -> None:
+        if not self._unlock.alive:
+            raise RuntimeError(f"The store in {self.directory} is closed.")
 
     def _described(
         self, key: Key, memory: memoryview, dtype: torch.dtype, shape: Sequence[int]
@@ -224,7 +239,7 @@ class EntryFiles:
                 self._add(*described)
 
     def _header_of_file(self, path: Path) -> tuple[Key, FileEntry] | Fault:
-        with files.opened(path) as descriptor:
+        with files.opened(path, READING) as descriptor:
             size = header_size(files.read_at(descriptor, 0, ALIGNMENT))
             described = None if size is None else parse_header(files.read_at(descriptor, 0, size))
             if size is None or described is None or path.name != file_name(described[0]):
