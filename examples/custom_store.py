@@ -33,7 +33,7 @@ class CompressedStore:
         raw = bytearray(zlib.decompress(data))
         return torch.frombuffer(raw, dtype=dtype).reshape(shape) if raw else torch.empty(shape, dtype=dtype)
 
-    def prefetch(self, keys: Iterable[Key]) -> None:
+    def prefetch(self, keys: Key | Iterable[Key]) -> None:
         """Nothing is faster for being announced."""
 
     def drop(self, key: Key) -> None:

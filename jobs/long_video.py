@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # the code beside the job, also where the package is not installed
 
+from edit_ray.cli.terminal import escaping  # noqa: E402
 from edit_ray.config import Config, dump_yaml, load_config, output_root  # noqa: E402
 from edit_ray.errors import ConfigError, EditRayError, RunCancelled  # noqa: E402
 from edit_ray.runs.ids import check_run_id  # noqa: E402
@@ -35,6 +36,11 @@ DEFAULT_CONFIG = REPOSITORY / "configs" / "tiny.yaml"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    with escaping():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     try:
         config = load_config(options.config or DEFAULT_CONFIG, options.set)

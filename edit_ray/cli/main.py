@@ -12,6 +12,7 @@ from edit_ray.cli.doctor import doctor
 from edit_ray.cli.make_model import make_model
 from edit_ray.cli.report import report
 from edit_ray.cli.serve import serve
+from edit_ray.cli.terminal import escaping
 from edit_ray.errors import EditRayError
 
 _COMMANDS = {
@@ -38,6 +39,11 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    with escaping():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = parser().parse_args(arguments)
     try:
         return _COMMANDS[options.command](options)

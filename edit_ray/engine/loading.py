@@ -32,7 +32,7 @@ def load_pipeline(options: ModelOptions) -> EditWanPipeline:
     transformers_logging.disable_progress_bar()
     try:
         with _ONE_AT_A_TIME:
-            pipe = EditWanPipeline.from_pretrained(folder, torch_dtype=dtype)
+            pipe = EditWanPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"model.path {options.path!r} ({folder}) cannot be loaded as a Wan model: {error}") from error
     for name, part in pipe.components.items():

@@ -75,8 +75,8 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         """Load `builtin:NAME`, a folder in diffusers' layout, or a hub id, and move it to `device` if one is given.
 
         Everything else (`revision`, `cache_dir`, `local_files_only`, components, …) goes to diffusers as it is, which
-        resolves hub ids. Raises `ModelError` for an unknown builtin name and a device that is not here, and what
-        diffusers raises.
+        resolves hub ids. Weights must be safetensors unless `use_safetensors` says otherwise. Raises `ModelError` for
+        an unknown builtin name and a device that is not here, and what diffusers raises.
         """
         if device is not None:
             device = check_device(device)
@@ -85,6 +85,7 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
             path = locate_model(path)
         if torch_dtype is not None:
             kwargs["dtype"] = torch_dtype  # diffusers' own name for it since 0.42
+        kwargs.setdefault("use_safetensors", True)  # the other form is pickle, which runs what it holds
         pipe: Self = super().from_pretrained(path, **kwargs)
         return pipe if device is None else pipe.to(device)
 

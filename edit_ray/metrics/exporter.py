@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
+import re
 import socket
 import threading
 import time
@@ -30,6 +31,7 @@ from edit_ray.metrics.options import MetricsOptions
 from edit_ray.metrics.totals import SUM, Series, Totals, bounds
 
 MIN_TOKEN = 16  # characters
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 TARGETS = "edit_ray_targets.json"
 _POLL_S = 0.05  # between looks at whether to end
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
@@ -113,6 +115,7 @@ class _Server(ThreadingTCPServer):
     def __init__(self, address: tuple[str, int], family: int, token: str | None, exporter: Exporter) -> None:
         self.address_family, self.exporter = family, exporter
         self.expected = None if token is None else f"Bearer {token}".encode()
+        self.names = {*_LOOPBACK, address[0], f"[{address[0]}]"}
         super().__init__(address, _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -126,6 +129,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         expected = self.server.expected
+        if expected is None and self._host() not in self.server.names:
+            # A page from elsewhere whose host name was made to mean this machine still says its own name.
+            return self._answer(403, b"without metrics.token_file the metrics are for this machine's own names only\n")
         given = self.headers.get("Authorization", "").encode()
         if expected is not None and not hmac.compare_digest(given, expected):
             self._answer(401, b"metrics.token_file names the token that is wanted\n", ("WWW-Authenticate", "Bearer"))
@@ -133,6 +139,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, b"the metrics are at /metrics\n")
         else:
             self._answer(200, self.server.exporter.timed_page())
+        return None
+
+    def _host(self) -> str:
+        """The name, without its port, by which this was asked for."""
+        return re.sub(r":[0-9]*$", "", self.headers.get("Host", "")).lower()
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Scrapes are not logged."""

@@ -50,8 +50,8 @@ def serve(clock):
         exporter.close()
 
 
-def fetch(exporter, path="/metrics", token=None):
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+def fetch(exporter, path="/metrics", token=None, **headers):
+    headers |= {} if token is None else {"Authorization": f"Bearer {token}"}
     request = urllib.request.Request(f"http://{exporter.address}{path}", headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
@@ -197,3 +197,16 @@ def test_the_target_is_where_prometheus_looks(tmp_path):
         path = write_targets(tmp_path, address)
         assert json.loads(path.read_text()) == [{"targets": [address], "labels": {}}]
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_without_a_token_it_answers_to_this_machine_s_names_alone(serve, tmp_path):
+    """As a page from elsewhere would ask, whose own name was made to mean this machine."""
+    (tmp_path / "token").write_text(TOKEN)
+    without, *_ = serve()
+    guarded, *_ = serve(token_file=str(tmp_path / "token"))
+    port = without.address.rpartition(":")[2]
+    for name in ("localhost", "127.0.0.1", "[::1]", "LOCALHOST", f"localhost:{port}", without.address):
+        assert fetch(without, Host=name)[0] == 200
+    for name in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "", "localhost:1:2"):
+        assert fetch(without, Host=name)[0] == 403
+    assert fetch(guarded, token=TOKEN, Host="node-7.cluster:9000")[0] == 200

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from edit_ray.cli import main
 from edit_ray.config import Config, config_of, load_config
 from edit_ray.errors import ConfigError
 
@@ -61,3 +62,12 @@ def test_no_configuration_names_code_to_load(key):
 def test_a_policy_is_a_name_that_an_installed_package_gave(policy):
     with pytest.raises(ConfigError, match=r"cache\.policy"):
         load_config(ROOT / "configs" / "tiny.yaml", [f"cache.policy={policy}"])
+
+
+def test_nothing_that_others_wrote_is_obeyed_by_a_terminal(tmp_path, capsys, monkeypatch):
+    """An argument, as everything that is printed, passes one place."""
+    evil = "\x1b]0;owned\x07\x1b[2J\u202e\x9b8m\r"
+    assert main(["report", f"run{evil}"]) != 0
+    said = capsys.readouterr()
+    assert "\\x1b]0;owned\\x07\\x1b[2J\\u202e\\x9b8m\\r" in said.err
+    assert all(character.isprintable() or character == "\n" for character in said.out + said.err)

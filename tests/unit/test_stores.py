@@ -240,3 +240,29 @@ def test_large_tensors_come_back_from_host_memory_and_their_pages_go_with_them()
     store.clear()
     assert before - own_memory() > 7 << 20
     assert above.all()
+
+
+@pytest.mark.parametrize("budget", [float("nan"), 1.5, True, "1GB", -1], ids=str)
+def test_a_budget_is_a_whole_number_of_bytes(budget):
+    for make in (CPUOffloadStore, lambda budget: TieredStore([(GPUStore(), budget)])):
+        with pytest.raises(ValueError, match=rf"whole number of bytes from 0, or None .*; got {budget!r}$"):
+            make(budget)
+
+
+@pytest.mark.parametrize("key", [("a", 1.5), ("a", b"b"), "a", (("a",),), ["a"]], ids=str)
+def test_what_is_no_key_is_refused_by_every_store_alike(store, key):
+    with pytest.raises(
+        TypeError, match=r"^A key is a tuple of str, int and None; got .*, a (float|bytes|str|tuple|list)\.$"
+    ):
+        store.put(key, torch.zeros(3))
+    assert len(store) == 0
+
+
+@pytest.mark.parametrize(("kind", "live"), [("device", True), ("host", True), ("disk", False)])
+def test_which_store_returns_its_own_tensor_and_which_a_copy(kind, live, tmp_path):
+    store = {"device": GPUStore(), "host": HostStore(), "disk": on_disk(tmp_path)}[kind]
+    put = torch.zeros(4)
+    store.put(("a",), put)
+    one, other = store.get(("a",)), store.get(("a",))
+    assert (one.data_ptr() == other.data_ptr()) == live
+    assert (one.data_ptr() == put.data_ptr()) == (kind == "device")

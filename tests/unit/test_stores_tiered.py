@@ -3,6 +3,7 @@
 import errno
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -357,3 +358,47 @@ def test_by_any_plan_nothing_wrong_comes_back(budgets, reads, steps):
             store.advance(fill // 5)
         assert list(store.tier_bytes.values()) == [one.bytes_resident for one in stores]
         assert all(one.bytes_resident <= budget for one, budget in zip(stores, budgets, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.float8_e4m3fnuz], ids=str)
+def test_a_type_that_a_lower_tier_refuses_is_refused_when_it_is_put(tmp_path, dtype):
+    store = tiers(tmp_path, 8, 8, None)
+    store.put(("a",), bytes_of(4))
+    store.put(("b",), bytes_of(4))
+    with pytest.raises(ValueError, match=rf"^The tier disk does not take {dtype}: .* valid are torch"):
+        store.put(("a",), torch.zeros(1, dtype=dtype))
+    assert store.get(("a",)) is None
+    for name in "cdefg":
+        store.put((name,), bytes_of(4, 1))
+    assert torch.equal(store.get(("b",)), bytes_of(4))
+
+
+def test_prefetch_takes_one_key_or_several(tmp_path):
+    for keys in (("a", 1), [("a", 1)], (("a", 1),), iter([("a", 1)])):
+        with tempfile.TemporaryDirectory() as folder:
+            store = tiers(folder, 1, None, promote=False)
+            store.put(("a", 1), bytes_of(1))
+            store.put(("b", 1), bytes_of(1))
+            assert store.tier_of(("a", 1)) == "host"
+            store.prefetch(keys)
+            assert store.tier_of(("a", 1)) == "device"
+
+
+def test_threads_take_turns(tmp_path):
+    store = tiers(tmp_path, 40, 40, 40)
+
+    def work(thread):
+        for number in range(150):
+            key = (number % 12,)
+            store.put(key, bytes_of(8, key[0]))
+            found = store.get(((number + thread) % 12,))
+            assert found is None or (found == (number + thread) % 12).all()
+            if number % 10 == thread:
+                store.drop(key)
+                store.prefetch((3,))
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(work, thread) for thread in range(4)]:
+            done.result()
+    assert all(size <= 40 for size in store.tier_bytes.values())
+    assert sum(store.sizes().values()) == store.bytes_resident

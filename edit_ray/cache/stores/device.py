@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 from edit_ray.cache.stores.held import HeldTensors
-from edit_ray.cache.stores.store import Key
+from edit_ray.cache.stores.store import Key, Keys, check_key
 
 
 class GPUStore(HeldTensors):
@@ -19,6 +17,7 @@ class GPUStore(HeldTensors):
     tier = "device"
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
+        check_key(key)
         self.drop(key)
         self._entries[key] = tensor.detach()
         self.bytes_resident += tensor.nbytes
@@ -26,5 +25,5 @@ class GPUStore(HeldTensors):
     def get(self, key: Key) -> torch.Tensor | None:
         return self._entries.get(key)
 
-    def prefetch(self, keys: Iterable[Key]) -> None:
+    def prefetch(self, keys: Keys) -> None:
         """Nothing to do: every entry is already where it is used."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from os import PathLike
 
 import torch
 
 from edit_ray.cache.stores.direct_io import aligned_buffer, memory_of
 from edit_ray.cache.stores.entry_files import UNREADABLE, EntryFiles
-from edit_ray.cache.stores.store import Key
+from edit_ray.cache.stores.store import Key, Keys
 from edit_ray.cache.stores.tensor_file import check_dtype
 
 
@@ -38,6 +38,10 @@ class DiskOffloadStore:
         """Files of ours that were lost: gone, torn or damaged."""
         return sum(self.files.faults[fault] for fault in UNREADABLE)
 
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Raises ValueError for a type that no file holds."""
+        check_dtype(dtype)
+
     def put(self, key: Key, tensor: torch.Tensor) -> None:
         """Raises OSError if it cannot be written, DiskFull if there is no room; nothing is left under the key then."""
         ticket, aside = self.files.begin(key)
@@ -58,7 +62,7 @@ class DiskOffloadStore:
             return None
         return _typed(buffer, entry.dtype, entry.shape)
 
-    def prefetch(self, keys: Iterable[Key]) -> None:
+    def prefetch(self, keys: Keys) -> None:
         """Nothing to do: there is no faster place for it here."""
 
     def drop(self, key: Key) -> None:

@@ -27,7 +27,7 @@ from edit_ray.cache.stores.direct_io import (
     memory_of,
 )
 from edit_ray.cache.stores.own_folder import FolderUnusable, lock, make_own
-from edit_ray.cache.stores.store import Key
+from edit_ray.cache.stores.store import Key, check_key
 from edit_ray.cache.stores.tensor_file import (
     FileEntry,
     check_dtype,
@@ -98,7 +98,7 @@ class EntryFiles:
 
     def begin(self, key: Key) -> tuple[int, Path | None]:
         """Forget what is under a key, as it will be written: the ticket for `write`, and a file for `remove`."""
-        file_name(key)
+        check_key(key)
         self._check_open()
         with self._lock:
             aside = self._set_aside(key)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
 
 from edit_ray.cache.stores.held import HeldTensors
-from edit_ray.cache.stores.store import Key, check_budget
+from edit_ray.cache.stores.store import Key, Keys, check_budget, check_key
 
 _LARGE = 1 << 20  # bytes
 
@@ -28,6 +27,7 @@ class HostStore(HeldTensors):
         self.num_refused = 0
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
+        check_key(key)
         self.drop(key)
         size = tensor.nbytes
         if self.budget_bytes is not None and size > self.budget_bytes:
@@ -45,7 +45,7 @@ class HostStore(HeldTensors):
             self._entries.move_to_end(key)
         return tensor
 
-    def prefetch(self, keys: Iterable[Key]) -> None:
+    def prefetch(self, keys: Keys) -> None:
         """Nothing to do: every entry is already where `get` finds it."""
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from edit_ray.cache.stores.copies import Copies, Copy, Loaded, copies_for
-from edit_ray.cache.stores.store import Key
+from edit_ray.cache.stores.store import Key, Keys, check_key
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +63,7 @@ class PinnedStore:
         self._asked: deque[torch.cuda.Event] = deque()  # where the device was to be at each of the last reads
 
     def put(self, key: Key, tensor: Tensor) -> None:
+        check_key(key)
         self.drop(key)
         whole = tensor.detach().contiguous()
         copies = self._copies_of(whole.device)
@@ -90,7 +91,7 @@ class PinnedStore:
                 self._loaded[following] = self._load(following)
         return self._copies_of(device).use(loaded)
 
-    def prefetch(self, keys: Iterable[Key]) -> None:
+    def prefetch(self, keys: Keys) -> None:
         """Nothing to do: it knows the order in which entries were read."""
 
     def drop(self, key: Key) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from edit_ray.cache.stores.arena import Arena
 from edit_ray.cache.stores.copies import Copy, Loaded, Taken, copies_for
 from edit_ray.cache.stores.device_pool import DevicePool
 from edit_ray.cache.stores.op_table import DONE, NEEDED, SKIPPED, WAITING, Op, OpTable
-from edit_ray.cache.stores.store import Key
+from edit_ray.cache.stores.store import Key, Keys
 from edit_ray.errors import EntryLost
 
 _POLL_S, _LOOK_S = 0.0002, 0.05  # between looks at a place, and at whether the store lives
@@ -158,7 +158,7 @@ class PlannedStore:
         self.go_on()
         return self.copies.use(loaded)
 
-    def prefetch(self, keys: Iterable[Key]) -> None:
+    def prefetch(self, keys: Keys) -> None:
         """Nothing to do: the store knows the plan."""
 
     def drop(self, key: Key) -> None:

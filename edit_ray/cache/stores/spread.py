@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from torch import Tensor
 
 from edit_ray.cache.stores.device import GPUStore
 from edit_ray.cache.stores.pinned import PinnedStore
-from edit_ray.cache.stores.store import CacheStore, Key
+from edit_ray.cache.stores.store import CacheStore, Key, Keys
 
 Owner = Key  # expert, branch, unit: the middle of a cache's key
 
@@ -54,7 +54,7 @@ class SpreadStore:
     def get(self, key: Key) -> Tensor | None:
         return self._home_of(key).get(key)
 
-    def prefetch(self, keys: Iterable[Key]) -> None:
+    def prefetch(self, keys: Keys) -> None:
         """Nothing to do: what is on the host comes ahead by itself."""
 
     def drop(self, key: Key) -> None:

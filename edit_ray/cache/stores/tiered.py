@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from edit_ray.cache.stores.direct_io import DiskFull, as_disk_full
-from edit_ray.cache.stores.store import CacheStore, Key, check_budget
+from edit_ray.cache.stores.store import CacheStore, Key, Keys, check_budget, check_key, keys_of
 from edit_ray.cache.tiering.events import (
     Abandon,
     Advance,
@@ -42,7 +43,7 @@ class TieredStore:
     An entry goes into the first tier that could hold it were it empty. Where that is full, what goes first by
     `eviction` spills into the next one that could hold it, and out of the last it is evicted: `num_spills` and
     `num_evictions` count that, `num_refused` what is larger than every tier. With `promote`, what `get` finds moves up
-    again. The stores should have no bound of their own. Not thread-safe: one owner at a time.
+    again. The stores should have no bound of their own. Threads take turns.
 
     `eviction` is "lru", the least recently used first; "furthest_next_use", which wants `follow` and `advance`, goes by
     a reuse plan; or another registered name, or an EvictionPolicy object. `counters` has all that was counted.
@@ -71,6 +72,7 @@ class TieredStore:
         self._in_hand: dict[Key, torch.Tensor] = {}
         self._devices: dict[Key, torch.device] = {}  # from which an entry was put, and to which it returns
         self._requests = 0
+        self._lock = threading.RLock()
         for name, store in self._stores.items():
             held: dict[Key, int] = store.sizes() if hasattr(store, "sizes") else {}
             for key, size in held.items():
@@ -108,42 +110,51 @@ class TieredStore:
         return None if place is None else place.tier
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
-        self.drop(key)
-        with self._request(Write(self._next(), key, tensor.nbytes)) as granted:
-            (place,) = granted.writes
-            fits = place is None or self._write(place, tensor)
-        if not fits:
-            self._handle(Drop((key,), "full"))
+        """Raises ValueError for a type that a tier does not hold (its `check_dtype`); nothing is left then."""
+        check_key(key)
+        with self._lock:
+            self.drop(key)
+            self._check_dtype(tensor.dtype)
+            with self._request(Write(self._next(), key, tensor.nbytes)) as granted:
+                (place,) = granted.writes
+                fits = place is None or self._write(place, tensor)
+            if not fits:
+                self._handle(Drop((key,), "full"))
 
     def get(self, key: Key) -> torch.Tensor | None:
         """The tensor or None; from the tiers host and disk it is on the CPU, unless it is promoted to the device."""
-        with self._request(Read(self._next(), key, self.promote)) as granted:
+        with self._lock, self._request(Read(self._next(), key, self.promote)) as granted:
             (place,) = granted.reads
             tensor = None if place is None else self._stores[place.tier].get(key)
             if place is not None and tensor is None:  # lost by the store itself
                 self._handle(Drop((key,), "lost"))
         return tensor
 
-    def prefetch(self, keys: Iterable[Key]) -> None:
+    def prefetch(self, keys: Keys) -> None:
         """Move entries up, in the order of use, until the first tier is full of them; with `promote` off as well.
 
         It returns when they have moved.
         """
-        self._handle(Prefetch(self._next(), tuple(keys)))
+        with self._lock:
+            self._handle(Prefetch(self._next(), keys_of(keys)))
 
     def follow(self, uses: Uses) -> None:
         """Go by this plan, at position 0: for each key that will be read, at which positions, and in which order."""
-        self._handle(Follow(uses))
+        with self._lock:
+            self._handle(Follow(uses))
 
     def advance(self, position: int) -> None:
         """The plan has come to this position: the index of the segment that is made now."""
-        self._handle(Advance(position))
+        with self._lock:
+            self._handle(Advance(position))
 
     def drop(self, key: Key) -> None:
-        self._handle(Drop((key,)))
+        with self._lock:
+            self._handle(Drop((key,)))
 
     def drop_where(self, condition: Callable[[Key], bool]) -> None:
-        self._handle(Drop(tuple(key for key in self._planner.sizes() if condition(key))))
+        with self._lock:
+            self._handle(Drop(tuple(key for key in self._planner.sizes() if condition(key))))
 
     def clear(self) -> None:
         self.drop_where(lambda key: True)
@@ -154,6 +165,14 @@ class TieredStore:
 
     def __len__(self) -> int:
         return len(self._planner)
+
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        for name, store in self._stores.items():
+            if hasattr(store, "check_dtype"):
+                try:
+                    store.check_dtype(dtype)
+                except ValueError as error:
+                    raise ValueError(f"The tier {name} does not take {dtype}: {error}") from None
 
     def _next(self) -> int:
         self._requests += 1
