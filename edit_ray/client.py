@@ -57,7 +57,7 @@ class Segment:
     seed: int
     first_frame: int
     num_frames: int
-    fps: int
+    fps: float
     path: Path
     statistics: Mapping[str, float]
     frames: Frames | None = None

@@ -89,7 +89,7 @@ def _run(config: Config, root: Path, options: argparse.Namespace) -> int:
     status = client.status(run_id)
     length = "until it is stopped" if status.num_segments is None else f"{status.num_segments} segments"
     frames_in_all = "" if status.num_frames is None else f", {status.num_frames} frames"
-    print(f"run: {run_id}, {length}{frames_in_all} at {status.fps} fps", flush=True)
+    print(f"run: {run_id}, {length}{frames_in_all} at {status.fps:.6g} fps", flush=True)
     if start:
         print(f"resumed: segments 0 to {start - 1} were committed before", flush=True)
     with contextlib.suppress(EditRayError, ValueError):  # where the run is made this was checked; here may be no model

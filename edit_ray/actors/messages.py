@@ -202,7 +202,7 @@ class RunStatus:
     num_frames: int | None
     height: int
     width: int
-    fps: int
+    fps: float
     dropped_before: int = 0  # the media of segments before this one are gone
     at_work: tuple[tuple[Stage, int | None], ...] = ()  # the stages that it is in, each with its segment
     error: str | None = None

@@ -41,7 +41,7 @@ def serve(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_status(folder: Any, fps: int) -> dict[str, Any]:
+def run_status(folder: Any, fps: float) -> dict[str, Any]:
     """What the page shows of the run in `folder`: a RunFolder, whose errors it raises."""
     from edit_ray.video.stream_files import newest_playlist
 

@@ -1,9 +1,11 @@
 """What the engine can be told."""
 
 import os
+import re
+from fractions import Fraction
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema
 
 from edit_ray.options import Options
 
@@ -23,6 +25,30 @@ def _init_path(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
+def _frame_rate(given: object) -> int | float:
+    """Frames a second from 24, 23.976, 12.5 or "24000/1001"; what television rounds (23.976, 29.97) is the fraction."""
+    written = r"[0-9]{1,6}(/[0-9]{1,6}|\.[0-9]{1,9})?"
+    if isinstance(given, bool) or not (isinstance(given, int | float) or re.fullmatch(written, str(given))):
+        raise ValueError("no frame rate")
+    try:
+        rate = Fraction(given if isinstance(given, int | float) else str(given))
+    except (ZeroDivisionError, OverflowError):
+        raise ValueError("no frame rate") from None
+    television = Fraction(round(rate * 1001 / 1000) * 1000, 1001)
+    rate = television if rate.denominator > 1 and abs(rate - television) < Fraction(1, 1000) else rate
+    if not 1 <= rate <= 120:
+        raise ValueError("no frame rate")
+    rate = rate.limit_denominator(1001)
+    return rate.numerator if rate.denominator == 1 else float(rate)
+
+
+FrameRate = Annotated[
+    int | float,
+    PlainValidator(_frame_rate),
+    WithJsonSchema({"type": "number", "valid": "a number from 1 to 120, such as 16, 23.976 or 24000/1001"}),
+]
+
+
 class ModelOptions(Options):
     """Which model, in which precision, where."""
 
@@ -38,7 +64,7 @@ class SamplingOptions(Options):
     height: int = Field(default=128, ge=16, le=4096)
     width: int = Field(default=128, ge=16, le=4096)
     num_frames: int = Field(default=33, ge=1, le=1025)
-    fps: int = Field(default=16, ge=1, le=120)
+    fps: FrameRate = 16
     num_inference_steps: int = Field(default=30, ge=1, le=1000)
     guidance_scale: float = Field(default=4.0, ge=0, le=100)
     flow_shift: float = Field(default=3.0, gt=0, le=100)

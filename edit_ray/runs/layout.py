@@ -28,7 +28,7 @@ class FrameLayout:
 
     num_frames: Count
     history_latents: Count
-    fps: Count
+    fps: float
     init_latents: Count = 0
     denoise_needs_frames: bool = False
 
@@ -41,8 +41,8 @@ class FrameLayout:
                     f"{name} is {getattr(self, name)}; it must be at least 0 and less than the "
                     f"{self.latent_frames} latents of a segment of {self.num_frames} frames."
                 )
-        if self.fps < 1:
-            raise ValueError(f"fps is {self.fps}; it must be at least 1.")
+        if not 1 <= self.fps <= 1000:
+            raise ValueError(f"fps is {self.fps}; it must be at least 1 and at most 1000.")
 
     @property
     def latent_frames(self) -> int:

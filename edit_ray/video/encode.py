@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edit_ray.files import read_bytes
-from edit_ray.video.fmp4 import TICKS_PER_FRAME, read_fragment, split
+from edit_ray.video.fmp4 import read_fragment, split, time_scale
 from edit_ray.video.options import OutputOptions
 
 Frames = npt.NDArray[np.uint8]
@@ -33,7 +33,7 @@ class EncodeError(RuntimeError):
     """ffmpeg failed; the message ends with its last words."""
 
 
-def encode(frames: Frames, *, fps: int, options: OutputOptions, init: bytes | None = None) -> bytes:
+def encode(frames: Frames, *, fps: float, options: OutputOptions, init: bytes | None = None) -> bytes:
     """`frames` [F, H, W, 3] as a fragmented MP4 of a single fragment, which plays by itself.
 
     No B-frames and a closed group of pictures. `init` is that of the fragments before it, if there are any: those of a
@@ -47,25 +47,26 @@ def encode(frames: Frames, *, fps: int, options: OutputOptions, init: bytes | No
     return data
 
 
-def _encode(frames: Frames, tags: Sequence[str], *, fps: int, options: OutputOptions) -> bytes:
+def _encode(frames: Frames, tags: Sequence[str], *, fps: float, options: OutputOptions) -> bytes:
     count, height, width, _ = frames.shape
     # x264 describes a video of key frames alone otherwise, and the init must not depend on the number of frames.
     group = max(count, 2)
+    second, frame = time_scale(fps)
     data = _ffmpeg(
-        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"),
+        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{second}/{frame}", "-i", "-"),
         *("-an", "-vf", _TO_BT709, "-pix_fmt", "yuv420p", *_BT709),
         *("-c:v", "libx264", *tags, "-preset", options.preset, "-crf", str(options.crf)),
-        *("-bf", "0", "-g", str(group), "-sc_threshold", "0", "-video_track_timescale", str(TICKS_PER_FRAME * fps)),
+        *("-bf", "0", "-g", str(group), "-sc_threshold", "0", "-video_track_timescale", str(second)),
         *(*_REPRODUCIBLE, "-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-f", "mp4", "-"),
         given=np.ascontiguousarray(frames).tobytes(),
         subject=f"{count} frames",
     )
     try:
-        encoded = read_fragment(split(data)[1]).num_frames
+        written = read_fragment(split(data)[1])
     except ValueError as broken:
         raise EncodeError(f"ffmpeg wrote something else than one fragment: {broken}") from None
-    if encoded != count:
-        raise EncodeError(f"ffmpeg was given {count} frames and encoded {encoded}")
+    if (written.num_frames, written.frame_ticks) != (count, frame):
+        raise EncodeError(f"ffmpeg was given {count} frames and encoded {written.num_frames}, or timed them otherwise")
     return data
 
 

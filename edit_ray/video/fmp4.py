@@ -10,9 +10,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
-TICKS_PER_FRAME = 1000
-"""A frame's duration; the time scale is this many times the frames a second."""
+
+def time_scale(fps: float) -> tuple[int, int]:
+    """Ticks a second and ticks a frame; exact, also for 24000/1001 frames a second, which `fps` is nearest to."""
+    rate = Fraction(fps).limit_denominator(1001)
+    return (1000 * rate.numerator, 1000) if rate.denominator == 1 else (rate.numerator, rate.denominator)
+
 
 _FIELDS_BEFORE = {b"stsd": 8, b"avc1": 78}
 """Bytes of a box's own fields, before the boxes in it."""
@@ -28,11 +33,12 @@ _TRUN_DURATION, _TRUN_SIZE, _TRUN_FLAGS, _TRUN_COMPOSITION = 0x000100, 0x000200,
 
 @dataclass(frozen=True)
 class Fragment:
-    """What a fragment says of itself. `decode_time` is that of its first frame, in ticks."""
+    """What a fragment says of itself. `decode_time` is that of its first frame, `frame_ticks` how long each lasts."""
 
     sequence_number: int
     decode_time: int
     num_frames: int
+    frame_ticks: int = 1000
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def read_form(init: bytes) -> Form:
 
 
 def read_fragment(data: bytes) -> Fragment:
-    """Checks a whole fragment: its frames' sizes add up to its media, each lasts `TICKS_PER_FRAME`.
+    """Checks a whole fragment: its frames' sizes add up to its media, and all last as long.
 
     Raises ValueError if it is anything else.
     """
@@ -94,10 +100,10 @@ def place(fragment: bytes, *, sequence_number: int, first_frame: int) -> bytes:
 
     Raises ValueError if it is no fragment or a number does not fit its field.
     """
-    _, mfhd, tfdt = _located(fragment)
+    found, mfhd, tfdt = _located(fragment)
     placed = bytearray(fragment)
     _write(placed, mfhd.body + 4, 4, sequence_number, "sequence number")
-    _write(placed, tfdt.body + 4, tfdt.end - tfdt.body - 4, first_frame * TICKS_PER_FRAME, "decode time")
+    _write(placed, tfdt.body + 4, tfdt.end - tfdt.body - 4, first_frame * found.frame_ticks, "decode time")
     return bytes(placed)
 
 
@@ -112,15 +118,15 @@ def _located(data: bytes) -> tuple[Fragment, _Box, _Box]:
     time_bytes = 8 if version == 1 else 4
     if version > 1 or tfdt.end - tfdt.body != 4 + time_bytes or mfhd.end - mfhd.body != 8:
         raise ValueError("a fragment's mfhd or tfdt has another form than the standard's")
-    num_frames, media_bytes = _samples(data, tfhd, trun, mdat.body)
+    num_frames, media_bytes, ticks = _samples(data, tfhd, trun, mdat.body)
     if media_bytes != mdat.end - mdat.body:
         raise ValueError(f"a fragment's frames take {media_bytes} bytes, its mdat holds {mdat.end - mdat.body}")
     sequence_number = _number(data, mfhd.body + 4, 4)
-    return Fragment(sequence_number, _number(data, tfdt.body + 4, time_bytes), num_frames), mfhd, tfdt
+    return Fragment(sequence_number, _number(data, tfdt.body + 4, time_bytes), num_frames, ticks), mfhd, tfdt
 
 
-def _samples(data: bytes, tfhd: _Box, trun: _Box, media_start: int) -> tuple[int, int]:
-    """Frames of a track run and the bytes that they take together."""
+def _samples(data: bytes, tfhd: _Box, trun: _Box, media_start: int) -> tuple[int, int, int]:
+    """Frames of a track run, the bytes that they take together, the ticks that each lasts."""
     _, flags = _version_and_flags(data, tfhd)
     if flags & _TFHD_BASE_DATA_OFFSET or not flags & _TFHD_BASE_IS_MOOF:
         raise ValueError("a fragment counts from elsewhere than its own moof, so it cannot be moved")
@@ -140,10 +146,10 @@ def _samples(data: bytes, tfhd: _Box, trun: _Box, media_start: int) -> tuple[int
     rows = struct.unpack(f">{len(fields) * count}I", data[at : trun.end])
     columns = {field: rows[index :: len(fields)] for index, field in enumerate(fields)}
     durations = columns.get(_TRUN_DURATION, (defaults[_TFHD_DURATION],))
-    if set(durations) != {TICKS_PER_FRAME} or any(columns.get(_TRUN_COMPOSITION, ())):
-        raise ValueError(f"a fragment has frames that last other than {TICKS_PER_FRAME} ticks, or come out of order")
+    if len(set(durations)) != 1 or durations[0] < 1 or any(columns.get(_TRUN_COMPOSITION, ())):
+        raise ValueError("a fragment has frames that last unlike long, or come out of order")
     sizes = columns.get(_TRUN_SIZE)
-    return count, sum(sizes) if sizes is not None else count * defaults[_TFHD_SIZE]
+    return count, sum(sizes) if sizes is not None else count * defaults[_TFHD_SIZE], durations[0]
 
 
 def _boxes(data: bytes, start: int, end: int) -> Iterator[_Box]:

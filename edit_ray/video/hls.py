@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,14 +29,14 @@ class MediaPlaylist:
         init: URI of the file that every fragment needs before it.
     """
 
-    fps: int
+    fps: float
     longest: int
     sliding: bool = False
     init: str = "init.mp4"
 
     def text(self, entries: Iterable[Entry], *, first: int = 0, ended: bool = False) -> str:
         """The playlist of `entries`, the first of which is fragment number `first` of the video."""
-        target_s = -(-self.longest // self.fps)
+        target_s = math.ceil(self.longest / self.fps)
         lines = [
             *("#EXTM3U", "#EXT-X-VERSION:7", f"#EXT-X-TARGETDURATION:{target_s}", f"#EXT-X-MEDIA-SEQUENCE:{first}"),
             *([] if self.sliding else ["#EXT-X-PLAYLIST-TYPE:EVENT"]),
@@ -54,9 +55,9 @@ class MediaPlaylist:
         return text.startswith(present)
 
 
-def multivariant(media_playlist: str, *, bandwidth: int, codec: str, width: int, height: int, fps: int) -> str:
+def multivariant(media_playlist: str, *, bandwidth: int, codec: str, width: int, height: int, fps: float) -> str:
     """The playlist that names one media playlist; `bandwidth` is the highest bit rate of a fragment in it."""
-    said = f'BANDWIDTH={bandwidth},CODECS="{codec}",RESOLUTION={width}x{height},FRAME-RATE={float(fps):.3f}'
+    said = f'BANDWIDTH={bandwidth},CODECS="{codec}",RESOLUTION={width}x{height},FRAME-RATE={fps:.3f}'
     return f"#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-STREAM-INF:{said}\n{media_playlist}\n"
 
 

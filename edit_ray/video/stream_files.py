@@ -11,6 +11,7 @@ A fragment is durable before a playlist names it. `stream.mp4` and the playlists
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ class StreamFiles:
     then be called again.
     """
 
-    def __init__(self, folder: Path, *, fps: int, longest: int, keep: int | None = None) -> None:
+    def __init__(self, folder: Path, *, fps: float, longest: int, keep: int | None = None) -> None:
         self._folder = folder
         self._keep = keep
         self._playlist = MediaPlaylist(fps, longest, sliding=keep is not None)
@@ -177,7 +178,7 @@ class StreamFiles:
         return int(match[1]) + 1 if match else 0
 
     def _bits_a_second(self, part: Part) -> int:
-        return -(-8 * (self._folder / part.path).stat().st_size * self._playlist.fps // part.num_frames)
+        return math.ceil(8 * (self._folder / part.path).stat().st_size * self._playlist.fps / part.num_frames)
 
 
 def _entry(part: Part) -> Entry:

@@ -408,7 +408,7 @@ def test_a_number_out_of_its_range_is_one_clear_error(line, number, tmp_path):
         if isinstance(at[key], dict) and key not in ("statistics", "provenance", "digests"):
             places += [(at[key], inner) for inner in at[key]]
     for at, key in [place for place in places if type(place[0][place[1]]) is int and place[1] != "first_frame"]:
-        if key == "seed" and number in (10**9, 10**18):
+        if (key == "seed" and number in (10**9, 10**18)) or (key == "fps" and number == 1.5):
             continue
         right, at[key] = at[key], number
         path = tmp_path / "manifest.jsonl"
