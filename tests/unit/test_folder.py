@@ -2,9 +2,11 @@
 
 import errno
 import os
+import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 from subprocess import PIPE
 
 import pytest
@@ -13,6 +15,8 @@ from edit_ray import files
 from edit_ray.errors import RunExists, RunLocked, UnknownRun
 from edit_ray.files import write_atomic
 from edit_ray.runs.folder import RunFolder
+from edit_ray.runs.removal import remove_run
+from tests.chaos.power import Power, Recorder
 from tests.unit.test_manifest import BEGUN
 
 
@@ -186,3 +190,40 @@ def test_a_link_in_the_place_of_a_draft_is_not_followed(tmp_path):
             files.disk.open(path, files.NEW)
     write_atomic(link, b"new")
     assert (victim.read_text(), link.read_text(), link.is_symlink()) == ("whole", "new", False)
+
+
+def test_a_young_draft_without_a_manifest_may_be_another_processs(tmp_path):
+    draft = tmp_path / ".one-0123456789abcdef"
+    draft.mkdir()
+    RunFolder(tmp_path, "two").create("", BEGUN).close()
+    assert draft.is_dir()
+
+
+def test_what_is_made_and_removed_is_durable(tmp_path):
+    """Nothing is there but what was synced."""
+
+    def there():
+        power = Power()
+        for operation in recorder.operations:
+            power.follow(operation)
+        return {path for path in power.lost(random.Random(), share=0.0)[1] if Path(path).name in ("one", "run.yaml")}
+
+    recorder = Recorder(tmp_path)
+    with files.swapped(recorder):
+        folder = RunFolder(tmp_path / "some" / "root", "one")
+        folder.create("", BEGUN).close()
+        assert there() == {"some/root/one", "some/root/one/run.yaml"}
+        remove_run(folder)
+        assert {path for path in there() if path.endswith("one")} == set()
+
+
+def test_reads_of_some_bytes_at_a_time_are_continued(tmp_path):
+    class Bits(files.Disk):
+        def read(self, descriptor, parts, offset):
+            return super().read(descriptor, [memoryview(parts[0])[:7]], offset)
+
+    folder = RunFolder(tmp_path, "one")
+    folder.create("some: text\n", BEGUN).close()
+    with files.swapped(Bits()):
+        folder.open().close()
+        assert files.read_bytes(folder.run_yaml) == b"some: text\n"

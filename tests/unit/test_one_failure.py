@@ -1,7 +1,11 @@
-"""One operation on files fails, once, anywhere; the long form is tests/chaos/test_one_failure.py."""
+"""One operation on files fails, once, anywhere.
+
+The slow form lets every operation fail in every way: SLICE=2/20 takes the second of twenty slices, SLICE=1/1 all.
+"""
 
 import asyncio
 import logging
+import os
 import random
 
 import pytest
@@ -9,9 +13,12 @@ import pytest
 from edit_ray.testing import save_random_wan
 from tests.chaos.one_failure import Experiment
 from tests.unit.test_actors import config_for
-from tests.unit.test_power_loss import SMALL
+from tests.unit.test_power_loss import REUSING, SMALL
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+
+SLICE, SLICES = map(int, os.environ.get("SLICE", "1/20").split("/"))
+LIVES = {"plain": {}, "reuse": REUSING, "keep": {"output": {"keep_segments": 2}}}
 
 
 def experiment(root, **changes):
@@ -36,3 +43,27 @@ def test_one_failure_anywhere_costs_no_run_a_byte(tmp_path, caplog):
     lives = experiment(tmp_path)
     asyncio.run(fail_some())
     assert lives.failed[True] >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", LIVES.values(), ids=LIVES)
+def test_no_single_failure_costs_a_run_a_byte(tmp_path, caplog, changes):
+    caplog.set_level(logging.CRITICAL)
+    bad = []
+
+    async def fail_every():
+        await lives.prepare()
+        for failure in lives.every()[SLICE - 1 :: SLICES]:
+            try:
+                await lives.fail(*failure)
+            except Exception as error:
+                bad.append(f"{error.__notes__[-1]}: {type(error).__name__}: {error}")
+                await lives.restart()
+        await lives.crew.end()
+
+    lives = experiment(tmp_path, **changes)
+    asyncio.run(fail_every())
+    print(f"\n{lives.operations}; failed {lives.failed[True]}, never came {lives.failed[False]}")
+    print(*(f"{count} refused: {said}" for said, count in lives.refused.items()), sep="\n")
+    print(*(f"{count} ended: {said}" for said, count in lives.ended.items()), sep="\n")
+    assert bad == []

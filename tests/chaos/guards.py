@@ -1,0 +1,216 @@
+"""Removes every sync, every comparison of digests and every guard in turn; an experiment must fail each time.
+
+python tests/chaos/guards.py [WORD] prints a table, of those only whose name has WORD. A guard without which nothing
+fails is a survivor: it is needless, or no experiment covers it. Exits with 1 if there is one.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+COPIED = ("edit_ray", "tests", "jobs", "configs", "examples", "pyproject.toml")
+SYNC = re.compile(r"^( +)(?:files\.)?(?:disk\.f)?sync\((?!keys).*\)$", re.MULTILINE)
+
+POWER = "tests/unit/test_power_loss.py"
+PROOFS_OF_SYNCS = {
+    "cache/stores/entry_files.py": "tests/unit/test_shared_tiers.py -k synced",
+    "runs/removal.py": "tests/unit/test_folder.py -k durable",
+    "video/stream_files.py": "tests/unit/test_stream_files.py -k loss_of_power",
+    "files.py": f"tests/unit/test_folder.py {POWER}",
+    "runs/manifest_file.py": f"tests/unit/test_manifest.py {POWER}",
+}
+"""What proves a module's syncs, where it is not the loss of power in a whole run alone."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A place in the package, what stands there without the guard, and the tests that fail then."""
+
+    name: str
+    module: str
+    place: slice
+    instead: str
+    tests: str
+
+
+def syncs() -> list[Guard]:
+    """Every call that makes something durable, as a statement that does nothing."""
+    found = []
+    for path in sorted((ROOT / "edit_ray").rglob("*.py")):
+        module, source = path.relative_to(ROOT / "edit_ray").as_posix(), path.read_text()
+        for match in SYNC.finditer(source):
+            line = source.count("\n", 0, match.start()) + 1
+            name, tests = f"{match[0].strip()}, line {line}", PROOFS_OF_SYNCS.get(module, POWER)
+            found.append(Guard(name, module, slice(*match.span()), f"{match[1]}pass", tests))
+    return found
+
+
+def replaced(name: str, module: str, old: str, new: str, tests: str) -> Guard:
+    """A guard that is replaced by a text; the old one must be there exactly once."""
+    source = (ROOT / "edit_ray" / module).read_text()
+    if source.count(old) != 1:
+        raise SystemExit(f"{name}: {module} has {source.count(old)} times {old!r}")
+    start = source.index(old)
+    return Guard(name, module, slice(start, start + len(old)), new, f"tests/unit/{tests}")
+
+
+def guards() -> list[Guard]:
+    return [
+        replaced(
+            "a draft's random name", "files.py", "{secrets.token_hex(8)}", "{os.getpid()}", "test_folder.py -k pids"
+        ),
+        replaced("O_EXCL", "files.py", "| os.O_EXCL", "", "test_folder.py -k link"),
+        replaced("O_NOFOLLOW", "files.py", " | os.O_NOFOLLOW", "", "test_folder.py -k link"),
+        replaced("a draft that failed goes", "files.py", "disk.unlink(draft.path)", "pass", "test_folder.py -k failed"),
+        replaced("a torn line gets its end", "files.py", 'b"\\n" * torn + line', "line", "test_event_log.py"),
+        replaced(
+            "short writes go on", "files.py", "while done < len(data):", "if done < len(data):", "test_event_log.py"
+        ),
+        replaced(
+            "short reads go on", "files.py", "while done < size and", "if done < size and", "test_folder.py -k bits"
+        ),
+        replaced(
+            "only events are read",
+            "runs/event_log.py",
+            "if _is_event(event):",
+            "if True:",
+            "test_event_log.py -k no_event",
+        ),
+        replaced(
+            "the log fails nobody",
+            "runs/event_log.py",
+            "with suppress(OSError):",
+            "if True:",
+            "test_event_log.py -k log",
+        ),
+        replaced(
+            "drafts of the dead go", "runs/folder.py", "files.remove_drafts(self.path / name)", "pass", "test_folder.py"
+        ),
+        replaced(
+            "what is being made stays",
+            "runs/folder.py",
+            "files.disk.lock(manifest)",
+            "pass",
+            "test_folder.py -k making",
+        ),
+        replaced(
+            "litter must be old",
+            "runs/folder.py",
+            ".st_mtime < before:",
+            ".st_mtime < 1e12:",
+            "test_folder.py -k young",
+        ),
+        replaced("litter goes", "runs/folder.py", "_remove_litter(root,", "(lambda *_: None)(root,", "test_folder.py"),
+        replaced(
+            "a taken id", "runs/folder.py", "if self.path.exists():", "if False:", "test_folder.py -k overwritten"
+        ),
+        replaced(
+            "the manifest's lock", "runs/manifest_file.py", "files.disk.lock(descriptor)", "pass", "test_folder.py"
+        ),
+        replaced(
+            "an end is tried again", "actors/live_run.py", "END_ATTEMPTS = 3", "END_ATTEMPTS = 1", "test_one_failure.py"
+        ),
+        replaced(
+            "a fragment's head last",
+            "video/stream_files.py",
+            "files.write_all(stream, fragment[_BOX_HEADER:], self._bytes + _BOX_HEADER)",
+            "files.write_all(stream, fragment, self._bytes)",
+            "test_stream_files.py -k midst",
+        ),
+        replaced(
+            "half a fragment is cut off",
+            "video/stream_files.py",
+            "files.disk.truncate(stream, self._bytes)",
+            "pass",
+            "test_stream_files.py",
+        ),
+        replaced(
+            "one init for all",
+            "video/stream_files.py",
+            "elif files.read_bytes(path) != init:",
+            "elif False:",
+            "test_video.py test_stream_files.py".replace(" ", " tests/unit/"),
+        ),
+        replaced(
+            "an entry's checksum",
+            "cache/stores/entry_files.py",
+            "checksum_of(into[: entry.nbytes]) == entry.checksum",
+            "True",
+            "test_disk_damage.py",
+        ),
+        replaced(
+            "an entry's header",
+            "cache/stores/entry_files.py",
+            "if header != expected:",
+            "if False:",
+            "test_disk_damage.py",
+        ),
+        replaced(
+            "an entry's length",
+            "cache/stores/direct_io.py",
+            "st_size == size and",
+            "st_size >= 0 and",
+            "test_disk_files.py",
+        ),
+        replaced(
+            "latents made again are compared",
+            "actors/denoiser.py",
+            "not torch.equal(latents, load_latents(spec.latents(segment.index)))",
+            "False",
+            "test_actors_reuse.py",
+        ),
+        replaced(
+            "work of an earlier incarnation",
+            "actors/adoption.py",
+            "known.incarnation > spec.incarnation",
+            "False",
+            "test_actors_recovery.py",
+        ),
+    ]
+
+
+def survives(guard: Guard, copy: Path) -> bool:
+    """Whether the tests pass without the guard."""
+    path = copy / "edit_ray" / guard.module
+    whole = path.read_text()
+    path.write_text(whole[: guard.place.start] + guard.instead + whole[guard.place.stop :])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *guard.tests.split()],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=1200,
+            check=False,
+        )
+    finally:
+        path.write_text(whole)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{guard.name}: the tests did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 0
+
+
+def main(word: str = "") -> int:
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
+        for guard in [guard for guard in (*syncs(), *guards()) if word in f"{guard.module} {guard.name}"]:
+            alive = survives(guard, copy)
+            survivors += alive
+            print(f"{'SURVIVES' if alive else 'noticed':9} {guard.module:28} {guard.name}", flush=True)
+    print(f"{survivors} survive")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
