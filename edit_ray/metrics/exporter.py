@@ -197,4 +197,5 @@ def write_targets(root: Path, address: str) -> Path:
     path = root / TARGETS
     remove_drafts(root, TARGETS)
     write_atomic(path, json.dumps([{"targets": [address], "labels": {}}]).encode() + b"\n")
+    path.chmod(0o644)  # Prometheus may be another user
     return path

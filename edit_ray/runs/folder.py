@@ -28,7 +28,8 @@ from edit_ray.runs.manifest_file import ManifestFile, read_manifest
 
 _FOLDERS = ("latents", "segments", "records")
 _DRAFT = re.compile(rf"\.{RUN_ID_PATTERN[1:-1]}-[0-9a-z_]{{8,16}}")
-_LITTER_S = 3600.0  # after which a draft without a manifest has no maker that is still alive
+_PROBE = re.compile(r"\.probe-\w+")  # by which a client asks whether all nodes see the folder
+_LITTER_S = 3600.0  # after which a probe or a draft without a manifest has no maker that is still alive
 
 
 class RunFolder:
@@ -162,10 +163,15 @@ class RunFolder:
 
 
 def _remove_litter(root: Path, before: float) -> None:
-    """Removes the folders of runs whose making was cut short; who makes one holds the lock of its manifest.
+    """Removes what killed submissions have left: drafts of folders and probes.
 
-    One that has no manifest yet must have been changed last before this time, in seconds since 1970.
+    Who makes a folder holds the lock of its manifest. One that has no manifest yet, and a probe, must have been changed
+    last before this time, in seconds since 1970.
     """
+    for probe in [root / name for name in files.disk.listdir(root) if _PROBE.fullmatch(name)]:
+        with suppress(OSError):
+            if probe.stat(follow_symlinks=False).st_mtime < before:
+                files.remove(probe)
     for folder in [root / name for name in files.disk.listdir(root) if _DRAFT.fullmatch(name)]:
         with suppress(OSError):
             try:

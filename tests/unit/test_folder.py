@@ -192,6 +192,15 @@ def test_a_link_in_the_place_of_a_draft_is_not_followed(tmp_path):
     assert (victim.read_text(), link.read_text(), link.is_symlink()) == ("whole", "new", False)
 
 
+def test_an_old_probe_of_a_killed_client_goes(tmp_path):
+    old, young = tmp_path / ".probe-a1b2c3", tmp_path / ".probe-d4e5f6"
+    for probe in (old, young):
+        probe.touch()
+    os.utime(old, (0, 0))
+    RunFolder(tmp_path, "two").create("", BEGUN).close()
+    assert (old.exists(), young.exists()) == (False, True)
+
+
 def test_a_young_draft_without_a_manifest_may_be_another_processs(tmp_path):
     draft = tmp_path / ".one-0123456789abcdef"
     draft.mkdir()

@@ -196,6 +196,7 @@ def test_the_target_is_where_prometheus_looks(tmp_path):
     for address in ("127.0.0.1:1", "127.0.0.1:2"):
         path = write_targets(tmp_path, address)
         assert json.loads(path.read_text()) == [{"targets": [address], "labels": {}}]
+        assert path.stat().st_mode & 0o777 == 0o644, "Prometheus may be another user"
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
