@@ -57,8 +57,7 @@ class RunFolder:
             _remove_litter(root, made.stat().st_mtime - _LITTER_S)
             for name in _FOLDERS:
                 files.disk.mkdir(made / name)
-            files.write_atomic(made / "run.yaml", run_yaml.encode())
-            files.sync(made)
+            files.write_atomic(made / "run.yaml", run_yaml.encode())  # last, as that syncs the folder
             files.disk.replace(made, self.path)
             made = self.path
             files.sync(root)
