@@ -221,12 +221,12 @@ class Experiment:
         self.operations: dict[str, Counter] = {}
         self.refused, self.ended, self.failed = Counter(), Counter(), Counter()
 
-    async def prepare(self) -> None:
+    def prepare(self) -> None:
         """Lives through every phase undisturbed, twice, as the first time more is made than later."""
         for name in ("killed", *PHASES):
             for _ in range(2):
                 disk = OneFailure(self.root, None, errno.EIO)
-                life = await self._live(name, disk)
+                life = self._live(name, disk)
             self.whole[name], self.operations[name] = life, disk.seen
             self.begins[name] = _files(self.root)
             assert life.refused == life.ended == []
@@ -240,11 +240,11 @@ class Experiment:
             for at in range(self.operations[name]["write"] if number == SHORT else self.operations[name].total())
         ]
 
-    async def fail(self, name: str, at: int, number: int) -> None:
+    def fail(self, name: str, at: int, number: int) -> None:
         """One operation of a phase fails: what it makes is the same. Raises AssertionError, and what nobody caught."""
         disk = OneFailure(self.root, at, number)
         try:
-            life = await self._live(name, disk)
+            life = self._live(name, disk)
             assert life.made.keys() == self.whole[name].made.keys()
             for path, content in life.made.items():
                 assert content == self.whole[name].made[path], f"{path} differs"
@@ -255,16 +255,19 @@ class Experiment:
         self.refused.update(life.refused)
         self.ended.update(life.ended)
 
-    async def restart(self) -> None:
+    def restart(self) -> None:
         """After a failure that was not survived nothing of it may disturb the next."""
-        await self.crew.end()
+        self.end()
         self.crew = LocalCrew()
 
-    async def _live(self, name, disk):
+    def end(self) -> None:
+        asyncio.run(self.crew.end())
+
+    def _live(self, name, disk):
         build(self.root, self.begins[PHASES.get(name)])
         phase = Phase(self.crew, self.root, self.config, self.other)
         with quick(), files.swapped(disk):
-            await getattr(phase, name)()
+            asyncio.run(getattr(phase, name)())  # which ends the scheduler's threads
         if name != "killed":
             phase.look()
         return phase.life

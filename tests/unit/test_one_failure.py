@@ -3,7 +3,6 @@
 The slow form lets every operation fail in every way: SLICE=2/20 takes the second of twenty slices, SLICE=1/1 all.
 """
 
-import asyncio
 import logging
 import os
 import random
@@ -26,22 +25,18 @@ def experiment(root, **changes):
     model = save_random_wan(root / "wan", expand_timesteps=True)
     engine = {"cpu_threads": 1, "idle_exit_s": 3600, "gpu_actors": 2}
     single = {"video": {"num_segments": 1}, "prompt_segments": [{"segment": 0, "prompt": "a red circle"}]}
-    one = config_for(model, **{**SMALL, **changes}, engine=engine)
-    return Experiment(root / "root", one, config_for(model, **{**SMALL, **single}, engine=engine))
+    always = {"engine": engine, "metrics": {"enabled": False}}
+    one = config_for(model, **{**SMALL, **changes}, **always)
+    return Experiment(root / "root", one, config_for(model, **{**SMALL, **single}, **always))
 
 
 def test_one_failure_anywhere_costs_no_run_a_byte(tmp_path, caplog):
     caplog.set_level(logging.CRITICAL)
-    luck = random.Random(3)
-
-    async def fail_some():
-        await lives.prepare()
-        for failure in luck.sample(lives.every(), 10):
-            await lives.fail(*failure)
-        await lives.crew.end()
-
     lives = experiment(tmp_path)
-    asyncio.run(fail_some())
+    lives.prepare()
+    for failure in random.Random(3).sample(lives.every(), 10):
+        lives.fail(*failure)
+    lives.end()
     assert lives.failed[True] >= 6
 
 
@@ -49,20 +44,15 @@ def test_one_failure_anywhere_costs_no_run_a_byte(tmp_path, caplog):
 @pytest.mark.parametrize("changes", LIVES.values(), ids=LIVES)
 def test_no_single_failure_costs_a_run_a_byte(tmp_path, caplog, changes):
     caplog.set_level(logging.CRITICAL)
-    bad = []
-
-    async def fail_every():
-        await lives.prepare()
-        for failure in lives.every()[SLICE - 1 :: SLICES]:
-            try:
-                await lives.fail(*failure)
-            except Exception as error:
-                bad.append(f"{error.__notes__[-1]}: {type(error).__name__}: {error}")
-                await lives.restart()
-        await lives.crew.end()
-
-    lives = experiment(tmp_path, **changes)
-    asyncio.run(fail_every())
+    lives, bad = experiment(tmp_path, **changes), []
+    lives.prepare()
+    for failure in lives.every()[SLICE - 1 :: SLICES]:
+        try:
+            lives.fail(*failure)
+        except Exception as error:
+            bad.append(f"{error.__notes__[-1]}: {type(error).__name__}: {error}")
+            lives.restart()
+    lives.end()
     print(f"\n{lives.operations}; failed {lives.failed[True]}, never came {lives.failed[False]}")
     print(*(f"{count} refused: {said}" for said, count in lives.refused.items()), sep="\n")
     print(*(f"{count} ended: {said}" for said, count in lives.ended.items()), sep="\n")
