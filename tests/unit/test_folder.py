@@ -1,5 +1,6 @@
 """A run's folder is there whole or not at all, and only its owner's."""
 
+import contextlib
 import errno
 import os
 import random
@@ -17,7 +18,7 @@ from edit_ray.files import write_atomic
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.removal import remove_run
 from tests.chaos.power import Power, Recorder
-from tests.unit.test_manifest import BEGUN
+from tests.unit.test_manifest import BEGUN, LINES
 
 
 def test_a_folder_is_made_whole(tmp_path):
@@ -236,3 +237,22 @@ def test_reads_of_some_bytes_at_a_time_are_continued(tmp_path):
     with files.swapped(Bits()):
         folder.open().close()
         assert files.read_bytes(folder.run_yaml) == b"some: text\n"
+
+
+def test_a_line_that_a_killed_process_did_not_sync_is_durable_once_it_was_read(tmp_path):
+    """Whoever reads it acts on it: a loss of power must not take it back."""
+    recorder, power = Recorder(tmp_path), Power()
+    with files.swapped(recorder):
+        folders = [RunFolder(tmp_path / name, "one") for name in ("whole", "killed")]
+        whole, killed = (folder.create("", BEGUN) for folder in folders)
+        begun = folders[1].manifest.stat().st_size
+        whole.append(LINES[0])
+        killed.close()
+        with files.opened(folders[1].manifest, os.O_RDWR) as descriptor:  # what is written, and dies before it syncs
+            files.write_all(descriptor, folders[0].manifest.read_bytes()[begun:], begun)
+        with contextlib.closing(folders[1].open()) as opened:
+            assert opened.manifest == whole.manifest
+    for operation in recorder.operations:
+        power.follow(operation)
+    _, there = power.lost(random.Random(), share=0.0)
+    assert there["killed/one/manifest.jsonl"] == folders[1].manifest.read_bytes()
