@@ -14,6 +14,7 @@ from edit_ray.actors.kept import can_be_made_again
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.space import room_in, shortage_before
+from edit_ray.actors.watchdog import answered
 from edit_ray.config import Config, check_config, dump_yaml, load_config
 from edit_ray.errors import ConfigError, ResourcesUnavailable, RunExists, RunLocked, UnknownRun
 from edit_ray.runs.event_log import read_events
@@ -65,7 +66,7 @@ class Admission:
         await self._crew.start(spec, 0)
         for who, sees in (
             ("segment scheduler", await asyncio.to_thread(asked.probe.exists)),
-            ("GPU actor", await self._crew.denoiser(0, "sees", asked.probe)),
+            ("GPU actor", await self._sees(spec, asked.probe)),
         ):
             if not sees:
                 raise ConfigError(
@@ -123,8 +124,14 @@ class Admission:
         return run
 
     async def _provenance(self, spec: RunSpec, worker: int = 0) -> Provenance:
-        found: Provenance = await self._crew.denoiser(worker, "provenance", spec)
+        call = self._crew.denoiser(worker, "provenance", spec)
+        found: Provenance = await answered(call, spec.config.engine.load_timeout_s, "what the GPU actor runs on")
         return found
+
+    async def _sees(self, spec: RunSpec, probe: Path) -> bool:
+        call, timeout_s = self._crew.denoiser(0, "sees", probe), spec.config.engine.answer_timeout_s
+        sees: bool = await answered(call, timeout_s, f"whether the GPU actor sees {spec.root}")
+        return sees
 
     async def open(self, folder: RunFolder) -> ManifestFile:
         """The run's manifest, its lock taken. Raises as `RunFolder.open`."""

@@ -25,6 +25,10 @@ class NotStarted(ConnectionError):
     """An actor that this incarnation of the segment scheduler has not started, or found."""
 
 
+class NoAnswer(ConnectionError):
+    """An actor did not answer in time. It may be there, and hang."""
+
+
 class Crew(Protocol):
     """GPU actors, numbered from 0, each with a CacheStore actor beside it.
 
@@ -39,6 +43,9 @@ class Crew(Protocol):
 
     async def restart_denoiser(self, worker: int) -> None:
         """Kills a GPU actor that does not answer; another takes its place."""
+
+    async def restart_store(self, worker: int) -> None:
+        """Kills a CacheStore actor that does not answer; another takes its place, and finds what is on disk."""
 
     async def remember(self, live: Mapping[str, Pointer]) -> None:
         """Keeps where the live runs are for the segment scheduler's next incarnation."""

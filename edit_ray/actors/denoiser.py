@@ -290,7 +290,11 @@ class DenoiserActor:
         self._threads = threads
         self._engine.max_live_decoders = config.engine.max_live_decoders
         self._engine.use_mode(config.engine.mode, fp8=config.engine.fp8)
-        self._engine.encode_prompts(spec.texts)
+        self._loading = True  # thousands of prompts take as long as a model
+        try:
+            self._engine.encode_prompts(spec.texts)
+        finally:
+            self._loading = False
         return self._engine
 
     def _decode(self, spec: RunSpec, segment: SegmentPlan, *, again: bool = True) -> tuple[Frames, float, float]:

@@ -190,8 +190,14 @@ class RayCrew:
         return await _reply(name, self._handle(name).call.remote(method, *arguments))
 
     async def restart_denoiser(self, worker: int) -> None:
+        await self._restart(name_of(DENOISER, worker))
+
+    async def restart_store(self, worker: int) -> None:
+        await self._restart(name_of(CACHE_STORE, worker))
+
+    async def _restart(self, name: str) -> None:
         with contextlib.suppress(ConnectionError):
-            await asyncio.to_thread(ray.kill, self._handle(name_of(DENOISER, worker)), no_restart=False)
+            await asyncio.to_thread(ray.kill, self._handle(name), no_restart=False)
 
     # The Ray cluster itself keeps the pointers, because that is how long they are good for: it is what starts a segment
     # scheduler again, and when it is gone so are all actors, and `--resume` names the run.

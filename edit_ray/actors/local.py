@@ -57,6 +57,10 @@ class LocalCrew:
         """What a thread is at cannot be killed: it goes on, and nobody waits for it."""
         self.workers[worker].denoiser = DenoiserActor(self.workers[worker])
 
+    async def restart_store(self, worker: int) -> None:
+        """As for the GPU actor: the calls of the old one go on."""
+        self.workers[worker].store = CacheStoreActor(worker)
+
     async def remember(self, live: Mapping[str, Pointer]) -> None:
         self._live = dict(live)
 

@@ -21,6 +21,7 @@ from edit_ray.actors.crew import Crew, Pointer
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import RunSpec, RunStatus
 from edit_ray.actors.stages import pause_before
+from edit_ray.actors.watchdog import Watchdog
 from edit_ray.config import load_config
 from edit_ray.errors import UnknownRun
 from edit_ray.runs.events import RunState
@@ -166,4 +167,4 @@ class Recovery:
                 config = await asyncio.to_thread(load_config, run.folder.run_yaml, (), check_model=False)
                 spec = RunSpec.of(Path(run.pointer.root), config, run.manifest)
                 await self._crew.start(spec, run.pointer.worker)
-                await release_run(self._crew, spec, run.pointer.worker)
+                await release_run(self._crew, Watchdog(self._crew), spec, run.pointer.worker)

@@ -15,7 +15,7 @@ from typing import Any
 from edit_ray.actors.admission import Admission, Change, Submission, denoised_before, last_worker
 from edit_ray.actors.best_effort import best_effort
 from edit_ray.actors.changes import extension, reroll
-from edit_ray.actors.closing import close_run
+from edit_ray.actors.closing import close_run, stop_work
 from edit_ray.actors.crew import Crew, Pointer
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import Progress, RunStatus, StreamReply, code_version
@@ -331,7 +331,7 @@ class SegmentSchedulerActor:
                 case Work():
                     self._spawn(self._work(instruction))
                 case StopWork(run_id, worker):
-                    self._spawn(self._crew.denoiser(worker, "stop_run", run_id))
+                    self._spawn(stop_work(self._crew, self._runs[run_id], worker, self._machine))
                 case CloseRun():
                     self._spawn(self._close(instruction))
 
@@ -370,7 +370,7 @@ class SegmentSchedulerActor:
 
     async def _close(self, close: CloseRun) -> None:
         run = self._runs[close.run_id]
-        await close_run(self._crew, run, close)
+        await close_run(self._crew, self._stages.watchdog, run, close)
         self._meter.ended(run)
         await self._forget(close.run_id, run.spec.config.engine.idle_exit_s)
         await run.tell()

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from edit_ray.actors.best_effort import best_effort
 from edit_ray.actors.crew import Crew
@@ -15,7 +16,7 @@ from edit_ray.actors.hardware import check_same, differing
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import RunSpec, statistics
 from edit_ray.actors.space import is_full, shortage_after
-from edit_ray.actors.watchdog import Watchdog
+from edit_ray.actors.watchdog import Watchdog, answered
 from edit_ray.errors import (
     EditRayError,
     EntryLost,
@@ -32,6 +33,7 @@ from edit_ray.runs.manifest import Committed, Dropped, HardwareChanged, SegmentR
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.runs.retention import retention
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 # Errors of ours that another attempt may not meet again.
@@ -54,7 +56,7 @@ class Stages:
 
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
-        self._watchdog = Watchdog(crew)
+        self.watchdog = Watchdog(crew)
 
     async def carry_out(self, run: LiveRun, work: Work) -> None:
         """Returns when the work is done, raises whatever makes it fail."""
@@ -82,18 +84,21 @@ class Stages:
         """
         await self._crew.start(run.spec, work.worker)
         async with run.beginning:
-            here = await self._crew.denoiser(work.worker, "provenance", run.spec)
+            engine = run.spec.config.engine
+            asked = self._crew.denoiser(work.worker, "provenance", run.spec)
+            here = await answered(asked, engine.load_timeout_s, "what the GPU actor runs on")
             made = max(run.statistics, default=len(run.manifest.segments) - 1) + 1  # segments that have latents
             if made and not run.may_move:
                 check_same(run.spec.run_id, run.manifest.provenance, here)
             if differing(run.manifest.provenance, here):
                 await run.append(HardwareChanged(run.spec.incarnation, here, made))
                 run.spec = RunSpec.of(run.spec.root, run.spec.config, run.manifest)
-            await self._crew.denoiser(work.worker, "adopt_run", run.spec)
+            adopted = self._crew.denoiser(work.worker, "adopt_run", run.spec)
+            await answered(adopted, engine.answer_timeout_s, "the adoption of the run")
 
     async def _prepare(self, run: LiveRun, work: Work) -> None:
-        said = await self._crew.denoiser(work.worker, "prepare_run", run.spec)
-        run.lookback_latents = said["lookback_latents"]
+        said = await self._watched(run, work, self._crew.denoiser(work.worker, "prepare_run", run.spec))
+        run.lookback_latents = int(said["lookback_latents"])
         first = run.manifest.dropped_before
         parts = [run.spec.part(run.spec.segment(index)) for index in range(first, len(run.manifest.segments))]
         await asyncio.to_thread(run.stream.rebuild, parts, first)
@@ -125,8 +130,8 @@ class Stages:
         call = self._crew.denoiser(work.worker, "encode_segment", run.spec, _segment(run, work))
         self._note(run, work, await self._watched(run, work, call))
 
-    async def _watched(self, run: LiveRun, work: Work, call: Awaitable[dict[str, float]]) -> dict[str, float]:
-        return await self._watchdog.watch(work.worker, call, run.spec.config.engine.step_timeout_s)
+    async def _watched(self, run: LiveRun, work: Work, call: Awaitable[T]) -> T:
+        return await self.watchdog.watch(work.worker, call, run.spec.config.engine)
 
     def _note(self, run: LiveRun, work: Work, figures: dict[str, float]) -> None:
         assert work.segment_index is not None
@@ -190,7 +195,8 @@ class Stages:
 
     async def _finalize(self, run: LiveRun, work: Work) -> None:
         await self._clean_up(run)
-        await self._crew.denoiser(work.worker, "finalize_run", run.spec, run.manifest.dropped_before)
+        call = self._crew.denoiser(work.worker, "finalize_run", run.spec, run.manifest.dropped_before)
+        await self._watched(run, work, call)
 
 
 def explain(error: Exception, run: LiveRun) -> tuple[str, bool]:

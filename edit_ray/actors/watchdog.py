@@ -1,64 +1,115 @@
-"""Finds GPU actors that hang: at work, and for too long without a step."""
+"""Finds actors that hang, and bounds every call to one. What hangs is killed, and Ray starts it again."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable
 from typing import TypeVar
 
-from edit_ray.actors.crew import Crew
+from edit_ray.actors.crew import Crew, NoAnswer
+from edit_ray.engine.options import EngineOptions
 from edit_ray.errors import SegmentFailed
 
 T = TypeVar("T")
-LOOKS = 5  # at an actor, in the time that it has for a step
+LOOKS = 5  # at an actor, in the time that it has for a step or an answer
+
+_log = logging.getLogger(__name__)
+
+
+async def answered(call: Awaitable[T], timeout_s: float, what: str) -> T:
+    """What a call gives that is answered at once. Raises NoAnswer, a ConnectionError, after `timeout_s`."""
+    try:
+        return await asyncio.wait_for(call, timeout_s)
+    except TimeoutError:
+        raise NoAnswer(f"{what} was not answered for {timeout_s:g} s") from None
 
 
 class Watchdog:
-    """Looks after all work of one crew."""
+    """Looks after all work of one crew: its GPU actors and their stores."""
 
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
-        self._last: dict[int, tuple[int, float]] = {}  # worker -> its last beat, and when it was new
+        self._last: dict[int, tuple[int | None, float]] = {}  # worker -> its last beat, and when it was new
+        self._answers_by: dict[int, float] = {}  # worker -> when its store, which is silent now, has to have answered
 
-    async def watch(self, worker: int, work: Awaitable[T], step_timeout_s: float) -> T:
-        """What the work gives.
+    async def watch(self, worker: int, work: Awaitable[T], engine: EngineOptions) -> T:
+        """What the work of a GPU actor gives.
 
-        Raises SegmentFailed where the GPU actor has made no step for `step_timeout_s` meanwhile; it was restarted then.
+        Raises SegmentFailed where the GPU actor has made no step for `step_timeout_s` meanwhile, or has loaded a model
+        for longer than `load_timeout_s`; it was restarted then. A store that does not answer is restarted too: the work
+        finds that out.
         """
         task = asyncio.ensure_future(work)
         self._last.pop(worker, None)
         try:
             while True:
-                done, _ = await asyncio.wait({task}, timeout=step_timeout_s / LOOKS)
+                looks = min(engine.step_timeout_s, engine.answer_timeout_s) / LOOKS
+                done, _ = await asyncio.wait({task}, timeout=looks)
                 if done:
                     return task.result()
-                if await self._silent(worker, step_timeout_s):
+                if await self._store_is_silent(worker, engine):
+                    continue  # the GPU actor may be waiting for it
+                if why := await self._hangs(worker, engine, looks):
                     await self._crew.restart_denoiser(worker)
-                    raise SegmentFailed(
-                        f"the GPU actor made no step for {step_timeout_s:g} s (engine.step_timeout_s); it was killed"
-                    )
+                    raise SegmentFailed(f"the GPU actor {why}; it was killed")
         finally:
             if not task.done():
                 task.cancel()
 
-    async def _silent(self, worker: int, step_timeout_s: float) -> bool:
-        beat: int | None = None
-        answered = True
+    async def watch_store(self, worker: int, call: Awaitable[T], engine: EngineOptions) -> T:
+        """What a call to a store gives, which takes as long as the store answers other calls, but not for ever.
+
+        Raises ConnectionError where it did not answer, and was restarted; NoAnswer after `step_timeout_s`.
+        """
+        task = asyncio.ensure_future(call)
         try:
-            beat = await asyncio.wait_for(self._crew.denoiser(worker, "beat"), step_timeout_s / LOOKS)
+            async with asyncio.timeout(engine.step_timeout_s + engine.answer_timeout_s):
+                while not (await asyncio.wait({task}, timeout=engine.answer_timeout_s / LOOKS))[0]:
+                    await self._store_is_silent(worker, engine)
+                return task.result()
         except TimeoutError:
-            answered = False
-        except ConnectionError:
-            return False  # it is gone: the work says so itself
+            raise NoAnswer(f"the store was not done within {engine.step_timeout_s:g} s") from None
+        finally:
+            task.cancel()
+
+    async def _store_is_silent(self, worker: int, engine: EngineOptions) -> bool:
+        """Whether the store does not answer now; after `answer_timeout_s` of that it is restarted."""
         now = asyncio.get_running_loop().time()
-        if answered and beat is None:
-            self._last.pop(worker, None)  # it loads a model, which takes as long as it takes
-            return False
-        before, since = self._last.setdefault(worker, (-1 if beat is None else beat, now))
-        if beat is not None and beat != before:
+        try:
+            await asyncio.wait_for(self._crew.store(worker, "describe"), engine.answer_timeout_s / LOOKS)
+        except TimeoutError:
+            if now <= self._answers_by.setdefault(worker, now + engine.answer_timeout_s):
+                return True
+            _log.warning("the store %d did not answer for %g s; it is killed", worker, engine.answer_timeout_s)
+            await self._crew.restart_store(worker)
+            # It takes its time to begin, and the GPU actor's time for a step begins anew.
+            self._answers_by[worker] = now + engine.start_timeout_s
+            self._last.pop(worker, None)
+            return True
+        except ConnectionError:  # it is gone: whoever needs it says so himself
+            pass
+        self._answers_by.pop(worker, None)
+        return False
+
+    async def _hangs(self, worker: int, engine: EngineOptions, patience_s: float) -> str | None:
+        """What the GPU actor has not done in time; None while all is well."""
+        now = asyncio.get_running_loop().time()
+        before, since = self._last.setdefault(worker, (-1, now))
+        beat = before
+        try:
+            beat = await asyncio.wait_for(self._crew.denoiser(worker, "beat"), patience_s)
+        except TimeoutError:
+            pass
+        except ConnectionError:
+            return None  # it is gone: the work says so itself
+        if beat != before:
             self._last[worker] = (beat, now)
-            return False
-        if now - since <= step_timeout_s:
-            return False
-        del self._last[worker]  # whoever else waits for this actor begins to count anew
-        return True
+            return None
+        option = "step_timeout_s" if beat is not None else "load_timeout_s"
+        timeout_s: float = getattr(engine, option)
+        if now - since <= timeout_s:
+            return None
+        self._last.pop(worker, None)  # whoever else waits for this actor begins to count anew
+        did = "made no step" if beat is not None else "was not done with loading its model"
+        return f"{did} for {timeout_s:g} s (engine.{option})"

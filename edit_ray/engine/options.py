@@ -140,8 +140,10 @@ class EngineOptions(Options):
     transformer's blocks and the decoder on a GPU, and its frames differ a little; with `fp8` it multiplies in 8 bits.
     With `cfg_parallel` each GPU actor has two GPUs, one for each branch of classifier-free guidance. A run pauses
     `max_ahead` segments beyond what its clients have taken. An actor that makes no step for `step_timeout_s` seconds is
-    killed and started again. `tiled_decode` auto decodes in tiles from the segment on for which the GPU's memory did
-    not do, always from the first one. A GPU actor keeps the decoder states of the last `max_live_decoders` runs.
+    killed and started again; so is one that loads a model for more than `load_timeout_s`, and one that does not answer
+    a question, or obey a cancel, for `answer_timeout_s`. `tiled_decode` auto decodes in tiles from the segment on for
+    which the GPU's memory did not do, always from the first one. A GPU actor keeps the decoder states of the last
+    `max_live_decoders` runs.
     """
 
     mode: Mode = "exact"
@@ -153,6 +155,8 @@ class EngineOptions(Options):
     max_live_decoders: int = Field(default=1, ge=1, le=64)
     max_ahead: int | None = Field(default=None, ge=1, le=100_000)
     step_timeout_s: float = Field(default=600.0, gt=0, le=86400)
+    load_timeout_s: float = Field(default=3600.0, gt=0, le=7 * 86400)
+    answer_timeout_s: float = Field(default=60.0, gt=0, le=86400)
     segment_retries: int = Field(default=2, ge=0, le=100)
     idle_exit_s: float = Field(default=600.0, ge=0, le=7 * 86400)
     start_timeout_s: float = Field(default=120.0, gt=0, le=86400)

@@ -1,0 +1,142 @@
+"""Actors that hang: what waits for one ends or goes on within a bound, and an end is always recorded."""
+
+import asyncio
+import time
+
+import pytest
+import torch
+
+from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.engine.latent_files import load_latents
+from edit_ray.runs.folder import RunFolder
+from edit_ray.testing import save_random_wan
+from tests.unit.test_actors import config_for
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+TIMES = {"cpu_threads": 1, "idle_exit_s": 3600, "step_timeout_s": 4.0, "load_timeout_s": 4.0, "answer_timeout_s": 2.0}
+WARM = {"policy": "warmstart_reuse", "inner": "fbcache", "rel_l1_thresh": 0.2, "warm_steps": 2, "reuse_window": 2}
+REUSE = {"cache": WARM, "store": {"host_bytes": 4 * 4096, "allow_tmpfs": True}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
+
+
+class Stopped(LocalCrew):
+    """From a call of `when` on the actor named answers nothing, as after SIGSTOP, until it is killed. Then it is there
+    again, or with `for_good` as soon as it is called like that another time stops again.
+    """
+
+    def __init__(self, role, when, for_good=False):
+        super().__init__()
+        self.role, self.when, self.for_good = role, when, for_good
+        self.killed, self.restarts = None, []
+
+    async def denoiser(self, worker, method, *arguments):
+        return await self.answer("denoiser", method, super().denoiser(worker, method, *arguments))
+
+    async def store(self, worker, method, *arguments):
+        return await self.answer("store", method, super().store(worker, method, *arguments))
+
+    async def answer(self, role, method, answer):
+        if role == self.role and method == self.when and (self.for_good or not self.restarts) and self.killed is None:
+            self.killed = asyncio.Event()
+        if role == self.role and self.killed is not None:
+            answer.close()
+            await self.killed.wait()
+            raise ConnectionError("the actor was killed")
+        return await answer
+
+    async def restart_denoiser(self, worker):
+        self.free("denoiser")
+        await super().restart_denoiser(worker)
+
+    async def restart_store(self, worker):
+        self.free("store")
+        await super().restart_store(worker)
+
+    def free(self, role):
+        self.restarts.append(role)
+        if role == self.role and self.killed is not None:
+            self.killed.set()
+            self.killed = None
+
+
+async def submit(scheduler, root, config, run_id="hurt"):
+    await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), "mine")
+
+
+async def end_of(scheduler, run_id="hurt", timeout_s=60):
+    async with asyncio.timeout(timeout_s):
+        while not (status := (await scheduler.wait_segment(run_id, 1000, 5)).status).ended:
+            pass
+    return status
+
+
+def finish(root, config, crew, run_id="hurt"):
+    async def run():
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, root, config, run_id)
+        return await end_of(scheduler, run_id)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("role", "when"),
+    [
+        ("denoiser", "prepare_run"),
+        ("denoiser", "denoise_segment"),
+        ("denoiser", "encode_segment"),
+        ("denoiser", "finalize_run"),
+        ("denoiser", "release_run"),
+        ("store", "drop_run"),
+        ("store", "describe"),
+    ],
+)
+def test_whatever_hangs_is_restarted_and_the_run_is_done_with_the_same_frames(tmp_path, model, role, when):
+    config = config_for(model, video={"num_segments": 3}, engine=TIMES, **REUSE)
+    assert finish(tmp_path, config, LocalCrew(), "whole").state == "done"
+    crew = Stopped(role, when)
+    status = finish(tmp_path, config, crew)
+    assert status.state == "done", status.error
+    assert RunFolder(tmp_path, "hurt").read_manifest().state == "done"
+    if when not in ("release_run", "describe"):  # with the run's end nobody needs it any more; it may be through before
+        assert crew.restarts == [role], "the one that hung, and no other"
+    whole, hurt = (RunFolder(tmp_path, run_id) for run_id in ("whole", "hurt"))
+    for index in range(3):
+        assert torch.equal(load_latents(whole.latents(index)), load_latents(hurt.latents(index)))
+
+
+def test_what_hangs_again_and_again_ends_the_run_with_a_sentence(tmp_path, model):
+    config = config_for(model, engine=TIMES | {"segment_retries": 1})
+    status = finish(tmp_path, config, Stopped("denoiser", "finalize_run", for_good=True))
+    assert status.state == "failed"
+    assert (
+        "finalize failed (attempt 2 of 2): the GPU actor made no step for 4 s (engine.step_timeout_s)" in status.error
+    )
+    assert RunFolder(tmp_path, "hurt").read_manifest().error == status.error
+
+
+@pytest.mark.parametrize("when", ["prepare_run", "denoise_segment", "finalize_run"])
+def test_a_cancel_that_is_not_obeyed_ends_with_the_actor(tmp_path, model, when):
+    crew = Stopped("denoiser", when)
+    config = config_for(model, engine=TIMES | {"step_timeout_s": 3600.0, "load_timeout_s": 3600.0})
+
+    async def run():
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, config)
+        async with asyncio.timeout(60):
+            while crew.killed is None:
+                await asyncio.sleep(0.05)
+        began = time.monotonic()
+        await scheduler.cancel("hurt")
+        status = await end_of(scheduler)
+        return status, time.monotonic() - began
+
+    status, seconds = asyncio.run(run())
+    assert status.state == "cancelled"
+    assert crew.restarts == ["denoiser"]
+    assert seconds < 10, "answer_timeout_s, and what the end takes"
