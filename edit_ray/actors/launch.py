@@ -229,7 +229,8 @@ class RayCrew:
         num_gpus = _gpus_for(spec.config)
         needs = {"CPU": 1, "GPU": num_gpus} if num_gpus else {"CPU": 1}
         place = name_of(PLACEMENT, worker)
-        group = _placements().get(place) or placement_group([needs], name=place, lifetime="detached")
+        found = _placements().get(place)
+        group = found or placement_group([needs], name=place, lifetime="detached")
         store_name, denoiser_name = name_of(CACHE_STORE, worker), name_of(DENOISER, worker)
         try:
             _await_placement(group, needs, deadline)
@@ -250,7 +251,8 @@ class RayCrew:
                 StoreCalls(store),
             )
         except ResourcesUnavailable:
-            remove_placement_group(group)
+            if found is None:  # else actors that others use may live there, and this caller's time alone was too short
+                remove_placement_group(group)
             raise
         check_version(store_name, _answer(store_name, store.describe, deadline))
         described = _answer(denoiser_name, denoiser.describe, deadline)
