@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from edit_ray.cache.hooks import Edit, UnitHook, checked, with_edits
@@ -237,7 +236,7 @@ class Cache:
         signals = expert.signals(timestep, latents, where.sigma)
 
         def context(unit: Unit) -> PolicyContext:
-            return self._make_context(expert, where.branch, unit, where.step, signals, latents.device)
+            return self._make_context(expert, where.branch, unit, where.step, signals, latents)
 
         walk = self._here.walk = Walk(self, expert.adapter, expert.units, context)
         try:
@@ -287,7 +286,8 @@ class Cache:
             output = with_edits(output, residual, self._here.edits)
             ctx.residual = residual = residual.detach()
             ctx.state.computed_steps.append(ctx.step)
-            self._index.put(ctx.state, ctx.step, residual, self.policy.keeps)
+            layout = ctx.residuals.layout if isinstance(ctx.residuals, UnitResiduals) else None
+            self._index.put(ctx.state, ctx.step, residual, self.policy.keeps, layout)
             if not self.policy.timestep_only:
                 self.policy.on_computed(ctx)
         return output
@@ -321,7 +321,7 @@ class Cache:
         )
 
     def _make_context(
-        self, expert: Expert, branch: str, unit: Unit, step: int, signals: StepSignals, device: torch.device | None
+        self, expert: Expert, branch: str, unit: Unit, step: int, signals: StepSignals, latents: Tensor | None
     ) -> PolicyContext:
         owner = (expert.name, branch, unit.index)
         if owner not in self._states:
@@ -337,7 +337,12 @@ class Cache:
             num_units=len(expert.units),
             state=self._states[owner],
             signals=signals,
-            residuals=UnitResiduals(self._index, owner, device),
+            residuals=UnitResiduals(
+                self._index,
+                owner,
+                None if latents is None else latents.device,
+                None if latents is None else (latents.shape, latents.dtype),
+            ),
         )
 
     def _make_plan(self, steps: Sequence[LoopStep], branches: Sequence[str]) -> Plan:

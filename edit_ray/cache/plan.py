@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from edit_ray.cache.adapters import ModelAdapter
@@ -65,7 +64,7 @@ class Planned:
 Plan = dict[Owner, list[Planned | None]]
 """By (expert, branch, unit), a decision for each step of the loop; None where another expert runs."""
 
-MakeContext = Callable[[Expert, str, Unit, int, StepSignals, torch.device | None], PolicyContext]
+MakeContext = Callable[[Expert, str, Unit, int, StepSignals, Tensor | None], PolicyContext]
 
 
 def make_plan(

@@ -13,6 +13,7 @@ from edit_ray.cache.policies.policy import UnitState
 from edit_ray.cache.stores.store import CacheStore, Key
 
 Owner = tuple[str, str, int]  # expert, branch, unit
+Layout = tuple[torch.Size, torch.dtype]  # of the latents that a residual was computed from, batch included
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,19 @@ class ResidualIndex:
         self.generation = 0
         self.window: tuple[int, ...] = ()
         self._steps: dict[tuple[int, Owner], list[int]] = {}
+        self._layouts: dict[tuple[int, Owner], Layout | None] = {}
         self._entries: dict[Key, Entry] = {}
 
-    def put(self, state: UnitState, step: int, residual: Tensor, keeps: Callable[[int], bool]) -> None:
+    def put(
+        self, state: UnitState, step: int, residual: Tensor, keeps: Callable[[int], bool], layout: Layout | None = None
+    ) -> None:
         """Store the residual of a computed step, and drop the oldest that nothing will read."""
         owner = (state.expert, state.branch, state.unit_index)
         key = (self.generation, *owner, step)
         with self._asking:
             self.store.put(key, residual)
         self._entries[key] = Entry(key, "", tuple(residual.shape), residual.nbytes)
+        self._layouts[self.generation, owner] = layout
         steps = self._steps.setdefault((self.generation, owner), [])
         steps.append(step)
         if len(steps) > self.history_len and not keeps(steps[-1 - self.history_len]):
@@ -59,7 +64,7 @@ class ResidualIndex:
     def adopt(self, store: CacheStore, stored: Iterable[Key]) -> None:
         """Go on with another store, and with what earlier generations have left there, each in the order of steps."""
         self.store = store
-        self._steps, self._entries = {}, {}
+        self._steps, self._layouts, self._entries = {}, {}, {}
         for generation, expert, branch, unit, step in stored:
             owner = (str(expert), str(branch), int(unit or 0))
             self._steps.setdefault((int(generation or 0), owner), []).append(int(step or 0))
@@ -89,6 +94,11 @@ class ResidualIndex:
         """The steps that a unit has computed in a generation."""
         return self._steps.get((generation, owner), [])
 
+    def fits(self, generation: int, owner: Owner, layout: Layout | None) -> bool:
+        """Whether what a unit has stored is for latents of this layout; so is what is not known."""
+        stored = self._layouts.get((generation, owner))
+        return stored is None or layout is None or stored == layout
+
     def window_keys(self, keeps: Callable[[int], bool]) -> list[Key]:
         """What the reuse window can be asked for, in the order of use: by step, then by unit."""
         keys = [
@@ -113,12 +123,14 @@ class ResidualIndex:
         for key in [key for key in self._entries if key[0] == generation]:
             self._drop(key)
         self._steps = {which: steps for which, steps in self._steps.items() if which[0] != generation}
+        self._layouts = {which: layout for which, layout in self._layouts.items() if which[0] != generation}
 
     def clear(self) -> None:
         """Drop everything that was put here; what others keep in the same store stays."""
         for key in list(self._entries):
             self._drop(key)
         self._steps.clear()
+        self._layouts.clear()
 
     def _drop(self, key: Key) -> None:
         with self._asking:
@@ -133,6 +145,7 @@ class UnitResiduals:
     index: ResidualIndex
     owner: Owner
     device: torch.device | None = None
+    layout: Layout | None = None
 
     def latest(self) -> Tensor | None:
         """See `Residuals`."""
@@ -160,7 +173,7 @@ class UnitResiduals:
         found = []
         for generation in self.index.window:
             steps = self.index.steps(generation, self.owner)
-            if steps and (step is None or step in steps):
+            if steps and (step is None or step in steps) and self.index.fits(generation, self.owner, self.layout):
                 found.append((generation, steps[-1] if step is None else step))
         return found
 

@@ -395,3 +395,23 @@ def test_a_model_with_a_cache_of_diffusers_is_refused_until_that_is_off(pipe):
     pipe.transformer.disable_cache()
     pipe.enable_cache(Mask(), STEPS)
     assert torch.equal(latents(pipe), before)
+
+
+@pytest.mark.parametrize(
+    "other", [{"height": 64, "width": 32}, {"height": 64, "width": 64}, {"prompt": ["a", "b"]}], ids=str
+)
+def test_a_warm_start_takes_residuals_of_its_own_layout_alone(pipe, other):
+    """As many tokens in another shape would be wrong silently, and two prompts would share one's."""
+    first = CALL | {"height": 32, "width": 64}
+    pipe.enable_cache("always", STEPS)
+    expected = latents(pipe, **(first | other))
+    pipe.disable_cache()
+    cache = pipe.enable_cache("warmstart_reuse", STEPS, warm_steps=2, inner="always")
+    for generation, (call, computed) in enumerate([(first, True), (first | other, True), (first | other, False)]):
+        cache.set_generation(generation)
+        cache.set_reuse_window(range(generation))
+        cache.reset(clear_store=False)
+        made = latents(pipe, **call, reset_cache=False)
+        assert cache.record.mask()[:2] == [computed] * 2
+        if generation == 1:
+            assert torch.equal(made, expected)
