@@ -31,7 +31,7 @@ from edit_ray.errors import (
     UnknownRun,
 )
 from edit_ray.runs.folder import RunFolder
-from edit_ray.runs.ids import check_run_id, new_run_id
+from edit_ray.runs.ids import check_run_id, check_segment_index, new_run_id
 from edit_ray.runs.manifest import SegmentRecord
 from edit_ray.runs.owner import owner_here
 from edit_ray.video.encode import EncodeError, Frames, read_frames
@@ -178,7 +178,11 @@ class LongVideoClient:
         return SegmentStream(self, run_id, start, frames, latents)
 
     def wait_segment(self, run_id: str, index: int) -> StreamReply:
-        """The segment as soon as it is committed, or after a while nothing: then see whether the run has ended."""
+        """The segment as soon as it is committed, or after a while nothing: then see whether the run has ended.
+
+        Raises ConfigError for an index below 0, UnknownRun, SegmentFailed where nobody works on the run.
+        """
+        check_segment_index(index)
         reply: StreamReply | None = self._ask_if_known("wait_segment", run_id, index, POLL_S)
         if reply is not None and self._is_meant(reply.status):
             return reply

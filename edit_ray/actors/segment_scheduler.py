@@ -25,7 +25,7 @@ from edit_ray.actors.space import is_full
 from edit_ray.actors.stages import Stages, explain
 from edit_ray.actors.threads import disk_threads
 from edit_ray.config import Config
-from edit_ray.errors import ConfigError, EditRayError, RunExists, RunLive, UnknownRun
+from edit_ray.errors import EditRayError, RunExists, RunLive, UnknownRun
 from edit_ray.runs.event_log import append_event
 from edit_ray.runs.events import (
     CancelAsked,
@@ -41,6 +41,7 @@ from edit_ray.runs.events import (
     WorkFailed,
 )
 from edit_ray.runs.folder import RunFolder
+from edit_ray.runs.ids import check_segment_index
 from edit_ray.runs.scheduler import SegmentScheduler
 
 ENDED_RUNS_KEPT = 100
@@ -154,8 +155,7 @@ class SegmentSchedulerActor:
 
         Who waits for a segment takes all before it as they come. Raises ConfigError where it can be no segment.
         """
-        if type(segment_index) is not int or segment_index < 0:
-            raise ConfigError([f"segment_index is {segment_index!r}; it must be a whole number of at least 0"])
+        check_segment_index(segment_index)
         run = await self._find(run_id)
         if isinstance(run, WaitingRun):
             waiting = run

@@ -1,4 +1,4 @@
-"""The names of runs: safe as a folder's name, on a command line and in a URL."""
+"""The names of runs, safe as a folder's name, on a command line and in a URL; the numbers of their segments."""
 
 import re
 from datetime import datetime
@@ -29,3 +29,10 @@ def check_run_id(run_id: str) -> str:
 def new_run_id(now: datetime, token: str) -> str:
     """A run id that sorts by time, such as `20261123-101500-3f2a`; `token` keeps two of one second apart."""
     return check_run_id(f"{now:%Y%m%d-%H%M%S}-{token}")
+
+
+def check_segment_index(index: int) -> int:
+    """Raises ConfigError where no run can have a segment of this index."""
+    if type(index) is not int or index < 0:
+        raise ConfigError([f"the segment's index is {index!r}; it must be a whole number of at least 0"])
+    return index

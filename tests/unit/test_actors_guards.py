@@ -10,6 +10,7 @@ import pytest
 
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.client import LongVideoClient
 from edit_ray.errors import ConfigError, ResourcesUnavailable
 from edit_ray.metrics.run_metrics import RunMetrics
 from edit_ray.metrics.totals import Totals
@@ -144,12 +145,14 @@ def test_a_segment_that_cannot_be_is_refused_in_a_sentence(tmp_path, model, inde
     async def run():
         async with scheduler_of() as scheduler:
             await submit(scheduler, tmp_path, "one", config_for(model))
-            with pytest.raises(ConfigError, match=r"segment_index is .*; it must be a whole number of at least 0"):
+            with pytest.raises(ConfigError, match=r"index is .*; it must be a whole number of at least 0"):
                 await scheduler.wait_segment("one", index, 0.1)
             await scheduler.cancel("one")
             await end_of(scheduler, "one")
 
     asyncio.run(run())
+    with pytest.raises(ConfigError, match="whole number of at least 0"):
+        LongVideoClient(output=tmp_path, connect=False).wait_segment("one", index)
 
 
 def test_a_question_for_a_far_segment_takes_only_what_is_there(tmp_path, model):
