@@ -52,6 +52,7 @@ docs: $(DOCS) ## build the documentation into build/docs; warnings and broken li
 	@echo "$(abspath build/docs/index.html)"
 
 $(DOCS): $(INSTALLED)
+	@echo "Installing what the site is built with: this takes a minute."
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,9 @@ def _remove_all(runs: list[RunStatus], options: argparse.Namespace) -> int:
     failed = False
     for folder in folders:
         try:
-            residuals = list(_residuals_of(folder))
+            residuals: list[Path] = []
+            with suppress(ConfigError):  # of another version, say: stores remove what belongs to no run
+                residuals = list(_residuals_of(folder))
             remove_run(folder)
             for path in residuals:
                 path.unlink(missing_ok=True)

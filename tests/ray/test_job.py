@@ -128,6 +128,7 @@ def test_a_ray_of_the_job_s_own_leaves_prometheus_no_target(spawn, config, tmp_p
         script = "import os, sys; del os.environ['RAY_ADDRESS']; os.environ['RAY_TMPDIR'] = sys.argv[1]; "
         script += "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
         options = ["--config", str(config(steps=400 if stopped else 4)), "--output", str(tmp_path), "--run-id", run_id]
+        options += ["--set", "engine.start_timeout_s=200"]
         job = spawn("-c", script, temp, str(REPOSITORY / "jobs" / "long_video.py"), *options)
         said = []
         for line in job.stdout:
@@ -135,7 +136,7 @@ def test_a_ray_of_the_job_s_own_leaves_prometheus_no_target(spawn, config, tmp_p
             if line.startswith("segment 0") and stopped:
                 assert (tmp_path / TARGETS).exists()
                 job.send_signal(signal.SIGINT)
-        assert job.wait(60) == (130 if stopped else 0), said
+        assert job.wait(60) == (130 if stopped else 0), "".join(said)
     assert not (tmp_path / TARGETS).exists()
     if stopped:
         assert f"go on with `edit-ray --output {tmp_path} resume {run_id}`" in said[-1]

@@ -180,6 +180,13 @@ def test_a_run_that_a_process_works_on_is_not_deleted(tmp_path, capsys):
     assert told(capsys, "delete", "one", "--yes")[0] == 0
 
 
+def test_a_run_whose_configuration_cannot_be_read_is_deleted_all_the_same(tmp_path, capsys):
+    folder = run_on_disk(tmp_path / "runs", "one")
+    folder.run_yaml.write_text("of: another version\n")
+    assert told(capsys, "delete", "one", "--yes")[0] == 0
+    assert not folder.path.exists()
+
+
 def test_a_link_to_a_folder_elsewhere_is_not_followed(tmp_path, capsys):
     folder = run_on_disk(tmp_path / "elsewhere", "one")
     (tmp_path / "runs").mkdir()
