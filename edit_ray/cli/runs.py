@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from edit_ray.errors import ResourcesUnavailable, RunLive
+from edit_ray.errors import EditRayError, ResourcesUnavailable, RunLive
 
 if TYPE_CHECKING:
     from edit_ray.actors.messages import RunStatus
@@ -29,7 +29,10 @@ def down(options: argparse.Namespace) -> int:
 
 def _check_nobody_works(client: LongVideoClient) -> None:
     """Raises NotYourRun, or RunLive where nobody at a terminal says yes."""
-    live = [run for run in client.runs() if not run.ended]
+    try:
+        live = [run for run in client.runs() if not run.ended]
+    except EditRayError as error:
+        raise ResourcesUnavailable(f"{error}; `edit-ray down --force` ends the actors without asking them") from None
     for run in live:
         print(line_of(run, owner=True))
     for run in live:

@@ -83,6 +83,7 @@ def test_ray_job_submit(ray_head, config, model, tmp_path, options, run_id):
     assert torch.equal(first, latents_of_the_library(model)), "segment 0 is the library's"
     log = [line for line in done.stdout.splitlines() if line.startswith("output: ")]
     assert log == [f"output: {tmp_path}", f"output: {tmp_path}/{run_id}/final.mp4"]
+    assert f"'{manifest_of(tmp_path / run_id).begun.job}'" in done.stdout, "the submission is recorded"
 
 
 def test_a_bad_configuration_fails_the_job_with_its_sentences(ray_head, config, tmp_path):
