@@ -157,6 +157,7 @@ def test_a_run_is_deleted_with_what_its_segments_reuse(tmp_path, capsys):
     for name in (spec.residuals_id, "of-another"):
         memory = memory_of(aligned_buffer(4096))
         assert files.write((name, 0), files.begin((name, 0))[0], memory, torch.float32, [4])
+    files.close()
     code, _, err = told(capsys, "delete", "one")
     assert (code, "nothing was removed; --yes removes 1 run" in err) == (2, True)
     assert spec.folder.path.exists()
