@@ -65,7 +65,8 @@ class Loop:
     """Trains `modules` for `minutes` in all, over as many calls as it takes.
 
     State lies in `state / f"{name}.pt"`: weights, averaged weights, moments, step and seconds; a new loop of the same
-    name goes on from there. `run(loss)` calls `loss(step, progress)`, progress rising from 0 to 1, for a scalar.
+    name goes on from there. A call ends after `slice_minutes` at the latest.
+    `run(loss)` calls `loss(step, progress)`, progress rising from 0 to 1, for a scalar.
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class Loop:
         minutes: float,
         state: Path,
         ranks: Ranks,
+        slice_minutes: float = math.inf,
     ) -> None:
         self.name, self.modules, self.recipe, self.ranks = name, modules, recipe, ranks
-        self.budget_s, self.path = minutes * 60, state / f"{name}.pt"
+        self.budget_s, self.slice_s, self.path = minutes * 60, slice_minutes * 60, state / f"{name}.pt"
         self.learning_rate = learning_rate
         self.parameters: list[Tensor] = [parameter for module in modules.values() for parameter in module.parameters()]
         self.device = self.parameters[0].device
@@ -98,7 +100,7 @@ class Loop:
                 average.copy_(parameter.data)
 
     def run(self, loss: Callable[[int, float], Tensor]) -> None:
-        """Train until the budget is spent, then save and leave the averaged weights in the modules."""
+        """Train until the budget or the slice is spent, then save and leave the averaged weights in the modules."""
         started, since_save, spent_before = time.monotonic(), time.monotonic(), self.seconds
         total, count, since_log = torch.zeros((), device=self.device), 0, time.monotonic()
         while True:
@@ -107,7 +109,7 @@ class Loop:
                 elapsed = spent_before + time.monotonic() - started
                 self.seconds = self.ranks.agree(elapsed, self.device)
             progress = self.seconds / self.budget_s
-            if progress >= 1:
+            if progress >= 1 or self.seconds - spent_before >= self.slice_s:
                 break
             value = loss(self.step, progress)
             self._update(value, progress)
@@ -167,5 +169,6 @@ class Loop:
             module.load_state_dict(content["modules"][name])
         for average, saved in zip(self.averaged, content["averaged"], strict=True):
             average.copy_(saved)
-        self.optimizer.load_state_dict(content["optimizer"])
+        if "optimizer" in content:  # the moments may begin anew, as they are half of a state's size
+            self.optimizer.load_state_dict(content["optimizer"])
         self.step, self.seconds = content["step"], content["seconds"]

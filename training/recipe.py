@@ -26,9 +26,12 @@ class Recipe:
         (1.00, ((33, 8), (65, 4), (33, 8), (129, 2))),
     )
     vae_learning_rate: float = 1e-3
+    world_sizes: tuple[tuple[int, int], ...] = ((128, 128), (96, 160))
+    world_pool: int = 256  # clips of each size that are kept
+    pool_turns: tuple[int | None, ...] = (None, 0, 1, 0)  # batches of flat scenes (None) and of each size
     changing_clips: float = 0.15  # share of clips that cross-fade into another scene
     latent_noise: float = 0.03  # of each channel's spread, before decoding: sampled latents are never exact
-    measured_batches: int = 8  # of `encode_batch` clips, for the latents' mean and spread
+    measured_batches: int = 8  # of `encode_batch` clips, for the latents' mean and spread; clips for the PSNR
     # Latents that the transformer learns from.
     clips: int = 12_288  # a process
     clip_latents: int = 17
@@ -63,6 +66,8 @@ SMOKE = Recipe(
     heads=1,
     ffn_dim=64,
     curriculum=((0.5, ((5, 2),)), (1.0, ((5, 2), (9, 1)))),
+    world_sizes=((16, 16), (16, 32)),
+    world_pool=2,
     clips=8,
     encode_batch=4,
     batch=2,

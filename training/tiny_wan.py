@@ -8,6 +8,7 @@
 """
 
 import argparse
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the model, in diffusers' layout")
     parser.add_argument("--state", type=Path, required=True, help="folder of what a repeated call goes on from")
     parser.add_argument("--minutes", type=float, default=9.0, help="budget of each stage")
+    parser.add_argument(
+        "--slice", type=float, default=math.inf, help="minutes of the autoencoder's budget in this call"
+    )
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -47,7 +51,7 @@ def main() -> None:
     for stage in STAGES if args.stage == "all" else [args.stage]:
         common = (args.output, args.state, args.minutes, recipe, ranks, args.device)
         if stage == "vae":
-            train_vae(*common)
+            train_vae(*common, slice_minutes=args.slice)
         else:
             train_transformer(*common, start=args.weights)
     if ranks.world_size > 1:
