@@ -107,13 +107,21 @@ class LongVideoClient:
             self._admit("submit", run_id, settings, root, probe.name, token, owner.name, owner.job)
         return run_id
 
-    def resume(self, run_id: str, *, allow_different_hardware: bool = False, force: bool = False) -> RunStatus:
+    def resume(
+        self,
+        run_id: str,
+        *,
+        allow_different_hardware: bool = False,
+        remake_damaged: bool = False,
+        force: bool = False,
+    ) -> RunStatus:
         """Goes on with a run at its first segment that is not committed; one that lives or is done is left as it is.
 
-        Raises UnknownRun, NotYourRun, RunExists, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers,
-        ResourcesUnavailable, ActorVersionMismatch.
+        With `remake_damaged`, committed files that are not as they were written are made again first, of a run that is
+        done as well. Raises UnknownRun, NotYourRun, RunExists, RunLocked, ManifestUnreadable, ConfigError,
+        HardwareDiffers, RunDamaged, ResourcesUnavailable, ActorVersionMismatch.
         """
-        return self._go_on("resume", run_id, force, allow_different_hardware)
+        return self._go_on("resume", run_id, force, allow_different_hardware, remake_damaged)
 
     def extend(
         self, run_id: str, segments: int, *, allow_different_hardware: bool = False, force: bool = False

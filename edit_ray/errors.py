@@ -9,6 +9,7 @@ EditRayError
 ├── RunLocked              (also ValueError)   a run that another process works on
 ├── ManifestUnreadable     (also ValueError)   a manifest that is damaged, or of another version
 ├── HardwareDiffers        (also ValueError)   a run that would go on with other bits
+├── RunDamaged             (also ValueError)   a run whose committed files are not as they were written
 ├── UnknownRun             (also LookupError)  a run id that nobody knows
 ├── RunFolderGone                              a run's folder vanished while it was at work
 ├── SegmentGone            (also LookupError)  a segment whose files were dropped to make room
@@ -67,6 +68,10 @@ class ManifestUnreadable(EditRayError, ValueError):
 
 class HardwareDiffers(EditRayError, ValueError):
     """A run would go on where its bits would be others: another device, library, thread count or mode."""
+
+
+class RunDamaged(EditRayError, ValueError):
+    """Committed files of a run are missing, or are not as they were written."""
 
 
 class RunFolderGone(EditRayError):

@@ -9,12 +9,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from xxhash import xxh3_64, xxh3_64_intdigest
+
 _DRAFT = ".part"
+_CHUNK = 4 << 20
 NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 """How a file is opened that must not be there yet, not even as a link."""
 
@@ -145,6 +149,22 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
     while done < size and (count := disk.read(descriptor, [memoryview(content)[done:]], offset + done)):
         done += count
     return bytes(content[:done])
+
+
+def digest_of(data: bytes) -> int:
+    """xxh3_64 of the bytes, by which a file is known to be as it was written."""
+    return xxh3_64_intdigest(data)
+
+
+def digest_of_file(path: Path) -> int:
+    """The same of all that a file holds."""
+    digest, size = xxh3_64(), _CHUNK
+    with opened(path) as descriptor:
+        for offset in itertools.count(0, size):
+            digest.update(part := read_at(descriptor, offset, size))
+            if len(part) < size:
+                return digest.intdigest()
+    raise AssertionError("a file has an end")
 
 
 def append_line(path: Path, line: bytes) -> None:

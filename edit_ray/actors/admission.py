@@ -7,8 +7,10 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from edit_ray.actors.crew import Crew
+from edit_ray.actors.damage import Damage, damage_of, refusal
 from edit_ray.actors.hardware import Provenance, check_same, differing
 from edit_ray.actors.kept import can_be_made_again
 from edit_ray.actors.live_run import LiveRun
@@ -16,7 +18,8 @@ from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.space import room_in, shortage_before
 from edit_ray.actors.watchdog import answered
 from edit_ray.config import Config, check_config, dump_yaml, load_config
-from edit_ray.errors import ConfigError, ResourcesUnavailable, RunExists, RunLocked, UnknownRun
+from edit_ray.errors import ConfigError, ResourcesUnavailable, RunDamaged, RunExists, RunLocked, UnknownRun
+from edit_ray.files import digest_of, digest_of_file
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Extended, Manifest, Opened, Rerolled
@@ -25,6 +28,7 @@ from edit_ray.runs.run_state import LEAD
 
 LOCK_PATIENCE_S = 10.0  # a process that was killed keeps its locks until the kernel has cleared it away
 
+OnDamage = Literal["overlook", "refuse", "remake"]
 Change = Callable[[Manifest, RunSpec], Extended | Rerolled]
 """What a run that goes on begins with, an extension or a re-roll, from how it stands. It is of the next incarnation."""
 
@@ -84,17 +88,28 @@ class Admission:
 
     async def begin(self, spec: RunSpec, asked: Submission) -> LiveRun:
         """A new run, its folder made."""
-        begun = spec.begun(asked.token, await self._provenance(spec), asked.owner, asked.job)
+        settings = dump_yaml(spec.config)
+        begun = spec.begun(asked.token, await self._provenance(spec, settings.encode()), asked.owner, asked.job)
         with room_in(spec.root):
-            file = await asyncio.to_thread(spec.folder.create, dump_yaml(spec.config), begun)
+            file = await asyncio.to_thread(spec.folder.create, settings, begun)
         return LiveRun.of(RunSpec.of(spec.root, spec.config, file.manifest), file)
 
     async def go_on(
-        self, root: Path, run_id: str, *, allow_different_hardware: bool = False, change: Change | None = None
+        self,
+        root: Path,
+        run_id: str,
+        *,
+        allow_different_hardware: bool = False,
+        change: Change | None = None,
+        damage: OnDamage = "overlook",
     ) -> LiveRun:
         """A run in its next incarnation, from the first segment that is not committed.
 
-        Raises UnknownRun, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers, ResourcesUnavailable.
+        `damage` says what becomes of committed files that are not as they were written. To find them all are read,
+        which `overlook` does without.
+
+        Raises UnknownRun, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers, RunDamaged,
+        ResourcesUnavailable.
         """
         folder = RunFolder(root, run_id)
         with room_in(root):
@@ -106,27 +121,34 @@ class Admission:
             if worker >= config.engine.gpu_actors:
                 worker = 0
             await self._crew.start(spec, worker)
-            provenance = await self._provenance(spec, worker)
+            settings = await asyncio.to_thread(folder.run_yaml.read_bytes)
+            provenance = await self._provenance(spec, settings, worker)
             if not allow_different_hardware:
                 check_same(run_id, file.manifest.provenance, provenance)
             changed = await asyncio.to_thread(change, file.manifest, spec) if change else None
             replans = bool(differing(file.manifest.provenance, provenance)) or not await asyncio.to_thread(
                 can_be_made_again, spec, len(file.manifest.segments)
             )
+            opened = Opened(file.manifest.incarnation + 1, provenance, replans, changed, secrets.token_hex(4))
+            damaged: Damage = {}
+            if damage != "overlook":
+                damaged = await asyncio.to_thread(damage_of, folder, file.manifest.after(opened))
+            if damaged and damage == "refuse":
+                raise RunDamaged(refusal(run_id, damaged))
             with room_in(root):
-                incarnation, writer = file.manifest.incarnation + 1, secrets.token_hex(4)
-                await asyncio.to_thread(file.append, Opened(incarnation, provenance, replans, changed, writer))
+                await asyncio.to_thread(file.append, opened)
         except BaseException:
             file.close()
             raise
         run = LiveRun.of(RunSpec.of(root, config, file.manifest), file)
-        run.may_move = allow_different_hardware
+        run.may_move, run.damaged = allow_different_hardware, damaged
         return run
 
-    async def _provenance(self, spec: RunSpec, worker: int = 0) -> Provenance:
+    async def _provenance(self, spec: RunSpec, settings: bytes, worker: int = 0) -> Provenance:
+        """What the run's bits depend on; `settings` is its run.yaml."""
         call = self._crew.denoiser(worker, "provenance", spec)
         found: Provenance = await answered(call, spec.config.engine.load_timeout_s, "what the GPU actor runs on")
-        return found
+        return {**found, "config": f"{digest_of(settings):016x}"}
 
     async def _sees(self, spec: RunSpec, probe: Path) -> bool:
         call, timeout_s = self._crew.denoiser(0, "sees", probe), spec.config.engine.answer_timeout_s
@@ -160,10 +182,19 @@ def denoised_before(spec: RunSpec, committed: int) -> list[dict[str, float]]:
     found: list[dict[str, float]] = []
     for index in range(committed, committed + LEAD):
         figures = made.get((index, spec.segment(index).take, spec.residuals_id))
-        if figures is None or not spec.latents(index).exists():
+        if figures is None or not _as_made(spec.latents(index), figures):
             break
         found.append(figures)
     return found[:-1] if spec.layout.denoise_needs_frames else found
+
+
+def _as_made(latents: Path, figures: dict[str, float]) -> bool:
+    """Whether the latents are those that were made; earlier versions made no digest of them."""
+    try:
+        found = digest_of_file(latents)
+    except OSError:
+        return False
+    return figures.get("latents_xxh3", found) == found
 
 
 def last_worker(spec: RunSpec) -> int | None:

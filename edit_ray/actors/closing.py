@@ -42,7 +42,8 @@ async def close_run(crew: Crew, watchdog: Watchdog, run: LiveRun, close: CloseRu
         if close.worker is not None:
             await release_run(crew, watchdog, spec, close.worker)
     final = spec.folder.relative(spec.folder.final) if close.state == "done" else None
-    if failure := await run.record_end(Ended(spec.incarnation, close.state, close.error, final)):
+    digest = run.final_digest if final else None
+    if failure := await run.record_end(Ended(spec.incarnation, close.state, close.error, final, digest)):
         _log.error("the end of run %s cannot be recorded: %s", close.run_id, failure)
     with best_effort(f"close the manifest of run {close.run_id}"):
         run.file.close()

@@ -23,14 +23,15 @@ from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.engine.latent_files import load_latents, save_latents
 from edit_ray.engine.loading import choose_device
 from edit_ray.engine.lookback import lookback_latents
+from edit_ray.engine.model_digest import model_digest
 from edit_ray.engine.provenance import provenance_of
 from edit_ray.engine.segment import SegmentEngine, usable_cores
 from edit_ray.errors import EditRayError, OutOfMemory, SegmentFailed
-from edit_ray.files import read_bytes, replacing, write_atomic
+from edit_ray.files import digest_of_file, read_bytes, replacing, write_atomic
 from edit_ray.metrics.totals import Snapshot, Totals
 from edit_ray.runs.event_log import append_event
 from edit_ray.runs.plan import SegmentPlan
-from edit_ray.video.encode import Frames, encode, join
+from edit_ray.video.encode import Frames, encode, ffmpeg_version, join
 from edit_ray.video.joins import Joins
 from edit_ray.video.stream_files import write_part
 
@@ -48,6 +49,7 @@ class DenoiserActor:
         self._store = store
         self._engine: SegmentEngine | None = None
         self._loaded_for: object = None
+        self._weights: str | None = None  # the digest of what was loaded
         self._threads = 0  # of torch
         self._thread = ThreadPoolExecutor(1, "torch")
         self._decoding = threading.Lock()
@@ -68,7 +70,9 @@ class DenoiserActor:
         """What the run's bits would depend on here, beside its configuration. Raises ModelError."""
         engine = spec.config.engine
         threads = engine.cpu_threads or usable_cores()
-        return provenance_of(choose_device(spec.config.model.device), threads, engine.mode, engine.fp8)
+        here = provenance_of(choose_device(spec.config.model.device), threads, engine.mode, engine.fp8)
+        model = model_digest(spec.config.model.path)
+        return here | {"ffmpeg": ffmpeg_version()} | ({} if model is None else {"model": model})
 
     def progress(self) -> Progress | None:
         return self._progress
@@ -104,6 +108,8 @@ class DenoiserActor:
         decoding may need. Raises ConfigError for a file that cannot be used.
         """
         self.adopt_run(spec)
+        if self._weights != model_digest(spec.config.model.path):
+            self._loaded_for = None  # other weights lie at the path than those that are loaded
         engine, config = self._ready_engine(spec), spec.config
         if config.continuity.init is not None and not spec.folder.init_latents.exists():
             latents, _, _ = self._compute(engine, lambda: engine.encode_init(config.continuity, config.sampling))
@@ -127,7 +133,7 @@ class DenoiserActor:
         if store is not None and segment.index + 1 < (spec.num_segments or 0):
             append_event(spec.folder.events, "prepare_asked", segment=segment.index + 1)
         latents, denoise_at, denoise_s = self._denoise(spec, engine, segment, store)
-        save_latents(spec.latents(segment.index), latents)
+        digest = save_latents(spec.latents(segment.index), latents)
         reused = {}
         if leases is not None and store is not None:
             complete_at, began = time.time(), time.perf_counter()
@@ -138,6 +144,7 @@ class DenoiserActor:
         figures = statistics(
             denoise_at=denoise_at, denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused
         )
+        figures |= {"latents_xxh3": digest}
         of = {"segment": segment.index, "take": segment.take, "attempt": attempt}
         append_event(spec.folder.events, "segment_made", **of, plan=spec.residuals_id, figures=figures)
         return figures
@@ -225,12 +232,13 @@ class DenoiserActor:
         if frames is None:
             frames, _, _ = self._decode(spec, segment)
         encode_at, began = time.time(), time.perf_counter()
-        init = read_bytes(spec.folder.init) if spec.folder.init.exists() else None
-        encoded = encode(frames, fps=spec.config.sampling.fps, options=spec.config.output, init=init)
-        write_part(spec.folder.path, spec.part(segment), segment.index, encoded)
+        there = read_bytes(spec.folder.init) if spec.folder.init.exists() else None
+        encoded = encode(frames, fps=spec.config.sampling.fps, options=spec.config.output, init=there)
+        init, fragment = write_part(spec.folder.path, spec.part(segment), segment.index, encoded)
         self._frames.pop((spec.key, media, spec.incarnation), None)
         times = {"encode_at": encode_at, "encode_s": time.perf_counter() - began}
-        return statistics(media_bytes=media.stat().st_size, **times, **self._seen(spec, segment))
+        digests = {"init_xxh3": init, "media_xxh3": fragment}
+        return statistics(media_bytes=media.stat().st_size, **times, **self._seen(spec, segment)) | digests
 
     def finalize_run(self, spec: RunSpec, first: int) -> dict[str, float]:
         """Joins the segments from `first` on, those before being dropped, into `final.mp4`."""
@@ -240,7 +248,8 @@ class DenoiserActor:
         media = [spec.media(index) for index in range(first, spec.num_segments)]
         with replacing(spec.folder.final) as draft:
             join(spec.folder.init, media, draft.path, comment=spec.settings)
-        return statistics(finalize_s=time.perf_counter() - started)
+            digest = digest_of_file(draft.path)
+        return statistics(finalize_s=time.perf_counter() - started) | {"final_xxh3": digest}
 
     def stop_run(self, run_id: str) -> None:
         """What runs for this run ends at its next step."""
@@ -282,8 +291,9 @@ class DenoiserActor:
         if self._engine is None or self._loaded_for != wanted:
             self._engine, self._loading = None, True  # the last model goes before the next one comes
             try:
+                weights = model_digest(config.model.path)
                 engine = SegmentEngine.load(config.model, threads, cfg_parallel=config.engine.cfg_parallel)
-                self._engine, self._loaded_for = engine, wanted
+                self._engine, self._loaded_for, self._weights = engine, wanted, weights
             finally:
                 self._loading = False
         torch.set_num_threads(threads)

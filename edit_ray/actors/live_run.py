@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from edit_ray.actors.damage import Damage
 from edit_ray.actors.messages import RunSpec
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Ended, Line, Manifest
@@ -25,6 +26,8 @@ class LiveRun:
     stream: StreamFiles
     worker: int | None = None  # its GPU actor
     may_move: bool = False  # to other hardware (--allow-different-hardware)
+    damaged: Damage = field(default_factory=dict)  # committed files that are to be made again
+    final_digest: str | None = None  # of final.mp4, once it is there
     unrecorded: Ended | None = None  # its end, where that could not be written
     lookback_latents: int = 0  # before a segment, that its decoding may need
     warning: str | None = None  # what will go wrong if nobody does anything

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edit_ray.actors.admission import Admission, Change, Submission, denoised_before, last_worker
+from edit_ray.actors.admission import Admission, Change, OnDamage, Submission, denoised_before, last_worker
 from edit_ray.actors.best_effort import best_effort
 from edit_ray.actors.changes import extension, reroll
 from edit_ray.actors.closing import close_run, stop_work
@@ -101,17 +101,18 @@ class SegmentSchedulerActor:
                     return await self._live(await self._admission.go_on(spec.root, run_id))
                 return await self._live(await self._admission.begin(spec, asked))
 
-    async def resume(self, run_id: str, root: str, allow_different_hardware: bool) -> RunStatus:
+    async def resume(self, run_id: str, root: str, other_hardware: bool, remake_damaged: bool = False) -> RunStatus:
         """Goes on with a run at its first segment that is not committed; one that lives or is done is left as it is.
 
-        Raises UnknownRun, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers, ResourcesUnavailable.
+        With `remake_damaged`, committed files that are not as they were written are made again, also of a done run.
+        Raises UnknownRun, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers, RunDamaged, ResourcesUnavailable.
         """
         await self._recovered
         if self._there(run_id) is None:
             manifest = await asyncio.to_thread(RunFolder(Path(root), run_id).read_manifest)
-            if manifest.state == "done" and len(manifest.segments) == manifest.num_segments:
+            if manifest.state == "done" and len(manifest.segments) == manifest.num_segments and not remake_damaged:
                 return RunStatus.of(Path(root, run_id), manifest)
-        return await self._go_on(run_id, root, allow_different_hardware, None)
+        return await self._go_on(run_id, root, other_hardware, None, "remake" if remake_damaged else "refuse")
 
     async def extend(self, run_id: str, root: str, segments: int, allow_different_hardware: bool) -> RunStatus:
         """Gives an ended run more segments. Raises as `resume`, and RunLive."""
@@ -241,7 +242,9 @@ class SegmentSchedulerActor:
             await self._remember()
         self._spawn(self._exit_when_idle(idle_exit_s))
 
-    async def _go_on(self, run_id: str, root: str, allow_different_hardware: bool, change: Change | None) -> RunStatus:
+    async def _go_on(
+        self, run_id: str, root: str, other_hardware: bool, change: Change | None, damage: OnDamage = "refuse"
+    ) -> RunStatus:
         async with self._admission_of(IDLE_EXIT_S):
             if (there := self._there(run_id)) is not None:
                 if there.folder.path.parent != Path(root):
@@ -251,11 +254,11 @@ class SegmentSchedulerActor:
                         f"run {run_id!r} is at work; wait for its end, or stop it with `edit-ray cancel {run_id}`"
                     )
                 if isinstance(there, WaitingRun):
-                    there.different_hardware |= allow_different_hardware
+                    there.different_hardware |= other_hardware
                 return await self._join(there)
             async with self._pointed_at(Pointer(root, begun=True), run_id):
                 run = await self._admission.go_on(
-                    Path(root), run_id, allow_different_hardware=allow_different_hardware, change=change
+                    Path(root), run_id, allow_different_hardware=other_hardware, change=change, damage=damage
                 )
                 try:
                     await self._meter.serve(run.spec.config.metrics, run.spec.root)

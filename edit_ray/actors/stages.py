@@ -6,10 +6,11 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
+from edit_ray import files
 from edit_ray.actors.best_effort import best_effort
 from edit_ray.actors.crew import Crew
 from edit_ray.actors.hardware import check_same, differing
@@ -24,6 +25,7 @@ from edit_ray.errors import (
     OutOfMemory,
     ResourcesUnavailable,
     RunCancelled,
+    RunDamaged,
     SegmentFailed,
     StaleLease,
     StaleWork,
@@ -35,6 +37,7 @@ from edit_ray.runs.retention import retention
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
+_DIGEST = "_xxh3"  # ends the names of figures that are digests of files
 
 # Errors of ours that another attempt may not meet again.
 _REPEATABLE = (SegmentFailed, RunCancelled, EntryLost, StaleLease, StaleWork, NotAdopted, ResourcesUnavailable)
@@ -99,9 +102,35 @@ class Stages:
     async def _prepare(self, run: LiveRun, work: Work) -> None:
         said = await self._watched(run, work, self._crew.denoiser(work.worker, "prepare_run", run.spec))
         run.lookback_latents = int(said["lookback_latents"])
+        await self._remake_damaged(run, work)
         first = run.manifest.dropped_before
         parts = [run.spec.part(run.spec.segment(index)) for index in range(first, len(run.manifest.segments))]
         await asyncio.to_thread(run.stream.rebuild, parts, first)
+
+    async def _remake_damaged(self, run: LiveRun, work: Work) -> None:
+        """Makes damaged files of committed segments again, whose bytes must be those that were committed.
+
+        Raises RunDamaged where they are not, or the latents were made with residuals of others.
+        """
+        spec = run.spec
+        if spec.folder.init in run.damaged:
+            await asyncio.to_thread(files.remove, spec.folder.init)  # the segment that needs it writes it
+        for index in sorted({index for index, _ in run.damaged.values()}):
+            segment, record = spec.segment(index), run.manifest.segments[index]
+            figures: dict[str, float] = {}
+            again = f"`edit-ray reroll {spec.run_id} --from {index}` makes it and what follows anew"
+            if spec.latents(index) in run.damaged:
+                if spec.config.cache.reuse_window:
+                    raise RunDamaged(f"{record.latents} depends on residuals of other segments; {again}")
+                call = self._crew.denoiser(work.worker, "denoise_segment", spec, segment, work.attempt)
+                figures |= await self._watched(run, work, call)
+            if {spec.media(index), spec.folder.init} & run.damaged.keys():
+                call = self._crew.denoiser(work.worker, "encode_segment", spec, segment)
+                figures |= await self._watched(run, work, call)
+            made = digests_in(figures)
+            if differing := [name for name in made if made[name] != record.digests.get(name, made[name])]:
+                raise RunDamaged(f"segment {index} was made again, and has other {' and '.join(differing)}; {again}")
+        run.damaged = {}
 
     async def _denoise(self, run: LiveRun, work: Work) -> None:
         segment = _segment(run, work)
@@ -149,6 +178,7 @@ class Stages:
         spec, publish_at, began = run.spec, time.time(), time.perf_counter()
         await asyncio.to_thread(run.stream.append, spec.part(segment))
         published = statistics(publish_at=publish_at, publish_s=time.perf_counter() - began)
+        figures = run.statistics.get(segment.index, {})
         record = SegmentRecord(
             index=segment.index,
             take=segment.take,
@@ -158,7 +188,8 @@ class Stages:
             num_frames=segment.num_frames,
             latents=spec.folder.relative(spec.latents(segment.index)),
             media=spec.folder.relative(spec.media(segment.index)),
-            statistics=run.statistics.get(segment.index, {}) | published,
+            statistics={name: of for name, of in figures.items() if not name.endswith(_DIGEST)} | published,
+            digests=digests_in(figures),
         )
         await run.append(Committed(spec.incarnation, record))
 
@@ -196,7 +227,15 @@ class Stages:
     async def _finalize(self, run: LiveRun, work: Work) -> None:
         await self._clean_up(run)
         call = self._crew.denoiser(work.worker, "finalize_run", run.spec, run.manifest.dropped_before)
-        await self._watched(run, work, call)
+        figures = await self._watched(run, work, call)
+        run.final_digest = digests_in(figures)["final"]
+
+
+def digests_in(figures: Mapping[str, float]) -> dict[str, str]:
+    """The digests of files among the figures of a piece of work, as a record holds them."""
+    return {
+        name.removesuffix(_DIGEST): f"{int(value):016x}" for name, value in figures.items() if name.endswith(_DIGEST)
+    }
 
 
 def explain(error: Exception, run: LiveRun) -> tuple[str, bool]:

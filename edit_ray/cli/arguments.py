@@ -65,6 +65,7 @@ def _add_runs(commands: _Commands[_Parser], places: _Parser) -> None:
         "--all", action="store_true", help="also those of other owners"
     )
     add("status", "where one run stands")
+    add("verify", "whether a run's files are as they were written")
     watched = add("watch", "follow a run: live on a terminal, elsewhere a line a segment")
     watched.add_argument("--wait", **_WAIT)
     add("cancel", "stop one run; what is committed stays", force=others)
@@ -78,6 +79,9 @@ def _add_runs(commands: _Commands[_Parser], places: _Parser) -> None:
         command.add_argument(
             "--allow-different-hardware", action="store_true", help="even where the frames' bits will be others"
         )
+    going_on["resume"].add_argument(
+        "--remake-damaged", action="store_true", help="make committed files again that are not as they were written"
+    )
     going_on["extend"].add_argument("--segments", type=int, required=True, help="how many more")
     reroll = going_on["reroll"]
     reroll.add_argument("--from", dest="start", type=int, required=True, metavar="SEGMENT", help="the first of them")

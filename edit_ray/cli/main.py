@@ -13,6 +13,7 @@ from edit_ray.cli.make_model import make_model
 from edit_ray.cli.report import report
 from edit_ray.cli.serve import serve
 from edit_ray.cli.terminal import escaping
+from edit_ray.cli.verify import verify
 from edit_ray.errors import EditRayError
 
 _COMMANDS = {
@@ -25,6 +26,7 @@ _COMMANDS = {
     "reroll": runs.reroll,
     "delete": remove.delete,
     "prune": remove.prune,
+    "verify": verify,
     "watch": watch.watch,
     "report": report,
     "serve": serve,

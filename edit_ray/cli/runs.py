@@ -56,7 +56,8 @@ def cancel(options: argparse.Namespace) -> int:
 
 def resume(options: argparse.Namespace) -> int:
     """Goes on with a run at its first segment that is not committed."""
-    print(line_of(_going_on(options).resume(options.run_id, **_allowed(options))))
+    remake = options.remake_damaged
+    print(line_of(_going_on(options).resume(options.run_id, remake_damaged=remake, **_allowed(options))))
     return 0
 
 

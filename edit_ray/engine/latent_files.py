@@ -10,12 +10,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from edit_ray.errors import EditRayError
-from edit_ray.files import read_bytes, write_atomic
+from edit_ray.files import digest_of, read_bytes, write_atomic
 
 
-def save_latents(path: Path, latents: torch.Tensor) -> None:
-    """Writes [1, C, t, h, w], float32, so that a reader sees all of it or nothing."""
-    write_atomic(path, save({"latents": latents.detach().to("cpu", torch.float32).contiguous()}))
+def save_latents(path: Path, latents: torch.Tensor) -> int:
+    """Writes [1, C, t, h, w], float32, so that a reader sees all of it or nothing; returns the file's digest."""
+    data = save({"latents": latents.detach().to("cpu", torch.float32).contiguous()})
+    write_atomic(path, data)
+    return digest_of(data)
 
 
 def load_latents(path: Path) -> torch.Tensor:

@@ -162,6 +162,7 @@ class Ended:
     state: EndState
     error: str | None = None
     final: str | None = None
+    final_digest: str | None = None  # xxh3_64
     kind: Literal["ended"] = field(default="ended", kw_only=True)
 
 
@@ -284,7 +285,7 @@ class Manifest:
             case HardwareChanged(_, provenance, start):
                 if start < len(self.segments):
                     raise ValueError(f"segment {start} is committed, and was planned before")
-                return replace(self, provenance=provenance)._planned_from(start)
+                return replace(self, provenance={**self.provenance, **provenance})._planned_from(start)
             case Dropped(_, before):
                 if before > len(self.segments):
                     raise ValueError(f"segments before {before} are gone, and only {len(self.segments)} were made")

@@ -9,6 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,14 @@ def read_frames(path: Path, *, height: int, width: int, init: Path | None = None
     else:
         raw = _ffmpeg("-i", "-", *decode, given=init.read_bytes() + path.read_bytes(), subject=path.name)
     return np.frombuffer(raw, dtype=np.uint8).reshape(-1, height, width, 3)
+
+
+@cache
+def ffmpeg_version() -> str:
+    """Of the ffmpeg that encodes, as it says itself, such as `7.0.2-static`."""
+    said = subprocess.run(_command("-version"), capture_output=True, check=False).stdout
+    match = re.match(rb"ffmpeg version (\S+)", said)
+    return match[1].decode(errors="replace") if match else "unknown"
 
 
 def _command(*arguments: str) -> list[str]:

@@ -35,10 +35,11 @@ class Part:
     num_frames: int
 
 
-def write_part(folder: Path, part: Part, number: int, encoded: bytes) -> None:
+def write_part(folder: Path, part: Part, number: int, encoded: bytes) -> tuple[int, int]:
     """Makes what `encode` returned the fragment of segment `number`, and its init the run's if that has none yet.
 
-    Raises ValueError if the init differs from the run's: then its frames cannot be played behind the others.
+    Returns the digests of the two, the init's first. Raises ValueError if the init differs from the run's: then its
+    frames cannot be played behind the others.
     """
     init, fragment = split(encoded)
     path = folder / "init.mp4"
@@ -48,7 +49,9 @@ def write_part(folder: Path, part: Part, number: int, encoded: bytes) -> None:
         raise ValueError(
             f"segment {number} is encoded in another way than {path} says, and cannot follow what is there"
         )
-    files.write_atomic(folder / part.path, place(fragment, sequence_number=number + 1, first_frame=part.first_frame))
+    placed = place(fragment, sequence_number=number + 1, first_frame=part.first_frame)
+    files.write_atomic(folder / part.path, placed)
+    return files.digest_of(init), files.digest_of(placed)
 
 
 class StreamFiles:
