@@ -105,7 +105,7 @@ class SegmentSchedulerActor:
         """Goes on with a run at its first segment that is not committed; one that lives or is done is left as it is.
 
         With `remake_damaged`, committed files that are not as they were written are made again, also of a done run.
-        Raises UnknownRun, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers, RunDamaged, ResourcesUnavailable.
+        Raises UnknownRun, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers, RunDamaged.
         """
         await self._recovered
         if self._there(run_id) is None:

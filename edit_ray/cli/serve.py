@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 from edit_ray.cli.watch import awaited
 from edit_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edit_ray.runs.folder import RunFolder
+    from edit_ray.runs.manifest import Manifest
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -26,7 +31,7 @@ def serve(options: argparse.Namespace) -> int:
         raise ConfigError([str(error)]) from None
     fps = load_config(folder.path / "run.yaml", check_model=False).sampling.fps
     try:
-        server = PageServer(folder.path, lambda: run_status(folder, fps), options.port)
+        server = PageServer(folder.path, RunStatusReader(folder, fps), options.port)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError([f"--port is {options.port}, which cannot be had ({reason}); choose another"]) from None
@@ -41,22 +46,38 @@ def serve(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_status(folder: Any, fps: float) -> dict[str, Any]:
-    """What the page shows of the run in `folder`: a RunFolder, whose errors it raises."""
-    from edit_ray.video.stream_files import newest_playlist
+class RunStatusReader:
+    """What the page shows of the run in a folder. Each call reads and looks at only what is new."""
 
-    manifest = folder.read_manifest()
-    prompts: list[dict[str, Any]] = []
-    for segment in manifest.segments:
-        if not prompts or prompts[-1]["prompt"] != segment.prompt:
-            prompts.append({"start_s": segment.first_frame / fps, "prompt": segment.prompt})
-    return {
-        "run_id": folder.run_id,
-        "state": manifest.state,
-        "error": manifest.error,
-        "committed": len(manifest.segments),
-        "num_segments": manifest.num_segments,
-        "final": manifest.final,
-        "playlist": newest_playlist(folder.path),
-        "prompts": prompts,
-    }
+    def __init__(self, folder: RunFolder, fps: float) -> None:
+        self._folder, self._fps = folder, fps
+        self._manifest = folder.manifest_reader()
+        self._one_at_a_time = Lock()
+        self._seen, self._takes = 0, 0  # segments and takes of which `prompts` tells
+        self._prompts: list[dict[str, Any]] = []
+
+    def __call__(self) -> dict[str, Any]:
+        """Raises as `RunFolder.read_manifest`."""
+        from edit_ray.video.stream_files import newest_playlist
+
+        with self._one_at_a_time:
+            manifest = self._manifest()
+            return {
+                "run_id": self._folder.run_id,
+                "state": manifest.state,
+                "error": manifest.error,
+                "committed": len(manifest.segments),
+                "num_segments": manifest.num_segments,
+                "final": manifest.final,
+                "playlist": newest_playlist(self._folder.path),
+                "prompts": list(self._prompts_of(manifest)),
+            }
+
+    def _prompts_of(self, manifest: Manifest) -> list[dict[str, Any]]:
+        if len(manifest.takes) != self._takes or len(manifest.segments) < self._seen:
+            self._seen, self._takes, self._prompts = 0, len(manifest.takes), []
+        for segment in manifest.segments[self._seen :]:
+            if not self._prompts or self._prompts[-1]["prompt"] != segment.prompt:
+                self._prompts.append({"start_s": segment.first_frame / self._fps, "prompt": segment.prompt})
+        self._seen = len(manifest.segments)
+        return self._prompts

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from edit_ray import files
 from edit_ray.errors import ManifestUnreadable, RunExists, UnknownRun
 from edit_ray.runs.ids import RUN_ID_PATTERN, check_run_id
 from edit_ray.runs.manifest import Begun, Manifest
-from edit_ray.runs.manifest_file import ManifestFile, read_manifest
+from edit_ray.runs.manifest_file import ManifestFile, ManifestReader
 
 _FOLDERS = ("latents", "segments", "records")
 _DRAFT = re.compile(rf"\.{RUN_ID_PATTERN[1:-1]}-[0-9a-z_]{{8,16}}")
@@ -96,12 +96,21 @@ class RunFolder:
 
     def read_manifest(self) -> Manifest:
         """Raises UnknownRun when there is none, ManifestUnreadable when it cannot be read or understood."""
-        try:
-            return read_manifest(self.manifest)
-        except (FileNotFoundError, NotADirectoryError):
-            raise self._unknown() from None
-        except OSError as error:
-            raise ManifestUnreadable(f"{self.manifest} cannot be read ({error.strerror}); try again") from None
+        return self.manifest_reader()()
+
+    def manifest_reader(self) -> Callable[[], Manifest]:
+        """Reads the manifest again and again, each time only what is new. Raises as `read_manifest`."""
+        reader = ManifestReader(self.manifest)
+
+        def read() -> Manifest:
+            try:
+                return reader.read()
+            except (FileNotFoundError, NotADirectoryError):
+                raise self._unknown() from None
+            except OSError as error:
+                raise ManifestUnreadable(f"{self.manifest} cannot be read ({error.strerror}); try again") from None
+
+        return read
 
     @property
     def init_latents(self) -> Path:

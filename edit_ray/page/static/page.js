@@ -48,5 +48,9 @@ async function look() {
   }
 }
 
-look();
-setInterval(look, POLL_MS);
+async function watch() {
+  await look(); // the next look is a while after the answer, however long that takes
+  setTimeout(watch, POLL_MS);
+}
+
+watch();
