@@ -50,12 +50,12 @@ class Prometheus:
         ours, rays = (config["file_sd_configs"][0] for config in settings["scrape_configs"])
         ours["refresh_interval"], rays["files"] = "1s", [str(ray_targets)]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(settings))
-        port = free_port()
+        program, port = need("prometheus"), free_port()
         self.url = f"http://127.0.0.1:{port}/api/v1/"
         self._log = (folder / "log").open("w")
         self._process = subprocess.Popen(
             [
-                *(need("prometheus"), f"--config.file={folder / 'prometheus.yml'}"),
+                *(program, f"--config.file={folder / 'prometheus.yml'}"),
                 *(f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address=127.0.0.1:{port}"),
             ],
             stdout=self._log,

@@ -12,6 +12,7 @@ from edit_ray.actors.launch import StoreCalls
 from edit_ray.actors.shells import CacheStoreActor
 from edit_ray.runs.event_log import read_events
 from tests.ray.conftest import pids, wait_until
+from tests.unit.entry_folder import files_in
 from tests.unit.test_leases import DTYPES, RUN, leases_on, make_segment
 
 # One residual: [1, 5 * 4 * 4, 24] in float32, 2 pages; so the host tier holds two of the eight.
@@ -75,4 +76,4 @@ def test_every_dtype_comes_back_bit_for_bit_through_ray_calls(ray_head, tmp_path
             leases.close()
             ray.get(handle.call.remote("drop_run", RUN))
     ray.kill(handle)
-    assert list((tmp_path / ".cache_store").iterdir()) == []
+    assert files_in(tmp_path / ".cache_store") == []
