@@ -75,8 +75,9 @@ class Task:
 
     def leases(self, store: AnyStore, reuse: type[Reuse]) -> SegmentLeases:
         """The GPU actor's side of a run with this plan."""
+        spec = self.spec
         plan = make_reuse_plan(
-            RUN,
+            spec.residuals_id,
             self.segments,
             window=1 if self.align == "last" else 4,
             warm_steps=1,
@@ -86,6 +87,11 @@ class Task:
             align=self.align,
             combine="mean" if self.align == "last" else "latest",
         )
+        return SegmentLeases(store, spec, reuse(plan, self.form))
+
+    @property
+    def spec(self) -> RunSpec:
+        """The run."""
         options = {
             "device_bytes": self.ahead_entries * self.form.size,
             "host_bytes": self.host_entries * self.form.size,
@@ -93,7 +99,7 @@ class Task:
         }
         prompts = [{"segment": 0, "prompt": "a red circle"}]
         config = Config.model_validate({"store": options, "video": {"num_segments": 1}, "prompt_segments": prompts})
-        return SegmentLeases(store, RunSpec(RUN, self.directory, config, config.num_segments), reuse(plan, self.form))
+        return RunSpec(RUN, self.directory, config, config.num_segments)
 
 
 def seconds(action: Callable[[], object], wait: bool = True) -> float:
@@ -116,7 +122,7 @@ def run_segments(
         planned.finish()
         statistics = leases.complete(segment, 0)
     leases.close()
-    store.call("drop_run", RUN)()
+    store.call("drop_run", task.spec.residuals_id)()
     return statistics
 
 

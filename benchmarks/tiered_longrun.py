@@ -32,6 +32,7 @@ from benchmarks.store_process import AnyStore, StoreProcess
 from edit_ray.actors.leases import SegmentLeases
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
+from edit_ray.cache.stores.own_folder import LOCK
 from edit_ray.cache.stores.planned import Form, PlannedStore
 from edit_ray.cache.stores.store import Key
 from edit_ray.cache.tiering.reuse_plan import make_reuse_plan
@@ -150,7 +151,8 @@ class _Readings:
 def through_the_actor(task: Task, make_store: Callable[[], AnyStore] = StoreProcess) -> dict[str, Any]:
     """As the GPU actor does it: two calls a generation, and between them memory that both processes map."""
     store = make_store()
-    leases = SegmentLeases(store, _spec(task), made_up_reuse(task))
+    spec = _spec(task)
+    leases = SegmentLeases(store, spec, made_up_reuse(task, spec.residuals_id))
     rows: list[Row] = []
     arenas: set[Path] = set()
     read, statistics = _Readings(), {}
@@ -169,7 +171,7 @@ def through_the_actor(task: Task, make_store: Callable[[], AnyStore] = StoreProc
             rows.append(Row(segment + 1, tiers, statistics["on_disk_bytes"], *row))
             del planned
         leases.close()
-        store.call("drop_run", RUN)()
+        store.call("drop_run", spec.residuals_id)()
     finally:
         store.close()
     left = _files_in(task.directory) + [str(path) for path in arenas if path.exists()]
@@ -180,13 +182,13 @@ def through_the_actor(task: Task, make_store: Callable[[], AnyStore] = StoreProc
     }
 
 
-def made_up_reuse(task: Task) -> Reuse:
+def made_up_reuse(task: Task, run: str) -> Reuse:
     """Every segment writes one residual of each unit and branch, and reads those of the four segments before it.
 
     It has four segments more than are made: so all those are alike, and the last ones' entries are still wanted.
     """
     plan = make_reuse_plan(
-        RUN,
+        run,
         task.generations + WINDOW,
         window=WINDOW,
         warm_steps=1,
@@ -227,7 +229,8 @@ def _carry_out(store: PlannedStore, key: Key, writes: bool, watch: Stopwatch, re
 
 
 def _files_in(directory: Path) -> list[str]:
-    return sorted(str(path) for path in directory.rglob("*") if path.is_file())
+    """But for the lock of the store that has the folder open."""
+    return sorted(str(path) for path in directory.rglob("*") if path.is_file() and path != directory / LOCK)
 
 
 def _figures(rows: list[Row], task: Task, read: dict[str, int], left_behind: list[str]) -> dict[str, Any]:

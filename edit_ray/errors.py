@@ -14,6 +14,7 @@ EditRayError
 ├── RunFolderGone                              a run's folder vanished while it was at work
 ├── SegmentGone            (also LookupError)  a segment whose files were dropped to make room
 ├── ResourcesUnavailable                       the cluster lacks what the actors need
+│   └── HostMemoryShort                        a node has too little memory for the host tier
 ├── ActorVersionMismatch                       living actors run other code than the caller
 ├── SegmentFailed                              a segment failed more often than it may
 ├── OutOfMemory                                the GPU's memory does not do, even when all else has left it
@@ -88,6 +89,10 @@ class SegmentGone(EditRayError, LookupError):
 
 class ResourcesUnavailable(EditRayError):
     """The Ray cluster does not have, or does not free in time, what the actors ask for."""
+
+
+class HostMemoryShort(ResourcesUnavailable):
+    """A node has too little memory for `store.host_bytes`; another attempt would find no more."""
 
 
 class ActorVersionMismatch(EditRayError):

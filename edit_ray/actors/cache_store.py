@@ -28,7 +28,7 @@ from edit_ray.cache.stores.own_folder import FolderTaken, FolderUnusable
 from edit_ray.cache.stores.shared_tiers import TABLES_BYTES, SharedTiers
 from edit_ray.cache.stores.store import Key
 from edit_ray.cache.tiering.events import Uses
-from edit_ray.errors import ConfigError, EditRayError, ResourcesUnavailable, StaleLease
+from edit_ray.errors import ConfigError, EditRayError, HostMemoryShort, ResourcesUnavailable, StaleLease
 from edit_ray.metrics.totals import Snapshot
 from edit_ray.runs.folder import RunFolder
 
@@ -64,7 +64,7 @@ class CacheStoreActor:
 
         Raises:
             ConfigError: the tiers cannot be made.
-            ResourcesUnavailable: there is too little memory.
+            HostMemoryShort: there is too little memory.
         """
         with self._lock:
             if self._tiers is None or self._made_for != (options, directory):
@@ -244,7 +244,7 @@ def _id_of(residuals_id: str) -> str:
 
 
 def _memory(options: StoreOptions) -> Arena:
-    """The host tier's. Raises ResourcesUnavailable."""
+    """The host tier's. Raises HostMemoryShort."""
     size = options.host_bytes + TABLES_BYTES
     if options.shared_memory == "never":
         return HeapArena(size)
@@ -252,8 +252,8 @@ def _memory(options: StoreOptions) -> Arena:
         return Arena.create(size)
     except (ResourcesUnavailable, ValueError) as no_shared_memory:  # ValueError: there is no folder for it
         if options.shared_memory == "require":
-            raise ResourcesUnavailable(str(no_shared_memory)) from None
+            raise HostMemoryShort(str(no_shared_memory)) from None
         try:
             return HeapArena(size)
         except ResourcesUnavailable as no_memory:
-            raise ResourcesUnavailable(f"{no_shared_memory} {no_memory}") from None
+            raise HostMemoryShort(f"{no_shared_memory} {no_memory}") from None

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from edit_ray.actors.admission import Admission
+from edit_ray.actors.admission import Admission, Submission
 from edit_ray.actors.best_effort import best_effort
 from edit_ray.actors.closing import release_run
 from edit_ray.actors.crew import Crew, Pointer
@@ -44,6 +44,7 @@ class WaitingRun:
     manifest: Manifest | None = None
     different_hardware: bool = False
     cancelled: bool = False
+    removed: bool = False  # its folder, for good, while the folder that held it is there
     over: bool = False  # the wait, not the run: it is at work, has ended, or was never begun
     begun: int = 0  # the number of the latest try, and of the latest one that is over
     tried: int = 0
@@ -77,6 +78,10 @@ class WaitingRun:
         async with self.changed:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.changed.wait_for(lambda: self.over or there()), timeout_s)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self.wanted.set()
 
     async def try_now(self) -> None:
         """Waits for a try that begins after this call."""
@@ -119,6 +124,18 @@ class Recovery:
             spawn(self._bring_back(run))
             await run.until(lambda run=run: run.tried > 0, max(0.0, deadline - loop.time()))  # type: ignore[misc]
 
+    async def give_up_removed(self, asked: Submission) -> None:
+        """Frees the run id that is asked for where the run that waits under it was removed.
+
+        The probe says that the file system is there: what is missing now does not come back with it.
+        """
+        run = self.waiting.get(asked.run_id)
+        if run is None or run.folder.path.parent != asked.root:
+            return
+        if await asyncio.to_thread(asked.probe.exists) and not await asyncio.to_thread(run.folder.path.exists):
+            run.removed = True
+            await run.try_now()
+
     async def _bring_back(self, run: WaitingRun) -> None:
         while not run.over:
             run.wanted.clear()
@@ -142,7 +159,7 @@ class Recovery:
         try:
             run.manifest = await asyncio.to_thread(run.folder.read_manifest)
         except UnknownRun:
-            if run.pointer.begun and not run.cancelled:
+            if run.pointer.begun and not run.cancelled and not run.removed:
                 raise  # the folder was there: its file system may be away
             return await self._forget(run.run_id)  # its client asks again
         if run.manifest.end is None:

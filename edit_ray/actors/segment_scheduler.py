@@ -90,6 +90,7 @@ class SegmentSchedulerActor:
         """
         asked = Submission(run_id, Config.model_validate(config), Path(root), Path(probe), token, owner, job)
         async with self._admission_of(asked.config.engine.idle_exit_s):
+            await self._recovery.give_up_removed(asked)
             if (there := self._there(run_id)) is not None:
                 if there.manifest is None or there.manifest.begun.submission != token:
                     raise _taken(there.folder)
@@ -147,8 +148,7 @@ class SegmentSchedulerActor:
         """Asks the run to stop; its committed segments stay. An ended run is left as it is."""
         run = await self._find(run_id)
         if isinstance(run, WaitingRun):
-            run.cancelled = True
-            run.wanted.set()
+            run.cancel()
         self._apply(CancelAsked(run_id))
 
     async def wait_segment(self, run_id: str, segment_index: int, timeout_s: float) -> StreamReply:

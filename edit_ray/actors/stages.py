@@ -21,6 +21,7 @@ from edit_ray.actors.watchdog import Watchdog, answered
 from edit_ray.errors import (
     EditRayError,
     EntryLost,
+    HostMemoryShort,
     NotAdopted,
     OutOfMemory,
     ResourcesUnavailable,
@@ -248,7 +249,8 @@ def explain(error: Exception, run: LiveRun) -> tuple[str, bool]:
         return f"no space is left for {path}; free some, then go on with `edit-ray resume {run.spec.run_id}`", False
     sentence = str(cause).strip().splitlines()[0] if str(cause).strip() else "no message"
     ours = isinstance(cause, EditRayError)
-    return (sentence if ours else f"{type(cause).__name__}: {sentence}"), ours and not isinstance(cause, _REPEATABLE)
+    fatal = isinstance(cause, HostMemoryShort) or (ours and not isinstance(cause, _REPEATABLE))
+    return (sentence if ours else f"{type(cause).__name__}: {sentence}"), fatal
 
 
 def _segment(run: LiveRun, work: Work) -> SegmentPlan:

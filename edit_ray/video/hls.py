@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from edit_ray.video.fmp4 import Form
+
 ENDLIST = "#EXT-X-ENDLIST\n"
 
 
@@ -55,9 +57,13 @@ class MediaPlaylist:
         return text.startswith(present)
 
 
-def multivariant(media_playlist: str, *, bandwidth: int, codec: str, width: int, height: int, fps: float) -> str:
-    """The playlist that names one media playlist; `bandwidth` is the highest bit rate of a fragment in it."""
-    said = f'BANDWIDTH={bandwidth},CODECS="{codec}",RESOLUTION={width}x{height},FRAME-RATE={fps:.3f}'
+def multivariant(media_playlist: str, *, bandwidth: int, form: Form | None, fps: float) -> str:
+    """The playlist that names one media playlist; `bandwidth` is the highest bit rate of a fragment in it.
+
+    Where `form` is not known it is left out, and players find it in the init.
+    """
+    shape = f'CODECS="{form.codec}",RESOLUTION={form.width}x{form.height},' if form is not None else ""
+    said = f"BANDWIDTH={bandwidth},{shape}FRAME-RATE={fps:.3f}"
     return f"#EXTM3U\n#EXT-X-VERSION:7\n#EXT-X-STREAM-INF:{said}\n{media_playlist}\n"
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edit_ray import files
-from edit_ray.video.fmp4 import place, read_form, split
+from edit_ray.video.fmp4 import Form, place, read_form, split
 from edit_ray.video.hls import ENDLIST, Entry, MediaPlaylist, bandwidth_in, multivariant, named_in
 
 _BOX_HEADER = 8
@@ -167,13 +167,20 @@ class StreamFiles:
 
     def _announce(self, name: str) -> None:
         """Names the playlist, with the highest bit rate that was ever in it, in `live.m3u8`."""
-        path, form = self._folder / "live.m3u8", read_form(files.read_bytes(self._folder / "init.mp4"))
+        path = self._folder / "live.m3u8"
         present = _text(path) or ""
         peak = max(self._peak, bandwidth_in(present)) if named_in(present) == name else self._peak
-        size = {"width": form.width, "height": form.height}
-        text = multivariant(name, bandwidth=peak, codec=form.codec, **size, fps=self._playlist.fps)
+        text = multivariant(name, bandwidth=peak, form=self._form(), fps=self._playlist.fps)
         if text != present:
             files.write_atomic(path, text.encode())
+
+    def _form(self) -> Form | None:
+        """What the run's init says; None where it is damaged, which is the matter of who checks digests."""
+        init = files.read_bytes(self._folder / "init.mp4")
+        try:
+            return read_form(init)
+        except ValueError:
+            return None
 
     def _next_number(self) -> int:
         """After the one that is named: a later one that is there was never told to anybody."""

@@ -15,6 +15,7 @@ from edit_ray.actors import stages
 from edit_ray.actors.crew import Pointer
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.cache.stores.own_folder import LOCK
 from edit_ray.errors import EditRayError, RunExists
 from edit_ray.runs.folder import RunFolder
 from edit_ray.video.stream_files import newest_playlist
@@ -196,6 +197,7 @@ class Phase:
             self.life.made |= {str(path.relative_to(self.root)): path.read_bytes() for path in (*whole, *kept)}
             self.life.made[f"{run} plays"] = playlist.read_bytes()
         left = [*self.root.rglob(".*.part"), *self.root.glob(".one-*"), *self.root.glob(".cache_store/*")]
+        left = [path for path in left if path != self.root / ".cache_store" / LOCK]  # of the store that is open
         assert left == [], f"{left} was left"
 
 

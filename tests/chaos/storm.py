@@ -26,6 +26,7 @@ from edit_ray.actors import stages
 from edit_ray.actors.local import LocalCrew, LocalWorker
 from edit_ray.actors.messages import RunSpec, RunStatus
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.cache.stores.own_folder import LOCK
 from edit_ray.config import Config, load_config
 from edit_ray.errors import ConfigError, UnknownRun
 from edit_ray.runs.folder import RunFolder
@@ -314,6 +315,7 @@ def compare(folder: RunFolder, manifest: Manifest, whole: RunFolder, keep: int |
         assert folder.final.read_bytes() == joined.read_bytes(), "final.mp4"
         joined.unlink()
     left = [*folder.path.rglob(".*"), *(folder.path.parent / ".cache_store").glob("*.*")]
+    left = [path for path in left if path != folder.path.parent / ".cache_store" / LOCK]  # of the store that is open
     assert left == [], "leftovers"
 
 

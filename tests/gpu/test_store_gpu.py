@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from edit_ray.actors.leases import SegmentLeases
-from edit_ray.actors.messages import RunSpec
+from edit_ray.actors.messages import RunSpec, run_key
 from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.stores.allocator import Extent
 from edit_ray.cache.stores.arena import Arena
@@ -31,7 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 DEVICE = torch.device("cuda", 0)
 FORM = Form(DEVICE, torch.bfloat16, (1, 512, 256))
 SIZE = FORM.size
-RUN, EXPERT, UNITS = "run", "transformer", 4
+RUN = f"{run_key('run', '')}.0"  # as the store knows it
+EXPERT, UNITS = "transformer", 4
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def new_leases(store, root, *, segments=6, host=3, ahead=0, units=UNITS):
     }
     prompts = [{"segment": 0, "prompt": "a red circle"}]
     config = Config.model_validate({"store": options, "video": {"num_segments": 1}, "prompt_segments": prompts})
-    return SegmentLeases(store, RunSpec(RUN, root, config, config.num_segments), Reuse(plan, FORM))
+    return SegmentLeases(store, RunSpec("run", root, config, config.num_segments), Reuse(plan, FORM))
 
 
 def tensor_of(key):
@@ -391,7 +392,7 @@ def test_latents_are_the_same_through_every_size_of_every_tier(tmp_path, granula
         options = {"host_bytes": host * 2 * size, "device_bytes": device * size, "allow_tmpfs": True}
         prompts = [{"segment": 0, "prompt": "a red circle"}]
         config = Config.model_validate({"store": options, "video": {"num_segments": 4}, "prompt_segments": prompts})
-        leases = SegmentLeases(store, RunSpec(RUN, tmp_path / str(number), config, config.num_segments), reuse)
+        leases = SegmentLeases(store, RunSpec("run", tmp_path / str(number), config, config.num_segments), reuse)
         made.append([])
         for segment in range(4):
             planned = leases.begin(segment, 0, engine.history_len)

@@ -71,13 +71,14 @@ def in_process(pipe, granularity, store, prefetch=False):
 def through_the_actor(pipe, granularity, folder, store, *, host_entries=2, ahead=True, way="require", kill_in=None):
     """The same as the GPU actor does it, with a CacheStore actor's class, which dies in the midst of `kill_in`."""
     cache = pipe.enable_cache("warmstart_reuse", STEPS, granularity, **WARM)
-    reuse = plan_run_reuse(pipe, "run", SEGMENTS, WINDOW, SAMPLING, None)
-    assert reuse.form.size == RESIDUAL
     host = host_entries * 4096
     options = {"host_bytes": host, "allow_tmpfs": True, "shared_memory": way, "directory": str(folder / "disk")}
     prompts = [{"segment": 0, "prompt": "a red circle"}]
     values = {"store": options, "video": {"num_segments": SEGMENTS}, "prompt_segments": prompts}
-    leases = SegmentLeases(store, RunSpec("run", folder, Config.model_validate(values)), reuse)
+    spec = RunSpec("run", folder, Config.model_validate(values))
+    reuse = plan_run_reuse(pipe, spec.residuals_id, SEGMENTS, WINDOW, SAMPLING, None)
+    assert reuse.form.size == RESIDUAL
+    leases = SegmentLeases(store, spec, reuse)
 
     def attempt_at(segment, attempt, on_step=None):
         planned = leases.begin(segment, attempt, cache.history_len, then_next=ahead)
@@ -179,7 +180,7 @@ def test_a_store_process_that_is_killed_in_the_midst_of_a_segment_leaves_nothing
     made = through_the_actor(pipe, 3, tmp_path, store, kill_in=2)
     pids.append(store.pid)
     assert torch.equal(made, expected[3])
-    store.call("drop_run", "run")()
+    store.call("drop_run", RunSpec("run", tmp_path, None).residuals_id)()
     store.close()
     assert len(set(pids)) == 2
     assert list((tmp_path / "disk").glob("*.*")) == [tmp_path / "disk" / ".lock"]

@@ -62,13 +62,18 @@ def make(spec, *, lose=False):
     """All segments by one GPU actor, or each call by a new one; their latents."""
     denoiser = DenoiserActor(LocalWorker())
     denoiser.prepare_run(spec)
+
+    def next_one():
+        if not lose:
+            return denoiser
+        another = DenoiserActor(LocalWorker())
+        another.adopt_run(spec)
+        return another
+
     for segment in segments_of(spec):
-        denoiser = DenoiserActor(LocalWorker()) if lose else denoiser
-        denoiser.denoise_segment(spec, segment, 0)
-        denoiser = DenoiserActor(LocalWorker()) if lose else denoiser
-        denoiser.decode_segment(spec, segment)
-        denoiser = DenoiserActor(LocalWorker()) if lose else denoiser
-        denoiser.encode_segment(spec, segment)
+        next_one().denoise_segment(spec, segment, 0)
+        next_one().decode_segment(spec, segment)
+        next_one().encode_segment(spec, segment)
     return [load_latents(spec.folder.latents(segment.index)) for segment in segments_of(spec)]
 
 

@@ -9,7 +9,7 @@ import torch
 from edit_ray.actors.local import LocalCrew, LocalWorker
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.engine.latent_files import load_latents
-from edit_ray.errors import ConfigError, HardwareDiffers
+from edit_ray.errors import ConfigError, HardwareDiffers, RunExists
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
@@ -337,3 +337,35 @@ def test_a_removed_run_leaves_nothing_to_the_next_one_of_its_name(tmp_path, mode
     assert status.state == "done", status.error
     assert undisturbed.final.read_bytes() == RunFolder(tmp_path, "one").final.read_bytes()
     assert list((tmp_path / ".cache_store").rglob("*.safetensors")) == []
+
+
+def test_a_run_whose_file_system_is_away_keeps_its_name(tmp_path, model):
+    """Removed is what is missing beside the client's probe; here nobody sees that either."""
+    config, mounted, away = config_of(model, 4), tmp_path / "mounted", tmp_path / "away"
+    mounted.mkdir()
+
+    async def ask():
+        now = asyncio.Event()
+
+        async def stand_still(crew, worker):
+            now.set()
+            await asyncio.sleep(3600)
+
+        crew = Crew(("encode_segment", 2), stand_still)
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, mounted, "one", config, token="first")
+        await now.wait()
+        await die(scheduler)
+        mounted.rename(away)
+        scheduler = SegmentSchedulerActor(crew)
+        assert (await scheduler.status("one")).state == "waiting"
+        with pytest.raises(RunExists, match="taken"):
+            await submit(scheduler, mounted, "one", config, token="second")
+        away.rename(mounted)
+        status = await end_of(scheduler, "one")
+        await crew.end()
+        return status
+
+    status = asyncio.run(ask())
+    assert (status.state, status.committed) == ("done", 4), status.error
+    assert RunFolder(mounted, "one").read_manifest().begun.submission == "first"

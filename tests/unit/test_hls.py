@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edit_ray.video.fmp4 import Form
 from edit_ray.video.hls import ENDLIST, Entry, MediaPlaylist, bandwidth_in, multivariant, named_in
 
 EVENT = MediaPlaylist(fps=16, longest=33)
@@ -59,7 +60,7 @@ def test_a_sliding_one_may_change_until_it_has_ended():
 
 
 def test_the_one_that_names_another():
-    text = multivariant("live-3.m3u8", bandwidth=12345, codec="avc1.64000a", width=48, height=32, fps=16)
+    text = multivariant("live-3.m3u8", bandwidth=12345, form=Form("avc1.64000a", 48, 32), fps=16)
     said = '#EXT-X-STREAM-INF:BANDWIDTH=12345,CODECS="avc1.64000a",RESOLUTION=48x32,FRAME-RATE=16.000'
     assert text.splitlines() == ["#EXTM3U", "#EXT-X-VERSION:7", said, "live-3.m3u8"]
     assert named_in(text) == "live-3.m3u8"
@@ -68,3 +69,7 @@ def test_the_one_that_names_another():
     assert named_in(EVENT.text(ENTRIES)) is None
     assert named_in("") is None
     assert ENDLIST not in text
+    text = multivariant("live-3.m3u8", bandwidth=12345, form=None, fps=16)
+    said = "#EXT-X-STREAM-INF:BANDWIDTH=12345,FRAME-RATE=16.000"
+    assert text.splitlines() == ["#EXTM3U", "#EXT-X-VERSION:7", said, "live-3.m3u8"]
+    assert (named_in(text), bandwidth_in(text)) == ("live-3.m3u8", 12345)

@@ -18,6 +18,7 @@ from edit_ray.cache.stores.allocator import Extent
 from edit_ray.cache.stores.arena import Arena
 from edit_ray.cache.stores.disk_tier import DiskTier
 from edit_ray.cache.stores.op_table import Op, OpTable
+from edit_ray.cache.stores.own_folder import FolderTaken, FolderUnusable
 from edit_ray.cache.stores.planned import Form, PlannedStore
 from edit_ray.cache.stores.shared_tiers import TABLES_BYTES, SharedTiers
 from edit_ray.cache.tiering.reuse_plan import make_reuse_plan
@@ -65,9 +66,15 @@ class Histories(RuleBasedStateMachine):
         self.fired[name] = self.fired.get(name, 0) + 1
 
     def open_store(self):
+        files.disk, hits = self.calls, self.calls.hits
+        try:
+            disk = DiskTier(self.folder / "disk", allow_tmpfs=True)
+        except FolderUnusable as error:  # which ends a run with a sentence; a resumed one has the store made again
+            if isinstance(error, FolderTaken) or self.calls.hits == hits:
+                raise
+            self.count("store refused")
+            disk = DiskTier(self.folder / "disk", allow_tmpfs=True)
         arena = Arena.create(self.host + TABLES_BYTES, self.folder)
-        files.disk = self.calls
-        disk = DiskTier(self.folder / "disk", allow_tmpfs=True)
         self.tiers = SharedTiers(arena, self.host, disk, is_gone=lambda holder: holder not in self.hung)
         self.tiers.follow(self.plan.uses(), self.segment)
         self.store = None
@@ -257,7 +264,7 @@ class Histories(RuleBasedStateMachine):
 
 EVERYTHING = {"write", "read", "lost", "complete", "complete, failed", "ahead", "fault", "damage"}
 EVERYTHING |= {"gpu actor hangs", "hung one writes", "hung ones end", "gpu actor dies", "gpu actor gives up"}
-EVERYTHING |= {"store dies", "reply lost"}
+EVERYTHING |= {"store dies", "store refused", "reply lost"}
 
 
 def happened_in(folder, number, monkeypatch):

@@ -203,6 +203,24 @@ def test_players_are_told_the_peak_bit_rate_of_all_that_is_there_and_what_it_is(
     assert told(tmp_path)["CODECS"] == f"avc1.{profile.hex()}"
 
 
+@pytest.mark.parametrize("harm", [lambda init: b"init", lambda init: b"", lambda init: init[:-300]])
+def test_a_damaged_init_keeps_no_segment_from_being_told_of(files, tmp_path, harm):
+    parts, path = make_parts(tmp_path, 2), tmp_path / "init.mp4"
+    files.append(parts[0])
+    whole, said = path.read_bytes(), told(tmp_path)
+    path.write_bytes(harm(whole))
+    again = StreamFiles(tmp_path, fps=16, longest=LONGEST)
+    again.rebuild(parts[:1])
+    again.append(parts[1])
+    assert listed(tmp_path) == [part.path for part in parts]
+    assert list(told(tmp_path)) == ["BANDWIDTH", "FRAME-RATE"]
+    with pytest.raises(ValueError, match="segment 2 is encoded in another way"):
+        make_part(tmp_path, 2, 17, 8)
+    path.write_bytes(whole)
+    again.rebuild(parts)
+    assert told(tmp_path) | {"BANDWIDTH": said["BANDWIDTH"]} == said, "what is mended is told again"
+
+
 def test_after_a_crash_the_playlist_never_shrinks(files, tmp_path):
     """Killed between the playlist and the manifest: a viewer has seen a segment that the manifest does not know."""
     parts = make_parts(tmp_path, 3)
