@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import random
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from edit_ray.runs.folder import RunFolder
 from edit_ray.video.stream_files import newest_playlist
 from tests.chaos.memory import remembered
 from tests.chaos.power import Power, Recorder, Told
+from tests.removal import remove_folder
 
 RUN = "one"
 SEGMENTS = 3
@@ -99,8 +99,7 @@ def wrecks(history: History, each: int, luck: random.Random, only=None):
 
 def build(root: Path, found: dict[str, bytes | None]) -> None:
     """Makes the files; there is nothing else under `root`."""
-    if root.exists():
-        shutil.rmtree(root)
+    remove_folder(root)
     root.mkdir(parents=True)
     for path, content in found.items():
         if content is None:

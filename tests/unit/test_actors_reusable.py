@@ -1,7 +1,6 @@
 """What a run that goes on may use of what is there: nothing that another plan, run or machine has made."""
 
 import asyncio
-import shutil
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from edit_ray.errors import ConfigError, HardwareDiffers, RunExists
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
+from tests.removal import remove_folder
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_recovery import die, end_of, submit
 
@@ -325,7 +325,7 @@ def test_a_removed_run_leaves_nothing_to_the_next_one_of_its_name(tmp_path, mode
         async with asyncio.timeout(60):
             await now.wait()
         await die(scheduler)
-        shutil.rmtree(tmp_path / "one")
+        remove_folder(tmp_path / "one")
         scheduler = SegmentSchedulerActor(crew)
         await submit(scheduler, tmp_path, "one", config_of(model, 4, window, sampling={"seed": 6}), token="second")
         status = await end_of(scheduler, "one")
