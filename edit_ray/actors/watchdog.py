@@ -52,7 +52,7 @@ class Watchdog:
                     continue  # the GPU actor may be waiting for it
                 if why := await self._hangs(worker, engine, looks):
                     await self._crew.restart_denoiser(worker)
-                    raise SegmentFailed(f"the GPU actor {why}; it was killed")
+                    raise SegmentFailed(f"{why}; it was killed")
         finally:
             if not task.done():
                 task.cancel()
@@ -93,7 +93,7 @@ class Watchdog:
         return False
 
     async def _hangs(self, worker: int, engine: EngineOptions, patience_s: float) -> str | None:
-        """What the GPU actor has not done in time; None while all is well."""
+        """What the GPU actor has not done in time, as a sentence; None while all is well."""
         now = asyncio.get_running_loop().time()
         before, since = self._last.setdefault(worker, (-1, now))
         beat = before
@@ -106,10 +106,11 @@ class Watchdog:
         if beat != before:
             self._last[worker] = (beat, now)
             return None
-        option = "step_timeout_s" if beat is not None else "load_timeout_s"
-        timeout_s: float = getattr(engine, option)
+        loads = beat is None  # an actor answers once it has its model
+        timeout_s = engine.load_timeout_s if loads else engine.step_timeout_s
         if now - since <= timeout_s:
             return None
         self._last.pop(worker, None)  # whoever else waits for this actor begins to count anew
-        did = "made no step" if beat is not None else "was not done with loading its model"
-        return f"{did} for {timeout_s:g} s (engine.{option})"
+        if loads:
+            return f"the GPU actor was still loading its model after {timeout_s:g} s (engine.load_timeout_s)"
+        return f"the GPU actor made no step for {timeout_s:g} s (engine.step_timeout_s)"
