@@ -19,6 +19,7 @@ import ray
 from edit_ray.actors import launch
 from edit_ray.actors.messages import RunStatus, StreamReply
 from edit_ray.config import Config, check_config, config_of, load_config, output_root
+from edit_ray.engine.options import EngineOptions
 from edit_ray.errors import (
     ConfigError,
     EditRayError,
@@ -68,17 +69,26 @@ class LongVideoClient:
     """Talks to the actors in the Ray at `address` (None: the one that Ray itself finds).
 
     `output` is the folder that holds runs: else $EDIT_RAY_OUTPUT, else ~/edit_ray_outputs. A segment scheduler that is
-    being started again is waited for. Where no Ray runs, runs are read from their folders, and the first run that
+    being started again is waited for, and one that answers nothing for `answer_timeout_s` is killed and started again.
+    Where no Ray runs, runs are read from their folders, and the first run that
     begins or goes on starts a local Ray. `connect=False` reads folders alone.
 
     A run is named by `output` and its id, and belongs to its owner, `$EDIT_RAY_OWNER` or the login name. What changes a
     run of another owner raises NotYourRun unless `force` is given.
     """
 
-    def __init__(self, *, output: str | Path | None = None, address: str | None = None, connect: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        output: str | Path | None = None,
+        address: str | None = None,
+        connect: bool = True,
+        answer_timeout_s: float = EngineOptions().answer_timeout_s,
+    ) -> None:
         self.output = output_root(str(output) if output is not None else None, os.environ)
         self.owner = owner_here(os.environ)
         self._address, self._connect, self._started_ray = address, connect, False
+        self._answer_timeout_s = answer_timeout_s
         if connect:
             launch.connect_if_running(address)
 
@@ -231,13 +241,12 @@ class LongVideoClient:
         """Asks the living segment scheduler, again and again while it is being restarted."""
         if not (self._connect and ray.is_initialized()):
             return _Said(False, None)
-        deadline = time.monotonic() + launch.RESTART_TIMEOUT_S
+        deadline: float | None = None if timeout_s is None else time.monotonic() + timeout_s
         while (scheduler := launch.find_segment_scheduler()) is not None:
             try:
-                return _Said(True, _call(scheduler, method, *arguments, timeout_s=timeout_s))
+                return _Said(True, self._call(scheduler, method, *arguments, timeout_s=timeout_s))
             except ray.exceptions.RayActorError:
-                _check_time(deadline)
-                time.sleep(RETRY_S)
+                deadline = _pause(deadline)
         return _Said(False, None)
 
     def _admit(self, method: str, *arguments: Any) -> RunStatus:
@@ -245,19 +254,31 @@ class LongVideoClient:
         if launch.connect(self._address):
             self._started_ray = True
             atexit.register(self.close)  # before Ray's own, which was registered when it was imported
-        deadline, again = time.monotonic() + launch.RESTART_TIMEOUT_S, False
+        deadline: float | None = None
         while True:
             try:
-                status: RunStatus = _call(launch.segment_scheduler(), method, *arguments)
+                scheduler = launch.segment_scheduler(self._answer_timeout_s)
+                status: RunStatus = self._call(scheduler, method, *arguments)
                 return status
             except RunLive:
-                if not again:
+                if deadline is None:
                     raise
                 return self.status(arguments[0])  # it was begun, only the answer was lost
             except ray.exceptions.RayActorError:
-                _check_time(deadline)
-                again = True
-                time.sleep(RETRY_S)
+                deadline = _pause(deadline)
+
+    def _call(self, handle: Any, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
+        """One call to the segment scheduler; errors of ours arrive as they were raised, without Ray's wrapping."""
+        call = getattr(handle, method).remote(*arguments)
+        try:
+            if timeout_s is not None:
+                return ray.get(call, timeout=timeout_s)
+            return launch.answer_of(handle, call, self._answer_timeout_s)
+        except ray.exceptions.RayTaskError as failed:
+            cause = failed.cause
+            if isinstance(cause, EditRayError):
+                raise cause from None
+            raise
 
 
 @dataclass(frozen=True)
@@ -329,12 +350,16 @@ class SegmentStream(Iterator[Segment], AsyncIterator[Segment]):
         )
 
 
-def _check_time(deadline: float) -> None:
+def _pause(deadline: float | None) -> float:
+    """Waits before a segment scheduler that is being started again is asked anew; returns until when it is."""
+    deadline = time.monotonic() + launch.RESTART_TIMEOUT_S if deadline is None else deadline
     if time.monotonic() > deadline:
         raise ResourcesUnavailable(
             f"the segment scheduler was not back within {launch.RESTART_TIMEOUT_S:g} s; what is committed is safe: "
             "look at the Ray cluster, then go on with `edit-ray resume RUN`"
         ) from None
+    time.sleep(RETRY_S)
+    return deadline
 
 
 def _load_latents(path: Path) -> torch.Tensor:
@@ -357,14 +382,3 @@ def absolute(config: Config) -> Config:
     if not folder.is_dir():
         return config
     return config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder.resolve())})})
-
-
-def _call(handle: Any, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
-    """One call to an actor; errors of ours arrive as they were raised, without Ray's wrapping."""
-    try:
-        return ray.get(getattr(handle, method).remote(*arguments), timeout=timeout_s)
-    except ray.exceptions.RayTaskError as failed:
-        cause = failed.cause
-        if isinstance(cause, EditRayError):
-            raise cause from None
-        raise

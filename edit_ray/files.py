@@ -12,7 +12,7 @@ import fcntl
 import itertools
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from xxhash import xxh3_64, xxh3_64_intdigest
@@ -156,12 +156,13 @@ def digest_of(data: bytes) -> int:
     return xxh3_64_intdigest(data)
 
 
-def digest_of_file(path: Path) -> int:
-    """The same of all that a file holds."""
+def digest_of_file(path: Path, working: Callable[[], None] = lambda: None) -> int:
+    """The same of all that a file holds; `working` is called after each part of it."""
     digest, size = xxh3_64(), _CHUNK
     with opened(path) as descriptor:
         for offset in itertools.count(0, size):
             digest.update(part := read_at(descriptor, offset, size))
+            working()
             if len(part) < size:
                 return digest.intdigest()
     raise AssertionError("a file has an end")

@@ -82,7 +82,7 @@ def _run(config: Config, root: Path, options: argparse.Namespace) -> int:
     from edit_ray.client import LongVideoClient
 
     print(f"output: {root}", flush=True)
-    client = LongVideoClient(output=root)
+    client = LongVideoClient(output=root, answer_timeout_s=config.engine.answer_timeout_s)
     print("starting the actors, which load the model: up to a minute the first time", flush=True)
     run_id, start = _begin(client, config, root, options)
     _stop_on_signals(client, root, run_id)

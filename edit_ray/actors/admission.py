@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from edit_ray import files
 from edit_ray.actors.crew import Crew
 from edit_ray.actors.damage import Damage, damage_of, refusal
 from edit_ray.actors.hardware import Provenance, check_same, differing
@@ -16,6 +18,7 @@ from edit_ray.actors.kept import can_be_made_again
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.space import room_in, shortage_before
+from edit_ray.actors.threads import in_own_thread
 from edit_ray.actors.watchdog import answered
 from edit_ray.config import Config, check_config, dump_yaml, load_config
 from edit_ray.errors import ConfigError, ResourcesUnavailable, RunDamaged, RunExists, RunLocked, UnknownRun
@@ -165,6 +168,15 @@ class Admission:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
             await asyncio.sleep(0.2)
+
+
+async def check_answers(root: Path, timeout_s: float) -> None:
+    """Raises ResourcesUnavailable where the folder of runs does not answer in time."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            await asyncio.wait_for(in_own_thread(files.disk.listdir, root), timeout_s)
+    except TimeoutError:
+        raise ResourcesUnavailable(f"{root} did not answer for {timeout_s:g} s; ask again once it does") from None
 
 
 def denoised_before(spec: RunSpec, committed: int) -> list[dict[str, float]]:

@@ -67,7 +67,7 @@ class CacheStoreActor:
             HostMemoryShort: there is too little memory.
         """
         with self._lock:
-            if self._tiers is None or self._made_for != (options, directory):
+            if self._tiers is None or self._tiers.failed or self._made_for != (options, directory):
                 self._close()
                 self._tiers, self._made_for = self._make(options, directory), (options, directory)
 
@@ -108,11 +108,20 @@ class CacheStoreActor:
         return tiers.statistics()
 
     def fetch(
-        self, run_id: str, segment: int, attempt: int, holder: str, store: str, index: int, skipped: Sequence[int]
+        self,
+        run_id: str,
+        segment: int,
+        attempt: int,
+        holder: str,
+        store: str,
+        index: int,
+        skipped: Sequence[int],
+        timeout_s: float,
     ) -> Bytes | None:
         """The bytes of a read, for who cannot map the arena; see `carried.fetch`."""
         tiers = self._of(run_id)
-        return carried.fetch(tiers.arena, tiers.opened(run_id, segment, attempt, holder, store), index, skipped)
+        opened = tiers.opened(run_id, segment, attempt, holder, store)
+        return carried.fetch(tiers.arena, opened, index, skipped, timeout_s)
 
     def keep(
         self,
@@ -124,10 +133,12 @@ class CacheStoreActor:
         index: int,
         data: Bytes,
         skipped: Sequence[int],
+        timeout_s: float,
     ) -> None:
         """The bytes of a write, from who cannot map the arena; see `carried.keep`."""
         tiers = self._of(run_id)
-        carried.keep(tiers.arena, tiers.opened(run_id, segment, attempt, holder, store), index, data, skipped)
+        opened = tiers.opened(run_id, segment, attempt, holder, store)
+        carried.keep(tiers.arena, opened, index, data, skipped, timeout_s)
 
     def incarnation(self, run_id: str) -> str:
         """Of the store that serves the run now; "" if none does."""
@@ -151,6 +162,8 @@ class CacheStoreActor:
         `directory` is the disk tier's, where an earlier incarnation may have left what this one was not told of.
         """
         with self._lock:
+            if self._tiers is not None and self._tiers.failed:
+                self._close()
             if self._tiers is not None:
                 self._tiers.drop_run(run_id)
             if directory is not None:
@@ -202,7 +215,7 @@ class CacheStoreActor:
 
     def _of(self, run_id: str) -> SharedTiers:
         with self._lock:
-            if self._tiers is None or run_id not in self._runs:
+            if self._tiers is None or self._tiers.failed or run_id not in self._runs:
                 self._figures.totals.inc("edit_ray_refusals_total", refusal="stale_lease")
                 raise StaleLease(f"This CacheStore actor was not told of the run {run_id!r}.")
             return self._tiers

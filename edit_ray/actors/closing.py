@@ -45,8 +45,7 @@ async def close_run(crew: Crew, watchdog: Watchdog, run: LiveRun, close: CloseRu
     digest = run.final_digest if final else None
     if failure := await run.record_end(Ended(spec.incarnation, close.state, close.error, final, digest)):
         _log.error("the end of run %s cannot be recorded: %s", close.run_id, failure)
-    with best_effort(f"close the manifest of run {close.run_id}"):
-        run.file.close()
+    await run.close()
 
 
 async def release_run(crew: Crew, watchdog: Watchdog, spec: RunSpec, worker: int) -> None:

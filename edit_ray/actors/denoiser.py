@@ -16,7 +16,7 @@ import torch
 
 from edit_ray.actors.adoption import Adoption
 from edit_ray.actors.continuing import added_by, context_of, preceding_of, tiled_position
-from edit_ray.actors.figures import StepTimes, decisions, show_memory
+from edit_ray.actors.figures import StepTimes, cache_statistics, show_memory
 from edit_ray.actors.leases import SegmentLeases, Store, reuse_statistics
 from edit_ray.actors.messages import Progress, RunSpec, code_version, statistics
 from edit_ray.cache.stores.planned import PlannedStore
@@ -27,11 +27,11 @@ from edit_ray.engine.model_digest import model_digest
 from edit_ray.engine.provenance import provenance_of
 from edit_ray.engine.segment import SegmentEngine, usable_cores
 from edit_ray.errors import EditRayError, OutOfMemory, SegmentFailed
-from edit_ray.files import digest_of_file, read_bytes, replacing, write_atomic
+from edit_ray.files import digest_of_file, read_bytes, replacing
 from edit_ray.metrics.totals import Snapshot, Totals
 from edit_ray.runs.event_log import append_event
 from edit_ray.runs.plan import SegmentPlan
-from edit_ray.video.encode import Frames, encode, ffmpeg_version, join
+from edit_ray.video.encode import Frames, Patience, encode, ffmpeg_version, join
 from edit_ray.video.joins import Joins
 from edit_ray.video.stream_files import write_part
 
@@ -142,7 +142,7 @@ class DenoiserActor:
             reused |= {"complete_at": complete_at, "complete_s": complete_s, "segments_made_again": made_again}
         self._short_of_memory = False
         figures = statistics(
-            denoise_at=denoise_at, denoise_s=denoise_s, **self._cache_statistics(engine, spec, segment), **reused
+            denoise_at=denoise_at, denoise_s=denoise_s, **cache_statistics(engine.record, spec, segment), **reused
         )
         figures |= {"latents_xxh3": digest}
         of = {"segment": segment.index, "take": segment.take, "attempt": attempt}
@@ -233,7 +233,8 @@ class DenoiserActor:
             frames, _, _ = self._decode(spec, segment)
         encode_at, began = time.time(), time.perf_counter()
         there = read_bytes(spec.folder.init) if spec.folder.init.exists() else None
-        encoded = encode(frames, fps=spec.config.sampling.fps, options=spec.config.output, init=there)
+        fps, options, patience = spec.config.sampling.fps, spec.config.output, self._patience(spec)
+        encoded = encode(frames, fps=fps, options=options, init=there, patience=patience)
         init, fragment = write_part(spec.folder.path, spec.part(segment), segment.index, encoded)
         self._frames.pop((spec.key, media, spec.incarnation), None)
         times = {"encode_at": encode_at, "encode_s": time.perf_counter() - began}
@@ -247,9 +248,16 @@ class DenoiserActor:
         started = time.perf_counter()
         media = [spec.media(index) for index in range(first, spec.num_segments)]
         with replacing(spec.folder.final) as draft:
-            join(spec.folder.init, media, draft.path, comment=spec.settings)
-            digest = digest_of_file(draft.path)
+            join(spec.folder.init, media, draft.path, comment=spec.settings, patience=self._patience(spec))
+            digest = digest_of_file(draft.path, self._work_on)
         return statistics(finalize_s=time.perf_counter() - started) | {"final_xxh3": digest}
+
+    def _patience(self, spec: RunSpec) -> Patience:
+        """Half of a step's time: an encoder that hangs ends before the watchdog finds that this actor hangs."""
+        return Patience(spec.config.engine.step_timeout_s / 2, self._work_on)
+
+    def _work_on(self) -> None:
+        self._beat += 1
 
     def stop_run(self, run_id: str) -> None:
         """What runs for this run ends at its next step."""
@@ -277,7 +285,8 @@ class DenoiserActor:
         if before is not None and not (spec.folder.path / before.path).exists():
             before = None  # dropped to make room, before the run was re-rolled from here
         size = {"height": spec.config.sampling.height, "width": spec.config.sampling.width}
-        return self._joins.measure(spec.key, spec.folder.path, spec.part(segment), before, **size)
+        patience = self._patience(spec)
+        return self._joins.measure(spec.key, spec.folder.path, spec.part(segment), before, **size, patience=patience)
 
     def _ready_engine(self, spec: RunSpec) -> SegmentEngine:
         """The engine of this run's model, with this run's prompts encoded."""
@@ -388,13 +397,3 @@ class DenoiserActor:
             spec.config.store.disk_bytes,
         ).result()
         return None if planned is None else SegmentLeases(self._store, spec, planned)
-
-    def _cache_statistics(self, engine: SegmentEngine, spec: RunSpec, segment: SegmentPlan) -> dict[str, int]:
-        """What the cache computed and skipped in the segment; its decisions go into the run's folder."""
-        record, sampling = engine.record, spec.config.sampling
-        counts = decisions(record, sampling.num_inference_steps, segment.guidance_scale > 1)
-        if record is None:
-            return counts
-        write_atomic(spec.folder.record(segment.index, segment.take), record.to_json().encode())
-        skipped = sum(decision.decision == "reuse" for decision in record)
-        return {"units_computed": len(record) - skipped, "units_skipped": skipped, **counts}

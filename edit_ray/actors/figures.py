@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from edit_ray.actors.messages import RunSpec
 from edit_ray.cache.records import Record
 from edit_ray.cache.stores.shared_tiers import SharedTiers
+from edit_ray.files import write_atomic
 from edit_ray.metrics.catalog import LABELS
 from edit_ray.metrics.deltas import Deltas
 from edit_ray.metrics.totals import Series, Snapshot, Totals, series
+from edit_ray.runs.plan import SegmentPlan
 
 _CPU = torch.device("cpu")
 
@@ -31,6 +34,16 @@ def decisions(record: Record | None, num_steps: int, guided: bool) -> dict[str, 
         found[f"units_computed_{branch}"] += counts.computed
         found[f"units_skipped_{branch}"] += counts.skipped
     return dict(found)
+
+
+def cache_statistics(record: Record | None, spec: RunSpec, segment: SegmentPlan) -> dict[str, int]:
+    """What the cache computed and skipped in a segment; its decisions go into the run's folder."""
+    counts = decisions(record, spec.config.sampling.num_inference_steps, segment.guidance_scale > 1)
+    if record is None:
+        return counts
+    write_atomic(spec.folder.record(segment.index, segment.take), record.to_json().encode())
+    skipped = sum(decision.decision == "reuse" for decision in record)
+    return {"units_computed": len(record) - skipped, "units_skipped": skipped, **counts}
 
 
 class StepTimes:
@@ -73,7 +86,7 @@ class TierFigures:
     def look(self, tiers: SharedTiers | None) -> None:
         """Takes over what the tiers have counted, and what they hold; None where there are none now."""
         held: dict[Series, float] = {}
-        if tiers is not None:
+        if tiers is not None and not tiers.failed:
             told = tiers.statistics()
             self._looks += 1
             self.totals.add(self._deltas.take("tiers", Snapshot(tiers.incarnation, self._looks, _counts(told))))

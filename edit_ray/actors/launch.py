@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -43,9 +44,11 @@ PLACEMENT = "edit_ray_worker"
 LIVE_RUNS, TARGETS = "live_runs", "metrics_targets"
 RESTART_TIMEOUT_S = 60.0  # of the segment scheduler
 END_TIMEOUT_S = 60.0  # for Ray to end what it was told to end
+LOOKS = 5  # at the segment scheduler, in the time that it has for an answer
 _ENDED_S = 0.3
 SCHEDULER_RESOURCE = "edit_ray_scheduler"  # of nodes that are to have it; where there is none, any node may
 
+_log = logging.getLogger(__name__)
 _STAYS = {"namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
 
 
@@ -92,15 +95,18 @@ def connect_if_running(address: str | None = None) -> bool:
     return True
 
 
-def segment_scheduler() -> Any:
-    """The handle of the one segment scheduler, made if there is none.
+def segment_scheduler(answer_timeout_s: float) -> Any:
+    """The handle of the one segment scheduler, made if there is none. One that answers nothing for `answer_timeout_s`
+    is killed and started again.
 
     Raises ActorVersionMismatch when it runs other code than this process.
     """
     needs = {SCHEDULER_RESOURCE: 0.001} if SCHEDULER_RESOURCE in ray.cluster_resources() else {}
     actor: Any = ray.remote(num_cpus=0, max_restarts=-1, resources=needs)(SegmentSchedulerActor)
+    there = find_segment_scheduler() is not None
     handle = actor.options(name=SCHEDULER, **_STAYS).remote(RayCrew())
-    check_version(SCHEDULER, _answer(SCHEDULER, handle.describe, time.monotonic() + RESTART_TIMEOUT_S))
+    deadline = time.monotonic() + RESTART_TIMEOUT_S + (answer_timeout_s if there else 0.0)
+    check_version(SCHEDULER, _described(SCHEDULER, handle, deadline, answer_timeout_s if there else math.inf))
     return handle
 
 
@@ -110,6 +116,26 @@ def find_segment_scheduler() -> Any | None:
         return ray.get_actor(SCHEDULER, namespace=NAMESPACE)
     except ValueError:
         return None
+
+
+def answer_of(handle: Any, call: Any, answer_timeout_s: float) -> Any:
+    """The answer to a call of the segment scheduler, however long it takes, as long as others are answered beside it.
+
+    One that answers nothing for `answer_timeout_s` is killed and started again; then this raises RayActorError. The
+    time is counted in looks, so that a caller that was stopped itself, and starts again, kills nobody.
+    """
+    silent, question = 0, None
+    while not ray.wait([call], timeout=answer_timeout_s / LOOKS)[0]:
+        if question is not None and ray.wait([question], timeout=0)[0]:
+            silent, question = 0, None
+        elif question is not None:
+            silent += 1
+        if silent == LOOKS:
+            _log.warning("the segment scheduler did not answer for %g s; it is killed", answer_timeout_s)
+            ray.kill(handle, no_restart=False)
+            silent, question = 0, None
+        question = question or handle.describe.remote()
+    return ray.get(call)
 
 
 def check_version(name: str, description: dict[str, Any]) -> None:
@@ -232,6 +258,11 @@ class RayCrew:
         found = _placements().get(place)
         group = found or placement_group([needs], name=place, lifetime="detached")
         store_name, denoiser_name = name_of(CACHE_STORE, worker), name_of(DENOISER, worker)
+        there = _names_of_ours()
+
+        def patience_s(name: str) -> float:
+            return spec.config.engine.answer_timeout_s if name in there else math.inf
+
         try:
             _await_placement(group, needs, deadline)
             beside = PlacementGroupSchedulingStrategy(group)
@@ -254,8 +285,8 @@ class RayCrew:
             if found is None:  # else actors that others use may live there, and this caller's time alone was too short
                 remove_placement_group(group)
             raise
-        check_version(store_name, _answer(store_name, store.describe, deadline))
-        described = _answer(denoiser_name, denoiser.describe, deadline)
+        check_version(store_name, _described(store_name, store, deadline, patience_s(store_name)))
+        described = _described(denoiser_name, denoiser, deadline, patience_s(denoiser_name))
         check_version(denoiser_name, described)
         if num_gpus > int(described["gpus"]):
             raise ResourcesUnavailable(
@@ -330,11 +361,18 @@ def _await_placement(group: PlacementGroup, needs: dict[str, int], deadline: flo
         )
 
 
-def _answer(name: str, method: Any, deadline: float) -> Any:
-    """What the actor says, waiting while it is being started, or started again."""
+def _described(name: str, handle: Any, deadline: float, patience_s: float) -> Any:
+    """What the actor says of itself, waiting while it is being started, or started again.
+
+    One that is there, and answers nothing for `patience_s`, is killed and started again.
+    """
     while (left := deadline - time.monotonic()) > 0:
         try:
-            return ray.get(method.remote(), timeout=left)
-        except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError):
+            return ray.get(handle.describe.remote(), timeout=min(left, patience_s))
+        except ray.exceptions.ActorUnavailableError:
             time.sleep(0.2)
+        except ray.exceptions.GetTimeoutError:
+            if patience_s < math.inf:
+                _log.warning("the actor %r did not answer for %g s; it is killed", name, patience_s)
+                ray.kill(handle, no_restart=False)
     raise ResourcesUnavailable(f"the actor {name!r} did not answer in time (engine.start_timeout_s)")

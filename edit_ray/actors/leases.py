@@ -62,6 +62,7 @@ class SegmentLeases:
         self._run_id = spec.residuals_id
         self._followed = False  # whether the store was told of the run by this object
         self._holder = this_holder()
+        self._timeout_s = spec.config.engine.step_timeout_s  # for the store to give an op its place
         self._directory = spec.residuals_directory
         self._arena: Arena | None = None
         self._pool: DevicePool | None = None
@@ -121,6 +122,7 @@ class SegmentLeases:
             hand_over=self._handed(segment, ahead),
             handed=self._handed(segment - 1, ahead) if attempt == 0 else (),
             when_read=(lambda: self._look_ahead(segment + 1, history_len)) if ahead else None,
+            timeout_s=self._timeout_s,
         )
         if isinstance(table, CarriedTable):
             table.waits = store.waits
@@ -220,11 +222,11 @@ class SegmentLeases:
                 raise EntryLost(f"The store did not answer: {gone}") from None
 
         def fetch(index: int, skipped: list[int]) -> Bytes | None:
-            data: Bytes | None = call("fetch", index, skipped)
+            data: Bytes | None = call("fetch", index, skipped, self._timeout_s)
             return data
 
         def keep(index: int, data: Bytes, skipped: list[int]) -> None:
-            call("keep", index, data, skipped)
+            call("keep", index, data, skipped, self._timeout_s)
 
         memory = carried_memory(self.reuse.form.size)
         return memory, CarriedTable(self.reuse.ops(segment), memory, fetch, keep)

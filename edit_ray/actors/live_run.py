@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from edit_ray.actors.best_effort import best_effort
 from edit_ray.actors.damage import Damage
 from edit_ray.actors.messages import RunSpec
+from edit_ray.errors import SegmentFailed
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Ended, Line, Manifest
 from edit_ray.runs.manifest_file import ManifestFile
 from edit_ray.runs.retention import KEEP_ALL, Retention
 from edit_ray.video.stream_files import StreamFiles
 
+T = TypeVar("T")
 END_ATTEMPTS = 3
+
+
+class FolderSilent(SegmentFailed):
+    """The run's folder did not answer in time, such as on a file server that is away."""
 
 
 @dataclass
@@ -35,7 +45,11 @@ class LiveRun:
     statistics: dict[int, dict[str, float]] = field(default_factory=dict)  # of segments that are not committed
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     beginning: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while its GPU actor is made ready
-    _appending: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _disk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "folder"))
+    _parts_written: int = 0  # of what plays, however long all of it takes
+
+    def __post_init__(self) -> None:
+        self.stream.part_written = self._part_written
 
     @classmethod
     def of(cls, spec: RunSpec, file: ManifestFile) -> LiveRun:
@@ -60,21 +74,56 @@ class LiveRun:
         """How it has ended; None while it has not."""
         return self.manifest.end or self.unrecorded
 
+    async def on_disk(self, work: Callable[..., T], *arguments: object) -> T:
+        """What work on the run's folder returns, one piece at a time, or raises.
+
+        Raises FolderSilent after `step_timeout_s` without progress. Work that had begun then goes on as soon as the
+        folder answers, and later work waits for it; work that had not begun is dropped.
+        """
+        timeout_s = self.spec.config.engine.step_timeout_s
+        done = asyncio.wrap_future(self._disk.submit(work, *arguments))
+        try:
+            while not done.done():
+                before = self._parts_written
+                await asyncio.wait({done}, timeout=timeout_s)
+                if not done.done() and self._parts_written == before:
+                    folder = f"the run's folder {self.folder.path}"
+                    raise FolderSilent(f"{folder} did not answer for {timeout_s:g} s (engine.step_timeout_s)")
+            return done.result()
+        finally:
+            done.cancel()
+
+    def _part_written(self) -> None:
+        self._parts_written += 1
+
+    async def is_gone(self) -> bool:
+        """Whether the run's folder is gone; False where it does not say."""
+        try:
+            return not await self.on_disk(os.path.isdir, self.folder.path)
+        except FolderSilent:
+            return False
+
+    async def close(self) -> None:
+        """Frees the manifest's lock, at the latest when the folder answers again."""
+        closing = self._disk.submit(self.file.close)
+        self._disk.shutdown(wait=False)
+        with best_effort(f"close the manifest of run {self.spec.run_id}"):
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(closing)), self.spec.config.engine.step_timeout_s)
+
     async def append(self, line: Line) -> None:
-        """Commits a line, and only then lets anybody see it. Raises as `ManifestFile.append`."""
-        async with self._appending:
-            await asyncio.to_thread(self.file.append, line)
+        """Commits a line, and only then lets anybody see it. Raises FolderSilent, and as `ManifestFile.append`."""
+        await self.on_disk(self.file.append, line)
         await self.tell()
 
     async def record_end(self, ended: Ended) -> Exception | None:
         """Completes what plays, removes the drafts of actors that were killed, and commits the end.
 
         Each is tried several times, and left where it cannot be done: an end must be told even where nothing can be
-        written. Returns what kept the end from being committed.
+        written, or the folder does not answer. Returns what kept the end from being committed.
         """
         steps: tuple[Callable[[], Awaitable[None]], ...] = (
-            lambda: asyncio.to_thread(self.stream.end),
-            lambda: asyncio.to_thread(self.spec.folder.remove_drafts),
+            lambda: self.on_disk(self.stream.end),
+            lambda: self.on_disk(self.folder.remove_drafts),
             lambda: self.append(ended),
         )
         failure: Exception | None = None
@@ -84,6 +133,9 @@ class LiveRun:
                     await step()
                     failure = None
                     break
+                except FolderSilent as silent:
+                    self.unrecorded = ended
+                    return silent
                 except Exception as error:
                     failure = error
         self.unrecorded = ended if failure else None
@@ -91,8 +143,7 @@ class LiveRun:
 
     async def forget_figures(self, first: int, before: int) -> None:
         """Lets go of the statistics of segments whose media are gone, which the file alone has from then on."""
-        async with self._appending:
-            self.file.forget_figures(first, before)
+        await self.on_disk(self.file.forget_figures, first, before)
 
     async def tell(self) -> None:
         """Wakes up who waits for a change."""

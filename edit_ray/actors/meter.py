@@ -23,6 +23,7 @@ from edit_ray.metrics.totals import Snapshot, Totals
 from edit_ray.runs.events import RunState, Work
 
 ASK_S = 1.0
+TELL_TIMEOUT_S = 15.0  # for a folder to take or give up the file that Prometheus reads
 Live = Callable[[], Iterable[tuple[LiveRun, RunState]]]
 """The runs that have not ended, and where they stand."""
 
@@ -58,7 +59,8 @@ class Meter:
             self._serving = options
             self._begin("segment_scheduler", 0)
         with best_effort("tell Prometheus where to ask"):
-            path = await asyncio.to_thread(write_targets, root, self._exporter.address)
+            writing = asyncio.to_thread(write_targets, root, self._exporter.address)
+            path = await asyncio.wait_for(writing, TELL_TIMEOUT_S)
             self._targets[str(path)] = self._exporter.address
             await self._crew.remember_targets(self._targets)
 
@@ -66,7 +68,7 @@ class Meter:
         """What an incarnation that has died told Prometheus holds no longer, be there runs to go on with or not."""
         with best_effort("remove the metrics targets of the segment scheduler before this one"):
             for path, address in (await self._crew.recall_targets()).items():
-                await asyncio.to_thread(remove_targets, Path(path), address)
+                await asyncio.wait_for(asyncio.to_thread(remove_targets, Path(path), address), TELL_TIMEOUT_S)
 
     def close(self) -> None:
         """Nobody asks here any more."""

@@ -9,10 +9,19 @@ import os
 import traceback
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edit_ray.actors.admission import Admission, Change, OnDamage, Submission, denoised_before, last_worker
+from edit_ray.actors.admission import (
+    Admission,
+    Change,
+    OnDamage,
+    Submission,
+    check_answers,
+    denoised_before,
+    last_worker,
+)
 from edit_ray.actors.best_effort import best_effort
 from edit_ray.actors.changes import extension, reroll
 from edit_ray.actors.closing import close_run, stop_work
@@ -20,11 +29,13 @@ from edit_ray.actors.crew import Crew, Pointer
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import Progress, RunStatus, StreamReply, code_version
 from edit_ray.actors.meter import Meter
+from edit_ray.actors.pointers import Pointers
 from edit_ray.actors.recovery import Recovery, WaitingRun
 from edit_ray.actors.space import is_full
 from edit_ray.actors.stages import Stages, explain
 from edit_ray.actors.threads import disk_threads
 from edit_ray.config import Config
+from edit_ray.engine.options import EngineOptions
 from edit_ray.errors import EditRayError, RunExists, RunLive, UnknownRun
 from edit_ray.runs.event_log import append_event
 from edit_ray.runs.events import (
@@ -45,7 +56,7 @@ from edit_ray.runs.ids import check_segment_index
 from edit_ray.runs.scheduler import SegmentScheduler
 
 ENDED_RUNS_KEPT = 100
-IDLE_EXIT_S = 600.0  # of an incarnation that finds nothing to do
+IDLE_EXIT_S = EngineOptions().idle_exit_s  # of an incarnation that finds nothing to do
 
 _log = logging.getLogger(__name__)
 
@@ -62,9 +73,9 @@ class SegmentSchedulerActor:
         self._admission, self._stages = Admission(crew), Stages(crew)
         self._machine = SegmentScheduler()
         self._runs: dict[str, LiveRun] = {}
-        self._pointers: dict[str, Pointer] = {}
+        self._pointers = Pointers(crew)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._admitting, self._remembering = asyncio.Lock(), asyncio.Lock()
+        self._admitting = asyncio.Lock()
         self._last_use = 0
         self._recovery = Recovery(crew, self._admission, self._come_back, self._forget)
         self._meter = Meter(
@@ -89,7 +100,7 @@ class SegmentSchedulerActor:
         Raises ConfigError, RunExists, ResourcesUnavailable, ActorVersionMismatch; then nothing was written.
         """
         asked = Submission(run_id, Config.model_validate(config), Path(root), Path(probe), token, owner, job)
-        async with self._admission_of(asked.config.engine.idle_exit_s):
+        async with self._admission_of(asked.root, asked.config.engine):
             await self._recovery.give_up_removed(asked)
             if (there := self._there(run_id)) is not None:
                 if there.manifest is None or there.manifest.begun.submission != token:
@@ -97,7 +108,7 @@ class SegmentSchedulerActor:
                 return await self._join(there)
             spec = await self._admission.check(asked)
             await self._meter.serve(spec.config.metrics, spec.root)
-            async with self._pointed_at(Pointer(root), run_id):
+            async with self._pointers.noted(run_id, Pointer(root)):
                 if await self._admission.mine(asked):
                     return await self._live(await self._admission.go_on(spec.root, run_id))
                 return await self._live(await self._admission.begin(spec, asked))
@@ -218,7 +229,7 @@ class SegmentSchedulerActor:
         """Goes on with every run that an earlier incarnation was at work on, those first that have a GPU actor."""
         await self._meter.forget_earlier()
         pointers = await self._recovery.recall()
-        self._pointers |= pointers  # all of them until each is seen to: this incarnation may die meanwhile
+        self._pointers.recalled(pointers)  # all of them until each is seen to: this incarnation may die meanwhile
         ordered = dict(sorted(pointers.items(), key=lambda item: item[1].worker is None))
         await self._recovery.begin(ordered, self._spawn)
         for run in list(self._runs.values()):  # only when all are counted: what Prometheus sees must not go back
@@ -237,15 +248,13 @@ class SegmentSchedulerActor:
 
     async def _forget(self, run_id: str, idle_exit_s: float = IDLE_EXIT_S) -> None:
         """Nothing is left to do for a run."""
-        self._pointers.pop(run_id, None)
-        with best_effort(f"note that run {run_id} has ended"):
-            await self._remember()
+        await self._pointers.forget(run_id)
         self._spawn(self._exit_when_idle(idle_exit_s))
 
     async def _go_on(
         self, run_id: str, root: str, other_hardware: bool, change: Change | None, damage: OnDamage = "refuse"
     ) -> RunStatus:
-        async with self._admission_of(IDLE_EXIT_S):
+        async with self._admission_of(Path(root), EngineOptions()):
             if (there := self._there(run_id)) is not None:
                 if there.folder.path.parent != Path(root):
                     raise _taken(there.folder)
@@ -256,14 +265,14 @@ class SegmentSchedulerActor:
                 if isinstance(there, WaitingRun):
                     there.different_hardware |= other_hardware
                 return await self._join(there)
-            async with self._pointed_at(Pointer(root, begun=True), run_id):
+            async with self._pointers.noted(run_id, Pointer(root, begun=True)):
                 run = await self._admission.go_on(
                     Path(root), run_id, allow_different_hardware=other_hardware, change=change, damage=damage
                 )
                 try:
                     await self._meter.serve(run.spec.config.metrics, run.spec.root)
                 except BaseException:
-                    run.file.close()
+                    await run.close()
                     raise
                 return await self._live(run)
 
@@ -277,41 +286,27 @@ class SegmentSchedulerActor:
         return self._status_without_progress(self._known(run.run_id)) if run.over else run.status
 
     @contextlib.asynccontextmanager
-    async def _admission_of(self, idle_exit_s: float) -> AsyncIterator[None]:
+    async def _admission_of(self, root: Path, engine: EngineOptions) -> AsyncIterator[None]:
         """One at a time comes in; where nothing has come of it the actors end themselves as ever."""
         await self._recovered
+        await check_answers(root, engine.answer_timeout_s)  # or it would hold up everybody
         self._last_use += 1
         async with self._admitting:
             try:
                 yield
             finally:
                 if self._idle:
-                    self._spawn(self._exit_when_idle(idle_exit_s))
-
-    @contextlib.asynccontextmanager
-    async def _pointed_at(self, pointer: Pointer, run_id: str) -> AsyncIterator[None]:
-        """The pointer is there before the run's folder is: from then on the next incarnation goes on with it."""
-        self._pointers[run_id] = pointer
-        try:
-            await self._remember()
-            yield
-        except BaseException:
-            await self._forget(run_id)
-            raise
-        if not pointer.begun:
-            self._pointers[run_id] = replace(self._pointers[run_id], begun=True)
-            with best_effort(f"note that run {run_id} has begun"):
-                await self._remember()
+                    self._spawn(self._exit_when_idle(engine.idle_exit_s))
 
     async def _live(self, run: LiveRun, worker: int | None = None, recovered: bool = False) -> RunStatus:
         """From here on the state machine has the run. Where that fails another process may open it."""
         spec, committed = run.spec, len(run.manifest.segments)
         try:
-            denoised = await asyncio.to_thread(denoised_before, spec, committed)
+            denoised = await run.on_disk(denoised_before, spec, committed)
             if worker is None:  # beside the one that had the run last lies what its segments keep for each other
-                worker = await asyncio.to_thread(last_worker, spec)
+                worker = await run.on_disk(last_worker, spec)
         except BaseException:
-            run.file.close()
+            await run.close()
             raise
         run.statistics |= dict(enumerate(denoised, committed))
         self._runs.pop(spec.run_id, None)  # of an earlier life
@@ -320,10 +315,6 @@ class SegmentSchedulerActor:
         self._apply(WorkersCounted(spec.config.engine.gpu_actors))
         self._apply(RunSubmitted(spec.plan, committed, committed + len(denoised), worker))
         return self._status_without_progress(run)
-
-    async def _remember(self) -> None:
-        async with self._remembering:
-            await self._crew.remember(dict(self._pointers))
 
     # What the state machine is told, and what it says.
 
@@ -354,14 +345,13 @@ class SegmentSchedulerActor:
         try:
             with best_effort(f"note the GPU actor of run {work.run_id}"):
                 if run.worker != work.worker:  # tried again with the next piece of work
-                    append_event(run.spec.folder.events, "gpu_actor", worker=work.worker)
-                    self._pointers[work.run_id] = Pointer(str(run.spec.root), work.worker, begun=True)
-                    await self._remember()
+                    await run.on_disk(partial(append_event, run.folder.events, "gpu_actor", worker=work.worker))
+                    await self._pointers.note(work.run_id, Pointer(str(run.spec.root), work.worker, begun=True))
                     run.worker = work.worker
             with self._meter.work(run, work):
                 await self._stages.carry_out(run, work)
         except Exception as error:  # whatever it was, the state machine decides what follows
-            sentence, fatal = explain(error, run)
+            sentence, fatal = await explain(error, run)
             _log.warning("%s of run %s, segment %s: %s", work.stage, work.run_id, work.segment_index, sentence)
             if not isinstance(error, EditRayError | ConnectionError) and not is_full(error):
                 _log.warning("%s", "".join(traceback.format_exception(error)))

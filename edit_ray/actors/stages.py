@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
@@ -14,7 +13,7 @@ from edit_ray import files
 from edit_ray.actors.best_effort import best_effort
 from edit_ray.actors.crew import Crew
 from edit_ray.actors.hardware import check_same, differing
-from edit_ray.actors.live_run import LiveRun
+from edit_ray.actors.live_run import FolderSilent, LiveRun
 from edit_ray.actors.messages import RunSpec, statistics
 from edit_ray.actors.space import is_full, shortage_after
 from edit_ray.actors.watchdog import Watchdog, answered
@@ -65,6 +64,8 @@ class Stages:
     async def carry_out(self, run: LiveRun, work: Work) -> None:
         """Returns when the work is done, raises whatever makes it fail."""
         await asyncio.sleep(pause_before(work.attempt))
+        if work.attempt:
+            await run.on_disk(lambda: None)  # what failed may have been a folder that did not answer, and go on there
         if work.attempt or work.stage == "prepare":
             await self._begin(run, work)  # what failed may have been an actor's death
         stages: dict[str, Callable[[LiveRun, Work], Awaitable[None]]] = {
@@ -106,7 +107,7 @@ class Stages:
         await self._remake_damaged(run, work)
         first = run.manifest.dropped_before
         parts = [run.spec.part(run.spec.segment(index)) for index in range(first, len(run.manifest.segments))]
-        await asyncio.to_thread(run.stream.rebuild, parts, first)
+        await run.on_disk(run.stream.rebuild, parts, first)
 
     async def _remake_damaged(self, run: LiveRun, work: Work) -> None:
         """Makes damaged files of committed segments again, whose bytes must be those that were committed.
@@ -115,7 +116,7 @@ class Stages:
         """
         spec = run.spec
         if spec.folder.init in run.damaged:
-            await asyncio.to_thread(files.remove, spec.folder.init)  # the segment that needs it writes it
+            await run.on_disk(files.remove, spec.folder.init)  # the segment that needs it writes it
         for index in sorted({index for index, _ in run.damaged.values()}):
             segment, record = spec.segment(index), run.manifest.segments[index]
             figures: dict[str, float] = {}
@@ -177,7 +178,7 @@ class Stages:
 
     async def _append(self, run: LiveRun, segment: SegmentPlan) -> None:
         spec, publish_at, began = run.spec, time.time(), time.perf_counter()
-        await asyncio.to_thread(run.stream.append, spec.part(segment))
+        await run.on_disk(run.stream.append, spec.part(segment))
         published = statistics(publish_at=publish_at, publish_s=time.perf_counter() - began)
         figures = run.statistics.get(segment.index, {})
         record = SegmentRecord(
@@ -199,7 +200,7 @@ class Stages:
         with best_effort(f"drop old segments of run {run.spec.run_id}"):
             await self._drop_old_segments(run)
         with best_effort(f"foresee the disk space of run {run.spec.run_id}"):
-            run.warning = await asyncio.to_thread(shortage_after, run.spec, run.manifest.segments)
+            run.warning = await run.on_disk(shortage_after, run.spec, run.manifest.segments)
 
     async def _drop_old_segments(self, run: LiveRun) -> None:
         """Says first that they are gone, then removes them: nobody looks for what is not there."""
@@ -221,7 +222,7 @@ class Stages:
         gone = [spec.media(index) for index in media]
         gone += [spec.folder.record(index, spec.segment(index).take) for index in media]
         gone += [spec.latents(index) for index in range(max(first, before.latents_from), after.latents_from)]
-        await asyncio.to_thread(spec.folder.remove, gone)
+        await run.on_disk(spec.folder.remove, gone)
         await run.forget_figures(media.start, media.stop)
         run.removed = after
 
@@ -239,11 +240,11 @@ def digests_in(figures: Mapping[str, float]) -> dict[str, str]:
     }
 
 
-def explain(error: Exception, run: LiveRun) -> tuple[str, bool]:
+async def explain(error: Exception, run: LiveRun) -> tuple[str, bool]:
     """One sentence for the user, and whether trying again is pointless."""
     cause = getattr(error, "cause", None) or error
     path = run.spec.folder.path
-    if not os.path.isdir(path):
+    if not isinstance(error, FolderSilent) and await run.is_gone():
         return f"the run's folder {path} was removed while the run was at work", True
     if is_full(cause):
         return f"no space is left for {path}; free some, then go on with `edit-ray resume {run.spec.run_id}`", False

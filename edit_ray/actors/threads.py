@@ -20,7 +20,7 @@ def disk_threads() -> ThreadPoolExecutor:
     return pool
 
 
-async def in_own_thread(work: Callable[..., None], *arguments: object) -> None:
+async def in_own_thread(work: Callable[..., object], *arguments: object) -> None:
     """Waits for work that may take minutes, in a thread that nothing else needs."""
     pool = ThreadPoolExecutor(1, work.__name__)
     done = asyncio.get_running_loop().run_in_executor(pool, work, *arguments)

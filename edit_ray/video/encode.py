@@ -8,7 +8,10 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -30,25 +33,44 @@ _TAGS = ("-x264-params", "colorprim=bt709:transfer=bt709:colormatrix=bt709")
 _REPRODUCIBLE = ("-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact", "-map_metadata", "-1")
 
 
+LOOKS = 5  # at an ffmpeg, in the time that it may do nothing
+
+
 class EncodeError(RuntimeError):
     """ffmpeg failed; the message ends with its last words."""
 
 
-def encode(frames: Frames, *, fps: float, options: OutputOptions, init: bytes | None = None) -> bytes:
+@dataclass(frozen=True)
+class Patience:
+    """An ffmpeg that does nothing for `timeout_s` is killed; `working` is called again and again while it works.
+
+    The time is counted in looks, so that a process that was stopped itself, and starts again, kills nobody.
+    """
+
+    timeout_s: float = 600.0
+    working: Callable[[], None] = lambda: None
+
+
+PATIENCE = Patience()
+
+
+def encode(
+    frames: Frames, *, fps: float, options: OutputOptions, init: bytes | None = None, patience: Patience = PATIENCE
+) -> bytes:
     """`frames` [F, H, W, 3] as a fragmented MP4 of a single fragment, which plays by itself.
 
     No B-frames and a closed group of pictures. `init` is that of the fragments before it, if there are any: those of a
     run that was begun without tags for primaries and transfer are followed by one without. Raises EncodeError, also
-    when ffmpeg dies or loses a frame: what it has written by then is never returned.
+    when ffmpeg dies, hangs or loses a frame: what it has written by then is never returned.
     """
-    data = _encode(frames, _TAGS, fps=fps, options=options)
+    data = _encode(frames, _TAGS, patience, fps=fps, options=options)
     if init is not None and not data.startswith(init):
-        untagged = _encode(frames, (), fps=fps, options=options)
+        untagged = _encode(frames, (), patience, fps=fps, options=options)
         return untagged if untagged.startswith(init) else data
     return data
 
 
-def _encode(frames: Frames, tags: Sequence[str], *, fps: float, options: OutputOptions) -> bytes:
+def _encode(frames: Frames, tags: Sequence[str], patience: Patience, *, fps: float, options: OutputOptions) -> bytes:
     count, height, width, _ = frames.shape
     # x264 describes a video of key frames alone otherwise, and the init must not depend on the number of frames.
     group = max(count, 2)
@@ -61,6 +83,7 @@ def _encode(frames: Frames, tags: Sequence[str], *, fps: float, options: OutputO
         *(*_REPRODUCIBLE, "-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-f", "mp4", "-"),
         given=np.ascontiguousarray(frames).tobytes(),
         subject=f"{count} frames",
+        patience=patience,
     )
     try:
         written = read_fragment(split(data)[1])
@@ -71,7 +94,7 @@ def _encode(frames: Frames, tags: Sequence[str], *, fps: float, options: OutputO
     return data
 
 
-def join(init: Path, parts: Sequence[Path], path: Path, *, comment: str = "") -> None:
+def join(init: Path, parts: Sequence[Path], path: Path, *, comment: str = "", patience: Patience = PATIENCE) -> None:
     """Writes an ordinary MP4 of placed fragments in order, without touching a frame; `comment` becomes its metadata.
 
     Raises EncodeError, OSError, such as on a full disk.
@@ -89,27 +112,30 @@ def join(init: Path, parts: Sequence[Path], path: Path, *, comment: str = "") ->
         )
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said) as process:
             assert process.stdin is not None
-            try:
-                with contextlib.suppress(BrokenPipeError):  # it has ended, and its exit code tells why
-                    for file in (init, *parts):
-                        process.stdin.write(read_bytes(file))
-            except BaseException:
-                process.kill()
-                raise
-            finally:
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.close()
+            with _watched(process, path.name, patience):
+                try:
+                    with contextlib.suppress(BrokenPipeError):  # it has ended, and its exit code tells why
+                        for file in (init, *parts):
+                            process.stdin.write(read_bytes(file))
+                except BaseException:
+                    process.kill()
+                    raise
+                finally:
+                    with contextlib.suppress(BrokenPipeError):
+                        process.stdin.close()
+                process.wait()
         said.seek(0)
         _check(process.returncode, said.read(), path.name)
 
 
-def read_frames(path: Path, *, height: int, width: int, init: Path | None = None) -> Frames:
+def read_frames(
+    path: Path, *, height: int, width: int, init: Path | None = None, patience: Patience = PATIENCE
+) -> Frames:
     """All frames of a video as uint8 [F, H, W, 3]; a fragment alone is read behind its `init`. Raises EncodeError."""
     decode = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-fps_mode", "passthrough", "-")
-    if init is None:
-        raw = _ffmpeg("-i", str(path), *decode, subject=path.name)
-    else:
-        raw = _ffmpeg("-i", "-", *decode, given=init.read_bytes() + path.read_bytes(), subject=path.name)
+    given = None if init is None else init.read_bytes() + path.read_bytes()
+    source = str(path) if given is None else "-"
+    raw = _ffmpeg("-i", source, *decode, given=given, subject=path.name, patience=patience)
     return np.frombuffer(raw, dtype=np.uint8).reshape(-1, height, width, 3)
 
 
@@ -127,10 +153,58 @@ def _command(*arguments: str) -> list[str]:
     return [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-nostdin", "-y", *arguments]
 
 
-def _ffmpeg(*arguments: str, subject: str, given: bytes | None = None) -> bytes:
-    done = subprocess.run(_command(*arguments), input=given, capture_output=True, check=False)
-    _check(done.returncode, done.stderr, subject)
-    return done.stdout
+def _ffmpeg(*arguments: str, subject: str, given: bytes | None, patience: Patience) -> bytes:
+    stdin, piped = None if given is None else subprocess.PIPE, subprocess.PIPE
+    with subprocess.Popen(_command(*arguments), stdin=stdin, stdout=piped, stderr=piped) as process:
+        try:
+            with _watched(process, subject, patience):
+                written, said = process.communicate(given)
+        except BaseException:
+            process.kill()
+            raise
+    _check(process.returncode, said, subject)
+    return written
+
+
+@contextlib.contextmanager
+def _watched(process: subprocess.Popen[bytes], subject: str, patience: Patience) -> Iterator[None]:
+    """Whoever waits for the process meanwhile does not wait for ever. Raises EncodeError where it hung."""
+    ended, hung = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        silent, before = 0, b""
+        while silent < LOOKS:
+            if ended.wait(patience.timeout_s / LOOKS):
+                return
+            now = _work_of(process.pid)
+            silent = silent + 1 if now == before else 0
+            if not silent:
+                patience.working()
+            before = now
+        hung.set()
+        process.kill()
+
+    watcher = threading.Thread(target=watch, name="ffmpeg", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+    if hung.is_set():
+        raise EncodeError(
+            f"ffmpeg did nothing for {patience.timeout_s:g} s while it worked on {subject}; it was killed"
+        )
+
+
+def _work_of(pid: int) -> bytes:
+    """What changes whenever a process computes, reads or writes: its CPU time and bytes. Unknown work is work."""
+    folder = Path(f"/proc/{pid}")
+    try:
+        times = (folder / "stat").read_bytes().rpartition(b")")[2].split()[11:13]
+        return b" ".join([*times, (folder / "io").read_bytes()])
+    except OSError:
+        return str(time.monotonic()).encode()
 
 
 def _check(code: int, said: bytes, subject: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edit_ray.video.encode import Frames, read_frames
+from edit_ray.video.encode import PATIENCE, Frames, Patience, read_frames
 from edit_ray.video.seam import RADIUS, FrameSeries
 from edit_ray.video.stream_files import Part
 
@@ -24,7 +24,15 @@ class Joins:
         self._tails: dict[str, tuple[Part, Frames]] = {}  # by run: its last segment's last frames
 
     def measure(
-        self, run_id: str, folder: Path, part: Part, before: Part | None, *, height: int, width: int
+        self,
+        run_id: str,
+        folder: Path,
+        part: Part,
+        before: Part | None,
+        *,
+        height: int,
+        width: int,
+        patience: Patience = PATIENCE,
     ) -> dict[str, float]:
         """Figures of a segment: `red`, `green`, `blue`, `sharpness` (see `Look`), `interior_score`, and of its seam.
 
@@ -34,7 +42,7 @@ class Joins:
         """
         size = {"height": height, "width": width}
         tail = self._tail(run_id, folder, before, **size)
-        frames = read_frames(folder / part.path, init=folder / "init.mp4", **size)
+        frames = read_frames(folder / part.path, init=folder / "init.mp4", **size, patience=patience)
         self._tails[run_id] = (part, frames[-RADIUS:].copy())
         series, start = FrameSeries.of(np.concatenate([tail, frames])), len(tail)
         look = series.look(start)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,7 @@ class StreamFiles:
     """
 
     def __init__(self, folder: Path, *, fps: float, longest: int, keep: int | None = None) -> None:
+        self.part_written: Callable[[], None] = lambda: None  # called after each segment that a long copy writes
         self._folder = folder
         self._keep = keep
         self._playlist = MediaPlaylist(fps, longest, sliding=keep is not None)
@@ -148,6 +149,7 @@ class StreamFiles:
         with files.replacing(path) as stream:
             for name in ("init.mp4", *(part.path for part in parts)):
                 stream.write(files.read_bytes(self._folder / name))
+                self.part_written()
         self._bytes = stream.size
 
     def _tell(self, *, ended: bool) -> None:

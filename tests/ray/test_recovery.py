@@ -1,6 +1,7 @@
 """What dies in a run on Ray, and how it goes on: same frames, every segment once, nothing left over."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -52,6 +53,22 @@ def test_a_killed_segment_scheduler_goes_on_by_itself(ray_head, config, tmp_path
     after = pids()
     assert after[launch.DENOISER] == before[launch.DENOISER], "the living GPU actor was adopted"
     assert after[launch.CACHE_STORE] == before[launch.CACHE_STORE]
+
+
+def test_a_stopped_segment_scheduler_is_started_again_by_who_waits_for_it(ray_head, config, tmp_path, run_id):
+    client, path = LongVideoClient(output=tmp_path, answer_timeout_s=2.0), config(segments=2)
+    whole, hurt = (client.submit(path, run_id=f"{run_id}-{name}") for name in ("whole", "hurt"))
+    list(client.stream(whole, frames=False))
+    stopped = pids()[launch.SCHEDULER]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        assert [segment.index for segment in client.stream(hurt, frames=False)] == [0, 1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(stopped, signal.SIGKILL)
+    assert same(files_of(tmp_path, whole), files_of(tmp_path, hurt))
+    assert client.status(hurt).state == "done"
+    assert pids()[launch.SCHEDULER] != stopped
 
 
 def test_a_run_whose_actors_were_all_ended_is_resumed_by_the_same_command(start_job, config, tmp_path, run_id):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from edit_ray import files
 from edit_ray.actors import leases as leases_module
 from edit_ray.actors.cache_store import CacheStoreActor
 from edit_ray.actors.leases import SegmentLeases
 from edit_ray.actors.messages import RunSpec, run_key
 from edit_ray.cache.stores import arena as arena_module
 from edit_ray.cache.stores import carried, heap
+from edit_ray.cache.stores.op_table import DONE, NEEDED
 from edit_ray.cache.stores.planned import Form
 from edit_ray.cache.tiering.reuse_plan import make_reuse_plan
 from edit_ray.config import Config
@@ -31,7 +34,16 @@ READS_OF_8 = {"step": 48, "last": 176}  # of so many segments, by how they are a
 
 
 def leases_on(
-    store, folder, way, dtype=torch.float32, shape=(1, 8, 24), host_bytes=2 * 4096, num_segments=4, align="step", **more
+    store,
+    folder,
+    way,
+    dtype=torch.float32,
+    shape=(1, 8, 24),
+    host_bytes=2 * 4096,
+    num_segments=4,
+    align="step",
+    step_timeout_s=600.0,
+    **more,
 ):
     """A run's leases: window 4, two units, of residuals of this dtype and shape."""
     form = Form(torch.device("cpu"), dtype, shape)
@@ -49,6 +61,7 @@ def leases_on(
         "video": {"num_segments": num_segments},
         "prompt_segments": [{"segment": 0, "prompt": "a red circle"}],
         "store": {"host_bytes": host_bytes, "allow_tmpfs": True, "shared_memory": way, **more},
+        "engine": {"step_timeout_s": step_timeout_s},
     }
     return SegmentLeases(store, RunSpec("run", folder, Config.model_validate(values)), Reuse(plan, form))
 
@@ -197,6 +210,62 @@ def test_a_lost_entry_is_said(leases_for, way, tmp_path):
         make_segment(leases, 1)
 
 
+class Stalled(files.Disk):
+    """Reads nothing until it is told to."""
+
+    def __init__(self):
+        self.answers = threading.Event()
+
+    def read(self, descriptor, parts, offset):
+        assert self.answers.wait(60), "the test is over"
+        return super().read(descriptor, parts, offset)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_disk_has_the_time_of_a_step_to_answer(leases_for, way):
+    _, leases = leases_for(way, host_bytes=4096, step_timeout_s=0.5)
+    make_segment(leases, 0)
+    stalled, began = Stalled(), time.monotonic()
+    with files.swapped(stalled):
+        with pytest.raises(EntryLost):
+            make_segment(leases, 1)
+        assert 0.5 < time.monotonic() - began < 5
+        stalled.answers.set()
+        assert make_segment(leases, 1, attempt=1)[0] == 8
+
+
+def with_failed_tiers(leases_for):
+    """A store whose thread has failed while segment 0 was made: at a place that no process of ours writes."""
+    store, leases = leases_for("require")
+    opened = leases.begin(0, 0, history_len=1)
+    table, last = opened.table, len(opened.ops) - 1
+    make_ops(opened, opened.form, lambda op: op != opened.ops[last])
+    table.mark(last, NEEDED)
+    while (table.place(last) or -1) < 0:
+        time.sleep(0.01)
+    table.give(last, 1 << 40)
+    table.mark(last, DONE)
+    time.sleep(0.3)  # some hundred looks at the table
+    with pytest.raises(StaleLease):
+        leases.complete(0, 0)
+    return store, leases
+
+
+def test_tiers_that_have_failed_are_made_anew(leases_for):
+    store, leases = with_failed_tiers(leases_for)
+    store.actor.metrics()
+    make_segment(leases, 0, attempt=1)
+    assert make_segment(leases, 1)[0] == 8
+
+
+def test_a_run_is_dropped_where_the_tiers_have_failed(leases_for, tmp_path):
+    store, _ = with_failed_tiers(leases_for)
+    assert list((tmp_path / ".cache_store").glob("*.safetensors"))
+    store.actor.drop_run(RUN, tmp_path / ".cache_store")
+    assert not list((tmp_path / ".cache_store").glob("*.safetensors"))
+    assert not list(Path("/dev/shm").glob(f"edit_ray-{os.getpid()}-*"))
+
+
 def test_a_segment_that_was_given_up_is_refused_though_its_call_waits(leases_for):
     store, leases = leases_for("never")
     leases.begin(0, 0, history_len=1)
@@ -205,7 +274,7 @@ def test_a_segment_that_was_given_up_is_refused_though_its_call_waits(leases_for
     opened = tiers.opened(*which)
     tiers.give_up(RUN, leases._holder)
     with pytest.raises(StaleLease):
-        carried.keep(tiers.arena, opened, 0, torch.zeros(768, dtype=torch.uint8).numpy(), [])
+        carried.keep(tiers.arena, opened, 0, torch.zeros(768, dtype=torch.uint8).numpy(), [], 60.0)
     with pytest.raises(StaleLease):
         tiers.opened(*which)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edit_ray.video.encode import EncodeError, encode, join, read_frames
+from edit_ray.video.encode import EncodeError, Patience, encode, join, read_frames
 from edit_ray.video.fmp4 import read_fragment, split
 from edit_ray.video.options import OutputOptions
 from edit_ray.video.stream_files import Part, StreamFiles, write_part
@@ -47,6 +47,37 @@ def test_every_frame_comes_back_nearly_as_it_was(tmp_path):
     assert back.shape == frames.shape
     error = np.abs(back.astype(int) - frames).mean(axis=(1, 2, 3))
     assert error.max() < 2.5, "colours and order survive"
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o700)
+    return str(path)
+
+
+@pytest.mark.parametrize("what", ["encode", "join", "read_frames"])
+def test_an_ffmpeg_that_hangs_is_killed(tmp_path, monkeypatch, what):
+    calls = {
+        "encode": lambda: encode(moving_square(33), fps=16, options=OPTIONS, patience=Patience(0.5)),
+        "join": lambda: join(tmp_path / "init.mp4", parts, tmp_path / "final.mp4", patience=Patience(0.5)),
+        "read_frames": lambda: read_frames(tmp_path / "final.mp4", height=48, width=64, patience=Patience(0.5)),
+    }
+    parts = parts_of(tmp_path, 9) * 100  # more than a pipe takes
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", script(tmp_path / "hangs", "exec sleep 60"))
+    began = time.monotonic()
+    with pytest.raises(EncodeError, match=r"ffmpeg did nothing for 0.5 s while it worked on .*; it was killed"):
+        calls[what]()
+    assert time.monotonic() - began < 5
+
+
+def test_an_ffmpeg_that_works_has_time(tmp_path, monkeypatch):
+    """Longer than it may do nothing, and it is heard of meanwhile."""
+    slow = f'i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; exec "{FFMPEG}" "$@"'
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", script(tmp_path / "slow", slow))
+    heard, began = [], time.monotonic()
+    encode(moving_square(9), fps=16, options=OPTIONS, patience=Patience(1.0, lambda: heard.append(1)))
+    assert time.monotonic() - began > 1.0
+    assert heard
 
 
 def test_the_same_frames_give_the_same_bytes(tmp_path):

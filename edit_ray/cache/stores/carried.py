@@ -25,7 +25,6 @@ from edit_ray.errors import EntryLost, StaleLease
 Bytes = NDArray[np.uint8]
 CARRIED = 4  # entries that a segment's own memory holds: those in use, and those on their way to or from the device
 _POLL_S = 0.0005
-_TIMEOUT_S = 60.0
 
 
 class CarriedTable(OpTable):
@@ -106,26 +105,30 @@ def carried_memory(entry_bytes: int) -> HeapArena:
 # In the store's process.
 
 
-def fetch(memory: Arena, opened: OpenSegment, index: int, skipped: Sequence[int]) -> Bytes | None:
-    """A copy of what an op reads, waited for; None if it is lost. Raises StaleLease if the segment is given up."""
-    with _used(memory, opened, index, skipped) as place:
+def fetch(memory: Arena, opened: OpenSegment, index: int, skipped: Sequence[int], timeout_s: float) -> Bytes | None:
+    """A copy of what an op reads; None if it is lost, or not there in time. Raises StaleLease if the segment is given
+    up.
+    """
+    with _used(memory, opened, index, skipped, timeout_s) as place:
         return None if place is None else place.copy()
 
 
-def keep(memory: Arena, opened: OpenSegment, index: int, data: Bytes, skipped: Sequence[int]) -> None:
-    """What an op writes. Raises StaleLease if the segment is given up, EntryLost if there is no place for it."""
-    with _used(memory, opened, index, skipped) as place:
+def keep(memory: Arena, opened: OpenSegment, index: int, data: Bytes, skipped: Sequence[int], timeout_s: float) -> None:
+    """What an op writes. Raises StaleLease if the segment is given up, EntryLost if it gets no place in time."""
+    with _used(memory, opened, index, skipped, timeout_s) as place:
         if place is None:
             raise EntryLost(f"The store has no place for {opened.ops[index].key}, which the plan wants kept.")
         place[:] = data
 
 
 @contextmanager
-def _used(memory: Arena, opened: OpenSegment, index: int, skipped: Sequence[int]) -> Iterator[Bytes | None]:
+def _used(
+    memory: Arena, opened: OpenSegment, index: int, skipped: Sequence[int], timeout_s: float
+) -> Iterator[Bytes | None]:
     """The bytes of an op, which is over afterwards; None where it gets no place."""
     for passed in skipped:
         opened.table.mark(passed, SKIPPED)
-    offset = _await_place(opened, index)
+    offset = _await_place(opened, index, timeout_s)
     with opened.using:
         if opened.closed:
             raise StaleLease("The segment was given to another, or given up.")
@@ -134,8 +137,8 @@ def _used(memory: Arena, opened: OpenSegment, index: int, skipped: Sequence[int]
             opened.table.mark(index, DONE)
 
 
-def _await_place(opened: OpenSegment, index: int) -> int | None:
-    deadline = time.monotonic() + _TIMEOUT_S
+def _await_place(opened: OpenSegment, index: int, timeout_s: float) -> int | None:
+    deadline = time.monotonic() + timeout_s
     if opened.table.place(index) == -1:
         opened.table.mark(index, NEEDED)
     while (offset := opened.table.place(index)) == -1 and not opened.closed:

@@ -87,6 +87,7 @@ class PlannedStore:
 
         What of its writes the next segment reads, `hand_over`, stays on the device for it, in `handed_over`; `handed`
         are the reads that this one will `adopt` so. `when_read` is called again and again once all reads are in hand.
+        The store has `timeout_s` for each op that the segment waits for.
         """
         self.arena, self.table, self.ops, self.form = arena, table, ops, form
         self.waits = Waits()

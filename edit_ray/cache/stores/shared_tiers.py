@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import queue
 import secrets
@@ -27,6 +28,7 @@ from edit_ray.cache.tiering import events
 from edit_ray.errors import StaleLease
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 TABLES_BYTES = 1 << 20  # of the arena, beyond the host tier's budget
 _POLL_S, _GONE_POLL_S = 0.0005, 0.05  # between looks at open segments, and at whether a holder is gone
 _LAST = 2**62  # in the order of use, after everything that is planned
@@ -74,6 +76,7 @@ class SharedTiers:
         # No SimpleQueue: its `get` never returns if it finds the queue empty when its time is over already.
         self._inbox: queue.Queue[Callable[[], None]] = queue.Queue()
         self._closed = False
+        self.failed = False  # by an error in its thread: the arena is closed, and every call is refused
         self._mover = Mover(
             arena,
             host_bytes,
@@ -165,14 +168,17 @@ class SharedTiers:
     def close(self) -> None:
         """End the threads and the arena; what is on disk stays."""
         if not self._closed:
-            self._do(self._end)
-            self._thread.join()
-            self.disk.close()
-            self.arena.close()
+            with suppress(StaleLease):  # its thread has failed meanwhile
+                self._do(self._end)
+        self._thread.join()
+        self.disk.close()
+        self.arena.close()
 
     # The thread that owns the planner.
 
     def _do(self, work: Callable[[], T]) -> T:
+        if not self._thread.is_alive():
+            raise StaleLease("This store is closed.")
         future: Future[T] = Future()
 
         def run() -> None:
@@ -194,6 +200,15 @@ class SharedTiers:
                     raise StaleLease("This store is closed.") from None
 
     def _serve(self) -> None:
+        try:
+            self._serve_until_closed()
+        except Exception:
+            _log.exception("The tiers are closed, as what keeps them has failed; what is on disk stays.")
+            self.failed = True
+            self._end()
+            self.arena.close()
+
+    def _serve_until_closed(self) -> None:
         looked = 0.0
         while not self._closed:
             with suppress(queue.Empty):

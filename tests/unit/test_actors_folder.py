@@ -1,0 +1,146 @@
+"""A folder that stops answering, as on a file server that is away: its run waits or ends in time, others go on."""
+
+import asyncio
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from edit_ray import files
+from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.errors import ResourcesUnavailable
+from edit_ray.runs.folder import RunFolder
+from edit_ray.testing import save_random_wan
+from tests.unit.test_actors import config_for
+from tests.unit.test_actors_clocks import everything
+from tests.unit.test_actors_recovery import end_of, submit
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+STEP_S = 1.5
+SHORT = {"video": {"num_segments": 3}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
+
+
+class Silent(files.Disk):
+    """The first operation that is wanted, `wanted(kind, path, data)`, returns only when the folder answers again."""
+
+    def __init__(self, wanted):
+        self.wanted, self.asked, self.answers = wanted, threading.Event(), threading.Event()
+
+    def wait(self, kind, path, data=b""):
+        if self.wanted(kind, Path(path), data):
+            self.asked.set()
+            assert self.answers.wait(60), "the test is over"
+
+    def write(self, descriptor, parts, offset):
+        self.wait("write", os.readlink(f"/proc/self/fd/{descriptor}"), b"".join(parts))
+        return super().write(descriptor, parts, offset)
+
+    def replace(self, source, target):
+        self.wait("replace", target)
+        super().replace(source, target)
+
+    def listdir(self, path):
+        self.wait("listdir", path)
+        return super().listdir(path)
+
+
+def config_of(model, retries=20):
+    engine = {"cpu_threads": 1, "idle_exit_s": 3600, "gpu_actors": 2, "segment_retries": retries}
+    return config_for(model, **SHORT, engine=engine | {"step_timeout_s": STEP_S, "load_timeout_s": 60.0})
+
+
+async def until(event):
+    assert await asyncio.to_thread(event.wait, 60)
+
+
+SILENT = {
+    "the manifest": lambda kind, path, data: path.name == "manifest.jsonl" and b'"committed"' in data,
+    "the event log": lambda kind, path, data: path.name == "events.jsonl" and b'"gpu_actor"' in data,
+}
+
+
+@pytest.mark.parametrize("what", SILENT)
+def test_a_run_whose_folder_answers_again_goes_on_and_others_have_not_waited(tmp_path, model, what):
+    disk = Silent(lambda kind, path, data: path.parent == tmp_path / "stuck" and SILENT[what](kind, path, data))
+
+    async def run():
+        crew = LocalCrew()
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, "stuck", config_of(model))
+        await until(disk.asked)
+        await submit(scheduler, tmp_path, "other", config_of(model))
+        other = await end_of(scheduler, "other")
+        assert not RunFolder(tmp_path, "stuck").final.exists()
+        disk.answers.set()
+        stuck = await end_of(scheduler, "stuck")
+        await crew.end()
+        return other, stuck
+
+    with files.swapped(disk):
+        for status in asyncio.run(run()):
+            assert status.state == "done", status.error
+    assert everything(tmp_path, "stuck") == everything(tmp_path, "other")
+
+
+def test_a_run_whose_folder_does_not_answer_ends_in_time_and_may_be_resumed(tmp_path, model):
+    disk = Silent(lambda kind, path, data: (kind, path) == ("replace", tmp_path / "stuck" / "live.m3u8"))
+
+    async def run():
+        crew = LocalCrew()
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, "stuck", config_of(model, retries=0))
+        await until(disk.asked)
+        began = time.monotonic()
+        failed = await end_of(scheduler, "stuck")
+        seconds = time.monotonic() - began
+        disk.answers.set()
+        await scheduler.resume("stuck", str(tmp_path), False)
+        resumed = await end_of(scheduler, "stuck")
+        await submit(scheduler, tmp_path, "other", config_of(model, retries=0))
+        await end_of(scheduler, "other")
+        await crew.end()
+        return failed, seconds, resumed
+
+    with files.swapped(disk):
+        failed, seconds, resumed = asyncio.run(run())
+    assert failed.state == "failed"
+    folder = tmp_path / "stuck"
+    assert (
+        f"commit of segment 0 failed (attempt 1 of 1): the run's folder {folder} did not answer for 1.5 s"
+        in failed.error
+    )
+    assert seconds < 4 * STEP_S
+    assert resumed.state == "done", resumed.error
+    assert everything(tmp_path, "stuck") == everything(tmp_path, "other")
+
+
+def test_a_folder_of_runs_that_does_not_answer_is_refused_and_holds_up_nobody(tmp_path, model):
+    silent, well = tmp_path / "silent", tmp_path / "well"
+    silent.mkdir()
+    well.mkdir()
+    disk = Silent(lambda kind, path, data: path == silent)
+    config = config_for(model, engine={"cpu_threads": 1, "idle_exit_s": 3600, "answer_timeout_s": 1.0}, **SHORT)
+
+    async def run():
+        crew = LocalCrew()
+        scheduler = SegmentSchedulerActor(crew)
+        refused = asyncio.create_task(submit(scheduler, silent, "one", config))
+        await until(disk.asked)
+        await submit(scheduler, well, "two", config)
+        with pytest.raises(ResourcesUnavailable, match="silent did not answer for 1 s"):
+            await refused
+        disk.answers.set()
+        status = await end_of(scheduler, "two")
+        await crew.end()
+        return status
+
+    with files.swapped(disk):
+        assert asyncio.run(run()).state == "done"
