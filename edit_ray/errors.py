@@ -14,11 +14,13 @@ EditRayError
 ├── RunFolderGone                              a run's folder vanished while it was at work
 ├── SegmentGone            (also LookupError)  a segment whose files were dropped to make room
 ├── ResourcesUnavailable                       the cluster lacks what the actors need
-│   └── HostMemoryShort                        a node has too little memory for the host tier
+│   ├── HostMemoryShort                        a node has too little memory for the host tier
+│   └── NoPlace                                no node has what a GPU actor needs
 ├── ActorVersionMismatch                       living actors run other code than the caller
 ├── SegmentFailed                              a segment failed more often than it may
 ├── OutOfMemory                                the GPU's memory does not do, even when all else has left it
 ├── EntryLost                                  a stored residual that the plan promised is gone
+│   └── StoreDied                              the store that had it is no more
 ├── StaleLease                                 a lease of a store, or of a holder, that is no more
 ├── StaleWork                                  work for a life of a run that is over
 ├── NotAdopted                                 work for a run of which a GPU actor was not told
@@ -95,6 +97,10 @@ class HostMemoryShort(ResourcesUnavailable):
     """A node has too little memory for `store.host_bytes`; another attempt would find no more."""
 
 
+class NoPlace(ResourcesUnavailable):
+    """No node of the cluster has free what a GPU actor needs."""
+
+
 class ActorVersionMismatch(EditRayError):
     """The living actors were started from another version of edit_ray."""
 
@@ -109,6 +115,10 @@ class OutOfMemory(EditRayError):
 
 class EntryLost(EditRayError):
     """A residual that the reuse plan promised to a segment cannot be had."""
+
+
+class StoreDied(EntryLost):
+    """The store died that was to bring residuals, or to keep them."""
 
 
 class StaleLease(EditRayError):

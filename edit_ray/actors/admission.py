@@ -17,11 +17,12 @@ from edit_ray.actors.hardware import Provenance, check_same, differing
 from edit_ray.actors.kept import can_be_made_again
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import RunSpec
+from edit_ray.actors.places import usable_workers
 from edit_ray.actors.space import room_in, shortage_before
 from edit_ray.actors.threads import in_own_thread
 from edit_ray.actors.watchdog import answered
 from edit_ray.config import Config, check_config, dump_yaml, load_config
-from edit_ray.errors import ConfigError, ResourcesUnavailable, RunDamaged, RunExists, RunLocked, UnknownRun
+from edit_ray.errors import ConfigError, NoPlace, ResourcesUnavailable, RunDamaged, RunExists, RunLocked, UnknownRun
 from edit_ray.files import digest_of, digest_of_file
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
@@ -120,10 +121,7 @@ class Admission:
         try:
             config = await asyncio.to_thread(load_config, folder.run_yaml, (), check_model=False)
             spec = RunSpec.of(root, config, file.manifest)
-            worker = await asyncio.to_thread(last_worker, spec) or 0
-            if worker >= config.engine.gpu_actors:
-                worker = 0
-            await self._crew.start(spec, worker)
+            worker = await self._start(spec, await asyncio.to_thread(last_worker, spec) or 0)
             settings = await asyncio.to_thread(folder.run_yaml.read_bytes)
             provenance = await self._provenance(spec, settings, worker)
             if not allow_different_hardware:
@@ -144,8 +142,17 @@ class Admission:
             file.close()
             raise
         run = LiveRun.of(RunSpec.of(root, config, file.manifest), file)
-        run.may_move, run.damaged = allow_different_hardware, damaged
+        run.may_move, run.damaged, run.worked_on = allow_different_hardware, damaged, worker
         return run
+
+    async def _start(self, spec: RunSpec, worker: int) -> int:
+        """The GPU actor that had the run last, whose number this returns; where it has no place, the first one."""
+        if 0 < worker < await usable_workers(self._crew, spec):
+            with contextlib.suppress(NoPlace):
+                await self._crew.start(spec, worker)
+                return worker
+        await self._crew.start(spec, 0)
+        return 0
 
     async def _provenance(self, spec: RunSpec, settings: bytes, worker: int = 0) -> Provenance:
         """What the run's bits depend on; `settings` is its run.yaml."""

@@ -21,6 +21,10 @@ class Pointer:
     begun: bool = False
 
 
+class ActorGone(ConnectionError):
+    """An actor died, or is being started again."""
+
+
 class NotStarted(ConnectionError):
     """An actor that this incarnation of the segment scheduler has not started, or found."""
 
@@ -32,11 +36,18 @@ class NoAnswer(ConnectionError):
 class Crew(Protocol):
     """GPU actors, numbered from 0, each with a CacheStore actor beside it.
 
-    A call to an actor that is not there raises ConnectionError, to one that nobody asked for NotStarted.
+    A call to an actor that is not there raises ActorGone, to one that nobody asked for NotStarted: both are a
+    ConnectionError.
     """
 
     async def start(self, spec: RunSpec, worker: int) -> None:
-        """The two exist, answer and fit this run. Raises ResourcesUnavailable, ActorVersionMismatch, ConfigError."""
+        """The two exist, answer and fit this run. Raises ResourcesUnavailable, ActorVersionMismatch, ConfigError.
+
+        Where no node has what they need it is NoPlace.
+        """
+
+    async def places(self, spec: RunSpec) -> int | None:
+        """How many GPU actors for such a run all nodes hold together, whoever uses them now; None: nobody knows."""
 
     async def denoiser(self, worker: int, method: str, *arguments: Any) -> Any: ...
     async def store(self, worker: int, method: str, *arguments: Any) -> Any: ...

@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray import PlacementGroupID
 from ray._private.authentication import authentication_token_setup as ray_token
+from ray._private.state import state
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.experimental import internal_kv
 from ray.util.placement_group import (
@@ -28,14 +29,14 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from edit_ray.actors.address import check_address
-from edit_ray.actors.crew import NotStarted, Pointer
+from edit_ray.actors.crew import ActorGone, NotStarted, Pointer
 from edit_ray.actors.messages import GROUP_OF, RunSpec, code_version
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.actors.shells import CacheStoreActor, DenoiserActor
 from edit_ray.actors.threads import in_own_thread
 from edit_ray.config import Config
 from edit_ray.engine.model_info import dtype_problem
-from edit_ray.errors import ActorVersionMismatch, ConfigError, ResourcesUnavailable
+from edit_ray.errors import ActorVersionMismatch, ConfigError, NoPlace, ResourcesUnavailable
 from edit_ray.metrics.exporter import remove_targets
 
 NAMESPACE = "edit_ray"
@@ -49,6 +50,7 @@ _ENDED_S = 0.3
 SCHEDULER_RESOURCE = "edit_ray_scheduler"  # of nodes that are to have it; where there is none, any node may
 
 _log = logging.getLogger(__name__)
+_DIED = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)  # the latter where Ray's own killer was at it
 _STAYS = {"namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
 
 
@@ -202,7 +204,13 @@ class RayCrew:
 
     async def start(self, spec: RunSpec, worker: int) -> None:
         async with self._starting.setdefault(worker, asyncio.Lock()):  # two would each make the worker's place
-            await in_own_thread(self._start, spec, worker)
+            try:
+                await in_own_thread(self._start, spec, worker)
+            except _DIED as lost:
+                raise ActorGone(f"an actor died while it was started: {type(lost).__name__}") from None
+
+    async def places(self, spec: RunSpec) -> int | None:
+        return await asyncio.to_thread(_places, _needs(spec.config))
 
     async def denoiser(self, worker: int, method: str, *arguments: Any) -> Any:
         name = name_of(DENOISER, worker)
@@ -252,8 +260,8 @@ class RayCrew:
 
     def _start(self, spec: RunSpec, worker: int) -> None:
         deadline = time.monotonic() + spec.config.engine.start_timeout_s
-        num_gpus = _gpus_for(spec.config)
-        needs = {"CPU": 1, "GPU": num_gpus} if num_gpus else {"CPU": 1}
+        needs = _needs(spec.config)
+        num_gpus = needs.get("GPU", 0)
         place = name_of(PLACEMENT, worker)
         found = _placements().get(place)
         group = found or placement_group([needs], name=place, lifetime="detached")
@@ -319,8 +327,8 @@ class StoreCalls:
         def reply() -> Any:
             try:
                 return ray.get(reference)
-            except ray.exceptions.RayActorError as lost:
-                raise ConnectionError(f"the actor {CACHE_STORE!r} is gone: {type(lost).__name__}") from None
+            except _DIED as lost:
+                raise ActorGone(f"the actor {CACHE_STORE!r} is gone: {type(lost).__name__}") from None
 
         return reply
 
@@ -328,8 +336,8 @@ class StoreCalls:
 async def _reply(name: str, reference: Any) -> Any:
     try:
         return await reference
-    except ray.exceptions.RayActorError as lost:
-        raise ConnectionError(f"the actor {name!r} is gone: {type(lost).__name__}") from None
+    except _DIED as lost:
+        raise ActorGone(f"the actor {name!r} is gone: {type(lost).__name__}") from None
 
 
 def _placements() -> dict[str, PlacementGroup]:
@@ -350,12 +358,26 @@ def _gpus_for(config: Config) -> int:
     return 1 if device == "cuda" else 0
 
 
+def _needs(config: Config) -> dict[str, int]:
+    """What a GPU actor for such a run takes of a node."""
+    gpus = _gpus_for(config)
+    return {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
+
+
+def _places(needs: dict[str, int]) -> int | None:
+    """How many times all nodes together hold this; None where an autoscaler may start more nodes."""
+    if state.get_cluster_config() is not None:
+        return None
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(has.get(name, 0) // number) for name, number in needs.items()) for has in alive)
+
+
 def _await_placement(group: PlacementGroup, needs: dict[str, int], deadline: float) -> None:
-    """Waits for the worker's place. Raises ResourcesUnavailable with what is there and what is missing."""
+    """Waits for the worker's place. Raises NoPlace with what is there and what is missing."""
     if not group.wait(max(0.0, deadline - time.monotonic())):
         has, free = ray.cluster_resources(), ray.available_resources()
         lines = [f"{name}: {n} needed, {free.get(name, 0):g} free of {has.get(name, 0):g}" for name, n in needs.items()]
-        raise ResourcesUnavailable(
+        raise NoPlace(
             f"the GPU actor found no place in this Ray cluster within engine.start_timeout_s ({'; '.join(lines)}); "
             "free or add resources, or choose another model.device"
         )

@@ -20,7 +20,7 @@ from edit_ray.cache.stores.open_segment import Lease
 from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.cache.stores.store import Key
 from edit_ray.engine.reuse import Reuse
-from edit_ray.errors import ConfigError, EntryLost, StaleLease
+from edit_ray.errors import ConfigError, StaleLease, StoreDied
 
 T = TypeVar("T")
 ON_THEIR_WAY = 4  # entries
@@ -219,7 +219,7 @@ class SegmentLeases:
             try:
                 return self._store.call(method, *which, *arguments)()
             except ConnectionError as gone:
-                raise EntryLost(f"The store did not answer: {gone}") from None
+                raise StoreDied(f"The store did not answer: {gone}") from None
 
         def fetch(index: int, skipped: list[int]) -> Bytes | None:
             data: Bytes | None = call("fetch", index, skipped, self._timeout_s)

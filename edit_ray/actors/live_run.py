@@ -35,12 +35,13 @@ class LiveRun:
     file: ManifestFile
     stream: StreamFiles
     worker: int | None = None  # its GPU actor
+    worked_on: int | None = None  # which GPU actor had it in an earlier life: beside it lies what its segments reuse
     may_move: bool = False  # to other hardware (--allow-different-hardware)
     damaged: Damage = field(default_factory=dict)  # committed files that are to be made again
     final_digest: str | None = None  # of final.mp4, once it is there
     unrecorded: Ended | None = None  # its end, where that could not be written
     lookback_latents: int = 0  # before a segment, that its decoding may need
-    warning: str | None = None  # what will go wrong if nobody does anything
+    warnings: dict[str, str | None] = field(default_factory=dict)  # by subject: what goes wrong if nobody does anything
     removed: Retention = KEEP_ALL  # up to which segments this incarnation has removed old files
     statistics: dict[int, dict[str, float]] = field(default_factory=dict)  # of segments that are not committed
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -73,6 +74,11 @@ class LiveRun:
     def end(self) -> Ended | None:
         """How it has ended; None while it has not."""
         return self.manifest.end or self.unrecorded
+
+    @property
+    def warning(self) -> str | None:
+        """All that a client is to be warned of, in one line."""
+        return "; ".join(said for said in self.warnings.values() if said) or None
 
     async def on_disk(self, work: Callable[..., T], *arguments: object) -> T:
         """What work on the run's folder returns, one piece at a time, or raises.

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from edit_ray.actors.cache_store import CacheStoreActor
-from edit_ray.actors.crew import Pointer
+from edit_ray.actors.crew import NotStarted, Pointer
 from edit_ray.actors.denoiser import DenoiserActor
 from edit_ray.actors.messages import GROUP_OF, RunSpec
 
@@ -45,13 +45,16 @@ class LocalCrew:
         if worker not in self.workers:
             self.workers[worker] = LocalWorker(worker)
 
+    async def places(self, spec: RunSpec) -> int | None:
+        return None
+
     async def denoiser(self, worker: int, method: str, *arguments: Any) -> Any:
-        of = self.workers[worker]
+        of = self._worker(worker)
         threads = of.threads[GROUP_OF.get(method, "control")]
         return await asyncio.get_running_loop().run_in_executor(threads, getattr(of.denoiser, method), *arguments)
 
     async def store(self, worker: int, method: str, *arguments: Any) -> Any:
-        return await asyncio.to_thread(getattr(self.workers[worker].store, method), *arguments)
+        return await asyncio.to_thread(getattr(self._worker(worker).store, method), *arguments)
 
     async def restart_denoiser(self, worker: int) -> None:
         """What a thread is at cannot be killed: it goes on, and nobody waits for it."""
@@ -76,3 +79,8 @@ class LocalCrew:
     async def end(self) -> None:
         for worker in self.workers.values():
             worker.end()
+
+    def _worker(self, worker: int) -> LocalWorker:
+        if worker not in self.workers:
+            raise NotStarted(f"worker {worker} was not started")
+        return self.workers[worker]

@@ -13,15 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edit_ray.actors.admission import (
-    Admission,
-    Change,
-    OnDamage,
-    Submission,
-    check_answers,
-    denoised_before,
-    last_worker,
-)
+from edit_ray.actors.admission import Admission, Change, OnDamage, Submission, check_answers, denoised_before
 from edit_ray.actors.best_effort import best_effort
 from edit_ray.actors.changes import extension, reroll
 from edit_ray.actors.closing import close_run, stop_work
@@ -29,6 +21,7 @@ from edit_ray.actors.crew import Crew, Pointer
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import Progress, RunStatus, StreamReply, code_version
 from edit_ray.actors.meter import Meter
+from edit_ray.actors.places import LOOK_AGAIN_S, missing, usable_workers
 from edit_ray.actors.pointers import Pointers
 from edit_ray.actors.recovery import Recovery, WaitingRun
 from edit_ray.actors.space import is_full
@@ -236,7 +229,7 @@ class SegmentSchedulerActor:
             await self._serve_metrics(run)
 
     async def _come_back(self, run: LiveRun, waiting: WaitingRun) -> None:
-        await self._live(run, waiting.pointer.worker, recovered=True)
+        await self._live(run, recovered=True)
         if waiting.cancelled:
             self._apply(CancelAsked(waiting.run_id))
         if self._recovered.done():
@@ -298,13 +291,12 @@ class SegmentSchedulerActor:
                 if self._idle:
                     self._spawn(self._exit_when_idle(engine.idle_exit_s))
 
-    async def _live(self, run: LiveRun, worker: int | None = None, recovered: bool = False) -> RunStatus:
+    async def _live(self, run: LiveRun, recovered: bool = False) -> RunStatus:
         """From here on the state machine has the run. Where that fails another process may open it."""
         spec, committed = run.spec, len(run.manifest.segments)
         try:
             denoised = await run.on_disk(denoised_before, spec, committed)
-            if worker is None:  # beside the one that had the run last lies what its segments keep for each other
-                worker = await run.on_disk(last_worker, spec)
+            usable = await usable_workers(self._crew, spec)
         except BaseException:
             await run.close()
             raise
@@ -312,9 +304,20 @@ class SegmentSchedulerActor:
         self._runs.pop(spec.run_id, None)  # of an earlier life
         self._runs[spec.run_id] = run
         self._meter.opened(run, recovered=recovered)
-        self._apply(WorkersCounted(spec.config.engine.gpu_actors))
-        self._apply(RunSubmitted(spec.plan, committed, committed + len(denoised), worker))
+        run.warnings["cluster"] = missing(spec, usable)
+        self._apply(WorkersCounted(usable))
+        self._apply(RunSubmitted(spec.plan, committed, committed + len(denoised), run.worked_on))
+        self._spawn(self._count_again(run))
         return self._status_without_progress(run)
+
+    async def _count_again(self, run: LiveRun) -> None:
+        """While the run waits for a GPU actor, nodes may come."""
+        while not run.ended:
+            await asyncio.sleep(LOOK_AGAIN_S)
+            if self._machine.state(run.spec.run_id) == "queued":
+                usable = await usable_workers(self._crew, run.spec)
+                run.warnings["cluster"] = missing(run.spec, usable)
+                self._apply(WorkersCounted(usable))
 
     # What the state machine is told, and what it says.
 
@@ -351,12 +354,15 @@ class SegmentSchedulerActor:
             with self._meter.work(run, work):
                 await self._stages.carry_out(run, work)
         except Exception as error:  # whatever it was, the state machine decides what follows
-            sentence, fatal = await explain(error, run)
+            sentence, kind = await explain(error, run)
             _log.warning("%s of run %s, segment %s: %s", work.stage, work.run_id, work.segment_index, sentence)
             if not isinstance(error, EditRayError | ConnectionError) and not is_full(error):
                 _log.warning("%s", "".join(traceback.format_exception(error)))
-            outcome = WorkFailed(work, sentence, fatal)
+            if kind == "no place":
+                run.worker, run.warnings["place"] = None, sentence
+            outcome = WorkFailed(work, sentence, kind)
         else:
+            run.warnings.pop("place", None)
             outcome = WorkDone(work)
         self._apply(outcome)
         await run.tell()

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from edit_ray import files
 from edit_ray.actors.best_effort import best_effort
-from edit_ray.actors.crew import Crew
+from edit_ray.actors.crew import ActorGone, Crew
 from edit_ray.actors.hardware import check_same, differing
 from edit_ray.actors.live_run import FolderSilent, LiveRun
 from edit_ray.actors.messages import RunSpec, statistics
@@ -21,6 +21,7 @@ from edit_ray.errors import (
     EditRayError,
     EntryLost,
     HostMemoryShort,
+    NoPlace,
     NotAdopted,
     OutOfMemory,
     ResourcesUnavailable,
@@ -29,11 +30,13 @@ from edit_ray.errors import (
     SegmentFailed,
     StaleLease,
     StaleWork,
+    StoreDied,
 )
-from edit_ray.runs.events import Work
+from edit_ray.runs.events import FailureKind, Work
 from edit_ray.runs.manifest import Committed, Dropped, HardwareChanged, SegmentRecord, Tiled
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.runs.retention import retention
+from edit_ray.video.encode import EncoderKilled
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -41,6 +44,9 @@ _DIGEST = "_xxh3"  # ends the names of figures that are digests of files
 
 # Errors of ours that another attempt may not meet again.
 _REPEATABLE = (SegmentFailed, RunCancelled, EntryLost, StaleLease, StaleWork, NotAdopted, ResourcesUnavailable)
+
+# What comes of the death of an actor, or of the encoder.
+_DEATHS = (ActorGone, StoreDied, StaleLease, NotAdopted, EncoderKilled)
 
 RETRY_PAUSE_S, LONGEST_RETRY_PAUSE_S = 1.0, 30.0  # the first pause, and what doubling it leads to
 
@@ -200,7 +206,7 @@ class Stages:
         with best_effort(f"drop old segments of run {run.spec.run_id}"):
             await self._drop_old_segments(run)
         with best_effort(f"foresee the disk space of run {run.spec.run_id}"):
-            run.warning = await run.on_disk(shortage_after, run.spec, run.manifest.segments)
+            run.warnings["disk"] = await run.on_disk(shortage_after, run.spec, run.manifest.segments)
 
     async def _drop_old_segments(self, run: LiveRun) -> None:
         """Says first that they are gone, then removes them: nobody looks for what is not there."""
@@ -240,18 +246,22 @@ def digests_in(figures: Mapping[str, float]) -> dict[str, str]:
     }
 
 
-async def explain(error: Exception, run: LiveRun) -> tuple[str, bool]:
-    """One sentence for the user, and whether trying again is pointless."""
+async def explain(error: Exception, run: LiveRun) -> tuple[str, FailureKind]:
+    """One sentence for the user, and what kind of failure it is."""
     cause = getattr(error, "cause", None) or error
     path = run.spec.folder.path
     if not isinstance(error, FolderSilent) and await run.is_gone():
-        return f"the run's folder {path} was removed while the run was at work", True
+        return f"the run's folder {path} was removed while the run was at work", "fatal"
     if is_full(cause):
-        return f"no space is left for {path}; free some, then go on with `edit-ray resume {run.spec.run_id}`", False
+        return f"no space is left for {path}; free some, then go on with `edit-ray resume {run.spec.run_id}`", "error"
     sentence = str(cause).strip().splitlines()[0] if str(cause).strip() else "no message"
-    ours = isinstance(cause, EditRayError)
-    fatal = isinstance(cause, HostMemoryShort) or (ours and not isinstance(cause, _REPEATABLE))
-    return (sentence if ours else f"{type(cause).__name__}: {sentence}"), fatal
+    if isinstance(cause, NoPlace):
+        return sentence, "no place"
+    if not isinstance(cause, EditRayError):
+        sentence = f"{type(cause).__name__}: {sentence}"
+    elif isinstance(cause, HostMemoryShort) or not isinstance(cause, _REPEATABLE):
+        return sentence, "fatal"
+    return sentence, "death" if isinstance(cause, _DEATHS) else "error"
 
 
 def _segment(run: LiveRun, work: Work) -> SegmentPlan:

@@ -141,9 +141,11 @@ class EngineOptions(Options):
     With `cfg_parallel` each GPU actor has two GPUs, one for each branch of classifier-free guidance. A run pauses
     `max_ahead` segments beyond what its clients have taken. An actor that makes no step for `step_timeout_s` seconds is
     killed and started again; so is one that loads a model for more than `load_timeout_s`, and one that does not answer
-    a question, or obey a cancel, for `answer_timeout_s`. `tiled_decode` auto decodes in tiles from the segment on for
-    which the GPU's memory did not do, always from the first one. A GPU actor keeps the decoder states of the last
-    `max_live_decoders` runs.
+    a question, or obey a cancel, for `answer_timeout_s`. Work that fails is tried again `segment_retries` times; an
+    actor or an encoder that dies is no failure of the work, unless it happens more than ten times during the same work.
+    Of `gpu_actors` as many are used as the cluster has places for. `tiled_decode` auto decodes in tiles from the
+    segment on for which the GPU's memory did not do, always from the first one. A GPU actor keeps the decoder states of
+    the last `max_live_decoders` runs.
     """
 
     mode: Mode = "exact"

@@ -46,7 +46,10 @@ class RunSubmitted:
 
 @dataclass(frozen=True)
 class WorkersCounted:
-    """So many GPU actors may be used, numbered from 0; never fewer than before."""
+    """`count` GPU actors may be used, numbered from 0; never fewer than before.
+
+    Those that had no place in the cluster may have one now.
+    """
 
     count: int
 
@@ -88,13 +91,19 @@ class WorkDone:
     work: Work
 
 
+FailureKind = Literal["error", "fatal", "death", "no place"]
+"""`error`: the work failed, and may succeed the next time. `fatal`: it would fail the same way again. `death`: an actor
+died, or a process of one. `no place`: the cluster has no place for the GPU actor.
+"""
+
+
 @dataclass(frozen=True)
 class WorkFailed:
-    """With `fatal` another attempt would fail the same way."""
+    """`error` is one sentence for the user."""
 
     work: Work
     error: str
-    fatal: bool = False
+    kind: FailureKind = "error"
 
 
 Event = RunSubmitted | WorkersCounted | Consumed | CancelAsked | WorkDone | WorkFailed

@@ -6,18 +6,20 @@ denoised while k is decoded and encoded, and never further ahead than that: deno
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from edit_ray.runs.events import EndState, RunState, Stage, Work
+from edit_ray.runs.events import EndState, FailureKind, RunState, Stage, Work
 from edit_ray.runs.plan import RunPlan
 
 LEAD = 2  # segments that may be denoised and not yet committed
+MOST_DEATHS = 10  # of actors during one piece of work; one more, and the work is taken for their cause
 
 
 @dataclass
 class ScheduledRun:
-    """A run that has not ended. `worker` is its GPU actor as soon as it has one, and stays so."""
+    """A run that has not ended. `worker` is its GPU actor, which it keeps unless that one finds no place."""
 
     plan: RunPlan
     committed: int = 0  # segments 0 … committed-1 are durable
@@ -28,7 +30,7 @@ class ScheduledRun:
     encoded: int = field(init=False)
     consumed: int = 0  # segments 0 … consumed-1 were taken by a client
     in_flight: dict[Stage, Work] = field(default_factory=dict)
-    failures: dict[tuple[Stage, int | None], int] = field(default_factory=dict)
+    failures: defaultdict[tuple[Stage, int | None], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     error: str | None = None
     end: EndState = "cancelled"  # what the run becomes once stopped
 
@@ -62,15 +64,29 @@ class ScheduledRun:
             case "finalize":
                 self.state, self.end, self.error = "stopping", "done", None
 
-    def failed(self, stage: Stage, error: str, fatal: bool) -> str | None:
-        """The work in flight for this stage has failed; returns why the run cannot go on, if it cannot."""
+    def failed(self, stage: Stage, error: str, kind: FailureKind) -> str | None:
+        """The work in flight for this stage has failed; returns why the run cannot go on, if it cannot.
+
+        Deaths of actors have a bound of their own: most are no fault of the work that they interrupt.
+        """
         segment_index = self.in_flight.pop(stage).segment_index
-        failures = self.failures[stage, segment_index] = self.failures.get((stage, segment_index), 0) + 1
-        if not fatal and failures <= self.plan.retries:
-            return None
-        where = "" if segment_index is None else f" of segment {segment_index}"
-        again = "" if fatal else f" (attempt {failures} of {self.plan.retries + 1})"
-        return f"{stage}{where} failed{again}: {error}"
+        counts = self.failures[stage, segment_index]
+        counts[kind] += 1
+        what = stage if segment_index is None else f"{stage} of segment {segment_index}"
+        match kind:
+            case "fatal":
+                return f"{what} failed: {error}"
+            case "death":
+                cause = f"actors died {counts[kind]} times during this work, which may be why (is memory short?)"
+                return f"{what} failed: {cause}: {error}" if counts[kind] > MOST_DEATHS else None
+        failures, most = counts["error"] + counts["no place"], self.plan.retries + 1
+        return f"{what} failed (attempt {failures} of {most}): {error}" if failures >= most else None
+
+    def displaced(self, stage: Stage) -> None:
+        """Its GPU actor has no place: the run waits for another one, and begins there with its preparation."""
+        for again in {(stage, self.in_flight.pop(stage).segment_index), ("prepare", None)}:
+            self.failures[again]["displaced"] += 1  # another attempt, whatever happened to the ones before
+        self.state = "queued"
 
     @property
     def _all_committed(self) -> bool:
@@ -105,7 +121,7 @@ class ScheduledRun:
     def _work(self, stage: Stage) -> Work:
         index = {"denoise": self.denoised, "decode": self.decoded, "encode": self.encoded, "commit": self.committed}
         segment_index = index.get(stage)
-        attempt = self.failures.get((stage, segment_index), 0)
+        attempt = self.failures.get((stage, segment_index), Counter()).total()
         assert self.worker is not None, f"{stage} of a run that has no GPU actor"
         self.in_flight[stage] = Work(
             self.plan.run_id, self.plan.incarnation, stage, segment_index, attempt, self.worker

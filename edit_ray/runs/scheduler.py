@@ -1,6 +1,7 @@
 """What runs next: a plain state machine, no clock, no I/O. Its shell carries the instructions out and reports back.
 
-Runs get GPU actors in the order of submission, each run one, which it keeps while it lives; the others wait.
+Runs get GPU actors in the order of submission, each run one; the others wait. A run keeps its GPU actor while it lives.
+One whose GPU actor has no place in the cluster waits for another.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from edit_ray.runs.events import (
     Consumed,
     EndState,
     Event,
+    FailureKind,
     Instruction,
     RunState,
     RunSubmitted,
@@ -29,6 +31,7 @@ class SegmentScheduler:
 
     def __init__(self, workers: int = 1) -> None:
         self._workers = workers
+        self._lacking: set[int] = set()  # GPU actors that found no place since they were counted last
         self._runs: dict[str, ScheduledRun] = {}  # those that live, in the order of submission
 
     def handle(self, event: Event) -> list[Instruction]:
@@ -41,6 +44,7 @@ class SegmentScheduler:
                 return self._submit(event)
             case WorkersCounted(count):
                 self._workers = max(self._workers, count)
+                self._lacking.clear()
                 return self._advance()
             case Consumed(run_id, segments):
                 return self._consumed(run_id, segments)
@@ -48,8 +52,8 @@ class SegmentScheduler:
                 return self._stop(run_id, "cancelled", None)
             case WorkDone(work):
                 return self._done(work) if self._in_flight(work) else []
-            case WorkFailed(work, error, fatal):
-                return self._failed(work, error, fatal) if self._in_flight(work) else []
+            case WorkFailed(work, error, kind):
+                return self._failed(work, error, kind) if self._in_flight(work) else []
 
     def state(self, run_id: str) -> RunState | None:
         """Where a run stands; None once it has ended."""
@@ -93,9 +97,13 @@ class SegmentScheduler:
         run.done(work.stage)
         return self._close_if_still(run) if run.state == "stopping" else self._advance()
 
-    def _failed(self, work: Work, error: str, fatal: bool) -> list[Instruction]:
+    def _failed(self, work: Work, error: str, kind: FailureKind) -> list[Instruction]:
         run = self._runs[work.run_id]
-        why = run.failed(work.stage, error, fatal)
+        if kind == "no place" and run.state != "stopping" and self._others_have_places(work.worker):
+            self._lacking.add(work.worker)
+            run.displaced(work.stage)
+            return self._advance()
+        why = run.failed(work.stage, error, kind)
         if run.state == "stopping":
             return self._close_if_still(run)
         return self._advance() if why is None else self._stop(work.run_id, "failed", why)
@@ -121,14 +129,19 @@ class SegmentScheduler:
         """Gives GPU actors to runs that wait for one, then begins all work that can begin."""
         instructions: list[Instruction] = []
         for run in self._runs.values():
-            if run.state == "queued":
-                free = [worker for worker in range(self._workers) if worker not in self._taken()]
+            if run.state == "queued" and not run.in_flight:
+                if run.worker in self._lacking:
+                    run.worker = None
+                free = [worker for worker in range(self._workers) if worker not in self._taken() | self._lacking]
                 if run.worker is None and free:
                     run.worker = free[0]
                 if run.worker is not None:
                     run.state = "preparing"
             instructions += run.begin()
         return instructions
+
+    def _others_have_places(self, worker: int) -> bool:
+        return any(other not in self._lacking for other in range(self._workers) if other != worker)
 
     def _taken(self) -> set[int | None]:
         return {run.worker for run in self._runs.values()}

@@ -40,6 +40,10 @@ class EncodeError(RuntimeError):
     """ffmpeg failed; the message ends with its last words."""
 
 
+class EncoderKilled(EncodeError):
+    """A signal ended ffmpeg."""
+
+
 @dataclass(frozen=True)
 class Patience:
     """An ffmpeg that does nothing for `timeout_s` is killed; `working` is called again and again while it works.
@@ -209,7 +213,7 @@ def _work_of(pid: int) -> bytes:
 
 def _check(code: int, said: bytes, subject: str) -> None:
     if code < 0:
-        raise EncodeError(f"ffmpeg was killed by signal {-code} while it worked on {subject}")
+        raise EncoderKilled(f"ffmpeg was killed by signal {-code} while it worked on {subject}")
     if code:
         words = said.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {code}"]
         if os.strerror(errno.ENOSPC).encode() in said:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from edit_ray.actors import stages
+from edit_ray.actors.crew import ActorGone
 from edit_ray.actors.local import LocalCrew, LocalWorker
 from edit_ray.actors.messages import RunSpec, RunStatus
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
@@ -81,7 +82,7 @@ class Shape:
                 "cache": cache,
                 "store": {"host_bytes": 16 * 4096, "allow_tmpfs": True},
                 "output": {"keep_segments": keep},
-                "engine": {"cpu_threads": 1, "idle_exit_s": 3600},
+                "engine": {"cpu_threads": 1, "idle_exit_s": 3600, "segment_retries": 0},
             }
         )
 
@@ -133,7 +134,7 @@ class Weather(LocalCrew):
         if at_work is not None:
             with contextlib.suppress(Exception):
                 await at_work
-        raise ConnectionError("the actor died")
+        raise ActorGone("the actor died")
 
 
 class History:

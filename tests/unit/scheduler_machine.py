@@ -5,6 +5,7 @@ it die: a GPU actor loses whatever it works on, and a segment scheduler is repla
 durable, while reports of the old one's work still come in.
 """
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from edit_ray.runs.events import (
     WorkFailed,
 )
 from edit_ray.runs.plan import RunPlan
-from edit_ray.runs.run_state import LEAD
+from edit_ray.runs.run_state import LEAD, MOST_DEATHS
 from edit_ray.runs.scheduler import SegmentScheduler
 
 INDEX = st.integers(0, 63)
@@ -38,6 +39,9 @@ class Durable:
     latents: int = 0  # segments 0 … latents-1 of the latest take have latents
     media: set[int] = field(default_factory=set)  # segments of it that were encoded in this life
     worker: int | None = None
+    prepared: bool = False  # on this GPU actor
+    had: int | None = None  # the GPU actor that it has lost
+    displaced: bool = False  # its GPU actor has no place, and what was begun there has not ended
     consumed: int = 0  # what clients have told the segment scheduler in this life
     ended: CloseRun | None = None
 
@@ -59,6 +63,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.late = []  # work that has ended, or that nobody waits for any more
         self.stopping = set()
         self.states = {}  # how runs have ended
+        self.lacking = set()  # GPU actors without a place
+        self.failures = defaultdict(Counter)  # of each kind, by run, incarnation, stage and segment
 
     # What the shell does.
 
@@ -89,7 +95,7 @@ class AnyOrder(RuleBasedStateMachine):
                     assert not self.of(run_id), "a run ends while it is worked on"
                     assert (state == "failed") == (error is not None)
                     assert state != "done" or run.committed == run.plan.num_segments
-                    assert worker == run.worker
+                    assert worker in (run.worker, run.had)
                     self.stopping.discard(run_id)
                     run.ended, run.worker = instruction, None
                     self.states[run_id] = state
@@ -97,14 +103,19 @@ class AnyOrder(RuleBasedStateMachine):
     def begin(self, run, work):
         assert work.run_id not in self.stopping, f"{work} of a run that is being stopped"
         assert work.incarnation == run.plan.incarnation
-        assert 0 <= work.attempt <= run.plan.retries, "given up too late"
+        counts = self.failures[work.run_id, work.incarnation, work.stage, work.segment_index]
+        assert counts["error"] <= run.plan.retries, "given up too late"
+        assert counts["death"] <= MOST_DEATHS, "given up too late"
+        assert not run.displaced, "its GPU actor has no place"
+        assert run.prepared != (work.stage == "prepare"), "prepared once on each GPU actor, before all else"
         assert work not in [*self.open, *self.late], f"{work} is asked for twice"
         assert not [other for other in self.of(work.run_id) if other.stage == work.stage], "one of a kind at a time"
         assert run.worker in (None, work.worker), "a run changes its GPU actor"
         others = [other for other in self.runs.values() if other is not run and other.worker == work.worker]
         assert not others, "one run at a time on a GPU actor"
         assert work.worker < self.workers
-        run.worker = work.worker
+        assert work.worker not in self.lacking, "a GPU actor without a place"
+        run.worker, run.had = work.worker, None
         self.check_order(run, work)
         self.open.append(work)
 
@@ -133,6 +144,7 @@ class AnyOrder(RuleBasedStateMachine):
     def come_true(self, work):
         """The work's effect on what is durable."""
         run = self.runs[work.run_id]
+        run.prepared |= work.stage == "prepare" and not run.displaced
         if work.stage == "denoise":
             assert work.segment_index == run.latents or work.segment_index < run.latents
             run.latents = max(run.latents, work.segment_index + 1)
@@ -145,6 +157,7 @@ class AnyOrder(RuleBasedStateMachine):
     def submit(self, plan, worker=None):
         run = self.runs[plan.run_id]
         run.plan, run.ended, run.media, run.consumed = plan, None, set(), 0
+        run.prepared, run.displaced, run.had = False, False, None
         # The latest latents may be of a segment that was not complete: it is made again, here in every other life.
         denoised = max(run.committed, run.latents - plan.incarnation % 2)
         self.handle(RunSubmitted(plan, run.committed, denoised, worker))
@@ -177,26 +190,62 @@ class AnyOrder(RuleBasedStateMachine):
             self.handle(WorkDone(work))
 
     @precondition(lambda self: self.open)
-    @rule(index=INDEX, fatal=st.sampled_from([False, False, True]))
-    def fail(self, index, fatal):
+    @rule(index=INDEX, kind=st.sampled_from(["error", "error", "fatal"]))
+    def fail(self, index, kind):
         work = self.take(index)
         self.count(f"{work.stage} failed")
-        self.handle(WorkFailed(work, "it broke", fatal))
+        self.report(work, kind)
 
     def take(self, index):
         work = self.open.pop(index % len(self.open))
         self.late.append(work)
+        run = self.runs[work.run_id]
+        if run.displaced and not self.of(work.run_id) and work.run_id not in self.stopping:
+            run.worker, run.had, run.displaced = None, run.worker, False
         return work
+
+    def report(self, work, kind):
+        """Work has failed. The run ends where that was too often, and else it goes on."""
+        counts = self.failures[work.run_id, work.incarnation, work.stage, work.segment_index]
+        counts[kind] += 1
+        too_often = counts["error"] > self.runs[work.run_id].plan.retries or counts["death"] > MOST_DEATHS
+        stopping = work.run_id in self.stopping
+        self.handle(WorkFailed(work, "it broke", kind))
+        given_up = self.state(work.run_id) in ("stopping", "failed")
+        assert stopping or given_up == (too_often or kind == "fatal"), f"{counts}: {self.state(work.run_id)}"
+
+    @precondition(lambda self: self.open)
+    @rule(index=INDEX, times=st.sampled_from([1, 1, 2, 11]))
+    def gpu_actor_dies(self, index, times):
+        worker = self.open[index % len(self.open)].worker
+        for _ in range(times):
+            self.count("GPU actor dies")
+            for work in [work for work in self.open if work.worker == worker]:
+                if work in self.open:
+                    self.take(self.open.index(work))
+                    self.report(work, "death")
 
     @precondition(lambda self: self.open)
     @rule(index=INDEX)
-    def gpu_actor_dies(self, index):
-        self.count("GPU actor dies")
+    def no_place(self, index):
+        """A GPU actor is to be started, and no node has what it needs: where others have, the run waits for those."""
+        self.count("no place")
         worker = self.open[index % len(self.open)].worker
-        for work in [work for work in self.open if work.worker == worker]:
-            if work in self.open:
-                self.take(self.open.index(work))
-                self.handle(WorkFailed(work, "the actor is gone"))
+        others = set(range(self.workers)) - self.lacking - {worker}
+        run_id = self.open[index % len(self.open)].run_id
+        if not others or run_id in self.stopping:
+            self.report_no_place(self.take(index))
+            return
+        self.lacking.add(worker)
+        run = self.runs[run_id]
+        run.prepared, run.displaced = False, True
+        self.handle(WorkFailed(self.take(index), "no place", "no place"))
+        assert self.state(run_id) in ("queued", "preparing"), "it waits for another"
+
+    def report_no_place(self, work):
+        """It counts as any failure."""
+        self.failures[work.run_id, work.incarnation, work.stage, work.segment_index]["error"] += 1
+        self.handle(WorkFailed(work, "no place", "no place"))
 
     @precondition(lambda self: self.runs)
     @rule(commits=st.booleans(), forget_workers=st.booleans())
@@ -209,7 +258,7 @@ class AnyOrder(RuleBasedStateMachine):
                 self.come_true(work)
             assert run.ended is None
         self.late += self.open
-        self.open, self.stopping = [], set()
+        self.open, self.stopping, self.lacking = [], set(), set()
         self.scheduler = self.Scheduler(self.workers)
         live = [run for run in self.runs.values() if run.ended is None]
         before = {run.plan.run_id: None if forget_workers else run.worker for run in live}
@@ -243,6 +292,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.handle(CancelAsked(run_id))
         elif what == "count workers":
             self.workers = max(self.workers, index % 3 + 1)
+            self.lacking.clear()
             self.handle(WorkersCounted(index % 3 + 1))
         else:
             run.consumed = max(run.consumed, min(run.committed, run.consumed + index % 3))
@@ -288,7 +338,8 @@ class AnyOrder(RuleBasedStateMachine):
             state, run = self.scheduler.state(run_id), self.runs[run_id]
             if state == "queued":
                 busy = {other.worker for other in self.runs.values() if other.worker is not None}
-                assert len(busy) == self.workers, "a run waits, and a GPU actor is free"
+                free = set(range(self.workers)) - busy - self.lacking
+                assert self.of(run_id) or not free, "a run waits, and a GPU actor is free"
             elif state == "paused":
                 assert run.plan.max_ahead is not None
                 assert run.committed >= run.consumed + run.plan.max_ahead
@@ -319,10 +370,11 @@ class AnyOrder(RuleBasedStateMachine):
 
 FIRED = (
     *("submit", "resume", "extend", "reroll", "cancel", "consume", "count workers"),
-    *("GPU actor dies", "scheduler dies", "late report"),
+    *("GPU actor dies", "scheduler dies", "late report", "no place"),
     *(f"{stage} done" for stage in ("prepare", "denoise", "decode", "encode", "commit", "finalize")),
     *(f"{stage} failed" for stage in ("prepare", "denoise", "decode", "encode", "commit", "finalize")),
     *("none -> queued", "none -> preparing", "done -> queued", "done -> preparing"),
+    *("preparing -> queued", "running -> queued", "running -> preparing"),
     *("queued -> preparing", "preparing -> running", "preparing -> stopping", "preparing -> failed"),
     *("running -> paused", "paused -> running", "running -> stopping", "running -> finalizing", "running -> failed"),
     *("finalizing -> done", "finalizing -> stopping", "finalizing -> failed"),

@@ -8,6 +8,7 @@ from edit_ray.runs.events import (
     CancelAsked,
     CloseRun,
     Consumed,
+    FailureKind,
     RunSubmitted,
     StopWork,
     Work,
@@ -17,6 +18,7 @@ from edit_ray.runs.events import (
 )
 from edit_ray.runs.layout import FrameLayout
 from edit_ray.runs.plan import RunPlan, Scene, Storyboard, Take, segment_seed, take_of, take_seed
+from edit_ray.runs.run_state import MOST_DEATHS
 from edit_ray.runs.scheduler import SegmentScheduler
 
 
@@ -28,8 +30,8 @@ def done(work: Work) -> WorkDone:
     return WorkDone(work)
 
 
-def failed(work: Work, *, fatal: bool = False) -> WorkFailed:
-    return WorkFailed(work, "it broke", fatal)
+def failed(work: Work, kind: FailureKind = "error") -> WorkFailed:
+    return WorkFailed(work, "it broke", kind)
 
 
 def run_to_end(scheduler: SegmentScheduler, instructions: list) -> list:
@@ -86,7 +88,70 @@ def test_a_segment_that_fails_too_often_ends_its_run_and_says_why():
 def test_a_fatal_failure_is_not_tried_again():
     scheduler = SegmentScheduler()
     (prepare,) = scheduler.handle(RunSubmitted(plan("a", 2, retries=5)))
-    assert scheduler.handle(failed(prepare, fatal=True)) == [CloseRun("a", "failed", "prepare failed: it broke", 0)]
+    assert scheduler.handle(failed(prepare, "fatal")) == [CloseRun("a", "failed", "prepare failed: it broke", 0)]
+
+
+def test_deaths_of_actors_are_no_failures_of_the_segment_and_have_a_bound_of_their_own():
+    scheduler = SegmentScheduler()
+    (prepare,) = scheduler.handle(RunSubmitted(plan("a", 2, retries=2)))
+    (work,) = scheduler.handle(done(prepare))
+    for attempt in range(1, 1 + MOST_DEATHS):
+        (work,) = scheduler.handle(failed(work, "death"))
+        assert work.attempt == attempt, "which the pause before it grows with"
+    for _ in range(2):
+        (work,) = scheduler.handle(failed(work))
+    (close,) = scheduler.handle(failed(work))
+    assert close.error == "denoise of segment 0 failed (attempt 3 of 3): it broke"
+    (work,) = scheduler.handle(RunSubmitted(plan("a", 2, retries=100, incarnation=2)))
+    for _ in range(MOST_DEATHS):
+        (work,) = scheduler.handle(failed(work, "death"))
+    (close,) = scheduler.handle(failed(work, "death"))
+    assert close.error == (
+        "prepare failed: actors died 11 times during this work, which may be why (is memory short?): it broke"
+    )
+
+
+def test_a_run_whose_gpu_actor_has_no_place_waits_for_another():
+    scheduler = SegmentScheduler(2)
+    (one,) = scheduler.handle(RunSubmitted(plan("a", 1)))
+    (two,) = scheduler.handle(RunSubmitted(plan("b", 1, retries=0)))
+    assert scheduler.handle(failed(two, "no place")) == []
+    assert scheduler.state("b") == "queued"
+    assert scheduler.handle(RunSubmitted(plan("c", 1))) == [], "nor is it given to others"
+    seen = run_to_end(scheduler, [one])
+    assert {x.worker for x in seen if isinstance(x, Work)} == {0}
+    assert [x.run_id for x in seen if isinstance(x, CloseRun)] == ["a", "b", "c"]
+
+
+def test_a_gpu_actor_without_a_place_is_tried_again_once_they_are_counted_anew():
+    scheduler = SegmentScheduler(2)
+    scheduler.handle(RunSubmitted(plan("a", 1)))
+    (two,) = scheduler.handle(RunSubmitted(plan("b", 1)))
+    assert scheduler.handle(failed(two, "no place")) == []
+    (again,) = scheduler.handle(WorkersCounted(1))
+    assert (again.stage, again.worker, again != two) == ("prepare", 1, True)
+
+
+def test_where_no_gpu_actor_has_a_place_that_is_a_failure():
+    scheduler = SegmentScheduler(2)
+    (work,) = scheduler.handle(RunSubmitted(plan("a", 1, retries=1)))
+    (work,) = scheduler.handle(failed(work, "no place"))
+    assert work.worker == 1
+    (work,) = scheduler.handle(failed(work, "no place"))
+    (close,) = scheduler.handle(failed(work, "no place"))
+    assert close.error == "prepare failed (attempt 2 of 2): it broke"
+
+
+def test_a_run_that_loses_its_place_at_work_is_prepared_on_another_gpu_actor_when_all_it_had_begun_has_ended():
+    scheduler = SegmentScheduler(2)
+    (work,) = scheduler.handle(RunSubmitted(plan("a", 2)))
+    (work,) = scheduler.handle(done(work))
+    one, two = scheduler.handle(done(work))
+    assert scheduler.handle(failed(one, "no place")) == []
+    (prepare,) = scheduler.handle(failed(two, "death"))
+    assert (prepare.stage, prepare.worker) == ("prepare", 1)
+    seen = run_to_end(scheduler, [prepare])
+    assert seen[-1] == CloseRun("a", "done", None, 1)
 
 
 def test_a_stopped_run_closes_when_its_work_has_ended():

@@ -65,8 +65,41 @@ class NeverGivesUp(SegmentScheduler):
     """What fails is tried again for ever."""
 
     class Run(ScheduledRun):
-        def failed(self, stage, error, fatal):
-            super().failed(stage, error, fatal)
+        def failed(self, stage, error, kind):
+            super().failed(stage, error, kind)
+
+
+class TakesDeathsForFailures(SegmentScheduler):
+    """A segment fails because an actor has died."""
+
+    class Run(ScheduledRun):
+        def failed(self, stage, error, kind):
+            return super().failed(stage, error, "error" if kind == "death" else kind)
+
+
+class NeverTiresOfDeaths(SegmentScheduler):
+    """What kills its actor each time is tried again for ever."""
+
+    class Run(ScheduledRun):
+        def failed(self, stage, error, kind):
+            why = super().failed(stage, error, kind)
+            return None if kind == "death" else why
+
+
+class HandsOutWhatIsLacking(SegmentScheduler):
+    """A GPU actor that found no place is given to a run again."""
+
+    def _failed(self, work, error, kind):
+        said = super()._failed(work, error, kind)
+        self._lacking.clear()
+        return said
+
+
+class FailsWithoutAPlace(SegmentScheduler):
+    """A GPU actor without a place is tried again, although another one has a place."""
+
+    def _others_have_places(self, worker):
+        return False
 
 
 class WorksAfterTheEnd(SegmentScheduler):
@@ -116,6 +149,10 @@ class ForgetsWhatWasCommitted(SegmentScheduler):
         TakesLateReports,
         ForgetsTheLead,
         NeverGivesUp,
+        TakesDeathsForFailures,
+        NeverTiresOfDeaths,
+        HandsOutWhatIsLacking,
+        FailsWithoutAPlace,
         WorksAfterTheEnd,
         SharesAGpuActor,
         LeavesRunsWaiting,

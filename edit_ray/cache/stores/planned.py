@@ -15,7 +15,7 @@ from edit_ray.cache.stores.copies import Copy, Loaded, Taken, copies_for
 from edit_ray.cache.stores.device_pool import DevicePool
 from edit_ray.cache.stores.op_table import DONE, NEEDED, SKIPPED, WAITING, Op, OpTable
 from edit_ray.cache.stores.store import Key, Keys
-from edit_ray.errors import EntryLost
+from edit_ray.errors import EntryLost, StoreDied
 
 _POLL_S, _LOOK_S = 0.0002, 0.05  # between looks at a place, and at whether the store lives
 Owner = tuple[str | int | None, ...]
@@ -301,7 +301,9 @@ class PlannedStore:
             now = time.perf_counter()
             if now - looked > _LOOK_S:
                 looked = now
-                if now - started > self._timeout_s or not self.arena.owner_lives():
+                if not self.arena.owner_lives():
+                    raise StoreDied(f"The store died that was to bring {self.ops[index].key}.")
+                if now - started > self._timeout_s:
                     raise EntryLost(f"The store did not bring {self.ops[index].key} in {now - started:.1f} s.")
             time.sleep(_POLL_S)
         self.waits.seconds += time.perf_counter() - started
