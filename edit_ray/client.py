@@ -34,6 +34,7 @@ from edit_ray.errors import (
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.ids import check_run_id, check_segment_index, new_run_id
 from edit_ray.runs.manifest import SegmentRecord
+from edit_ray.runs.manifest_file import ManifestReader
 from edit_ray.runs.owner import owner_here
 from edit_ray.video.encode import EncodeError, Frames, read_frames
 
@@ -89,6 +90,7 @@ class LongVideoClient:
         self.owner = owner_here(os.environ)
         self._address, self._connect, self._started_ray = address, connect, False
         self._answer_timeout_s = answer_timeout_s
+        self._latest: tuple[str, ManifestReader] | None = None  # the run that is streamed from its folder
         if connect:
             launch.connect_if_running(address)
 
@@ -204,7 +206,12 @@ class LongVideoClient:
         reply: StreamReply | None = self._ask_if_known("wait_segment", run_id, index, POLL_S)
         if reply is not None and self._is_meant(reply.status):
             return reply
-        status, manifest = self._status_on_disk(run_id), RunFolder(self.output, run_id).read_manifest()
+        folder = RunFolder(self.output, check_run_id(run_id))
+        latest = self._latest
+        if latest is None or latest[0] != run_id:
+            latest = self._latest = (run_id, ManifestReader(folder.manifest))
+        manifest = folder.read_manifest(latest[1])
+        status = RunStatus.of(folder.path, manifest)
         record = manifest.segments[index] if index < len(manifest.segments) else None
         if record is None and not status.ended:
             raise SegmentFailed(f"nobody works on run {run_id!r}; go on with `edit-ray resume {run_id}`")

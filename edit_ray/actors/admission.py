@@ -24,10 +24,10 @@ from edit_ray.actors.watchdog import answered
 from edit_ray.config import Config, check_config, dump_yaml, load_config
 from edit_ray.errors import ConfigError, NoPlace, ResourcesUnavailable, RunDamaged, RunExists, RunLocked, UnknownRun
 from edit_ray.files import digest_of, digest_of_file
-from edit_ray.runs.event_log import read_events
+from edit_ray.runs.event_log import latest_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Extended, Manifest, Opened, Rerolled
-from edit_ray.runs.manifest_file import ManifestFile
+from edit_ray.runs.manifest_file import ManifestFile, ManifestReader
 from edit_ray.runs.run_state import LEAD
 
 LOCK_PATIENCE_S = 10.0  # a process that was killed keeps its locks until the kernel has cleared it away
@@ -106,18 +106,19 @@ class Admission:
         allow_different_hardware: bool = False,
         change: Change | None = None,
         damage: OnDamage = "overlook",
+        reader: ManifestReader | None = None,
     ) -> LiveRun:
         """A run in its next incarnation, from the first segment that is not committed.
 
         `damage` says what becomes of committed files that are not as they were written. To find them all are read,
-        which `overlook` does without.
+        which `overlook` does without. A `reader` that has read the manifest saves reading it again.
 
         Raises UnknownRun, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers, RunDamaged,
         ResourcesUnavailable.
         """
         folder = RunFolder(root, run_id)
         with room_in(root):
-            file = await self.open(folder)
+            file = await self.open(folder, reader)
         try:
             config = await asyncio.to_thread(load_config, folder.run_yaml, (), check_model=False)
             spec = RunSpec.of(root, config, file.manifest)
@@ -143,6 +144,7 @@ class Admission:
             raise
         run = LiveRun.of(RunSpec.of(root, config, file.manifest), file)
         run.may_move, run.damaged, run.worked_on = allow_different_hardware, damaged, worker
+        run.remakes = damage == "remake"
         return run
 
     async def _start(self, spec: RunSpec, worker: int) -> int:
@@ -165,12 +167,12 @@ class Admission:
         sees: bool = await answered(call, timeout_s, f"whether the GPU actor sees {spec.root}")
         return sees
 
-    async def open(self, folder: RunFolder) -> ManifestFile:
+    async def open(self, folder: RunFolder, reader: ManifestReader | None = None) -> ManifestFile:
         """The run's manifest, its lock taken. Raises as `RunFolder.open`."""
         deadline = asyncio.get_running_loop().time() + LOCK_PATIENCE_S
         while True:
             try:
-                return await asyncio.to_thread(folder.open)
+                return await asyncio.to_thread(folder.open, reader)
             except RunLocked:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
@@ -193,15 +195,16 @@ def denoised_before(spec: RunSpec, committed: int) -> list[dict[str, float]]:
     leaves is durable before the event log says that it was made. Where a segment is denoised from frames the latest one
     is made again in any case: its predecessor's frames may be decoded in tiles from now on.
     """
-    made = {
-        (event.get("segment"), event.get("take"), event.get("plan")): event["figures"]
-        for event in read_events(spec.folder.events)
-        if event.get("event") == "segment_made" and "figures" in event
-    }
+    made: dict[tuple[int | None, int | None, str], dict[str, float]] = {}
+    for event in latest_events(spec.folder.events, "segment_made"):
+        index = event.get("segment")
+        if index is not None and index < committed:  # those after it were made later, or are made again
+            break
+        made.setdefault((index, event.get("take"), str(event.get("plan"))), event.get("figures", {}))
     found: list[dict[str, float]] = []
     for index in range(committed, committed + LEAD):
         figures = made.get((index, spec.segment(index).take, spec.residuals_id))
-        if figures is None or not _as_made(spec.latents(index), figures):
+        if not figures or not _as_made(spec.latents(index), figures):
             break
         found.append(figures)
     return found[:-1] if spec.layout.denoise_needs_frames else found
@@ -218,5 +221,5 @@ def _as_made(latents: Path, figures: dict[str, float]) -> bool:
 
 def last_worker(spec: RunSpec) -> int | None:
     """The GPU actor that worked on the run last; None if none has."""
-    had = [event.get("worker") for event in read_events(spec.folder.events) if event.get("event") == "gpu_actor"]
-    return had[-1] if had else None
+    latest = next(latest_events(spec.folder.events, "gpu_actor"), {})
+    return latest.get("worker")

@@ -37,6 +37,7 @@ class LiveRun:
     worker: int | None = None  # its GPU actor
     worked_on: int | None = None  # which GPU actor had it in an earlier life: beside it lies what its segments reuse
     may_move: bool = False  # to other hardware (--allow-different-hardware)
+    remakes: bool = False  # what is damaged (--remake-damaged)
     damaged: Damage = field(default_factory=dict)  # committed files that are to be made again
     final_digest: str | None = None  # of final.mp4, once it is there
     unrecorded: Ended | None = None  # its end, where that could not be written

@@ -27,6 +27,7 @@ from edit_ray.errors import UnknownRun
 from edit_ray.runs.events import RunState
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Ended, Manifest, SegmentRecord
+from edit_ray.runs.manifest_file import ManifestReader
 
 FIRST_TRIES_S = 15.0  # that clients wait for the first tries of all runs together
 ASKED_TRY_S = 60.0  # that a client waits for a try that it has asked for
@@ -42,6 +43,7 @@ class WaitingRun:
     pointer: Pointer
     error: Exception | None = None
     manifest: Manifest | None = None
+    reader: ManifestReader = field(init=False)
     different_hardware: bool = False
     cancelled: bool = False
     removed: bool = False  # its folder, for good, while the folder that held it is there
@@ -50,6 +52,9 @@ class WaitingRun:
     tried: int = 0
     wanted: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def __post_init__(self) -> None:
+        self.reader = ManifestReader(self.folder.manifest)
 
     @property
     def folder(self) -> RunFolder:
@@ -157,7 +162,7 @@ class Recovery:
 
     async def _try(self, run: WaitingRun) -> None:
         try:
-            run.manifest = await asyncio.to_thread(run.folder.read_manifest)
+            run.manifest = await asyncio.to_thread(run.folder.read_manifest, run.reader)
         except UnknownRun:
             if run.pointer.begun and not run.cancelled and not run.removed:
                 raise  # the folder was there: its file system may be away
@@ -165,7 +170,10 @@ class Recovery:
         if run.manifest.end is None:
             if not run.cancelled:
                 live = await self._admission.go_on(
-                    Path(run.pointer.root), run.run_id, allow_different_hardware=run.different_hardware
+                    Path(run.pointer.root),
+                    run.run_id,
+                    allow_different_hardware=run.different_hardware,
+                    reader=run.reader,
                 )
                 return await self._come_back(live, run)
             await self._cancel(run)
@@ -174,7 +182,7 @@ class Recovery:
     async def _cancel(self, run: WaitingRun) -> None:
         """Records the end. Where that cannot be done either, the run is left to who resumes it."""
         with best_effort(f"record the end of run {run.run_id}"):
-            file = await self._admission.open(run.folder)
+            file = await self._admission.open(run.folder, run.reader)
             try:
                 await asyncio.to_thread(file.append, Ended(file.manifest.incarnation, "cancelled"))
             finally:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from edit_ray import files
@@ -37,6 +38,7 @@ from edit_ray.runs.manifest import Committed, Dropped, HardwareChanged, SegmentR
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.runs.retention import retention
 from edit_ray.video.encode import EncoderKilled
+from edit_ray.video.stream_files import Part
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -112,8 +114,8 @@ class Stages:
         run.lookback_latents = int(said["lookback_latents"])
         await self._remake_damaged(run, work)
         first = run.manifest.dropped_before
-        parts = [run.spec.part(run.spec.segment(index)) for index in range(first, len(run.manifest.segments))]
-        await run.on_disk(run.stream.rebuild, parts, first)
+        parts = [Part(at.media, at.first_frame, at.num_frames) for at in run.manifest.segments[first:]]
+        await run.on_disk(partial(run.stream.rebuild, anew=run.remakes), parts, first)
 
     async def _remake_damaged(self, run: LiveRun, work: Work) -> None:
         """Makes damaged files of committed segments again, whose bytes must be those that were committed.

@@ -50,8 +50,10 @@ class RunStatusReader:
     """What the page shows of the run in a folder. Each call reads and looks at only what is new."""
 
     def __init__(self, folder: RunFolder, fps: float) -> None:
+        from edit_ray.runs.manifest_file import ManifestReader
+
         self._folder, self._fps = folder, fps
-        self._manifest = folder.manifest_reader()
+        self._reader = ManifestReader(folder.manifest)
         self._one_at_a_time = Lock()
         self._seen, self._takes = 0, 0  # segments and takes of which `prompts` tells
         self._prompts: list[dict[str, Any]] = []
@@ -61,7 +63,7 @@ class RunStatusReader:
         from edit_ray.video.stream_files import newest_playlist
 
         with self._one_at_a_time:
-            manifest = self._manifest()
+            manifest = self._folder.read_manifest(self._reader)
             return {
                 "run_id": self._folder.run_id,
                 "state": manifest.state,

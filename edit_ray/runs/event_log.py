@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from edit_ray import files
+
+_CHUNK = 1 << 20
 
 
 def append_event(path: Path, event: str, **fields: int | float | str | Mapping[str, float] | None) -> None:
@@ -30,13 +33,30 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         lines = files.read_bytes(path).split(b"\n")
     except OSError:
         return []
-    events = []
-    for line in lines:
-        with suppress(ValueError, RecursionError):
-            event = json.loads(line, parse_constant=_refuse)
-            if _is_event(event):
-                events.append(event)
-    return events
+    return [event for line in lines if (event := _event_of(line)) is not None]
+
+
+def latest_events(path: Path, name: str) -> Iterator[dict[str, Any]]:
+    """The events of one name, the latest first. Of the log no more is read than is asked for."""
+    mark = json.dumps({"event": name})[1:-1].encode()
+    with suppress(OSError), files.opened(path) as log:
+        end, later = os.fstat(log).st_size, b""  # the end of a line that begins before the bytes that were read
+        while end > 0:
+            begin = max(0, end - _CHUNK)
+            lines = files.read_at(log, begin, end - begin) + later
+            later, _, lines = lines.partition(b"\n") if begin else (b"", b"", lines)
+            for line in reversed(lines.split(b"\n")) if mark in lines else ():
+                if mark in line and (event := _event_of(line)) is not None and event["event"] == name:
+                    yield event
+            end = begin
+
+
+def _event_of(line: bytes) -> dict[str, Any] | None:
+    with suppress(ValueError, RecursionError):
+        event = json.loads(line, parse_constant=_refuse)
+        if _is_event(event):
+            return dict(event)
+    return None
 
 
 def _is_event(value: Any) -> bool:

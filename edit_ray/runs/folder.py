@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -72,13 +72,14 @@ class RunFolder:
         manifest.path = self.manifest
         return manifest
 
-    def open(self) -> ManifestFile:
+    def open(self, reader: ManifestReader | None = None) -> ManifestFile:
         """The manifest, for the one process that works on the run. What no line names half-written is removed.
 
+        Of what a `reader` has read before only the last line is read again.
         Raises UnknownRun when there is none, RunLocked, ManifestUnreadable.
         """
         try:
-            manifest = ManifestFile.open(self.manifest)
+            manifest = ManifestFile.open(self.manifest, reader)
         except (FileNotFoundError, NotADirectoryError):
             raise self._unknown() from None
         try:
@@ -94,23 +95,17 @@ class RunFolder:
         for name in ("", *_FOLDERS):
             files.remove_drafts(self.path / name)
 
-    def read_manifest(self) -> Manifest:
-        """Raises UnknownRun when there is none, ManifestUnreadable when it cannot be read or understood."""
-        return self.manifest_reader()()
+    def read_manifest(self, reader: ManifestReader | None = None) -> Manifest:
+        """The manifest at this moment; with a `reader`, only what is new since it last read is read.
 
-    def manifest_reader(self) -> Callable[[], Manifest]:
-        """Reads the manifest again and again, each time only what is new. Raises as `read_manifest`."""
-        reader = ManifestReader(self.manifest)
-
-        def read() -> Manifest:
-            try:
-                return reader.read()
-            except (FileNotFoundError, NotADirectoryError):
-                raise self._unknown() from None
-            except OSError as error:
-                raise ManifestUnreadable(f"{self.manifest} cannot be read ({error.strerror}); try again") from None
-
-        return read
+        Raises UnknownRun when there is none, ManifestUnreadable when it cannot be read or understood.
+        """
+        try:
+            return (reader or ManifestReader(self.manifest)).read()
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._unknown() from None
+        except OSError as error:
+            raise ManifestUnreadable(f"{self.manifest} cannot be read ({error.strerror}); try again") from None
 
     @property
     def init_latents(self) -> Path:

@@ -12,7 +12,9 @@ import errno
 import os
 import re
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
+from threading import Lock
 
 from edit_ray import files
 from edit_ray.errors import RunFolderGone, RunLocked
@@ -44,19 +46,16 @@ class ManifestFile:
             return cls(path, descriptor, fold)
 
     @classmethod
-    def open(cls, path: Path) -> ManifestFile:
-        """An existing file; a last line that is not whole is cut off.
+    def open(cls, path: Path, reader: ManifestReader | None = None) -> ManifestFile:
+        """An existing file; a last line that is not whole is cut off. What a `reader` has read is not read again.
 
         Raises FileNotFoundError, RunLocked where another process works on the run, ManifestUnreadable.
         """
         descriptor = files.disk.open(path, os.O_RDWR | os.O_APPEND)
         with _closed_on_error(descriptor):
             _lock(descriptor, path)
-            fold = Fold(path)
-            content = files.read_all(descriptor)
-            fold.add(content)
-            fold.whole()
-            if fold.size < len(content):
+            fold = copy((reader or ManifestReader(path)).folded(descriptor))
+            if fold.size < os.fstat(descriptor).st_size:
                 files.disk.truncate(descriptor, fold.size)
                 fold.add(b"")
             files.disk.fsync(descriptor)
@@ -145,19 +144,27 @@ class ManifestReader:
         self._path = path
         self._of: tuple[int, int] | None = None  # the file's inode and device
         self._fold = Fold(path)
+        self._one_at_a_time = Lock()
 
     def read(self) -> Manifest:
         """What is committed at this moment. Raises FileNotFoundError, ManifestUnreadable."""
         with files.opened(self._path) as descriptor:
+            return self.folded(descriptor).manifest
+
+    def folded(self, descriptor: int) -> Fold:
+        """The same of the open file, as it was folded: the next call changes it. Raises ManifestUnreadable."""
+        with self._one_at_a_time:
             there = os.fstat(descriptor)
+            if self._of != (there.st_ino, there.st_dev):
+                self._of, self._fold = (there.st_ino, there.st_dev), Fold(self._path)
             last = self._fold.last
             start = self._fold.size - len(last)
             content = files.read_at(descriptor, start, max(there.st_size - start, 0))
-            if self._of != (there.st_ino, there.st_dev) or not content.startswith(last):  # or a line was taken back
-                self._of, self._fold, last = (there.st_ino, there.st_dev), Fold(self._path), b""
-                content = files.read_all(descriptor)
+            if not content.startswith(last):  # a line was taken back
+                self._fold, last, content = Fold(self._path), b"", files.read_all(descriptor)
             self._fold.add(content[len(last) :])
-            return self._fold.whole()
+            self._fold.whole()
+            return self._fold
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from sys import intern
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic_core import from_json
 
 from edit_ray.errors import ManifestUnreadable
 from edit_ray.runs.manifest import READABLE, SCHEMA, Begun, Line, Manifest
@@ -139,9 +140,9 @@ def _json_of(text: bytes, head: re.Match[bytes]) -> bytes:
 
 def _parsed(text: bytes) -> Line:
     try:
-        values = json.loads(text)
+        values = from_json(text, cache_strings="keys")  # keys are shared, as every segment has the same
         kind = _KINDS.get(values["kind"])
-    except (KeyError, TypeError, RecursionError):
+    except (KeyError, TypeError):
         raise ValueError("the line is no JSON object with a kind") from None
     if kind is None:
         raise ValueError(f"a line of the kind {values['kind']!r:.40} is not known here")
@@ -151,7 +152,7 @@ def _parsed(text: bytes) -> Line:
 
 def _check_schema(text: bytes) -> None:
     """Raises ValueError where this is no first line of a manifest, or one of another version."""
-    values = json.loads(text)
+    values = from_json(text)
     if values.get("kind") != "begun":
         raise ValueError("the first line of a manifest is missing")
     schema = values.get("schema")
@@ -169,28 +170,27 @@ def _reader(hint: Any) -> Callable[[Any], Any]:
     """Makes a value of a type from JSON data; it raises ValueError for any other data."""
     origin, inside = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _checked(lambda value: type(value) is int and value in inside[1])
+        return _one_of(frozenset((int,)), inside[1])
     if origin is Literal:
-        return _checked(lambda value: value in inside)
+        return _one_of(frozenset((str,)), frozenset(inside))
     if origin in (UnionType, Union):
         return _first_of([_reader(one) for one in inside])
     if origin is Mapping:
         return _mapping_of(_types_of(inside[1]), _reader(inside[1]))
     if is_dataclass(hint):
         return _dataclass_of(hint)
-    types = _types_of(hint)
-    return _checked(lambda value: type(value) in types)
+    return _one_of(_types_of(hint))
 
 
 def _types_of(hint: Any) -> frozenset[Any]:
     return frozenset((int, float) if hint is float else (hint,))
 
 
-def _checked(fits: Callable[[Any], bool]) -> Callable[[Any], Any]:
+def _one_of(types: frozenset[Any], valid: Container[Any] | None = None) -> Callable[[Any], Any]:
     def read(value: Any) -> Any:
-        if not fits(value):
-            raise ValueError("which it cannot be")
-        return value
+        if type(value) in types and (valid is None or value in valid):
+            return value
+        raise ValueError("which it cannot be")
 
     return read
 
@@ -206,15 +206,14 @@ def _first_of(readers: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
 
 
 def _mapping_of(types: frozenset[Any], inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """All values at once, where all are of plain types; keys are shared, as every segment has the same."""
+    """All values at once, where all are of plain types."""
 
     def read(value: Any) -> Any:
         if type(value) is not dict:
             raise ValueError("which it cannot be")
-        values = value.values()
-        return dict(
-            zip(map(intern, value), values if types.issuperset(map(type, values)) else map(inner, values), strict=True)
-        )
+        if types.issuperset(map(type, value.values())):
+            return value
+        return {name: inner(given) for name, given in value.items()}
 
     return read
 
@@ -226,13 +225,13 @@ def _dataclass_of(cls: Any) -> Callable[[Any], Any]:
     def read(value: Any) -> Any:
         if type(value) is not dict:
             raise ValueError("which it cannot be")
-        for name, given in value.items():
-            if name not in readers:
-                raise ValueError(f"{name!r:.40} is not known here")
-            try:
+        try:
+            for name, given in value.items():
                 value[name] = readers[name](given)
-            except ValueError as error:
-                raise ValueError(f"{name} is {given!r:.60}, {error}") from None
+        except KeyError:
+            raise ValueError(f"{name!r:.40} is not known here") from None
+        except ValueError as error:
+            raise ValueError(f"{name} is {given!r:.60}, {error}") from None
         try:
             return cls(**value)
         except TypeError as missing:

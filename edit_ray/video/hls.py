@@ -54,7 +54,18 @@ class MediaPlaylist:
         """Whether players that have read `present` may find `text` in its place."""
         if self.sliding:
             return not present.endswith(ENDLIST) or text == present
-        return text.startswith(present)
+        return text.startswith(present if present.endswith(ENDLIST) else _named_by(present))
+
+
+def _named_by(text: str) -> str:
+    """The text up to the last entry that players can read: of one that is being added they see comments alone.
+
+    Zeros are bytes that a loss of power has taken.
+    """
+    lines = text.partition("\0")[0].splitlines(keepends=True)
+    while lines and (lines[-1].startswith("#") or not lines[-1].endswith("\n")):
+        lines.pop()
+    return "".join(lines)
 
 
 def multivariant(media_playlist: str, *, bandwidth: int, form: Form | None, fps: float) -> str:

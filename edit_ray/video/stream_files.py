@@ -70,22 +70,24 @@ class StreamFiles:
         self._parts: list[Part] = []
         self._first = 0  # number of the first of them
         self._bytes = 0  # of stream.mp4 with all of them
-        self._text = self._whole_text()  # of the playlist that tells of all of them
-        self._present: tuple[str, str] | None = None  # the newest playlist and its content, once it is known
+        self._name: str | None = None  # of the newest playlist, once it is known
+        self._told, self._beyond = 0, ""  # bytes of it that tell of all of them, and what it tells beyond
         self._peak = 0  # the highest bit rate of a segment
 
-    def rebuild(self, parts: Sequence[Part], first: int = 0) -> None:
+    def rebuild(self, parts: Sequence[Part], first: int = 0, *, anew: bool = False) -> None:
         """Starts from exactly these segments, `parts[0]` being segment `first`, whatever the files hold.
 
-        A playlist that already names more is left as it is until another segment than it names is appended.
+        A playlist that already names more is left as it is until another segment than it names is appended. A
+        `stream.mp4` that ends with the last of these segments is taken to hold them all, unless it is to be made
+        `anew`.
         """
-        self._parts, self._first = list(parts), first
-        self._present = None
+        self._parts, self._first, self._name = list(parts), first, None
         self._slide()
-        self._peak = max(map(self._bits_a_second, self._parts), default=0)
-        self._text = self._whole_text()
-        self._write_stream(self._parts)
-        self._tell(ended=False)
+        sizes = [self._size_of(part.path) for part in self._parts]
+        self._peak = max(map(self._bits_a_second, self._parts, sizes), default=0)
+        if anew or not self._cut_stream(sum(sizes)):
+            self._write_stream()
+        self._tell_all()
 
     def append(self, part: Part) -> None:
         """Adds the segment that follows; the last one again changes nothing.
@@ -97,40 +99,47 @@ class StreamFiles:
         end = self._parts[-1].first_frame + self._parts[-1].num_frames if self._parts else part.first_frame
         if part.first_frame != end:
             raise ValueError(f"{part.path} begins at frame {part.first_frame}, the next one is frame {end}")
-        length, text = self._bytes, self._text
+        length = self._bytes
         self._parts.append(part)
         try:
-            dropped = self._slide()
-            self._text = self._whole_text() if dropped else text + self._playlist.lines_of(_entry(part))
+            self._slide()
             self._extend_stream(part)
-            self._peak = max(self._peak, self._bits_a_second(part))
-            self._tell(ended=False)
+            self._peak = max(self._peak, self._bits_a_second(part, self._size_of(part.path)))
+            self._tell_next(part)
         except BaseException:
-            self._parts.remove(part)
-            self._bytes, self._text = length, text
+            self._parts.pop()
+            self._bytes, self._name = length, None
             raise
 
     def end(self) -> None:
-        """Says in the playlist that nothing follows; `stream.mp4` is durable before, as nothing rebuilds it after."""
-        if self._parts:
-            files.sync(self._folder / "stream.mp4")
-            self._tell(ended=True)
+        """Says in the playlist that nothing follows."""
+        self._tell_all(ENDLIST)
 
-    def _slide(self) -> int:
-        """Lets go of what is too old; how many segments that were."""
+    def _slide(self) -> None:
+        """Lets go of what is too old."""
         dropped = 0 if self._keep is None else max(0, len(self._parts) - self._keep)
         self._first += dropped
         del self._parts[:dropped]
-        return dropped
 
-    def _whole_text(self) -> str:
-        return self._playlist.text(map(_entry, self._parts), first=self._first)
+    def _cut_stream(self, size: int) -> bool:
+        """Makes `stream.mp4` end behind `size` bytes of fragments, durably; False if the last does not end there."""
+        path = self._folder / "stream.mp4"
+        if not self._parts or not path.exists():
+            return False
+        last = files.read_bytes(self._folder / self._parts[-1].path)
+        self._bytes = self._size_of("init.mp4") + size
+        with files.opened(path, os.O_RDWR) as stream:
+            if files.read_at(stream, self._bytes - len(last), len(last)) != last:
+                return False
+            files.disk.truncate(stream, self._bytes)
+            files.disk.fsync(stream)
+        return True
 
     def _extend_stream(self, part: Part) -> None:
+        """Adds a fragment durably: nothing makes the file anew before the run ends."""
         path = self._folder / "stream.mp4"
-        present = path.stat().st_size if path.exists() else 0
-        if len(self._parts) == 1 or self._keep is not None or present < self._bytes:
-            self._write_stream(self._parts)
+        if len(self._parts) == 1 or self._keep is not None or self._size_of("stream.mp4") < self._bytes:
+            self._write_stream()
             return
         fragment = files.read_bytes(self._folder / part.path)
         with files.opened(path, os.O_RDWR) as stream:
@@ -138,34 +147,58 @@ class StreamFiles:
             # Its first box begins with zeros until all of it is there: readers take such a box for the end.
             length = files.write_all(stream, fragment[_BOX_HEADER:], self._bytes + _BOX_HEADER)
             files.write_all(stream, fragment[:_BOX_HEADER], self._bytes)
+            files.disk.fsync(stream)
         self._bytes = length
 
-    def _write_stream(self, parts: Sequence[Part]) -> None:
+    def _write_stream(self) -> None:
         path = self._folder / "stream.mp4"
-        if not parts:
+        if not self._parts:
             files.remove(path)
             self._bytes = 0
             return
         with files.replacing(path) as stream:
-            for name in ("init.mp4", *(part.path for part in parts)):
+            for name in ("init.mp4", *(part.path for part in self._parts)):
                 stream.write(files.read_bytes(self._folder / name))
                 self.part_written()
         self._bytes = stream.size
 
-    def _tell(self, *, ended: bool) -> None:
-        """Writes the playlist: the newest one, unless its readers could not follow."""
-        text = self._text + (ENDLIST if ended else "")
-        if self._present is None:
-            self._present = _newest(self._folder)
-        name, content = self._present or (None, "")
+    def _tell_all(self, ending: str = "") -> None:
+        """Writes the playlist whole: the newest one, unless its readers could not follow."""
         if not self._parts:
             return
+        text = self._playlist.text(map(_entry, self._parts), first=self._first) + ending
+        name, content = _newest(self._folder) or (None, "")
         if name is None or not content.startswith(text):
             if name is None or not self._playlist.replaces(text, content):
                 name = f"live-{self._next_number()}.m3u8"
             files.write_atomic(self._folder / name, text.encode())
-            self._present = (name, text)
+            content = text
+        self._name, self._told = name, len(text) - len(ending)
+        self._beyond = content[self._told :]
         self._announce(name)
+
+    def _tell_next(self, part: Part) -> None:
+        """Adds the last segment to the playlist, where that tells of all before it and of no other."""
+        lines = self._playlist.lines_of(_entry(part))
+        told = self._beyond.startswith(lines)
+        if self._keep is not None or self._name is None or not (told or self._may_grow(self._name)):
+            return self._tell_all()
+        if not told:
+            self._add_to(self._name, lines)
+        self._told, self._beyond = self._told + len(lines), self._beyond[len(lines) :]
+        self._announce(self._name)
+        return None
+
+    def _may_grow(self, name: str) -> bool:
+        return not self._beyond and self._size_of(name) == self._told
+
+    def _add_to(self, name: str, lines: str) -> None:
+        """The URI is a comment until all of it is durable: whoever reads in between sees what there was."""
+        uri = lines.index("\n") + 1
+        with files.opened(self._folder / name, os.O_RDWR) as playlist:
+            files.write_all(playlist, f"{lines[:uri]}#{lines[uri + 1 :]}".encode(), self._told)
+            files.disk.fsync(playlist)
+            files.write_all(playlist, lines[uri].encode(), self._told + uri)
 
     def _announce(self, name: str) -> None:
         """Names the playlist, with the highest bit rate that was ever in it, in `live.m3u8`."""
@@ -189,8 +222,15 @@ class StreamFiles:
         match = _PLAYLIST.fullmatch(newest_playlist(self._folder) or "")
         return int(match[1]) + 1 if match else 0
 
-    def _bits_a_second(self, part: Part) -> int:
-        return math.ceil(8 * (self._folder / part.path).stat().st_size * self._playlist.fps / part.num_frames)
+    def _bits_a_second(self, part: Part, size: int) -> int:
+        return math.ceil(8 * size * self._playlist.fps / part.num_frames)
+
+    def _size_of(self, name: str) -> int:
+        """Bytes of a file; 0 where there is none."""
+        try:
+            return (self._folder / name).stat().st_size
+        except FileNotFoundError:
+            return 0
 
 
 def _entry(part: Part) -> Entry:

@@ -5,13 +5,15 @@ import contextlib
 import errno
 import math
 import os
+from dataclasses import replace
 
 import pytest
 
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalCrew, LocalWorker
+from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.client import LongVideoClient
-from edit_ray.errors import ConfigError, ResourcesUnavailable
+from edit_ray.errors import ConfigError, ResourcesUnavailable, StaleWork
 from edit_ray.metrics.run_metrics import RunMetrics
 from edit_ray.metrics.totals import Totals
 from edit_ray.runs.folder import RunFolder
@@ -35,6 +37,17 @@ async def scheduler_of(crew=None):
         yield SegmentSchedulerActor(crew)
     finally:
         await crew.end()
+
+
+def test_a_gpu_actor_does_no_work_of_an_earlier_life_of_a_run(tmp_path):
+    """The segment scheduler that asks is dead already, and the next one waits for other answers."""
+    earlier = RunSpec("one", tmp_path, config_for("no model"), 4, submission="mine")
+    worker = LocalWorker()
+    worker.denoiser.adopt_run(replace(earlier, incarnation=2))
+    worker.denoiser.adopt_run(earlier)
+    with pytest.raises(StaleWork, match="lives in a later incarnation than 1"):
+        worker.denoiser.denoise_segment(earlier, earlier.segment(0), 0)
+    worker.end()
 
 
 # A commit ends with its line.

@@ -12,9 +12,11 @@ from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.cli.main import main
 from edit_ray.errors import HardwareDiffers, RunDamaged
 from edit_ray.runs.folder import RunFolder
+from edit_ray.runs.manifest_file import read_manifest
 from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_recovery import REUSE, end_of, submit
+from tests.unit.test_manifest import line_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 
@@ -111,7 +113,7 @@ def test_what_is_damaged_is_named_and_made_again_with_the_same_bytes(root, undis
 @pytest.mark.parametrize("name", [*FILES, "final.mp4", "stream.mp4", "latents/00003-t0.safetensors"])
 def test_a_run_that_is_done_is_mended_too(undisturbed, tmp_path, name, capsys):
     shutil.copytree(undisturbed / "one", tmp_path / "one")
-    flip(tmp_path / "one" / name)
+    flip(tmp_path / "one" / name, at=(tmp_path / "one" / name).stat().st_size // 3)
     code, said = verified(tmp_path, capsys)
     assert code == 1
     assert name in said
@@ -135,6 +137,20 @@ def test_what_a_segment_reused_cannot_be_made_again_alone(tmp_path, model):
     status = asyncio.run(resumed(tmp_path, remake=True))
     assert status.state == "failed"
     assert "`edit-ray reroll one --from 1`" in status.error
+
+
+@pytest.mark.parametrize("name", ["latents", "media"])
+def test_what_is_made_again_with_other_bytes_is_no_repair(root, name):
+    """The manifest has another digest than what is made: what the run was begun with must have made something else."""
+    lines = [json.loads(text) for text in (root / "one" / "manifest.jsonl").read_bytes().splitlines()]
+    for values in lines:
+        del values["crc"]
+        if values["kind"] == "committed" and values["segment"]["index"] == 1:
+            values["segment"]["digests"][name] = "0" * 16
+    (root / "one" / "manifest.jsonl").write_bytes(b"".join(map(line_of, lines)))
+    status = asyncio.run(resumed(root, remake=True))
+    assert status.state == "failed"
+    assert f"segment 1 was made again, and has other {name}; `edit-ray reroll one --from 1`" in status.error
 
 
 def test_an_edited_configuration_is_noticed(root, capsys):
@@ -179,9 +195,6 @@ def test_other_weights_at_the_same_path_are_noticed_and_loaded_anew(tmp_path, mo
 
 def test_a_run_of_an_earlier_version_goes_on(root, undisturbed, capsys):
     """Its manifest knows no digests, and its extensions are lines of their own."""
-    from edit_ray.runs.manifest_file import read_manifest
-    from tests.unit.test_manifest import line_of
-
     path = root / "one" / "manifest.jsonl"
     lines = []
     for text in path.read_bytes().splitlines():

@@ -372,6 +372,8 @@ def test_a_line_that_could_neither_be_synced_nor_taken_back_is_committed_by_the_
     file = written(tmp_path / "manifest.jsonl", LINES[:1])
     with files.swapped(Failing("fsync", "truncate")), pytest.raises(OSError, match="Input/output error"):
         file.append(LINES[1])
+    with files.swapped(Failing("fsync")), pytest.raises(OSError, match="Input/output error"):
+        file.append(LINES[1])
     assert file.append(LINES[1]) == fold(LINES[:2])
     assert file.append(LINES[2]) == read_manifest(file.path) == fold(LINES[:3])
 

@@ -1,5 +1,6 @@
 """What plays while it grows: exact frames after every append, the same files after every crash."""
 
+import contextlib
 import errno
 import math
 import os
@@ -26,7 +27,8 @@ from edit_ray.files import Disk, make_folder, swapped
 from edit_ray.video.encode import encode
 from edit_ray.video.options import OutputOptions
 from edit_ray.video.stream_files import Part, StreamFiles, write_part
-from tests.chaos.power import Power, Recorder
+from tests.chaos.power import Power, Recorder, Told
+from tests.chaos.power_loss import build
 from tests.unit.video_frames import FRAME_BYTES, HEIGHT, WIDTH, numbered, numbers_in, reading, shown_by
 
 OPTIONS = OutputOptions(preset="ultrafast")
@@ -142,6 +144,61 @@ def test_a_reader_in_the_midst_of_an_append_sees_the_segments_before(files, tmp_
     files.append(parts[2])
     assert seen == [frames_of(parts[0])]
     assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("done", [0, 5, 20, 40, 46, None])
+def test_a_reader_in_the_midst_of_an_append_finds_whole_entries_in_the_playlist(files, tmp_path, done, broken):
+    """`done` bytes of the entry are written when somebody reads, or all but what is written last; or it ends there."""
+    parts, seen = make_parts(tmp_path, 4), []
+
+    class InTwo(Disk):
+        def write(self, descriptor, parts, offset):
+            if not seen and os.readlink(f"/proc/self/fd/{descriptor}").endswith(".m3u8"):
+                count = super().write(descriptor, [parts[0][:done]], offset) if done != 0 else 0
+                seen.append(listed(tmp_path))
+                if broken:
+                    raise OSError(errno.EIO, "broken")
+                if done is not None:
+                    return count or super().write(descriptor, parts, offset)
+                return count
+            return super().write(descriptor, parts, offset)
+
+    for part in parts[:2]:
+        files.append(part)
+    told = media_playlist(tmp_path).read_bytes()
+    with swapped(InTwo()):
+        for _ in range(1 + broken):
+            with contextlib.suppress(OSError):
+                files.append(parts[2])
+    files.append(parts[3])
+    assert seen == [[part.path for part in parts[:2]]]
+    assert listed(tmp_path) == [part.path for part in parts]
+    assert media_playlist(tmp_path).read_bytes().startswith(told)
+    assert media_playlist(tmp_path).name == "live-0.m3u8", "nobody has read what was not whole"
+    again = StreamFiles(tmp_path, fps=16, longest=LONGEST)
+    again.rebuild(parts)
+    again.end()
+    assert media_playlist(tmp_path).name == "live-0.m3u8"
+
+
+def test_a_folder_that_is_whole_is_not_copied_when_its_run_goes_on(files, tmp_path):
+    parts = make_parts(tmp_path, 4)
+    for part in parts:
+        files.append(part)
+    stream = tmp_path / "stream.mp4"
+    inode, content = stream.stat().st_ino, stream.read_bytes()
+    again = StreamFiles(tmp_path, fps=16, longest=LONGEST)
+    again.rebuild(parts[:3])
+    assert shown_by(stream) == frames_of(*parts[:3])
+    again.append(parts[3])
+    assert (stream.stat().st_ino, stream.read_bytes()) == (inode, content)
+    stream.write_bytes(content[:1000] + b"x" + content[1001:])
+    again.rebuild(parts, anew=True)
+    assert stream.read_bytes() == content
+    stream.write_bytes(content[:-1])
+    again.rebuild(parts)
+    assert stream.read_bytes() == content
 
 
 @pytest.mark.parametrize("keep", [None, 2])
@@ -400,8 +457,9 @@ def test_ffmpeg_follows_a_long_video_to_its_end(tmp_path, fps):
     assert follow(tmp_path, fps, [33, *[24] * 39], timeout_s=300) == list(range(33 + 39 * 24))
 
 
+@pytest.mark.parametrize("not_committed", [0, 1])
 @pytest.mark.parametrize("keep", [None, 2])
-def test_what_has_ended_is_whole_after_a_loss_of_power(tmp_path, keep):
+def test_what_has_ended_is_whole_after_a_loss_of_power(tmp_path, keep, not_committed):
     recorder, power = Recorder(tmp_path), Power()
     with swapped(recorder):
         files = StreamFiles(tmp_path, fps=16, longest=LONGEST, keep=keep)
@@ -410,9 +468,39 @@ def test_what_has_ended_is_whole_after_a_loss_of_power(tmp_path, keep):
         files.rebuild([])
         for part in parts:
             files.append(part)
+        if not_committed:
+            files.rebuild(parts[2:3] if keep else parts[:3], 2 if keep else 0)
         files.end()
     for operation in recorder.operations:
         power.follow(operation)
     _, there = power.lost(random.Random(), share=0.0)
     assert there["stream.mp4"] == (tmp_path / "stream.mp4").read_bytes()
-    assert there["live-0.m3u8"].endswith(b"#EXT-X-ENDLIST\n")
+    assert shown_by(tmp_path / "stream.mp4")[-1] == frames_of(*parts[: 4 - not_committed])[-1]
+    assert there[media_playlist(tmp_path).name].endswith(b"#EXT-X-ENDLIST\n")
+
+
+def test_whatever_a_loss_of_power_leaves_goes_on_as_it_was(tmp_path):
+    """The playlist too: what nobody can have read whole begins no other one."""
+    (tmp_path / "made").mkdir()
+    recorder, power, luck, told = Recorder(tmp_path / "made"), Power(), random.Random(3), 0
+    with swapped(recorder):
+        make_folder(tmp_path / "made" / "segments")
+        parts = make_parts(tmp_path / "made", 4)
+        files = StreamFiles(tmp_path / "made", fps=16, longest=LONGEST)
+        for count, part in enumerate(parts, 1):
+            files.append(part)
+            recorder.tell(count)
+    names = ["init.mp4", *(part.path for part in parts)]
+    pieces = [(tmp_path / "made" / name).read_bytes() for name in names]
+    for operation in recorder.operations:
+        power.follow(operation)
+        if isinstance(operation, Told):
+            told = operation.what
+        for _ in range(6 if told else 0):
+            folder = tmp_path / "lost"
+            build(folder, power.lost(luck)[1])
+            again = StreamFiles(folder, fps=16, longest=LONGEST)
+            again.rebuild(parts[:told])
+            assert (folder / "stream.mp4").read_bytes() == b"".join(pieces[: told + 1])
+            assert listed(folder)[:told] == [part.path for part in parts[:told]]
+            assert media_playlist(folder).name == "live-0.m3u8"
