@@ -94,7 +94,7 @@ class Talker:
     """A process of ours that prints lines of JSON, which begin with a run's id: the latest of each run."""
 
     def __init__(self, environment, *arguments):
-        self.latest, self.said = {}, []
+        self.latest = {}
         self.process = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             env={name: value for name, value in environment.items() if name != MARK},
@@ -103,16 +103,15 @@ class Talker:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        threading.Thread(target=self._follow, daemon=True).start()
+        self.follower = threading.Thread(target=self._follow, daemon=True)
+        self.follower.start()
         wait_for(lambda: self.latest, 60, "a process that talks")
 
     def _follow(self):
         for line in self.process.stdout:
-            try:
+            with contextlib.suppress(ValueError):  # what Ray says is no JSON
                 run_id, *told = json.loads(line)
                 self.latest[run_id] = told
-            except ValueError:
-                self.said.append(line)
 
     def tell(self, line):
         self.process.stdin.write(f"{line}\n")
@@ -123,6 +122,9 @@ class Talker:
             self.process.send_signal(signal.SIGCONT)
         self.process.kill()
         self.process.wait()
+        self.follower.join()
+        self.process.stdin.close()
+        self.process.stdout.close()
 
 
 class Hangs:
