@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from edit_ray.actors.best_effort import best_effort
@@ -21,6 +22,7 @@ from edit_ray.video.stream_files import StreamFiles
 
 T = TypeVar("T")
 END_ATTEMPTS = 3
+CLOSE_S = 1.0  # that an end waits for the manifest's lock to be free
 
 
 class FolderSilent(SegmentFailed):
@@ -115,7 +117,7 @@ class LiveRun:
         closing = self._disk.submit(self.file.close)
         self._disk.shutdown(wait=False)
         with best_effort(f"close the manifest of run {self.spec.run_id}"):
-            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(closing)), self.spec.config.engine.step_timeout_s)
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(closing)), CLOSE_S)
 
     async def append(self, line: Line) -> None:
         """Commits a line, and only then lets anybody see it. Raises FolderSilent, and as `ManifestFile.append`."""
@@ -128,16 +130,16 @@ class LiveRun:
         Each is tried several times, and left where it cannot be done: an end must be told even where nothing can be
         written, or the folder does not answer. Returns what kept the end from being committed.
         """
-        steps: tuple[Callable[[], Awaitable[None]], ...] = (
-            lambda: self.on_disk(self.stream.end),
-            lambda: self.on_disk(self.folder.remove_drafts),
-            lambda: self.append(ended),
+        steps: tuple[Callable[[], object], ...] = (
+            self.stream.end,
+            self.folder.remove_drafts,
+            partial(self.file.append, ended),
         )
         failure: Exception | None = None
         for step in steps:
             for _ in range(END_ATTEMPTS):
                 try:
-                    await step()
+                    await self.on_disk(step)
                     failure = None
                     break
                 except FolderSilent as silent:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 
+import imageio_ffmpeg
 import pytest
 import torch
 
@@ -140,3 +141,17 @@ def test_a_cancel_that_is_not_obeyed_ends_with_the_actor(tmp_path, model, when):
     assert status.state == "cancelled"
     assert crew.restarts == ["denoiser"]
     assert seconds < 10, "answer_timeout_s, and what the end takes"
+
+
+def test_a_long_join_that_goes_on_is_not_taken_for_one_that_hangs(tmp_path, model, monkeypatch):
+    """The last video of a long run is copied for longer than a step may take."""
+    slow = tmp_path / "ffmpeg"
+    wait = 'case "$*" in *faststart*) while [ $SECONDS -lt 4 ]; do :; done;; esac'
+    slow.write_text(f'#!/bin/bash\n{wait}\nexec "{imageio_ffmpeg.get_ffmpeg_exe()}" "$@"\n')
+    slow.chmod(0o700)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(slow))
+    crew = Stopped("nobody", "never")
+    config = config_for(model, video={"num_segments": 3}, engine=TIMES | {"step_timeout_s": 2.0, "segment_retries": 0})
+    status = finish(tmp_path, config, crew)
+    assert status.state == "done", status.error
+    assert crew.restarts == []
