@@ -103,6 +103,8 @@ class Watchdog:
             pass
         except ConnectionError:
             return None  # it is gone: the work says so itself
+        if self._last.get(worker) != (before, since):
+            return None  # other work on it has found out meanwhile
         if beat != before:
             self._last[worker] = (beat, now)
             return None
