@@ -88,7 +88,7 @@ coverage: $(INSTALLED) $(DOCS) ## how much of edit_ray/ the proofs run through, 
 test-gpu: $(INSTALLED) ## what only a CUDA device can show
 	$(BIN)/pytest -m gpu tests/gpu
 
-chaos: $(INSTALLED) ## kill processes of runs at random instants; KILLS=300 and SEED=7 choose how often and when
+chaos: $(INSTALLED) ## kill processes of runs at random instants; KILLS=300, AIMED=10 (each stage), SEED=7 choose which
 	$(if $(SEED),SEED=$(SEED)) KILLS=$(or $(KILLS),20) $(BIN)/pytest tests/chaos -m chaos -s
 
 check: $(INSTALLED) ## lint, formatting, types, import rules

@@ -21,13 +21,25 @@ def _processes() -> Iterator[tuple[int, str, bytes]]:
         if folder.name.isdecimal():
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 if (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                    title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                    yield int(folder.name), title, (folder / "environ").read_bytes()
+                    pid = int(folder.name)
+                    yield pid, title_of(pid), (folder / "environ").read_bytes()
+
+
+def title_of(pid: int) -> str:
+    """The title of a process; "" once it has ended."""
+    with contextlib.suppress(OSError):
+        return (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    return ""
+
+
+def actors_of(mark: str, name: str) -> list[int]:
+    """The pids of the actors of a class, such as `DenoiserActor`."""
+    return [pid for pid, title in marked(mark).items() if title.startswith(f"ray::{name}")]
 
 
 def actor_of(mark: str, name: str) -> int | None:
-    """The pid of an actor by its class, such as `DenoiserActor`; None while there is none."""
-    return next((pid for pid, title in marked(mark).items() if title.startswith(f"ray::{name}")), None)
+    """The pid of one of them; None while there is none."""
+    return next(iter(actors_of(mark, name)), None)
 
 
 def encoder_of(mark: str) -> int | None:

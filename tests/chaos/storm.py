@@ -82,7 +82,7 @@ class Shape:
                 "cache": cache,
                 "store": {"host_bytes": 16 * 4096, "allow_tmpfs": True},
                 "output": {"keep_segments": keep},
-                "engine": {"cpu_threads": 1, "idle_exit_s": 3600, "segment_retries": 0},
+                "engine": {"cpu_threads": 1, "idle_exit_s": 3600},
             }
         )
 

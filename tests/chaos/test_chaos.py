@@ -1,25 +1,26 @@
-"""SIGKILL of anything at any instant: the run ends all the same, with the bytes of an undisturbed one.
+"""SIGKILL of anything at any instant: two live runs end all the same, with the bytes of undisturbed ones.
 
-make chaos [KILLS=300] [SEED=7]
+make chaos [KILLS=300] [AIMED=10] [SEED=7]
+
+KILLS fall anywhere in the life of a run, AIMED more into each stage.
 """
 
+import itertools
 import os
 import secrets
-import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from edit_ray.cache.stores.arena import owner_lives
 from edit_ray.testing import save_random_wan
-from tests.chaos.harness import OTHER_VICTIMS, PHASES, VICTIMS, Chaos, PrivateRay
+from tests.chaos.harness import AIMED, Chaos, PrivateRay
 from tests.chaos.processes import marked, wait_for
-from tests.chaos.run_files import CONTINUITY, WINDOW, check_same, configuration, left_over, skipped_share
+from tests.chaos.run_files import CONTINUITY, skipped_share
 
 KILLS = int(os.environ.get("KILLS", "20"))
+EACH = int(os.environ.get("AIMED", "1"))
 SEED = int(os.environ.get("SEED", str(secrets.randbelow(10**6))))
-KILLS_A_RUN = 5
 
 
 @pytest.fixture
@@ -31,31 +32,23 @@ def ray_of_our_own():
 
 def test_every_run_ends_with_the_bytes_of_an_undisturbed_one(ray_of_our_own, tmp_path):
     model = save_random_wan(tmp_path / "wan", num_layers=6, expand_timesteps=True)
-    print(f"\nseed {SEED}, {KILLS} kills")
-    hit, kills, number = Counter(), 0, 0
-    while kills < KILLS or number < len(CONTINUITY):
-        mode = list(CONTINUITY)[number % len(CONTINUITY)]
-        root = tmp_path / f"{number}"
-        root.mkdir()
-        config = configuration(root / "run.yaml", model, mode)
-        victims = (*VICTIMS, *OTHER_VICTIMS)
-        chaos = Chaos(ray_of_our_own, root, config, f"{SEED}-{number}", window=WINDOW, victims=victims)
-        chaos.hit = hit
-        whole = tmp_path / f"whole-{mode}"
-        if not whole.exists():
-            whole.mkdir()
-            Chaos(ray_of_our_own, whole, config, 0, window=WINDOW).survive("whole", 0)
-            assert skipped_share(whole / "whole") >= 0.4
-        print(f"run {number}, {mode}")
-        started = time.monotonic()
-        kills += chaos.survive(f"run-{number}", KILLS_A_RUN)
-        check_same(whole / "whole", root / f"run-{number}")
-        assert left_over(root) == []
-        print(f"  the same bytes, after {time.monotonic() - started:.0f} s; {kills} kills so far")
-        number += 1
-    print({f"{victim}, {phase}": count for (victim, phase), count in sorted(hit.items())})
-    assert {phase for _, phase in hit} >= set(PHASES)
-    assert {victim for victim, _ in hit} == {*VICTIMS, *OTHER_VICTIMS}
+    chaos = Chaos(ray_of_our_own, tmp_path, model, SEED)
+    modes = itertools.cycle(CONTINUITY)
+    print(f"\nseed {SEED}, {KILLS} kills anywhere, {EACH} in each of {len(AIMED)} stages")
+    try:
+        for number in itertools.count():
+            if sum(chaos.anywhere.values()) < KILLS:
+                chaos.pair(number, (next(modes), next(modes)), chaos.strike_anywhere)
+            elif any(chaos.hits(stage) < EACH for stage in AIMED):
+                chaos.pair(number, (next(modes), next(modes)), chaos.strike_in(EACH))
+            else:
+                break
+    finally:
+        chaos.end()
+        for name in ("anywhere", "aimed", "missed"):
+            counts = getattr(chaos, name)
+            print(f"{name}: {sum(counts.values())}", {", ".join(key): n for key, n in sorted(counts.items())})
+    assert all(skipped_share(whole) >= 0.4 for whole in tmp_path.glob("whole-*"))
     ray_of_our_own.end()
     wait_for(lambda: not marked(ray_of_our_own.mark), 20, "no process outlives its Ray")
     wait_for(lambda: not arenas_of_the_dead(), 20, "no arena outlives its Ray")
