@@ -5,6 +5,7 @@ import importlib.util
 import os
 import secrets
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,13 @@ def _no_ray_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
         pytest.fail(f"{request.node.nodeid} starts Ray, but only tests marked `ray` may: move it to tests/ray")
 
     monkeypatch.setattr(importlib.import_module("ray"), "init", refuse)
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within this process work that failed is tried again at once: no test waits for what a node's death takes."""
+    if (stages := sys.modules.get("edit_ray.actors.stages")) is not None:
+        monkeypatch.setattr(stages, "RETRY_PAUSE_S", 0.01)
 
 
 @pytest.fixture(autouse=True)

@@ -170,9 +170,14 @@ def synchronisations_in_the_loop(pipe):
     return mode.count
 
 
+@pytest.fixture(scope="module")
+def without(builtin):
+    """Synchronisations of a loop that has no cache."""
+    return synchronisations_in_the_loop(builtin)
+
+
 @pytest.mark.parametrize("name", ["magcache", "ranked", "schedule", "taylorseer", "teacache", "warmstart_reuse"])
-def test_known_masks_are_said_before_and_need_no_synchronisation(builtin, name):
-    without = synchronisations_in_the_loop(builtin)
+def test_known_masks_are_said_before_and_need_no_synchronisation(builtin, without, name):
     builtin.enable_cache(name, STEPS, **OPTIONS[name][1])
     try:
         plan = builtin.cache.plan()
@@ -184,8 +189,7 @@ def test_known_masks_are_said_before_and_need_no_synchronisation(builtin, name):
 
 
 @pytest.mark.parametrize("name", ["dicache", "fbcache", "seacache"])
-def test_the_others_take_at_most_one_synchronisation_a_decision(builtin, name):
-    without = synchronisations_in_the_loop(builtin)
+def test_the_others_take_at_most_one_synchronisation_a_decision(builtin, without, name):
     builtin.enable_cache(name, STEPS, **OPTIONS[name][1])
     try:
         assert builtin.cache.plan() is None

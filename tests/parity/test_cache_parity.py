@@ -74,7 +74,15 @@ def diffusers_config(policy, options):
     return SeaCacheConfig(**options)
 
 
-@pytest.mark.parametrize(("policy", "options"), CASES, ids=str)
+def _one_of_each_policy():
+    """All cases; after the first of each policy they are slow."""
+    seen = set()
+    for policy, options in CASES:
+        yield pytest.param(policy, options, marks=pytest.mark.slow if policy in seen else ())
+        seen.add(policy)
+
+
+@pytest.mark.parametrize(("policy", "options"), list(_one_of_each_policy()), ids=str)
 def test_decisions_and_latents_are_those_of_diffusers_hooks(pair_of, mag_ratios, policy, options):
     pair = pair_of(BUILTIN)
     if policy == "magcache":

@@ -52,7 +52,14 @@ def make(engine, continuity, parts, until, *, decode=True):
     return frames
 
 
-@pytest.fixture(scope="module", params=CARRIED)
+def _some_slow():
+    return [
+        pytest.param(mode, marks=pytest.mark.slow if mode in ("overlap-latent", "overlap-reencode") else ())
+        for mode in CARRIED
+    ]
+
+
+@pytest.fixture(scope="module", params=_some_slow())
 def run(request, folder):
     """An engine that has made a run: its options, its latents by segment, its frames by segment."""
     engine, continuity, parts = new_engine(folder), ContinuityOptions(**CARRIED[request.param]), []

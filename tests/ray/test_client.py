@@ -16,6 +16,7 @@ from ray._private.state import actors
 import edit_ray
 from edit_ray import LongVideoClient
 from edit_ray.actors import launch
+from edit_ray.cli.main import main
 from edit_ray.config import load_config
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.errors import ActorVersionMismatch, RunCancelled, UnknownRun
@@ -187,14 +188,20 @@ def test_actors_of_other_code_are_refused(ray_head, config, tmp_path, run_id):
     assert "edit-ray down" in other.stderr
 
 
-def edit_ray_as(owner, environment, root, *arguments):
-    command = [sys.executable, "-m", "edit_ray.cli", *arguments, "--output", str(root)]
-    environment = environment | {"EDIT_RAY_OWNER": owner}
-    return subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+@pytest.fixture
+def edit_ray_as(monkeypatch, capsys):
+    """What the command line returns and says to an owner of runs."""
+
+    def run(owner, root, *arguments):
+        monkeypatch.setenv("EDIT_RAY_OWNER", owner)
+        return main([*arguments, "--output", str(root)]), *capsys.readouterr()
+
+    return run
 
 
+@pytest.mark.usefixtures("ray_head")
 def test_a_run_at_work_is_ended_by_its_owner_alone_and_by_its_root_and_id(
-    ray_head, config, tmp_path, run_id, monkeypatch
+    config, tmp_path, run_id, monkeypatch, edit_ray_as
 ):
     monkeypatch.setenv("EDIT_RAY_OWNER", "ada")
     client = LongVideoClient(output=tmp_path)
@@ -212,15 +219,15 @@ def test_a_run_at_work_is_ended_by_its_owner_alone_and_by_its_root_and_id(
         ("ada", elsewhere, ["cancel", run_id], f"nobody works on run {run_id!r}"),
         ("ada", elsewhere, ["resume", run_id], f"is taken by {tmp_path / run_id}, and at work"),
     ):
-        done = edit_ray_as(owner, ray_head, root, *command)
-        assert (done.returncode, says in done.stderr) == (2, True), (command, done.stdout, done.stderr)
-    assert run_id in edit_ray_as("ada", ray_head, tmp_path, "down").stdout
-    assert run_id not in edit_ray_as("bob", ray_head, tmp_path, "list").stdout
-    assert f"{run_id}  running" in edit_ray_as("bob", ray_head, tmp_path, "list", "--all").stdout
-    assert f"{run_id}  open" in edit_ray_as("ada", ray_head, elsewhere, "list").stdout
+        code, out, error = edit_ray_as(owner, root, *command)
+        assert (code, says in error) == (2, True), (command, out, error)
+    assert run_id in edit_ray_as("ada", tmp_path, "down")[1]
+    assert run_id not in edit_ray_as("bob", tmp_path, "list")[1]
+    assert f"{run_id}  running" in edit_ray_as("bob", tmp_path, "list", "--all")[1]
+    assert f"{run_id}  open" in edit_ray_as("ada", elsewhere, "list")[1]
     assert client.status(run_id).state == "running"
     assert pids() == before
-    assert edit_ray_as("bob", ray_head, tmp_path, "cancel", run_id, "--force").returncode == 0
+    assert edit_ray_as("bob", tmp_path, "cancel", run_id, "--force")[0] == 0
     wait_until(lambda: client.status(run_id).state == "cancelled")
 
 

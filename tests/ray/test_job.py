@@ -122,7 +122,7 @@ def test_sigterm_stops_the_run_and_the_driver_within_two_seconds(start_job, conf
     wait_until(lambda: manifest_of(tmp_path / run_id).state == "cancelled")
 
 
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("stopped", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_ray_of_the_job_s_own_leaves_prometheus_no_target(spawn, config, tmp_path, run_id, stopped):
     """Sockets of Ray lie below its folder, so its path has to be short."""
     with tempfile.TemporaryDirectory(prefix="er-", dir="/tmp") as temp:

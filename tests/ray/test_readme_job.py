@@ -12,6 +12,7 @@ from jobs.demo import free_port
 from tests.documented import commands
 from tests.ray.conftest import REPOSITORY, typed, wait_until
 
+pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 SMALLER = [f"--set=sampling.{name}" for name in ("height=32", "width=32", "num_frames=17", "num_inference_steps=2")]
 SAYS_HOW, START = ["export RAY_AUTH_MODE=token", "ray get-auth-token --generate"], "ray start --head"
@@ -61,9 +62,7 @@ def said(words, environment):
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    "has_token", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["a token is there", "no token yet"]
-)
+@pytest.mark.parametrize("has_token", [True, False], ids=["a token is there", "no token yet"])
 def test_readme_job(home, start, tmp_path, has_token):
     lines = commands("README.md")
     begin = lines.index(SAYS_HOW[0])
@@ -81,7 +80,6 @@ def test_readme_job(home, start, tmp_path, has_token):
     said(["edit-ray", "--output", str(tmp_path), "down"], home)
 
 
-@pytest.mark.slow
 def test_a_token_in_the_home_is_no_hindrance_on_a_ray_without(home, start, tmp_path):
     said(SAYS_HOW[1].split(), home)
     disabled = home | {"RAY_AUTH_MODE": "disabled"}

@@ -13,6 +13,7 @@ import pytest
 
 from edit_ray import LongVideoClient
 from edit_ray.actors import launch
+from edit_ray.cli.main import main
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.errors import SegmentFailed
 from tests.ray.conftest import REPOSITORY, manifest_of, pids, wait_until
@@ -98,27 +99,26 @@ def test_a_run_whose_actors_were_all_ended_is_resumed_by_the_same_command(start_
     assert same(files_of(tmp_path, f"{run_id}-whole"), files_of(tmp_path, f"{run_id}-hurt"))
 
 
-def edit_ray(environment, root, *arguments):
-    command = [sys.executable, "-m", "edit_ray.cli", "--output", str(root), *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, check=False)
+def test_the_command_line_extends_rerolls_and_watches(ray_head, config, tmp_path, run_id, capsys):
+    def edit_ray(*arguments):
+        return main(["--output", str(tmp_path), *arguments]), *capsys.readouterr()
 
-
-def test_the_command_line_extends_rerolls_and_watches(ray_head, config, tmp_path, run_id):
     client = LongVideoClient(output=tmp_path)
     client.submit(config(segments=2), run_id=run_id)
-    watched = edit_ray(ray_head, tmp_path, "watch", run_id)
+    command = [sys.executable, "-m", "edit_ray.cli", "--output", str(tmp_path), "watch", run_id]
+    watched = subprocess.run(command, cwd=REPOSITORY, env=ray_head, text=True, capture_output=True, check=False)
     assert watched.returncode == 0, watched.stderr
     assert watched.stdout.splitlines()[-1].startswith(f"{run_id}  done  2/2 segments")
-    assert edit_ray(ray_head, tmp_path, "extend", run_id, "--segments", "1").returncode == 0
-    assert edit_ray(ray_head, tmp_path, "watch", run_id).stdout.splitlines()[-1].startswith(f"{run_id}  done  3/3")
-    wrong = edit_ray(ray_head, tmp_path, "reroll", run_id, "--from", "3")
-    assert (wrong.returncode, "--from is 3; it must be a segment" in wrong.stderr) == (2, True), wrong.stderr
-    assert edit_ray(ray_head, tmp_path, "reroll", run_id, "--from", "2", "--seed", "9").returncode == 0
+    assert edit_ray("extend", run_id, "--segments", "1")[0] == 0
+    assert edit_ray("watch", run_id)[1].splitlines()[-1].startswith(f"{run_id}  done  3/3")
+    code, _, error = edit_ray("reroll", run_id, "--from", "3")
+    assert (code, "--from is 3; it must be a segment" in error) == (2, True), error
+    assert edit_ray("reroll", run_id, "--from", "2", "--seed", "9")[0] == 0
     wait_until(lambda: client.status(run_id).state == "done")
     manifest = manifest_of(tmp_path / run_id)
     assert [(record.index, record.take) for record in manifest.segments] == [(0, 0), (1, 0), (2, 1)]
     assert [(record.index, record.take) for record in manifest.earlier_takes] == [(2, 0)]
-    assert edit_ray(ray_head, tmp_path, "resume", run_id).stdout.startswith(f"{run_id}  done  3/3 segments")
-    listed = edit_ray(ray_head, tmp_path, "list").stdout.splitlines()
+    assert edit_ray("resume", run_id)[1].startswith(f"{run_id}  done  3/3 segments")
+    listed = edit_ray("list")[1].splitlines()
     assert any(line.startswith(f"{run_id}  done  3/3 segments") for line in listed)
     assert json.loads((tmp_path / run_id / "manifest.jsonl").read_text().splitlines()[0])["run_id"] == run_id

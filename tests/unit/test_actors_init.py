@@ -105,7 +105,7 @@ def test_what_is_shown_of_it_and_what_is_made_of_it(tmp_path, model, files, kind
     assert first == len(at_once)
 
 
-@pytest.mark.parametrize("kind", ["picture", "clip"])
+@pytest.mark.parametrize("kind", [pytest.param("picture", marks=pytest.mark.slow), "clip"])
 def test_lost_actors_and_a_lost_file_change_nothing(tmp_path, model, files, kind):
     whole = make(spec_for(tmp_path, model, files[kind], mode="overlap"))
     hurt_spec = spec_for(tmp_path, model, files[kind], "hurt", mode="overlap")

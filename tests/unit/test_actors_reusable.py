@@ -78,7 +78,14 @@ def same(one, other, segments):
     return [torch.equal(load_latents(one.latents(k)), load_latents(other.latents(k))) for k in range(segments)]
 
 
-@pytest.mark.parametrize("at", [("decode_segment", 3), ("denoise_segment", 3), ("encode_segment", 1)], ids=str)
+@pytest.mark.parametrize(
+    "at",
+    [
+        ("decode_segment", 3),
+        *(pytest.param(at, marks=pytest.mark.slow) for at in (("denoise_segment", 3), ("encode_segment", 1))),
+    ],
+    ids=str,
+)
 def test_a_cancelled_run_that_is_extended_is_one_that_was_as_long_from_the_start(tmp_path, model, at):
     """Whatever had latents when the cancel came, and whatever was committed."""
 
@@ -104,7 +111,8 @@ async def lose_the_node(crew, worker):
     raise ConnectionError("the node is lost")
 
 
-@pytest.mark.parametrize("kind", ["cancelled", pytest.param("node lost", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cancelled", "node lost"])
 def test_what_is_dropped_is_not_needed_to_make_lost_residuals_again(tmp_path, model, kind):
     """Segments 4 to 7 reuse what 4 has left; it is made again from its own context, of 21 latents a segment."""
     config = config_of(model, 8, 3, sampling=LONG, output={"keep_segments": 1}, continuity={"history_latents": 1})

@@ -100,7 +100,7 @@ def latents_of(root, run_id):
     return torch.cat([load_latents(RunFolder(root, run_id).latents(k)) for k in range(SEGMENTS)])
 
 
-@pytest.mark.parametrize("granularity", ["stack", "per_block", 3])
+@pytest.mark.parametrize("granularity", ["stack", pytest.param("per_block", marks=pytest.mark.slow), 3])
 def test_latents_are_the_same_in_much_memory_and_in_little(tmp_path, model, granularity):
     later = FBCACHE if granularity == "stack" else TAYLORSEER  # a unit of one block has none to spare for a probe
     records = asyncio.run(generate(tmp_path, config_for(model, 100, granularity, later_steps=later), "much"))
@@ -135,19 +135,28 @@ def test_reuse_shows_in_what_is_computed_and_in_the_latents(tmp_path, model):
     assert [record.statistics["units_skipped"] for record in reusing] == [0, 6, 6, 6, 0, 6]
 
 
-@pytest.mark.parametrize("shared_memory", ["require", "never"])
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model):
+    """The folder and the records of a run to which nothing has happened."""
+    root = tmp_path_factory.mktemp("whole")
+    return root, asyncio.run(generate(root, config_for(model, 2), "whole"))
+
+
+WITHOUT_SHARED_MEMORY = pytest.param("never", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("shared_memory", ["require", WITHOUT_SHARED_MEMORY])
 @pytest.mark.parametrize(
     "lost",
     [{2: "store"}, {2: "gpu"}, {1: "store", 3: "gpu"}, {4: "gpu and store"}, {0: "gpu", 3: "memory", 5: "store"}],
     ids=str,
 )
-def test_a_lost_actor_or_too_little_memory_changes_no_latents(tmp_path, model, lost, shared_memory):
+def test_a_lost_actor_or_too_little_memory_changes_no_latents(tmp_path, model, whole, lost, shared_memory):
     config = config_for(model, 2, shared_memory=shared_memory)
-    asyncio.run(generate(tmp_path, config, "whole"))
     crew = Crew(lost)
     asyncio.run(generate(tmp_path, config, "hurt", crew))
     assert not crew.lost, "every planned loss happened"
-    assert torch.equal(latents_of(tmp_path, "whole"), latents_of(tmp_path, "hurt"))
+    assert torch.equal(latents_of(whole[0], "whole"), latents_of(tmp_path, "hurt"))
 
 
 def test_each_segment_is_asked_for_before_the_one_before_it_ends(tmp_path, model):
@@ -176,19 +185,20 @@ class Damaged(Crew):
         return await super().denoiser(worker, method, *arguments)
 
 
-@pytest.mark.parametrize("shared_memory", ["require", "never"])
-@pytest.mark.parametrize(("damaged", "again"), [([2], 1), ([1, 3], 2), ([2, 5], 2)], ids=str)
-def test_residuals_that_the_disk_has_lost_are_made_again(tmp_path, model, damaged, again, shared_memory):
+@pytest.mark.parametrize(
+    ("damaged", "again", "shared_memory"),
+    [([2], 1, "require"), ([1, 3], 2, "require"), ([2, 5], 2, "require"), ([2, 5], 2, "never")],
+    ids=str,
+)
+def test_residuals_that_the_disk_has_lost_are_made_again(tmp_path, model, whole, damaged, again, shared_memory):
     config = config_for(model, 2, shared_memory=shared_memory)
-    whole = asyncio.run(generate(tmp_path, config, "whole"))
     hurt = asyncio.run(generate(tmp_path, config, "hurt", Damaged(tmp_path, damaged)))
-    assert torch.equal(latents_of(tmp_path, "whole"), latents_of(tmp_path, "hurt"))
-    assert [sum(r.statistics["segments_made_again"] for r in records) for records in (whole, hurt)] == [0, again]
+    assert torch.equal(latents_of(whole[0], "whole"), latents_of(tmp_path, "hurt"))
+    assert [sum(r.statistics["segments_made_again"] for r in records) for records in (whole[1], hurt)] == [0, again]
 
 
-def test_a_store_that_finds_nothing_where_it_was_gets_what_it_lacks(tmp_path, model):
+def test_a_store_that_finds_nothing_where_it_was_gets_what_it_lacks(tmp_path, model, whole):
     config = config_for(model, 2)
-    asyncio.run(generate(tmp_path, config, "whole"))
 
     class Emptied(Crew):
         async def denoiser(self, worker, method, *arguments):
@@ -197,7 +207,7 @@ def test_a_store_that_finds_nothing_where_it_was_gets_what_it_lacks(tmp_path, mo
             return await super().denoiser(worker, method, *arguments)
 
     asyncio.run(generate(tmp_path, config, "hurt", Emptied({2: "gpu and store"})))
-    assert torch.equal(latents_of(tmp_path, "whole"), latents_of(tmp_path, "hurt"))
+    assert torch.equal(latents_of(whole[0], "whole"), latents_of(tmp_path, "hurt"))
 
 
 def test_a_segment_that_does_not_come_out_as_it_was_ends_the_run(tmp_path, model):

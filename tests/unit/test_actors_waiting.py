@@ -72,9 +72,13 @@ DAMAGE = {
     "words for numbers": b'{"event": "gpu_actor", "wall": 1.0, "monotonic": 1.0, "worker": "x"}\n',
     "figures": b'{"event": "segment_made", "wall": 1, "monotonic": 1, "segment": 0, "figures": {"a": "b"}}\n',
 }
+DAMAGE["all of it"] = b"".join(DAMAGE.values())
 
 
-@pytest.mark.parametrize("damage", [*DAMAGE, "a folder"])
+@pytest.mark.parametrize(
+    "damage",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in DAMAGE if name != "all of it"), "all of it", "a folder"],
+)
 def test_no_damage_to_the_event_log_costs_anything(tmp_path, model, undisturbed, damage):
     async def go_on():
         async with died_at_work(tmp_path, model, "plain") as crew:

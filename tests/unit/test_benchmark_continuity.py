@@ -90,6 +90,7 @@ def test_a_strip_has_the_frames_around_the_join():
     assert [strip[0, x, 0] for x in (0, 24, 32, 40)] == [5, 9, 255, 10]
 
 
+@pytest.mark.slow
 def test_all_of_it(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["continuity.py", "--model", str(model), "--prompt", "a red circle", "--quick"])
     output = ["--output", str(tmp_path / "out"), "--modes", "none; history, adain 0.25", "--seeds", "1"]

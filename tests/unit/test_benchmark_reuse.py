@@ -69,6 +69,7 @@ def test_verdicts_compare_equal_blocks_of_the_same_mode():
     assert "loses: -1.00 dB" in last
 
 
+@pytest.mark.slow
 def test_all_of_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reuse, "QUICK", reuse.QUICK | {"height": 32, "width": 32, "segments": 2})
     arguments = ["--quick", "--modes", "warm_start", "--output", str(tmp_path)]

@@ -389,8 +389,8 @@ def happened_in(folder, number):
     return set(fired)
 
 
-def test_300_histories_with_faults(tmp_path):
-    assert happened_in(tmp_path, 300) == EVERYTHING
+def test_100_histories_with_faults(tmp_path):
+    assert happened_in(tmp_path, 100) == EVERYTHING
 
 
 @pytest.mark.slow

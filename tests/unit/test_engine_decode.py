@@ -74,6 +74,9 @@ def test_lookback_is_the_reach_of_the_convolutions(num_res_blocks, temperal_down
     assert lookback_latents(config) == lookback
 
 
+@pytest.mark.parametrize(
+    "vae", [pytest.param(name, marks=pytest.mark.slow if name != "wan22" else ()) for name in VAES], indirect=True
+)
 def test_lookback_is_enough_and_a_fourth_of_it_is_not(vae):
     lookback = lookback_latents(vae.config)
     position = lookback + 2

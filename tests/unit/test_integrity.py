@@ -94,7 +94,9 @@ FILES = ["latents/00001-t0.safetensors", "segments/00000-t0.m4s", "segments/0000
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("harm", [flip, lambda path: path.unlink()], ids=["one bit", "gone"])
+@pytest.mark.parametrize(
+    "harm", [flip, pytest.param(lambda path: path.unlink(), marks=pytest.mark.slow)], ids=["one bit", "gone"]
+)
 def test_what_is_damaged_is_named_and_made_again_with_the_same_bytes(root, undisturbed, name, harm, capsys):
     assert verified(root, capsys) == (0, "one is as it was written: 3 segments\n")
     harm(root / "one" / name)
@@ -110,7 +112,15 @@ def test_what_is_damaged_is_named_and_made_again_with_the_same_bytes(root, undis
     assert verified(root, capsys)[0] == 0
 
 
-@pytest.mark.parametrize("name", [*FILES, "final.mp4", "stream.mp4", "latents/00003-t0.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in FILES),
+        "final.mp4",
+        "stream.mp4",
+        "latents/00003-t0.safetensors",
+    ],
+)
 def test_a_run_that_is_done_is_mended_too(undisturbed, tmp_path, name, capsys):
     shutil.copytree(undisturbed / "one", tmp_path / "one")
     flip(tmp_path / "one" / name, at=(tmp_path / "one" / name).stat().st_size // 3)

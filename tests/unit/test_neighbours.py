@@ -49,6 +49,7 @@ def test_two_clusters_share_a_stores_folder(tmp_path, model, alone, names):
     assert list((tmp_path / "store").rglob("*.safetensors")) == []
 
 
+@pytest.mark.slow
 def test_equal_process_numbers_in_two_containers_mix_nothing(tmp_path, model, alone):
     """They share the folder of runs and the store's, and each thinks that it is process 1."""
     if shutil.which("unshare") is None or subprocess.run([*APART, "true"], check=False).returncode:

@@ -69,7 +69,11 @@ def test_a_forked_child_does_not_unlock_the_folder(tmp_path):
     store.put(KEY, torch.ones(3))
 
 
-@pytest.mark.parametrize("namespaces", [False, True], ids=["one pid namespace", "a pid namespace each"])
+@pytest.mark.parametrize(
+    "namespaces",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["one pid namespace", "a pid namespace each"],
+)
 def test_of_processes_that_open_a_folder_by_chance_one_at_a_time_has_it(tmp_path, namespaces):
     if namespaces and subprocess.run(["unshare", "-Upf", "true"], capture_output=True, check=False).returncode:
         pytest.skip("this user may make no pid namespace")

@@ -280,8 +280,8 @@ def happened_in(folder, number, monkeypatch):
     return set(fired)
 
 
-def test_300_histories(tmp_path, monkeypatch):
-    assert happened_in(tmp_path, 300, monkeypatch) == EVERYTHING
+def test_100_histories(tmp_path, monkeypatch):
+    assert happened_in(tmp_path, 100, monkeypatch) == EVERYTHING
 
 
 @pytest.mark.slow

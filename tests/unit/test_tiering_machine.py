@@ -14,7 +14,7 @@ from edit_ray.cache.tiering.residency import Residency
 from tests.unit.tiering_machine import EVENTS, AnyOrder
 
 SHORT = settings(
-    max_examples=2000,
+    max_examples=500,
     stateful_step_count=14,
     derandomize=True,
     database=None,
@@ -41,7 +41,7 @@ def test_the_planner_holds_in_any_order():
 
 def test_it_holds_if_only_the_first_in_line_has_room_made_for_it(monkeypatch):
     monkeypatch.setattr(serving, "_WAITING", 1)
-    assert run(TierPlanner, max_examples=400)["complete"] > 0
+    assert run(TierPlanner, max_examples=100)["complete"] > 0
 
 
 @pytest.mark.slow
