@@ -10,20 +10,20 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable, Container, Mapping
-from contextlib import suppress
-from dataclasses import asdict, fields, is_dataclass
-from functools import cache
+from dataclasses import asdict
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated
 
-from pydantic_core import from_json
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from edit_ray.errors import ManifestUnreadable
 from edit_ray.runs.manifest import READABLE, SCHEMA, Begun, Line, Manifest
 
 _HEAD = re.compile(rb'\{"crc": "([0-9a-f]{8})", (?:"behind": ([0-9]{1,18}), )?')
+_LINE: TypeAdapter[Line] = TypeAdapter(
+    Annotated[Line, Field(discriminator="kind")],
+    config=ConfigDict(strict=True, extra="forbid", cache_strings="keys"),  # as every segment has the same keys
+)
 _BODY = len('{"crc": "00000000", ')
 _BEGIN = b'{"crc": "'  # begins every line, and stands nowhere else: quotes in texts are escaped
 
@@ -140,19 +140,16 @@ def _json_of(text: bytes, head: re.Match[bytes]) -> bytes:
 
 def _parsed(text: bytes) -> Line:
     try:
-        values = from_json(text, cache_strings="keys")  # keys are shared, as every segment has the same
-        kind = _KINDS.get(values["kind"])
-    except (KeyError, TypeError):
-        raise ValueError("the line is no JSON object with a kind") from None
-    if kind is None:
-        raise ValueError(f"a line of the kind {values['kind']!r:.40} is not known here")
-    line: Line = _reader(kind)(values)
-    return line
+        return _LINE.validate_json(text)
+    except ValidationError as invalid:
+        mistake = invalid.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, mistake["loc"])) or "the line"
+        raise ValueError(f"{where:.80} is {mistake['input']!r:.60} ({mistake['msg']:.120})") from None
 
 
 def _check_schema(text: bytes) -> None:
     """Raises ValueError where this is no first line of a manifest, or one of another version."""
-    values = from_json(text)
+    values = json.loads(text)
     if values.get("kind") != "begun":
         raise ValueError("the first line of a manifest is missing")
     schema = values.get("schema")
@@ -160,81 +157,3 @@ def _check_schema(text: bytes) -> None:
         newer = "a newer" if isinstance(schema, int) and schema > SCHEMA else "another"
         known = " and ".join(map(str, reversed(READABLE)))
         raise ValueError(f"this is {newer} version's manifest (schema {schema!r:.20}; known here: {known})")
-
-
-_KINDS = {one.__dataclass_fields__["kind"].default: one for one in get_args(Line)}
-
-
-@cache
-def _reader(hint: Any) -> Callable[[Any], Any]:
-    """Makes a value of a type from JSON data; it raises ValueError for any other data."""
-    origin, inside = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return _one_of(frozenset((int,)), inside[1])
-    if origin is Literal:
-        return _one_of(frozenset((str,)), frozenset(inside))
-    if origin in (UnionType, Union):
-        return _first_of([_reader(one) for one in inside])
-    if origin is Mapping:
-        return _mapping_of(_types_of(inside[1]), _reader(inside[1]))
-    if is_dataclass(hint):
-        return _dataclass_of(hint)
-    return _one_of(_types_of(hint))
-
-
-def _types_of(hint: Any) -> frozenset[Any]:
-    return frozenset((int, float) if hint is float else (hint,))
-
-
-def _one_of(types: frozenset[Any], valid: Container[Any] | None = None) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        if type(value) in types and (valid is None or value in valid):
-            return value
-        raise ValueError("which it cannot be")
-
-    return read
-
-
-def _first_of(readers: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        for one in readers[:-1]:
-            with suppress(ValueError):
-                return one(value)
-        return readers[-1](value)
-
-    return read
-
-
-def _mapping_of(types: frozenset[Any], inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """All values at once, where all are of plain types."""
-
-    def read(value: Any) -> Any:
-        if type(value) is not dict:
-            raise ValueError("which it cannot be")
-        if types.issuperset(map(type, value.values())):
-            return value
-        return {name: inner(given) for name, given in value.items()}
-
-    return read
-
-
-def _dataclass_of(cls: Any) -> Callable[[Any], Any]:
-    hints = get_type_hints(cls, include_extras=True)
-    readers = {one.name: _reader(hints[one.name]) for one in fields(cls)}
-
-    def read(value: Any) -> Any:
-        if type(value) is not dict:
-            raise ValueError("which it cannot be")
-        try:
-            for name, given in value.items():
-                value[name] = readers[name](given)
-        except KeyError:
-            raise ValueError(f"{name!r:.40} is not known here") from None
-        except ValueError as error:
-            raise ValueError(f"{name} is {given!r:.60}, {error}") from None
-        try:
-            return cls(**value)
-        except TypeError as missing:
-            raise ValueError(str(missing)) from None
-
-    return read

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from pydantic import Field
+
 MAX_SEGMENTS = 100_000
 
-Count = Annotated[int, range(10**9)]
+Count = Annotated[int, Field(ge=0, lt=10**9)]
 """Of segments, takes, frames of a segment, pixels, lives of a run."""
-SegmentCount = Annotated[int, range(MAX_SEGMENTS + 1)]
+SegmentCount = Annotated[int, Field(ge=0, lt=MAX_SEGMENTS + 1)]
 """How many segments a run is to have."""
-Frame = Annotated[int, range(10**15)]
+Frame = Annotated[int, Field(ge=0, lt=10**15)]
 """Of a whole video."""
-Seed = Annotated[int, range(2**63)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]

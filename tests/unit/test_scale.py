@@ -134,7 +134,9 @@ async def go_on(spec, committed, more, look):
     await crew.remember({spec.run_id: Pointer(str(spec.root), 0, begun=True)})
     look()
     scheduler = SegmentSchedulerActor(crew)
-    assert (await scheduler.status(spec.run_id)).committed == committed
+    while (status := await scheduler.status(spec.run_id)).state == "waiting":
+        await asyncio.sleep(0.1)
+    assert status.committed == committed
     recovery, each = look(), []
     for index in range(committed, committed + more):
         assert (await scheduler.wait_segment(spec.run_id, index, 60)).record.index == index
