@@ -24,11 +24,11 @@ def _once(key, make):
     return _made[name]
 
 
-def _encode(frames, **options):
+def _encode(frames, *, patience=None, **options):
     return _once((options, frames.tobytes()), lambda: encode(frames, **options))
 
 
-def _join(init, parts, path, *, comment=""):
+def _join(init, parts, path, *, comment="", patience=None):
     def make():
         join(init, parts, path, comment=comment)
         return path.read_bytes()
@@ -37,7 +37,7 @@ def _join(init, parts, path, *, comment=""):
     path.write_bytes(_once((comment, *content), make))
 
 
-def _read_frames(path, *, init=None, **size):
+def _read_frames(path, *, init=None, patience=None, **size):
     content = [files.read_bytes(part) for part in (path, *([init] if init else []))]
     return _once((size, *content), lambda: read_frames(path, init=init, **size))
 
