@@ -193,11 +193,10 @@ class StreamFiles:
         return not self._beyond and self._size_of(name) == self._told
 
     def _add_to(self, name: str, lines: str) -> None:
-        """The URI is a comment until all of it is durable: whoever reads in between sees what there was."""
+        """The URI is a comment until all of it is there: whoever reads in between sees what there was."""
         uri = lines.index("\n") + 1
         with files.opened(self._folder / name, os.O_RDWR) as playlist:
             files.write_all(playlist, f"{lines[:uri]}#{lines[uri + 1 :]}".encode(), self._told)
-            files.disk.fsync(playlist)
             files.write_all(playlist, lines[uri].encode(), self._told + uri)
 
     def _announce(self, name: str) -> None:
