@@ -15,7 +15,7 @@ from edit_ray.runs.events import CloseRun
 from edit_ray.runs.manifest import Ended
 from edit_ray.runs.scheduler import SegmentScheduler
 
-RELEASE_ATTEMPTS, RELEASE_PAUSE_S = 20, 1.0  # of a store that is being started again
+RELEASE_PAUSE_S = 1.0  # between two questions to a store that is being started again
 
 
 _log = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ async def release_run(crew: Crew, watchdog: Watchdog, spec: RunSpec, worker: int
     engine = spec.config.engine
     with contextlib.suppress(ConnectionError):  # it holds nothing then
         await answered(crew.denoiser(worker, "release_run", spec.run_id), engine.answer_timeout_s, "the end of a run")
-    for _ in range(RELEASE_ATTEMPTS):
+    until = asyncio.get_running_loop().time() + engine.start_timeout_s
+    while asyncio.get_running_loop().time() < until:
         try:
             call = crew.store(worker, "drop_run", spec.residuals_id, spec.residuals_directory)
             return await watchdog.watch_store(worker, call, engine)

@@ -7,6 +7,7 @@ import imageio_ffmpeg
 import pytest
 import torch
 
+from edit_ray.actors import closing
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.engine.latent_files import load_latents
@@ -155,3 +156,19 @@ def test_a_long_join_that_goes_on_is_not_taken_for_one_that_hangs(tmp_path, mode
     status = finish(tmp_path, config, crew)
     assert status.state == "done", status.error
     assert crew.restarts == []
+
+
+def test_a_store_that_takes_long_to_be_there_again_is_told_of_the_end(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(closing, "RELEASE_PAUSE_S", 0.01)
+
+    class Away(LocalCrew):
+        left = 50
+
+        async def store(self, worker, method, *arguments):
+            if method == "drop_run" and self.left:
+                self.left -= 1
+                raise ConnectionError("the store is being started again")
+            return await super().store(worker, method, *arguments)
+
+    assert finish(tmp_path, config_for(model, video={"num_segments": 3}, **REUSE), Away()).state == "done"
+    assert not list((tmp_path / ".cache_store").glob("*.safetensors"))
