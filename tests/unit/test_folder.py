@@ -35,6 +35,12 @@ def test_a_folder_that_cannot_be_made_whole_is_not_there(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_not_even_an_empty_folder_is_overwritten(tmp_path):
+    (tmp_path / "one").mkdir()
+    with pytest.raises(RunExists, match="'one' is taken"):
+        RunFolder(tmp_path, "one").create("", BEGUN)
+
+
 def test_nothing_is_overwritten(tmp_path):
     RunFolder(tmp_path, "one").create("", BEGUN).close()
     with pytest.raises(RunExists, match="'one' is taken"):
@@ -174,6 +180,7 @@ def test_processes_with_equal_pids_never_publish_each_others_half(tmp_path):
     ]
     assert writers[0].stdout.readline() == writers[1].stdout.readline()
     while sum(draft.stat().st_size for draft in tmp_path.iterdir()) < 2000:
+        assert [writer.poll() for writer in writers] == [None, None]
         time.sleep(0.01)
     writers[1].kill()
     writers[1].communicate()
