@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import os
 import secrets
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from edit_ray import files
 from edit_ray.actors import launch
 from edit_ray.actors.messages import RunStatus, StreamReply
 from edit_ray.config import Config, check_config, config_of, load_config, output_root
@@ -113,10 +113,14 @@ class LongVideoClient:
         run_id = check_run_id(run_id) if run_id is not None else new_run_id(datetime.now(UTC), secrets.token_hex(2))
         if problems := check_config(config):
             raise ConfigError(problems)
-        with tempfile.NamedTemporaryFile(dir=self.output, prefix=".probe-") as probe:
-            token = secrets.token_hex(8)  # so that asking again does not meet one's own run as another's
+        token = secrets.token_hex(8)  # so that asking again does not meet one's own run as another's
+        probe = RunFolder(self.output, run_id).probe(token)
+        probe.touch(0o600)
+        try:
             settings, root, owner = config.model_dump(mode="json"), str(self.output), self.owner
-            self._admit("submit", run_id, settings, root, probe.name, token, owner.name, owner.job)
+            self._admit("submit", run_id, settings, root, str(probe), token, owner.name, owner.job)
+        finally:
+            files.remove(probe)
         return run_id
 
     def resume(

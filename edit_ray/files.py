@@ -17,7 +17,7 @@ from pathlib import Path
 
 from xxhash import xxh3_64, xxh3_64_intdigest
 
-_DRAFT = ".part"
+DRAFT = ".part"
 _CHUNK = 4 << 20
 NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 """How a file is opened that must not be there yet, not even as a link."""
@@ -86,7 +86,7 @@ class Draft:
     """A new file that takes its place when it is whole. Its name is random: no other process writes to it."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_DRAFT}")
+        self.path = path.with_name(f".{path.name}.{secrets.token_hex(8)}{DRAFT}")
         self.size = 0  # bytes written so far
         self.descriptor = disk.open(self.path, NEW)
 
@@ -221,6 +221,6 @@ def remove_drafts(folder: Path, of: str = "") -> None:
     """
     with contextlib.suppress(OSError):
         for name in disk.listdir(folder):
-            if name.startswith(f".{of}") and name.endswith(_DRAFT):
+            if name.startswith(f".{of}") and name.endswith(DRAFT):
                 with contextlib.suppress(OSError):
                     disk.unlink(folder / name)

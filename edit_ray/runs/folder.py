@@ -90,8 +90,17 @@ class RunFolder:
         self.remove_drafts()
         return manifest
 
+    def probe(self, token: str) -> Path:
+        """A file beside the run's folder, by which its submission finds out who sees that."""
+        return self.path.parent / f".{self._probes}{token}{files.DRAFT}"
+
+    @property
+    def _probes(self) -> str:
+        return f"probe-{self.run_id}~"  # in no run's id
+
     def remove_drafts(self) -> None:
         """What was begun to be written by processes that are dead; while none writes in here."""
+        files.remove_drafts(self.path.parent, self._probes)
         for name in ("", *_FOLDERS):
             files.remove_drafts(self.path / name)
 

@@ -69,6 +69,15 @@ def test_three_actors_are_three_processes_with_one_socket_of_ours_on_loopback(ra
     assert not any(path.read_bytes().startswith((b"\x80", b"PK")) for path in made), "no pickle, no archive with one"
 
 
+def test_who_asks_for_more_gpu_actors_than_the_nodes_hold_is_told(config, tmp_path, run_id):
+    client = LongVideoClient(output=tmp_path)
+    client.submit(load_config(config(segments=1), ["engine.gpu_actors=64"]), run_id=run_id)
+    places = int(ray.cluster_resources()["CPU"])
+    asked = f"asks for 64 GPU actors, and the nodes of this Ray cluster have places for {places}; further runs wait"
+    assert asked in client.status(run_id).warning
+    assert [segment.index for segment in client.stream(run_id, frames=False)] == [0]
+
+
 def sockets_of_ours(pids):
     """Who listens where, but for the one socket by which Ray's core worker takes the calls of an actor, or a driver."""
     rays_own = {actor["Pid"]: actor["Address"]["Port"] for actor in actors().values() if actor["State"] == "ALIVE"}

@@ -9,6 +9,7 @@ from edit_ray.actors.cache_store import CacheStoreActor
 from edit_ray.actors.crew import ActorGone
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.run_state import MOST_DEATHS
 from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
@@ -90,3 +91,11 @@ def test_work_that_kills_its_actor_each_time_ends_the_run_and_says_how_often(tmp
         f"denoise of segment 0 failed: actors died {MOST_DEATHS + 1} times during this work, which may be why "
         "(is memory short?): ActorGone: the actor 'denoiser' is gone"
     )
+
+
+def test_what_a_client_leaves_that_dies_while_it_submits_goes_with_the_run_s_end(tmp_path, model):
+    left, of_another = RunFolder(tmp_path, "one").probe("a"), RunFolder(tmp_path, "one-b").probe("b")
+    left.touch()
+    of_another.touch()
+    assert asyncio.run(run(LocalCrew(), tmp_path, model)).state == "done"
+    assert (left.exists(), of_another.exists()) == (False, True)
