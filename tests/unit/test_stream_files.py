@@ -119,6 +119,8 @@ def test_a_torn_write_is_mended_by_the_next_one(files, tmp_path):
     with (tmp_path / "stream.mp4").open("ab") as stream:
         stream.write((tmp_path / parts[1].path).read_bytes() * 2 + b"and more")
     files.append(parts[1])
+    pieces = [tmp_path / name for name in ("init.mp4", parts[0].path, parts[1].path)]
+    assert (tmp_path / "stream.mp4").read_bytes() == b"".join(piece.read_bytes() for piece in pieces)
     assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts[:2])
     (tmp_path / "stream.mp4").unlink()
     files.append(parts[2])
