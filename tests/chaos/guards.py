@@ -73,7 +73,11 @@ def guards() -> list[Guard]:
             "short writes go on", "files.py", "while done < len(data):", "if done < len(data):", "test_event_log.py"
         ),
         replaced(
-            "short reads go on", "files.py", "while done < size and", "if done < size and", "test_folder.py -k bits"
+            "short reads go on",
+            "files.py",
+            "while done < size and",
+            "if done < size and",
+            "test_folder.py -k some_bytes",
         ),
         replaced(
             "only events are read",
