@@ -64,9 +64,11 @@ class Watchdog:
         """
         task = asyncio.ensure_future(call)
         try:
-            async with asyncio.timeout(engine.step_timeout_s + engine.answer_timeout_s):
+            timeout_s = engine.step_timeout_s + engine.answer_timeout_s
+            async with asyncio.timeout(timeout_s) as bound:
                 while not (await asyncio.wait({task}, timeout=engine.answer_timeout_s / LOOKS))[0]:
-                    await self._store_is_silent(worker, engine)
+                    if await self._store_is_silent(worker, engine):  # Ray takes seconds to kill what is stopped
+                        bound.reschedule(asyncio.get_running_loop().time() + timeout_s)
                 return task.result()
         except TimeoutError:
             raise NoAnswer(f"the store was not done within {engine.step_timeout_s:g} s") from None
