@@ -336,9 +336,9 @@ class SegmentStream(Iterator[Segment], AsyncIterator[Segment]):
     def _segment(self, record: SegmentRecord, status: RunStatus) -> Segment:
         folder = Path(status.path)
         path, init = folder / record.media, folder / "init.mp4"
-        size = {"height": status.height, "width": status.width}
+        height, width = status.height, status.width
         try:
-            frames = read_frames(path, **size, init=init) if self._frames else None
+            frames = read_frames(path, height=height, width=width, init=init) if self._frames else None
             latents = _load_latents(folder / record.latents) if self._latents else None
         except (OSError, EncodeError, EditRayError):
             if path.exists():

@@ -122,7 +122,8 @@ class Admission:
         try:
             config = await asyncio.to_thread(load_config, folder.run_yaml, (), check_model=False)
             spec = RunSpec.of(root, config, file.manifest)
-            worker = await self._start(spec, await asyncio.to_thread(last_worker, spec) or 0)
+            had = await asyncio.to_thread(last_worker, spec)
+            worker = await self._start(spec, had or 0)
             settings = await asyncio.to_thread(folder.run_yaml.read_bytes)
             provenance = await self._provenance(spec, settings, worker)
             if not allow_different_hardware:

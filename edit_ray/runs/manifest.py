@@ -278,6 +278,8 @@ class Manifest:
                 return extended._planned_from(len(self.segments)) if replans else extended
             case Rerolled(_, take):
                 return self._rerolled(take)
+            case Committed(_, segment):
+                return self._committed(segment)
             case Tiled(_, start):
                 if start < len(self.segments):
                     raise ValueError(f"segment {start} is committed, and was not decoded in tiles")
