@@ -19,7 +19,7 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 
 DRAFT = ".part"
 _CHUNK = 4 << 20
-NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL  # and O_EXCL follows no link
 """How a file is opened that must not be there yet, not even as a link."""
 
 

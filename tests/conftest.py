@@ -11,11 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from edit_ray import files
 from jobs.demo import private_ray
 
 TESTS = Path(__file__).parent
+
+# On a busy machine an example may take any time.
+settings.register_profile("any time", deadline=None)
+settings.load_profile("any time")
+
 MARKERS_OF_FOLDER = {"ray": ("ray",), "chaos": ("ray", "chaos"), "gpu": ("gpu",)}
 
 # A shell has what it starts in the background ignore SIGINT, and that is inherited: what tests interrupt would go on.

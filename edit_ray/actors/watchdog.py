@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from edit_ray.actors.crew import Crew, NoAnswer
@@ -25,12 +26,27 @@ async def answered(call: Awaitable[T], timeout_s: float, what: str) -> T:
         raise NoAnswer(f"{what} was not answered for {timeout_s:g} s") from None
 
 
+@dataclass(frozen=True)
+class _Beat:
+    """The last one of a GPU actor, None while it loads a model; when it was asked for, and how long it is the same.
+
+    A process that was stopped itself must not take that time for the actor's: between two looks little of it counts.
+    """
+
+    number: int | None
+    asked_at: float
+    lasts_s: float = 0.0
+
+    def again(self, now: float, looks_s: float) -> _Beat:
+        return _Beat(self.number, now, self.lasts_s + min(now - self.asked_at, 3 * looks_s))
+
+
 class Watchdog:
     """Looks after all work of one crew: its GPU actors and their stores."""
 
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
-        self._last: dict[int, tuple[int | None, float]] = {}  # worker -> its last beat, and when it was new
+        self._last: dict[int, _Beat] = {}  # by worker
         self._answers_by: dict[int, float] = {}  # worker -> when its store, which is silent now, has to have answered
 
     async def watch(self, worker: int, work: Awaitable[T], engine: EngineOptions) -> T:
@@ -94,25 +110,23 @@ class Watchdog:
         self._answers_by.pop(worker, None)
         return False
 
-    async def _hangs(self, worker: int, engine: EngineOptions, patience_s: float) -> str | None:
+    async def _hangs(self, worker: int, engine: EngineOptions, looks_s: float) -> str | None:
         """What the GPU actor has not done in time, as a sentence; None while all is well."""
         now = asyncio.get_running_loop().time()
-        before, since = self._last.setdefault(worker, (-1, now))
-        beat = before
+        last = self._last.setdefault(worker, _Beat(-1, now))
+        number = last.number
         try:
-            beat = await asyncio.wait_for(self._crew.denoiser(worker, "beat"), patience_s)
+            number = await asyncio.wait_for(self._crew.denoiser(worker, "beat"), looks_s)
         except TimeoutError:
             pass
         except ConnectionError:
             return None  # it is gone: the work says so itself
-        if self._last.get(worker) != (before, since):
+        if self._last.get(worker) != last:
             return None  # other work on it has found out meanwhile
-        if beat != before:
-            self._last[worker] = (beat, now)
-            return None
-        loads = beat is None  # an actor answers once it has its model
+        beat = self._last[worker] = last.again(now, looks_s) if number == last.number else _Beat(number, now)
+        loads = beat.number is None  # an actor answers once it has its model
         timeout_s = engine.load_timeout_s if loads else engine.step_timeout_s
-        if now - since <= timeout_s:
+        if beat.lasts_s <= timeout_s:
             return None
         self._last.pop(worker, None)  # whoever else waits for this actor begins to count anew
         if loads:

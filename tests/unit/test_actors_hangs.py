@@ -172,3 +172,27 @@ def test_a_store_that_takes_long_to_be_there_again_is_told_of_the_end(tmp_path, 
 
     assert finish(tmp_path, config_for(model, video={"num_segments": 3}, **REUSE), Away()).state == "done"
     assert not list((tmp_path / ".cache_store").glob("*.safetensors"))
+
+
+class Delayed(LocalCrew):
+    """Its scheduler is stopped for longer than an actor may hang, in the midst of a step that takes a while."""
+
+    restarts = 0
+
+    async def denoiser(self, worker, method, *arguments):
+        if method == "denoise_segment" and arguments[1].index == 0:
+            await asyncio.sleep(0.6)
+            time.sleep(3.0)
+            await asyncio.sleep(0.6)
+        return await super().denoiser(worker, method, *arguments)
+
+    async def restart_denoiser(self, worker):
+        self.restarts += 1
+        await super().restart_denoiser(worker)
+
+
+def test_a_scheduler_that_was_stopped_itself_takes_no_actor_for_hung(tmp_path, model):
+    crew = Delayed()
+    config = config_for(model, video={"num_segments": 3}, engine=TIMES | {"step_timeout_s": 2.0})
+    assert finish(tmp_path, config, crew).state == "done"
+    assert crew.restarts == 0

@@ -14,6 +14,7 @@ import imageio_ffmpeg
 import pytest
 import torch
 
+from edit_ray.actors import stages
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.actors.stages import LONGEST_RETRY_PAUSE_S, pause_before
@@ -394,7 +395,8 @@ def test_an_encoder_that_is_killed_is_started_again(tmp_path, model, undisturbed
     assert [path.name for path in (tmp_path / "plain").rglob(".*")] == []
 
 
-def test_what_failed_is_tried_again_after_a_while_that_grows_and_is_bounded():
+def test_what_failed_is_tried_again_after_a_while_that_grows_and_is_bounded(monkeypatch):
+    monkeypatch.setattr(stages, "RETRY_PAUSE_S", 1.0)
     pauses = [pause_before(attempt) for attempt in range(102)]
     assert pauses[:4] == [0.0, 1.0, 2.0, 4.0]
     assert pauses == sorted(pauses)

@@ -328,6 +328,7 @@ def test_a_file_of_another_size_is_not_read(tmp_path):
     direct.write(tmp_path / "file", [buffer], 5000)
     assert (tmp_path / "file").stat().st_size == 5000
     assert [direct.read(tmp_path / "file", [buffer], size) for size in (4999, 5000, 5001)] == [False, True, False]
+    assert not direct.read(tmp_path / "file", [buffer[:4096]], 4096), "though there is as much"
 
 
 def test_a_direct_read_of_an_odd_size_stays_in_its_room(tmp_path):

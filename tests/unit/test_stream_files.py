@@ -148,6 +148,15 @@ def test_a_reader_in_the_midst_of_an_append_sees_the_segments_before(files, tmp_
     assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts)
 
 
+def test_a_playlist_that_somebody_has_cut_is_whole_after_the_next_segment(files, tmp_path):
+    parts = make_parts(tmp_path, 3)
+    for part in parts[:2]:
+        files.append(part)
+    os.truncate(media_playlist(tmp_path), 20)
+    files.append(parts[2])
+    assert listed(tmp_path) == [part.path for part in parts]
+
+
 @pytest.mark.parametrize("broken", [False, True])
 @pytest.mark.parametrize("done", [0, 5, 20, 40, 46, None])
 def test_a_reader_in_the_midst_of_an_append_finds_whole_entries_in_the_playlist(files, tmp_path, done, broken):
