@@ -66,7 +66,7 @@ HALVES := echo "Two halves of the tests run side by side; each tells all that it
   $(MAKE) --no-print-directory --jobs 2 --output-sync=target test-units test-ray
 
 test-units: $(INSTALLED) ## the half of the tests that needs no Ray
-	OMP_NUM_THREADS=1 nice -n 16 $(BIN)/pytest $(MARKED) -n 2 --dist loadfile --ignore tests/ray --ignore tests/chaos
+	OMP_NUM_THREADS=1 nice -n 16 $(BIN)/pytest $(MARKED) -n 3 --dist loadfile --ignore tests/ray --ignore tests/chaos
 
 test-ray: $(INSTALLED) ## the half that runs on one Ray
 	$(BIN)/pytest $(MARKED) tests/ray tests/chaos

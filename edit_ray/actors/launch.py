@@ -349,18 +349,11 @@ def _placements() -> dict[str, PlacementGroup]:
     }
 
 
-def _gpus_for(config: Config) -> int:
-    device = config.model.device
-    if config.engine.cfg_parallel:
-        return 2
-    if device == "auto":
-        return 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    return 1 if device == "cuda" else 0
-
-
 def _needs(config: Config) -> dict[str, int]:
     """What a GPU actor for such a run takes of a node."""
-    gpus = _gpus_for(config)
+    device = config.model.device
+    has_one = device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+    gpus = 2 if config.engine.cfg_parallel else int(has_one)
     return {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
 
 
@@ -386,7 +379,7 @@ def _await_placement(group: PlacementGroup, needs: dict[str, int], deadline: flo
 def _described(name: str, handle: Any, deadline: float, patience_s: float) -> Any:
     """What the actor says of itself, waiting while it is being started, or started again.
 
-    One that is there, and answers nothing for `patience_s`, is killed and started again.
+    One that has begun, and answers nothing for `patience_s`, is killed and started again.
     """
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -394,7 +387,8 @@ def _described(name: str, handle: Any, deadline: float, patience_s: float) -> An
         except ray.exceptions.ActorUnavailableError:
             time.sleep(0.2)
         except ray.exceptions.GetTimeoutError:
-            if patience_s < math.inf:
+            begun = state.actor_table(handle._actor_id.hex()).get("State") == "ALIVE"
+            if begun and patience_s < math.inf:
                 _log.warning("the actor %r did not answer for %g s; it is killed", name, patience_s)
                 ray.kill(handle, no_restart=False)
     raise ResourcesUnavailable(f"the actor {name!r} did not answer in time (engine.start_timeout_s)")
