@@ -298,6 +298,18 @@ class AnyOrder(RuleBasedStateMachine):
             run.consumed = max(run.consumed, min(run.committed, run.consumed + index % 3))
             self.handle(Consumed(run_id, run.consumed))
 
+    @precondition(lambda self: any(work.stage == "finalize" for work in self.open))
+    @rule()
+    def cancelled_too_late(self):
+        """The video is whole before anybody obeys."""
+        at = next(at for at, work in enumerate(self.open) if work.stage == "finalize")
+        self.count("cancel")
+        self.handle(CancelAsked(self.open[at].run_id))
+        work = self.take(at)
+        self.count("finalize done")
+        self.come_true(work)
+        self.handle(WorkDone(work))
+
     @precondition(lambda self: any(run.ended for run in self.runs.values()))
     @rule(index=INDEX, how=st.sampled_from(["resume", "extend", "reroll"]), at=INDEX)
     def go_on(self, index, how, at):

@@ -13,7 +13,7 @@ from edit_ray.runs.scheduler import SegmentScheduler
 from tests.unit.scheduler_machine import FIRED, AnyOrder
 
 SHORT = settings(
-    max_examples=1000,
+    max_examples=600,
     stateful_step_count=25,
     derandomize=True,
     database=None,
