@@ -181,12 +181,13 @@ class Admission:
 
 
 async def check_answers(root: Path, timeout_s: float) -> None:
-    """Raises ResourcesUnavailable where the folder of runs does not answer in time."""
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            await asyncio.wait_for(in_own_thread(files.disk.listdir, root), timeout_s)
-    except TimeoutError:
-        raise ResourcesUnavailable(f"{root} did not answer for {timeout_s:g} s; ask again once it does") from None
+    """Raises ResourcesUnavailable where the folder of runs does not answer in time, or refuses to."""
+    with room_in(root):
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                await asyncio.wait_for(in_own_thread(files.disk.listdir, root), timeout_s)
+        except TimeoutError:
+            raise ResourcesUnavailable(f"{root} did not answer for {timeout_s:g} s; ask again once it does") from None
 
 
 def denoised_before(spec: RunSpec, committed: int) -> list[dict[str, float]]:

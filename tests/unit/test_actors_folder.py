@@ -1,6 +1,7 @@
 """A folder that stops answering, as on a file server that is away: its run waits or ends in time, others go on."""
 
 import asyncio
+import errno
 import os
 import threading
 import time
@@ -120,6 +121,22 @@ def test_a_run_whose_folder_does_not_answer_ends_in_time_and_may_be_resumed(tmp_
     assert seconds < 4 * STEP_S
     assert resumed.state == "done", resumed.error
     assert everything(tmp_path, "stuck") == everything(tmp_path, "other")
+
+
+def test_a_folder_of_runs_that_is_busy_is_refused_with_a_sentence(tmp_path, model):
+    class Busy(files.Disk):
+        def listdir(self, path):
+            if path == tmp_path:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+            return super().listdir(path)
+
+    async def run():
+        scheduler = SegmentSchedulerActor(LocalCrew())
+        with pytest.raises(ResourcesUnavailable, match=r"cannot be used \(Device or resource busy\); ask again"):
+            await submit(scheduler, tmp_path, "one", config_for(model, **SHORT))
+
+    with files.swapped(Busy()):
+        asyncio.run(run())
 
 
 def test_a_folder_of_runs_that_does_not_answer_is_refused_and_holds_up_nobody(tmp_path, model):
