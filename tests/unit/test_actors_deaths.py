@@ -36,7 +36,6 @@ def undisturbed(model, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(stages, "RETRY_PAUSE_S", 0.01)
     monkeypatch.setattr(stages, "LONGEST_RETRY_PAUSE_S", 0.02)
 
 
