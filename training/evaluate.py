@@ -3,6 +3,7 @@
     python training/evaluate.py                    everything, 64 + 64 samples: 20 s on a GPU, long on a CPU
     python training/evaluate.py --quick            a subset, with the same bars
     python training/evaluate.py --device cuda --json results.json
+    python training/evaluate.py --judge STATE      the small world too, by the judge of the training's state folder
 
 Scenes, prompts and noise come from seeds that the training never draws.
 """
@@ -23,48 +24,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a file, from anywhere
 
 from edit_ray import EditWanPipeline  # noqa: E402
+from training.criteria import QUICK, Result, Size, percent  # noqa: E402
+from training.evaluate_world import evaluate_world  # noqa: E402
 from training.judge import Verdict, background_colour, judge  # noqa: E402
+from training.recipe import FULL  # noqa: E402
 from training.sampling import HISTORY, decode, sample_latents  # noqa: E402
 from training.scenes import Scenes, captions, draw_scenes, render  # noqa: E402
+from training.world_judge import WorldJudge, load_judge  # noqa: E402
 
 SEED = 1000  # far below the training's
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much is evaluated: clips, samples of each kind, continuations, chains and their segments, batch."""
-
-    clips: int = 64
-    long_clips: int = 16
-    rendered: int = 256
-    samples: int = 64
-    continuations: int = 32
-    chains: int = 8
-    segments: int = 8
-    batch: int = 16
-
-
-QUICK = Size(clips=8, long_clips=2, rendered=64, samples=8, continuations=4, chains=1, segments=4, batch=4)
-
-
-@dataclass(frozen=True)
-class Result:
-    """One criterion: `figure` has to be at least, or with `most` at most, the bar."""
-
-    name: str
-    figure: float
-    bar: float
-    unit: str
-    most: bool = False
-
-    @property
-    def passed(self) -> bool:
-        """Whether the bar is met."""
-        return self.figure <= self.bar if self.most else self.figure >= self.bar
-
-    def __str__(self) -> str:
-        verdict, sign = "PASS" if self.passed else "FAIL", "<=" if self.most else ">="
-        return f"{verdict}  {self.name:<52} {self.figure:8.2f} {self.unit:<4} {sign} {self.bar:g}"
 
 
 def scenes_of(number: int, seed: int, objects: int | None = None) -> tuple[Scenes, list[str]]:
@@ -183,12 +151,7 @@ def judge_drift(pipe: EditWanPipeline, one: Sampled, two: Sampled, size: Size) -
     yield Result(f"background drift over {size.segments} segments", worst, 8, "/255", most=True)
 
 
-def percent(flags: Tensor) -> float:
-    """Share of true flags, in percent."""
-    return 100 * flags.float().mean().item()
-
-
-def evaluate(pipe: EditWanPipeline, size: Size) -> Iterator[Result]:
+def evaluate(pipe: EditWanPipeline, size: Size, world_judge: WorldJudge | None = None) -> Iterator[Result]:
     """Every criterion, as soon as it is known."""
     yield from judge_judge(str(pipe.vae.device), size)
     yield from judge_autoencoder(pipe, size)
@@ -196,6 +159,8 @@ def evaluate(pipe: EditWanPipeline, size: Size) -> Iterator[Result]:
     yield from judge_samples(one, two)
     yield from judge_joins(pipe, one, two, size)
     yield from judge_drift(pipe, one, two, size)
+    if world_judge:
+        yield from evaluate_world(pipe, world_judge, size)
 
 
 def main() -> int:
@@ -204,6 +169,7 @@ def main() -> int:
     parser.add_argument("--model", default="builtin:tiny_wan", help="what EditWanPipeline.from_pretrained takes")
     parser.add_argument("--quick", action="store_true", help="few samples: a look, not the proof")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--judge", type=Path, help="the training's state folder, which holds the small world's judge")
     parser.add_argument("--json", type=Path, help="where to write the results too")
     args = parser.parse_args()
     started = time.monotonic()
@@ -211,7 +177,9 @@ def main() -> int:
     pipe.set_progress_bar_config(disable=True)
     results = []
     size = QUICK if args.quick else Size()
-    for result in evaluate(pipe, replace(size, batch=64) if args.device == "cuda" else size):
+    size = replace(size, batch=64) if args.device == "cuda" else size
+    judge = load_judge(args.judge, FULL, args.device) if args.judge else None
+    for result in evaluate(pipe, size, judge):
         print(result, flush=True)
         results.append(result)
     print(f"{sum(result.passed for result in results)} of {len(results)} in {time.monotonic() - started:.0f} s")

@@ -159,16 +159,28 @@ class Loop:
             "step": self.step,
             "seconds": self.seconds,
         }
+        self._write(content)
+
+    def compact(self) -> None:
+        """Replace the state by the averaged weights in fp16 alone, an eighth of its size, for a later machine."""
+        if self.ranks.rank == 0:
+            averaged = [average.half() for average in self.averaged]
+            self._write({"averaged": averaged, "step": self.step, "seconds": self.seconds})
+
+    def _write(self, content: dict[str, object]) -> None:
         unfinished = self.path.with_suffix(".part")
         torch.save(content, unfinished)
         unfinished.replace(self.path)
 
     def _resume(self) -> None:
         content = torch.load(self.path, map_location=self.device, weights_only=True)
-        for name, module in self.modules.items():
-            module.load_state_dict(content["modules"][name])
         for average, saved in zip(self.averaged, content["averaged"], strict=True):
             average.copy_(saved)
-        if "optimizer" in content:  # the moments may begin anew, as they are half of a state's size
+        if "optimizer" in content:
+            for name, module in self.modules.items():
+                module.load_state_dict(content["modules"][name])
             self.optimizer.load_state_dict(content["optimizer"])
+        else:  # a compact state: the averaged weights are a good start, and the moments begin anew
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, self.averaged)
         self.step, self.seconds = content["step"], content["seconds"]

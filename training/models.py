@@ -8,11 +8,11 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from training import captions, scenes
 from training.recipe import Recipe
-from training.scenes import vocabulary
 
 MAX_TEXT_TOKENS = 512  # WanPipeline's default `max_sequence_length`: cross-attention sees as many, mostly zeros
-CAPTION_TOKENS = 24  # the longest caption has 16
+CAPTION_TOKENS = 48  # the longest caption has fewer than 40
 
 
 def build_vae(recipe: Recipe) -> AutoencoderKLWan:
@@ -48,14 +48,14 @@ def build_transformer(recipe: Recipe) -> WanTransformer3DModel:
 
 
 def build_text_encoder(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> UMT5EncoderModel:
-    """A fresh two-layer text encoder for the tokenizer's words."""
+    """A fresh text encoder for the tokenizer's words."""
     return UMT5EncoderModel(
         UMT5Config(
             vocab_size=len(tokenizer),
             d_model=recipe.text_dim,
-            d_kv=16,
+            d_kv=recipe.text_dim // 4,
             d_ff=2 * recipe.text_dim,
-            num_layers=2,
+            num_layers=recipe.text_layers,
             num_heads=4,
             dropout_rate=0.0,
             pad_token_id=tokenizer.pad_token_id,
@@ -66,7 +66,7 @@ def build_text_encoder(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> UM
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of whole words that knows the captions' words, a comma and a full stop, and nothing else."""
-    words = ["<pad>", "</s>", "<unk>", ",", ".", *vocabulary()]
+    words = ["<pad>", "</s>", "<unk>", ",", ".", *sorted({*scenes.vocabulary(), *captions.vocabulary()})]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])

@@ -10,13 +10,19 @@ FIRST_TRAINING_SEED = 1_000_000
 class Recipe:
     """Sizes and schedules; shares are of a stage's minutes."""
 
+    # Budgets of the stages, in minutes of one H200.
+    vae_minutes: float = 36
+    judge_minutes: float = 4
+    text_and_transformer_minutes: float = 60
+
     # Models.
     vae_base_dim: int = 16
     vae_z_dim: int = 16
-    layers: int = 8
-    heads: int = 3
-    ffn_dim: int = 768
-    text_dim: int = 64
+    layers: int = 9
+    heads: int = 4
+    ffn_dim: int = 896
+    text_dim: int = 128
+    text_layers: int = 2
     # Autoencoder: until which share of the time which (frames, clips) batches take turns. Short clips first: from the
     # start on 33 frames it collapses to the mean colour; the long ones teach what the causal convolutions hold later.
     curriculum: tuple[tuple[float, tuple[tuple[int, int], ...]], ...] = (
@@ -27,21 +33,42 @@ class Recipe:
     )
     vae_learning_rate: float = 1e-3
     world_sizes: tuple[tuple[int, int], ...] = ((128, 128), (96, 160))
-    world_pool: int = 256  # clips of each size that are kept
-    pool_turns: tuple[int | None, ...] = (None, 0, 1, 0)  # batches of flat scenes (None) and of each size
+    pool: int = 128  # rendered clips that are kept, of flat scenes and of each size of the world
+    pool_turns: tuple[int, ...] = (0, 1, 2, 1, 2)  # batches of flat scenes (0) and of each size, in turns
     changing_clips: float = 0.15  # share of clips that cross-fade into another scene
     latent_noise: float = 0.03  # of each channel's spread, before decoding: sampled latents are never exact
     measured_batches: int = 8  # of `encode_batch` clips, for the latents' mean and spread; clips for the PSNR
+    # The small world's judge.
+    judge_width: int = 32
+    judge_learning_rate: float = 1e-3
+    judge_pool: int = 4096  # rendered clips that are kept, of each size
+    judge_renewed: int = 7  # a step
     # Latents that the transformer learns from.
-    clips: int = 12_288  # a process
+    clips: tuple[int, ...] = (1024, 2048, 1536)  # a process, of flat scenes and of each size of the world
     clip_latents: int = 17
     encode_batch: int = 32
     # Transformer and text encoder, one schedule.
-    batch: int = 128
-    window: int = 9  # latent frames
+    batch: int = 128  # windows of `window` latent frames; fewer longer, more shorter ones
+    window: int = 9
+    # Batches in turns: clips of which source, latent frames of their windows, and whether these have a history.
+    turns: tuple[tuple[int, int, bool], ...] = (
+        (1, 9, False),
+        (2, 9, False),
+        (1, 9, True),
+        (0, 9, False),
+        (1, 9, False),
+        (2, 9, False),
+        (1, 17, False),
+        (2, 9, True),
+        (1, 9, False),
+        (2, 9, False),
+        (0, 9, True),
+        (1, 5, False),
+    )
     learning_rate: float = 1e-3
     empty_captions: float = 0.1
-    history_batches: tuple[bool, ...] = (False, False, True, False, False, False)  # in turns
+    unknown_captions: float = 0.03  # of words that the tokenizer does not know, as many a negative prompt is
+    unknown_words: float = 0.02
     flow_shift: float = 3.0
     # Half of a batch draws its noise level around the middle; the other half evenly under this larger shift: which
     # colour goes where is settled at the highest levels, which a logit-normal hardly ever draws.
@@ -65,12 +92,20 @@ SMOKE = Recipe(
     layers=1,
     heads=1,
     ffn_dim=64,
+    text_layers=1,
     curriculum=((0.5, ((5, 2),)), (1.0, ((5, 2), (9, 1)))),
     world_sizes=((16, 16), (16, 32)),
-    world_pool=2,
-    clips=8,
+    pool=2,
+    judge_width=4,
+    judge_pool=2,
+    judge_renewed=1,
+    clips=(4, 1, 1),
+    clip_latents=5,
+    window=3,
+    turns=((1, 3, False), (2, 5, False), (0, 3, True)),
+    history_lengths=(1,),
     encode_batch=4,
-    batch=2,
+    batch=4,
     save_every_s=2.0,
     log_every_steps=1,
     agree_every_steps=1,

@@ -1,4 +1,4 @@
-"""The training data: bouncing coloured forms, rendered from a seed on any device, with a caption for each clip."""
+"""The flat training data: bouncing coloured forms, rendered from a seed on any device, with a caption for each clip."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -9,7 +9,6 @@ from torch import Tensor
 SIZE = 128  # pixels, both ways
 EDGE = 2.0  # pixels over which an edge runs from outside to inside: an 8x autoencoder cannot carry sharper ones
 MARGIN = 1.2  # an object's largest reach from its centre, in radii
-FADE_FRAMES = 8  # length of the cross-fade in `render_change`
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -137,14 +136,6 @@ def render(scenes: Scenes, num_frames: int) -> Tensor:
         cover = (0.5 - distance / EDGE).clamp(0, 1) * (scenes.count > item)[:, None, None, None]
         clip = clip + cover[:, None] * (colours[scenes.colour[:, item]][:, :, None, None, None] - clip)
     return clip
-
-
-def render_change(before: Scenes, after: Scenes, frame: Tensor, num_frames: int) -> Tensor:
-    """Render `before`, cross-faded into `after` from frame index `frame` [B] on: as `render` otherwise."""
-    time = torch.arange(num_frames, device=frame.device)
-    share = ((time - frame[:, None] + 1) / FADE_FRAMES).clamp(0, 1)[:, None, :, None, None]
-    clip = render(before, num_frames)
-    return clip + share * (render(after, num_frames) - clip)
 
 
 def captions(scenes: Scenes, generator: torch.Generator | None = None) -> list[str]:

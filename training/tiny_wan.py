@@ -1,9 +1,10 @@
-"""Make the embedded model from nothing: clips rendered on the fly, autoencoder, text encoder, transformer.
+"""Make the embedded model from nothing: clips rendered on the fly, autoencoder, judge, text encoder, transformer.
 
-    python training/tiny_wan.py --output DIR --state DIR --minutes 10 --stage vae
-    torchrun --nproc_per_node=2 training/tiny_wan.py --output DIR --state DIR --minutes 10 --stage text_and_transformer
+    python training/tiny_wan.py --output DIR --state DIR
+    torchrun --nproc_per_node=2 training/tiny_wan.py --output DIR --state DIR --stage vae --slice 8 --compact
 
-`--minutes` is a stage's budget over all calls: an interrupted call is repeated and goes on from its last saved state.
+A stage has a budget over all calls, `--minutes` or the recipe's: an interrupted call is repeated and goes on from its
+last saved state. `--slice` ends a call earlier, and `--compact` leaves a state small enough for another machine.
 `--weights MODEL` gives a finished model's transformer and text encoder another round, on the same autoencoder.
 """
 
@@ -22,8 +23,9 @@ from training.loop import Ranks
 from training.recipe import FULL, SMOKE
 from training.train_transformer import train_transformer
 from training.train_vae import train_vae
+from training.world_judge import train_judge
 
-STAGES = ("vae", "text_and_transformer")
+STAGES = ("vae", "judge", "text_and_transformer")
 
 
 def main() -> None:
@@ -31,12 +33,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the model, in diffusers' layout")
     parser.add_argument("--state", type=Path, required=True, help="folder of what a repeated call goes on from")
-    parser.add_argument("--minutes", type=float, default=9.0, help="budget of each stage")
-    parser.add_argument(
-        "--slice", type=float, default=math.inf, help="minutes of the autoencoder's budget in this call"
-    )
+    parser.add_argument("--minutes", type=float, help="budget of each stage, instead of the recipe's")
+    parser.add_argument("--slice", type=float, default=math.inf, help="minutes of that budget in this call")
+    parser.add_argument("--compact", action="store_true", help="leave a state of fp16 averaged weights alone")
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--decoder-only", action="store_true", help="train the autoencoder's decoder, not its latents")
     parser.add_argument(
         "--weights", type=Path, help="a finished model whose text and transformer weights to begin with"
     )
@@ -49,11 +51,16 @@ def main() -> None:
     if args.learning_rate:
         recipe = replace(recipe, learning_rate=args.learning_rate)
     for stage in STAGES if args.stage == "all" else [args.stage]:
-        common = (args.output, args.state, args.minutes, recipe, ranks, args.device)
+        minutes = args.minutes or getattr(recipe, f"{stage}_minutes")
+        common = (args.output, args.state, minutes, recipe, ranks, args.device, args.slice)
         if stage == "vae":
-            train_vae(*common, slice_minutes=args.slice)
+            loop = train_vae(*common, decoder_only=args.decoder_only)
+        elif stage == "judge":
+            loop = train_judge(*common)
         else:
-            train_transformer(*common, start=args.weights)
+            loop = train_transformer(*common, start=args.weights)
+        if args.compact:
+            loop.compact()
     if ranks.world_size > 1:
         dist.destroy_process_group()
 

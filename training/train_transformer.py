@@ -1,5 +1,6 @@
 """Stage 2: the text encoder and the transformer, together, by flow matching on latents that are encoded once."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +21,12 @@ from training.models import (
     save_pipeline,
 )
 from training.recipe import FIRST_TRAINING_SEED, Recipe
-from training.scenes import captions, changed_scenes, draw_scenes, render, render_change
+from training.sources import Source, sources_of
 
 
 @dataclass(frozen=True)
 class LatentClips:
-    """Encoded clips: `latents` [N, T, C, h, w] fp16, normalised; `ids` [N, 24], the tokens of the captions.
+    """Encoded clips of one source: `latents` [N, T, C, h, w] fp16, normalised; `ids` [N, 48], the captions' tokens.
 
     The last quarter changes: from latent index `change` [N] on, those clips cross-fade into what `changed_ids` says.
     """
@@ -41,13 +42,15 @@ class LatentClips:
         return len(self.ids) - len(self.ids) // 4
 
 
-def encode_clips(vae: AutoencoderKLWan, recipe: Recipe, seed: int, device: str) -> LatentClips:
-    """Render and encode the recipe's clips."""
+def encode_clips(
+    vae: AutoencoderKLWan, source: Source, number: int, recipe: Recipe, seed: int, device: str
+) -> LatentClips:
+    """Render and encode so many clips."""
     generator = torch.Generator().manual_seed(seed)
     tokenizer = build_tokenizer()
-    number, num_frames = recipe.clips, 4 * recipe.clip_latents - 3
-    before = draw_scenes(number, generator)
-    after = changed_scenes(before, generator)
+    num_frames = 4 * recipe.clip_latents - 3
+    before = source.draw(number, generator)
+    after = source.changed(before, generator)
     # A change that any length of history can precede and the rest of a window follow.
     lengths = recipe.history_lengths
     low, high = max(lengths) + 1, recipe.clip_latents - recipe.window + min(lengths)
@@ -59,17 +62,21 @@ def encode_clips(vae: AutoencoderKLWan, recipe: Recipe, seed: int, device: str) 
         batch = tokenizer(texts, padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt")
         return batch.input_ids.to(device)  # type: ignore[no-any-return]
 
-    ids, changed_ids = tokens(captions(before, generator)), tokens(captions(after, generator))
+    ids, changed_ids = tokens(source.captions(before, generator)), tokens(source.captions(after, generator))
     latents = []
     plain = number - number // 4
-    with torch.no_grad(), mixed_precision(device):
+    with torch.no_grad():
         for start in range(0, number, recipe.encode_batch):
             rows = slice(start, start + recipe.encode_batch)
             first, second = before[rows].to(device), after[rows].to(device)
             frame = torch.where(torch.arange(number) >= plain, 4 * change - 3, num_frames)[rows].to(device)
             changes = start + recipe.encode_batch > plain
-            clip = render_change(first, second, frame, num_frames) if changes else render(first, num_frames)
-            latents.append(((encode_clip(vae, clip).float() - mean) / std).transpose(1, 2).half())
+            clip = (
+                source.render_change(first, second, frame, num_frames) if changes else source.render(first, num_frames)
+            )
+            with mixed_precision(device):  # not the rendering
+                encoded = encode_clip(vae, clip).float()
+            latents.append(((encoded - mean) / std).transpose(1, 2).half())
     return LatentClips(torch.cat(latents), ids, changed_ids, change.to(device))
 
 
@@ -86,56 +93,58 @@ class FlowLoss:
     comes from the middle of a clip and its first latents, the history, are clean, carry timestep 0 and no loss.
     """
 
-    clips: LatentClips
+    clips: tuple[LatentClips, ...]
     transformer: WanTransformer3DModel
     text_encoder: UMT5EncoderModel
     recipe: Recipe
     pad: int
     eos: int
+    unk: int
 
     def __call__(self, step: int, progress: float) -> Tensor:
-        turns = self.recipe.history_batches
-        return self.from_history() if turns[step % len(turns)] else self.from_text()
+        source, window, history = self.recipe.turns[step % len(self.recipe.turns)]
+        number = self.recipe.batch * self.recipe.window // (2 * window) * 2
+        clips = self.clips[source]
+        return self.from_history(clips, number, window) if history else self.from_text(clips, number, window)
 
-    def from_text(self) -> Tensor:
+    def from_text(self, clips: LatentClips, number: int, window: int) -> Tensor:
         """Loss of a batch of clips from their beginning."""
-        index = torch.randint(self.clips.plain, (self.recipe.batch,), device=self.clips.ids.device)
-        x0 = self.clips.latents[index, : self.recipe.window].transpose(1, 2).float()
-        sigma = self._sigma()
-        prediction, target = self._predict(x0, sigma, (1000 * sigma).floor(), self.clips.ids[index], None)
+        index = torch.randint(clips.plain, (number,), device=clips.ids.device)
+        x0 = clips.latents[index, :window].transpose(1, 2).float()
+        sigma = self._sigma(number, x0.device)
+        prediction, target = self._predict(x0, sigma, (1000 * sigma).floor(), clips.ids[index], None)
         error = (prediction - target).square().mean(dim=(0, 1, 3, 4))
         weight = torch.ones_like(error)
         weight[0] = self.recipe.first_frame_weight
         return (error * weight).sum() / weight.sum()
 
-    def from_history(self) -> Tensor:
+    def from_history(self, clips: LatentClips, number: int, window: int) -> Tensor:
         """Loss of a batch of continuations, a third of them into a changed scene."""
-        recipe, device = self.recipe, self.clips.ids.device
-        number = recipe.batch
+        recipe, device = self.recipe, clips.ids.device
         lengths = torch.tensor(recipe.history_lengths, device=device)
         length = lengths[torch.randint(len(lengths), (number,), device=device)]
         changes = torch.rand(number, device=device) < 1 / 3
-        index = torch.randint(self.clips.plain, (number,), device=device)
-        changing = torch.randint(self.clips.plain, len(self.clips.ids), (number,), device=device)
+        index = torch.randint(clips.plain, (number,), device=device)
+        changing = torch.randint(clips.plain, len(clips.ids), (number,), device=device)
         index = torch.where(changes, changing, index)
-        last = recipe.clip_latents - recipe.window
+        last = recipe.clip_latents - window
         offset = torch.where(
-            changes, self.clips.change[index] - length, torch.randint(1, last + 1, (number,), device=device)
+            changes, clips.change[index] - length, torch.randint(1, last + 1, (number,), device=device)
         )
-        slots = torch.arange(recipe.window, device=device)
-        x0 = self.clips.latents[index[:, None], offset[:, None] + slots].transpose(1, 2).float()
-        ids = torch.where(changes[:, None], self.clips.changed_ids[index], self.clips.ids[index])
+        slots = torch.arange(window, device=device)
+        x0 = clips.latents[index[:, None], offset[:, None] + slots].transpose(1, 2).float()
+        ids = torch.where(changes[:, None], clips.changed_ids[index], clips.ids[index])
         history = slots < length[:, None]
-        sigma = self._sigma()
+        sigma = self._sigma(number, device)
         tokens = x0.shape[-2] * x0.shape[-1] // 4
         timestep = torch.where(history, 0.0, (1000 * sigma).floor()[:, None]).repeat_interleave(tokens, dim=1)
         prediction, target = self._predict(x0, sigma, timestep, ids, history)
         error = (prediction - target).square().mean(dim=(1, 3, 4))
         return (error * ~history).sum() / (~history).sum()
 
-    def _sigma(self) -> Tensor:
-        """Noise levels [B], spread evenly over the quantiles of their two distributions."""
-        half, device = self.recipe.batch // 2, self.clips.ids.device
+    def _sigma(self, number: int, device: torch.device) -> Tensor:
+        """Noise levels [number], spread evenly over the quantiles of their two distributions."""
+        half = number // 2
         quantile = (torch.arange(half, device=device) + torch.rand(2, half, device=device)) / half
         middle = shifted(torch.special.ndtri(quantile[0]).sigmoid(), self.recipe.flow_shift)
         return torch.cat([middle, shifted(quantile[1], self.recipe.high_noise_shift)])
@@ -165,20 +174,33 @@ class FlowLoss:
         return x0 + worn * (noise + tint)
 
     def _encode_text(self, ids: Tensor) -> Tensor:
-        """What WanPipeline hands to the transformer: [B, 512, D], zeros after each caption's end."""
+        """What WanPipeline hands to the transformer: [B, 512, D], zeros after each caption's end.
+
+        Some captions are empty, some hold words that the tokenizer does not know.
+        """
         empty = torch.full_like(ids, self.pad)
         empty[:, 0] = self.eos
-        dropped = torch.rand(len(ids), 1, device=ids.device) < self.recipe.empty_captions
-        ids = torch.where(dropped, empty, ids)
+        kind = torch.rand(len(ids), 1, device=ids.device)
+        ids = torch.where(kind < self.recipe.empty_captions, empty, ids)
+        unknown = torch.rand(ids.shape, device=ids.device) < self.recipe.unknown_words
+        unknown |= kind > 1 - self.recipe.unknown_captions
+        ids = torch.where(unknown & (ids != self.pad) & (ids != self.eos), self.unk, ids)
         mask = ids != self.pad
         hidden = self.text_encoder(ids, mask.long()).last_hidden_state * mask[..., None]
         return F.pad(hidden, (0, 0, 0, MAX_TEXT_TOKENS - ids.shape[1]))
 
 
 def train_transformer(
-    output: Path, state: Path, minutes: float, recipe: Recipe, ranks: Ranks, device: str, start: Path | None = None
-) -> None:
-    """Train on `output / "vae"` for `minutes` in all and write the whole model into `output` in fp16.
+    output: Path,
+    state: Path,
+    minutes: float,
+    recipe: Recipe,
+    ranks: Ranks,
+    device: str,
+    slice_minutes: float = math.inf,
+    start: Path | None = None,
+) -> Loop:
+    """Train on `output / "vae"` as `train_vae` does, and write the whole model into `output` in fp16.
 
     Weights are fresh, or those of the finished model in the folder `start`.
     """
@@ -201,17 +223,23 @@ def train_transformer(
         minutes=minutes,
         state=state,
         ranks=ranks,
+        slice_minutes=slice_minutes,
     )
     # Other clips, and other noise, on each resumption.
     seed = FIRST_TRAINING_SEED + loop.step * ranks.world_size + ranks.rank
     torch.manual_seed(seed)
-    clips = encode_clips(vae, recipe, seed, device)
+    sources = zip(sources_of(recipe), recipe.clips, strict=True)
+    clips = tuple(encode_clips(vae, source, number, recipe, seed, device) for source, number in sources)
     if ranks.rank == 0:
-        print(f"encoded {len(clips.ids)} clips a process, spread {clips.latents.float().std().item():.3f}")
+        for one in clips:
+            print(f"encoded {len(one.ids)} clips a process, spread {one.latents.float().std().item():.3f}")
     if device == "cuda":
+        torch._dynamo.config.recompile_limit = 32  # a kernel each for the shapes of the turns
         for block in transformer.blocks:
             block.compile(dynamic=False)
-    loop.run(FlowLoss(clips, transformer, text_encoder, recipe, tokenizer.pad_token_id, tokenizer.eos_token_id))
+    special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    loop.run(FlowLoss(clips, transformer, text_encoder, recipe, *special))
     if ranks.rank == 0:
         save_pipeline(output, vae, transformer, text_encoder, recipe)
     ranks.wait()
+    return loop

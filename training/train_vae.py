@@ -12,72 +12,24 @@ from training.clip_vae import decode_clip, encode_clip
 from training.loop import Loop, Ranks, mixed_precision
 from training.models import build_vae
 from training.recipe import FIRST_TRAINING_SEED, Recipe
-from training.scenes import changed_scenes, draw_scenes, render, render_change
-from training.world import draw_worlds, render_worlds
-
-
-def random_clips(number: int, num_frames: int, seed: int, recipe: Recipe, device: str) -> Tensor:
-    """Render clips [number, 3, num_frames, 128, 128], a share of them cross-fading into another scene."""
-    generator = torch.Generator().manual_seed(seed)
-    before = draw_scenes(number, generator)
-    if torch.rand((), generator=generator) >= recipe.changing_clips:
-        return render(before.to(device), num_frames)
-    after = changed_scenes(before, generator)
-    frame = torch.randint(num_frames, (number,), generator=generator)
-    return render_change(before.to(device), after.to(device), frame.to(device), num_frames)
-
-
-class WorldPool:
-    """Rendered clips of the small world on the device, from which batches draw windows; each draw renews one clip.
-
-    Sphere tracing costs more than a training step does, so every clip serves several times.
-    """
-
-    def __init__(self, size: tuple[int, int], seed: int, recipe: Recipe, device: str) -> None:
-        self.size, self.device, self.longest = (
-            size,
-            device,
-            max(frames for _, t in recipe.curriculum for frames, _ in t),
-        )
-        self.generator = torch.Generator().manual_seed(seed)
-        self.clips = torch.cat([self._rendered() for _ in range(recipe.world_pool)])
-
-    def _rendered(self) -> Tensor:
-        worlds = draw_worlds(1, self.generator).to(self.device)
-        return ((render_worlds(worlds, self.longest, *self.size) + 1) * 127.5).round().byte()
-
-    def draw(self, number: int, num_frames: int) -> Tensor:
-        """Clips [number, 3, num_frames, H, W] in [-1, 1]."""
-        self.clips[self._below(len(self.clips))] = self._rendered()[0]
-        windows = []
-        for _ in range(number):
-            start = self._below(self.longest - num_frames + 1)
-            windows.append(self.clips[self._below(len(self.clips)), :, start : start + num_frames])
-        return torch.stack(windows).float() / 127.5 - 1
-
-    def _below(self, high: int) -> int:
-        return int(torch.randint(high, (), generator=self.generator))
+from training.sources import ClipPool, sources_of
+from training.world import draw_worlds
+from training.world_render import render_worlds
 
 
 @dataclass(frozen=True)
 class VaeLoss:
-    """Reconstruction of a fresh batch: L1 + 4 MSE, with a slight pull on the latents' scale."""
+    """Reconstruction of a batch: L1 + 4 MSE, with a slight pull on the latents' scale."""
 
     vae: AutoencoderKLWan
     recipe: Recipe
-    ranks: Ranks
     device: str
-    pools: tuple[WorldPool, ...]
+    pools: tuple[ClipPool, ...]
 
     def __call__(self, step: int, progress: float) -> Tensor:
         turns = next(turns for until, turns in self.recipe.curriculum if progress < until)
         num_frames, number = turns[step % len(turns)]
-        seed = FIRST_TRAINING_SEED + step * self.ranks.world_size + self.ranks.rank
-        pool = self.recipe.pool_turns[step % len(self.recipe.pool_turns)]
-        if pool is None:
-            clip = random_clips(number, num_frames, seed, self.recipe, self.device)
-        else:
-            clip = self.pools[pool].draw(number, num_frames)
+        clip = self.pools[self.recipe.pool_turns[step % len(self.recipe.pool_turns)]].draw(number, num_frames)
         with mixed_precision(self.device):
             latents = encode_clip(self.vae, clip)
             spread = latents.detach().float().std(dim=(0, 2, 3, 4), keepdim=True)
@@ -87,16 +39,15 @@ class VaeLoss:
         return error.abs().mean() + 4 * error.square().mean() + 1e-4 * latents.float().square().mean()
 
 
-def measure_latents(vae: AutoencoderKLWan, recipe: Recipe, device: str) -> None:
+@torch.no_grad()
+def measure_latents(vae: AutoencoderKLWan, recipe: Recipe, pools: tuple[ClipPool, ...]) -> None:
     """Write the latents' mean and spread per channel into the autoencoder's configuration."""
-    batches = []
-    with torch.no_grad():
-        for index in range(recipe.measured_batches):
-            # Latent 0 of a clip is one frame and rare in long ones: 33 frames is what a segment has.
-            clip = random_clips(recipe.encode_batch, 33, FIRST_TRAINING_SEED - 1 - index, recipe, device)
-            batches.append(encode_clip(vae, clip).double())
-    latents = torch.cat(batches)
-    mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
+    batches, num_frames = [], min(33, pools[0].longest)
+    for index in range(recipe.measured_batches):
+        # Latent 0 of a clip is one frame and rare in long ones: 33 frames is what a segment has.
+        clip = pools[recipe.pool_turns[index % len(recipe.pool_turns)]].draw(recipe.encode_batch, num_frames)
+        batches.append(encode_clip(vae, clip).double().transpose(0, 1).flatten(1))
+    std, mean = torch.std_mean(torch.cat(batches, 1), dim=1)
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
 
 
@@ -120,14 +71,22 @@ def train_vae(
     ranks: Ranks,
     device: str,
     slice_minutes: float = math.inf,
-) -> None:
-    """Train for `minutes` in all, at most `slice_minutes` in this call, and write `output / "vae"` in fp32."""
+    decoder_only: bool = False,
+) -> Loop:
+    """Train for `minutes` in all, at most `slice_minutes` in this call, and write `output / "vae"` in fp32.
+
+    With `decoder_only`, the encoder stays, and the latents' mean and spread those of the `output / "vae"` there is: a
+    transformer that was trained on its latents stays right.
+    """
     torch.manual_seed(FIRST_TRAINING_SEED + ranks.rank)
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
         # Only the number of rows varies, and that is marked; channel counts stay constants of their kernels.
         torch._dynamo.config.automatic_dynamic_shapes = False
     vae = build_vae(recipe).to(device)
+    if decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     loop = Loop(
         "vae",
         {"vae": vae},
@@ -140,11 +99,16 @@ def train_vae(
         slice_minutes=slice_minutes,
     )
     seed = FIRST_TRAINING_SEED + loop.step * ranks.world_size + ranks.rank
-    pools = tuple(WorldPool(size, seed, recipe, device) for size in recipe.world_sizes)
-    loop.run(VaeLoss(vae, recipe, ranks, device, pools))
+    pools = tuple(ClipPool(source, seed, recipe, device) for source in sources_of(recipe))
+    loop.run(VaeLoss(vae, recipe, device, pools))
     if ranks.rank == 0:
         psnr = world_psnr(vae, recipe, device)
         print(f"small world, {len(psnr)} frames: {psnr.mean():.2f} dB, worst frame index {psnr.min():.2f} dB")
-        measure_latents(vae, recipe, device)
+        if decoder_only:
+            known = AutoencoderKLWan.load_config(output / "vae")
+            vae.register_to_config(**{name: known[name] for name in ("latents_mean", "latents_std")})
+        else:
+            measure_latents(vae, recipe, pools)
         vae.save_pretrained(output / "vae")
     ranks.wait()
+    return loop

@@ -7,21 +7,20 @@ import torch
 
 from training.judge import background_colour, judge
 from training.models import CAPTION_TOKENS, build_tokenizer
+from training.recipe import SMOKE
 from training.scenes import (
     BACKGROUNDS,
     COLOURS,
-    FADE_FRAMES,
     FORMS,
     SIZE,
     Scenes,
     captions,
-    changed_scenes,
     draw_scenes,
     positions,
     render,
-    render_change,
     vocabulary,
 )
+from training.sources import FADE_FRAMES, sources_of
 
 
 def scenes_of(number: int, seed: int, objects: int | None = None) -> Scenes:
@@ -54,9 +53,10 @@ def test_two_objects_have_different_colours() -> None:
 
 
 def test_a_change_fades_from_one_scene_to_the_other() -> None:
+    flat = sources_of(SMOKE)[0]
     before = scenes_of(2, 3)
-    after = changed_scenes(before, torch.Generator().manual_seed(4))
-    clip = render_change(before, after, torch.tensor([4, 6]), 20)
+    after = flat.changed(before, torch.Generator().manual_seed(4))
+    clip = flat.render_change(before, after, torch.tensor([4, 6]), 20)
     for row, frame in enumerate((4, 6)):
         assert torch.equal(clip[row, :, :frame], render(before, 20)[row, :, :frame])
         last = frame + FADE_FRAMES - 1

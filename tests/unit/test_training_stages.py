@@ -1,5 +1,6 @@
 """Each stage of the training runs a few steps on a CPU, saves its state and goes on from it."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,16 @@ from diffusers import AutoencoderKLWan, WanPipeline
 
 from edit_ray import EditWanPipeline
 from training.loop import Loop, Ranks
-from training.recipe import SMOKE
+from training.models import CAPTION_TOKENS, build_text_encoder, build_tokenizer, build_transformer
+from training.recipe import FULL, SMOKE
 from training.sampling import sample_latents
-from training.train_transformer import shifted, train_transformer
+from training.train_transformer import FlowLoss, LatentClips, shifted, train_transformer
 from training.train_vae import train_vae
+from training.world_judge import train_judge
 
-RECIPE = replace(SMOKE, clips=4, encode_batch=1, measured_batches=1, curriculum=((1.0, ((1, 1),)),), save_every_s=0.0)
+RECIPE = replace(
+    SMOKE, clips=(4, 4, 4), encode_batch=1, measured_batches=1, curriculum=((1.0, ((1, 1),)),), save_every_s=0.0
+)
 
 
 class Interrupted(Exception):
@@ -23,10 +28,10 @@ class Interrupted(Exception):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that both stages made, with next to no training."""
+    """The folder that the stages made, with next to no training."""
     folder = tmp_path_factory.mktemp("tiny")
-    train_vae(folder / "model", folder / "state", 1e-4, RECIPE, Ranks(), "cpu")
-    train_transformer(folder / "model", folder / "state", 1e-4, RECIPE, Ranks(), "cpu")
+    for train in (train_vae, train_judge, train_transformer):
+        train(folder / "model", folder / "state", 1e-4, RECIPE, Ranks(), "cpu")
     return folder
 
 
@@ -57,13 +62,51 @@ def test_loop_resumes_where_it_was_saved(tmp_path: Path) -> None:
 
 
 def test_stages_train_and_go_on(model: Path) -> None:
-    for name in ("vae", "transformer"):
+    for name in ("vae", "judge", "transformer"):
         content = torch.load(model / "state" / f"{name}.pt", weights_only=True)
         assert content["step"] >= 1
         assert all(torch.isfinite(weight).all() for weight in content["averaged"])
     before = torch.load(model / "state" / "vae.pt", weights_only=True)
     train_vae(model / "again", model / "state", (before["seconds"] + 0.5) / 60, RECIPE, Ranks(), "cpu")
     assert torch.load(model / "state" / "vae.pt", weights_only=True)["step"] > before["step"]
+
+
+def test_a_compact_state_begins_with_the_averaged_weights(tmp_path: Path) -> None:
+    options = {"recipe": RECIPE, "learning_rate": 1e-2, "betas": (0.9, 0.99), "state": tmp_path, "ranks": Ranks()}
+    layer = torch.nn.Linear(2, 1)
+    loop = Loop("layer", {"layer": layer}, minutes=1e-3, **options)
+    loop.run(lambda step, progress: layer(torch.ones(1, 2)).square().sum())
+    whole = (tmp_path / "layer.pt").stat().st_size
+    loop.compact()
+    again = torch.nn.Linear(2, 1)
+    resumed = Loop("layer", {"layer": again}, minutes=1e-3, **options)
+    assert resumed.step == loop.step
+    torch.testing.assert_close(again.weight, loop.averaged[0], rtol=1e-3, atol=1e-6)
+    assert (tmp_path / "layer.pt").stat().st_size < whole
+
+
+def test_a_decoder_alone_keeps_the_latents(model: Path) -> None:
+    spent = torch.load(model / "state" / "vae.pt", weights_only=True)["seconds"]
+    before = AutoencoderKLWan.from_pretrained(model / "model" / "vae", dtype=torch.float32)
+    shutil.copytree(model / "model" / "vae", model / "sharper" / "vae")
+    arguments = (model / "sharper", model / "state", (spent + 0.5) / 60, RECIPE, Ranks(), "cpu")
+    train_vae(*arguments, decoder_only=True)
+    after = AutoencoderKLWan.from_pretrained(model / "sharper" / "vae", dtype=torch.float32)
+    assert after.config.latents_std == before.config.latents_std
+    assert not torch.equal(after.decoder.conv_out.weight, before.decoder.conv_out.weight)
+
+
+def test_every_turn_of_the_recipe_trains() -> None:
+    recipe = replace(FULL, layers=1, heads=1, ffn_dim=32, batch=8)
+    tokenizer = build_tokenizer()
+    special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    ids = torch.full((4, CAPTION_TOKENS), tokenizer.eos_token_id)
+    change = torch.full((4,), max(recipe.history_lengths) + 1)
+    sizes = ((2, 2), (2, 2), (2, 4))
+    clips = tuple(LatentClips(torch.randn(4, recipe.clip_latents, 16, *size), ids, ids, change) for size in sizes)
+    loss = FlowLoss(clips, build_transformer(recipe), build_text_encoder(recipe, tokenizer), recipe, *special)
+    for step, turn in enumerate(recipe.turns):
+        assert torch.isfinite(loss(step, 0.5)), turn
 
 
 def test_stock_pipeline_loads_it(model: Path) -> None:

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from training.world import CAMERAS, GROUNDS, MOTIONS, SKIES, Worlds, cameras, draw_worlds, poses, render_worlds
+from training.world import CAMERAS, GROUNDS, MOTIONS, SKIES, Worlds, cameras, changed_worlds, draw_worlds, poses
+from training.world_render import render_worlds
 
 SIZE = (16, 24)
 
@@ -22,6 +23,17 @@ def test_a_seed_is_a_clip_whatever_it_is_rendered_with() -> None:
     assert clips.abs().max() <= 1
     torch.testing.assert_close(render_worlds(three[1:2], 3, *SIZE)[0], clips[1], atol=1e-5, rtol=0)
     torch.testing.assert_close(render_worlds(worlds(3), 2, *SIZE), clips[:, :, :2], atol=1e-5, rtol=0)
+    torch.testing.assert_close(render_worlds(three, 2, *SIZE, every=2), clips[:, :, ::2], atol=1e-5, rtol=0)
+
+
+def test_a_change_keeps_the_shot() -> None:
+    before = worlds(100)
+    after = changed_worlds(before, torch.Generator().manual_seed(2))
+    assert all(torch.equal(getattr(after, name), getattr(before, name)) for name in ("count", "motion", "camera"))
+    torch.testing.assert_close(cameras(after, 3), cameras(before, 3))
+    same = (after.ground == before.ground) & (after.colour == before.colour).all(1)
+    assert 40 < same.sum() < 70
+    assert (after.sky != before.sky).sum() > 60
 
 
 def test_solids_of_a_scene_have_their_own_colours_and_places() -> None:

@@ -1,0 +1,47 @@
+"""What an evaluation asks: how much it samples, and criteria with their figures and bars."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is evaluated: clips, samples of each kind, continuations, chains and their segments, batch."""
+
+    clips: int = 64
+    long_clips: int = 16
+    rendered: int = 256
+    samples: int = 64
+    continuations: int = 32
+    chains: int = 8
+    segments: int = 8
+    batch: int = 16
+
+
+QUICK = Size(clips=8, long_clips=2, rendered=64, samples=8, continuations=4, chains=1, segments=4, batch=4)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One criterion: `figure` has to be at least, or with `most` at most, the bar."""
+
+    name: str
+    figure: float
+    bar: float
+    unit: str
+    most: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether the bar is met."""
+        return self.figure <= self.bar if self.most else self.figure >= self.bar
+
+    def __str__(self) -> str:
+        verdict, sign = "PASS" if self.passed else "FAIL", "<=" if self.most else ">="
+        return f"{verdict}  {self.name:<52} {self.figure:8.2f} {self.unit:<4} {sign} {self.bar:g}"
+
+
+def percent(flags: Tensor) -> float:
+    """Share of true flags, in percent."""
+    return 100 * flags.float().mean().item()
