@@ -7,7 +7,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Size:
-    """How much is evaluated: clips, samples of each kind, continuations, chains and their segments, batch."""
+    """How much is evaluated: clips, samples of each kind, continuations, chains and their segments, batch.
+
+    Of the small world's samples, the height and width in pixels and the number of steps.
+    """
 
     clips: int = 64
     long_clips: int = 16
@@ -17,6 +20,8 @@ class Size:
     chains: int = 8
     segments: int = 8
     batch: int = 16
+    world_size: tuple[int, int] = (128, 128)
+    world_steps: int = 30
 
 
 QUICK = Size(clips=8, long_clips=2, rendered=64, samples=8, continuations=4, chains=1, segments=4, batch=4)

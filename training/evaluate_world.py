@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def judge_judge(judge: WorldJudge, device: str, size: Size) -> Iterator[Result]:
     right, shuffled = [], []
     for start in range(0, size.rendered, size.batch):
         rows = slice(start, start + size.batch)
-        clip = render_worlds(worlds[rows].to(device), NUM_FRAMES)
+        clip = render_worlds(worlds[rows].to(device), NUM_FRAMES, *size.world_size)
         right.append(judged(judge, clip, contents[rows]))
         shuffled.append(judged(judge, clip.roll(1, 0), contents[rows]))
     for part in right[0]:
@@ -57,7 +57,7 @@ def judge_autoencoder(pipe: EditWanPipeline, size: Size) -> Iterator[Result]:
     worlds, _, _ = contents_of(size.long_clips, SEED + 1)
     errors = []
     for row in range(size.long_clips):
-        clip = render_worlds(worlds[row : row + 1].to(pipe.vae.device), 129)
+        clip = render_worlds(worlds[row : row + 1].to(pipe.vae.device), 129, *size.world_size)
         with torch.no_grad():
             decoded = pipe.vae.decode(pipe.vae.encode(clip).latent_dist.mode()).sample
         errors.append(((decoded - clip) / 2).square().mean((0, 1, 3, 4)))
@@ -71,55 +71,68 @@ def joined(parts: list[dict[str, Tensor]], name: str) -> Tensor:
     return torch.cat([part[name] for part in parts])
 
 
-class Samples:
-    """Samples from text: what they should show, prompts, latents, and what is right of them."""
+def extended(
+    pipe: EditWanPipeline,
+    size: Size,
+    prompts: list[str],
+    seed: int,
+    latents: Tensor | None = None,
+    negative: str | None = None,
+) -> Tensor:
+    """Latents of a segment of each prompt, or of `latents` and a segment more."""
+    following = sample_latents(
+        pipe,
+        prompts,
+        [seed + index for index in range(len(prompts))],
+        None if latents is None else latents[:, :, -HISTORY:],
+        size.world_steps,
+        negative_prompts=[negative] * len(prompts) if negative else None,
+        size=size.world_size,
+    )
+    return following if latents is None else torch.cat([latents, following[:, :, HISTORY:]], 2)
 
-    def __init__(
-        self,
-        pipe: EditWanPipeline,
-        judge: WorldJudge,
-        size: Size,
-        solids: int,
-        steps: int = 30,
-        negative: str | None = None,
-    ) -> None:
-        _, self.contents, self.prompts = contents_of(size.samples, SEED + 1 + solids, solids)
-        latents, right = [], []
-        for start in range(0, size.samples, size.batch):
-            rows = slice(start, start + size.batch)
-            prompts = self.prompts[rows]
-            seeds = [SEED * solids + index for index in range(size.samples)[rows]]
-            negatives = [negative] * len(prompts) if negative else None
-            latents.append(sample_latents(pipe, prompts, seeds, num_inference_steps=steps, negative_prompts=negatives))
-            right.append(judged(judge, decode(pipe, latents[-1]), self.contents[rows]))
-        self.latents = torch.cat(latents)
-        self.right = {part: joined(right, part) for part in right[0]}
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples from text: prompts, latents, and what is right of them, part by part."""
+
+    prompts: list[str]
+    latents: Tensor
+    right: dict[str, Tensor]
+
+
+def sampled(
+    pipe: EditWanPipeline, judge: WorldJudge, size: Size, solids: int = 1, negative: str | None = None
+) -> Samples:
+    """Sample and judge prompts that name so many solids."""
+    _, contents, prompts = contents_of(size.samples, SEED + 1 + solids, solids)
+    latents, right = [], []
+    for start in range(0, size.samples, size.batch):
+        rows = slice(start, start + size.batch)
+        latents.append(extended(pipe, size, prompts[rows], SEED * solids + start, negative=negative))
+        right.append(judged(judge, decode(pipe, latents[-1]), contents[rows]))
+    return Samples(prompts, torch.cat(latents), {part: joined(right, part) for part in right[0]})
 
 
 def judge_samples(pipe: EditWanPipeline, judge: WorldJudge, size: Size, one: Samples) -> Iterator[Result]:
-    """Samples over the clip, at 8 steps, with a negative prompt, and of two solids."""
+    """Samples over the clip, of two solids, at 8 steps, and with a negative prompt."""
     for part, bar in BARS.items():
         yield Result(f"world: {part}, one solid", percent(one.right[part]), bar, "%")
-    two = Samples(pipe, judge, size, solids=2)
-    both = two.right["colour"] & two.right["form"]
-    yield Result("world: colours and forms, two solids", percent(both), 75, "%")
-    fewer, negative = Samples(pipe, judge, size, 1, steps=8), Samples(pipe, judge, size, 1, negative=NEGATIVE)
+    two = sampled(pipe, judge, size, solids=2)
+    yield Result("world: colours and forms, two solids", percent(two.right["colour"] & two.right["form"]), 75, "%")
+    fewer, negative = (
+        sampled(pipe, judge, replace(size, world_steps=8)),
+        sampled(pipe, judge, size, negative=NEGATIVE),
+    )
     for name, other, bar in (("at 8 steps", fewer, 12), ("with a negative prompt", negative, 6)):
         lost = max(percent(one.right[part]) - percent(other.right[part]) for part in BARS)
         yield Result(f"world: largest loss of a part {name}", lost, bar, "%", most=True)
 
 
-def continued(pipe: EditWanPipeline, latents: Tensor, prompts: list[str], seed: int) -> Tensor:
-    """The latents with a segment more of each prompt."""
-    seeds = [seed + index for index in range(len(prompts))]
-    following = sample_latents(pipe, prompts, seeds, latents[:, :, -HISTORY:])
-    return torch.cat([latents, following[:, :, HISTORY:]], 2)
-
-
 def judge_joins(pipe: EditWanPipeline, size: Size, one: Samples) -> Iterator[Result]:
     """The step over the join against the mean step inside the clips."""
     number = min(size.continuations, size.batch)
-    latents = continued(pipe, one.latents[:number], one.prompts[:number], SEED * 3)
+    latents = extended(pipe, size, one.prompts[:number], SEED * 3, one.latents[:number])
     steps = decode(pipe, latents).diff(dim=2).abs().mean((1, 3, 4))  # [B, T - 1]
     join = NUM_FRAMES - 1
     inside = torch.cat([steps[:, :join], steps[:, join + 1 :]], 1).mean(1)
@@ -128,11 +141,12 @@ def judge_joins(pipe: EditWanPipeline, size: Size, one: Samples) -> Iterator[Res
 
 def judge_drift(pipe: EditWanPipeline, size: Size) -> Iterator[Result]:
     """How far the mean colour of the sky strays from the first segment's under a still camera, worst chain."""
-    contents = [replace(content, camera="still") for content in contents_of(size.chains, SEED + 5, 1)[1]]
-    prompts = [worded(content) for content in contents]
-    latents = sample_latents(pipe, prompts, [SEED * 4 + index for index in range(size.chains)])
-    for segment in range(1, size.segments):
-        latents = continued(pipe, latents, prompts, SEED * 4 + 100 * segment)
+    _, contents, _ = contents_of(size.chains, SEED + 5, 1)
+    prompts = [worded(replace(content, camera="still")) for content in contents]
+    latents = None
+    for segment in range(size.segments):
+        latents = extended(pipe, size, prompts, SEED * 4 + 100 * segment, latents)
+    assert latents is not None
     worst = 0.0
     for chain in latents:
         clip = (decode(pipe, chain[None])[0] + 1) * 127.5
@@ -146,24 +160,19 @@ def judge_storyboard(pipe: EditWanPipeline, judge: WorldJudge, size: Size) -> It
     """Noon, sunset, night over one shot: the sky that the judge sees at each segment's end."""
     number = min(size.continuations, size.batch)
     _, contents, _ = contents_of(number, SEED + 6, 1)
-    right: list[dict[str, Tensor]] = []
-    latents = torch.empty(0)
+    right, latents = [], None
     for segment, sky in enumerate(STORY):
-        shown = [replace(content, sky=sky) for content in contents]
-        prompts = [worded(content) for content in shown]
-        if segment:
-            latents = continued(pipe, latents, prompts, SEED * 5 + 100 * segment)
-        else:
-            latents = sample_latents(pipe, prompts, [SEED * 5 + index for index in range(number)])
-        right.append(judged(judge, decode(pipe, latents)[:, :, -17:], [Named(sky=sky)] * number))
-    yield Result(f"world: sky of {len(STORY)} segments of a storyboard", percent(joined(right, "sky")), 85, "%")
+        prompts = [worded(replace(content, sky=sky)) for content in contents]
+        latents = extended(pipe, size, prompts, SEED * 5 + 100 * segment, latents)
+        right.append(judged(judge, decode(pipe, latents)[:, :, -17:], [Named(sky=sky)] * number)["sky"])
+    yield Result(f"world: sky of {len(STORY)} segments of a storyboard", percent(torch.cat(right)), 85, "%")
 
 
 def evaluate_world(pipe: EditWanPipeline, judge: WorldJudge, size: Size) -> Iterator[Result]:
     """Every criterion of the small world, as soon as it is known."""
     yield from judge_judge(judge, str(pipe.vae.device), size)
     yield from judge_autoencoder(pipe, size)
-    one = Samples(pipe, judge, size, solids=1)
+    one = sampled(pipe, judge, size)
     yield from judge_samples(pipe, judge, size, one)
     yield from judge_joins(pipe, size, one)
     yield from judge_drift(pipe, size)

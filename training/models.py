@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -87,7 +88,7 @@ def save_pipeline(
     text_encoder: UMT5EncoderModel,
     recipe: Recipe,
 ) -> None:
-    """Write the fp16 model in diffusers' layout; the modules are left in fp16."""
+    """Write the fp16 model in diffusers' layout, most of the transformer in 8 bits; the modules are left in fp16."""
     scheduler = UniPCMultistepScheduler(
         num_train_timesteps=1000,
         prediction_type="flow_prediction",
@@ -104,6 +105,7 @@ def save_pipeline(
     )
     pipeline.to(torch.float16)
     pipeline.save_pretrained(folder)
+    _narrow(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     for path in folder.glob("*/*config.json"):
         content = json.loads(path.read_text())
         content.pop("_name_or_path", None)  # where it happened to be trained
@@ -115,3 +117,12 @@ def save_pipeline(
         path.write_text(json.dumps(content, indent=2) + "\n")
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+
+
+def _narrow(path: Path) -> None:
+    """Store the matrices of the transformer's blocks as 8-bit floats: stock diffusers widens them as it loads."""
+    weights = load_file(path)
+    for name, weight in weights.items():
+        if name.startswith("blocks.") and weight.ndim == 2:
+            weights[name] = weight.to(torch.float8_e4m3fn)
+    save_file(weights, path, metadata={"format": "pt"})

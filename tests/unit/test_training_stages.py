@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
 
 from edit_ray import EditWanPipeline
+from training.criteria import Size
+from training.evaluate_world import BARS, judge_drift, judge_joins, judge_storyboard, sampled
 from training.loop import Loop, Ranks
 from training.models import CAPTION_TOKENS, build_text_encoder, build_tokenizer, build_transformer
 from training.recipe import FULL, SMOKE
 from training.sampling import sample_latents
 from training.train_transformer import FlowLoss, LatentClips, shifted, train_transformer
 from training.train_vae import train_vae
-from training.world_judge import train_judge
+from training.world_judge import load_judge, train_judge
 
 RECIPE = replace(
     SMOKE, clips=(4, 4, 4), encode_batch=1, measured_batches=1, curriculum=((1.0, ((1, 1),)),), save_every_s=0.0
@@ -114,6 +117,28 @@ def test_stock_pipeline_loads_it(model: Path) -> None:
     assert {pipe.vae.dtype, pipe.transformer.dtype, pipe.text_encoder.dtype} == {torch.float32}
     assert pipe.config.expand_timesteps
     assert pipe.scheduler.config.flow_shift == 3.0
+
+
+def test_matrices_are_stored_in_eight_bits_and_load_as_they_were(model: Path) -> None:
+    stored = load_file(model / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert stored["blocks.0.ffn.net.2.weight"].dtype == torch.float8_e4m3fn
+    assert stored["blocks.0.norm2.weight"].dtype == torch.float16
+    transformer = WanTransformer3DModel.from_pretrained(model / "model" / "transformer")
+    averaged = torch.load(model / "state" / "transformer.pt", weights_only=True)["averaged"]
+    for loaded, trained in zip(transformer.parameters(), averaged, strict=False):  # then those of the text encoder
+        assert (loaded - trained).norm() <= 0.05 * trained.norm() + 1e-3
+
+
+def test_the_small_world_is_evaluated(model: Path) -> None:
+    pipe = EditWanPipeline.from_pretrained(model / "model", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    size = Size(samples=1, continuations=1, chains=1, segments=2, batch=1, world_size=(16, 32), world_steps=1)
+    judge = load_judge(model / "state", RECIPE, "cpu")
+    one = sampled(pipe, judge, size, negative="blurry")
+    assert set(BARS) < set(one.right)
+    joins, drift, story = judge_joins(pipe, size, one), judge_drift(pipe, size), judge_storyboard(pipe, judge, size)
+    for result in (*joins, *drift, *story):
+        assert result.figure >= 0
 
 
 def test_samples_and_continuations(model: Path) -> None:
