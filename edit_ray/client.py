@@ -355,7 +355,7 @@ class SegmentStream(Iterator[Segment], AsyncIterator[Segment]):
             num_frames=record.num_frames,
             fps=status.fps,
             path=path,
-            statistics=record.statistics,
+            statistics=dict(record.statistics),
             frames=frames,
             latents=latents,
         )

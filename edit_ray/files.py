@@ -148,7 +148,7 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
     content, done = bytearray(size), 0
     while done < size and (count := disk.read(descriptor, [memoryview(content)[done:]], offset + done)):
         done += count
-    return bytes(content[:done])
+    return bytes(memoryview(content)[:done])
 
 
 def digest_of(data: bytes) -> int:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import edit_ray
@@ -42,6 +42,7 @@ class Meter:
         self._taken: dict[str, int] = {}  # by run: segments that a client has taken
         self._exporter: Exporter | None = None
         self._serving: MetricsOptions | None = None
+        self._beginning = asyncio.Lock()
         self._targets: dict[str, str] = {}  # the address that each file tells
         self._tasks: dict[tuple[Role, int], asyncio.Task[None]] = {}
         self.totals.set("edit_ray_build_info", 1, version=edit_ray.__version__)
@@ -51,6 +52,23 @@ class Meter:
 
         Raises ConfigError where that place cannot be had.
         """
+        async with self._beginning:
+            await self._serve(options, root)
+
+    async def serve_again(self, runs: Sequence[LiveRun]) -> None:
+        """The same for runs that have come back, as far as it is possible; others have their turn meanwhile.
+
+        Nobody is served before all their segments are counted: what Prometheus sees must not go back.
+        """
+        async with self._beginning:
+            for run in runs:
+                while self._committed(run):
+                    await asyncio.sleep(0)
+            for run in runs:
+                with best_effort(f"serve the metrics of run {run.spec.run_id}"):
+                    await self._serve(run.spec.config.metrics, run.spec.root)
+
+    async def _serve(self, options: MetricsOptions, root: Path) -> None:
         if not options.enabled:
             return
         if self._exporter is None or (options != self._serving and not list(self._live())):
@@ -83,13 +101,12 @@ class Meter:
         self._exporter = self._serving = None
 
     def opened(self, run: LiveRun, *, recovered: bool) -> None:
-        """A run begins or goes on; of one that an earlier segment scheduler was at work on all segments are counted."""
+        """A run begins or goes on. `serve_again` counts what an earlier segment scheduler has committed of it."""
         manifest = run.manifest
         known = len(manifest.segments) + len(manifest.earlier_takes)
         is_new = manifest.incarnation == 1 and not recovered
         with best_effort("count a run"):
             self._runs.opened(run.spec.run_id, run.spec.config.cache.policy, 0 if recovered else known, is_new=is_new)
-        self._committed(run)
 
     def ended(self, run: LiveRun) -> None:
         self._taken.pop(run.spec.run_id, None)
@@ -126,9 +143,11 @@ class Meter:
         """Clients have taken so many segments."""
         self._taken[run_id] = max(segments, self._taken.get(run_id, 0))
 
-    def _committed(self, run: LiveRun) -> None:
+    def _committed(self, run: LiveRun) -> bool:
+        """Returns whether there are more to count."""
         with best_effort("count segments"):
-            self._runs.committed(run.spec.run_id, run.manifest.segments, len(run.manifest.earlier_takes))
+            return self._runs.committed(run.spec.run_id, run.manifest.segments, run.manifest.earlier_takes)
+        return False
 
     def _begin(self, role: Role, worker: int) -> None:
         """Begins to ask an actor, if that is not done already; it ends with the event loop."""

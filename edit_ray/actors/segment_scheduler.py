@@ -225,19 +225,14 @@ class SegmentSchedulerActor:
         self._pointers.recalled(pointers)  # all of them until each is seen to: this incarnation may die meanwhile
         ordered = dict(sorted(pointers.items(), key=lambda item: item[1].worker is None))
         await self._recovery.begin(ordered, self._spawn)
-        for run in list(self._runs.values()):  # only when all are counted: what Prometheus sees must not go back
-            await self._serve_metrics(run)
+        self._spawn(self._meter.serve_again(list(self._runs.values())))
 
     async def _come_back(self, run: LiveRun, waiting: WaitingRun) -> None:
         await self._live(run, recovered=True)
         if waiting.cancelled:
             self._apply(CancelAsked(waiting.run_id))
         if self._recovered.done():
-            await self._serve_metrics(run)
-
-    async def _serve_metrics(self, run: LiveRun) -> None:
-        with best_effort(f"serve the metrics of run {run.spec.run_id}"):
-            await self._meter.serve(run.spec.config.metrics, run.spec.root)
+            await self._meter.serve_again([run])
 
     async def _forget(self, run_id: str, idle_exit_s: float = IDLE_EXIT_S) -> None:
         """Nothing is left to do for a run."""

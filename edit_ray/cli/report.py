@@ -94,7 +94,7 @@ def _page_of_run(folder: Path) -> str | None:
             state=manifest.state,
             settings=settings.read_text(),
             segments=[
-                ReportedSegment(s.index, s.prompt, s.seed, s.num_frames, s.statistics) for s in manifest.segments
+                ReportedSegment(s.index, s.prompt, s.seed, s.num_frames, dict(s.statistics)) for s in manifest.segments
             ],
             records=_read_records(folder),
             pictures=pictures,

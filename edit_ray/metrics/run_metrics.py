@@ -8,13 +8,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Protocol
+from typing import Protocol
 
 from edit_ray.metrics.catalog import LABELS
-from edit_ray.metrics.totals import Totals
+from edit_ray.metrics.totals import Series, Totals, observed, series
 
+MOST_AT_ONCE = 1000  # records, which take about 15 ms
 _TOLD = {"denoise": "denoise_s", "decode": "decode_s", "encode": "encode_s", "commit": "publish_s"}
 """Where the manifest has the seconds of a stage; those of the others belong to no segment."""
+
+_HISTOGRAMS: dict[str, tuple[str, dict[str, str]]] = {
+    "seam_score": ("edit_ray_seam_score", {}),
+    **{name: ("edit_ray_work_seconds", {"stage": stage}) for stage, name in _TOLD.items()},
+}
+"""The histogram of each statistic that is observed, and its labels."""
 
 _LIMIT = 2.0**63
 """No statistic of a segment is as much; below it sums of them stay finite."""
@@ -64,14 +71,21 @@ class RunMetrics:
         """A run begins or goes on; `counted` of its committed segments were counted elsewhere."""
         self._runs[run_id] = _Run(policy, counted, self._clock() if is_new else None)
 
-    def committed(self, run_id: str, records: Sequence[Record], earlier: int = 0) -> None:
-        """The run's committed segments now; `earlier` more are of takes that another has replaced."""
+    def committed(self, run_id: str, records: Sequence[Record], earlier: Sequence[Record] = ()) -> bool:
+        """The run's committed segments now, and those of `earlier` takes that others have replaced.
+
+        Counts no more than `MOST_AT_ONCE` of them; returns whether some are left for the next call.
+        """
         run = self._runs.get(run_id)
         if run is None:  # work that ends after its run
-            return
-        for record in records[max(0, run.counted - earlier) :]:
-            run.counted += 1
-            self._commit(run_id, run, record)
+            return False
+        of, first = (earlier, run.counted) if run.counted < len(earlier) else (records, run.counted - len(earlier))
+        if new := of[first : first + MOST_AT_ONCE]:
+            run.counted += len(new)
+            for record in new:
+                self._time(run_id, run, record)
+            self._totals.add(_counts(new, run.policy))
+        return run.counted < len(earlier) + len(records)
 
     def ended(self, run_id: str, outcome: str) -> None:
         """A run has ended with this outcome, and nothing of it is counted any more."""
@@ -120,35 +134,43 @@ class RunMetrics:
         for stage in LABELS["stage"]:
             self._totals.set("edit_ray_work_in_flight", stages[stage], stage=stage)
 
-    def _commit(self, run_id: str, run: _Run, record: Record) -> None:
-        totals, now = self._totals, self._clock()
-        totals.inc("edit_ray_segments_total")
-        totals.inc("edit_ray_frames_total", record.num_frames)
+    def _time(self, run_id: str, run: _Run, record: Record) -> None:
+        """How long a segment took, which only the scheduler that began it can tell."""
+        now = self._clock()
         if run.submitted is not None and record.index == 0:
-            totals.observe("edit_ray_first_segment_seconds", max(0.0, now - run.submitted))
+            self._totals.observe("edit_ray_first_segment_seconds", max(0.0, now - run.submitted))
         began = self._begun.pop((run_id, record.index), None)
         if began is not None:
-            totals.observe("edit_ray_segment_seconds", max(0.0, now - began))
-        self._count(_countable(record.statistics), run.policy)
-
-    def _count(self, told: Mapping[str, float], policy: str) -> None:
-        totals = self._totals
-        for stage, key in _TOLD.items():
-            if (seconds := told.get(key)) is not None:
-                totals.observe("edit_ray_work_seconds", seconds, stage=stage)
-        for branch, decision in product(LABELS["branch"], LABELS["decision"]):
-            of = {"policy": policy, "branch": branch, "decision": decision}
-            totals.inc("edit_ray_steps_total", told.get(f"steps_{decision}_{branch}", 0), **of)
-            totals.inc("edit_ray_units_total", told.get(f"units_{decision}_{branch}", 0), **of)
-        for direction in LABELS["direction"]:
-            totals.inc("edit_ray_reuse_bytes_total", told.get(f"reuse_{direction}_bytes", 0), direction=direction)
-        totals.inc("edit_ray_reuse_wait_seconds_total", told.get("reuse_wait_s", 0))
-        totals.inc("edit_ray_media_bytes_total", told.get("media_bytes", 0))
-        if (score := told.get("seam_score")) is not None:
-            totals.observe("edit_ray_seam_score", score)
+            self._totals.observe("edit_ray_segment_seconds", max(0.0, now - began))
 
 
-def _countable(told: Mapping[str, Any]) -> dict[str, float]:
-    """Those of a manifest's statistics that can be counted: the file may hold anything."""
-    numbers = {name: value for name, value in told.items() if isinstance(value, int | float)}
-    return {name: float(value) for name, value in numbers.items() if 0 <= value < _LIMIT}
+def _counts(records: Sequence[Record], policy: str) -> Mapping[Series, float]:
+    """What the records add to the counters."""
+    counters, histograms = _counters(policy), _HISTOGRAMS
+    counts: dict[Series, float] = dict.fromkeys(counters.values(), 0.0)
+    counts[series("edit_ray_segments_total")] = len(records)
+    counts[series("edit_ray_frames_total")] = sum(record.num_frames for record in records)
+    for record in records:
+        for name, value in record.statistics.items():
+            if not 0 <= value < _LIMIT:
+                continue
+            if (counter := counters.get(name)) is not None:
+                counts[counter] += value
+            elif (histogram := histograms.get(name)) is not None:
+                for of, amount in observed(histogram[0], value, **histogram[1]).items():
+                    counts[of] = counts.get(of, 0) + amount
+    return counts
+
+
+def _counters(policy: str) -> dict[str, Series]:
+    """The counter of each statistic that is added up."""
+    found = {
+        "reuse_wait_s": series("edit_ray_reuse_wait_seconds_total"),
+        "media_bytes": series("edit_ray_media_bytes_total"),
+    }
+    for direction in LABELS["direction"]:
+        found[f"reuse_{direction}_bytes"] = series("edit_ray_reuse_bytes_total", direction=direction)
+    for branch, decision, what in product(LABELS["branch"], LABELS["decision"], ("steps", "units")):
+        of = {"policy": policy, "branch": branch, "decision": decision}
+        found[f"{what}_{decision}_{branch}"] = series(f"edit_ray_{what}_total", **of)
+    return found

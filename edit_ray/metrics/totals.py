@@ -41,7 +41,7 @@ class Totals:
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Count one value of a histogram."""
-        self.add({series(name, bucket_of(CATALOG[name], value), **labels): 1, series(name, SUM, **labels): value})
+        self.add(observed(name, value, **labels))
 
     def set(self, name: str, value: float | None, **labels: str) -> None:
         """Set a gauge; None takes it away."""
@@ -79,6 +79,11 @@ def series(name: str, part: str = "", **labels: str) -> Series:
     if set(labels) != set(metric.labels):
         raise KeyError(f"{name} has the labels {metric.labels}, not {tuple(labels)}")
     return name, tuple(_known(label, str(labels[label])) for label in metric.labels), part
+
+
+def observed(name: str, value: float, **labels: str) -> dict[Series, float]:
+    """What one value adds to a histogram."""
+    return {series(name, bucket_of(CATALOG[name], value), **labels): 1, series(name, SUM, **labels): value}
 
 
 def from_elsewhere(values: Mapping[Series, float]) -> dict[Series, float]:

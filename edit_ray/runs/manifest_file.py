@@ -21,6 +21,7 @@ from edit_ray.errors import RunFolderGone, RunLocked
 from edit_ray.runs.manifest import Begun, Line, Manifest
 from edit_ray.runs.manifest_lines import Fold, from_bytes, read_back, to_text
 
+_PIECE = 4 << 20
 _TRIES = 3  # of writing a line that torn bytes of others came before
 
 
@@ -158,13 +159,22 @@ class ManifestReader:
             if self._of != (there.st_ino, there.st_dev):
                 self._of, self._fold = (there.st_ino, there.st_dev), Fold(self._path)
             last = self._fold.last
-            start = self._fold.size - len(last)
-            content = files.read_at(descriptor, start, max(there.st_size - start, 0))
-            if not content.startswith(last):  # a line was taken back
-                self._fold, last, content = Fold(self._path), b"", files.read_all(descriptor)
-            self._fold.add(content[len(last) :])
+            if files.read_at(descriptor, self._fold.size - len(last), len(last)) != last:  # a line was taken back
+                self._fold = Fold(self._path)
+            self._read_on(descriptor)
             self._fold.whole()
             return self._fold
+
+    def _read_on(self, descriptor: int) -> None:
+        """Reads what is new, in pieces that no whole copy of the file is held for."""
+        fold, piece = self._fold, _PIECE
+        while True:
+            lines, content = fold.lines, files.read_at(descriptor, fold.size, piece)
+            fold.add(content)
+            if len(content) < piece:
+                return
+            if fold.lines == lines:  # a line, or torn bytes, are longer than a piece
+                piece *= 2
 
 
 def read_manifest(path: Path) -> Manifest:

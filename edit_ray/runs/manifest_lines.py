@@ -7,9 +7,12 @@ who has lost the run left torn bytes before its own line.
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import zlib
+from collections.abc import ItemsView, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -17,15 +20,17 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from edit_ray.errors import ManifestUnreadable
-from edit_ray.runs.manifest import READABLE, SCHEMA, Begun, Line, Manifest
+from edit_ray.runs.manifest import READABLE, SCHEMA, Begun, Committed, Line, Manifest, SegmentRecord
 
 _HEAD = re.compile(rb'\{"crc": "([0-9a-f]{8})", (?:"behind": ([0-9]{1,18}), )?')
-_LINE: TypeAdapter[Line] = TypeAdapter(
-    Annotated[Line, Field(discriminator="kind")],
-    config=ConfigDict(strict=True, extra="forbid", cache_strings="keys"),  # as every segment has the same keys
+_STRICT = ConfigDict(strict=True, extra="forbid", cache_strings="keys")  # as every segment has the same keys
+_LINE: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")], config=_STRICT)
+_FIGURES: TypeAdapter[dict[str, float]] = TypeAdapter(
+    dict[str, Annotated[float, Field(allow_inf_nan=False)]], config=ConfigDict(strict=True)
 )
 _BODY = len('{"crc": "00000000", ')
 _BEGIN = b'{"crc": "'  # begins every line, and stands nowhere else: quotes in texts are escaped
+_STATISTICS = b'"statistics": {'  # stands nowhere else either
 
 
 def to_text(line: Line, behind: int | None = None) -> bytes:
@@ -48,6 +53,7 @@ class Fold:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._manifest: Manifest | None = None
+        self._committed: list[SegmentRecord] = []  # while lines are added, those that `_manifest` lacks
         self._torn: str | None = None  # what is wrong with the bytes behind the last line that counts
         self._torn_at_end = False  # whether those may be a last line that is not whole
         self.size = 0  # bytes up to the end of the last line that counts
@@ -78,14 +84,23 @@ class Fold:
 
         Raises ManifestUnreadable for a whole line that cannot follow.
         """
-        start, at, number, counting = self.size, 0, self.lines, set()
+        with _no_collections():
+            try:
+                return self._add(content)
+            finally:
+                self._commit()
+
+    def _add(self, content: bytes) -> set[int]:
+        start, at, number, counting = self.size, 0, self.lines, set[int]()
         self._torn = None
         while (end := content.find(b"\n", at)) >= 0:
-            begin = max(content.rfind(_BEGIN, at, end), at)
-            torn_before, line = begin > at, content[begin:end]
-            at, number = end + 1, number + 1
-            head = _HEAD.match(line)
-            if head is None or head[1] != b"%08x" % zlib.crc32(line[_BODY:]):
+            begin, number = at, number + 1
+            head = _head_of(content, begin, end)
+            if head is None:  # torn bytes may come before the line
+                begin = max(content.rfind(_BEGIN, at, end), at)
+                head = _head_of(content, begin, end)
+            torn_before, at = begin > at, end + 1
+            if head is None:
                 self._tear(number, last=not torn_before)
                 continue
             if torn_before:
@@ -94,19 +109,22 @@ class Fold:
                 self._torn_at_end = False
                 continue
             try:
-                followed = self._followed_by(_json_of(line, head))
+                if self._changed_by(content, head.end(), end):
+                    counting.add(start + at)
             except ValueError as error:
                 raise ManifestUnreadable(self._said(number, str(error))) from None
-            if followed is not self._manifest:
-                counting.add(start + at)
-            self.accept(followed, line + b"\n", start + at)
+            self._count(content[begin:at], start + at)
         if at < len(content) and self.lines:
             self._tear(number + 1, last=True)
         return counting
 
     def accept(self, manifest: Manifest, text: bytes, end: int) -> None:
         """The manifest with one line more, which ends at byte `end` of the file."""
-        self._manifest, self.last, self.size, self._torn = manifest, text, end, None
+        self._manifest = manifest
+        self._count(text, end)
+
+    def _count(self, text: bytes, end: int) -> None:
+        self.last, self.size, self._torn = text, end, None
         self.lines += 1
 
     def _tear(self, number: int, *, last: bool) -> None:
@@ -118,27 +136,103 @@ class Fold:
     def _said(self, number: int, damage: str) -> str:
         return f"{self._path}, line {number}: {damage}; the run cannot be read from here on"
 
-    def _followed_by(self, text: bytes) -> Manifest:
-        if self._manifest is not None:
-            return self._manifest.after(_parsed(text))
-        _check_schema(text)
-        first = _parsed(text)
-        assert isinstance(first, Begun)
-        return Manifest.start(first)
+    def _changed_by(self, content: bytes, begin: int, end: int) -> bool:
+        """Takes in a line; returns whether the manifest is another one. Raises ValueError where it cannot follow."""
+        before = self._manifest
+        if before is None:
+            _check_schema(b"{" + content[begin:end])
+        line = _parsed(content, begin, end)
+        if before is None:
+            assert isinstance(line, Begun)
+            self._manifest = Manifest.start(line)
+        elif type(line) is Committed and line.incarnation == before.incarnation:
+            before.check_follows(line.segment, len(self._committed))
+            self._committed.append(line.segment)
+            return True
+        else:
+            self._commit()
+            before = self.manifest
+            self._manifest = before.after(line)
+        return self._manifest is not before
+
+    def _commit(self) -> None:
+        if self._committed:
+            self._manifest = self.manifest.and_then(*self._committed)
+            self._committed = []
 
 
 def read_back(text: bytes) -> Line:
     """What readers will find a line of `to_text` to be. Raises ValueError where they could not read it."""
     head = _HEAD.match(text)
     assert head is not None
-    return _parsed(_json_of(text, head))
+    return _parsed(text, head.end(), len(text))
 
 
-def _json_of(text: bytes, head: re.Match[bytes]) -> bytes:
-    return b"{" + text[head.end() :]
+def _head_of(content: bytes, begin: int, end: int) -> re.Match[bytes] | None:
+    """The beginning of a line, if its checksum fits."""
+    head = _HEAD.match(content, begin, end)
+    fits = head is not None and int(head[1], 16) == zlib.crc32(memoryview(content)[begin + _BODY : end])
+    return head if fits else None
 
 
-def _parsed(text: bytes) -> Line:
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """No garbage is collected meanwhile: each time all lines so far would be looked through in vain."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class Statistics(Mapping[str, float]):
+    """The figures of a segment as its line has them, read each time they are asked for: 100,000 segments would hold
+    200 MB of them otherwise. A run does not need them: where they are no finite numbers, there are none.
+    """
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: bytes) -> None:
+        self._text = text
+
+    def _read(self) -> dict[str, float]:
+        try:
+            return _FIGURES.validate_json(self._text)
+        except ValidationError:
+            return {}
+
+    def __getitem__(self, name: str) -> float:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def items(self) -> ItemsView[str, float]:
+        return self._read().items()
+
+    def __repr__(self) -> str:
+        return repr(self._read())
+
+
+def _parsed(content: bytes, begin: int, end: int) -> Line:
+    """The line whose members are these bytes. Raises ValueError."""
+    figures = content.find(_STATISTICS, begin, end)
+    if figures < 0:
+        return _validated(b"{" + content[begin:end])
+    inside = figures + len(_STATISTICS)
+    behind = content.find(b"}", inside, end)
+    line = _validated(b"{" + content[begin:inside] + content[behind:end])
+    if isinstance(line, Committed):
+        object.__setattr__(line.segment, "statistics", Statistics(content[inside - 1 : behind + 1]))
+    return line
+
+
+def _validated(text: bytes) -> Line:
     try:
         return _LINE.validate_json(text)
     except ValidationError as invalid:

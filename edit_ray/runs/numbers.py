@@ -1,4 +1,4 @@
-"""The ranges of the whole numbers that a manifest may hold: whoever reads one may loop over them, and add them up."""
+"""What a manifest may hold: whole numbers that readers can loop over and add up, and files inside the run's folder."""
 
 from __future__ import annotations
 
@@ -15,3 +15,6 @@ SegmentCount = Annotated[int, Field(ge=0, lt=MAX_SEGMENTS + 1)]
 Frame = Annotated[int, Field(ge=0, lt=10**15)]
 """Of a whole video."""
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+SegmentFile = Annotated[str, Field(pattern=r"^(latents|segments)/[0-9]{5,9}-t[0-9]{1,9}\.[a-z0-9]{2,16}$")]
+"""Of a segment, relative to the run's folder."""

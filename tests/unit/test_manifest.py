@@ -28,6 +28,7 @@ from edit_ray.runs.manifest import (
     Tiled,
 )
 from edit_ray.runs.manifest_file import ManifestFile, ManifestReader, from_bytes, read_manifest, to_text
+from edit_ray.runs.manifest_lines import read_back
 from edit_ray.runs.plan import Take
 
 HARDWARE = {"device": "cpu", "threads": 1}
@@ -148,8 +149,17 @@ def test_what_cannot_follow_is_refused(lines, words, tmp_path):
 
 @pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", "segments/../x-t0.mp4", "segments/00000-t0", "a"])
 def test_files_outside_the_folder_are_refused(path):
-    with pytest.raises(ValueError, match="no file of a segment"):
-        replace(record(0), media=path)
+    with pytest.raises(ValueError, match=f"^committed.segment.media is '{path}' .String should match pattern"):
+        read_back(to_text(Committed(1, replace(record(0), media=path))))
+
+
+@pytest.mark.parametrize("figures", ['{"a": NaN}', '{"a": "b"}', '{"a": 1e999}', '{"a"}'])
+def test_figures_that_cannot_be_read_are_none_and_the_segment_is_committed(figures):
+    whole = to_text(Committed(1, replace(record(0), statistics={"a": 1.5})))
+    body = whole[len('{"crc": "00000000", ') :].replace(b'{"a": 1.5}', figures.encode())
+    content = to_text(BEGUN) + b'{"crc": "%08x", %b' % (zlib.crc32(body[:-1]), body)
+    (segment,) = from_bytes(content, "manifest.jsonl")[0].segments
+    assert segment == replace(record(0), statistics={})
 
 
 @settings(max_examples=300, deadline=None)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_ray.metrics.run_metrics import RunMetrics, Standing
+from edit_ray.metrics.run_metrics import MOST_AT_ONCE, RunMetrics, Standing
 from edit_ray.metrics.totals import SUM, Totals
 
 
@@ -96,9 +96,19 @@ def test_a_take_that_replaces_another_counts_beside_it(runs, totals):
     runs.opened("a", "none", 0)
     runs.committed("a", [Segment(0), Segment(1), Segment(2)])
     runs.opened("a", "none", 3)
-    runs.committed("a", [Segment(0)], earlier=2)
-    runs.committed("a", [Segment(0), Segment(1)], earlier=2)
+    earlier = [Segment(1), Segment(2)]
+    runs.committed("a", [Segment(0)], earlier)
+    runs.committed("a", [Segment(0), Segment(1)], earlier)
     assert totals.value("edit_ray_segments_total") == 4
+
+
+def test_a_scheduler_that_comes_back_counts_all_takes_once_and_not_too_many_at_a_time(runs, totals):
+    earlier, records = [Segment(0, 1)] * (MOST_AT_ONCE + 5), [Segment(k, 1) for k in range(2 * MOST_AT_ONCE)]
+    runs.opened("a", "none", 0)
+    for counted in (MOST_AT_ONCE, MOST_AT_ONCE + 5, 2 * MOST_AT_ONCE + 5, 3 * MOST_AT_ONCE + 5):
+        left = runs.committed("a", records, earlier)
+        assert totals.value("edit_ray_frames_total") == totals.value("edit_ray_segments_total") == counted
+        assert left == (counted < len(earlier) + len(records))
 
 
 def test_what_came_to_nothing_is_counted_apart(runs, totals, clock):
