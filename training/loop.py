@@ -92,6 +92,7 @@ class Loop:
         )
         self.averaged = [parameter.detach().clone() for parameter in self.parameters]
         self.step, self.seconds = 0, 0.0
+        self.begun = 0  # the step from which the moments are
         if self.path.exists():
             self._resume()
         elif ranks.world_size > 1:
@@ -134,7 +135,7 @@ class Loop:
         self.ranks.average(gradients)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-        warm = min(1.0, (self.step + 1) / self.recipe.warmup_steps)
+        warm = min(1.0, (self.step - self.begun + 1) / self.recipe.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * cosine * warm
         self.optimizer.step()
@@ -183,4 +184,5 @@ class Loop:
         else:  # a compact state: the averaged weights are a good start, and the moments begin anew
             with torch.no_grad():
                 torch._foreach_copy_(self.parameters, self.averaged)
+            self.begun = content["step"]
         self.step, self.seconds = content["step"], content["seconds"]

@@ -11,7 +11,7 @@ class Recipe:
     """Sizes and schedules; shares are of a stage's minutes."""
 
     # Budgets of the stages, in minutes of one H200.
-    vae_minutes: float = 36
+    vae_minutes: float = 52
     judge_minutes: float = 4
     text_and_transformer_minutes: float = 60
 
@@ -29,13 +29,14 @@ class Recipe:
         (0.20, ((5, 48),)),
         (0.40, ((17, 16),)),
         (0.60, ((33, 8),)),
-        (1.00, ((33, 8), (65, 4), (33, 8), (129, 2))),
+        (1.00, ((33, 8), (65, 4), (9, 24), (33, 8), (129, 2), (5, 48), (33, 8))),
     )
     vae_learning_rate: float = 1e-3
     world_sizes: tuple[tuple[int, int], ...] = ((128, 128), (96, 160))
     pool: int = 128  # rendered clips that are kept, of flat scenes and of each size of the world
     pool_turns: tuple[int, ...] = (0, 1, 2, 1, 2)  # batches of flat scenes (0) and of each size, in turns
     changing_clips: float = 0.15  # share of clips that cross-fade into another scene
+    detail_weight: float = 4.0  # what a pixel counts more for each unit (of 2) that it differs from those around it
     latent_noise: float = 0.03  # of each channel's spread, before decoding: sampled latents are never exact
     measured_batches: int = 8  # of `encode_batch` clips, for the latents' mean and spread; clips for the PSNR
     # The small world's judge.
@@ -64,6 +65,7 @@ class Recipe:
         (2, 9, False),
         (0, 9, True),
         (1, 5, False),
+        (0, 9, False),
     )
     learning_rate: float = 1e-3
     empty_captions: float = 0.1
@@ -73,11 +75,11 @@ class Recipe:
     # Half of a batch draws its noise level around the middle; the other half evenly under this larger shift: which
     # colour goes where is settled at the highest levels, which a logit-normal hardly ever draws.
     high_noise_shift: float = 5.0
-    first_frame_weight: float = 5.0  # latent 0 of a clip stands for one frame, is the hardest, and all else follows it
     history_lengths: tuple[int, ...] = (1, 2, 2, 3, 3, 3, 3, 3, 3, 4)
     history_noise: float = 0.1
     history_tint: float = 0.05  # a constant added to a channel of the history: the slow drift that noise is not
     # Both.
+    first_frame_weight: float = 5.0  # frame 0 of a clip is a latent of its own, the hardest, and all else follows it
     ema_decay: float = 0.999
     warmup_steps: int = 100
     save_every_s: float = 120.0

@@ -1,10 +1,11 @@
 """Stage 1: the causal video autoencoder, on flat scenes and clips of the small world, rendered as it goes."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from training.world_render import render_worlds
 
 @dataclass(frozen=True)
 class VaeLoss:
-    """Reconstruction of a batch: L1 + 4 MSE, with a slight pull on the latents' scale."""
+    """Reconstruction of a batch: L1 + 4 MSE, weighted, with a slight pull on the latents' scale."""
 
     vae: AutoencoderKLWan
     recipe: Recipe
@@ -35,8 +36,15 @@ class VaeLoss:
             spread = latents.detach().float().std(dim=(0, 2, 3, 4), keepdim=True)
             noise = self.recipe.latent_noise * spread * torch.randn_like(latents)
             decoded = decode_clip(self.vae, latents + noise)
-        error = decoded.float() - clip
-        return error.abs().mean() + 4 * error.square().mean() + 1e-4 * latents.float().square().mean()
+        weight, error = self._weight(clip), decoded.float() - clip
+        return (weight * (error.abs() + 4 * error.square())).mean() + 1e-4 * latents.float().square().mean()
+
+    def _weight(self, clip: Tensor) -> Tensor:
+        """What each pixel [B, 1, T, H, W] counts, 1 on average: small solids as much as the wide sky, frame 0 more."""
+        around = F.avg_pool3d(clip, (1, 9, 9), 1, (0, 4, 4), count_include_pad=False)
+        weight = 1 + self.recipe.detail_weight * (clip - around).abs().amax(1, keepdim=True)
+        weight[:, :, 0] *= self.recipe.first_frame_weight
+        return weight / weight.mean()
 
 
 @torch.no_grad()
@@ -52,15 +60,19 @@ def measure_latents(vae: AutoencoderKLWan, recipe: Recipe, pools: tuple[ClipPool
 
 
 @torch.no_grad()
-def world_psnr(vae: AutoencoderKLWan, recipe: Recipe, device: str) -> Tensor:
-    """PSNR in dB of each frame index of the longest clips, over scenes of the small world that training never draws."""
+def world_psnr(vae: AutoencoderKLWan, recipe: Recipe, device: str) -> tuple[Tensor, Tensor]:
+    """PSNR in dB [T] of each frame index of the longest clips of unseen scenes, and the same where solids are seen."""
     num_frames, errors = max(frames for _, turns in recipe.curriculum for frames, _ in turns), []
     for seed in range(recipe.measured_batches):
         worlds = draw_worlds(1, torch.Generator().manual_seed(seed)).to(device)
         clip = render_worlds(worlds, num_frames, *recipe.world_sizes[0])
+        bare = render_worlds(replace(worlds, count=torch.zeros_like(worlds.count)), num_frames, *recipe.world_sizes[0])
+        solid = ((clip - bare).abs().amax(1) > 0.1).float()[0]  # [T, H, W]
         decoded = decode_clip(vae, encode_clip(vae, clip)).clamp(-1, 1)
-        errors.append(((decoded - clip) / 2).square().mean(dim=(0, 1, 3, 4)))
-    return -10 * torch.stack(errors).mean(0).log10()
+        error = ((decoded - clip) / 2).square().mean(1)[0]
+        errors.append(torch.stack([error.mean((1, 2)), (error * solid).sum((1, 2)) / solid.sum((1, 2)).clamp(min=1)]))
+    everywhere, on_solids = -10 * torch.stack(errors).mean(0).log10()
+    return everywhere, on_solids
 
 
 def train_vae(
@@ -102,8 +114,8 @@ def train_vae(
     pools = tuple(ClipPool(source, seed, recipe, device) for source in sources_of(recipe))
     loop.run(VaeLoss(vae, recipe, device, pools))
     if ranks.rank == 0:
-        psnr = world_psnr(vae, recipe, device)
-        print(f"small world, {len(psnr)} frames: {psnr.mean():.2f} dB, worst frame index {psnr.min():.2f} dB")
+        for where, psnr in zip(("small world", "its solids"), world_psnr(vae, recipe, device), strict=True):
+            print(f"{where}, {len(psnr)} frames: {psnr.mean():.2f} dB, frame 0 {psnr[0]:.2f}, worst {psnr.min():.2f}")
         if decoder_only:
             known = AutoencoderKLWan.load_config(output / "vae")
             vae.register_to_config(**{name: known[name] for name in ("latents_mean", "latents_std")})

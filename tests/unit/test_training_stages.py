@@ -81,11 +81,19 @@ def test_a_compact_state_begins_with_the_averaged_weights(tmp_path: Path) -> Non
     loop.run(lambda step, progress: layer(torch.ones(1, 2)).square().sum())
     whole = (tmp_path / "layer.pt").stat().st_size
     loop.compact()
+    assert (tmp_path / "layer.pt").stat().st_size < whole
     again = torch.nn.Linear(2, 1)
-    resumed = Loop("layer", {"layer": again}, minutes=1e-3, **options)
+    resumed = Loop("layer", {"layer": again}, minutes=2e-3, **options)
     assert resumed.step == loop.step
     torch.testing.assert_close(again.weight, loop.averaged[0], rtol=1e-3, atol=1e-6)
-    assert (tmp_path / "layer.pt").stat().st_size < whole
+    rates = []
+
+    def loss(step: int, progress: float) -> torch.Tensor:
+        rates.append(resumed.optimizer.param_groups[0]["lr"])  # of the step before
+        return again(torch.ones(1, 2)).square().sum()
+
+    resumed.run(loss)
+    assert rates[1] < 0.02 * options["learning_rate"], "new moments are warmed up"
 
 
 def test_a_decoder_alone_keeps_the_latents(model: Path) -> None:
