@@ -152,7 +152,7 @@ def _counts(records: Sequence[Record], policy: str) -> Mapping[Series, float]:
     counts[series("edit_ray_frames_total")] = sum(record.num_frames for record in records)
     for record in records:
         for name, value in record.statistics.items():
-            if not 0 <= value < _LIMIT:
+            if not isinstance(value, (int, float)) or not 0 <= value < _LIMIT:  # a file may hold anything
                 continue
             if (counter := counters.get(name)) is not None:
                 counts[counter] += value
