@@ -7,6 +7,7 @@ import secrets
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,8 +39,17 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # First, because `-m` picks among the markers at the end of the same hook.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test after the folder that it lies in; those that need Ray come last, so that none finds it started."""
+    """Mark each test after the folder that it lies in; those that need Ray come last, so that none finds it started.
+
+    Of a test that is marked `one_in(k)` each k-th set of parameters is tried, and the others are `slow`.
+    """
+    seen: Counter[str] = Counter()
     for item in items:
+        if (thinned := item.get_closest_marker("one_in")) and not item.get_closest_marker("slow"):
+            of = item.nodeid.partition("[")[0]
+            if seen[of] % thinned.args[0]:
+                item.add_marker("slow")
+            seen[of] += 1
         if item.path.is_relative_to(TESTS):
             folder = item.path.relative_to(TESTS).parts[0]
             for name in MARKERS_OF_FOLDER.get(folder, ()):

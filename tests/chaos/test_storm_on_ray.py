@@ -1,4 +1,4 @@
-"""Random histories on Ray: those of `storm.py`, lived by real actors that are killed at random instants.
+"""Random histories on Ray: those of `storm.py`, lived by real actors that are killed soon after a random event.
 
 HISTORIES=100 SEED=7 pytest -m chaos -s tests/chaos/test_storm_on_ray.py
 """
@@ -13,6 +13,7 @@ from collections import Counter
 import pytest
 
 from edit_ray import LongVideoClient
+from edit_ray.runs.event_log import read_events
 from edit_ray.testing import save_random_wan
 from tests.chaos.harness import VICTIMS, PrivateRay
 from tests.chaos.processes import actors_of, kill, marked, wait_for
@@ -20,7 +21,6 @@ from tests.chaos.storm import History, Undisturbed, Weather, compare
 
 HISTORIES = int(os.environ.get("HISTORIES", "3"))
 SEED = int(os.environ.get("SEED", "0"))
-LIFE_S = 4.0  # about what a run's life takes: what is to happen in it does so within this time
 PATIENCE_S = 240.0
 
 
@@ -56,13 +56,15 @@ class HistoryOnRay(History):
     def _forecast(self):
         kinds = [self.draw.choice(list(VICTIMS))] if self.draw.random() < 0.6 else []
         kinds += ["cancel"] if self.draw.random() < 0.7 else []
-        self._coming = sorted((self.draw.uniform(0, LIFE_S), kind) for kind in kinds)
+        self._coming = sorted((self.draw.randrange(3 * self.segments), kind) for kind in kinds)
+        self._before = self._events()
         self.told.append(f"coming {self._coming}")
 
     async def _end(self):
         began = time.monotonic()
         while True:
-            while self._coming and time.monotonic() >= began + self._coming[0][0]:
+            while self._coming and self._events() - self._before >= self._coming[0][0]:
+                await asyncio.sleep(self.draw.uniform(0, 0.05))
                 await self._come(self._coming.pop(0)[1])
             status = await asyncio.to_thread(self._client.status, self.run_id)
             if status.ended:
@@ -70,6 +72,9 @@ class HistoryOnRay(History):
                 return status.state
             assert time.monotonic() < began + PATIENCE_S, status
             await asyncio.sleep(0.02)
+
+    def _events(self):
+        return len(read_events(self.folder.events))
 
     async def _come(self, kind):
         self.told.append(f"{kind} at {len(self.folder.read_manifest().segments)}")

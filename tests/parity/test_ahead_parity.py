@@ -62,6 +62,7 @@ def embeddings_in_place(pipe, step, _timestep, tensors):
     return {}
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "change", [weights_in_place, another_scheduler, timesteps_in_place, embeddings_in_place], ids=lambda f: f.__name__
 )

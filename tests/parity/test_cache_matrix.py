@@ -76,6 +76,7 @@ def test_every_built_in_policy_is_here():
     assert built_in == set(OPTIONS)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("name", "granularity"), MATRIX)
 def test_never_skipping_is_bit_equal_and_removal_restores(builtin, uncached, name, granularity):
     keys = list(builtin.transformer.state_dict())
@@ -93,6 +94,7 @@ def test_after_all_of_them_the_model_is_as_it_was(builtin, uncached):
     assert torch.equal(latents(builtin), uncached)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("variant", "use_ret_steps"), list(itertools.product(WAN_COEFFICIENTS, [False, True])))
 def test_the_official_coefficients_at_threshold_0_never_skip(builtin, uncached, variant, use_ret_steps):
     options = {"wan_variant": variant, "use_ret_steps": use_ret_steps, "rel_l1_thresh": 0.0}
@@ -103,6 +105,7 @@ def test_the_official_coefficients_at_threshold_0_never_skip(builtin, uncached, 
         builtin.disable_cache()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("name", "granularity"), SKIPPING)
 def test_under_stock_diffusers_masks_and_latents_are_the_same(builtin, uncached, name, granularity):
     options = OPTIONS[name][1]
@@ -123,6 +126,7 @@ def test_under_stock_diffusers_masks_and_latents_are_the_same(builtin, uncached,
         cache.remove()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("name", "granularity"), SKIPPING)
 def test_guidance_survives(builtin, name, granularity):
     """cond - uncond of a skipped step does not become zero, as it does where a state ignores the branch."""
@@ -176,6 +180,7 @@ def without(builtin):
     return synchronisations_in_the_loop(builtin)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["magcache", "ranked", "schedule", "taylorseer", "teacache", "warmstart_reuse"])
 def test_known_masks_are_said_before_and_need_no_synchronisation(builtin, without, name):
     builtin.enable_cache(name, STEPS, **OPTIONS[name][1])

@@ -67,6 +67,7 @@ def run(request, folder):
     return engine, continuity, parts, frames
 
 
+@pytest.mark.one_in(2)
 def test_six_segments_are_one_video(run):
     engine, continuity, parts, frames = run
     layout = layout_of(SAMPLING, continuity)
@@ -97,6 +98,7 @@ def test_latents_do_not_depend_on_what_was_decoded_before(run, folder):
     assert all(torch.equal(one, other) for one, other in zip(alone, parts, strict=False))
 
 
+@pytest.mark.one_in(2)
 def test_the_decoder_looks_back_as_far_as_its_configuration_says(run):
     engine, _, parts, _ = run
     latents, stream = torch.cat(parts, dim=2), RunStream(engine.pipe.vae)
@@ -111,6 +113,7 @@ def test_the_decoder_looks_back_as_far_as_its_configuration_says(run):
     assert torch.equal(stream.decode(latents[:, :, position:], position, preceding), whole[:, :, -12:])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mode", ["none", "warm_start"])
 def test_segments_that_stand_alone_are_decoded_alone(mode, folder):
     engine, continuity, parts = new_engine(folder), ContinuityOptions(mode=mode), []

@@ -73,6 +73,7 @@ def test_latents_and_frames_are_equal(pair, noise_scheduler, guidance_scale, siz
     assert latents[-1].shape[2:] == (2, size[0] // 8, size[1] // 8)
 
 
+@pytest.mark.one_in(3)
 def test_prompts_seeds_and_guidance_matter(pair):
     """Otherwise the equalities above would say little."""
     base = generate(pair.ours)
@@ -89,6 +90,7 @@ def test_bfloat16_is_cast_at_the_same_places(pair_of, name):
     assert torch.equal(stock, ours)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("guidance_scale_2", [None, 2.0])
 @pytest.mark.parametrize("noise_scheduler", NOISE_SCHEDULERS)
 def test_two_experts(pair_of, noise_scheduler, guidance_scale_2):
@@ -117,6 +119,7 @@ def test_guidance_scale_2_needs_a_boundary(pair_of):
             generate(pipe, guidance_scale_2=2.0)
 
 
+@pytest.mark.one_in(3)
 def test_a_callback_sees_and_changes_the_same(pair):
     seen: dict[type, list[tuple]] = {}
 
@@ -152,6 +155,7 @@ class Double(PipelineCallback):
         return {name: callback_kwargs[name] * 2 for name in self.tensor_inputs}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "callback", [CutGuidance(), MultiPipelineCallbacks([CutGuidance(), Double()])], ids=["one", "several"]
 )
@@ -160,6 +164,7 @@ def test_pipeline_callbacks_bring_their_tensor_inputs(pair, callback):
     assert not torch.equal(changed, generate(pair.ours))
 
 
+@pytest.mark.one_in(3)
 def test_interrupt_skips_the_remaining_steps(pair):
     steps: list[int] = []
 
@@ -174,6 +179,7 @@ def test_interrupt_skips_the_remaining_steps(pair):
     assert_equal_latents(pair)
 
 
+@pytest.mark.one_in(3)
 def test_a_call_after_one_that_raised_is_not_affected(pair):
     def fail(pipe, step, timestep, tensors):
         if step == 2:
@@ -192,6 +198,7 @@ def test_wrong_callback_tensor_inputs_are_refused(pair_of):
             generate(pipe, callback_on_step_end_tensor_inputs=["noise_pred"])
 
 
+@pytest.mark.one_in(3)
 def test_several_videos_and_prompts(pair):
     assert len(assert_equal_latents(pair, num_videos_per_prompt=2)) == 2
     both = {"prompt": [CIRCLE, SQUARES], "negative_prompt": [SQUARES, CIRCLE]}

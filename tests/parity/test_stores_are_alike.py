@@ -148,6 +148,7 @@ def test_stores_of_one_process(pipe, expected, tmp_path, granularity):
     assert torch.equal(in_process(pipe, granularity, tiered, prefetch=True), expected[granularity])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize(
     "options",
@@ -158,6 +159,7 @@ def test_through_the_actor(pipe, expected, tmp_path, store_here, granularity, op
     assert torch.equal(through_the_actor(pipe, granularity, tmp_path, store_here, **options), expected[granularity])
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("granularity", GROUPS_ELSE_SLOW)
 @pytest.mark.parametrize("kill_in", [0, 2])
 @pytest.mark.parametrize("way", ["require", "never"])

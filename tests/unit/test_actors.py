@@ -169,6 +169,7 @@ def test_segment_0_equals_the_library(tmp_path, model):
     assert torch.equal(load_latents(RunFolder(tmp_path, "one").latents(0)), expected)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "lost",
     [
@@ -201,6 +202,7 @@ MODES = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_in_every_mode_a_lost_actor_changes_no_frame(tmp_path, model, mode):
     config = config_for(model, continuity=MODES[mode] | {"history_latents": 2})

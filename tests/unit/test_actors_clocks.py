@@ -103,6 +103,7 @@ def undisturbed(model, tmp_path_factory):
     return {name: everything(root, name) for name in ("plain", "reuse")}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("seed", "name", "deaths"), [(1, "plain", ()), (2, "reuse", (5,)), (3, "plain", (2, 4))])
 def test_whatever_the_wall_clock_says_the_bytes_are_the_same(
     tmp_path, model, undisturbed, monkeypatch, seed, name, deaths

@@ -68,6 +68,7 @@ SILENT = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("what", SILENT)
 def test_a_run_whose_folder_answers_again_goes_on_and_others_have_not_waited(tmp_path, model, what):
     disk = Silent(lambda kind, path, data: path.parent == tmp_path / "stuck" and SILENT[what](kind, path, data))

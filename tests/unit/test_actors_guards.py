@@ -78,6 +78,7 @@ def is_manifest_with_dropped(descriptor):
         return b'"dropped"' in file.read().splitlines()[-1]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("times", [1, 99])
 @pytest.mark.parametrize(
     ("name", "concerns", "number"),

@@ -86,6 +86,7 @@ def finish(root, config, crew, run_id="hurt"):
     return asyncio.run(run())
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("role", "when"),
     [
@@ -122,6 +123,7 @@ def test_what_hangs_again_and_again_ends_the_run_with_a_sentence(tmp_path, model
     assert RunFolder(tmp_path, "hurt").read_manifest().error == status.error
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("when", ["prepare_run", "denoise_segment", "finalize_run"])
 def test_a_cancel_that_is_not_obeyed_ends_with_the_actor(tmp_path, model, when):
     crew = Stopped("denoiser", when)

@@ -77,6 +77,7 @@ def make(spec, *, lose=False):
     return [load_latents(spec.folder.latents(segment.index)) for segment in segments_of(spec)]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["picture", "clip"])
 @pytest.mark.parametrize("continuity", [{"mode": "history"}, {"mode": "overlap"}], ids=["history", "overlap"])
 def test_what_is_shown_of_it_and_what_is_made_of_it(tmp_path, model, files, kind, continuity):

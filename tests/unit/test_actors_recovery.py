@@ -107,6 +107,7 @@ def same(one, other, index):
     return torch.equal(load_latents(one.latents(index)), load_latents(other.latents(index)))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("calls", [1, 2, 4, 6, 9, 11])
 @pytest.mark.parametrize("name", ["plain", "reuse"])
 def test_the_next_segment_scheduler_goes_on_to_the_same_bytes(tmp_path, model, undisturbed, name, calls):
@@ -240,6 +241,7 @@ def test_a_run_goes_on_beside_the_residuals_that_it_has_left(tmp_path, model, un
     assert [record.statistics["segments_made_again"] for record in folder.read_manifest().segments] == [0] * SEGMENTS
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["plain", "reuse"])
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, model, undisturbed, name):
     async def stop_and_resume():

@@ -311,6 +311,7 @@ def test_the_first_segment_that_is_there_may_be_made_again(tmp_path, model, keep
     assert status.state == "done", status.error
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("window", [0, 2])
 def test_a_removed_run_leaves_nothing_to_the_next_one_of_its_name(tmp_path, model, window):
     """Its scheduler was dead when its folder was removed, so that nobody told the other actors."""

@@ -100,6 +100,7 @@ def latents_of(root, run_id):
     return torch.cat([load_latents(RunFolder(root, run_id).latents(k)) for k in range(SEGMENTS)])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("granularity", ["stack", pytest.param("per_block", marks=pytest.mark.slow), 3])
 def test_latents_are_the_same_in_much_memory_and_in_little(tmp_path, model, granularity):
     later = FBCACHE if granularity == "stack" else TAYLORSEER  # a unit of one block has none to spare for a probe
@@ -145,6 +146,7 @@ def whole(tmp_path_factory, model):
 WITHOUT_SHARED_MEMORY = pytest.param("never", marks=pytest.mark.slow)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("shared_memory", ["require", WITHOUT_SHARED_MEMORY])
 @pytest.mark.parametrize(
     "lost",
@@ -185,6 +187,7 @@ class Damaged(Crew):
         return await super().denoiser(worker, method, *arguments)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("damaged", "again", "shared_memory"),
     [([2], 1, "require"), ([1, 3], 2, "require"), ([2, 5], 2, "require"), ([2, 5], 2, "never")],

@@ -35,6 +35,7 @@ def undisturbed(model, tmp_path_factory):
     return root
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["plain", "reuse"])
 def test_a_run_is_extended_and_rerolled_and_its_old_takes_are_kept(tmp_path, model, name):
     async def change():
@@ -262,6 +263,7 @@ def test_memory_that_does_not_do_for_decoding_does_for_tiles_and_stays_so(tmp_pa
     assert [before.media(k).read_bytes() == whole.media(k).read_bytes() for k in range(3)] == [True, False, False]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("tiled_decode", "times"), [("auto", 2), ("always", 1), ("never", 1)])
 def test_memory_that_does_not_even_do_for_tiles_is_named(tmp_path, model, tiled_decode, times):
     async def crowd():

@@ -104,6 +104,7 @@ TROUBLES = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_a_run_waits_until_its_trouble_is_over(tmp_path, model, undisturbed, trouble):
     async def go_on():
@@ -171,6 +172,7 @@ def test_a_folder_that_is_away_for_a_while_is_waited_for(tmp_path, model, undist
     assert everything(tmp_path, "plain") == undisturbed
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("locked", [False, True])
 def test_a_run_that_waits_can_be_cancelled(tmp_path, model, monkeypatch, locked):
     async def cancel():

@@ -136,6 +136,7 @@ WRONG = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("how", ["in place of the blocks", "computed", "reused"])
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_a_tensor_of_another_shape_or_dtype_is_refused_by_name(pipe, wrong, how):

@@ -189,6 +189,7 @@ def test_a_lora_that_is_loaded_under_the_cache_acts_and_goes(pipe):
 # torch.compile
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("first", ["compiled", "cached"])
 def test_compiled_blocks_are_cached_and_not_compiled_again(pipe, graphs, first):
     mask = (True, False, True, False)

@@ -52,6 +52,7 @@ def said(capsys, *arguments, config=TINY):
     return code, out, err
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("granularity", "disk"), [("stack", None), (2, None), (2, 12 * 4096), (2, 8 * 4096)])
 def test_a_run_writes_and_reads_what_the_plan_says(tmp_path, model, granularity, disk):
     config = changed(config_for(model, 2, granularity), store={"disk_bytes": disk})

@@ -70,6 +70,7 @@ def test_it_is_rebuilt_and_reset_and_an_error_leaves_no_half_state(vae):
     assert torch.equal(decoder.decode(latents[:, :, :1]), whole[:, :, :1])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("tiled_from", [0, 4, LATENTS])
 def test_a_run_is_tiled_from_a_position_on_and_what_is_lost_comes_back_so(vae, tiled_from):
     latents = noise()

@@ -111,6 +111,7 @@ RunFolder(Path(sys.argv[1]), "one").create("", BEGUN)
 """
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("left", [1, 2, 4, 6])
 def test_what_a_killed_submit_has_left_goes_with_the_next_one(tmp_path, left):
     assert subprocess.run([sys.executable, "-c", KILLED, tmp_path, str(left)], check=False).returncode == 9

@@ -93,6 +93,7 @@ def verified(root, capsys):
 FILES = ["latents/00001-t0.safetensors", "segments/00000-t0.m4s", "segments/00002-t0.m4s", "init.mp4"]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(
     "harm", [flip, pytest.param(lambda path: path.unlink(), marks=pytest.mark.slow)], ids=["one bit", "gone"]

@@ -26,6 +26,7 @@ def test_the_printed_configuration_is_a_whole_one(tmp_path):
     assert printed == load_config(REPOSITORY / "configs" / "tiny.yaml", ["sampling.seed=7"])
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

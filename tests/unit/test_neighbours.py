@@ -34,6 +34,7 @@ def alone(model, tmp_path_factory):
     return {seed: video(seed) for seed in (5, 6)}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("names", [("one", "one"), ("one", "two")], ids=str)
 def test_two_clusters_share_a_stores_folder(tmp_path, model, alone, names):
     async def both():
