@@ -246,10 +246,10 @@ class History:
 
 async def die(scheduler: SegmentSchedulerActor) -> None:
     """What a SIGKILL does to a segment scheduler: it does nothing any more, and its locks are gone."""
-    for task in [*scheduler._tasks, scheduler._recovered]:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    while tasks := [task for task in (*scheduler._tasks, scheduler._recovered) if not task.done()]:
+        for task in tasks:  # all at once: the end of one would begin others
+            task.cancel()
+        await asyncio.wait(tasks)
     for run in scheduler._runs.values():
         if not run.ended:
             run.file.close()

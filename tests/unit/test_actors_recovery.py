@@ -1,7 +1,6 @@
 """A segment scheduler that dies at any instant, and the next one: same frames, nothing twice, nothing left over."""
 
 import asyncio
-import contextlib
 import errno
 import os
 import re
@@ -23,6 +22,7 @@ from edit_ray.errors import HardwareDiffers, ResourcesUnavailable, UnknownRun
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
+from tests.chaos.storm import die
 from tests.unit.test_actors import config_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
@@ -65,17 +65,6 @@ async def end_of(scheduler, run_id):
         while not (status := (await scheduler.wait_segment(run_id, 10**6, 5)).status).ended:
             pass
     return status
-
-
-async def die(scheduler):
-    """What a SIGKILL does to a segment scheduler: it does nothing any more, and its locks are gone."""
-    for task in [*scheduler._tasks, scheduler._recovered]:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-    for run in scheduler._runs.values():
-        if not run.ended:
-            run.file.close()
 
 
 class Dying(LocalCrew):
