@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.recipe import Recipe
+from training.recipe import FIRST_TRAINING_SEED, Recipe
 
 
 def mixed_precision(device: str) -> torch.autocast:
@@ -61,44 +61,53 @@ class Ranks:
             dist.barrier()
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a call of any stage is told: it trains for `minutes` in all, at most `slice_minutes` of them now.
+
+    The model lies in the folder `output`, what a later call goes on from in `state`.
+    """
+
+    output: Path
+    state: Path
+    recipe: Recipe
+    minutes: float
+    slice_minutes: float = math.inf
+    device: str = "cpu"
+    ranks: Ranks = Ranks()
+
+
 class Loop:
-    """Trains `modules` for `minutes` in all, over as many calls as it takes.
+    """Trains `modules` as its call says, over as many calls as it takes.
 
     State lies in `state / f"{name}.pt"`: weights, averaged weights, moments, step and seconds; a new loop of the same
-    name goes on from there. A call ends after `slice_minutes` at the latest.
+    name goes on from there.
     `run(loss)` calls `loss(step, progress)`, progress rising from 0 to 1, for a scalar.
     """
 
-    def __init__(
-        self,
-        name: str,
-        modules: dict[str, nn.Module],
-        *,
-        recipe: Recipe,
-        learning_rate: float,
-        betas: tuple[float, float],
-        minutes: float,
-        state: Path,
-        ranks: Ranks,
-        slice_minutes: float = math.inf,
-    ) -> None:
-        self.name, self.modules, self.recipe, self.ranks = name, modules, recipe, ranks
-        self.budget_s, self.slice_s, self.path = minutes * 60, slice_minutes * 60, state / f"{name}.pt"
+    def __init__(self, name: str, modules: dict[str, nn.Module], call: Call, learning_rate: float) -> None:
+        self.name, self.modules, self.recipe, self.ranks = name, modules, call.recipe, call.ranks
+        self.budget_s, self.slice_s, self.path = call.minutes * 60, call.slice_minutes * 60, call.state / f"{name}.pt"
         self.learning_rate = learning_rate
         self.parameters: list[Tensor] = [parameter for module in modules.values() for parameter in module.parameters()]
         self.device = self.parameters[0].device
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, betas=betas, weight_decay=0.0, fused=self.device.type == "cuda"
+            self.parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=self.device.type == "cuda"
         )
         self.averaged = [parameter.detach().clone() for parameter in self.parameters]
         self.step, self.seconds = 0, 0.0
         self.begun = 0  # the step from which the moments are
         if self.path.exists():
             self._resume()
-        elif ranks.world_size > 1:
+        elif self.ranks.world_size > 1:
             for parameter, average in zip(self.parameters, self.averaged, strict=True):
                 dist.broadcast(parameter.data, 0)
                 average.copy_(parameter.data)
+
+    @property
+    def seed(self) -> int:
+        """Of what is drawn from here on: another one in each process and after each resumption."""
+        return FIRST_TRAINING_SEED + self.step * self.ranks.world_size + self.ranks.rank
 
     def run(self, loss: Callable[[int, float], Tensor]) -> None:
         """Train until the budget or the slice is spent, then save and leave the averaged weights in the modules."""

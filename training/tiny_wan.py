@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
 
-from training.loop import Ranks
+from training.loop import Call, Ranks
 from training.recipe import FULL, SMOKE
 from training.train_transformer import train_transformer
 from training.train_vae import train_vae
@@ -52,13 +52,13 @@ def main() -> None:
         recipe = replace(recipe, learning_rate=args.learning_rate)
     for stage in STAGES if args.stage == "all" else [args.stage]:
         minutes = args.minutes or getattr(recipe, f"{stage}_minutes")
-        common = (args.output, args.state, minutes, recipe, ranks, args.device, args.slice)
+        call = Call(args.output, args.state, recipe, minutes, args.slice, args.device, ranks)
         if stage == "vae":
-            loop = train_vae(*common, decoder_only=args.decoder_only)
+            loop = train_vae(call, decoder_only=args.decoder_only)
         elif stage == "judge":
-            loop = train_judge(*common)
+            loop = train_judge(call)
         else:
-            loop = train_transformer(*common, start=args.weights)
+            loop = train_transformer(call, start=args.weights)
         if args.compact:
             loop.compact()
     if ranks.world_size > 1:

@@ -1,6 +1,5 @@
 """Stage 2: the text encoder and the transformer, together, by flow matching on latents that are encoded once."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from transformers import UMT5EncoderModel
 
 from training.clip_vae import encode_clip
-from training.loop import Loop, Ranks, mixed_precision
+from training.loop import Call, Loop, mixed_precision
 from training.models import (
     CAPTION_TOKENS,
     MAX_TEXT_TOKENS,
@@ -190,20 +189,12 @@ class FlowLoss:
         return F.pad(hidden, (0, 0, 0, MAX_TEXT_TOKENS - ids.shape[1]))
 
 
-def train_transformer(
-    output: Path,
-    state: Path,
-    minutes: float,
-    recipe: Recipe,
-    ranks: Ranks,
-    device: str,
-    slice_minutes: float = math.inf,
-    start: Path | None = None,
-) -> Loop:
-    """Train on `output / "vae"` as `train_vae` does, and write the whole model into `output` in fp16.
+def train_transformer(call: Call, start: Path | None = None) -> Loop:
+    """Train on `output / "vae"`, and write the whole model into `output` in fp16.
 
     Weights are fresh, or those of the finished model in the folder `start`.
     """
+    recipe, device, ranks, output = call.recipe, call.device, call.ranks, call.output
     torch.manual_seed(FIRST_TRAINING_SEED + ranks.rank)
     vae = AutoencoderKLWan.from_pretrained(output / "vae", dtype=torch.float32).to(device)
     tokenizer = build_tokenizer()
@@ -214,22 +205,11 @@ def train_transformer(
         text_encoder = UMT5EncoderModel.from_pretrained(start / "text_encoder", dtype=torch.float32)
     transformer.to(device).train()
     text_encoder.to(device).train()
-    loop = Loop(
-        "transformer",
-        {"transformer": transformer, "text_encoder": text_encoder},
-        recipe=recipe,
-        learning_rate=recipe.learning_rate,
-        betas=(0.9, 0.99),
-        minutes=minutes,
-        state=state,
-        ranks=ranks,
-        slice_minutes=slice_minutes,
-    )
-    # Other clips, and other noise, on each resumption.
-    seed = FIRST_TRAINING_SEED + loop.step * ranks.world_size + ranks.rank
-    torch.manual_seed(seed)
+    modules = {"transformer": transformer, "text_encoder": text_encoder}
+    loop = Loop("transformer", modules, call, recipe.learning_rate)
+    torch.manual_seed(loop.seed)
     sources = zip(sources_of(recipe), recipe.clips, strict=True)
-    clips = tuple(encode_clips(vae, source, number, recipe, seed, device) for source, number in sources)
+    clips = tuple(encode_clips(vae, source, number, recipe, loop.seed, device) for source, number in sources)
     if ranks.rank == 0:
         for one in clips:
             print(f"encoded {len(one.ids)} clips a process, spread {one.latents.float().std().item():.3f}")

@@ -1,8 +1,6 @@
 """Stage 1: the causal video autoencoder, on flat scenes and clips of the small world, rendered as it goes."""
 
-import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +8,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from training.clip_vae import decode_clip, encode_clip
-from training.loop import Loop, Ranks, mixed_precision
+from training.loop import Call, Loop, mixed_precision
 from training.models import build_vae
 from training.recipe import FIRST_TRAINING_SEED, Recipe
 from training.sources import ClipPool, sources_of
@@ -75,22 +73,14 @@ def world_psnr(vae: AutoencoderKLWan, recipe: Recipe, device: str) -> tuple[Tens
     return everywhere, on_solids
 
 
-def train_vae(
-    output: Path,
-    state: Path,
-    minutes: float,
-    recipe: Recipe,
-    ranks: Ranks,
-    device: str,
-    slice_minutes: float = math.inf,
-    decoder_only: bool = False,
-) -> Loop:
-    """Train for `minutes` in all, at most `slice_minutes` in this call, and write `output / "vae"` in fp32.
+def train_vae(call: Call, decoder_only: bool = False) -> Loop:
+    """Train the autoencoder, and write `output / "vae"` in fp32.
 
     With `decoder_only`, the encoder stays, and the latents' mean and spread those of the `output / "vae"` there is: a
     transformer that was trained on its latents stays right.
     """
-    torch.manual_seed(FIRST_TRAINING_SEED + ranks.rank)
+    recipe, device = call.recipe, call.device
+    torch.manual_seed(FIRST_TRAINING_SEED + call.ranks.rank)
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
         # Only the number of rows varies, and that is marked; channel counts stay constants of their kernels.
@@ -99,28 +89,17 @@ def train_vae(
     if decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-    loop = Loop(
-        "vae",
-        {"vae": vae},
-        recipe=recipe,
-        learning_rate=recipe.vae_learning_rate,
-        betas=(0.9, 0.99),
-        minutes=minutes,
-        state=state,
-        ranks=ranks,
-        slice_minutes=slice_minutes,
-    )
-    seed = FIRST_TRAINING_SEED + loop.step * ranks.world_size + ranks.rank
-    pools = tuple(ClipPool(source, seed, recipe, device) for source in sources_of(recipe))
+    loop = Loop("vae", {"vae": vae}, call, recipe.vae_learning_rate)
+    pools = tuple(ClipPool(source, loop.seed, recipe, device) for source in sources_of(recipe))
     loop.run(VaeLoss(vae, recipe, device, pools))
-    if ranks.rank == 0:
+    if call.ranks.rank == 0:
         for where, psnr in zip(("small world", "its solids"), world_psnr(vae, recipe, device), strict=True):
             print(f"{where}, {len(psnr)} frames: {psnr.mean():.2f} dB, frame 0 {psnr[0]:.2f}, worst {psnr.min():.2f}")
         if decoder_only:
-            known = AutoencoderKLWan.load_config(output / "vae")
+            known = AutoencoderKLWan.load_config(call.output / "vae")
             vae.register_to_config(**{name: known[name] for name in ("latents_mean", "latents_std")})
         else:
             measure_latents(vae, recipe, pools)
-        vae.save_pretrained(output / "vae")
-    ranks.wait()
+        vae.save_pretrained(call.output / "vae")
+    call.ranks.wait()
     return loop

@@ -3,7 +3,6 @@
 It names colour, form and material at every place; places of one colour vote, as solids of a scene differ in colour.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.captions import Named
-from training.loop import Loop, Ranks, mixed_precision
+from training.loop import Call, Loop, mixed_precision
 from training.recipe import FIRST_TRAINING_SEED, Recipe
 from training.scenes import COLOURS
 from training.world import CAMERAS, FORMS, GROUNDS, LENS, MATERIALS, MOTIONS, SKIES, Worlds, cameras, draw_worlds, poses
@@ -160,30 +159,11 @@ def load_judge(state: Path, recipe: Recipe, device: str) -> WorldJudge:
     return judge.to(device).eval()
 
 
-def train_judge(
-    output: Path,
-    state: Path,
-    minutes: float,
-    recipe: Recipe,
-    ranks: Ranks,
-    device: str,
-    slice_minutes: float = math.inf,
-) -> Loop:
-    """Train as `train_vae` does; the judge is its state, `state / "judge.pt"`, and no part of the model in `output`."""
-    torch.manual_seed(FIRST_TRAINING_SEED + ranks.rank)
-    judge = WorldJudge(recipe.judge_width).to(device)
-    loop = Loop(
-        "judge",
-        {"judge": judge},
-        recipe=recipe,
-        learning_rate=recipe.judge_learning_rate,
-        betas=(0.9, 0.99),
-        minutes=minutes,
-        state=state,
-        ranks=ranks,
-        slice_minutes=slice_minutes,
-    )
-    seed = FIRST_TRAINING_SEED + loop.step * ranks.world_size + ranks.rank
-    loop.run(JudgeLoss(judge, seed, recipe, device))
-    ranks.wait()
+def train_judge(call: Call) -> Loop:
+    """Train the judge, which is its state, `state / "judge.pt"`, and no part of the model in `output`."""
+    torch.manual_seed(FIRST_TRAINING_SEED + call.ranks.rank)
+    judge = WorldJudge(call.recipe.judge_width).to(call.device)
+    loop = Loop("judge", {"judge": judge}, call, call.recipe.judge_learning_rate)
+    loop.run(JudgeLoss(judge, loop.seed, call.recipe, call.device))
+    call.ranks.wait()
     return loop

@@ -232,7 +232,7 @@ class SegmentSchedulerActor:
         if waiting.cancelled:
             self._apply(CancelAsked(waiting.run_id))
         if self._recovered.done():
-            await self._meter.serve_again([run])
+            self._spawn(self._meter.serve_again([run]))
 
     async def _forget(self, run_id: str, idle_exit_s: float = IDLE_EXIT_S) -> None:
         """Nothing is left to do for a run."""

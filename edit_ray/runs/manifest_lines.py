@@ -212,7 +212,7 @@ class Statistics(Mapping[str, float]):
     def __len__(self) -> int:
         return len(self._read())
 
-    def items(self) -> ItemsView[str, float]:
+    def items(self) -> ItemsView[str, float]:  # that of `Mapping` reads the text again for each
         return self._read().items()
 
     def __repr__(self) -> str:

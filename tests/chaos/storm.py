@@ -155,7 +155,7 @@ class History:
 
     async def live(self) -> Manifest:
         """Lives the history; the manifest that it ends with."""
-        self.scheduler = self._door()
+        self.scheduler = self._new_scheduler()
         self._forecast()
         asked = self.config.model_dump(mode="json")
         await self.scheduler.submit(self.run_id, asked, str(self.root), str(self.root), self.run_id)
@@ -173,8 +173,7 @@ class History:
                 await asyncio.sleep(0.01)
         return self.folder.read_manifest()
 
-    def _door(self) -> Any:
-        """Whom the history asks."""
+    def _new_scheduler(self) -> Any:
         return SegmentSchedulerActor(self.crew)
 
     def _forecast(self) -> None:

@@ -10,24 +10,15 @@ import os
 import secrets
 from pathlib import Path
 
-import pytest
-
 from edit_ray.cache.stores.arena import owner_lives
 from edit_ray.testing import save_random_wan
-from tests.chaos.harness import AIMED, Chaos, PrivateRay
-from tests.chaos.processes import marked, wait_for
+from tests.chaos.harness import AIMED, Chaos
+from tests.chaos.processes import wait_for
 from tests.chaos.run_files import CONTINUITY, skipped_share
 
 KILLS = int(os.environ.get("KILLS", "20"))
 EACH = int(os.environ.get("AIMED", "1"))
 SEED = int(os.environ.get("SEED", str(secrets.randbelow(10**6))))
-
-
-@pytest.fixture
-def ray_of_our_own():
-    ray = PrivateRay(secrets.token_hex(8)).start()
-    yield ray
-    ray.end()
 
 
 def test_every_run_ends_with_the_bytes_of_an_undisturbed_one(ray_of_our_own, tmp_path):
@@ -51,7 +42,6 @@ def test_every_run_ends_with_the_bytes_of_an_undisturbed_one(ray_of_our_own, tmp
             print(f"{name}: {sum(counts.values())}", {", ".join(key): n for key, n in sorted(counts.items())})
     assert all(skipped_share(whole) >= 0.4 for whole in tmp_path.glob("whole-*"))
     ray_of_our_own.end()
-    wait_for(lambda: not marked(ray_of_our_own.mark), 20, "no process outlives its Ray")
     wait_for(lambda: arenas_of_the_dead() <= before, 20, "no arena outlives its Ray")
 
 

@@ -8,13 +8,9 @@ CELLS="scheduler/*/for good,encoder/encode/*" HANG_S=20 pytest -m chaos -s tests
 import fnmatch
 import itertools
 import os
-import secrets
-
-import pytest
 
 from edit_ray.testing import save_random_wan
 from tests.chaos.hangs import ENCODES, STAGES, VICTIMS, Hangs, configuration, stopped
-from tests.chaos.harness import PrivateRay
 from tests.chaos.processes import wait_for
 from tests.chaos.run_files import check_same, left_over
 
@@ -27,13 +23,6 @@ def cells():
         there = cell[0] != "encoder" or cell[1] in ENCODES
         if there and any(fnmatch.fnmatch("/".join(cell), pattern.strip()) for pattern in WANTED):
             yield cell
-
-
-@pytest.fixture
-def ray_of_our_own():
-    ray = PrivateRay(secrets.token_hex(8)).start()
-    yield ray
-    ray.end()
 
 
 def test_whatever_hangs_wherever_the_run_ends_in_time_with_the_same_bytes(ray_of_our_own, tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from edit_ray import EditWanPipeline
 from training.criteria import Size
 from training.evaluate_world import BARS, judge_drift, judge_joins, judge_storyboard, sampled
-from training.loop import Loop, Ranks
+from training.loop import Call, Loop
 from training.models import CAPTION_TOKENS, build_text_encoder, build_tokenizer, build_transformer
 from training.recipe import FULL, SMOKE
 from training.sampling import sample_latents
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the stages made, with next to no training."""
     folder = tmp_path_factory.mktemp("tiny")
     for train in (train_vae, train_judge, train_transformer):
-        train(folder / "model", folder / "state", 1e-4, RECIPE, Ranks(), "cpu")
+        train(Call(folder / "model", folder / "state", RECIPE, 1e-4))
     return folder
 
 
@@ -42,8 +42,7 @@ def test_loop_resumes_where_it_was_saved(tmp_path: Path) -> None:
     def new_loop(minutes: float) -> tuple[torch.nn.Linear, Loop]:
         torch.manual_seed(0)
         layer = torch.nn.Linear(2, 1)
-        options = {"recipe": RECIPE, "learning_rate": 1e-2, "betas": (0.9, 0.99), "state": tmp_path, "ranks": Ranks()}
-        return layer, Loop("layer", {"layer": layer}, minutes=minutes, **options)
+        return layer, Loop("layer", {"layer": layer}, Call(tmp_path, tmp_path, RECIPE, minutes), 1e-2)
 
     layer, loop = new_loop(minutes=10)
 
@@ -70,20 +69,20 @@ def test_stages_train_and_go_on(model: Path) -> None:
         assert content["step"] >= 1
         assert all(torch.isfinite(weight).all() for weight in content["averaged"])
     before = torch.load(model / "state" / "vae.pt", weights_only=True)
-    train_vae(model / "again", model / "state", (before["seconds"] + 0.5) / 60, RECIPE, Ranks(), "cpu")
+    train_vae(Call(model / "again", model / "state", RECIPE, (before["seconds"] + 0.5) / 60))
     assert torch.load(model / "state" / "vae.pt", weights_only=True)["step"] > before["step"]
 
 
 def test_a_compact_state_begins_with_the_averaged_weights(tmp_path: Path) -> None:
-    options = {"recipe": RECIPE, "learning_rate": 1e-2, "betas": (0.9, 0.99), "state": tmp_path, "ranks": Ranks()}
+    call, learning_rate = Call(tmp_path, tmp_path, RECIPE, 1e-3), 1e-2
     layer = torch.nn.Linear(2, 1)
-    loop = Loop("layer", {"layer": layer}, minutes=1e-3, **options)
+    loop = Loop("layer", {"layer": layer}, call, learning_rate)
     loop.run(lambda step, progress: layer(torch.ones(1, 2)).square().sum())
     whole = (tmp_path / "layer.pt").stat().st_size
     loop.compact()
     assert (tmp_path / "layer.pt").stat().st_size < whole
     again = torch.nn.Linear(2, 1)
-    resumed = Loop("layer", {"layer": again}, minutes=2e-3, **options)
+    resumed = Loop("layer", {"layer": again}, replace(call, minutes=2e-3), learning_rate)
     assert resumed.step == loop.step
     torch.testing.assert_close(again.weight, loop.averaged[0], rtol=1e-3, atol=1e-6)
     rates = []
@@ -93,15 +92,14 @@ def test_a_compact_state_begins_with_the_averaged_weights(tmp_path: Path) -> Non
         return again(torch.ones(1, 2)).square().sum()
 
     resumed.run(loss)
-    assert rates[1] < 0.02 * options["learning_rate"], "new moments are warmed up"
+    assert rates[1] < 0.02 * learning_rate, "new moments are warmed up"
 
 
 def test_a_decoder_alone_keeps_the_latents(model: Path) -> None:
     spent = torch.load(model / "state" / "vae.pt", weights_only=True)["seconds"]
     before = AutoencoderKLWan.from_pretrained(model / "model" / "vae", dtype=torch.float32)
     shutil.copytree(model / "model" / "vae", model / "sharper" / "vae")
-    arguments = (model / "sharper", model / "state", (spent + 0.5) / 60, RECIPE, Ranks(), "cpu")
-    train_vae(*arguments, decoder_only=True)
+    train_vae(Call(model / "sharper", model / "state", RECIPE, (spent + 0.5) / 60), decoder_only=True)
     after = AutoencoderKLWan.from_pretrained(model / "sharper" / "vae", dtype=torch.float32)
     assert after.config.latents_std == before.config.latents_std
     assert not torch.equal(after.decoder.conv_out.weight, before.decoder.conv_out.weight)

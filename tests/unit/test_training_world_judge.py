@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from training.captions import Named, named
-from training.loop import Ranks
+from training.loop import Call
 from training.recipe import SMOKE
 from training.scenes import COLOURS
 from training.world import MOTIONS, Worlds, draw_worlds
@@ -72,7 +72,7 @@ def test_places_of_the_labels_are_where_the_solids_are_drawn() -> None:
 
 
 def test_a_trained_judge_is_loaded(tmp_path: Path) -> None:
-    loop = train_judge(tmp_path / "model", tmp_path, 1e-4, SMOKE, Ranks(), "cpu")
+    loop = train_judge(Call(tmp_path / "model", tmp_path, SMOKE, 1e-4))
     assert loop.step >= 1
     judge, clip = load_judge(tmp_path, SMOKE, "cpu"), torch.rand(2, 3, 9, 16, 32)
     trained = loop.modules["judge"](clip)
