@@ -196,8 +196,9 @@ class Phase:
             kept = [path for name in ("latents", "segments") for path in (folder.path / name).iterdir()]
             self.life.made |= {str(path.relative_to(self.root)): path.read_bytes() for path in (*whole, *kept)}
             self.life.made[f"{run} plays"] = playlist.read_bytes()
-        left = [*self.root.rglob(".*.part"), *self.root.glob(".one-*"), *self.root.glob(".cache_store/*")]
-        left = [path for path in left if path != self.root / ".cache_store" / LOCK]  # of the store that is open
+        stored = [path for path in (self.root / ".cache_store").rglob("*") if path.is_file()]
+        left = [*self.root.rglob(".*.part"), *self.root.glob(".one-*")]
+        left += [path for path in stored if path.name != LOCK]  # of the stores that are open
         assert left == [], f"{left} was left"
 
 

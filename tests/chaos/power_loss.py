@@ -207,8 +207,10 @@ def lose_power(root: Path, history: History, *, each: int, seed: int, resumes: i
             )
             raise
         counts.states[state] = counts.states.get(state, 0) + 1
-        if luck.random() < resumes / (len(history.operations) * each):
+        if len(sample) < resumes:
             sample.append((number, found))
+        elif (place := luck.randrange(counts.disks)) < resumes:
+            sample[place] = (number, found)
     asyncio.run(finish(root, history, sample))
     counts.resumed = len(sample)
     return counts
