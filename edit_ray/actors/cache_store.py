@@ -221,11 +221,12 @@ class CacheStoreActor:
             return self._tiers
 
     def _close(self) -> None:
-        if self._tiers is not None:
-            self._figures.look(self._tiers)
-            self._tiers.close()
-        self._tiers = self._made_for = None
+        tiers, self._tiers, self._made_for = self._tiers, None, None
         self._runs.clear()
+        if tiers is not None:
+            with suppress(StaleLease):  # its thread has failed meanwhile
+                self._figures.look(tiers)
+            tiers.close()
 
 
 def _first_free(folders: Iterator[Path], allow_tmpfs: bool) -> DiskTier:

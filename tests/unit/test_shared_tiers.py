@@ -411,3 +411,15 @@ def test_a_folder_that_was_removed_is_no_fault_at_the_end(tiers_in):
     assert tiers.arena.path.exists()
     tiers.close()
     assert not tiers.arena.path.exists()
+
+
+def test_a_folder_that_fails_at_the_end_is_let_go_all_the_same(tiers_in):
+    class Broken(files.Disk):
+        def listdir(self, _path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    tiers = tiers_in(2)
+    with files.swapped(Broken()):
+        tiers.close()
+    assert not tiers.arena.path.exists()
+    DiskTier(tiers.disk.files.directory, allow_tmpfs=True).close()

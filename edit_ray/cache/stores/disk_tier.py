@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from os import PathLike
 from types import TracebackType
 
@@ -72,7 +73,8 @@ class DiskTier:
             return
         self._closed = True
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self.files.remove_unfinished()
+        with suppress(OSError):  # the next one in this folder does it as well
+            self.files.remove_unfinished()
         self.files.close()
 
     def _check_open(self) -> None:
