@@ -13,8 +13,8 @@ from pathlib import Path
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from edit_ray.metrics.rules import rules_yaml, span
 from jobs.demo import free_port
+from monitoring.rules import rules_yaml, span
 from tests.unit.chromium import require
 
 MONITORING = Path(__file__).resolve().parents[1] / "monitoring" / "prometheus"

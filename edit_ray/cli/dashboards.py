@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+import edit_ray
 from edit_ray.errors import ConfigError
 
 
 def dashboards(options: argparse.Namespace) -> int:
     """Writes what is made from the catalog and differs from what is there."""
-    from edit_ray.metrics.generate import write_generated
+    clone = Path(edit_ray.__file__).resolve().parents[1]
+    if not (clone / "monitoring" / "generate.py").is_file():
+        raise ConfigError(
+            ["edit-ray dashboards needs a clone of the repository; the installed package does not contain monitoring/"]
+        )
+    from monitoring.generate import write_generated
 
     try:
         written = write_generated(options.into)

@@ -18,10 +18,10 @@ import ray
 from edit_ray import LongVideoClient
 from edit_ray.actors import launch
 from edit_ray.errors import StaleLease
-from edit_ray.metrics.alerts import ALERTS, Durations
 from edit_ray.metrics.catalog import CATALOG, LABELS
-from edit_ray.metrics.dashboards import DASHBOARDS
 from edit_ray.runs.folder import RunFolder
+from monitoring.alerts import ALERTS, Durations
+from monitoring.boards import DASHBOARDS
 from tests.prometheus import Prometheus, samples_of
 from tests.ray.conftest import wait_until
 

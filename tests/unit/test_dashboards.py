@@ -1,19 +1,22 @@
 """Dashboards, rules and the page of metrics: fresh, and as Grafana and Prometheus want them."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from edit_ray.cli.main import main
-from edit_ray.metrics.alerts import ALERTS, Durations
 from edit_ray.metrics.catalog import CATALOG, LABELS
-from edit_ray.metrics.dashboards import DASHBOARDS
-from edit_ray.metrics.dashboards.query import of
-from edit_ray.metrics.generate import generated
-from edit_ray.metrics.rules import RECORDED, rules_yaml, span
+from monitoring.alerts import ALERTS, Durations
+from monitoring.boards import DASHBOARDS
+from monitoring.boards.query import of
+from monitoring.generate import generated
+from monitoring.rules import RECORDED, rules_yaml, span
 from tests.prometheus import need
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,3 +170,13 @@ def test_nothing_has_a_password_or_listens_to_everybody():
     assert "GRAFANA_PASSWORD:?" in compose
     assert "0.0.0.0" not in compose
     assert all(re.search(r":v?\d+\.\d+\.\d+$", image) for image in re.findall(r"image: (\S+)", compose))
+
+
+def test_without_a_clone_the_command_says_what_it_needs(tmp_path):
+    shutil.copytree(
+        ROOT / "edit_ray", tmp_path / "edit_ray", ignore=shutil.ignore_patterns("node_modules", "*.safetensors")
+    )
+    command = [sys.executable, "-c", "from edit_ray.cli.main import main; raise SystemExit(main(['dashboards']))"]
+    installed = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, "needs a clone" in ran.stderr) == (2, True), ran.stderr

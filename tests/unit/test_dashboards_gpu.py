@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
-from edit_ray.metrics.alerts import Durations
-from edit_ray.metrics.dashboards import DASHBOARDS
 from edit_ray.metrics.exporter import write_targets
+from monitoring.alerts import Durations
+from monitoring.boards import DASHBOARDS
 from tests.prometheus import Prometheus, samples_of
 from tests.ray.conftest import wait_until
 

@@ -1,7 +1,7 @@
 """What viewers get."""
 
-from edit_ray.metrics.dashboards.panel import Dashboard, Panel, Row, Target
-from edit_ray.metrics.dashboards.query import mean, of, quantile, rate, total
+from monitoring.boards.panel import Dashboard, Panel, Row, Target
+from monitoring.boards.query import mean, of, quantile, rate, total
 
 _STREAM = Row(
     "Stream",

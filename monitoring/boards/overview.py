@@ -1,7 +1,7 @@
 """Runs: how many, how far, how fast, what went wrong."""
 
-from edit_ray.metrics.dashboards.panel import Dashboard, Panel, Row, Target
-from edit_ray.metrics.dashboards.query import mean, of, quantile, rate, ratio, total
+from monitoring.boards.panel import Dashboard, Panel, Row, Target
+from monitoring.boards.query import mean, of, quantile, rate, ratio, total
 
 _DENOISED = {part: of("work_seconds", part, stage="denoise") for part in ("_sum", "_count")}
 _SECONDS = ratio(*(f"sum(increase({series}[$__range]))" for series in _DENOISED.values()))

@@ -1,7 +1,7 @@
 """Where residuals are kept for later segments, and how they move."""
 
-from edit_ray.metrics.dashboards.panel import Dashboard, Panel, Row, Target
-from edit_ray.metrics.dashboards.query import of, rate, ratio, total
+from monitoring.boards.panel import Dashboard, Panel, Row, Target
+from monitoring.boards.query import of, rate, ratio, total
 
 _ENDED = rate("prefetches_total")
 

@@ -1,7 +1,7 @@
 """The actors, the memory of GPUs, and what Ray itself tells of the machines."""
 
-from edit_ray.metrics.dashboards.panel import Dashboard, Panel, Row, Target
-from edit_ray.metrics.dashboards.query import VARIABLES, of, quantile, rate, total
+from monitoring.boards.panel import Dashboard, Panel, Row, Target
+from monitoring.boards.query import VARIABLES, of, quantile, rate, total
 
 _ACTORS = Row(
     "Actors",

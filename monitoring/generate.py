@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edit_ray.metrics.dashboards import DASHBOARDS
-from edit_ray.metrics.page import metrics_page
-from edit_ray.metrics.rules import prometheus_rule_yaml, rule_tests_yaml, rules_yaml
+from monitoring.boards import DASHBOARDS
+from monitoring.page import metrics_page
+from monitoring.rules import prometheus_rule_yaml, rule_tests_yaml, rules_yaml
 
 
 def generated() -> dict[str, str]:

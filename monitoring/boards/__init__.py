@@ -1,7 +1,7 @@
 """Grafana's dashboards, each a list of rows of panels; `panel` turns them into Grafana's JSON."""
 
-from edit_ray.metrics.dashboards import cache, machine, media, overview, tiers
-from edit_ray.metrics.dashboards.panel import Dashboard
+from monitoring.boards import cache, machine, media, overview, tiers
+from monitoring.boards.panel import Dashboard
 
 DASHBOARDS: tuple[Dashboard, ...] = (
     overview.DASHBOARD,

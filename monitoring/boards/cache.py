@@ -1,7 +1,7 @@
 """What caches decide, and what that is worth."""
 
-from edit_ray.metrics.dashboards.panel import Dashboard, Panel, Row, Target
-from edit_ray.metrics.dashboards.query import mean, quantile, rate, ratio
+from monitoring.boards.panel import Dashboard, Panel, Row, Target
+from monitoring.boards.query import mean, quantile, rate, ratio
 
 _BY = ("policy", "branch")
 

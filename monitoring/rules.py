@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from edit_ray.metrics.alerts import ALERTS, Alert, Durations
+from monitoring.alerts import ALERTS, Alert, Durations
 
 _GENERATED = "# Made by `edit-ray dashboards`; do not edit.\n"
 _INSTANCE = ("job", "instance")

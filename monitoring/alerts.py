@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Series = dict[str, str]
-"""Series with their values, in the notation of `promtool test rules`: one a scrape."""
+Samples = dict[str, str]
+"""Values by series, in the notation of `promtool test rules`: one a scrape."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Alert:
     severity: Literal["critical", "warning"]
     summary: str
     description: str
-    broken: Series
-    healthy: Series
+    broken: Samples
+    healthy: Samples
     labels: dict[str, str] = field(default_factory=dict)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from edit_ray.metrics.alerts import ALERTS
 from edit_ray.metrics.catalog import CATALOG, LABELS, OTHER, Metric
-from edit_ray.metrics.rules import RECORDED
+from monitoring.alerts import ALERTS
+from monitoring.rules import RECORDED
 
 _HEAD = f"""# Metrics
 
-Made from `edit_ray/metrics` by `edit-ray dashboards`; do not edit. [How to look at them](../monitoring/README.md).
+Made from `edit_ray/metrics/catalog.py` and `monitoring/` by `edit-ray dashboards`; do not edit.
+[How to look at them](../monitoring/README.md).
 
 The segment scheduler tells all metrics at `/metrics`, from the first run on; the section `metrics` of the configuration
 says where. Once a second it asks the other actors for what they have counted; a scrape asks nobody.
