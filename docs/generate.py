@@ -17,8 +17,8 @@ from typing import Any
 from edit_ray.cache.options import NODE_VARIABLES
 from edit_ray.cli import main
 from edit_ray.config import Config
+from edit_ray.config.mistakes import describe
 from edit_ray.config.options import PromptSegment
-from edit_ray.config.sentences import describe
 from edit_ray.config.strict_yaml import dump
 from edit_ray.options import Options
 

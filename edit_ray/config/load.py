@@ -8,10 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from edit_ray.config.mistakes import KeyPath, Mistake, WrongKeys
+from edit_ray.config.mistakes import KeyPath, Mistake, Schema, WrongKeys, mistakes_of
 from edit_ray.config.model import Config
 from edit_ray.config.model_checks import model_mistakes
-from edit_ray.config.sentences import Schema, mistakes_of
 from edit_ray.config.source import Source, printable
 from edit_ray.errors import ConfigError
 

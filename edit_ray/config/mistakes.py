@@ -1,9 +1,17 @@
-"""One mistake in a configuration: where it is and what to say about it."""
+"""Mistakes in a configuration: where each one is, what to say about it, and what pydantic's errors say in our words.
 
-from collections.abc import Iterable, Iterator, Sequence
+What is valid is read from the models' JSON schema, so that each field's declaration is the only place that says it.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
 
 KeyPath = tuple[str | int, ...]
+Schema = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,3 +60,142 @@ def dotted(path: KeyPath) -> str:
 
 def _upwards(path: KeyPath) -> Iterator[KeyPath]:
     return (path[:length] for length in range(len(path), -1, -1))
+
+
+def mistakes_of(error: ValidationError, schema: Schema) -> list[Mistake]:
+    """One mistake per wrong key. `schema` is the JSON schema of the model that was validated."""
+    errors = error.errors(include_url=False)
+    paths = [tuple(item["loc"]) for item in errors]
+    found: list[Mistake] = []
+    for item, path in zip(errors, paths, strict=True):
+        context_error = item.get("ctx", {}).get("error")
+        if isinstance(context_error, Mistakes):
+            found += context_error.mistakes
+        elif not _is_echo(path, item["type"], paths):
+            found.append(Mistake(path, _sentence(item["type"], path, item["input"], context_error, schema)))
+    return found
+
+
+def describe(node: Schema, schema: Schema) -> str:
+    """What a schema's node takes, to follow on "it must be"."""
+    node = _resolved(node, schema)
+    if "valid" in node:
+        return str(node["valid"])
+    if "anyOf" in node:
+        # That a key may also be left empty helps nobody who gave a wrong value.
+        return " or ".join(describe(choice, schema) for choice in node["anyOf"] if choice.get("type") != "null")
+    if "const" in node or "enum" in node:
+        choices = [node["const"]] if "const" in node else node["enum"]
+        return f"{'one of ' if len(choices) > 1 else ''}{', '.join(map(str, choices))}"
+    match node.get("type"):
+        case "integer" | "number" as kind:
+            name = "a whole number" if kind == "integer" else "a finite number"
+            return " ".join((name, *_limits(node)))
+        case "string":
+            return " ".join(("text", *_count("characters", node.get("minLength"), node.get("maxLength"))))
+        case "array":
+            return " ".join(("a list", *_count("entries", node.get("minItems"), node.get("maxItems"))))
+        case "object":
+            return f"a mapping with the keys {', '.join(node.get('properties', {}))}"
+        case kind:
+            return "true or false" if kind == "boolean" else str(kind)
+
+
+def show(value: object) -> str:
+    """A given value in a few characters, as YAML would have it."""
+    if value is None:
+        return "empty (null)"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    if isinstance(value, str):
+        text = repr(value[:61])
+        return text if len(value) <= 60 else f"{repr(value[:40])[:-1]}…' ({len(value)} characters)"
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:40]}… ({len(text)} digits)"
+
+
+def nearest_key(path: KeyPath, schema: Schema) -> str | None:
+    """The known key, dotted, that the last part of `path` was most likely meant to be."""
+    name = str(path[-1])
+    siblings = list(_properties(path[:-1], schema))
+    elsewhere = {leaf: place for place, leaf in _leaves(schema)}
+    if name not in elsewhere:
+        parts = [known for known in siblings if len(name) > 2 and (name in known or known in name)]
+        if parts:
+            return dotted((*path[:-1], parts[0]))
+        for names, cutoff in ((siblings, 0.6), (list(elsewhere), 0.75), (siblings, 0.4)):
+            close = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+            if close and names is siblings:
+                return dotted((*path[:-1], close[0]))
+            if close:
+                return elsewhere[close[0]]
+    return elsewhere.get(name)
+
+
+def _sentence(kind: str, path: KeyPath, given: object, cause: object, schema: Schema) -> str:
+    if kind == "extra_forbidden":
+        near = nearest_key(path, schema)
+        hint = f"; did you mean {near}?" if near else "."
+        return f"{dotted(path)} is an unknown key{hint} (Known here: {', '.join(_properties(path[:-1], schema))}.)"
+    node = _node(path, schema)
+    valid = describe(node, schema)
+    if kind == "missing":
+        return f"{dotted(path)} is missing; it must be {valid}."
+    if kind == "value_error" and node.get("type") == "object":
+        return f"{dotted(path)} {cause}"
+    return f"{dotted(path) or 'the configuration'} is {show(given)}; it must be {valid}."
+
+
+def _is_echo(path: KeyPath, kind: str, paths: list[KeyPath]) -> bool:
+    """A list whose entries are wrong is also called too short, because pydantic counts the right ones."""
+    return kind == "too_short" and any(len(other) > len(path) and other[: len(path)] == path for other in paths)
+
+
+def _limits(node: Schema) -> Iterator[str]:
+    low, above = node.get("minimum"), node.get("exclusiveMinimum")
+    high, below = node.get("maximum"), node.get("exclusiveMaximum")
+    if low is not None and high is not None:
+        yield f"from {low:.15g} to {high:.15g}" if isinstance(high, float) else f"from {low} to {high}"
+        return
+    limits = (("at least", low), ("above", above), ("at most", high), ("below", below))
+    yield " and ".join(f"{word} {limit}" for word, limit in limits if limit is not None)
+
+
+def _count(things: str, low: int | None, high: int | None) -> Iterator[str]:
+    if high is not None:
+        yield f"of {low or 0} to {high} {things}"
+    elif low is not None:
+        yield f"of at least {low} {things}"
+
+
+def _resolved(node: Schema, schema: Schema) -> Schema:
+    """The node behind a reference."""
+    if "$ref" in node:
+        target: Schema = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+        return target
+    return node
+
+
+def _node(path: KeyPath, schema: Schema) -> Schema:
+    """The schema's node at the path; an empty one where there is none."""
+    node = schema
+    for part in path:
+        node = _resolved(node, schema)
+        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+    return _resolved(node, schema)
+
+
+def _properties(path: KeyPath, schema: Schema) -> Mapping[str, Schema]:
+    properties: Mapping[str, Schema] = _node(path, schema).get("properties", {})
+    return properties
+
+
+def _leaves(schema: Schema) -> Iterator[tuple[str, str]]:
+    """Every key below a section, as (dotted path, name)."""
+    for section in schema["properties"]:
+        for name in _properties((section,), schema):
+            yield f"{section}.{name}", name

@@ -5,14 +5,14 @@ from typing import Annotated, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from edit_ray.cache.options import CacheOptions, StoreOptions
-from edit_ray.config.between import (
+from edit_ray.config.cross_checks import (
     first_segment,
     layout_of,
-    mistakes_between,
-    mistakes_of_mode,
-    mistakes_of_reuse,
-    mistakes_of_two_gpus,
+    mode_mistakes,
     num_segments_of,
+    reuse_mistakes,
+    shape_and_length_mistakes,
+    two_gpu_mistakes,
 )
 from edit_ray.config.mistakes import Mistakes
 from edit_ray.config.options import MAX_PROMPTS, VALID_PROMPTS, PromptSegment, VideoOptions
@@ -54,12 +54,12 @@ class Config(Options):
     metrics: MetricsOptions = Field(default_factory=MetricsOptions)
 
     @model_validator(mode="after")
-    def _check_between(self) -> Self:
+    def _check_across(self) -> Self:
         sampling, video, entries = self.sampling, self.video, self.prompt_segments
-        mistakes = mistakes_between(sampling, self.continuity, self.cache, video, entries)
-        mistakes += mistakes_of_reuse(self.cache, sampling, video, entries)
-        mistakes += mistakes_of_two_gpus(self.engine, self.model, self.cache)
-        mistakes += mistakes_of_mode(self.engine)
+        mistakes = shape_and_length_mistakes(sampling, self.continuity, self.cache, video, entries)
+        mistakes += reuse_mistakes(self.cache, sampling, video, entries)
+        mistakes += two_gpu_mistakes(self.engine, self.model, self.cache)
+        mistakes += mode_mistakes(self.engine)
         if mistakes:
             raise Mistakes(mistakes)
         return self

@@ -9,9 +9,9 @@ from edit_ray.cache.policies.policy import POLICIES, CachePolicy, PolicyContext,
 from edit_ray.cache.policies.ranked import Ranked
 from edit_ray.cache.policies.schedule import Schedule
 from edit_ray.cache.policies.seacache import SeaCache
-from edit_ray.cache.policies.signals import relative_l1
 from edit_ray.cache.policies.taylorseer import TaylorSeer
 from edit_ray.cache.policies.teacache import TeaCache
+from edit_ray.cache.policies.thresholds import relative_l1
 from edit_ray.cache.policies.warmstart_reuse import WarmstartReuse
 
 __all__ = [

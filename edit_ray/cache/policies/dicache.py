@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edit_ray.cache.policies.accumulate import accumulate
 from edit_ray.cache.policies.checks import finite, fraction, whole
-from edit_ray.cache.policies.forecast import read_history
+from edit_ray.cache.policies.extrapolation import read_history
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
-from edit_ray.cache.policies.signals import relative_l1
+from edit_ray.cache.policies.thresholds import accumulate, relative_l1
 
 if TYPE_CHECKING:
     from torch import Tensor

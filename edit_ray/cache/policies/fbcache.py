@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from edit_ray.cache.policies.checks import finite
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
-from edit_ray.cache.policies.signals import relative_l1
+from edit_ray.cache.policies.thresholds import relative_l1
 
 
 @register_policy("fbcache")

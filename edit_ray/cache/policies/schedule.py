@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from edit_ray.cache.policies.checks import mask as as_mask
 from edit_ray.cache.policies.checks import whole
-from edit_ray.cache.policies.forecast import add_forecast, extrapolate
+from edit_ray.cache.policies.extrapolation import add_forecast, extrapolate
 from edit_ray.cache.policies.per_branch import parse_per_branch, pick_per_branch
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, register_policy
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edit_ray.cache.policies.accumulate import accumulate
 from edit_ray.cache.policies.checks import finite, positive, whole
-from edit_ray.cache.policies.forecast import add_forecast, extrapolate
+from edit_ray.cache.policies.extrapolation import add_forecast, extrapolate
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, Signals, UnitState, register_policy
+from edit_ray.cache.policies.thresholds import accumulate
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edit_ray.cache.policies.checks import whole
-from edit_ray.cache.policies.forecast import add_forecast
+from edit_ray.cache.policies.extrapolation import add_forecast
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
 
 if TYPE_CHECKING:

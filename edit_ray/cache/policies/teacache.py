@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from edit_ray.cache.policies.accumulate import accumulate
 from edit_ray.cache.policies.checks import finite, flag, numbers
 from edit_ray.cache.policies.per_branch import parse_per_branch, pick_per_branch
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
-from edit_ray.cache.policies.signals import relative_l1
+from edit_ray.cache.policies.thresholds import accumulate, relative_l1
 
 # By variant: for `e0` (use_ret_steps), for `e`. Highest power first.
 WAN_COEFFICIENTS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {

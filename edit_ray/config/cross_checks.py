@@ -3,9 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from edit_ray.cache.options import CacheOptions
-from edit_ray.config.durations import format_duration
 from edit_ray.config.mistakes import KeyPath, Mistake, dotted
-from edit_ray.config.options import PromptSegment, VideoOptions
+from edit_ray.config.options import PromptSegment, VideoOptions, format_duration
 from edit_ray.engine.options import ContinuityOptions, EngineOptions, ModelOptions, SamplingOptions
 from edit_ray.runs.layout import TEMPORAL_FACTOR, FrameLayout
 from edit_ray.runs.numbers import MAX_SEGMENTS
@@ -44,7 +43,7 @@ def first_segment(entry: PromptSegment, layout: FrameLayout) -> int:
     return layout.segment_at(entry.start)
 
 
-def mistakes_between(
+def shape_and_length_mistakes(
     sampling: SamplingOptions,
     continuity: ContinuityOptions,
     cache: CacheOptions,
@@ -62,7 +61,7 @@ def mistakes_between(
     return [*_check_length(video, layout, num_segments), *_check_storyboard(prompt_segments, layout, num_segments)]
 
 
-def mistakes_of_reuse(
+def reuse_mistakes(
     cache: CacheOptions, sampling: SamplingOptions, video: VideoOptions, prompt_segments: Sequence[PromptSegment]
 ) -> Iterator[Mistake]:
     """What cannot be where segments reuse each other's residuals, which is planned for the whole run before it."""
@@ -88,7 +87,7 @@ def mistakes_of_reuse(
             )
 
 
-def mistakes_of_two_gpus(engine: EngineOptions, model: ModelOptions, cache: CacheOptions) -> Iterator[Mistake]:
+def two_gpu_mistakes(engine: EngineOptions, model: ModelOptions, cache: CacheOptions) -> Iterator[Mistake]:
     """What cannot be where the branches of guidance are on a GPU each."""
     if not engine.cfg_parallel:
         return
@@ -108,7 +107,7 @@ def mistakes_of_two_gpus(engine: EngineOptions, model: ModelOptions, cache: Cach
         )
 
 
-def mistakes_of_mode(engine: EngineOptions) -> Iterator[Mistake]:
+def mode_mistakes(engine: EngineOptions) -> Iterator[Mistake]:
     """What cannot be of how the model computes."""
     if engine.fp8 and engine.mode != "fast":
         path: KeyPath = ("engine", "fp8")
