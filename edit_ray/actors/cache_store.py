@@ -43,6 +43,7 @@ class CacheStoreActor:
         self._worker = worker
         self._tiers: SharedTiers | None = None
         self._made_for: tuple[StoreOptions, Path] | None = None
+        self._root: Path | None = None  # of the runs
         self._runs: set[str] = set()
         self._figures, self._incarnation = TierFigures(), secrets.token_hex(8)
         self._lock = threading.Lock()
@@ -71,12 +72,9 @@ class CacheStoreActor:
                 self._close()
                 self._tiers, self._made_for = self._make(options, directory), (options, directory)
 
-                def ended(name: str) -> bool:
-                    return name != run_id and not _goes_on(root, name, run_id)
-
-                for name in filter(ended, _runs_in(self._tiers.disk.files)):
-                    self._tiers.drop_run(name)
-                self._remove_left(directory, ended)
+                self._root = root
+                self._drop_ended(self._tiers, followed=run_id)
+                self._remove_left(directory, lambda name: name != run_id and not _goes_on(root, name, run_id))
             for replaced in [other for other in self._runs - {run_id} if _id_of(other) == _id_of(run_id)]:
                 self._tiers.drop_run(replaced)
                 self._runs.discard(replaced)
@@ -159,7 +157,7 @@ class CacheStoreActor:
     def drop_run(self, run_id: str, directory: Path | None = None) -> None:
         """Forget all of a run; an unknown one is none. With the last one the memory is given back.
 
-        `directory` is the disk tier's, where an earlier incarnation may have left what this one was not told of.
+        `directory` is the disk tier's. A run that began beside another CacheStore actor has left entries in its folder.
         """
         with self._lock:
             if self._tiers is not None and self._tiers.failed:
@@ -170,6 +168,8 @@ class CacheStoreActor:
                 self._remove_left(directory, lambda name: name == run_id)
             self._runs.discard(run_id)
             if not self._runs:
+                if self._tiers is not None:
+                    self._drop_ended(self._tiers, followed=run_id)
                 self._close()
                 with suppress(OSError):  # of an incarnation that was killed, after which no other had one
                     remove_stale()
@@ -202,12 +202,19 @@ class CacheStoreActor:
             disk.close()
             raise
 
+    def _drop_ended(self, tiers: SharedTiers, followed: str) -> None:
+        """Drop the entries of runs that have ended, such as one that moved to another CacheStore actor."""
+        for name in _runs_in(tiers.disk.files):
+            if name != followed and self._root is not None and not _goes_on(self._root, name, followed):
+                tiers.drop_run(name)
+
     def _remove_left(self, directory: Path, unwanted: Callable[[str], bool]) -> None:
-        """Remove the entries of unwanted runs that stores which are no more have left."""
-        with suppress(ValueError, OSError):  # no folder for this actor, or none that can be read
-            for folder in self._folders(directory):
+        """Remove the entries of unwanted runs from this node's folders that no store has open."""
+        with suppress(ValueError, OSError):  # no folder on this node, or none that can be read
+            here = on_this_node(directory)
+            for folder in [*here.glob("worker-*/other-*"), *here.glob("worker-*"), *here.glob("other-*"), here]:
                 if not folder.is_dir():
-                    return
+                    continue
                 with suppress(FolderTaken), closing(EntryFiles(folder, allow_tmpfs=True)) as files:
                     names = set(filter(unwanted, _runs_in(files)))
                     for key in [key for key in files.entries() if key and str(key[0]) in names]:

@@ -232,7 +232,7 @@ class Experiment:
                 life = self._live(name, disk)
             self.whole[name], self.operations[name] = life, disk.seen
             self.begins[name] = _files(self.root)
-            assert (life.refused, life.ended) == ([], [])
+            assert life.refused == life.ended == [], f"{name}: refused {life.refused}, ended {life.ended}"
 
     def every(self) -> list[tuple[str, int, int]]:
         """All failures there are: the phase, the operation and the error."""

@@ -1,5 +1,6 @@
 """A segment's store through the classes of the actors: in shared memory, and with calls that carry the bytes."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from edit_ray.actors.leases import SegmentLeases
 from edit_ray.actors.messages import RunSpec, run_key
 from edit_ray.cache.stores import arena as arena_module
 from edit_ray.cache.stores import carried, heap
+from edit_ray.cache.stores.disk import DiskOffloadStore
 from edit_ray.cache.stores.op_table import DONE, NEEDED
 from edit_ray.cache.stores.planned import Form
 from edit_ray.cache.tiering.reuse_plan import make_reuse_plan
@@ -461,3 +463,14 @@ def test_the_end_of_the_last_run_takes_the_memory_of_a_store_that_was_killed(tmp
         killed.kill()
     CacheStoreActor().drop_run(RUN)
     assert not left.exists()
+
+
+@pytest.mark.parametrize("folder", ["", "worker-1", "worker-1/other-1"])
+def test_the_end_of_a_run_removes_what_it_has_left_beside_another_actor(tmp_path, folder):
+    left = tmp_path / folder
+    with contextlib.closing(DiskOffloadStore(left, allow_tmpfs=True)) as store:
+        for run in (RUN, "another"):
+            store.put((run, 0), torch.ones(3))
+    CacheStoreActor(2).drop_run(RUN, tmp_path)
+    with contextlib.closing(DiskOffloadStore(left, allow_tmpfs=True)) as store:
+        assert (store.get((RUN, 0)), store.get(("another", 0)) is None) == (None, False)
