@@ -1,11 +1,10 @@
 """What a configuration must have in common with its model, read from the model's JSON files alone."""
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from edit_ray.cache.options import CacheOptions
-from edit_ray.cache.policies import POLICIES, check_granularity, make_policy
+from edit_ray.cache.policies import POLICIES, OptionError, check_granularity, make_policy
 from edit_ray.config.mistakes import KeyPath, Mistake, dotted
 from edit_ray.config.model import Config
 from edit_ray.engine.calibration import calibrated_options
@@ -157,13 +156,8 @@ def cache_mistakes(cache: CacheOptions, num_inference_steps: int, model_folder: 
         if cache.target_speedup is not None:
             check_target(cache.policy, policy, options)
     except (ValueError, TypeError) as error:
-        text, key = str(error), _key_named_first(str(error), (*options, "granularity", "target_speedup"))
-        said = f"cache.{text}" if key and text.startswith(key) else f"cache: {text}"
+        text, option = str(error), error.option if isinstance(error, OptionError) else ""
+        key = option if option in options or option in CacheOptions.model_fields else "policy"
+        said = f"cache.{text}" if text.startswith(key) else f"cache: {text}"
         needs = (("sampling", "num_inference_steps"), ("model", "path"))
-        yield Mistake(("cache", key or "policy"), said, needs)
-
-
-def _key_named_first(text: str, keys: Iterable[str]) -> str | None:
-    """Of the keys that a sentence names, the one that it names first."""
-    found = {match.start(): key for key in keys if (match := re.search(rf"\b{re.escape(key)}\b", text))}
-    return found[min(found)] if found else None
+        yield Mistake(("cache", key), said, needs)

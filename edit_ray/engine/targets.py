@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from edit_ray.cache.policies import CachePolicy
+from edit_ray.cache.policies import CachePolicy, OptionError
 
 THRESHOLD_OF = {"teacache": "rel_l1_thresh", "magcache": "threshold", "ranked": "skips"}
 """The option that decides how much a policy with a known mask skips."""
@@ -15,14 +15,17 @@ _HIGHEST_WHOLE = 2.0**20  # more than any loop has forwards
 
 
 def check_target(name: str, policy: CachePolicy, options: Mapping[str, Any]) -> None:
-    """Raises ValueError where a target cannot choose the threshold."""
+    """Raises OptionError where a target cannot choose the threshold."""
     if name not in THRESHOLD_OF or not policy.timestep_only:
-        raise ValueError(
+        raise OptionError(
+            "target_speedup",
             f"target_speedup needs a policy whose mask a threshold decides before the loop: {', '.join(THRESHOLD_OF)}; "
-            f"the policy is {name!r}."
+            f"the policy is {name!r}.",
         )
     if THRESHOLD_OF[name] in options:
-        raise ValueError(f"target_speedup and {THRESHOLD_OF[name]} were both given; each decides the other.")
+        raise OptionError(
+            "target_speedup", f"target_speedup and {THRESHOLD_OF[name]} were both given; each decides the other."
+        )
 
 
 def option_for(option: str, speedup: float, computed_share: Callable[[Any], float]) -> Any:

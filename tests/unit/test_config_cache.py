@@ -90,6 +90,7 @@ BAD: list[tuple[tuple[str, ...], int, tuple[str, ...]]] = [
         8,
         ("'teacache' has no option rel_thresh; it takes rel_l1_thresh, wan_variant, coefficients, use_ret_steps",),
     ),
+    (("policy: fbcache", "x: 1", "cache: 2"), 7, ("'fbcache' has no option x, cache; it takes rel_l1_thresh",)),
     (("policy: always", "granularty: stack"), 7, ("'always' has no option granularty; it takes none",)),
     (("policy: fbcache", "mask: [true]"), 7, ("'fbcache' has no option mask; it takes rel_l1_thresh",)),
     # what is missing

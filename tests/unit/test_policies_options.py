@@ -1,6 +1,7 @@
 """What options may be, what a policy must be, and that a threshold of 0 or below never skips."""
 
 import math
+import pickle
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from edit_ray.cache.policies import (
     DiCache,
     FirstBlockCache,
     MagCache,
+    OptionError,
     Schedule,
     SeaCache,
     TaylorSeer,
@@ -156,6 +158,16 @@ def test_what_policies_declare():
 def test_bad_options_are_refused_in_a_sentence(make, error, sentence):
     with pytest.raises(error, match=re.escape(sentence)):
         make()
+
+
+def test_an_error_names_its_option_also_in_another_process():
+    with pytest.raises(OptionError) as caught:
+        TeaCache(coefficients={"cond": [math.inf]})
+    for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):
+        assert (error.option, str(error)) == (
+            "coefficients",
+            "coefficients['cond'][0] is inf; valid is a finite number.",
+        )
 
 
 @pytest.mark.parametrize(

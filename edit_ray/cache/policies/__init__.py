@@ -1,6 +1,7 @@
 """When to recompute: one module per technique. Importing the package registers them all."""
 
 from edit_ray.cache.policies.always import Always
+from edit_ray.cache.policies.checks import OptionError
 from edit_ray.cache.policies.dicache import DiCache
 from edit_ray.cache.policies.fbcache import FirstBlockCache
 from edit_ray.cache.policies.magcache import MagCache
@@ -21,6 +22,7 @@ __all__ = [
     "DiCache",
     "FirstBlockCache",
     "MagCache",
+    "OptionError",
     "PolicyContext",
     "Ranked",
     "Schedule",

@@ -8,18 +8,33 @@ from numbers import Integral, Real
 from typing import Any
 
 
+class OptionError(ValueError, TypeError):
+    """A wrong option of a policy, as a whole sentence. It is both a ValueError and a TypeError.
+
+    Args:
+        option: The option's name; what follows a "[", such as in "mask[3]", is left out.
+        text: The sentence: what was given and what is valid.
+    """
+
+    def __init__(self, option: str, text: str) -> None:
+        super().__init__(option, text)  # both, so that the error can be pickled
+        self.option, self.text = option.partition("[")[0], text
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def finite(name: str, value: Any) -> float:
     """A finite number.
 
     Raises:
-        TypeError: no number.
-        ValueError: not finite.
+        OptionError: anything else.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} is {value!r}; valid is a finite number.")
+        raise OptionError(name, f"{name} is {value!r}; valid is a finite number.")
     number = float(value)
     if not math.isfinite(number):
-        raise ValueError(f"{name} is {number}; valid is a finite number.")
+        raise OptionError(name, f"{name} is {number}; valid is a finite number.")
     return number
 
 
@@ -27,7 +42,7 @@ def positive(name: str, value: Any) -> float:
     """A finite number above 0; raises as `finite` does."""
     number = finite(name, value)
     if number <= 0:
-        raise ValueError(f"{name} is {number}; valid is a finite number above 0.")
+        raise OptionError(name, f"{name} is {number}; valid is a finite number above 0.")
     return number
 
 
@@ -35,7 +50,7 @@ def fraction(name: str, value: Any) -> float:
     """A number from 0 to 1; raises as `finite` does."""
     number = finite(name, value)
     if not 0 <= number <= 1:
-        raise ValueError(f"{name} is {number}; valid is a number from 0 to 1.")
+        raise OptionError(name, f"{name} is {number}; valid is a number from 0 to 1.")
     return number
 
 
@@ -43,22 +58,21 @@ def whole(name: str, value: Any, least: int | None = 0) -> int:
     """A whole number, from `least` upwards unless that is None.
 
     Raises:
-        TypeError: no whole number.
-        ValueError: below `least`.
+        OptionError: no whole number, or one below `least`.
     """
     valid = "a whole number" if least is None else f"a whole number from {least}"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} is {value!r}; valid is {valid}.")
+        raise OptionError(name, f"{name} is {value!r}; valid is {valid}.")
     number = int(value)
     if least is not None and number < least:
-        raise ValueError(f"{name} is {number}; valid is {valid}.")
+        raise OptionError(name, f"{name} is {number}; valid is {valid}.")
     return number
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False; anything else is a TypeError."""
+    """True or False; anything else is an OptionError."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}; valid are True and False.")
+        raise OptionError(name, f"{name} is {value!r}; valid are True and False.")
     return value
 
 
@@ -66,8 +80,7 @@ def numbers(name: str, value: Any) -> tuple[float, ...]:
     """At least one finite number, from any sequence, array or tensor of one dimension.
 
     Raises:
-        TypeError: no such sequence.
-        ValueError: empty, or a number that is not finite.
+        OptionError: no such sequence, an empty one, or a number that is not finite.
     """
     return tuple(finite(f"{name}[{i}]", item) for i, item in enumerate(_items(name, value, "finite numbers")))
 
@@ -77,7 +90,7 @@ def mask(name: str, value: Any) -> tuple[bool, ...]:
     items = _items(name, value, "True and False")
     for i, item in enumerate(items):
         if not isinstance(item, bool) and item not in (0, 1):
-            raise TypeError(f"{name}[{i}] is {item!r}; valid are True and False.")
+            raise OptionError(name, f"{name}[{i}] is {item!r}; valid are True and False.")
     return tuple(bool(item) for item in items)
 
 
@@ -91,7 +104,7 @@ def _items(name: str, value: Any, valid: str) -> list[Any]:
     if hasattr(value, "tolist"):  # numpy's and torch's own; a scalar among them gives no list
         value = value.tolist()
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise TypeError(f"{name} is {value!r}; valid is a sequence of {valid}.")
+        raise OptionError(name, f"{name} is {value!r}; valid is a sequence of {valid}.")
     if not value:
-        raise ValueError(f"{name} is empty; valid is a sequence of {valid}.")
+        raise OptionError(name, f"{name} is empty; valid is a sequence of {valid}.")
     return list(value)

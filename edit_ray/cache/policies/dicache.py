@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edit_ray.cache.policies.checks import finite, fraction, whole
+from edit_ray.cache.policies.checks import OptionError, finite, fraction, whole
 from edit_ray.cache.policies.extrapolation import read_history
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
 from edit_ray.cache.policies.thresholds import accumulate, relative_l1
@@ -50,7 +50,7 @@ class DiCache(CachePolicy):
         """
         self.rel_l1_thresh = finite("rel_l1_thresh", rel_l1_thresh)
         if whole("probe_depth", probe_depth) != 1:
-            raise ValueError(f"probe_depth is {probe_depth}; valid is 1, the unit's first block.")
+            raise OptionError("probe_depth", f"probe_depth is {probe_depth}; valid is 1, the unit's first block.")
         self.retention_ratio = fraction("retention_ratio", retention_ratio)
 
     def reset(self, state: UnitState) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edit_ray.cache.policies.checks import finite, fraction, numbers, positive, whole
+from edit_ray.cache.policies.checks import OptionError, finite, fraction, numbers, positive, whole
 from edit_ray.cache.policies.per_branch import parse_per_branch, pick_per_branch
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
 
@@ -81,9 +81,10 @@ class MagCache(CachePolicy):
         self.max_skip_steps = whole("max_skip_steps", max_skip_steps)
         self.retention_ratio = fraction("retention_ratio", retention_ratio)
         if mag_ratios is None:
-            raise ValueError(
+            raise OptionError(
+                "mag_ratios",
                 "magcache needs mag_ratios=, measured on the model at hand: a sequence with one ratio a step, or a "
-                'mapping with such a sequence per branch ("cond", "uncond").'
+                'mapping with such a sequence per branch ("cond", "uncond").',
             )
         self.mag_ratios = parse_per_branch("mag_ratios", mag_ratios, _ratios)
 

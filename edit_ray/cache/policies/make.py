@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from edit_ray.cache.policies.checks import OptionError
 from edit_ray.cache.policies.policy import POLICIES, CachePolicy
 
 _GRANULARITIES = {"stack": '"stack"', "per_block": '"per_block"', "groups": "an integer from {}, the size of a group"}
@@ -36,7 +37,7 @@ def check_granularity(policy: CachePolicy, granularity: str | int) -> None:
     """Whether the policy has a meaning for a granularity: "stack", "per_block", or the size of a group.
 
     Raises:
-        ValueError: it has none; names those that it has.
+        OptionError: it has none; names those that it has.
         TypeError: the policy declares granularities that there are not.
     """
     valid, where = policy.granularities, f"{type(policy).__module__}.{type(policy).__qualname__}"
@@ -52,9 +53,10 @@ def check_granularity(policy: CachePolicy, granularity: str | int) -> None:
     else:
         fits = granularity in ("stack", "per_block") and granularity in valid
     if not fits:
-        raise ValueError(
+        raise OptionError(
+            "granularity",
             f"granularity is {granularity!r}; {type(policy).__name__} works with "
-            f"{' or '.join(_GRANULARITIES[kind].format(smallest) for kind in valid)}."
+            f"{' or '.join(_GRANULARITIES[kind].format(smallest) for kind in valid)}.",
         )
 
 
@@ -73,7 +75,7 @@ def _check_options(name: str, cls: type[CachePolicy], options: Mapping[str, Any]
     takes = f"it takes {', '.join(valid)}" if valid else "it takes none"
     unknown = [option for option in options if option not in valid]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        raise TypeError(f"The cache policy {name!r} has no option {', '.join(unknown)}; {takes}.")
+        raise OptionError(unknown[0], f"The cache policy {name!r} has no option {', '.join(unknown)}; {takes}.")
     required = [p.name for p in parameters if p.name in valid and p.default is p.empty and p.name not in options]
     if required:
-        raise TypeError(f"The cache policy {name!r} needs the option {', '.join(required)}; {takes}.")
+        raise OptionError(required[0], f"The cache policy {name!r} needs the option {', '.join(required)}; {takes}.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from edit_ray.cache.policies.checks import OptionError
+
 T = TypeVar("T")
 
 _ALL = ""
@@ -15,16 +17,16 @@ def parse_per_branch(name: str, value: Any, parse: Callable[[str, Any], T]) -> d
     """An option's entries: those of a mapping, or one for all branches of all experts. `parse` reads each.
 
     Raises:
-        ValueError: a key that names no branch.
+        OptionError: a key that names no branch.
     """
     if not isinstance(value, Mapping):
         return {_ALL: parse(name, value)}
     if not value:
-        raise ValueError(f"{name} is an empty mapping; valid keys are {_VALID}.")
+        raise OptionError(name, f"{name} is an empty mapping; valid keys are {_VALID}.")
     for key in value:
         expert, slash, branch = key.rpartition("/") if isinstance(key, str) else ("", "", "")
         if branch not in ("cond", "uncond") or bool(expert) != bool(slash):
-            raise ValueError(f"{name} has the key {key!r}; valid are {_VALID}.")
+            raise OptionError(name, f"{name} has the key {key!r}; valid are {_VALID}.")
     return {key: parse(f"{name}[{key!r}]", entry) for key, entry in value.items()}
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edit_ray.cache.policies.checks import OptionError, whole
 from edit_ray.cache.policies.checks import ranks as as_ranks
-from edit_ray.cache.policies.checks import whole
 from edit_ray.cache.policies.per_branch import parse_per_branch, pick_per_branch
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, register_policy
 
@@ -37,9 +37,10 @@ class Ranked(CachePolicy):
         for key, entry in self.skip_rank.items():
             if len(entry) != num_steps:
                 name = f"skip_rank[{key!r}]" if key else "skip_rank"
-                raise ValueError(
+                raise OptionError(
+                    name,
                     f"{name} has {len(entry)} entries, and the loop has {num_steps} steps; it takes one each, so it "
-                    "has to be measured at the loop's number of steps."
+                    "has to be measured at the loop's number of steps.",
                 )
 
     def should_compute(self, ctx: PolicyContext) -> bool:

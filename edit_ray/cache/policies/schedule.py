@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from edit_ray.cache.policies.checks import OptionError, whole
 from edit_ray.cache.policies.checks import mask as as_mask
-from edit_ray.cache.policies.checks import whole
 from edit_ray.cache.policies.extrapolation import add_forecast, extrapolate
 from edit_ray.cache.policies.per_branch import parse_per_branch, pick_per_branch
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, register_policy
@@ -32,7 +32,7 @@ class Schedule(CachePolicy):
         self.mask = parse_per_branch("mask", mask, as_mask)
         self.residual_order = whole("residual_order", residual_order)
         if self.residual_order > 1:
-            raise ValueError(f"residual_order is {residual_order}; valid are 0 and 1.")
+            raise OptionError("residual_order", f"residual_order is {residual_order}; valid are 0 and 1.")
         self.history_len = self.residual_order + 1
 
     def check(self, num_steps: int) -> None:
@@ -40,8 +40,8 @@ class Schedule(CachePolicy):
         for key, entry in self.mask.items():
             if len(entry) != num_steps:
                 name = f"mask[{key!r}]" if key else "mask"
-                raise ValueError(
-                    f"{name} has {len(entry)} entries, and the loop has {num_steps} steps; it takes one each."
+                raise OptionError(
+                    name, f"{name} has {len(entry)} entries, and the loop has {num_steps} steps; it takes one each."
                 )
 
     def should_compute(self, ctx: PolicyContext) -> bool:

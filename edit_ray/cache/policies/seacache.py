@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edit_ray.cache.policies.checks import finite, positive, whole
+from edit_ray.cache.policies.checks import OptionError, finite, positive, whole
 from edit_ray.cache.policies.extrapolation import add_forecast, extrapolate
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, Signals, UnitState, register_policy
 from edit_ray.cache.policies.thresholds import accumulate
@@ -78,7 +78,7 @@ class SeaCache(CachePolicy):
         self.threshold = finite("threshold", threshold)
         self.residual_order = whole("residual_order", residual_order)
         if self.residual_order > 1:
-            raise ValueError(f"residual_order is {residual_order}; valid are 0 and 1.")
+            raise OptionError("residual_order", f"residual_order is {residual_order}; valid are 0 and 1.")
         self.retention_steps = whole("retention_steps", retention_steps)
         self.cache_end_steps = whole("cache_end_steps", cache_end_steps)
         self.max_consecutive_cached = whole("max_consecutive_cached", max_consecutive_cached)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from edit_ray.cache.policies.checks import finite, flag, numbers
+from edit_ray.cache.policies.checks import OptionError, finite, flag, numbers
 from edit_ray.cache.policies.per_branch import parse_per_branch, pick_per_branch
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
 from edit_ray.cache.policies.thresholds import accumulate, relative_l1
@@ -79,14 +79,16 @@ class TeaCache(CachePolicy):
         variants = ", ".join(WAN_COEFFICIENTS)
         if (wan_variant is None) == (coefficients is None):
             given = "neither" if coefficients is None else "both"
-            raise ValueError(
+            raise OptionError(
+                "wan_variant",
                 f"teacache takes either wan_variant= (one of {variants}) or coefficients= (fitted to the model at "
-                f"hand), and was given {given}."
+                f"hand), and was given {given}.",
             )
         if wan_variant is not None:
             if wan_variant not in WAN_COEFFICIENTS:
-                raise ValueError(
-                    f"wan_variant is {wan_variant!r}; valid are {variants}, or coefficients= in its place."
+                raise OptionError(
+                    "wan_variant",
+                    f"wan_variant is {wan_variant!r}; valid are {variants}, or coefficients= in its place.",
                 )
             coefficients = WAN_COEFFICIENTS[wan_variant][0 if use_ret_steps else 1]
         self.coefficients = parse_per_branch("coefficients", coefficients, numbers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edit_ray.cache.policies.checks import whole
+from edit_ray.cache.policies.checks import OptionError, whole
 from edit_ray.cache.policies.make import make_policy
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
 
@@ -45,13 +45,13 @@ class WarmstartReuse(CachePolicy):
         """
         self.warm_steps = whole("warm_steps", warm_steps)
         if align not in ("step", "last"):
-            raise ValueError(f"align is {align!r}; valid are 'step' and 'last'.")
+            raise OptionError("align", f"align is {align!r}; valid are 'step' and 'last'.")
         if combine not in ("latest", "mean"):
-            raise ValueError(f"combine is {combine!r}; valid are 'latest' and 'mean'.")
+            raise OptionError("combine", f"combine is {combine!r}; valid are 'latest' and 'mean'.")
         self.align, self.combine = align, combine
         self.inner = make_policy(inner, inner_options)
         if isinstance(self.inner, WarmstartReuse):
-            raise ValueError("inner is warmstart_reuse; valid is any other policy.")
+            raise OptionError("inner", "inner is warmstart_reuse; valid is any other policy.")
         self.granularities = self.inner.granularities
         self.needs_first_block_probe = self.inner.needs_first_block_probe
         self.timestep_only = self.inner.timestep_only
