@@ -109,10 +109,8 @@ class LongVideoClient:
         `config` is a `Config`, the same as a mapping, or the path of a YAML file. Raises ConfigError, ModelError,
         RunExists, ResourcesUnavailable, ActorVersionMismatch.
         """
-        config = absolute(_as_config(config))
+        config = _checked(config)
         run_id = check_run_id(run_id) if run_id is not None else new_run_id(datetime.now(UTC), secrets.token_hex(2))
-        if problems := check_config(config):
-            raise ConfigError(problems)
         token = secrets.token_hex(8)  # so that asking again does not meet one's own run as another's
         probe = RunFolder(self.output, run_id).probe(token)
         probe.touch(0o600)
@@ -379,12 +377,14 @@ def _load_latents(path: Path) -> torch.Tensor:
     return load_latents(path)
 
 
-def _as_config(config: Config | Mapping[str, Any] | str | Path) -> Config:
-    if isinstance(config, Config):
-        return config
+def _checked(config: Config | Mapping[str, Any] | str | Path) -> Config:
+    """The configuration with absolute paths, checked once against its model: `load_config` does so with a file's."""
     if isinstance(config, str | Path):
-        return load_config(Path(config))
-    return config_of(config)
+        return absolute(load_config(Path(config)))
+    config = absolute(config if isinstance(config, Config) else config_of(config))
+    if problems := check_config(config):
+        raise ConfigError(problems)
+    return config
 
 
 def absolute(config: Config) -> Config:

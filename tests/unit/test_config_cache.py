@@ -1,6 +1,7 @@
 """The cache section: every mistake in it is one sentence with its place, found without torch and without weights."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from edit_ray.cache.options import CacheOptions
-from edit_ray.cache.policies import POLICIES
+from edit_ray.cache.policies import POLICIES, Always
+from edit_ray.client import LongVideoClient
 from edit_ray.config import Config, check_config, dump_yaml, load_config
 from edit_ray.engine.calibration import FILE_NAME, write_calibration
 from edit_ray.errors import ConfigError
@@ -319,3 +321,20 @@ def test_a_cache_that_is_null_in_a_file_is_none(tmp_path: Path, model: Path) -> 
     path = write(model, tmp_path)
     path.write_text(path.read_text().replace("cache:\n", "cache: null\n"))
     assert load_config(path).cache == CacheOptions()
+
+
+def test_a_file_that_is_submitted_is_checked_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    class Counted(Always):
+        def __init__(self) -> None:
+            built.append(1)
+
+    monkeypatch.setattr(POLICIES, "_classes", {**POLICIES._classes, "counted": Counted})
+    client = LongVideoClient(output=tmp_path / "runs", connect=False)
+    shutil.rmtree(client.output)  # so that the submission ends before it starts a Ray
+    with pytest.raises(FileNotFoundError):
+        client.submit(write(model, tmp_path, "policy: counted"))
+    assert built == [1]
+    with pytest.raises(ConfigError, match=r"cache\.granularity is 0"):
+        client.submit(load_config(write(model, tmp_path, "policy: counted", "granularity: 0"), check_model=False))
