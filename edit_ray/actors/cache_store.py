@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -13,8 +12,8 @@ from typing import Any
 
 import torch
 
-from edit_ray.actors.figures import TierFigures
 from edit_ray.actors.messages import code_version, run_key
+from edit_ray.actors.stats import TierStats
 from edit_ray.cache.options import StoreOptions, on_this_node
 from edit_ray.cache.stores import carried
 from edit_ray.cache.stores.arena import Arena, remove_stale
@@ -29,7 +28,7 @@ from edit_ray.cache.stores.shared_tiers import TABLES_BYTES, SharedTiers
 from edit_ray.cache.stores.store import Key
 from edit_ray.cache.tiering.events import Uses
 from edit_ray.errors import ConfigError, EditRayError, HostMemoryShort, ResourcesUnavailable, StaleLease
-from edit_ray.metrics.totals import Snapshot
+from edit_ray.metrics.collect import Snapshot
 from edit_ray.runs.folder import RunFolder
 
 
@@ -45,7 +44,7 @@ class CacheStoreActor:
         self._made_for: tuple[StoreOptions, Path] | None = None
         self._root: Path | None = None  # of the runs
         self._runs: set[str] = set()
-        self._figures, self._incarnation = TierFigures(), secrets.token_hex(8)
+        self._stats = TierStats()
         self._lock = threading.Lock()
 
     def describe(self) -> dict[str, str | int]:
@@ -54,8 +53,7 @@ class CacheStoreActor:
     def metrics(self) -> Snapshot:
         """What this actor has counted, and what its tiers hold now."""
         with self._lock:
-            self._figures.look(self._tiers)
-            return self._figures.totals.snapshot(self._incarnation)
+            return self._stats.snapshot(self._tiers)
 
     def follow(self, run_id: str, uses: Uses, segment: int, options: StoreOptions, directory: Path, root: Path) -> None:
         """A run begins, or goes on with `segment`: which entries it reads when. `directory` is the disk tier's; every
@@ -223,7 +221,7 @@ class CacheStoreActor:
     def _of(self, run_id: str) -> SharedTiers:
         with self._lock:
             if self._tiers is None or self._tiers.failed or run_id not in self._runs:
-                self._figures.totals.inc("edit_ray_refusals_total", refusal="stale_lease")
+                self._stats.refuse("stale_lease")
                 raise StaleLease(f"This CacheStore actor was not told of the run {run_id!r}.")
             return self._tiers
 
@@ -232,7 +230,7 @@ class CacheStoreActor:
         self._runs.clear()
         if tiers is not None:
             with suppress(StaleLease):  # its thread has failed meanwhile
-                self._figures.look(tiers)
+                self._stats.look(tiers)
             tiers.close()
 
 

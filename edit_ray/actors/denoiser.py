@@ -16,9 +16,9 @@ import torch
 
 from edit_ray.actors.adoption import Adoption
 from edit_ray.actors.continuing import added_by, context_of, preceding_of, tiled_position
-from edit_ray.actors.figures import StepTimes, cache_statistics, show_memory
 from edit_ray.actors.leases import SegmentLeases, Store, reuse_statistics
 from edit_ray.actors.messages import Progress, RunSpec, code_version, statistics
+from edit_ray.actors.stats import StepTimes, cache_statistics, show_memory
 from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.engine.latent_files import load_latents, save_latents
 from edit_ray.engine.loading import choose_device
@@ -28,7 +28,7 @@ from edit_ray.engine.provenance import provenance_of
 from edit_ray.engine.segment import SegmentEngine, usable_cores
 from edit_ray.errors import EditRayError, OutOfMemory, SegmentFailed
 from edit_ray.files import digest_of_file, read_bytes, replacing
-from edit_ray.metrics.totals import Snapshot, Totals
+from edit_ray.metrics.collect import MetricValues, Snapshot
 from edit_ray.runs.event_log import append_event
 from edit_ray.runs.plan import SegmentPlan
 from edit_ray.video.encode import Frames, Patience, encode, ffmpeg_version, join
@@ -56,7 +56,7 @@ class DenoiserActor:
         self._adoption = Adoption()
         self._progress: Progress | None = None
         self._joins = Joins()
-        self._totals, self._life = Totals(), secrets.token_hex(8)
+        self._values, self._life = MetricValues(), secrets.token_hex(8)
         self._beat, self._loading = 0, False
         self._short_of_memory = False  # whether the work before this has run out of it
         self._leases: dict[str, tuple[object, SegmentLeases | None]] = {}  # by run, with what they are for
@@ -80,8 +80,8 @@ class DenoiserActor:
     def metrics(self) -> Snapshot:
         """What this actor has counted, and what it holds of the device's memory."""
         if self._engine is not None:
-            show_memory(self._totals, self._engine.device)
-        return self._totals.snapshot(self._life)
+            show_memory(self._values, self._engine.device)
+        return self._values.snapshot(self._life)
 
     def beat(self) -> int | None:
         """Another number after each step and each piece of work; None while a model is loaded."""
@@ -157,7 +157,7 @@ class DenoiserActor:
             update={"negative_prompt": segment.negative_prompt, "guidance_scale": segment.guidance_scale}
         )
 
-        times = StepTimes(self._totals)
+        times = StepTimes(self._values)
 
         def on_step(step: int, num_steps: int) -> None:
             times.step(engine.record)

@@ -20,7 +20,7 @@ from edit_ray.actors.closing import close_run, stop_work
 from edit_ray.actors.crew import Crew, Pointer
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import Progress, RunStatus, StreamReply, code_version
-from edit_ray.actors.meter import Meter
+from edit_ray.actors.metrics_collector import MetricsCollector
 from edit_ray.actors.places import LOOK_AGAIN_S, missing, usable_workers
 from edit_ray.actors.pointers import Pointers
 from edit_ray.actors.recovery import Recovery, WaitingRun
@@ -71,7 +71,7 @@ class SegmentSchedulerActor:
         self._admitting = asyncio.Lock()
         self._last_use = 0
         self._recovery = Recovery(crew, self._admission, self._come_back, self._forget)
-        self._meter = Meter(
+        self._metrics = MetricsCollector(
             crew,
             lambda: [(run, self._state(run)) for run in self._runs.values() if not run.ended],
             lambda: len(self._recovery.waiting),
@@ -100,7 +100,7 @@ class SegmentSchedulerActor:
                     raise _taken(there.folder)
                 return await self._join(there)
             spec = await self._admission.check(asked)
-            await self._meter.serve(spec.config.metrics, spec.root)
+            await self._metrics.serve(spec.config.metrics, spec.root)
             async with self._pointers.noted(run_id, Pointer(root)):
                 if await self._admission.mine(asked):
                     return await self._live(await self._admission.go_on(spec.root, run_id))
@@ -172,10 +172,10 @@ class SegmentSchedulerActor:
         def there() -> bool:
             taken = min(segment_index, len(run.manifest.segments))
             self._apply(Consumed(run_id, taken))
-            self._meter.taken(run_id, taken)
+            self._metrics.taken(run_id, taken)
             return segment_index < len(run.manifest.segments) or run.ended
 
-        with self._meter.consumer():
+        with self._metrics.consumer():
             await run.wait(there, timeout_s)
         segments = run.manifest.segments
         record = segments[segment_index] if segment_index < len(segments) else None
@@ -220,19 +220,19 @@ class SegmentSchedulerActor:
 
     async def _recover(self) -> None:
         """Goes on with every run that an earlier incarnation was at work on, those first that have a GPU actor."""
-        await self._meter.forget_earlier()
+        await self._metrics.forget_earlier()
         pointers = await self._recovery.recall()
         self._pointers.recalled(pointers)  # all of them until each is seen to: this incarnation may die meanwhile
         ordered = dict(sorted(pointers.items(), key=lambda item: item[1].worker is None))
         await self._recovery.begin(ordered, self._spawn)
-        self._spawn(self._meter.serve_again(list(self._runs.values())))
+        self._spawn(self._metrics.serve_again(list(self._runs.values())))
 
     async def _come_back(self, run: LiveRun, waiting: WaitingRun) -> None:
         await self._live(run, recovered=True)
         if waiting.cancelled:
             self._apply(CancelAsked(waiting.run_id))
         if self._recovered.done():
-            self._spawn(self._meter.serve_again([run]))
+            self._spawn(self._metrics.serve_again([run]))
 
     async def _forget(self, run_id: str, idle_exit_s: float = IDLE_EXIT_S) -> None:
         """Nothing is left to do for a run."""
@@ -258,7 +258,7 @@ class SegmentSchedulerActor:
                     Path(root), run_id, allow_different_hardware=other_hardware, change=change, damage=damage
                 )
                 try:
-                    await self._meter.serve(run.spec.config.metrics, run.spec.root)
+                    await self._metrics.serve(run.spec.config.metrics, run.spec.root)
                 except BaseException:
                     await run.close()
                     raise
@@ -298,7 +298,7 @@ class SegmentSchedulerActor:
         run.statistics |= dict(enumerate(denoised, committed))
         self._runs.pop(spec.run_id, None)  # of an earlier life
         self._runs[spec.run_id] = run
-        self._meter.opened(run, recovered=recovered)
+        self._metrics.opened(run, recovered=recovered)
         run.warnings["cluster"] = missing(spec, usable)
         self._apply(WorkersCounted(usable))
         self._apply(RunSubmitted(spec.plan, committed, committed + len(denoised), run.worked_on))
@@ -346,7 +346,7 @@ class SegmentSchedulerActor:
                     await run.on_disk(partial(append_event, run.folder.events, "gpu_actor", worker=work.worker))
                     await self._pointers.note(work.run_id, Pointer(str(run.spec.root), work.worker, begun=True))
                     run.worker = work.worker
-            with self._meter.work(run, work):
+            with self._metrics.work(run, work):
                 await self._stages.carry_out(run, work)
         except Exception as error:  # whatever it was, the state machine decides what follows
             sentence, kind = await explain(error, run)
@@ -365,7 +365,7 @@ class SegmentSchedulerActor:
     async def _close(self, close: CloseRun) -> None:
         run = self._runs[close.run_id]
         await close_run(self._crew, self._stages.watchdog, run, close)
-        self._meter.ended(run)
+        self._metrics.ended(run)
         await self._forget(close.run_id, run.spec.config.engine.idle_exit_s)
         await run.tell()
         self._forget_old_runs()
@@ -383,7 +383,7 @@ class SegmentSchedulerActor:
         use = self._last_use
         await asyncio.sleep(idle_exit_s)
         if self._idle and use == self._last_use and not self._admitting.locked():
-            self._meter.close()
+            self._metrics.close()
             await self._crew.end()
 
 

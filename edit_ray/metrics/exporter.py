@@ -12,7 +12,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler
 from itertools import accumulate
 from pathlib import Path
@@ -25,24 +25,28 @@ from prometheus_client.registry import Collector
 
 from edit_ray.errors import ConfigError
 from edit_ray.files import read_bytes, remove, remove_drafts, write_atomic
-from edit_ray.metrics.actor_snapshots import ActorSnapshots
-from edit_ray.metrics.catalog import CATALOG, Metric
+from edit_ray.metrics.catalog import CATALOG
+from edit_ray.metrics.collect import SUM, ActorMetrics, MetricValues, bounds
 from edit_ray.metrics.options import MetricsOptions
-from edit_ray.metrics.totals import SUM, Series, Totals, bounds
 
 MIN_TOKEN = 16  # characters
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 TARGETS = "edit_ray_targets.json"
 _POLL_S = 0.05  # between looks at whether to end
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+_FAMILIES: dict[str, Any] = {
+    "counter": CounterMetricFamily,
+    "gauge": GaugeMetricFamily,
+    "histogram": HistogramMetricFamily,
+}
 
 
 class Exporter(Collector):
     """Serves one process's metrics, from a registry of its own, until it is closed."""
 
-    def __init__(self, totals: Totals, actors: ActorSnapshots, options: MetricsOptions) -> None:
+    def __init__(self, values: MetricValues, actors: ActorMetrics, options: MetricsOptions) -> None:
         """Raises ConfigError where the address cannot be had or there is no good token."""
-        self._totals, self._actors = totals, actors
+        self._values, self._actors = values, actors
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
         self._server = _listen(options, _token(options), self)
@@ -64,48 +68,36 @@ class Exporter(Collector):
         """The page, with its own time counted for the next one."""
         began, cpu = time.perf_counter(), time.thread_time()
         page = self.page()
-        self._totals.observe("edit_ray_scrape_seconds", time.perf_counter() - began)
-        self._totals.inc("edit_ray_metrics_cpu_seconds_total", time.thread_time() - cpu)
+        self._values.observe("edit_ray_scrape_seconds", time.perf_counter() - began)
+        self._values.inc("edit_ray_metrics_cpu_seconds_total", time.thread_time() - cpu)
         return page
 
     def collect(self) -> Iterable[Family]:
-        known = self._totals.snapshot("")
-        gauges = {**known.gauges, **self._actors.gauges()}
-        children: dict[str, dict[tuple[str, ...], None]] = {}
-        for name, labels, _ in (*known.counts, *gauges):
-            children.setdefault(name, {})[labels] = None
+        """Every metric of the catalog, each with all its children."""
+        known = self._values.snapshot("")
+        values = {**known.counts, **known.gauges, **self._actors.gauges()}
+        seen: dict[str, dict[tuple[str, ...], None]] = {}
+        for name, labels, _ in values:
+            seen.setdefault(name, {})[labels] = None
         for metric in CATALOG.values():
-            yield _family(metric, children.get(metric.name, {}), known.counts, gauges)
+            family = _FAMILIES[metric.kind](metric.name, metric.help, labels=metric.labels)
+            for labels in {**dict.fromkeys(metric.children()), **seen.get(metric.name, {})}:
+                if metric.kind == "histogram":
+                    counts = accumulate(values.get((metric.name, labels, bound), 0) for bound in bounds(metric))
+                    buckets = list(zip(bounds(metric), counts, strict=True))
+                    family.add_metric(labels, buckets, values.get((metric.name, labels, SUM), 0))
+                    continue
+                absent = metric.kind == "gauge" and metric.owner is not None
+                value = values.get((metric.name, labels, ""), None if absent else 0)
+                if value is not None:
+                    family.add_metric(labels, value)
+            yield family
 
     def close(self) -> None:
         """Give the address back."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-
-
-def _family(
-    metric: Metric, seen: Iterable[tuple[str, ...]], counts: Mapping[Series, float], gauges: Mapping[Series, float]
-) -> Family:
-    children = dict.fromkeys((*metric.children(), *seen))
-    if metric.kind == "gauge":
-        gauge = GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
-        for labels in children:
-            value = gauges.get((metric.name, labels, ""), 0.0 if metric.owner is None else None)
-            if value is not None:
-                gauge.add_metric(labels, value)
-        return gauge
-    if metric.kind == "counter":
-        counter = CounterMetricFamily(metric.name, metric.help, labels=metric.labels)
-        for labels in children:
-            counter.add_metric(labels, counts.get((metric.name, labels, ""), 0))
-        return counter
-    histogram = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
-    for labels in children:
-        buckets = [counts.get((metric.name, labels, bound), 0) for bound in bounds(metric)]
-        total = counts.get((metric.name, labels, SUM), 0)
-        histogram.add_metric(labels, list(zip(bounds(metric), accumulate(buckets), strict=True)), total)
-    return histogram
 
 
 class _Server(ThreadingTCPServer):
@@ -116,13 +108,13 @@ class _Server(ThreadingTCPServer):
         self.address_family, self.exporter = family, exporter
         self.expected = None if token is None else f"Bearer {token}".encode()
         self.names = {*_LOOPBACK, address[0], f"[{address[0]}]"}
-        super().__init__(address, _Handler)
+        super().__init__(address, _ScrapeHandler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Who scrapes has left; the next scrape is another."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _ScrapeHandler(BaseHTTPRequestHandler):
     server: _Server
     server_version, sys_version = "edit-ray", ""
     timeout = 10  # seconds without a byte from who scrapes

@@ -11,7 +11,7 @@ from itertools import product
 from typing import Protocol
 
 from edit_ray.metrics.catalog import LABELS
-from edit_ray.metrics.totals import Series, Totals, observed, series
+from edit_ray.metrics.collect import MetricValues, SeriesId, observed, series
 
 MOST_AT_ONCE = 1000  # records, which take about 15 ms
 _TOLD = {"denoise": "denoise_s", "decode": "decode_s", "encode": "encode_s", "commit": "publish_s"}
@@ -27,7 +27,7 @@ _LIMIT = 2.0**63
 """No statistic of a segment is as much; below it sums of them stay finite."""
 
 
-class Record(Protocol):
+class Committed(Protocol):
     """A committed segment as the manifest has it."""
 
     @property
@@ -60,8 +60,8 @@ class RunMetrics:
     So a scheduler that is started again and told of the manifest has the same counts as the one before it.
     """
 
-    def __init__(self, totals: Totals, clock: Callable[[], float] = time.monotonic) -> None:
-        self._totals, self._clock = totals, clock
+    def __init__(self, values: MetricValues, clock: Callable[[], float] = time.monotonic) -> None:
+        self._values, self._clock = values, clock
         self._runs: dict[str, _Run] = {}
         self._work: dict[tuple[str, str, int | None], float] = {}
         self._begun: dict[tuple[str, int | None], float] = {}  # by run and segment: its first work
@@ -71,7 +71,7 @@ class RunMetrics:
         """A run begins or goes on; `counted` of its committed segments were counted elsewhere."""
         self._runs[run_id] = _Run(policy, counted, self._clock() if is_new else None)
 
-    def committed(self, run_id: str, records: Sequence[Record], earlier: Sequence[Record] = ()) -> bool:
+    def committed(self, run_id: str, records: Sequence[Committed], earlier: Sequence[Committed] = ()) -> bool:
         """The run's committed segments now, and those of `earlier` takes that others have replaced.
 
         Counts no more than `MOST_AT_ONCE` of them; returns whether some are left for the next call.
@@ -84,12 +84,12 @@ class RunMetrics:
             run.counted += len(new)
             for record in new:
                 self._time(run_id, run, record)
-            self._totals.add(_counts(new, run.policy))
+            self._values.add(_counts(new, run.policy))
         return run.counted < len(earlier) + len(records)
 
     def ended(self, run_id: str, outcome: str) -> None:
         """A run has ended with this outcome, and nothing of it is counted any more."""
-        self._totals.inc("edit_ray_runs_ended_total", outcome=outcome)
+        self._values.inc("edit_ray_runs_ended_total", outcome=outcome)
         self._runs.pop(run_id, None)
         self._begun = {of: since for of, since in self._begun.items() if of[0] != run_id}
 
@@ -105,49 +105,49 @@ class RunMetrics:
         seconds = max(0.0, now - self._work.pop((run_id, stage, segment_index), now))
         self._show_work()
         if trouble is not None:
-            self._totals.inc("edit_ray_work_failed_total", stage=stage, trouble=trouble)
-            self._totals.inc("edit_ray_work_lost_seconds_total", seconds, stage=stage)
+            self._values.inc("edit_ray_work_failed_total", stage=stage, trouble=trouble)
+            self._values.inc("edit_ray_work_lost_seconds_total", seconds, stage=stage)
         elif stage not in _TOLD:
-            self._totals.observe("edit_ray_work_seconds", seconds, stage=stage)
+            self._values.observe("edit_ray_work_seconds", seconds, stage=stage)
 
     @contextmanager
     def consumer(self) -> Iterator[None]:
         """A client waits for a segment."""
         self._consumers += 1
-        self._totals.set("edit_ray_stream_consumers", self._consumers)
+        self._values.set("edit_ray_stream_consumers", self._consumers)
         try:
             yield
         finally:
             self._consumers -= 1
-            self._totals.set("edit_ray_stream_consumers", self._consumers)
+            self._values.set("edit_ray_stream_consumers", self._consumers)
 
     def standing(self, runs: Sequence[Standing]) -> None:
         """Where all live runs stand now."""
         states = Counter(run.state for run in runs)
         for state in LABELS["state"]:
-            self._totals.set("edit_ray_runs", states[state], state=state)
-        self._totals.set("edit_ray_segments_remaining", sum(run.remaining for run in runs))
-        self._totals.set("edit_ray_stream_lag_segments", max((run.lag for run in runs), default=0))
+            self._values.set("edit_ray_runs", states[state], state=state)
+        self._values.set("edit_ray_segments_remaining", sum(run.remaining for run in runs))
+        self._values.set("edit_ray_stream_lag_segments", max((run.lag for run in runs), default=0))
 
     def _show_work(self) -> None:
         stages = Counter(stage for _, stage, _ in self._work)
         for stage in LABELS["stage"]:
-            self._totals.set("edit_ray_work_in_flight", stages[stage], stage=stage)
+            self._values.set("edit_ray_work_in_flight", stages[stage], stage=stage)
 
-    def _time(self, run_id: str, run: _Run, record: Record) -> None:
+    def _time(self, run_id: str, run: _Run, record: Committed) -> None:
         """How long a segment took, which only the scheduler that began it can tell."""
         now = self._clock()
         if run.submitted is not None and record.index == 0:
-            self._totals.observe("edit_ray_first_segment_seconds", max(0.0, now - run.submitted))
+            self._values.observe("edit_ray_first_segment_seconds", max(0.0, now - run.submitted))
         began = self._begun.pop((run_id, record.index), None)
         if began is not None:
-            self._totals.observe("edit_ray_segment_seconds", max(0.0, now - began))
+            self._values.observe("edit_ray_segment_seconds", max(0.0, now - began))
 
 
-def _counts(records: Sequence[Record], policy: str) -> Mapping[Series, float]:
+def _counts(records: Sequence[Committed], policy: str) -> Mapping[SeriesId, float]:
     """What the records add to the counters."""
     counters, histograms = _counters(policy), _HISTOGRAMS
-    counts: dict[Series, float] = dict.fromkeys(counters.values(), 0.0)
+    counts: dict[SeriesId, float] = dict.fromkeys(counters.values(), 0.0)
     counts[series("edit_ray_segments_total")] = len(records)
     counts[series("edit_ray_frames_total")] = sum(record.num_frames for record in records)
     for record in records:
@@ -162,7 +162,7 @@ def _counts(records: Sequence[Record], policy: str) -> Mapping[Series, float]:
     return counts
 
 
-def _counters(policy: str) -> dict[str, Series]:
+def _counters(policy: str) -> dict[str, SeriesId]:
     """The counter of each statistic that is added up."""
     found = {
         "reuse_wait_s": series("edit_ray_reuse_wait_seconds_total"),

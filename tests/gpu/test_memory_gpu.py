@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from edit_ray.actors.figures import show_memory
+from edit_ray.actors.stats import show_memory
 from edit_ray.engine.loading import second_gpu
 from edit_ray.engine.options import ModelOptions
 from edit_ray.engine.segment import SegmentEngine
-from edit_ray.metrics.totals import Totals
+from edit_ray.metrics.collect import MetricValues
 
 MIB = 2**20
 
 
 def shown():
-    totals = Totals()
+    totals = MetricValues()
     show_memory(totals, torch.device("cuda"))
     return {kind: totals.value("edit_ray_gpu_memory_bytes", kind=kind) for kind in ("allocated", "reserved", "total")}
 

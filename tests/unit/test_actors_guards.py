@@ -14,8 +14,8 @@ from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.client import LongVideoClient
 from edit_ray.errors import ConfigError, ResourcesUnavailable, StaleWork
+from edit_ray.metrics.collect import MetricValues
 from edit_ray.metrics.run_metrics import RunMetrics
-from edit_ray.metrics.totals import Totals
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
@@ -115,7 +115,7 @@ BAD = [-3600.0, math.nan, math.inf, -math.inf, 10**400, "seven", None, [1.0], {}
 def test_no_statistic_of_a_manifest_fails_the_metrics(bad):
     keys = ("denoise_s", "encode_s", "publish_s", "seam_score", "media_bytes", "steps_computed_cond", "reuse_wait_s")
     for key in keys:
-        totals = Totals()
+        totals = MetricValues()
         runs = RunMetrics(totals)
         runs.opened("a", "none", 0)
         runs.committed("a", [Segment(0, 8, {key: bad}), Segment(1, 8, {key: 2.0})])

@@ -67,6 +67,29 @@ def test_the_counts_are_those_of_the_manifest(tmp_path, model):
     assert RunFolder(tmp_path, "one").read_manifest().state == "done"
 
 
+def test_a_store_whose_tiers_are_closed_and_made_again_goes_on_counting(tmp_path, model):
+    """The same run twice, in one CacheStore actor: every count of it is there twice."""
+
+    async def run():
+        crew, told = LocalCrew(), []
+        scheduler = SegmentSchedulerActor(crew)
+        for run_id in ("one", "two"):
+            await submit(scheduler, tmp_path, run_id, config_for(model, **REUSE))
+            assert (await end_of(scheduler, run_id)).state == "done"
+            told.append(await crew.store(0, "metrics"))
+        first, second = told
+        assert (first.incarnation, first.sequence < second.sequence) == (second.incarnation, True)
+        lookups = [of for of in first.counts if of[0] == "edit_ray_tier_lookups_total" and of[1][0] == "host"]
+        reads = sum(first.counts[of] for of in lookups)
+        assert reads > 0
+        assert sum(second.counts[of] for of in lookups) == 2 * reads
+        assert all(second.counts[of] >= value for of, value in first.counts.items())
+        assert second.gauges == {}, "the tiers are closed"
+        await crew.end()
+
+    asyncio.run(run())
+
+
 def test_without_a_cache_every_step_counts_as_computed(tmp_path, model):
     async def run():
         scheduler = SegmentSchedulerActor(LocalCrew())

@@ -12,11 +12,10 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from edit_ray.errors import ConfigError
-from edit_ray.metrics.actor_snapshots import STALE_S, ActorSnapshots
 from edit_ray.metrics.catalog import CATALOG
+from edit_ray.metrics.collect import STALE_S, ActorMetrics, MetricValues, Snapshot, series
 from edit_ray.metrics.exporter import Exporter, write_targets
 from edit_ray.metrics.options import MetricsOptions
-from edit_ray.metrics.totals import Snapshot, Totals, series
 from tests.prometheus import need, samples_of
 
 TOKEN = "a token of many characters"
@@ -40,8 +39,8 @@ def serve(clock):
     started = []
 
     def start(**options):
-        totals = Totals()
-        actors = ActorSnapshots(totals, clock)
+        totals = MetricValues()
+        actors = ActorMetrics(totals, clock)
         started.append(Exporter(totals, actors, MetricsOptions(**options)))
         return started[-1], totals, actors
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edit_ray.metrics.collect import SUM, MetricValues
 from edit_ray.metrics.run_metrics import MOST_AT_ONCE, RunMetrics, Standing
-from edit_ray.metrics.totals import SUM, Totals
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def clock():
 
 @pytest.fixture
 def totals():
-    return Totals()
+    return MetricValues()
 
 
 @pytest.fixture
@@ -68,14 +68,14 @@ def test_a_segment_counts_when_it_is_committed(runs, totals, clock):
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.data())
 def test_whenever_the_scheduler_dies_the_counts_are_those_of_the_manifest(commits, data):
-    manifest, totals = [], Totals()
+    manifest, totals = [], MetricValues()
     runs = RunMetrics(totals)
     runs.opened("a", "none", 0, is_new=True)
     for number in commits:
         manifest += [Segment(len(manifest) + n) for n in range(number)]
         runs.committed("a", manifest)
         if data.draw(st.booleans(), "dies"):
-            totals = Totals()
+            totals = MetricValues()
             runs = RunMetrics(totals)
             runs.opened("a", "none", 0)
             runs.committed("a", manifest)

@@ -1,9 +1,10 @@
-"""What the actors' parts count, in the words of the metrics' catalog and of the manifest."""
+"""The actors' statistics, by the names of the metrics catalog and of the manifest."""
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +15,11 @@ from edit_ray.cache.records import Record
 from edit_ray.cache.stores.shared_tiers import SharedTiers
 from edit_ray.files import write_atomic
 from edit_ray.metrics.catalog import LABELS
-from edit_ray.metrics.deltas import Deltas
-from edit_ray.metrics.totals import Series, Snapshot, Totals, series
+from edit_ray.metrics.collect import MetricValues, SeriesId, Snapshot, series
 from edit_ray.runs.plan import SegmentPlan
 
 _CPU = torch.device("cpu")
+_NONE: Mapping[SeriesId, Any] = {}
 
 
 def decisions(record: Record | None, num_steps: int, guided: bool) -> dict[str, int]:
@@ -49,8 +50,8 @@ def cache_statistics(record: Record | None, spec: RunSpec, segment: SegmentPlan)
 class StepTimes:
     """Times the steps of one segment as they happen."""
 
-    def __init__(self, totals: Totals) -> None:
-        self._totals = totals
+    def __init__(self, values: MetricValues) -> None:
+        self._values = values
         self.begin()
 
     def begin(self) -> None:
@@ -63,42 +64,52 @@ class StepTimes:
         told = () if record is None else record.decisions[self._seen :]
         self._seen += len(told)
         skipped = bool(told) and all(decision.decision == "reuse" for decision in told)
-        self._totals.observe("edit_ray_step_seconds", now - self._since, decision="skipped" if skipped else "computed")
+        self._values.observe("edit_ray_step_seconds", now - self._since, decision="skipped" if skipped else "computed")
         self._since = now
 
 
-def show_memory(totals: Totals, device: torch.device = _CPU) -> None:
+def show_memory(values: MetricValues, device: torch.device = _CPU) -> None:
     """What torch holds of a CUDA device; elsewhere there is nothing to show."""
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
         held = {"allocated": torch.cuda.memory_allocated(device), "reserved": torch.cuda.memory_reserved(device)}
         for kind, value in {**held, "total": total}.items():
-            totals.set("edit_ray_gpu_memory_bytes", value, kind=kind)
+            values.set("edit_ray_gpu_memory_bytes", value, kind=kind)
 
 
-class TierFigures:
+class TierStats:
     """The counts of all tiers that one CacheStore actor has had, one after the other."""
 
     def __init__(self) -> None:
-        self.totals = Totals()
-        self._deltas, self._looks = Deltas(), 0
+        self._life, self._sequence = secrets.token_hex(8), 0
+        self._before: Counter[SeriesId] = Counter()  # of tiers that are closed, and of the actor itself
+        self._tiers, self._counts, self._gauges = "", _NONE, _NONE  # of the tiers seen last, and their incarnation
+
+    def refuse(self, refusal: str) -> None:
+        """Count a call that the actor itself has refused."""
+        self._before[series("edit_ray_refusals_total", refusal=refusal)] += 1
 
     def look(self, tiers: SharedTiers | None) -> None:
-        """Takes over what the tiers have counted, and what they hold; None where there are none now."""
-        held: dict[Series, float] = {}
-        if tiers is not None and not tiers.failed:
-            told = tiers.statistics()
-            self._looks += 1
-            self.totals.add(self._deltas.take("tiers", Snapshot(tiers.incarnation, self._looks, _counts(told))))
-            held = _held(told)
-        for name in ("bytes", "budget_bytes", "peak_bytes", "entries"):
-            for tier in LABELS["tier"]:
-                of = series(f"edit_ray_tier_{name}", tier=tier)
-                self.totals.set(of[0], held.get(of), tier=tier)
+        """Read what the tiers have counted, and what they hold; None or failed ones hold nothing."""
+        self._gauges = _NONE
+        if tiers is None or tiers.failed:
+            return
+        stats = tiers.statistics()
+        if tiers.incarnation != self._tiers:
+            self._before.update(self._counts)  # adds them
+        self._tiers, self._counts, self._gauges = tiers.incarnation, _counts(stats), _held(stats)
+
+    def snapshot(self, tiers: SharedTiers | None) -> Snapshot:
+        """All counts since the actor's start, and what its tiers hold now."""
+        self.look(tiers)
+        self._sequence += 1
+        counts = self._before.copy()
+        counts.update(self._counts)
+        return Snapshot(self._life, self._sequence, counts, self._gauges)
 
 
-def _held(told: Mapping[str, Any]) -> dict[Series, float]:
-    found: dict[Series, float] = {}
+def _held(told: Mapping[str, Any]) -> dict[SeriesId, float]:
+    found: dict[SeriesId, float] = {}
     names = {"bytes": "bytes", "budget_bytes": "budget_bytes", "peak_bytes": "peak_bytes", "entries_in": "entries"}
     for (key, name), tier in ((pair, tier) for pair in names.items() for tier in LABELS["tier"]):
         value = told[key].get(tier, 0)
@@ -107,10 +118,10 @@ def _held(told: Mapping[str, Any]) -> dict[Series, float]:
     return found
 
 
-def _counts(told: Mapping[str, Any]) -> dict[Series, float]:
+def _counts(told: Mapping[str, Any]) -> dict[SeriesId, float]:
     counters = told["counters"]
     host, disk, none = counters.found.get("host", 0), counters.found.get("disk", 0), counters.misses
-    found: dict[Series, float] = {}
+    found: dict[SeriesId, float] = {}
 
     def count(name: str, value: float, **labels: str) -> None:
         of = series(f"edit_ray_{name}_total", **labels)

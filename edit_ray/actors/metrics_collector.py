@@ -14,12 +14,11 @@ from edit_ray.actors.best_effort import best_effort
 from edit_ray.actors.crew import Crew
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.errors import RunCancelled, StaleWork
-from edit_ray.metrics.actor_snapshots import ActorSnapshots
 from edit_ray.metrics.catalog import Role
+from edit_ray.metrics.collect import ActorMetrics, MetricValues, Snapshot
 from edit_ray.metrics.exporter import Exporter, remove_targets, write_targets
 from edit_ray.metrics.options import MetricsOptions
 from edit_ray.metrics.run_metrics import RunMetrics, Standing
-from edit_ray.metrics.totals import Snapshot, Totals
 from edit_ray.runs.events import RunState, Work
 
 ASK_S = 1.0
@@ -28,7 +27,7 @@ Live = Callable[[], Iterable[tuple[LiveRun, RunState]]]
 """The runs that have not ended, and where they stand."""
 
 
-class Meter:
+class MetricsCollector:
     """Told of what the segment scheduler does, it keeps the totals. All in the event loop, but for scrapes.
 
     Only `serve` raises: nothing that is told here may fail a run.
@@ -36,8 +35,8 @@ class Meter:
 
     def __init__(self, crew: Crew, live: Live, waiting: Callable[[], int]) -> None:
         self._crew, self._live, self._waiting = crew, live, waiting
-        self.totals = Totals()
-        self._runs, self._actors = RunMetrics(self.totals), ActorSnapshots(self.totals)
+        self.values = MetricValues()
+        self._runs, self._actors = RunMetrics(self.values), ActorMetrics(self.values)
         self._incarnation, self._ticks = secrets.token_hex(8), 0
         self._taken: dict[str, int] = {}  # by run: segments that a client has taken
         self._exporter: Exporter | None = None
@@ -45,7 +44,7 @@ class Meter:
         self._beginning = asyncio.Lock()
         self._targets: dict[str, str] = {}  # the address that each file tells
         self._tasks: dict[tuple[Role, int], asyncio.Task[None]] = {}
-        self.totals.set("edit_ray_build_info", 1, version=edit_ray.__version__)
+        self.values.set("edit_ray_build_info", 1, version=edit_ray.__version__)
 
     async def serve(self, options: MetricsOptions, root: Path) -> None:
         """Lets Prometheus know in `root` where to ask. Where it asks stays as it is while any run lives.
@@ -73,7 +72,7 @@ class Meter:
             return
         if self._exporter is None or (options != self._serving and not list(self._live())):
             self.close()
-            self._exporter = await asyncio.to_thread(Exporter, self.totals, self._actors, options)
+            self._exporter = await asyncio.to_thread(Exporter, self.values, self._actors, options)
             self._serving = options
             self._begin("segment_scheduler", 0)
         with best_effort("tell Prometheus where to ask"):
@@ -191,7 +190,7 @@ class Meter:
         began = time.thread_time()
         with best_effort("keep the metrics"):
             yield
-        self.totals.inc("edit_ray_metrics_cpu_seconds_total", time.thread_time() - began)
+        self.values.inc("edit_ray_metrics_cpu_seconds_total", time.thread_time() - began)
 
 
 def _trouble(error: Exception) -> str:
