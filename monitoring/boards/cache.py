@@ -47,7 +47,7 @@ _TIMES = Row(
             (Target(mean("step_seconds", "decision"), "{{decision}}"),),
         ),
         Panel(
-            "Step time, 95 of 100 within",
+            "Step time, p95",
             "The slower steps.",
             "s",
             (Target(quantile(0.95, "step_seconds", "decision"), "{{decision}}"),),

@@ -1,5 +1,6 @@
 """The actors, the memory of GPUs, and what Ray itself tells of the machines."""
 
+from edit_ray.metrics.collect import STALE_S
 from monitoring.boards.panel import Dashboard, Panel, Row, Target
 from monitoring.boards.query import VARIABLES, of, quantile, rate, total
 
@@ -19,16 +20,17 @@ _ACTORS = Row(
             (Target(f"{rate('actor_restarts_total', 'actor')} * 3600", "{{actor}}"),),
         ),
         Panel(
-            "Age of snapshots",
+            "Last heard from",
             "Since an actor was heard of; what it said of itself is told for 15 seconds.",
             "s",
             (Target(f"max by (actor) ({of('actor_snapshot_age_seconds')})", "{{actor}}"),),
+            above=STALE_S,
         ),
         Panel(
             "Scrapes",
             "What the answer to a scrape takes.",
             "s",
-            (Target(quantile(0.99, "scrape_seconds"), "99 of 100 within"),),
+            (Target(quantile(0.99, "scrape_seconds"), "p99"),),
         ),
         Panel(
             "Cost of these metrics",

@@ -46,7 +46,7 @@ _MEDIA = Row(
             "short",
             (
                 Target(mean("seam_score"), "mean"),
-                Target(quantile(0.95, "seam_score"), "95 of 100 within"),
+                Target(quantile(0.95, "seam_score"), "p95"),
             ),
         ),
     ),

@@ -27,7 +27,7 @@ _NOW = Row(
             width=6,
         ),
         Panel(
-            "Time to go",
+            "ETA",
             "Segments to go, times what denoising one took in the range shown, over how many are denoised at a time.",
             "s",
             (Target(f"{total(of('segments_remaining'))} * ({_SECONDS}) / {_AT_A_TIME}", "time"),),
@@ -41,6 +41,7 @@ _NOW = Row(
             (Target(f"round(sum(increase({of('work_failed_total')}[$__range])))", "attempts"),),
             kind="stat",
             width=6,
+            above=1,
         ),
     ),
 )
@@ -72,7 +73,7 @@ _RUNS = Row(
             "s",
             (
                 Target(mean("segment_seconds"), "mean"),
-                Target(quantile(0.95, "segment_seconds"), "95 of 100 within"),
+                Target(quantile(0.95, "segment_seconds"), "p95"),
                 Target(mean("first_segment_seconds"), "first of a run"),
             ),
         ),

@@ -9,6 +9,17 @@ from typing import Any, Literal
 
 WIDTH, HEIGHT = 24, 8  # of a dashboard in columns, of a panel in rows
 SCHEMA_VERSION = 39
+_LINKS = {  # the other boards, for the same time and the same jobs and instances
+    "title": "EDiT",
+    "type": "dashboards",
+    "tags": ["edit_ray"],
+    "icon": "external link",
+    "tooltip": "",
+    "asDropdown": True,
+    "targetBlank": False,
+    "includeVars": True,
+    "keepTime": True,
+}
 _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
@@ -32,6 +43,7 @@ class Panel:
     stacked: bool = False
     needs_gpu: bool = False
     width: int = 8
+    above: float | None = None  # a threshold: beyond it is trouble
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ def _dashboard(dashboard: Dashboard) -> dict[str, Any]:
         "time": {"from": "now-30m", "to": "now"},
         "timepicker": {},
         "annotations": {"list": []},
-        "links": [],
+        "links": [_LINKS],
         "templating": {"list": [_datasource(), _variable("job"), _variable("instance", ',job=~"$job"')]},
         "panels": _panels(dashboard),
     }
@@ -146,21 +158,31 @@ def _panel(panel: Panel) -> dict[str, Any]:
             for index, target in enumerate(panel.targets)
         ],
         "fieldConfig": {
-            "defaults": {"unit": panel.unit, "min": 0, **({"custom": _lines(panel.stacked)} if timeseries else {})},
+            "defaults": {
+                "unit": panel.unit,
+                "min": 0,
+                **({"custom": _lines(panel)} if timeseries else {}),
+                **({} if panel.above is None else {"thresholds": _thresholds(panel.above)}),
+            },
             "overrides": [],
         },
         "options": _timeseries_options() if timeseries else _stat_options(),
     }
 
 
-def _lines(stacked: bool) -> dict[str, Any]:
+def _thresholds(above: float) -> dict[str, Any]:
+    return {"mode": "absolute", "steps": [{"color": "green", "value": None}, {"color": "red", "value": above}]}
+
+
+def _lines(panel: Panel) -> dict[str, Any]:
     return {
         "drawStyle": "line",
         "lineWidth": 1,
-        "fillOpacity": 30 if stacked else 8,
+        "fillOpacity": 30 if panel.stacked else 8,
         "showPoints": "never",
         "spanNulls": False,
-        "stacking": {"mode": "normal" if stacked else "none", "group": "A"},
+        "thresholdsStyle": {"mode": "off" if panel.above is None else "line"},
+        "stacking": {"mode": "normal" if panel.stacked else "none", "group": "A"},
     }
 
 

@@ -64,6 +64,9 @@ def test_a_dashboard_asks_for_its_datasource_job_and_instance(board):
         if panel["type"] != "row":
             assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
             assert all(target["datasource"] == panel["datasource"] for target in panel["targets"])
+    (link,) = made["links"]
+    assert set(link["tags"]) <= set(made["tags"]), "it leads to the other dashboards"
+    assert (link["includeVars"], link["keepTime"]) == (True, True)
     ids = [panel["id"] for panel in made["panels"]]
     assert len(set(ids)) == len(ids)
     assert len({panel.title for panel in board.panels}) == len(board.panels)
