@@ -27,7 +27,7 @@ _LIMIT = 2.0**63
 """No statistic of a segment is as much; below it sums of them stay finite."""
 
 
-class Committed(Protocol):
+class CommittedView(Protocol):
     """A committed segment as the manifest has it."""
 
     @property
@@ -71,7 +71,7 @@ class RunMetrics:
         """A run begins or goes on; `counted` of its committed segments were counted elsewhere."""
         self._runs[run_id] = _Run(policy, counted, self._clock() if is_new else None)
 
-    def committed(self, run_id: str, records: Sequence[Committed], earlier: Sequence[Committed] = ()) -> bool:
+    def committed(self, run_id: str, records: Sequence[CommittedView], earlier: Sequence[CommittedView] = ()) -> bool:
         """The run's committed segments now, and those of `earlier` takes that others have replaced.
 
         Counts no more than `MOST_AT_ONCE` of them; returns whether some are left for the next call.
@@ -134,7 +134,7 @@ class RunMetrics:
         for stage in LABELS["stage"]:
             self._values.set("edit_ray_work_in_flight", stages[stage], stage=stage)
 
-    def _time(self, run_id: str, run: _Run, record: Committed) -> None:
+    def _time(self, run_id: str, run: _Run, record: CommittedView) -> None:
         """How long a segment took, which only the scheduler that began it can tell."""
         now = self._clock()
         if run.submitted is not None and record.index == 0:
@@ -144,7 +144,7 @@ class RunMetrics:
             self._values.observe("edit_ray_segment_seconds", max(0.0, now - began))
 
 
-def _counts(records: Sequence[Committed], policy: str) -> Mapping[SeriesId, float]:
+def _counts(records: Sequence[CommittedView], policy: str) -> Mapping[SeriesId, float]:
     """What the records add to the counters."""
     counters, histograms = _counters(policy), _HISTOGRAMS
     counts: dict[SeriesId, float] = dict.fromkeys(counters.values(), 0.0)
