@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv page demo monitor docs test test-units test-ray test-gpu proof coverage chaos check fix bench bench-gpu clean
+.PHONY: help venv page demo monitor docs test test-units test-ray test-docs test-gpu proof coverage chaos check fix bench bench-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,13 +66,17 @@ HALVES := echo "Two halves of the tests run side by side; each tells all that it
   $(MAKE) --no-print-directory --jobs 2 --output-sync=target test-units test-ray
 
 test-units: $(INSTALLED) ## the half of the tests that needs no Ray
-	OMP_NUM_THREADS=1 nice -n 16 $(BIN)/pytest $(MARKED) -n 3 --dist loadfile --ignore tests/ray --ignore tests/chaos
+	OMP_NUM_THREADS=1 nice -n 16 $(BIN)/pytest $(MARKED) -n 3 --dist loadfile tests/unit tests/parity
 
 test-ray: $(INSTALLED) ## the half that runs on one Ray
 	$(BIN)/pytest $(MARKED) tests/ray tests/chaos
 
+test-docs: $(INSTALLED) ## the tests of the documentation, the benchmarks and the training of the embedded model
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(MARKED) -n 2 --dist loadfile tests/docs tests/benchmarks tests/training
+
 proof: check $(DOCS) ## the tests together with the slow and the chaos proofs, in the same two halves
 	@$(HALVES) MARKED='-m "not gpu and not timed"'
+	$(MAKE) --no-print-directory test-docs MARKED='-m "not gpu and not timed"'
 	$(BIN)/pytest -m timed
 
 COVERED ?= not gpu and not timed
@@ -81,7 +85,7 @@ MEASURED := $(abspath build/coverage)
 coverage: $(INSTALLED) $(DOCS) ## how much of edit_ray/ the proofs run through, Ray's workers included; COVERED chooses by marker
 	rm -rf $(MEASURED) && mkdir -p $(MEASURED)
 	export COVERAGE_FILE=$(MEASURED)/data COVERAGE_PROCESS_START=$(abspath pyproject.toml) PYTHONPATH=$(abspath tests/coverage); \
-	  $(HALVES) MARKED='-m "$(COVERED)"'
+	  $(HALVES) MARKED='-m "$(COVERED)"' && $(MAKE) --no-print-directory test-docs MARKED='-m "$(COVERED)"'
 	cd $(MEASURED) && COVERAGE_FILE=$(MEASURED)/data $(abspath $(BIN))/coverage combine --rcfile=$(abspath pyproject.toml)
 	COVERAGE_FILE=$(MEASURED)/data $(BIN)/coverage report --fail-under=90
 

@@ -1,6 +1,6 @@
 """The code blocks of README, docs and the pages beside them, and which test runs each.
 
-tests/unit/test_documented.py fails where a block or a command stands in no table, or a table names what is not there.
+tests/docs/test_documented.py fails where a block or a command stands in no table, or a table names what is not there.
 """
 
 import re
@@ -18,26 +18,26 @@ PAGES = [
 SHELL = ("console", "bash")
 
 # What is not a command: (page, language) -> the tests that run every such block of the page.
-HERE, ON_RAY = "tests/unit/test_documented.py", "tests/ray/test_documented.py"
+HERE, ON_RAY = "tests/docs/test_documented.py", "tests/ray/test_documented.py"
 TUTORIAL = "tests/ray/test_tutorial.py::test_the_tutorial"
 BLOCKS = {
     ("README.md", "python"): (
-        "tests/unit/test_site.py::test_the_code_of_the_readme_runs",
+        "tests/docs/test_site.py::test_the_code_of_the_readme_runs",
         "tests/ray/test_examples.py::test_the_client_of_the_readme_runs",
     ),
     ("docs/caching.md", "python"): (
-        "tests/unit/test_docs.py::test_the_quick_start_runs",
-        "tests/unit/test_docs.py::test_a_section_runs",
+        "tests/docs/test_docs.py::test_the_quick_start_runs",
+        "tests/docs/test_docs.py::test_a_section_runs",
     ),
-    ("docs/caching.md", "toml"): ("tests/unit/test_docs.py::test_the_entry_point_is_the_one_that_is_looked_up",),
-    ("docs/long-video.md", "python"): ("tests/unit/test_docs_long_video.py::test_the_code_runs",),
+    ("docs/caching.md", "toml"): ("tests/docs/test_docs.py::test_the_entry_point_is_the_one_that_is_looked_up",),
+    ("docs/long-video.md", "python"): ("tests/docs/test_docs_long_video.py::test_the_code_runs",),
     ("docs/tutorial.md", "python"): (TUTORIAL,),
     ("docs/tutorial.md", "toml"): (TUTORIAL,),
-    ("docs/sizing.md", "text"): ("tests/unit/test_site.py::test_pages_that_are_made_from_the_code_are_fresh",),
+    ("docs/sizing.md", "text"): ("tests/docs/test_site.py::test_pages_that_are_made_from_the_code_are_fresh",),
     ("docs/architecture.md", ""): (f"{HERE}::test_the_drawings_name_what_is_there",),
     (MODEL_CARD, "python"): (f"{HERE}::test_the_code_of_the_model_card_runs",),
     **{
-        (page, "yaml"): ("tests/unit/test_site.py::test_configurations_are_valid",)
+        (page, "yaml"): ("tests/docs/test_site.py::test_configurations_are_valid",)
         for page in ("monitoring/README.md", "docs/caching.md", "docs/long-video.md", "docs/speed.md")
     },
 }
@@ -47,10 +47,10 @@ COMMANDS = (
     ("docs/tutorial.md", ".*", TUTORIAL),
     ("README.md", r".*pip install .*|python3 -m venv .*", f"{HERE}::test_it_is_installed_as_the_readme_says"),
     ("README.md", "make demo", f"{ON_RAY}::test_the_demo"),
-    ("CONTRIBUTING.md", "make docs", "tests/unit/test_site.py::test_the_site_is_built_without_a_warning"),
+    ("CONTRIBUTING.md", "make docs", "tests/docs/test_site.py::test_the_site_is_built_without_a_warning"),
     ("monitoring/README.md", "make monitor", f"{HERE}::test_a_prometheus_is_started"),
     # Those are what `generated` runs: the folder of their models holds what a plan reads, and no weights.
-    ("docs/sizing.md", ".*", "tests/unit/test_site.py::test_pages_that_are_made_from_the_code_are_fresh"),
+    ("docs/sizing.md", ".*", "tests/docs/test_site.py::test_pages_that_are_made_from_the_code_are_fresh"),
     (".*", r"edit-ray (plan|report record\.json|make-model).*", f"{HERE}::test_a_quick_command_runs"),
     (".*", r"edit-ray (calibrate|tune) .*|python benchmarks/.*", f"{HERE}::test_a_dear_command_runs"),
     (".*", "export RAY_AUTH_MODE=token", "tests/ray/test_readme_job.py::test_readme_job"),
