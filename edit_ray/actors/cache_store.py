@@ -208,12 +208,11 @@ class CacheStoreActor:
 
     def _remove_left(self, directory: Path, unwanted: Callable[[str], bool]) -> None:
         """Remove the entries of unwanted runs from this node's folders that no store has open."""
-        with suppress(ValueError, OSError):  # no folder on this node, or none that can be read
+        with suppress(ValueError):  # no folder on this node
             here = on_this_node(directory)
-            for folder in [*here.glob("worker-*/other-*"), *here.glob("worker-*"), *here.glob("other-*"), here]:
-                if not folder.is_dir():
-                    continue
-                with suppress(FolderTaken), closing(EntryFiles(folder, allow_tmpfs=True)) as files:
+            folders = [*here.glob("worker-*/other-*"), *here.glob("worker-*"), *here.glob("other-*"), here]
+            for folder in filter(Path.is_dir, 2 * folders):  # twice: one failure leaves nothing behind
+                with suppress(FolderTaken, OSError), closing(EntryFiles(folder, allow_tmpfs=True)) as files:
                     names = set(filter(unwanted, _runs_in(files)))
                     for key in [key for key in files.entries() if key and str(key[0]) in names]:
                         files.remove(files.drop(key))
