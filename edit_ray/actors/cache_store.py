@@ -208,10 +208,10 @@ class CacheStoreActor:
 
     def _remove_left(self, directory: Path, unwanted: Callable[[str], bool]) -> None:
         """Remove the entries of unwanted runs from this node's folders that no store has open."""
-        with suppress(ValueError):  # no folder on this node
+        with suppress(ValueError, OSError):  # no folder on this node, or none that can be read
             here = on_this_node(directory)
             folders = [*here.glob("worker-*/other-*"), *here.glob("worker-*"), *here.glob("other-*"), here]
-            for folder in filter(Path.is_dir, 2 * folders):  # twice: one failure leaves nothing behind
+            for folder in filter(Path.is_dir, 2 * folders):  # the second pass removes what failed in the first
                 with suppress(FolderTaken, OSError), closing(EntryFiles(folder, allow_tmpfs=True)) as files:
                     names = set(filter(unwanted, _runs_in(files)))
                     for key in [key for key in files.entries() if key and str(key[0]) in names]:
