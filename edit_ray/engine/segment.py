@@ -41,6 +41,7 @@ class SegmentEngine:
 
     def __init__(self, pipe: EditWanPipeline, *, offload_text_encoder: bool = False) -> None:
         self.pipe = pipe
+        self.device = torch.device(pipe.device)  # where it denoises and decodes; diffusers looks at every module for it
         self._offload_text_encoder = offload_text_encoder
         self._embeds: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [1, L, D] on the CPU
         self._streams: OrderedDict[str, RunStream] = OrderedDict()  # the one asked for last comes last
@@ -78,11 +79,6 @@ class SegmentEngine:
             if mode == "fast" and self.device.type == "cuda":
                 self._fast_decoder.enter_context(fast_decoder(self.pipe.vae))
         self._mode = mode
-
-    @property
-    def device(self) -> torch.device:
-        """Where it denoises and decodes."""
-        return torch.device(self.pipe.device)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -101,7 +101,7 @@ def _transformer(num_layers: int) -> WanTransformer3DModel:
 
 def _text_encoder(vocab_size: int) -> UMT5EncoderModel:
     config = UMT5Config(
-        vocab_size=vocab_size, d_model=TEXT_DIM, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0
+        vocab_size=vocab_size, d_model=TEXT_DIM, d_kv=8, d_ff=48, num_layers=1, num_heads=1, dropout_rate=0.0
     )
     return UMT5EncoderModel(config).eval()
 

@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 def config_for(model, **changes):
     values = {
         "model": {"path": str(model)},
-        "sampling": {"height": 32, "width": 48, "num_frames": 17, "num_inference_steps": 3, "seed": 5},
+        "sampling": {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 3, "seed": 5},
         "video": {"num_segments": 4},
         "prompt_segments": [
             {"segment": 0, "prompt": "a red circle"},
@@ -101,7 +101,7 @@ def test_a_run_makes_exactly_the_promised_frames(tmp_path, model):
     assert status.state == "done", status.error
     assert [record.index for record in records] == [0, 1, 2, 3]
     assert [record.prompt for record in records] == ["a red circle"] * 2 + ["a blue square"] * 2
-    assert len(frames_of(tmp_path, config)) == 17 + 3 * 4 * (5 - 2) == config.num_frames_total
+    assert len(frames_of(tmp_path, config)) == 9 + 3 * 4 * (3 - 2) == config.num_frames_total
     manifest = RunFolder(tmp_path, "one").read_manifest()
     assert manifest.state == "done"
     assert manifest.final == "final.mp4"
@@ -145,7 +145,7 @@ def test_segments_that_stand_alone(tmp_path, model):
     )
     status, _, _ = asyncio.run(generate(tmp_path, config))
     assert status.state == "done", status.error
-    assert len(frames_of(tmp_path, config)) == 2 * 17
+    assert len(frames_of(tmp_path, config)) == 2 * 9
 
 
 @pytest.mark.usefixtures("one_thread")

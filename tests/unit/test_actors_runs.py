@@ -70,7 +70,7 @@ def test_a_run_is_extended_and_rerolled_and_its_old_takes_are_kept(tmp_path, mod
         assert (folder.path / record.media).exists()
         assert (folder.path / record.latents).exists()
     assert not torch.equal(load_latents(folder.latents(4, 0)), load_latents(folder.latents(4, 1)))
-    assert manifest.num_frames == 17 + 5 * 4 * (5 - 2)
+    assert manifest.num_frames == 9 + 5 * 4 * (3 - 2)
     assert all("seam_score" in record.statistics for record in manifest.segments[1:])
     kept, first = manifest.segments[:4], manifest.earlier_takes
     assert [playlist(folder.path, number) for number in range(3)] == [
@@ -314,6 +314,7 @@ def test_a_removed_folder_ends_the_run_with_a_sentence(tmp_path, model):
 def test_an_endless_run_keeps_a_bounded_number_of_files(tmp_path, model):
     config = config_for(
         model,
+        sampling={"num_frames": 17},
         video={"num_segments": None},
         output={"keep_segments": 2},
         continuity={"history_latents": 2},
