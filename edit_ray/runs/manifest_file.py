@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from threading import Lock
 from edit_ray import files
 from edit_ray.errors import RunFolderGone, RunLocked
 from edit_ray.runs.manifest import Begun, Line, Manifest
-from edit_ray.runs.manifest_lines import Fold, from_bytes, read_back, to_text
+from edit_ray.runs.manifest_lines import Fold, from_bytes, no_collections, read_back, to_text
 
 _PIECE = 4 << 20
 _TRIES = 3  # of writing a line that torn bytes of others came before
@@ -167,14 +168,17 @@ class ManifestReader:
 
     def _read_on(self, descriptor: int) -> None:
         """Reads what is new, in pieces that no whole copy of the file is held for."""
-        fold, piece = self._fold, _PIECE
-        while True:
-            lines, content = fold.lines, files.read_at(descriptor, fold.size, piece)
-            fold.add(content)
-            if len(content) < piece:
-                return
-            if fold.lines == lines:  # a line, or torn bytes, are longer than a piece
-                piece *= 2
+        fold, piece, start = self._fold, _PIECE, self._fold.size
+        with no_collections():
+            while True:
+                lines, content = fold.lines, files.read_at(descriptor, fold.size, piece)
+                fold.add(content)
+                if len(content) < piece:
+                    break
+                if fold.lines == lines:  # a line, or torn bytes, are longer than a piece
+                    piece *= 2
+        if fold.size - start > _PIECE:
+            gc.freeze()  # three collections would look through all these records now, which are here to stay
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -43,7 +43,8 @@ def to_text(line: Line, behind: int | None = None) -> bytes:
 def from_bytes(content: bytes, path: Path) -> tuple[Manifest, int]:
     """The manifest, and how many bytes of the content are whole lines. Raises ManifestUnreadable."""
     fold = Fold(path)
-    fold.add(content)
+    with no_collections():
+        fold.add(content)
     return fold.whole(), fold.size
 
 
@@ -84,11 +85,10 @@ class Fold:
 
         Raises ManifestUnreadable for a whole line that cannot follow.
         """
-        with _no_collections():
-            try:
-                return self._add(content)
-            finally:
-                self._commit()
+        try:
+            return self._add(content)
+        finally:
+            self._commit()
 
     def _add(self, content: bytes) -> set[int]:
         start, at, number, counting = self.size, 0, self.lines, set[int]()
@@ -176,8 +176,8 @@ def _head_of(content: bytes, begin: int, end: int) -> re.Match[bytes] | None:
 
 
 @contextmanager
-def _no_collections() -> Iterator[None]:
-    """No garbage is collected meanwhile: each time all lines so far would be looked through in vain."""
+def no_collections() -> Iterator[None]:
+    """Collects no garbage meanwhile: each collection would look through all lines so far in vain."""
     enabled = gc.isenabled()
     gc.disable()
     try:
