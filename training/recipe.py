@@ -17,7 +17,7 @@ class Recipe:
 
     # Models.
     vae_base_dim: int = 16
-    vae_z_dim: int = 16
+    vae_z_dim: int = 32
     layers: int = 9
     heads: int = 4
     ffn_dim: int = 896
@@ -36,7 +36,7 @@ class Recipe:
     pool: int = 128  # rendered clips that are kept, of flat scenes and of each size of the world
     pool_turns: tuple[int, ...] = (0, 1, 2, 1, 2)  # batches of flat scenes (0) and of each size, in turns
     changing_clips: float = 0.15  # share of clips that cross-fade into another scene
-    detail_weight: float = 4.0  # what a pixel counts more for each unit (of 2) that it differs from those around it
+    detail_weight: float = 8.0  # what a pixel counts more for each unit (of 2) that it differs from those around it
     latent_noise: float = 0.03  # of each channel's spread, before decoding: sampled latents are never exact
     measured_batches: int = 8  # of `encode_batch` clips, for the latents' mean and spread; clips for the PSNR
     # The small world's judge.
