@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from itertools import count
@@ -30,6 +31,8 @@ from edit_ray.cache.tiering.events import Uses
 from edit_ray.errors import ConfigError, EditRayError, HostMemoryShort, ResourcesUnavailable, StaleLease
 from edit_ray.metrics.collect import Snapshot
 from edit_ray.runs.folder import RunFolder
+
+CLEANING_PAUSES_S = (0.02, 0.1)  # before another try
 
 
 class CacheStoreActor:
@@ -211,11 +214,11 @@ class CacheStoreActor:
         with suppress(ValueError, OSError):  # no folder on this node, or none that can be read
             here = on_this_node(directory)
             folders = [*here.glob("worker-*/other-*"), *here.glob("worker-*"), *here.glob("other-*"), here]
-            for folder in filter(Path.is_dir, 2 * folders):  # the second pass removes what failed in the first
-                with suppress(FolderTaken, OSError), closing(EntryFiles(folder, allow_tmpfs=True)) as files:
-                    names = set(filter(unwanted, _runs_in(files)))
-                    for key in [key for key in files.entries() if key and str(key[0]) in names]:
-                        files.remove(files.drop(key))
+            for pause_s in (*CLEANING_PAUSES_S, None):  # a read may fail once, or another actor clean up as well
+                folders = [folder for folder in folders if folder.is_dir() and not _cleaned(folder, unwanted)]
+                if not folders or pause_s is None:
+                    return
+                time.sleep(pause_s)
 
     def _of(self, run_id: str) -> SharedTiers:
         with self._lock:
@@ -238,6 +241,18 @@ def _first_free(folders: Iterator[Path], allow_tmpfs: bool) -> DiskTier:
     while True:
         with suppress(FolderTaken):
             return DiskTier(next(folders), allow_tmpfs=allow_tmpfs)
+
+
+def _cleaned(folder: Path, unwanted: Callable[[str], bool]) -> bool:
+    """Remove the entries of unwanted runs; False if a file stays, or a store has the folder open."""
+    try:
+        with closing(EntryFiles(folder, allow_tmpfs=True)) as files:
+            names = set(filter(unwanted, _runs_in(files)))
+            for key in [key for key in files.entries() if key and str(key[0]) in names]:
+                files.remove(files.drop(key))
+            return files.faults["remove"] == 0
+    except (FolderUnusable, OSError):
+        return False
 
 
 def _runs_in(files: EntryFiles) -> set[str]:

@@ -259,7 +259,9 @@ class Experiment:
         self.ended.update(life.ended)
 
     def restart(self) -> None:
-        """After a failure that was not survived nothing of it may disturb the next."""
+        """Nothing of what is in flight may disturb the next phase, which begins with other files."""
+        for threads in [threads for worker in self.crew.workers.values() for threads in worker.threads.values()]:
+            threads.shutdown()
         self.end()
         self.crew = LocalCrew()
 
@@ -271,7 +273,9 @@ class Experiment:
         phase = Phase(self.crew, self.root, self.config, self.other)
         with quick(), files.swapped(disk):
             asyncio.run(getattr(phase, name)())  # which ends the scheduler's threads
-        if name != "killed":
+        if name == "killed":  # its actors die as well, as they would go on with what the next phase begins with
+            self.restart()
+        else:
             phase.look()
         return phase.life
 

@@ -18,6 +18,7 @@ from xxhash import xxh3_64_hexdigest
 from edit_ray import files
 from edit_ray.cache import DiskOffloadStore
 from edit_ray.cache.stores.direct_io import DirectFiles, DiskFull, aligned_buffer, is_tmpfs, memory_of
+from edit_ray.cache.stores.entry_files import EntryFiles
 from edit_ray.cache.stores.own_folder import LOCK
 from edit_ray.cache.stores.tensor_file import LONGEST_HEADER
 from tests.unit.entry_folder import files_in
@@ -341,3 +342,15 @@ def test_a_direct_read_of_an_odd_size_stays_in_its_room(tmp_path):
     assert (neighbours[3 * 4096 :] == 77).all()
     with pytest.raises(ValueError, match=r"into has 4096 bytes; .* needs 8192"):
         store.files.read(KEY, memory_of(neighbours)[:4096])
+
+
+class NoListing(files.Disk):
+    def listdir(self, path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+
+def test_a_folder_that_could_not_be_listed_is_free_at_once(tmp_path):
+    with files.swapped(NoListing()), pytest.raises(OSError, match="Input/output") as failed:
+        EntryFiles(tmp_path, allow_tmpfs=True)
+    assert failed.value.__traceback__ is not None, "somebody may look at the error for long"
+    EntryFiles(tmp_path, allow_tmpfs=True).close()

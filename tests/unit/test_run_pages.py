@@ -61,7 +61,7 @@ def test_a_run_is_served_until_the_keyboard_says_so(root):
         "num_segments": 2,
         "final": "final.mp4",
         "playlist": None,
-        "prompts": [{"start_s": 0, "prompt": "a red circle"}, {"start_s": 17 / 16, "prompt": "a blue square"}],
+        "prompts": [{"start_s": 0, "prompt": "a red circle"}, {"start_s": 9 / 16, "prompt": "a blue square"}],
     }
 
 

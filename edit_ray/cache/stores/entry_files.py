@@ -76,7 +76,11 @@ class EntryFiles:
         self._writing: dict[Key, int] = {}  # the ticket of the write that may publish a key
         self._tickets = 0
         self._lock = threading.RLock()
-        self._scan()
+        try:
+            self._scan()
+        except BaseException:
+            self._unlock()  # at once: the error holds this object for as long as somebody looks at it
+            raise
 
     def close(self) -> None:
         """Let the next store have the folder. Nobody may use this one any more; entries stay on disk."""
