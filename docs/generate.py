@@ -11,16 +11,18 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edit_ray.cache.options import NODE_VARIABLES
+from edit_ray.cache.options import NODE_VARIABLES, CacheOptions
+from edit_ray.cache.policies import POLICIES
+from edit_ray.cache.policies.options import option_schema
 from edit_ray.cli import main
 from edit_ray.config import Config
-from edit_ray.config.mistakes import describe
 from edit_ray.config.options import PromptSegment
 from edit_ray.config.strict_yaml import dump
-from edit_ray.options import Options
+from edit_ray.options import Options, describe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -102,8 +104,25 @@ def configuration_page() -> str:
             f"## {name}\n\n{'A list of:' + chr(10) + chr(10) if section is PromptSegment else ''}{_paragraphs(about)}\n"
         )
         parts.append(_table(section, schema["$defs"][section.__name__], schema))
+        if section is CacheOptions:
+            parts += _policies()
     variables = ", ".join(f"`${name}`" for name in NODE_VARIABLES)
     return "\n".join([*parts, ENVIRONMENT.format(variables=variables)])
+
+
+def _policies() -> Iterator[str]:
+    """The options of every policy that has some."""
+    for name in POLICIES.names():
+        cls = POLICIES.find(name)
+        schema = option_schema(cls) if cls.__module__.startswith("edit_ray.") and name != "always" else {}
+        if schema:
+            yield f"### {name}\n\n{_paragraphs((cls.__doc__ or '').strip())}\n"
+            rows = ["| key | default | it must be | what it does |", "|---|---|---|---|"]
+            for key, node in schema["properties"].items():
+                default = f"`{_shown(node['default'])}`" if node.get("default") is not None else ""
+                about = node["description"].replace("|", "\\|")
+                rows.append(f"| `{key}` | {default} | {describe(node, schema)} | {about} |")
+            yield "\n".join(rows) + "\n"
 
 
 def _paragraphs(text: str) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from edit_ray.config.mistakes import KeyPath, Mistake, Schema, WrongKeys, mistakes_of
+from edit_ray.config.mistakes import KeyPath, Mistake, WrongKeys, mistakes_of
 from edit_ray.config.model import Config
 from edit_ray.config.model_checks import model_mistakes
 from edit_ray.config.source import Source, printable
 from edit_ray.errors import ConfigError
+from edit_ray.options import Schema
 
 _STAND_INS: dict[str, Any] = {"video": {"num_segments": 1}, "prompt_segments": [{"segment": 0, "prompt": "-"}]}
 

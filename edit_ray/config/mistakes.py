@@ -6,12 +6,12 @@ What is valid is read from the models' JSON schema, so that each field's declara
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import ValidationError
 
+from edit_ray.options import Schema, describe, node_at
+
 KeyPath = tuple[str | int, ...]
-Schema = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,31 +76,6 @@ def mistakes_of(error: ValidationError, schema: Schema) -> list[Mistake]:
     return found
 
 
-def describe(node: Schema, schema: Schema) -> str:
-    """What a schema's node takes, to follow on "it must be"."""
-    node = _resolved(node, schema)
-    if "valid" in node:
-        return str(node["valid"])
-    if "anyOf" in node:
-        # That a key may also be left empty helps nobody who gave a wrong value.
-        return " or ".join(describe(choice, schema) for choice in node["anyOf"] if choice.get("type") != "null")
-    if "const" in node or "enum" in node:
-        choices = [node["const"]] if "const" in node else node["enum"]
-        return f"{'one of ' if len(choices) > 1 else ''}{', '.join(map(str, choices))}"
-    match node.get("type"):
-        case "integer" | "number" as kind:
-            name = "a whole number" if kind == "integer" else "a finite number"
-            return " ".join((name, *_limits(node)))
-        case "string":
-            return " ".join(("text", *_count("characters", node.get("minLength"), node.get("maxLength"))))
-        case "array":
-            return " ".join(("a list", *_count("entries", node.get("minItems"), node.get("maxItems"))))
-        case "object":
-            return f"a mapping with the keys {', '.join(node.get('properties', {}))}"
-        case kind:
-            return "true or false" if kind == "boolean" else str(kind)
-
-
 def show(value: object) -> str:
     """A given value in a few characters, as YAML would have it."""
     if value is None:
@@ -141,7 +116,7 @@ def _sentence(kind: str, path: KeyPath, given: object, cause: object, schema: Sc
         near = nearest_key(path, schema)
         hint = f"; did you mean {near}?" if near else "."
         return f"{dotted(path)} is an unknown key{hint} (Known here: {', '.join(_properties(path[:-1], schema))}.)"
-    node = _node(path, schema)
+    node = node_at(path, schema)
     valid = describe(node, schema)
     if kind == "missing":
         return f"{dotted(path)} is missing; it must be {valid}."
@@ -155,42 +130,8 @@ def _is_echo(path: KeyPath, kind: str, paths: list[KeyPath]) -> bool:
     return kind == "too_short" and any(len(other) > len(path) and other[: len(path)] == path for other in paths)
 
 
-def _limits(node: Schema) -> Iterator[str]:
-    low, above = node.get("minimum"), node.get("exclusiveMinimum")
-    high, below = node.get("maximum"), node.get("exclusiveMaximum")
-    if low is not None and high is not None:
-        yield f"from {low:.15g} to {high:.15g}" if isinstance(high, float) else f"from {low} to {high}"
-        return
-    limits = (("at least", low), ("above", above), ("at most", high), ("below", below))
-    yield " and ".join(f"{word} {limit}" for word, limit in limits if limit is not None)
-
-
-def _count(things: str, low: int | None, high: int | None) -> Iterator[str]:
-    if high is not None:
-        yield f"of {low or 0} to {high} {things}"
-    elif low is not None:
-        yield f"of at least {low} {things}"
-
-
-def _resolved(node: Schema, schema: Schema) -> Schema:
-    """The node behind a reference."""
-    if "$ref" in node:
-        target: Schema = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
-        return target
-    return node
-
-
-def _node(path: KeyPath, schema: Schema) -> Schema:
-    """The schema's node at the path; an empty one where there is none."""
-    node = schema
-    for part in path:
-        node = _resolved(node, schema)
-        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
-    return _resolved(node, schema)
-
-
 def _properties(path: KeyPath, schema: Schema) -> Mapping[str, Schema]:
-    properties: Mapping[str, Schema] = _node(path, schema).get("properties", {})
+    properties: Mapping[str, Schema] = node_at(path, schema).get("properties", {})
     return properties
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edit_ray.cache.policies import POLICIES, CachePolicy, PolicyContext, WarmstartReuse
-from edit_ray.cache.policies.per_branch import parse_per_branch
+from edit_ray.cache.policies import POLICIES, CachePolicy, PolicyContext, TeaCache, WarmstartReuse
 from edit_ray.cache.policies.policy import UnitState
 from edit_ray.cli.main import parser
 from edit_ray.config import load_config
@@ -160,4 +159,4 @@ def test_mappings_are_keyed_as_it_says():
     sentence = " ".join(PAGE.split()).partition("one entry per branch")[2].partition(".")[0]
     keys = re.findall(r'"([^"]+)"', sentence)
     assert len(keys) == 3
-    assert list(parse_per_branch("x", dict.fromkeys(keys, 1), lambda name, value: value)) == keys
+    assert list(TeaCache(coefficients={key: [1] for key in keys}).coefficients) == keys

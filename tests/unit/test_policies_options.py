@@ -24,7 +24,7 @@ from edit_ray.cache.policies import (
     register_policy,
     relative_l1,
 )
-from edit_ray.cache.policies.per_branch import parse_per_branch, pick_per_branch
+from edit_ray.cache.policies.options import pick_per_branch
 from edit_ray.cache.policies.teacache import WAN_COEFFICIENTS
 from tests.unit.policy_unit import RecordedSignals, Unit
 
@@ -261,10 +261,10 @@ def test_granularities_that_there_are_not(declared):
 
 
 def test_the_narrowest_entry_is_picked():
-    entries = parse_per_branch("x", {"cond": 1, "transformer_2/cond": 2, "uncond": 3}, lambda name, value: value)
-    assert pick_per_branch("x", entries, "transformer", "cond") == 1
-    assert pick_per_branch("x", entries, "transformer_2", "cond") == 2
-    assert pick_per_branch("x", entries, "transformer_2", "uncond") == 3
-    assert pick_per_branch("x", parse_per_branch("x", 5, lambda name, value: value), "any", "cond") == 5
+    entries = TeaCache(coefficients={"cond": [1], "transformer_2/cond": [2], "uncond": [3]}).coefficients
+    assert pick_per_branch("x", entries, "transformer", "cond") == (1,)
+    assert pick_per_branch("x", entries, "transformer_2", "cond") == (2,)
+    assert pick_per_branch("x", entries, "transformer_2", "uncond") == (3,)
+    assert pick_per_branch("x", TeaCache(coefficients=[5]).coefficients, "any", "cond") == (5,)
     with pytest.raises(ValueError, match='x has entries for cond, none of which is for the branch "uncond" of "t"'):
         pick_per_branch("x", {"cond": 1}, "t", "uncond")

@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 
 import edit_ray
 from edit_ray.cache.policies import Always, MagCache, Schedule, TaylorSeer, TeaCache
-from edit_ray.cache.policies.extrapolation import extrapolate, forecast
+from edit_ray.cache.policies.estimates import accumulate, extrapolate, forecast
 from edit_ray.cache.policies.magcache import fit_ratios
 from edit_ray.cache.policies.teacache import WAN_COEFFICIENTS, must_compute, polynomial
-from edit_ray.cache.policies.thresholds import accumulate
 from tests.unit.policy_unit import RecordedSignals, Unit
 
 TINY_WAN = Path(edit_ray.__file__).parent / "assets" / "tiny_wan"

@@ -1,18 +1,23 @@
 """When to recompute: one module per technique. Importing the package registers them all."""
 
-from edit_ray.cache.policies.always import Always
-from edit_ray.cache.policies.checks import OptionError
 from edit_ray.cache.policies.dicache import DiCache
+from edit_ray.cache.policies.estimates import relative_l1
 from edit_ray.cache.policies.fbcache import FirstBlockCache
 from edit_ray.cache.policies.magcache import MagCache
-from edit_ray.cache.policies.make import check_granularity, make_policy
-from edit_ray.cache.policies.policy import POLICIES, CachePolicy, PolicyContext, register_policy
+from edit_ray.cache.policies.options import OptionError
+from edit_ray.cache.policies.policy import (
+    POLICIES,
+    CachePolicy,
+    PolicyContext,
+    check_granularity,
+    make_policy,
+    register_policy,
+)
 from edit_ray.cache.policies.ranked import Ranked
-from edit_ray.cache.policies.schedule import Schedule
+from edit_ray.cache.policies.schedule import Always, Schedule
 from edit_ray.cache.policies.seacache import SeaCache
 from edit_ray.cache.policies.taylorseer import TaylorSeer
 from edit_ray.cache.policies.teacache import TeaCache
-from edit_ray.cache.policies.thresholds import relative_l1
 from edit_ray.cache.policies.warmstart_reuse import WarmstartReuse
 
 __all__ = [

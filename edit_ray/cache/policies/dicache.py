@@ -6,12 +6,13 @@ authors' script for Wan2.1 with a probe of one block.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from edit_ray.cache.policies.checks import OptionError, finite, fraction, whole
-from edit_ray.cache.policies.extrapolation import read_history
+from pydantic import Field
+
+from edit_ray.cache.policies.estimates import accumulate, read_history, relative_l1
+from edit_ray.cache.policies.options import Number, Share, with_options
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
-from edit_ray.cache.policies.thresholds import accumulate, relative_l1
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,7 @@ def alignment(probe: Tensor, latest: Tensor, before: Tensor) -> Tensor:
 
 
 @register_policy("dicache")
+@with_options
 class DiCache(CachePolicy):
     """Skips while the relative changes of the probe's output, from step to step, add up to less than a threshold.
 
@@ -40,25 +42,18 @@ class DiCache(CachePolicy):
     needs_first_block_probe = True
     history_len = 2
 
-    def __init__(self, *, rel_l1_thresh: float = 0.08, probe_depth: int = 1, retention_ratio: float = 0.2) -> None:
-        """The names are the authors', but for `retention_ratio` (`ret_ratio` there).
-
-        Args:
-            rel_l1_thresh: Skip while less than this has accumulated; 0 or below never skips.
-            probe_depth: Blocks in the probe: 1.
-            retention_ratio: Share of the steps, from the first, that always compute.
-        """
-        self.rel_l1_thresh = finite("rel_l1_thresh", rel_l1_thresh)
-        if whole("probe_depth", probe_depth) != 1:
-            raise OptionError("probe_depth", f"probe_depth is {probe_depth}; valid is 1, the unit's first block.")
-        self.retention_ratio = fraction("retention_ratio", retention_ratio)
+    rel_l1_thresh: Number = Field(
+        default=0.08, description="Skip while less than this has accumulated; 0 or below never skips."
+    )
+    probe_depth: Literal[1] = Field(default=1, description="Blocks in the probe.")
+    retention_ratio: Share = Field(
+        default=0.2, description="Share of the steps, from the first, that always compute (the authors' `ret_ratio`)."
+    )
 
     def reset(self, state: UnitState) -> None:
-        """See `CachePolicy`."""
         state.user.update(previous=None, accumulated=0.0, probes={})
 
     def should_compute(self, ctx: PolicyContext) -> bool:
-        """See `CachePolicy`."""
         user = ctx.state.user
         previous, user["previous"] = user["previous"], ctx.base
         ctx.threshold = self.rel_l1_thresh
@@ -72,18 +67,16 @@ class DiCache(CachePolicy):
         return compute
 
     def warm(self, ctx: PolicyContext) -> None:
-        """See `CachePolicy`: as after a computed step."""
+        """As after a computed step."""
         ctx.state.user.update(previous=ctx.base, accumulated=0.0)
 
     def on_computed(self, ctx: PolicyContext) -> None:
-        """See `CachePolicy`."""
         user, computed = ctx.state.user, ctx.state.computed_steps
         user["accumulated"] = 0.0
         probes = user["probes"] | {ctx.step: ctx.first_block_residual}
         user["probes"] = {step: probe for step, probe in probes.items() if step in computed[-2:]}
 
     def reconstruct(self, ctx: PolicyContext) -> Tensor | None:
-        """See `CachePolicy`."""
         history, probes = read_history(ctx, 2), ctx.state.user["probes"]
         if history is None or ctx.hidden is None or ctx.first_block_residual is None:
             return None

@@ -5,12 +5,15 @@ Source: Cheng Zeyi's github.com/chengzeyi/ParaAttention; the rule is that of dif
 
 from __future__ import annotations
 
-from edit_ray.cache.policies.checks import finite
+from pydantic import Field
+
+from edit_ray.cache.policies.estimates import relative_l1
+from edit_ray.cache.policies.options import Number, with_options
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
-from edit_ray.cache.policies.thresholds import relative_l1
 
 
 @register_policy("fbcache")
+@with_options
 class FirstBlockCache(CachePolicy):
     """Skips while the first block's residual is within a relative distance of that of the last computed step.
 
@@ -20,16 +23,14 @@ class FirstBlockCache(CachePolicy):
     granularities = ("stack", "groups")
     needs_first_block_probe = True
 
-    def __init__(self, *, rel_l1_thresh: float = 0.1) -> None:
-        """`rel_l1_thresh`: skip up to this distance, mean|r - r'| / mean|r'|; 0 or below never skips."""
-        self.rel_l1_thresh = finite("rel_l1_thresh", rel_l1_thresh)
+    rel_l1_thresh: Number = Field(
+        default=0.1, description="Skip up to this distance, mean|r - r'| / mean|r'|; 0 or below never skips."
+    )
 
     def reset(self, state: UnitState) -> None:
-        """See `CachePolicy`."""
         state.user["reference"] = None
 
     def should_compute(self, ctx: PolicyContext) -> bool:
-        """See `CachePolicy`."""
         reference = ctx.state.user["reference"]
         ctx.threshold = self.rel_l1_thresh
         if reference is None or self.rel_l1_thresh <= 0:
@@ -39,8 +40,7 @@ class FirstBlockCache(CachePolicy):
         return not ctx.signal <= self.rel_l1_thresh  # so that what is not a number computes
 
     def warm(self, ctx: PolicyContext) -> None:
-        """See `CachePolicy`: the distance is taken from a computed step, and this is none."""
+        """The distance is taken from a computed step, and this is none."""
 
     def on_computed(self, ctx: PolicyContext) -> None:
-        """See `CachePolicy`."""
         ctx.state.user["reference"] = ctx.first_block_residual

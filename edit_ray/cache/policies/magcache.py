@@ -6,15 +6,23 @@ those of diffusers' `hooks/mag_cache.py`, in whose float32 they are carried out 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
-from edit_ray.cache.policies.checks import OptionError, finite, fraction, numbers, positive, whole
-from edit_ray.cache.policies.per_branch import parse_per_branch, pick_per_branch
+from edit_ray.cache.policies.options import (
+    Count,
+    Number,
+    OptionError,
+    PerBranch,
+    Positives,
+    Share,
+    pick_per_branch,
+    with_options,
+)
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
 
 
@@ -51,6 +59,7 @@ class MagnitudeError:
 
 
 @register_policy("magcache")
+@with_options
 class MagCache(CachePolicy):
     """Skips while the error that the magnitudes predict stays within a threshold, and for few steps in a row.
 
@@ -60,44 +69,31 @@ class MagCache(CachePolicy):
     granularities = ("stack",)
     timestep_only = True
 
-    def __init__(
-        self,
-        *,
-        threshold: float = 0.12,
-        max_skip_steps: int = 2,
-        retention_ratio: float = 0.2,
-        mag_ratios: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
-    ) -> None:
-        """`mag_ratios` is required: it is measured on the model.
+    threshold: Number = Field(default=0.12, description="Skip up to this error; 0 or below never skips.")
+    max_skip_steps: Count = Field(default=2, description="Skips in a row at most.")
+    retention_ratio: Share = Field(default=0.2, description="Share of the steps, from the first, that always compute.")
+    mag_ratios: PerBranch[Positives] | None = Field(
+        default=None,
+        description="Required, measured on the model: for each step the magnitude of the stack's residual, relative to "
+        'the step before; or such a sequence per "cond" and "uncond", or per "transformer/cond" and so on.',
+    )
 
-        Args:
-            threshold: Skip up to this error; 0 or below never skips.
-            max_skip_steps: Skips in a row at most.
-            retention_ratio: Share of the steps, from the first, that always compute.
-            mag_ratios: For each step the magnitude of the stack's residual, relative to the step before; or such a
-                sequence per "cond" and "uncond", or per "transformer/cond" and so on.
-        """
-        self.threshold = finite("threshold", threshold)
-        self.max_skip_steps = whole("max_skip_steps", max_skip_steps)
-        self.retention_ratio = fraction("retention_ratio", retention_ratio)
-        if mag_ratios is None:
+    def __post_init__(self) -> None:
+        if self.mag_ratios is None:
             raise OptionError(
                 "mag_ratios",
                 "magcache needs mag_ratios=, measured on the model at hand: a sequence with one ratio a step, or a "
                 'mapping with such a sequence per branch ("cond", "uncond").',
             )
-        self.mag_ratios = parse_per_branch("mag_ratios", mag_ratios, _ratios)
 
     def reset(self, state: UnitState) -> None:
-        """See `CachePolicy`."""
         state.user["error"] = None
 
     def should_compute(self, ctx: PolicyContext) -> bool:
-        """See `CachePolicy`."""
         user = ctx.state.user
         error: MagnitudeError | None = user["error"]
         ctx.threshold = self.threshold
-        ratios = pick_per_branch("mag_ratios", self.mag_ratios, ctx.expert, ctx.branch)
+        ratios = pick_per_branch("mag_ratios", self.mag_ratios or {}, ctx.expert, ctx.branch)
         ratio = fit_ratios(ratios, ctx.num_steps)[ctx.step]
         ctx.signal = float(ratio)
         if error is None:  # nothing was computed that could serve
@@ -112,9 +108,5 @@ class MagCache(CachePolicy):
         return not admitted
 
     def warm(self, ctx: PolicyContext) -> None:
-        """See `CachePolicy`: as after a computed step."""
+        """As after a computed step."""
         ctx.state.user["error"] = MagnitudeError()
-
-
-def _ratios(name: str, value: Any) -> tuple[float, ...]:
-    return tuple(positive(f"{name}[{i}]", ratio) for i, ratio in enumerate(numbers(name, value)))

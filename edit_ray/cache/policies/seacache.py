@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edit_ray.cache.policies.checks import OptionError, finite, positive, whole
-from edit_ray.cache.policies.extrapolation import add_forecast, extrapolate
+from pydantic import Field
+
+from edit_ray.cache.policies.estimates import accumulate, add_forecast, extrapolate
+from edit_ray.cache.policies.options import Count, Number, Order, Positive, with_options
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, Signals, UnitState, register_policy
-from edit_ray.cache.policies.thresholds import accumulate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,51 +50,36 @@ def distance(current: Tensor, previous: Tensor) -> float:
 
 
 @register_policy("seacache")
+@with_options
 class SeaCache(CachePolicy):
     """Skips while the changes of the filtered latents since the last computed step add up to less than a threshold.
 
-    All units of a forward see the same signal, which is made once for all of them.
+    All units of a forward see the same signal, which is made once for all of them. The options' names are diffusers'.
     """
 
-    def __init__(
-        self,
-        *,
-        threshold: float = 0.25,
-        residual_order: int = 1,
-        retention_steps: int = 1,
-        cache_end_steps: int = 1,
-        max_consecutive_cached: int = 2,
-        power_exp: float = 3.0,
-    ) -> None:
-        """The names are diffusers'.
+    threshold: Number = Field(
+        default=0.25, description="Skip while less than this has accumulated; 0 or below never skips."
+    )
+    residual_order: Order = Field(
+        default=1, description="0 reuses the last computed residual, 1 extrapolates linearly from the last two."
+    )
+    retention_steps: Count = Field(default=1, description="The first steps that always compute.")
+    cache_end_steps: Count = Field(default=1, description="The last steps that always compute.")
+    max_consecutive_cached: Count = Field(default=2, description="Skips in a row at most; 0 for no limit.")
+    power_exp: Positive = Field(
+        default=3.0, description="How fast a clean video's spectrum falls off with the frequency."
+    )
 
-        Args:
-            threshold: Skip while less than this has accumulated; 0 or below never skips.
-            residual_order: 0 reuses the last computed residual, 1 extrapolates linearly from the last two.
-            retention_steps: So many first steps always compute.
-            cache_end_steps: So many last steps always compute.
-            max_consecutive_cached: Skips in a row at most; 0 for no limit.
-            power_exp: How fast a clean video's spectrum falls off with the frequency.
-        """
-        self.threshold = finite("threshold", threshold)
-        self.residual_order = whole("residual_order", residual_order)
-        if self.residual_order > 1:
-            raise OptionError("residual_order", f"residual_order is {residual_order}; valid are 0 and 1.")
-        self.retention_steps = whole("retention_steps", retention_steps)
-        self.cache_end_steps = whole("cache_end_steps", cache_end_steps)
-        self.max_consecutive_cached = whole("max_consecutive_cached", max_consecutive_cached)
-        self.power_exp = positive("power_exp", power_exp)
+    def __post_init__(self) -> None:
         self.history_len = self.residual_order + 1
         # Of the latest forward, for all its units.
         self._filtered: tuple[Signals, Tensor] | None = None
         self._measured: tuple[Tensor, Tensor, float] | None = None
 
     def reset(self, state: UnitState) -> None:
-        """See `CachePolicy`."""
         state.user.update(previous=None, accumulated=0.0)
 
     def should_compute(self, ctx: PolicyContext) -> bool:
-        """See `CachePolicy`."""
         user = ctx.state.user
         current, previous = self._filter(ctx), user["previous"]
         user["previous"] = current
@@ -106,15 +92,13 @@ class SeaCache(CachePolicy):
         return compute
 
     def warm(self, ctx: PolicyContext) -> None:
-        """See `CachePolicy`: as after a computed step."""
+        """As after a computed step."""
         ctx.state.user.update(previous=self._filter(ctx), accumulated=0.0)
 
     def on_computed(self, ctx: PolicyContext) -> None:
-        """See `CachePolicy`."""
         ctx.state.user["accumulated"] = 0.0
 
     def reconstruct(self, ctx: PolicyContext) -> Tensor | None:
-        """See `CachePolicy`."""
         return add_forecast(ctx, self.residual_order, extrapolate)
 
     def _must_compute(self, ctx: PolicyContext) -> bool:

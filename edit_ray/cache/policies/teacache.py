@@ -6,15 +6,26 @@ coefficients for Wan2.1 are those of github.com/ali-vilab/TeaCache, `TeaCache4Wa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
-from edit_ray.cache.policies.checks import OptionError, finite, flag, numbers
-from edit_ray.cache.policies.per_branch import parse_per_branch, pick_per_branch
+from pydantic import Field
+
+from edit_ray.cache.policies.estimates import accumulate, relative_l1
+from edit_ray.cache.policies.options import (
+    Flag,
+    Number,
+    Numbers,
+    OptionError,
+    PerBranch,
+    pick_per_branch,
+    with_options,
+)
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
-from edit_ray.cache.policies.thresholds import accumulate, relative_l1
 
+WanVariant = Literal["t2v-1.3B", "t2v-14B", "i2v-480p", "i2v-720p"]
 # By variant: for `e0` (use_ret_steps), for `e`. Highest power first.
-WAN_COEFFICIENTS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+WAN_COEFFICIENTS: dict[WanVariant, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "t2v-1.3B": (
         (-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02),
         (2.39676752e03, -1.31110545e03, 2.01331979e02, -8.29855975e00, 1.37887774e-01),
@@ -48,57 +59,49 @@ def must_compute(step: int, num_steps: int, use_ret_steps: bool) -> bool:
 
 
 @register_policy("teacache")
+@with_options
 class TeaCache(CachePolicy):
     """Skips while the translated changes of the signal since the last computed step add up to less than a threshold.
 
     The signal depends on timesteps and weights alone, so that both branches and all units decide alike, and before the
-    loop begins.
+    loop begins. It takes exactly one of `wan_variant` and `coefficients`.
     """
 
     timestep_only = True
 
-    def __init__(
-        self,
-        *,
-        rel_l1_thresh: float = 0.2,
-        wan_variant: str | None = None,
-        coefficients: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
-        use_ret_steps: bool = False,
-    ) -> None:
-        """Exactly one of `wan_variant` and `coefficients` is given.
+    rel_l1_thresh: Number = Field(
+        default=0.2, description="Skip while less than this has accumulated; 0 or below never skips."
+    )
+    wan_variant: WanVariant | None = Field(
+        default=None,
+        description="Whose published coefficients to use.",
+        json_schema_extra={"choices": f"{', '.join(WAN_COEFFICIENTS)}, or coefficients= in its place"},
+    )
+    coefficients: PerBranch[Numbers] | None = Field(
+        default=None,
+        description="Of another model: of the polynomial that translates the relative change of the signal, highest "
+        'power first; or such a sequence per "cond" and "uncond", or per "transformer/cond" and so on.',
+    )
+    use_ret_steps: Flag = Field(
+        default=False,
+        description="Watch `e0` and compute the first 5 steps, instead of `e` and the first and the last.",
+    )
 
-        Args:
-            rel_l1_thresh: Skip while less than this has accumulated; 0 or below never skips.
-            wan_variant: Whose published coefficients to use: t2v-1.3B, t2v-14B, i2v-480p or i2v-720p.
-            coefficients: Of another model: of the polynomial that translates the relative change of the signal, highest
-                power first; or such a sequence per "cond" and "uncond", or per "transformer/cond" and so on.
-            use_ret_steps: Watch `e0` and compute the first 5 steps, instead of `e` and the first and the last.
-        """
-        self.rel_l1_thresh = finite("rel_l1_thresh", rel_l1_thresh)
-        self.use_ret_steps = flag("use_ret_steps", use_ret_steps)
-        variants = ", ".join(WAN_COEFFICIENTS)
-        if (wan_variant is None) == (coefficients is None):
-            given = "neither" if coefficients is None else "both"
+    def __post_init__(self) -> None:
+        if (self.wan_variant is None) == (self.coefficients is None):
+            given = "neither" if self.coefficients is None else "both"
             raise OptionError(
                 "wan_variant",
-                f"teacache takes either wan_variant= (one of {variants}) or coefficients= (fitted to the model at "
-                f"hand), and was given {given}.",
+                f"teacache takes either wan_variant= (one of {', '.join(WAN_COEFFICIENTS)}) or coefficients= (fitted "
+                f"to the model at hand), and was given {given}.",
             )
-        if wan_variant is not None:
-            if wan_variant not in WAN_COEFFICIENTS:
-                raise OptionError(
-                    "wan_variant",
-                    f"wan_variant is {wan_variant!r}; valid are {variants}, or coefficients= in its place.",
-                )
-            coefficients = WAN_COEFFICIENTS[wan_variant][0 if use_ret_steps else 1]
-        self.coefficients = parse_per_branch("coefficients", coefficients, numbers)
+        if self.wan_variant is not None:
+            self.coefficients = {"": WAN_COEFFICIENTS[self.wan_variant][0 if self.use_ret_steps else 1]}
 
     def reset(self, state: UnitState) -> None:
-        """See `CachePolicy`."""
         state.user.update(previous=None, accumulated=0.0)
 
     def should_compute(self, ctx: PolicyContext) -> bool:
-        """See `CachePolicy`."""
         user = ctx.state.user
         signal, previous = ctx.e0 if self.use_ret_steps else ctx.e, user["previous"]
         user["previous"] = signal
@@ -109,12 +112,12 @@ class TeaCache(CachePolicy):
         if must_compute(ctx.step, ctx.num_steps, self.use_ret_steps):
             user["accumulated"] = 0.0
             return True
-        coefficients = pick_per_branch("coefficients", self.coefficients, ctx.expert, ctx.branch)
+        coefficients = pick_per_branch("coefficients", self.coefficients or {}, ctx.expert, ctx.branch)
         change = polynomial(coefficients, ctx.signal)
         compute, ctx.accumulated = accumulate(user["accumulated"], change, self.rel_l1_thresh)
         user["accumulated"] = 0.0 if compute else ctx.accumulated
         return compute
 
     def warm(self, ctx: PolicyContext) -> None:
-        """See `CachePolicy`: as after a computed step."""
+        """As after a computed step."""
         ctx.state.user.update(previous=ctx.e0 if self.use_ret_steps else ctx.e, accumulated=0.0)

@@ -1,4 +1,4 @@
-"""What a unit's residual will be, from those of its last computed steps."""
+"""How far two tensors are apart, and what a residual will be from those of the last computed steps."""
 
 from __future__ import annotations
 
@@ -12,6 +12,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Forecast = Callable[[Sequence[tuple[int, "Tensor"]], int, int], "Tensor"]
+
+
+def relative_l1(current: Tensor, previous: Tensor) -> float:
+    """mean|current - previous| / mean|previous|, in float32; one device synchronisation."""
+    previous = previous.float()
+    return float(((current.float() - previous).abs().mean() / previous.abs().mean()).item())
+
+
+def accumulate(total: float, change: float, threshold: float) -> tuple[bool, float]:
+    """Whether to compute, and the new total, which the caller resets to 0 on a computed step.
+
+    TeaCache, SeaCache and DiCache share this rule. A threshold of 0 or below always computes, and so does a change
+    that is not a number.
+    """
+    total += change
+    return not (threshold > 0 and total < threshold), total
 
 
 def forecast(history: Sequence[tuple[int, Tensor]], step: int, max_order: int) -> Tensor:
