@@ -103,20 +103,24 @@ class LongVideoClient:
             self._started_ray = False
             launch.end_actors()
 
-    def submit(self, config: Config | Mapping[str, Any] | str | Path, *, run_id: str | None = None) -> str:
+    def submit(
+        self, config: Config | Mapping[str, Any] | str | Path, *, run_id: str | None = None, checked: bool = False
+    ) -> str:
         """Starts a run (and the actors, if need be); returns its id.
 
-        `config` is a `Config`, the same as a mapping, or the path of a YAML file. Raises ConfigError, ModelError,
-        RunExists, ResourcesUnavailable, ActorVersionMismatch.
+        `config` is a `Config`, the same as a mapping, or the path of a YAML file. It is checked against its model here,
+        unless the caller says that it is `checked`, as what `load_config` returns is.
+
+        Raises ConfigError, ModelError, RunExists, ResourcesUnavailable, ActorVersionMismatch.
         """
-        config = _checked(config)
+        config = _checked(config, checked=checked)
         run_id = check_run_id(run_id) if run_id is not None else new_run_id(datetime.now(UTC), secrets.token_hex(2))
         token = secrets.token_hex(8)  # so that asking again does not meet one's own run as another's
         probe = RunFolder(self.output, run_id).probe(token)
         probe.touch(0o600)
         try:
             settings, root, owner = config.model_dump(mode="json"), str(self.output), self.owner
-            self._admit("submit", run_id, settings, root, str(probe), token, owner.name, owner.job)
+            self._admit("submit", run_id, settings, root, str(probe), token, owner.name, owner.job, True)
         finally:
             files.remove(probe)
         return run_id
@@ -377,19 +381,12 @@ def _load_latents(path: Path) -> torch.Tensor:
     return load_latents(path)
 
 
-def _checked(config: Config | Mapping[str, Any] | str | Path) -> Config:
-    """The configuration with absolute paths, checked once against its model: `load_config` does so with a file's."""
+def _checked(config: Config | Mapping[str, Any] | str | Path, *, checked: bool) -> Config:
+    """The configuration, checked once against its model."""
     if isinstance(config, str | Path):
-        return absolute(load_config(Path(config)))
-    config = absolute(config if isinstance(config, Config) else config_of(config))
-    if problems := check_config(config):
+        return load_config(Path(config))
+    if not isinstance(config, Config):
+        return config_of(config)
+    if not checked and (problems := check_config(config)):
         raise ConfigError(problems)
     return config
-
-
-def absolute(config: Config) -> Config:
-    """The same with a model folder's whole path: the actors work in other folders."""
-    folder = Path(config.model.path)
-    if not folder.is_dir():
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder.resolve())})})

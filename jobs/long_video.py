@@ -117,7 +117,7 @@ def _run(config: Config, root: Path, options: argparse.Namespace) -> int:
 def _begin(client: LongVideoClient, config: Config, root: Path, options: argparse.Namespace) -> tuple[str, int]:
     """The run's id, and the first segment that is made by this job."""
     if not options.resume or not (root / options.run_id).exists():
-        return client.submit(config, run_id=options.run_id), 0
+        return client.submit(config, run_id=options.run_id, checked=True), 0
     given = config if options.config or options.set else None
     check_resumable(root / options.run_id / "run.yaml", given)
     allow = options.allow_different_hardware
@@ -126,13 +126,9 @@ def _begin(client: LongVideoClient, config: Config, root: Path, options: argpars
 
 def check_resumable(run_yaml: Path, given: Config | None) -> None:
     """Raises ConfigError where the configuration given is another than the run's own, with every key that differs."""
-    from edit_ray.client import absolute
-
     if given is None or not run_yaml.exists():
         return
-    own, asked = (
-        _leaves(c.model_dump(mode="json")) for c in (load_config(run_yaml, check_model=False), absolute(given))
-    )
+    own, asked = (_leaves(c.model_dump(mode="json")) for c in (load_config(run_yaml, check_model=False), given))
     differing = sorted(key for key in own.keys() | asked.keys() if own.get(key) != asked.get(key))
     if differing:
         raise ConfigError(

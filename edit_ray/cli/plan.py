@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -68,12 +67,10 @@ def what_does_not_fit(config: Config) -> str | None:
 
 def _policy(config: Config) -> WarmstartReuse:
     """The run's policy, which the configuration's checks have found to be this one."""
-    from edit_ray.cache.policies import WarmstartReuse, make_policy
-    from edit_ray.engine.calibration import calibrated_options
-    from edit_ray.engine.locate import locate_model
+    from edit_ray.cache.policies import WarmstartReuse
+    from edit_ray.engine.calibration import policy_of
 
-    cache, folder = config.cache, Path(locate_model(config.model.path))
-    policy = make_policy(cache.policy, calibrated_options(folder, cache.policy, cache.policy_options))
+    policy = policy_of(config.cache, config.model.path)
     assert isinstance(policy, WarmstartReuse)
     return policy
 

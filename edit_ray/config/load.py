@@ -41,12 +41,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), *, check_model
 
 
 def config_of(data: Mapping[str, Any]) -> Config:
-    """The configuration that a mapping holds, with the keys and values that a YAML file would have.
+    """The configuration that a mapping holds, with the keys and values that a YAML file would have; checked like one.
 
     Raises:
-        ConfigError: one sentence for every mistake. What depends on the model is left to `check_config`.
+        ConfigError: one sentence for every mistake.
     """
-    config, mistakes = _validate(dict(data), check_model=False)
+    config, mistakes = _validate(dict(data), check_model=True)
     if config is None or mistakes:
         raise ConfigError([printable(mistake.text) for mistake in mistakes])
     return config

@@ -1,15 +1,13 @@
 """What a configuration must have in common with its model, read from the model's JSON files alone."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from edit_ray.cache.options import CacheOptions
-from edit_ray.cache.policies import POLICIES, OptionError, check_granularity, make_policy
+from edit_ray.cache.policies import POLICIES, OptionError, check_granularity
 from edit_ray.config.mistakes import KeyPath, Mistake, dotted
 from edit_ray.config.model import Config
-from edit_ray.engine.calibration import calibrated_options
+from edit_ray.engine.calibration import policy_of
 from edit_ray.engine.init_file import read_init
-from edit_ray.engine.locate import locate_model
 from edit_ray.engine.model_info import ModelInfo, dtype_problem, read_model_info
 from edit_ray.engine.options import ContinuityOptions, frames_of
 from edit_ray.engine.targets import check_target
@@ -55,21 +53,13 @@ def model_mistakes(config: Config, texts: Sequence[Text]) -> list[Mistake]:
     mistakes = [
         *_check_dtype(config),
         *_check_init(config.continuity),
-        *cache_mistakes(config.cache, config.sampling.num_inference_steps, _folder(config)),
+        *cache_mistakes(config.cache, config.sampling.num_inference_steps, config.model.path),
     ]
     try:
         info = read_model_info(config.model.path)
     except ModelError as error:
         return [*mistakes, Mistake(("model", "path"), f"model.path: {error}")]
     return [*mistakes, *_check_shape(config, info), *_check_words(texts, info)]
-
-
-def _folder(config: Config) -> Path | None:
-    """The model's folder, if it is at hand."""
-    try:
-        return Path(locate_model(config.model.path))
-    except ModelError:
-        return None
 
 
 def _check_dtype(config: Config) -> Iterator[Mistake]:
@@ -127,8 +117,8 @@ def _check_words(texts: Sequence[Text], info: ModelInfo) -> Iterator[Mistake]:
             yield Mistake(path, f"{dotted(path)} has words that this model does not know: {words}; it knows: {named}.")
 
 
-def cache_mistakes(cache: CacheOptions, num_inference_steps: int, model_folder: Path | None) -> Iterator[Mistake]:
-    """Everything that is wrong with the section; `model_folder` is where the model's own calibration may lie."""
+def cache_mistakes(cache: CacheOptions, num_inference_steps: int, model_path: str) -> Iterator[Mistake]:
+    """Everything that is wrong with the section, for the model at `model_path`, whose calibration may complete it."""
     options = cache.policy_options
     if cache.policy == "none":
         of_policy = {"target_speedup": cache.target_speedup is not None, "reuse_window": cache.reuse_window > 0}
@@ -150,7 +140,7 @@ def cache_mistakes(cache: CacheOptions, num_inference_steps: int, model_folder: 
         said = "cache.align is 'last', which works in the library; in a run it must be 'step'."
         yield Mistake(("cache", "align"), said)
     try:
-        policy = make_policy(cache.policy, calibrated_options(model_folder, cache.policy, options))
+        policy = policy_of(cache, model_path)
         check_granularity(policy, cache.granularity)
         policy.check(num_inference_steps)
         if cache.target_speedup is not None:

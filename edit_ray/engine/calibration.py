@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edit_ray.cache.options import CacheOptions
+from edit_ray.cache.policies import CachePolicy, make_policy
+from edit_ray.engine.locate import locate_model
+from edit_ray.errors import ModelError
+
 FILE_NAME = "cache_calibration.json"
 SCHEMA = 1
 # The options that a calibration may give a policy, each only where the user has given none of them.
@@ -30,6 +35,19 @@ def calibrated_options(folder: Path | None, policy: str, options: Mapping[str, A
     if folder is None or any(key in options for key in CALIBRATED.get(name, ())):
         return dict(options)
     return {**read_calibration(folder / FILE_NAME).get(name, {}), **options}
+
+
+def policy_of(cache: CacheOptions, model_path: str) -> CachePolicy:
+    """The policy of a configuration's cache section, with what the model's folder has calibrated.
+
+    Raises:
+        ValueError, TypeError: as `make_policy`, or the calibration cannot be read.
+    """
+    try:
+        folder = Path(locate_model(model_path))
+    except ModelError:
+        folder = None
+    return make_policy(cache.policy, calibrated_options(folder, cache.policy, cache.policy_options))
 
 
 def read_calibration(path: Path) -> dict[str, dict[str, Any]]:

@@ -25,6 +25,11 @@ def _init_path(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
+def _model_path(path: str) -> str:
+    """A folder's whole path, as the actors' working directory is another one; hub ids and the like as they are."""
+    return os.path.realpath(path) if os.path.isdir(path) else path
+
+
 def _frame_rate(given: object) -> int | float:
     """Frames a second from 24, 23.976, 12.5 or "24000/1001"; what television rounds (23.976, 29.97) is the fraction."""
     written = r"[0-9]{1,6}(/[0-9]{1,6}|\.[0-9]{1,9})?"
@@ -52,7 +57,7 @@ FrameRate = Annotated[
 class ModelOptions(Options):
     """Which model, in which precision, where."""
 
-    path: str = Field(default="builtin:tiny_wan", min_length=1, max_length=1024)
+    path: Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_model_path)] = "builtin:tiny_wan"
     torch_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     offload: Literal["none", "text_encoder"] = "text_encoder"

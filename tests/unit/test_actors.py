@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import errno
+import json
 import os
 import pickle
 
@@ -14,7 +15,8 @@ from edit_ray.actors import segment_scheduler
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.config import Config
+from edit_ray.cache.policies import POLICIES, Always
+from edit_ray.config import Config, load_config
 from edit_ray.engine.continuity import match_statistics
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.engine.pipeline import EditWanPipeline
@@ -320,6 +322,30 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, model):
     (tmp_path / "root" / "one").mkdir(parents=True)
     with pytest.raises(RunExists, match="'one' is taken"):
         asyncio.run(submit(config.model_dump(mode="json")))
+
+
+def test_a_configuration_is_checked_once_and_its_policy_made_once_more_for_use(tmp_path, model, monkeypatch):
+    made = []
+
+    class Counted(Always):
+        def __init__(self):
+            made.append(1)
+
+    monkeypatch.setattr(POLICIES, "_classes", {**POLICIES._classes, "counted": Counted})
+    values = config_for(model, video={"num_segments": 3}, cache={"policy": "counted"}).model_dump(mode="json")
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    config = load_config(tmp_path / "run.yaml")
+    assert made == [1]
+
+    async def submit_and_wait():
+        scheduler = SegmentSchedulerActor(Crew())
+        where = str(tmp_path / "root")
+        await scheduler.submit("one", config.model_dump(mode="json"), where, str(tmp_path), "", checked=True)
+        assert made == [1]
+        await scheduler.wait_segment("one", 2, 60)
+
+    asyncio.run(submit_and_wait())
+    assert made == [1, 1]
 
 
 def test_an_unknown_run_is_named():
