@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edit_ray import EditWanPipeline
-from edit_ray.config.cross_checks import layout_of
+from edit_ray.config.model import layout_of
 from edit_ray.engine.continuity import match_statistics
 from edit_ray.engine.options import ContinuityOptions, SamplingOptions
 from edit_ray.engine.stream import RunStream

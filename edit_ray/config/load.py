@@ -1,16 +1,15 @@
 """From a YAML file and `--set` options to a configuration, or to every mistake in them at once."""
 
-import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from edit_ray.config.mistakes import KeyPath, Mistake, WrongKeys, mistakes_of
+from edit_ray.config.messages import KeyPath, Mistake, WrongKeys, mistakes_of
 from edit_ray.config.model import Config
-from edit_ray.config.model_checks import model_mistakes
+from edit_ray.config.model_checks import model_mistakes, texts_in
 from edit_ray.config.source import Source, printable
 from edit_ray.errors import ConfigError
 from edit_ray.options import Schema
@@ -63,7 +62,7 @@ def _validate(data: Any, check_model: bool) -> tuple[Config | None, list[Mistake
     config: Config | None = None
     for _ in range(8):
         try:
-            config = Config.model_validate(_without(data, wrong.paths))
+            config = Config.model_validate(_without(wrong.paths, data))
             break
         except ValidationError as error:
             mistakes = mistakes_of(error, _schema())
@@ -74,49 +73,21 @@ def _validate(data: Any, check_model: bool) -> tuple[Config | None, list[Mistake
     if config is not None and check_model and not wrong.touch(("model", "path")):
         # Not what stand-ins have spoiled, but what is known: the words of an ill-placed prompt are still its own.
         known = WrongKeys(mistake.path for mistake in found)
-        found += [mistake for mistake in model_mistakes(config, list(_texts(data))) if not known.spoil(mistake)]
+        found += [mistake for mistake in model_mistakes(config, list(texts_in(data))) if not known.spoil(mistake)]
     return config, found
 
 
-def _texts(data: Any) -> Iterator[tuple[KeyPath, str]]:
-    """Every text in the raw data that the model's tokenizer will see, wherever it can be told."""
-    if not isinstance(data, dict):
-        return
-    entries, sampling = data.get("prompt_segments"), data.get("sampling")
-    for index, entry in enumerate(entries if isinstance(entries, list) else ()):
-        for name in ("prompt", "negative_prompt"):
-            if isinstance(entry, dict) and isinstance(entry.get(name), str):
-                yield ("prompt_segments", index, name), entry[name]
-    if isinstance(sampling, dict) and isinstance(sampling.get("negative_prompt"), str):
-        yield ("sampling", "negative_prompt"), sampling["negative_prompt"]
-
-
-def _without(data: Any, wrong: Collection[KeyPath]) -> Any:
-    """The data with the wrong values taken out, or replaced where something has to be."""
-    if not wrong:
-        return data
-    if not isinstance(data, dict):
-        return copy.deepcopy(_STAND_INS)
-    data = copy.deepcopy(data)
-    for path in sorted(wrong, key=len, reverse=True):
-        container: Any = data
-        for part in path[:-1]:
-            container = _below(container, part)
-        if isinstance(container, dict):
-            container.pop(path[-1], None)
-            if path[-1] == "prompt" and len(path) == 3:
-                container["prompt"] = "-"
-            elif len(path) == 1 and path[0] in _STAND_INS:
-                container[path[0]] = copy.deepcopy(_STAND_INS[str(path[0])])
-    return data
-
-
-def _below(container: Any, part: str | int) -> Any:
-    if isinstance(container, dict):
-        return container.get(part)
-    if isinstance(container, list) and isinstance(part, int):
-        return container[part]
-    return None
+def _without(wrong: Set[KeyPath], value: Any, path: KeyPath = ()) -> Any:
+    """The value at `path` with the wrong values taken out, or replaced where something has to be."""
+    if path in wrong:  # nothing at all is right
+        return _STAND_INS
+    if isinstance(value, list):
+        return [_without(wrong, entry, (*path, index)) for index, entry in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: _without(wrong, below, (*path, key)) for key, below in value.items() if (*path, key) not in wrong}
+    stand_ins = {0: _STAND_INS, 2: {"prompt": "-"}}.get(len(path), {})
+    return kept | {key: stand_in for key, stand_in in stand_ins.items() if (*path, key) in wrong}
 
 
 @cache

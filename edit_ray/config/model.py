@@ -5,16 +5,8 @@ from typing import Annotated, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from edit_ray.cache.options import CacheOptions, StoreOptions
-from edit_ray.config.cross_checks import (
-    first_segment,
-    layout_of,
-    mode_mistakes,
-    num_segments_of,
-    reuse_mistakes,
-    shape_and_length_mistakes,
-    two_gpu_mistakes,
-)
-from edit_ray.config.mistakes import Mistakes
+from edit_ray.config.cross_checks import mistakes_between
+from edit_ray.config.messages import Mistakes
 from edit_ray.config.options import MAX_PROMPTS, VALID_PROMPTS, PromptSegment, VideoOptions
 from edit_ray.config.strict_yaml import dump
 from edit_ray.engine.options import ContinuityOptions, EngineOptions, ModelOptions, SamplingOptions
@@ -23,11 +15,6 @@ from edit_ray.options import Options
 from edit_ray.runs.layout import FrameLayout
 from edit_ray.runs.plan import Scene, Storyboard
 from edit_ray.video.options import OutputOptions
-
-
-def _none_of_it(given: object) -> object:
-    """`cache: null` is no cache."""
-    return {} if given is None else given
 
 
 class Config(Options):
@@ -47,7 +34,10 @@ class Config(Options):
         min_length=1, max_length=MAX_PROMPTS, strict=False, json_schema_extra={"valid": VALID_PROMPTS}
     )
     continuity: ContinuityOptions = Field(default_factory=ContinuityOptions)
-    cache: Annotated[CacheOptions, BeforeValidator(_none_of_it)] = Field(default_factory=CacheOptions)
+    # `cache: null` is no cache.
+    cache: Annotated[CacheOptions, BeforeValidator(lambda given: {} if given is None else given)] = Field(
+        default_factory=CacheOptions
+    )
     store: StoreOptions = Field(default_factory=StoreOptions)
     engine: EngineOptions = Field(default_factory=EngineOptions)
     output: OutputOptions = Field(default_factory=OutputOptions)
@@ -55,12 +45,7 @@ class Config(Options):
 
     @model_validator(mode="after")
     def _check_across(self) -> Self:
-        sampling, video, entries = self.sampling, self.video, self.prompt_segments
-        mistakes = shape_and_length_mistakes(sampling, self.continuity, self.cache, video, entries)
-        mistakes += reuse_mistakes(self.cache, sampling, video, entries)
-        mistakes += two_gpu_mistakes(self.engine, self.model, self.cache)
-        mistakes += mode_mistakes(self.engine)
-        if mistakes:
+        if mistakes := list(mistakes_between(self)):
             raise Mistakes(mistakes)
         return self
 
@@ -71,8 +56,9 @@ class Config(Options):
 
     @property
     def num_segments(self) -> int | None:
-        """Segments of the run, at least one; None where it goes on until it is stopped."""
-        return num_segments_of(self.video, self.layout)
+        """Segments of the run, the fewest that cover `video.duration`; None where it goes on until it is stopped."""
+        duration = self.video.duration
+        return self.video.num_segments if duration is None else self.layout.segments_for(duration)
 
     @property
     def num_frames_total(self) -> int | None:
@@ -85,7 +71,7 @@ class Config(Options):
         layout, sampling = self.layout, self.sampling
         scenes = tuple(
             Scene(
-                start=first_segment(entry, layout),
+                start=entry.first_segment(layout),
                 prompt=entry.prompt,
                 negative_prompt=sampling.negative_prompt if entry.negative_prompt is None else entry.negative_prompt,
                 guidance_scale=sampling.guidance_scale if entry.guidance_scale is None else entry.guidance_scale,
@@ -94,6 +80,21 @@ class Config(Options):
             for entry in self.prompt_segments
         )
         return Storyboard(scenes, layout)
+
+
+def layout_of(sampling: SamplingOptions, continuity: ContinuityOptions) -> FrameLayout:
+    """The frames that each segment adds.
+
+    Raises:
+        ValueError: `num_frames` and `history_latents` do not fit each other.
+    """
+    return FrameLayout(
+        sampling.num_frames,
+        continuity.carried_latents,
+        sampling.fps,
+        init_latents=continuity.preceding_latents,
+        denoise_needs_frames=continuity.carried_frames > 0,
+    )
 
 
 def dump_yaml(config: Config, *, empty: bool = False) -> str:

@@ -1,10 +1,11 @@
 """What a configuration must have in common with its model, read from the model's JSON files alone."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.policies import POLICIES, OptionError, check_granularity
-from edit_ray.config.mistakes import KeyPath, Mistake, dotted
+from edit_ray.config.messages import KeyPath, Mistake, mistake_at
 from edit_ray.config.model import Config
 from edit_ray.engine.calibration import policy_of
 from edit_ray.engine.init_file import read_init
@@ -26,13 +27,7 @@ def check_config(config: Config) -> list[str]:
 
     Loads no weights; `load_config` has made this check unless it was told not to.
     """
-    texts: list[Text] = [
-        (("prompt_segments", index, name), text)
-        for index, entry in enumerate(config.prompt_segments)
-        for name, text in (("prompt", entry.prompt), ("negative_prompt", entry.negative_prompt or ""))
-    ]
-    texts.append((("sampling", "negative_prompt"), config.sampling.negative_prompt))
-    return [mistake.text for mistake in model_mistakes(config, texts)]
+    return [mistake.text for mistake in model_mistakes(config, texts_in(config.model_dump(mode="json")))]
 
 
 def check_texts(config: Config, texts: Mapping[str, str]) -> list[str]:
@@ -44,31 +39,38 @@ def check_texts(config: Config, texts: Mapping[str, str]) -> list[str]:
     ]
     if not problems:
         info = read_model_info(config.model.path)
-        problems = [mistake.text for mistake in _check_words([((name,), text) for name, text in texts.items()], info)]
+        problems = [mistake.text for mistake in _words([((name,), text) for name, text in texts.items()], info)]
     return problems
 
 
-def model_mistakes(config: Config, texts: Sequence[Text]) -> list[Mistake]:
-    """What the model or the device cannot do; `texts` are the prompts with their keys."""
-    mistakes = [
-        *_check_dtype(config),
-        *_check_init(config.continuity),
-        *cache_mistakes(config.cache, config.sampling.num_inference_steps, config.model.path),
+def texts_in(data: Any) -> Iterator[Text]:
+    """Every text in a configuration's raw data that the model's tokenizer will see, wherever it can be told."""
+    if not isinstance(data, dict):
+        return
+    entries, sampling = data.get("prompt_segments"), data.get("sampling")
+    sections = [
+        (("prompt_segments", at), entry) for at, entry in enumerate(entries if isinstance(entries, list) else ())
     ]
+    for path, section in [*sections, (("sampling",), sampling)]:
+        for name in ("prompt", "negative_prompt"):
+            if isinstance(section, dict) and isinstance(section.get(name), str):
+                yield (*path, name), section[name]
+
+
+def model_mistakes(config: Config, texts: Iterable[Text]) -> list[Mistake]:
+    """What the model or the device cannot do; `texts` are the prompts with their keys."""
+    steps, model = config.sampling.num_inference_steps, config.model
+    mistakes = [*_init(config.continuity), *_cache(config.cache, steps, model.path)]
+    if problem := dtype_problem(model.torch_dtype, model.device):
+        mistakes.append(mistake_at("model.torch_dtype", problem, "model.device"))
     try:
-        info = read_model_info(config.model.path)
+        info = read_model_info(model.path)
     except ModelError as error:
         return [*mistakes, Mistake(("model", "path"), f"model.path: {error}")]
-    return [*mistakes, *_check_shape(config, info), *_check_words(texts, info)]
+    return [*mistakes, *_shape(config, info), *_words(texts, info)]
 
 
-def _check_dtype(config: Config) -> Iterator[Mistake]:
-    problem = dtype_problem(config.model.torch_dtype, config.model.device)
-    if problem:
-        yield Mistake(("model", "torch_dtype"), f"model.torch_dtype {problem}", needs=(("model", "device"),))
-
-
-def _check_init(continuity: ContinuityOptions) -> Iterator[Mistake]:
+def _init(continuity: ContinuityOptions) -> Iterator[Mistake]:
     """Reads the user's file as the run will, only smaller."""
     if continuity.init is None:
         return
@@ -79,56 +81,57 @@ def _check_init(continuity: ContinuityOptions) -> Iterator[Mistake]:
             yield Mistake(("continuity", "init"), problem, needs=(("continuity", "history_latents"),))
 
 
-def _check_shape(config: Config, info: ModelInfo) -> Iterator[Mistake]:
+def _shape(config: Config, info: ModelInfo) -> Iterator[Mistake]:
     for name, step in (("height", info.height_step), ("width", info.width_step)):
         given: int = getattr(config.sampling, name)
         if given % step:
             below = given // step * step
             near = " or ".join(str(size) for size in (below, below + step) if size)
-            yield Mistake(
-                ("sampling", name),
-                f"sampling.{name} is {given}; it must be a multiple of {step} for this model, such as {near}.",
+            yield mistake_at(
+                f"sampling.{name}", f"is {given}; it must be a multiple of {step} for this model, such as {near}."
             )
     if info.scale_factor_temporal != TEMPORAL_FACTOR:
-        yield Mistake(
-            ("model", "path"),
-            f"model.path is {config.model.path!r}, whose VAE makes one latent of {info.scale_factor_temporal} frames; "
-            f"it must be {TEMPORAL_FACTOR}.",
+        yield mistake_at(
+            "model.path",
+            f"is {config.model.path!r}, whose VAE makes one latent of {info.scale_factor_temporal} frames; it must be "
+            f"{TEMPORAL_FACTOR}.",
         )
     if config.continuity.mode == "history" and not info.expand_timesteps:
-        yield Mistake(
-            ("continuity", "mode"),
-            "continuity.mode is 'history'; it must be none, warm_start or overlap for this model, because history "
-            "needs per-token timesteps (expand_timesteps: true in its model_index.json).",
+        yield mistake_at(
+            "continuity.mode",
+            "is 'history'; it must be none, warm_start or overlap for this model, because history needs per-token "
+            "timesteps (expand_timesteps: true in its model_index.json).",
         )
 
 
-def _check_words(texts: Sequence[Text], info: ModelInfo) -> Iterator[Mistake]:
+def _words(texts: Iterable[Text], info: ModelInfo) -> Iterator[Mistake]:
     if info.vocabulary is None:
         return
     known = sorted(info.vocabulary, key=lambda word: (not word[:1].isalpha(), word))  # punctuation last
-    named = ", ".join(word if word[:1].isalpha() else repr(word) for word in known[:MAX_WORDS_NAMED]) + (
-        ", …" if len(known) > MAX_WORDS_NAMED else ""
-    )
+    named = _listed([word if word[:1].isalpha() else repr(word) for word in known], MAX_WORDS_NAMED)
     for path, text in texts:
         unknown = list(dict.fromkeys(word for word in info.words(text) if word not in info.vocabulary))
         if unknown:
-            words = ", ".join(map(repr, unknown[:20])) + (", …" if len(unknown) > 20 else "")
-            yield Mistake(path, f"{dotted(path)} has words that this model does not know: {words}; it knows: {named}.")
+            words = _listed(list(map(repr, unknown)), 20)
+            yield mistake_at(path, f"has words that this model does not know: {words}; it knows: {named}.")
 
 
-def cache_mistakes(cache: CacheOptions, num_inference_steps: int, model_path: str) -> Iterator[Mistake]:
+def _listed(words: list[str], most: int) -> str:
+    return ", ".join(words[:most]) + (", …" if len(words) > most else "")
+
+
+def _cache(cache: CacheOptions, num_inference_steps: int, model_path: str) -> Iterator[Mistake]:
     """Everything that is wrong with the section, for the model at `model_path`, whose calibration may complete it."""
     options = cache.policy_options
     if cache.policy == "none":
         of_policy = {"target_speedup": cache.target_speedup is not None, "reuse_window": cache.reuse_window > 0}
         for name in [*options, *(name for name, given in of_policy.items() if given)]:
-            said = f"cache.{name} is an option of no policy: cache.policy is none."
-            yield Mistake(("cache", name), said, needs=(("cache", "policy"),))
+            path = ("cache", name)
+            yield mistake_at(path, "is an option of no policy: cache.policy is none.", "cache.policy")
         return
     valid = ["none", *POLICIES.names()]
     if cache.policy not in valid:
-        yield Mistake(("cache", "policy"), f"cache.policy is {cache.policy!r}; it must be one of {', '.join(valid)}.")
+        yield mistake_at("cache.policy", f"is {cache.policy!r}; it must be one of {', '.join(valid)}.")
         return
     if (cache.policy == REUSING) != (cache.reuse_window > 0):
         said = (
@@ -137,8 +140,7 @@ def cache_mistakes(cache: CacheOptions, num_inference_steps: int, model_path: st
         )
         yield Mistake(("cache", "reuse_window" if cache.reuse_window else "policy"), said)
     elif options.get("align", "step") == "last":
-        said = "cache.align is 'last', which works in the library; in a run it must be 'step'."
-        yield Mistake(("cache", "align"), said)
+        yield mistake_at("cache.align", "is 'last', which works in the library; in a run it must be 'step'.")
     try:
         policy = policy_of(cache, model_path)
         check_granularity(policy, cache.granularity)

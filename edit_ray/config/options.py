@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from edit_ray.options import Options
+from edit_ray.runs.layout import FrameLayout
 from edit_ray.runs.numbers import MAX_SEGMENTS
 
 MAX_PROMPTS = 10_000
@@ -127,3 +128,7 @@ class PromptSegment(Options):
                 f"has {many} start {joint} segment; it must have one of them, such as start: 0s or segment: 0."
             )
         return self
+
+    def first_segment(self, layout: FrameLayout) -> int:
+        """The segment from which on the prompt is in effect: the one that contains its start."""
+        return layout.segment_at(self.start) if self.start is not None else self.segment or 0

@@ -28,44 +28,31 @@ def output_root(option: str | None, environ: Mapping[str, str]) -> Path:
         name, given = f"${OUTPUT_VARIABLE}", environ[OUTPUT_VARIABLE]
     else:
         name, given = "the default output folder", DEFAULT_OUTPUT
+    if not given.strip():
+        raise ConfigError([f"{name} is empty; it must be a folder that can be written."])
     try:
-        if not given.strip():
-            raise ConfigError([f"{name} is empty; it must be a folder that can be written."])
-        root = Path(os.path.abspath(_expand(given, environ)))
-        _check_place(name, given, root)
+        home = environ.get("HOME")
+        from_home = bool(home) and (given == "~" or given.startswith("~/"))
+        root = Path(os.path.abspath(Path(home or "", given[2:]) if from_home else Path(given).expanduser()))
+        if any(_in_ray_job(place.parts) for place in (root, Path(os.path.realpath(root)))):
+            wrong = f"which is {root}, inside a Ray job's unpacked files, and those are deleted"
+            raise ConfigError([f"{name} is {given!r}, {wrong}; it must be an absolute path elsewhere."])
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):
             pass
-    except FileExistsError:
-        raise ConfigError([f"{name} is {given!r}, a file; it must be a folder that can be written."]) from None
-    except NotADirectoryError:
-        raise ConfigError([f"{name} is {given!r}, below a file; it must be a folder that can be written."]) from None
+        return root
+    except ConfigError:
+        raise
+    except (FileExistsError, NotADirectoryError) as error:
+        what = "a file" if isinstance(error, FileExistsError) else "below a file"
+        text = f"{what}; it must be a folder that can be written"
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise ConfigError(
-            [f"{name} is {given!r}, which cannot be written ({reason}); it must be a folder that can be."]
-        ) from None
+        text = f"which cannot be written ({reason}); it must be a folder that can be"
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError([f"{name} is {given!r}, which is no path ({error}); it must be a folder."]) from None
-    return root
+        text = f"which is no path ({error}); it must be a folder"
+    raise ConfigError([f"{name} is {given!r}, {text}."])
 
 
-def _expand(given: str, environ: Mapping[str, str]) -> Path:
-    home = environ.get("HOME")
-    if home and (given == "~" or given.startswith("~/")):
-        return Path(home, given[2:])
-    return Path(given).expanduser()
-
-
-def _check_place(name: str, given: str, root: Path) -> None:
-    for place in (root, Path(os.path.realpath(root))):
-        parts = place.parts
-        if any(parts[at : at + 2] == _RAY_JOB_PARTS for at in range(len(parts))):
-            raise ConfigError(
-                [
-                    f"{name} is {given!r}, which is {place}, inside a Ray job's unpacked files, and those are deleted; "
-                    "it must be an absolute path elsewhere."
-                ]
-            )
+def _in_ray_job(parts: tuple[str, ...]) -> bool:
+    return any(parts[at : at + 2] == _RAY_JOB_PARTS for at in range(len(parts)))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from edit_ray.config.mistakes import KeyPath, dotted
+from edit_ray.config.messages import KeyPath, dotted
 from edit_ray.config.strict_yaml import Document, parse, parse_scalar
 from edit_ray.errors import ConfigError
 
@@ -71,30 +71,28 @@ class Source:
 
 def read_file(path: Path) -> Document:
     """The document in a file; what is wrong with the file itself is a mistake of the document."""
+    document = Document()
     try:
         mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            return _unreadable("this is a folder; it must be a YAML file.")
-        if not stat.S_ISREG(mode):
-            return _unreadable("this is no regular file; it must be a YAML file.")
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+        if stat.S_ISREG(mode):
+            with path.open("rb") as file:
+                content = file.read(MAX_FILE_BYTES + 1)
+            if len(content) <= MAX_FILE_BYTES:
+                return parse(content.decode("utf-8-sig"))
+            wrong = f"is larger than the {MAX_FILE_BYTES} bytes that a configuration may have"
+        else:
+            wrong = f"is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; it must be a YAML file"
     except FileNotFoundError:
-        return _unreadable("there is no such file; it must be a YAML file.")
+        document.mistakes.append((None, "there is no such file; it must be a YAML file."))
+        return document
     except OSError as error:
-        return _unreadable(f"this cannot be read: {error.strerror}.")
-    except ValueError as error:
-        return _unreadable(f"this is no file's name: {error}.")
-    if len(content) > MAX_FILE_BYTES:
-        return _unreadable(f"this is larger than the {MAX_FILE_BYTES} bytes that a configuration may have.")
-    try:
-        return parse(content.decode("utf-8-sig"))
+        wrong = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
-        return _unreadable(f"this is no text: byte {error.start} is not UTF-8; it must be a YAML file.")
-
-
-def _unreadable(text: str) -> Document:
-    return Document(mistakes=[(None, text)])
+        wrong = f"is no text: byte {error.start} is not UTF-8; it must be a YAML file"
+    except ValueError as error:
+        wrong = f"is no file's name: {error}"
+    document.mistakes.append((None, f"this {wrong}."))
+    return document
 
 
 def _put(root: dict[str, Any], parts: Sequence[str], value: object) -> KeyPath:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from edit_ray.config.mistakes import KeyPath, dotted
+from edit_ray.config.messages import KeyPath, dotted
 
 EMPTY = "this is empty; it must have at least video and prompt_segments."
 MAX_DEPTH = 16
@@ -30,6 +30,10 @@ class Document:
     lines: dict[KeyPath, int] = field(default_factory=dict)
     mistakes: list[tuple[int | None, str]] = field(default_factory=list)
 
+    def note(self, at: Any, text: str) -> None:
+        """Notes a mistake at an event or a node of PyYAML."""
+        self.mistakes.append((at.start_mark.line + 1, text))
+
 
 class _TooMuch(Exception):
     """Reading must stop: the rest may be without bound."""
@@ -39,7 +43,14 @@ def parse(text: str) -> Document:
     """Reads one document; never raises, every mistake is in the result."""
     document = Document()
     try:
-        _Reader(text, document).read()
+        composer: Any = _Composer(text, document)  # which looks for characters that YAML forbids
+        composer.get_event()
+        if not composer.check_event(yaml.StreamEndEvent):
+            document.data = _value(composer.compose_document(), (), document)
+        if document.data is None and not document.mistakes:
+            document.mistakes.append((None, EMPTY))
+        if not composer.check_event(yaml.StreamEndEvent):
+            document.note(composer.peek_event(), "a second YAML document begins here; there must be one.")
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = ", ".join(part for part in (error.context, error.problem) if part)
@@ -72,9 +83,7 @@ def resolve(text: str) -> Any:
         return int(text)
     if _FLOAT.fullmatch(text):
         return float(text)
-    if _SPECIAL.fullmatch(text):
-        return float(text.replace(".", ""))
-    return text
+    return float(text.replace(".", "")) if _SPECIAL.fullmatch(text) else text
 
 
 def dump(data: dict[str, Any]) -> str:
@@ -99,95 +108,75 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-class _Reader:
-    """Builds the data from PyYAML's events, which resolve nothing and construct nothing."""
+class _Composer(yaml.SafeLoader):
+    """Composes nodes and notes what is not allowed in them; an alias becomes an empty value."""
 
     def __init__(self, text: str, document: Document) -> None:
-        # The loader looks for characters that YAML forbids, and raises.
-        self._loader: Any = yaml.SafeLoader(text)
-        self._document = document
-        self._nodes = 0
+        super().__init__(text)
+        self._document, self._depth, self._nodes = document, 0, 0
+        self._path: KeyPath = ()
 
-    def read(self) -> None:
-        self._next()
-        if isinstance(self._next(), yaml.StreamEndEvent):
-            self._mistake(None, EMPTY)
-            return
-        self._document.data = self._value(self._next(), (), 1)
-        if self._document.data is None and not self._document.mistakes:
-            self._mistake(None, EMPTY)
-        self._next()
-        following = self._next()
-        if isinstance(following, yaml.DocumentStartEvent):
-            self._mistake(following, "a second YAML document begins here; there must be one.")
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        stream: Any = super()  # PyYAML's methods have no types
+        event, above = stream.peek_event(), self._path
+        if index is not None:  # in a mapping the key's node
+            self._path = (*above, getattr(index, "value", index))
+        self._depth, self._nodes = self._depth + 1, self._nodes + 1
+        self._check(event, dotted(self._path) or "the document")
+        if isinstance(event, yaml.AliasEvent):
+            node: Any = yaml.ScalarNode("", "", stream.get_event().start_mark)
+        else:
+            node = stream.compose_node(parent, index)
+        self._path, self._depth = above, self._depth - 1
+        return node
 
-    def _next(self) -> Any:
-        return self._loader.get_event()
-
-    def _mistake(self, event: Any, text: str) -> None:
-        self._document.mistakes.append((event.start_mark.line + 1 if event else None, text))
-
-    def _value(self, event: Any, path: KeyPath, depth: int) -> Any:
-        self._check(event, path, depth)
-        if isinstance(event, yaml.ScalarEvent):
-            return self._plain(event) if event.style is None else self._characters(event)
-        if isinstance(event, yaml.SequenceStartEvent):
-            return self._list(path, depth)
-        if isinstance(event, yaml.MappingStartEvent):
-            return self._mapping(path, depth)
-        return None
-
-    def _check(self, event: Any, path: KeyPath, depth: int) -> None:
-        at = dotted(path) or "the document"
-        self._nodes += 1
-        if depth > MAX_DEPTH or self._nodes > MAX_NODES:
-            bound = f"nested deeper than {MAX_DEPTH} levels" if depth > MAX_DEPTH else f"of over {MAX_NODES} values"
-            self._mistake(event, f"the YAML is {bound} here; no configuration needs that.")
+    def _check(self, event: Any, at: str) -> None:
+        if self._depth > MAX_DEPTH or self._nodes > MAX_NODES:
+            bound = (
+                f"nested deeper than {MAX_DEPTH} levels" if self._depth > MAX_DEPTH else f"of over {MAX_NODES} values"
+            )
+            self._document.note(event, f"the YAML is {bound} here; no configuration needs that.")
             raise _TooMuch
         if isinstance(event, yaml.AliasEvent):
-            self._mistake(event, f"{at} is the alias *{event.anchor}; aliases are not allowed, write the value out.")
-        elif event.anchor is not None:
-            self._mistake(event, f"{at} has the anchor &{event.anchor}; anchors are not allowed.")
-        if getattr(event, "tag", None) is not None:
+            says = f"is the alias *{event.anchor}; aliases are not allowed, write the value out."
+            self._document.note(event, f"{at} {says}")
+            return
+        if event.anchor is not None:
+            self._document.note(event, f"{at} has the anchor &{event.anchor}; anchors are not allowed.")
+            event.anchor = None
+        if event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            self._mistake(event, f"{at} has the tag {tag}; tags are not allowed, only plain values are.")
+            self._document.note(event, f"{at} has the tag {tag}; tags are not allowed, only plain values are.")
 
-    def _plain(self, event: Any) -> Any:
-        return resolve(self._characters(event))
 
-    def _characters(self, event: Any) -> str:
-        text: str = event.value
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            self._mistake(event, "a half of a surrogate pair is no character; write the character itself.")
-            return text.encode("utf-8", "replace").decode()
-        return text
+def _value(node: Any, path: KeyPath, document: Document) -> Any:
+    """The data of a node; notes keys that are given twice, and the line of each key."""
+    if isinstance(node, yaml.ScalarNode):
+        text = _characters(node, document)
+        return resolve(text) if node.style is None else text
+    if isinstance(node, yaml.SequenceNode):
+        document.lines.update({(*path, at): item.start_mark.line + 1 for at, item in enumerate(node.value)})
+        return [_value(item, (*path, at), document) for at, item in enumerate(node.value)]
+    values: dict[str, Any] = {}
+    for name, value in node.value:
+        line = name.start_mark.line + 1
+        if isinstance(name, yaml.ScalarNode):
+            key = _characters(name, document)
+        else:
+            document.note(name, f"a key of {dotted(path) or 'the document'} is no plain text.")
+            key = f"(key in line {line})"
+        here = (*path, key)
+        if key in values:
+            first = document.lines[here]
+            document.note(name, f"{dotted(here)} is given twice, first in line {first}; each key is given once.")
+        document.lines.setdefault(here, line)
+        values[key] = _value(value, here, document)
+    return values
 
-    def _list(self, path: KeyPath, depth: int) -> list[Any]:
-        values: list[Any] = []
-        while not isinstance(event := self._next(), yaml.SequenceEndEvent):
-            here = (*path, len(values))
-            self._document.lines[here] = event.start_mark.line + 1
-            values.append(self._value(event, here, depth + 1))
-        return values
 
-    def _mapping(self, path: KeyPath, depth: int) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        while not isinstance(event := self._next(), yaml.MappingEndEvent):
-            key = self._key(event, path, depth)
-            here = (*path, key)
-            line = event.start_mark.line + 1
-            if key in values:
-                first = self._document.lines[here]
-                self._mistake(event, f"{dotted(here)} is given twice, first in line {first}; each key is given once.")
-            else:
-                self._document.lines[here] = line
-            values[key] = self._value(self._next(), here, depth + 1)
-        return values
-
-    def _key(self, event: Any, path: KeyPath, depth: int) -> str:
-        if isinstance(event, yaml.ScalarEvent):
-            self._check(event, path, depth)
-            return self._characters(event)
-        self._mistake(event, f"a key of {dotted(path) or 'the document'} is no plain text.")
-        self._value(event, path, depth + 1)
-        return f"(key in line {event.start_mark.line + 1})"
+def _characters(node: yaml.ScalarNode, document: Document) -> str:
+    text: str = node.value
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        document.note(node, "a half of a surrogate pair is no character; write the character itself.")
+        return text.encode("utf-8", "replace").decode()
+    return text

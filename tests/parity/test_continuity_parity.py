@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from edit_ray.config.cross_checks import layout_of
+from edit_ray.config.model import layout_of
 from edit_ray.engine.decode import to_uint8
 from edit_ray.engine.lookback import lookback_latents
 from edit_ray.engine.options import ContinuityOptions, ModelOptions, SamplingOptions
