@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from edit_ray.cache.adapters import ModelAdapter, register_adapter
-    from edit_ray.cache.controller import Cache
+    from edit_ray.cache.cache import Cache
     from edit_ray.cache.install import apply_cache_on_transformer, remove_cache_from_transformer
     from edit_ray.cache.policies import CachePolicy, PolicyContext, register_policy, relative_l1
     from edit_ray.cache.stores.device import GPUStore
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "CPUOffloadStore": "stores.host",
-    "Cache": "controller",
+    "Cache": "cache",
     "CachePolicy": "policies",
     "DiskOffloadStore": "stores.disk",
     "GPUStore": "stores.device",

@@ -17,8 +17,8 @@ from typing import Any, SupportsIndex
 from torch import nn
 
 from edit_ray.cache.adapters import adapter_of
-from edit_ray.cache.controller import Cache
-from edit_ray.cache.plan import Expert, LoopStep, check_not_compiled
+from edit_ray.cache.cache import Cache
+from edit_ray.cache.known_mask import Expert, LoopStep, check_not_compiled
 from edit_ray.cache.policies import check_granularity, make_policy
 from edit_ray.cache.policies.policy import CachePolicy
 from edit_ray.cache.stores.device import GPUStore

@@ -12,12 +12,12 @@ from torch import Tensor
 from edit_ray.cache.policies.policy import UnitState
 from edit_ray.cache.stores.store import CacheStore, Key
 
-Owner = tuple[str, str, int]  # expert, branch, unit
+UnitId = tuple[str, str, int]  # expert, branch, unit
 Layout = tuple[torch.Size, torch.dtype]  # of the latents that a residual was computed from, batch included
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredResidual:
     """One stored residual, under `key` (generation, expert, branch, unit, step)."""
 
     key: Key
@@ -37,9 +37,9 @@ class ResidualIndex:
         self._asking = threading.Lock()
         self.generation = 0
         self.window: tuple[int, ...] = ()
-        self._steps: dict[tuple[int, Owner], list[int]] = {}
-        self._layouts: dict[tuple[int, Owner], Layout | None] = {}
-        self._entries: dict[Key, Entry] = {}
+        self._steps: dict[tuple[int, UnitId], list[int]] = {}
+        self._layouts: dict[tuple[int, UnitId], Layout | None] = {}
+        self._entries: dict[Key, StoredResidual] = {}
 
     def put(
         self, state: UnitState, step: int, residual: Tensor, keeps: Callable[[int], bool], layout: Layout | None = None
@@ -49,7 +49,7 @@ class ResidualIndex:
         key = (self.generation, *owner, step)
         with self._asking:
             self.store.put(key, residual)
-        self._entries[key] = Entry(key, "", tuple(residual.shape), residual.nbytes)
+        self._entries[key] = StoredResidual(key, "", tuple(residual.shape), residual.nbytes)
         self._layouts[self.generation, owner] = layout
         steps = self._steps.setdefault((self.generation, owner), [])
         steps.append(step)
@@ -69,10 +69,12 @@ class ResidualIndex:
             owner = (str(expert), str(branch), int(unit or 0))
             self._steps.setdefault((int(generation or 0), owner), []).append(int(step or 0))
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[StoredResidual]:
         """What is stored now, with the tier that holds it."""
         located = [(entry, self._tier_of(entry.key)) for entry in self._entries.values()]
-        return [Entry(entry.key, tier, entry.shape, entry.bytes) for entry, tier in located if tier is not None]
+        return [
+            StoredResidual(entry.key, tier, entry.shape, entry.bytes) for entry, tier in located if tier is not None
+        ]
 
     def _tier_of(self, key: Key) -> str | None:
         """Of a store that can tell; of any other its only tier, if reading finds the entry."""
@@ -90,11 +92,11 @@ class ResidualIndex:
             total[branch] = total.get(branch, 0) + entry.bytes
         return total
 
-    def steps(self, generation: int, owner: Owner) -> list[int]:
+    def steps(self, generation: int, owner: UnitId) -> list[int]:
         """The steps that a unit has computed in a generation."""
         return self._steps.get((generation, owner), [])
 
-    def fits(self, generation: int, owner: Owner, layout: Layout | None) -> bool:
+    def fits(self, generation: int, owner: UnitId, layout: Layout | None) -> bool:
         """Whether what a unit has stored is for latents of this layout; so is what is not known."""
         stored = self._layouts.get((generation, owner))
         return stored is None or layout is None or stored == layout
@@ -143,7 +145,7 @@ class UnitResiduals:
     """The residuals that one unit may read; implements `policies.Residuals`."""
 
     index: ResidualIndex
-    owner: Owner
+    owner: UnitId
     device: torch.device | None = None
     layout: Layout | None = None
 

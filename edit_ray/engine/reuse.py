@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from edit_ray.cache.controller import Cache
+from edit_ray.cache.cache import Cache
 from edit_ray.cache.policies import WarmstartReuse
 from edit_ray.cache.stores.op_table import Op
 from edit_ray.cache.stores.planned import Form

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from edit_ray.cache.controller import Cache
+from edit_ray.cache.cache import Cache
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.targets import WHOLE
 

@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
+from edit_ray.cache.blocks import BlockRunner
 from edit_ray.cache.hooks import Edit, UnitHook, checked, with_edits
-from edit_ray.cache.plan import BRANCHES, Expert, LoopStep, Plan, check_not_compiled, make_plan
+from edit_ray.cache.known_mask import BRANCHES, Expert, KnownMask, LoopStep, check_not_compiled, known_mask
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState
 from edit_ray.cache.records import Counts, Decided, Decision, Reason, Record
-from edit_ray.cache.residuals import Entry, Owner, ResidualIndex, UnitResiduals
+from edit_ray.cache.residuals import ResidualIndex, StoredResidual, UnitId, UnitResiduals
 from edit_ray.cache.signals import StepSignals
 from edit_ray.cache.stores.store import CacheStore, Key
 from edit_ray.cache.units import Unit
-from edit_ray.cache.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class _Here(threading.local):
     """The forward that a thread is at: the branches of one step may be computed in two threads."""
 
     where: Where | None = None
-    walk: Walk | None = None
+    runner: BlockRunner | None = None
     edits: Sequence[Edit] = ()  # of the hooks of the unit that is being decided or computed
 
 
@@ -62,8 +62,8 @@ class Cache:
         self._index = ResidualIndex(store, history_len)
         self._schedule = schedule
         self._hooks: list[UnitHook] = []
-        self._states: dict[Owner, UnitState] = {}
-        self._plan: Plan = {}
+        self._states: dict[UnitId, UnitState] = {}
+        self._plan: KnownMask = {}
         self._here = _Here()
         self._in_call = False
         self._done: list[tuple[str, str, int]] = []  # (expert, branch, step) of the forwards of the latest step
@@ -103,11 +103,11 @@ class Cache:
         counts = self.record.counts("expert", "branch", "unit")
         return {(str(expert), str(branch), int(unit)): count for (expert, branch, unit), count in counts.items()}
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[StoredResidual]:
         """Every residual that is stored now: key, tier, shape, bytes."""
         return self._index.entries()
 
-    def plan(self, steps: Sequence[LoopStep] | None = None) -> dict[Owner, tuple[bool | None, ...]] | None:
+    def plan(self, steps: Sequence[LoopStep] | None = None) -> dict[UnitId, tuple[bool | None, ...]] | None:
         """Per (expert, branch, unit) the mask of a loop, True where it will compute, None where another expert runs.
 
         None for a policy that decides by what it sees in the loop. `steps` are the pipeline's own unless given.
@@ -199,7 +199,7 @@ class Cache:
             raise
         finally:
             self._in_call = False
-            self._here.where = self._here.walk = None
+            self._here.where = self._here.runner = None
 
     @contextmanager
     def context(self, branch: str, step_index: int | None, total: int | None, sigma: float | None) -> Iterator[None]:
@@ -230,7 +230,7 @@ class Cache:
                 "and step are not known. Use a pipeline that sets it, or disable the cache."
             )
         check_not_compiled(expert.transformer)
-        where, self._here.walk = self._here.where, None
+        where, self._here.runner = self._here.where, None
         self._account(expert, where)
         latents, timestep = expert.adapter.inputs(args, kwargs)
         signals = expert.signals(timestep, latents, where.sigma)
@@ -238,18 +238,20 @@ class Cache:
         def context(unit: Unit) -> PolicyContext:
             return self._make_context(expert, where.branch, unit, where.step, signals, latents)
 
-        walk = self._here.walk = Walk(self, expert.adapter, expert.units, context)
+        runner = self._here.runner = BlockRunner(self, expert.adapter, expert.units, context)
         try:
             output = run(*args, **kwargs)
             if self.experts:  # else an error in the other branch's thread has removed it meanwhile
-                walk.check_complete(expert.units, expert.name)
+                runner.check_complete(expert.units, expert.name)
             return output
         finally:
-            self._here.walk = None
+            self._here.runner = None
 
     def block(self, position: int, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of a block; outside of a forward, the block itself."""
-        return run(*args, **kwargs) if self._here.walk is None else self._here.walk.block(position, run, args, kwargs)
+        return (
+            run(*args, **kwargs) if self._here.runner is None else self._here.runner.block(position, run, args, kwargs)
+        )
 
     def decide(self, ctx: PolicyContext, *, can_skip: bool) -> Tensor | None:
         """The unit's output if it is skipped, else None."""
@@ -345,13 +347,13 @@ class Cache:
             ),
         )
 
-    def _make_plan(self, steps: Sequence[LoopStep], branches: Sequence[str]) -> Plan:
+    def _make_plan(self, steps: Sequence[LoopStep], branches: Sequence[str]) -> KnownMask:
         """The policy run ahead of the loop, on states of its own."""
         self.policy.check(len(steps))
         before = self._states, self.num_steps
         self._states, self.num_steps = {}, len(steps)
         try:
-            return make_plan(self.policy, self.experts, steps, branches, self._make_context)
+            return known_mask(self.policy, self.experts, steps, branches, self._make_context)
         finally:
             self._states, self.num_steps = before
 

@@ -12,12 +12,12 @@ from edit_ray.cache.policies.policy import PolicyContext
 from edit_ray.cache.units import Unit
 
 if TYPE_CHECKING:
-    from edit_ray.cache.controller import Cache
+    from edit_ray.cache.cache import Cache
 
 RunBlock = Callable[..., Any]
 
 
-class Walk:
+class BlockRunner:
     """Called in place of every block, in the order of the stack.
 
     On the compute path a unit's output is its blocks' own. A model may change the hidden states between two blocks (Wan

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from edit_ray.cache.adapters import ModelAdapter
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext
-from edit_ray.cache.residuals import Owner
+from edit_ray.cache.residuals import UnitId
 from edit_ray.cache.signals import StepSignals
 from edit_ray.cache.units import Unit
 
@@ -52,7 +52,7 @@ def check_not_compiled(transformer: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class Planned:
+class KnownDecision:
     """A decision made before the loop, with what the policy compared."""
 
     compute: bool
@@ -61,21 +61,21 @@ class Planned:
     threshold: float | None
 
 
-Plan = dict[Owner, list[Planned | None]]
+KnownMask = dict[UnitId, list[KnownDecision | None]]
 """By (expert, branch, unit), a decision for each step of the loop; None where another expert runs."""
 
 MakeContext = Callable[[Expert, str, Unit, int, StepSignals, Tensor | None], PolicyContext]
 
 
-def make_plan(
+def known_mask(
     policy: CachePolicy,
     experts: Mapping[str, Expert],
     steps: Sequence[LoopStep],
     branches: Sequence[str],
     context: MakeContext,
-) -> Plan:
+) -> KnownMask:
     """Ask the policy for every unit at every step, as the loop would."""
-    plan: Plan = {}
+    plan: KnownMask = {}
     for step, at in enumerate(steps):
         expert = experts[at.expert]
         device = next(expert.transformer.parameters()).device
@@ -87,5 +87,5 @@ def make_plan(
                 if compute:
                     ctx.state.computed_steps.append(step)
                 cells = plan.setdefault((expert.name, branch, unit.index), [None] * len(steps))
-                cells[step] = Planned(compute, ctx.signal, ctx.accumulated, ctx.threshold)
+                cells[step] = KnownDecision(compute, ctx.signal, ctx.accumulated, ctx.threshold)
     return plan
