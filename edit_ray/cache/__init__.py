@@ -7,51 +7,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edit_ray.cache.adapters import ModelAdapter, register_adapter
-    from edit_ray.cache.cache import Cache
-    from edit_ray.cache.install import apply_cache_on_transformer, remove_cache_from_transformer
-    from edit_ray.cache.policies import CachePolicy, PolicyContext, register_policy, relative_l1
-    from edit_ray.cache.stores.device import GPUStore
-    from edit_ray.cache.stores.disk import DiskOffloadStore
-    from edit_ray.cache.stores.host import CPUOffloadStore, HostStore
-    from edit_ray.cache.stores.spread import SpreadStore
-    from edit_ray.cache.stores.tiered import TieredStore
+    from edit_ray.cache.adapters import ModelAdapter as ModelAdapter
+    from edit_ray.cache.adapters import register_adapter as register_adapter
+    from edit_ray.cache.cache import Cache as Cache
+    from edit_ray.cache.install import apply_cache_on_transformer as apply_cache_on_transformer
+    from edit_ray.cache.install import remove_cache_from_transformer as remove_cache_from_transformer
+    from edit_ray.cache.policies import CachePolicy as CachePolicy
+    from edit_ray.cache.policies import PolicyContext as PolicyContext
+    from edit_ray.cache.policies import register_policy as register_policy
+    from edit_ray.cache.policies import relative_l1 as relative_l1
+    from edit_ray.cache.stores.device import GPUStore as GPUStore
+    from edit_ray.cache.stores.disk import DiskOffloadStore as DiskOffloadStore
+    from edit_ray.cache.stores.host import CPUOffloadStore as CPUOffloadStore
+    from edit_ray.cache.stores.host import HostStore as HostStore
+    from edit_ray.cache.stores.spread import SpreadStore as SpreadStore
+    from edit_ray.cache.stores.tiered import TieredStore as TieredStore
 
-_MODULES = {
-    "CPUOffloadStore": "stores.host",
-    "Cache": "cache",
-    "CachePolicy": "policies",
-    "DiskOffloadStore": "stores.disk",
-    "GPUStore": "stores.device",
-    "HostStore": "stores.host",
-    "ModelAdapter": "adapters",
-    "PolicyContext": "policies",
-    "SpreadStore": "stores.spread",
-    "TieredStore": "stores.tiered",
-    "apply_cache_on_transformer": "install",
-    "register_adapter": "adapters",
-    "register_policy": "policies",
-    "relative_l1": "policies",
-    "remove_cache_from_transformer": "install",
+_NAMES = {
+    "adapters": ("ModelAdapter", "register_adapter"),
+    "cache": ("Cache",),
+    "install": ("apply_cache_on_transformer", "remove_cache_from_transformer"),
+    "policies": ("CachePolicy", "PolicyContext", "register_policy", "relative_l1"),
+    "stores.device": ("GPUStore",),
+    "stores.disk": ("DiskOffloadStore",),
+    "stores.host": ("CPUOffloadStore", "HostStore"),
+    "stores.spread": ("SpreadStore",),
+    "stores.tiered": ("TieredStore",),
 }
-
-__all__ = [
-    "CPUOffloadStore",
-    "Cache",
-    "CachePolicy",
-    "DiskOffloadStore",
-    "GPUStore",
-    "HostStore",
-    "ModelAdapter",
-    "PolicyContext",
-    "SpreadStore",
-    "TieredStore",
-    "apply_cache_on_transformer",
-    "register_adapter",
-    "register_policy",
-    "relative_l1",
-    "remove_cache_from_transformer",
-]
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> object:

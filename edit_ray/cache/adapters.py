@@ -1,4 +1,4 @@
-"""What differs per model: where its blocks are, what they are given, and how it embeds a timestep."""
+"""What differs between models: where the blocks are, their arguments, and how a timestep is embedded."""
 
 from __future__ import annotations
 
@@ -47,25 +47,20 @@ class WanAdapter:
     """diffusers' Wan2.1 and Wan2.2, text-to-video and image-to-video."""
 
     def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
-        """See `ModelAdapter`."""
         return list(transformer.blocks)  # type: ignore[arg-type]
 
     def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """See `ModelAdapter`."""
         hidden: Tensor = argument(args, kwargs, 0, "hidden_states")
         return hidden
 
     def encoder_hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """See `ModelAdapter`."""
         text: Tensor | None = argument(args, kwargs, 1, "encoder_hidden_states")
         return text
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """See `ModelAdapter`."""
         return argument(args, kwargs, 0, "hidden_states"), argument(args, kwargs, 1, "timestep")
 
     def embed_timestep(self, transformer: nn.Module, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """See `ModelAdapter`."""
         embedder: Any = transformer.condition_embedder
         linear = embedder.time_embedder.linear_1.weight
         e = embedder.time_embedder(embedder.timesteps_proj(timestep).to(linear.dtype)).float()

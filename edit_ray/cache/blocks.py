@@ -1,27 +1,53 @@
-"""One forward of a transformer through its units: who computes, who is skipped, what is stored."""
+"""Units, the slices of the block stack that one cache decision covers, and what runs or skips their blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:  # units are counted without torch
+    from torch import Tensor
 
-from edit_ray.cache.adapters import ModelAdapter
-from edit_ray.cache.policies.policy import PolicyContext
-from edit_ray.cache.units import Unit
-
-if TYPE_CHECKING:
+    from edit_ray.cache.adapters import ModelAdapter
     from edit_ray.cache.cache import Cache
+    from edit_ray.cache.policies.policy import PolicyContext
 
 RunBlock = Callable[..., Any]
 
 
+@dataclass(frozen=True)
+class Unit:
+    """Blocks `first` to `last`, both inclusive."""
+
+    index: int
+    first: int
+    last: int
+
+
+def split_blocks(num_blocks: int, granularity: str | int) -> tuple[Unit, ...]:
+    """The units of a stack: one, one per block, or groups of k blocks, of which the last may be smaller.
+
+    Raises:
+        ValueError: no block, or no such granularity.
+    """
+    if num_blocks < 1:
+        raise ValueError("The model has no blocks to cache.")
+    sizes = {"stack": num_blocks, "per_block": 1}
+    size = sizes.get(granularity) if isinstance(granularity, str) else granularity
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= num_blocks:
+        raise ValueError(
+            f"granularity is {granularity!r}; valid are 'stack', 'per_block' and a group size from 1 to {num_blocks}."
+        )
+    firsts = range(0, num_blocks, size)
+    return tuple(Unit(i, first, min(first + size, num_blocks) - 1) for i, first in enumerate(firsts))
+
+
 class BlockRunner:
-    """Called in place of every block, in the order of the stack.
+    """One forward of a transformer: called in place of every block, in the order of the stack.
 
     On the compute path a unit's output is its blocks' own. A model may change the hidden states between two blocks (Wan
-    VACE adds its hints there): a residual leaves such changes out, since the model makes them on a skip as well.
+    VACE adds its hints there): a residual excludes such changes, since the model makes them on a skip as well.
     """
 
     def __init__(
@@ -29,30 +55,29 @@ class BlockRunner:
     ) -> None:
         self._cache, self._adapter, self._context = cache, adapter, context
         self._unit_at = {position: unit for unit in units for position in range(unit.first, unit.last + 1)}
-        self._asked = 0
+        self._num_entered = 0
         self._reused = False
         self._ctx: PolicyContext | None = None
-        self._before: Tensor | None = None  # the output of the block before
+        self._before: Tensor | None = None  # output of the previous block
         self._between: Tensor | None = None  # what the model has added between the unit's blocks
 
     def block(self, position: int, run: RunBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The output of a block, or what stands in for it."""
         unit, hidden = self._unit_at[position], self._adapter.hidden(args, kwargs)
         if position == unit.first:
-            self._asked += 1
             return self._enter(unit, hidden, run, args, kwargs)
         if self._reused:
             return hidden
         if hidden is not self._before and self._before is not None:
             change = hidden - self._before
             self._between = change if self._between is None else self._between + change
-        return self._went_on(unit, position, run(*args, **kwargs))
+        return self._computed(unit, position, run(*args, **kwargs))
 
     def check_complete(self, units: Sequence[Unit], name: str) -> None:
-        """Raises RuntimeError if a unit was not asked: a cache that does nothing must not stay unseen."""
-        if self._asked != len(units):
+        """Raises RuntimeError if a unit was not asked: a cache that does nothing must not go unnoticed."""
+        if self._num_entered != len(units):
             raise RuntimeError(
-                f"The cache of {name} was asked for {self._asked} of {len(units)} units in one forward: "
+                f"The cache of {name} was asked for {self._num_entered} of {len(units)} units in one forward: "
                 "something has replaced its blocks or how they are called. Disable the cache before changing the model."
             )
 
@@ -60,22 +85,21 @@ class BlockRunner:
         self, unit: Unit, hidden: Tensor, run: RunBlock, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         ctx = self._ctx = self._context(unit)
+        self._num_entered += 1
         ctx.hidden = ctx.base = hidden
         ctx.encoder_hidden = self._adapter.encoder_hidden(args, kwargs)
-        self._reused, self._between, output = False, None, None
+        self._between, output = None, None
         if self._cache.policy.needs_first_block_probe:
             ctx.base = output = run(*args, **kwargs)
             ctx.first_block_residual = output - hidden
-        # Of a unit whose only block is the probe nothing is left to skip.
+        # A unit whose only block is the probe has nothing left to skip.
         skipped = self._cache.decide(ctx, can_skip=output is None or unit.first < unit.last)
+        self._reused = skipped is not None
         if skipped is not None:
-            self._reused = True
             return skipped
-        if output is None:
-            output = run(*args, **kwargs)
-        return self._went_on(unit, unit.first, output)
+        return self._computed(unit, unit.first, run(*args, **kwargs) if output is None else output)
 
-    def _went_on(self, unit: Unit, position: int, output: Tensor) -> Tensor:
+    def _computed(self, unit: Unit, position: int, output: Tensor) -> Tensor:
         self._before = output
         if position < unit.last:
             return output

@@ -6,24 +6,28 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from edit_ray.cache.blocks import BlockRunner
-from edit_ray.cache.hooks import Edit, UnitHook, checked, with_edits
+from edit_ray.cache.blocks import BlockRunner, Unit
 from edit_ray.cache.known_mask import BRANCHES, Expert, KnownMask, LoopStep, check_not_compiled, known_mask
-from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState
+from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, StepSignals, UnitState
 from edit_ray.cache.records import Counts, Decided, Decision, Reason, Record
-from edit_ray.cache.residuals import ResidualIndex, StoredResidual, UnitId, UnitResiduals
-from edit_ray.cache.signals import StepSignals
+from edit_ray.cache.residuals import (
+    Edit,
+    ResidualIndex,
+    StoredResidual,
+    UnitHook,
+    UnitId,
+    UnitResiduals,
+    checked,
+    with_edits,
+)
 from edit_ray.cache.stores.store import CacheStore, Key
-from edit_ray.cache.units import Unit
 
 
-@dataclass(frozen=True)
-class Where:
+class Position(NamedTuple):
     """Where in the loop a forward is, as its `cache_context` says."""
 
     branch: str
@@ -31,12 +35,12 @@ class Where:
     sigma: float | None
 
 
-class _Here(threading.local):
-    """The forward that a thread is at: the branches of one step may be computed in two threads."""
+class _Forward(threading.local):
+    """The present forward of a thread: the branches of one step may be computed in two threads."""
 
-    where: Where | None = None
+    position: Position | None = None
     runner: BlockRunner | None = None
-    edits: Sequence[Edit] = ()  # of the hooks of the unit that is being decided or computed
+    edits: Sequence[Edit] = ()  # by the hooks of the present unit
 
 
 class Cache:
@@ -63,15 +67,12 @@ class Cache:
         self._schedule = schedule
         self._hooks: list[UnitHook] = []
         self._states: dict[UnitId, UnitState] = {}
-        self._plan: KnownMask = {}
-        self._here = _Here()
+        self._mask: KnownMask = {}
+        self._here = _Forward()
         self._in_call = False
-        self._done: list[tuple[str, str, int]] = []  # (expert, branch, step) of the forwards of the latest step
-
-    # What a user sees and does.
+        self._latest: list[tuple[str, str, int]] = []  # (expert, branch, step) of the forwards of the latest step
 
     def __repr__(self) -> str:
-        """The policy, what it is on, and how much it has skipped."""
         units = ", ".join(f"{name}: {len(expert.units)}" for name, expert in self.experts.items()) or "none"
         skipped = ", ".join(f"{branch} {c.skipped} of {c.skipped + c.computed}" for branch, c in self.stats.items())
         return (
@@ -86,7 +87,7 @@ class Cache:
 
     @property
     def history_len(self) -> int:
-        """How many of its latest residuals each unit keeps."""
+        """Latest residuals that each unit keeps."""
         return self._index.history_len
 
     @property
@@ -118,66 +119,66 @@ class Cache:
             if self._schedule is None:
                 raise ValueError("plan() needs the steps of the loop: this cache was not enabled by a pipeline.")
             steps = self._schedule()
-        made = self._make_plan(steps, BRANCHES)
-        return {owner: tuple(None if p is None else p.compute for p in planned) for owner, planned in made.items()}
+        made = self._make_mask(steps, BRANCHES)
+        return {unit: tuple(None if d is None else d.compute for d in decisions) for unit, decisions in made.items()}
 
     def on_unit(self, hook: UnitHook) -> Callable[[], None]:
-        """Call `hook(ctx)` before each unit, at every step, branch and expert; returns what takes it away again.
+        """Call `hook(ctx)` before each unit, at every step, branch and expert; returns a function that removes it.
 
-        `ctx.decision` says what is about to happen. The hook may answer "compute" or "reuse"; a tensor [B, N, D] of the
-        dtype of `ctx.hidden`, added to the unit's input in place of what it would have computed; a function that is
-        given the unit's residual [B, N, D], computed or reused, and returns what is added instead; or None, to change
-        nothing. The function may change its argument in place: it is a copy, what is stored is never edited, and so an
-        edit acts once on each step at which it is returned. A hook that raises, or returns anything else, ends the
-        call, and the cache is removed.
+        `ctx.decision` is the decision so far. The hook may answer "compute" or "reuse"; a tensor [B, N, D] of the dtype
+        of `ctx.hidden`, added to the unit's input in place of what it would have computed; a function that receives
+        the unit's residual [B, N, D], computed or reused, and returns what is added instead; or None, to change
+        nothing. The function may change its argument in place: it is a copy. Stored residuals are never edited, so an
+        edit acts only on the step at which it is returned. A hook that raises, or returns anything else, ends the call
+        and removes the cache.
         """
         self._hooks.append(hook)
         return lambda: self._hooks.remove(hook)
 
     def set_generation(self, generation: int) -> None:
-        """Name what the next call stores: the number of a segment, say."""
+        """The number under which the next call stores residuals, such as that of a segment."""
         if isinstance(generation, bool) or not isinstance(generation, int) or generation < 0:
             raise ValueError(f"generation is {generation!r}; valid is a whole number from 0.")
         self._index.generation = generation
 
     def use_store(self, store: CacheStore, stored: Iterable[Key] = ()) -> None:
-        """Put residuals into another store from the next call on, where earlier generations have left `stored`."""
+        """Use another store from the next call on, in which earlier generations have `stored` residuals."""
         self._index.adopt(store, stored)
 
     def set_reuse_window(self, generations: Iterable[int]) -> None:
-        """The earlier generations whose residuals the next call may read; what lies before all of them is dropped."""
+        """The earlier generations whose residuals the next call may read; those before all of them are dropped."""
         self._index.set_window(generations)
 
     def reset(self, clear_store: bool = True) -> None:
         """Forget the last call; with `clear_store` also every residual that this cache has stored."""
         self._states.clear()
-        self._plan.clear()
-        self._done.clear()
+        self._mask.clear()
+        self._latest.clear()
         self.record = Record(self.num_steps, max((len(e.units) for e in self.experts.values()), default=0))
         if clear_store:
             self._index.clear()
 
     def prefetch_reuse(self) -> None:
-        """Tell the store what the next call can read from the reuse window, in the order of use."""
+        """Prefetch what the next call may read from the reuse window, in the order of use."""
         self._index.store.prefetch(self._index.window_keys(self.policy.keeps))
 
     def remove(self) -> None:
-        """Take the cache off every transformer, which then is as it was before."""
+        """Take the cache off every transformer, and leave them as they were before."""
         self.reset()
         while self.on_remove:
             self.on_remove.pop()()
         self.experts.clear()
 
-    # What the loop and the transformers call.
+    # Called by the loop and the transformers.
 
     @contextmanager
     def call(
         self, steps: Sequence[LoopStep], *, branches: Sequence[str] = BRANCHES, clear_store: bool = True
     ) -> Iterator[None]:
-        """One denoising loop over `steps` and `branches`; what it leaves unfinished is forgotten.
+        """One denoising loop over `steps` and `branches`; an unfinished loop is forgotten.
 
         Raises:
-            ValueError: the policy cannot serve a loop of so many steps.
+            ValueError: the policy cannot serve this number of steps.
             RuntimeError: no forward of the loop went through the cache.
         """
         self._follow(len(steps))
@@ -185,10 +186,10 @@ class Cache:
         self._in_call = True
         try:
             with self._guarded():
-                self._plan = self._make_plan(steps, branches) if self.policy.timestep_only else {}
+                self._mask = self._make_mask(steps, branches) if self.policy.timestep_only else {}
             yield
             self.record.put_in_order()
-            self._done.clear()
+            self._latest.clear()
             if not self.record:
                 raise RuntimeError(
                     "The cache was never asked in a whole loop: the transformers that it is on were not called. "
@@ -199,11 +200,11 @@ class Cache:
             raise
         finally:
             self._in_call = False
-            self._here.where = self._here.runner = None
+            self._here.position = self._here.runner = None
 
     @contextmanager
     def context(self, branch: str, step_index: int | None, total: int | None, sigma: float | None) -> Iterator[None]:
-        """A forward's `cache_context`."""
+        """A forward's `cache_context`. Raises ValueError where it does not say the step, or not one of the loop."""
         if step_index is None:
             raise ValueError(
                 f"cache_context({branch!r}) says no step_index: the cache needs cache_context(name, step_index=…, "
@@ -216,27 +217,27 @@ class Cache:
             raise ValueError(
                 f"cache_context({branch!r}) says step_index {step_index}; the cache expects 0 to {self.num_steps - 1}."
             )
-        self._here.where = Where(branch, int(step_index), sigma)
+        self._here.position = Position(branch, int(step_index), sigma)
         try:
             yield
         finally:
-            self._here.where = None
+            self._here.position = None
 
     def forward(self, expert: Expert, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward of a transformer, inside its `cache_context`."""
-        if self._here.where is None:
+        if self._here.position is None:
             raise ValueError(
                 f"{type(expert.transformer).__name__} has a cache and was called outside of a cache_context: branch "
                 "and step are not known. Use a pipeline that sets it, or disable the cache."
             )
         check_not_compiled(expert.transformer)
-        where, self._here.runner = self._here.where, None
-        self._account(expert, where)
+        position, self._here.runner = self._here.position, None
+        self._account(expert, position)
         latents, timestep = expert.adapter.inputs(args, kwargs)
-        signals = expert.signals(timestep, latents, where.sigma)
+        signals = expert.signals(timestep, latents, position.sigma)
 
         def context(unit: Unit) -> PolicyContext:
-            return self._make_context(expert, where.branch, unit, where.step, signals, latents)
+            return self._make_context(expert, position.branch, unit, position.step, signals, latents)
 
         runner = self._here.runner = BlockRunner(self, expert.adapter, expert.units, context)
         try:
@@ -281,7 +282,7 @@ class Cache:
         return output
 
     def computed(self, ctx: PolicyContext, output: Tensor, between: Tensor | None) -> Tensor:
-        """Store what a computed unit added to its base; returns the unit's output, as hooks edit it."""
+        """Store a computed unit's residual; returns the unit's output, as hooks edit it."""
         assert ctx.base is not None
         residual = output - ctx.base if between is None else output - ctx.base - between
         with self._guarded():
@@ -295,7 +296,7 @@ class Cache:
         return output
 
     def _policy_says(self, ctx: PolicyContext) -> tuple[bool, Reason]:
-        planned = self._plan.get((ctx.expert, ctx.branch, ctx.unit_index))
+        planned = self._mask.get((ctx.expert, ctx.branch, ctx.unit_index))
         cell = planned[ctx.step] if planned else None
         if cell is None:
             return bool(self.policy.should_compute(ctx)), "policy"
@@ -325,9 +326,9 @@ class Cache:
     def _make_context(
         self, expert: Expert, branch: str, unit: Unit, step: int, signals: StepSignals, latents: Tensor | None
     ) -> PolicyContext:
-        owner = (expert.name, branch, unit.index)
-        if owner not in self._states:
-            state = self._states[owner] = UnitState(*owner)
+        unit_id = (expert.name, branch, unit.index)
+        if unit_id not in self._states:
+            state = self._states[unit_id] = UnitState(*unit_id)
             with self._guarded():
                 self.policy.reset(state)
         return PolicyContext(
@@ -337,18 +338,18 @@ class Cache:
             expert=expert.name,
             unit_index=unit.index,
             num_units=len(expert.units),
-            state=self._states[owner],
+            state=self._states[unit_id],
             signals=signals,
             residuals=UnitResiduals(
                 self._index,
-                owner,
+                unit_id,
                 None if latents is None else latents.device,
                 None if latents is None else (latents.shape, latents.dtype),
             ),
         )
 
-    def _make_plan(self, steps: Sequence[LoopStep], branches: Sequence[str]) -> KnownMask:
-        """The policy run ahead of the loop, on states of its own."""
+    def _make_mask(self, steps: Sequence[LoopStep], branches: Sequence[str]) -> KnownMask:
+        """Run the policy ahead of the loop, on separate states."""
         self.policy.check(len(steps))
         before = self._states, self.num_steps
         self._states, self.num_steps = {}, len(steps)
@@ -358,32 +359,32 @@ class Cache:
             self._states, self.num_steps = before
 
     def _follow(self, num_steps: int) -> None:
-        """Serve loops of so many steps from now on; what was stored in a loop of another number fits no step of it."""
+        """Serve loops of this length from now on; residuals of a loop of another length fit none of its steps."""
         self.policy.check(num_steps)
         if num_steps != self.num_steps:
             self.num_steps = num_steps
             self._begin(clear_store=True)
 
     def _begin(self, clear_store: bool) -> None:
-        """As nothing but stored residuals of other generations outlives a call."""
+        """Forget everything but the stored residuals of other generations."""
         self.reset(clear_store)
         self._index.forget(self._index.generation)
 
-    def _account(self, expert: Expert, where: Where) -> None:
-        """Notice, where no one says so, that a new call has begun: its steps do not go on from those before."""
+    def _account(self, expert: Expert, position: Position) -> None:
+        """Outside of `call`, a new call begins where the steps do not continue those before."""
         if self._in_call:
             return
-        this = (expert.name, where.branch, where.step)
-        last = self._done[-1][2] if self._done else None
-        if last is None or this in self._done or where.step not in (last, last + 1):
+        this = (expert.name, position.branch, position.step)
+        last = self._latest[-1][2] if self._latest else None
+        if last is None or this in self._latest or position.step not in (last, last + 1):
             self._begin(clear_store=False)
-        if self._done and self._done[-1][2] != where.step:
-            self._done.clear()
-        self._done.append(this)
+        if self._latest and self._latest[-1][2] != position.step:
+            self._latest.clear()
+        self._latest.append(this)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Code of a policy, a hook or a store: if it fails, the model is left usable and uncached."""
+        """Around code of a policy, a hook or a store: if it fails, the model is left usable and uncached."""
         try:
             yield
         except Exception as error:

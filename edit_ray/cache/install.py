@@ -1,9 +1,8 @@
 """Putting a cache on a transformer and taking it off again.
 
-Transformer and blocks are given a subclass of their own class that listens to their calls: their parameters, buffers,
-hooks and `state_dict` stay as they are, LoRA loading finds them under the same names, a block that is compiled stays
-compiled (the cache acts outside of it), and taking the cache off restores the class. A copy, or what a pickle brings
-back, is of the original class: it has no cache.
+Transformer and blocks get a subclass of their own class that intercepts their calls: parameters, buffers, hooks and
+`state_dict` stay as they are, LoRA loading finds the same names, a compiled block stays compiled (the cache acts
+outside of it), and taking the cache off restores the class. A copy or a pickle has the original class and no cache.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from typing import Any, SupportsIndex
 from torch import nn
 
 from edit_ray.cache.adapters import adapter_of
+from edit_ray.cache.blocks import split_blocks
 from edit_ray.cache.cache import Cache
 from edit_ray.cache.known_mask import Expert, LoopStep, check_not_compiled
 from edit_ray.cache.policies import check_granularity, make_policy
 from edit_ray.cache.policies.policy import CachePolicy
 from edit_ray.cache.stores.device import GPUStore
 from edit_ray.cache.stores.store import CacheStore
-from edit_ray.cache.units import split_blocks
 
 _LINK = "_edit_ray_link"
 
@@ -45,12 +44,12 @@ def apply_cache_on_transformer(
         transformer: A diffusers transformer; or several that share the steps of one loop, by the name of the expert
             ("transformer", "transformer_2").
         policy: When to recompute: a registered name with its options in `policy_kwargs`, or a policy.
-        num_inference_steps: Steps of the loop, as it counts them: twice the call's number less one for a noise
-            scheduler such as Heun's. A later call of another number is followed where the policy can serve it.
-        granularity: What one decision covers: "stack", "per_block", or groups of so many blocks.
-        store: Where residuals live; on the device unless given.
-        history_len: How many computed residuals of a unit are kept, at least as many as the policy reads.
-        copies: Of these transformers on another device, by the same names: what they compute counts as the expert's.
+        num_inference_steps: Steps of the loop as it counts them: for a noise scheduler such as Heun's twice the call's
+            number less one. A later call may have another number if the policy can serve it.
+        granularity: What one decision covers: "stack", "per_block", or the number of blocks in a group.
+        store: Where residuals live; by default on the device.
+        history_len: Computed residuals kept of each unit, at least as many as the policy reads.
+        copies: Copies of these transformers on another device, by the same names: they count as the same expert.
 
     Raises:
         ValueError, TypeError: unknown or incomplete policy, bad options or granularity, a model that it cannot cache.
@@ -81,7 +80,7 @@ def apply_cache_on_transformer(
 
 
 def check_steps(num_inference_steps: int) -> None:
-    """Raises ValueError for what is no number of steps."""
+    """Raises ValueError for anything but a whole number from 1."""
     if (
         isinstance(num_inference_steps, bool)
         or not isinstance(num_inference_steps, Integral)
@@ -91,20 +90,20 @@ def check_steps(num_inference_steps: int) -> None:
 
 
 def cache_on(transformer: nn.Module) -> Cache | None:
-    """The cache that a transformer has, also one that was compiled after that; None without one."""
+    """The cache of a transformer, also if it was compiled later; None without one."""
     link = getattr(transformer, _LINK, None)
     return None if link is None else link[0]
 
 
 def remove_cache_from_transformer(transformer: nn.Module) -> None:
-    """Take the cache off; without one, nothing happens. Transformers that share a cache lose it together."""
+    """Take the cache off, if there is one. Transformers that share a cache lose it together."""
     cache = cache_on(transformer)
     if cache is not None:
         cache.remove()
 
 
 def _expert(name: str, transformer: nn.Module, granularity: str | int) -> Expert:
-    """What the cache needs to know of a transformer.
+    """A transformer as the cache sees it.
 
     Raises:
         ValueError: it cannot be cached, or is cached already.
@@ -139,7 +138,7 @@ def _listen(cache: Cache, module: nn.Module, listening: Callable[[type], Any], l
     cache.on_remove.append(restore)
 
 
-# One class for all blocks of a class: compiled code is specialised on it, and is shared by the blocks only then.
+# One subclass per class of blocks: compiled code is specialised on it, and the blocks share that code only then.
 @memoised
 def _listening_block(cls: Any) -> Any:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
@@ -168,9 +167,9 @@ def _listening_transformer(cls: Any) -> Any:
 
 
 class _Listening(type):
-    """Classes that equal the one that they listen for: diffusers compares a component's class with those that it knows.
+    """Classes that equal their base class: diffusers compares a component's class with those that it knows.
 
-    Without that `from_pipe` would leave out a transformer that has a cache.
+    Otherwise `from_pipe` would leave out a transformer that has a cache.
     """
 
     def __eq__(cls, other: object) -> bool:
@@ -181,7 +180,7 @@ class _Listening(type):
 
 
 def _subclass(cls: Any, methods: dict[str, Any]) -> Any:
-    """Of the same name and module, so that saving a model writes its own class."""
+    """A subclass of the same name and module, so that saving a model writes its own class."""
 
     def __reduce_ex__(self: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:  # noqa: N807
         return _new, (cls,), {name: value for name, value in self.__dict__.items() if name != _LINK}

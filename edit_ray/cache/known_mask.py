@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from edit_ray.cache.adapters import ModelAdapter
-from edit_ray.cache.policies.policy import CachePolicy, PolicyContext
+from edit_ray.cache.blocks import Unit
+from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, StepSignals
 from edit_ray.cache.residuals import UnitId
-from edit_ray.cache.signals import StepSignals
-from edit_ray.cache.units import Unit
 
 BRANCHES = ("cond", "uncond")
 
 
 @dataclass(frozen=True)
 class LoopStep:
-    """One step of a denoising loop as it is known before it: which transformer, at which timestep [] and sigma."""
+    """What is known of a denoising step before the loop: its transformer, timestep [] and sigma."""
 
     expert: str
     timestep: Tensor
@@ -36,7 +35,7 @@ class Expert:
 
     def signals(self, timestep: Tensor, latents: Tensor | None, sigma: float | None) -> StepSignals:
         """What a forward at `timestep`, [B] or [B, tokens], shows to the policies."""
-        # The last token is never of a clean history, whose timestep is 0.
+        # The last token never belongs to clean context latents, whose timestep is 0.
         return StepSignals(
             lambda: self.adapter.embed_timestep(self.transformer, timestep.flatten()[-1:]), latents, sigma
         )
@@ -62,7 +61,7 @@ class KnownDecision:
 
 
 KnownMask = dict[UnitId, list[KnownDecision | None]]
-"""By (expert, branch, unit), a decision for each step of the loop; None where another expert runs."""
+"""A decision for each step of the loop, by unit; None where another expert runs."""
 
 MakeContext = Callable[[Expert, str, Unit, int, StepSignals, Tensor | None], PolicyContext]
 
@@ -75,7 +74,7 @@ def known_mask(
     context: MakeContext,
 ) -> KnownMask:
     """Ask the policy for every unit at every step, as the loop would."""
-    plan: KnownMask = {}
+    mask: KnownMask = {}
     for step, at in enumerate(steps):
         expert = experts[at.expert]
         device = next(expert.transformer.parameters()).device
@@ -86,6 +85,6 @@ def known_mask(
                 compute = bool(policy.should_compute(ctx))
                 if compute:
                     ctx.state.computed_steps.append(step)
-                cells = plan.setdefault((expert.name, branch, unit.index), [None] * len(steps))
-                cells[step] = KnownDecision(compute, ctx.signal, ctx.accumulated, ctx.threshold)
-    return plan
+                decisions = mask.setdefault((expert.name, branch, unit.index), [None] * len(steps))
+                decisions[step] = KnownDecision(compute, ctx.signal, ctx.accumulated, ctx.threshold)
+    return mask

@@ -1,4 +1,4 @@
-"""What the cache and the stores can be told."""
+"""The options of the cache and of the stores."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def parse_bytes(value: object) -> object:
     return int(count)
 
 
-# Variables that hold no secrets: whoever submits a run sees what becomes of them on the node.
+# Variables that hold no secrets: whoever submits a run sees their values.
 NODE_VARIABLES = (
     *("HOME", "USER", "LOGNAME", "TMPDIR", "NVME", "SCRATCH", "LOCAL_SCRATCH"),
     *("SLURM_TMPDIR", "SLURM_JOB_ID", "EDIT_RAY_DISK", "EDIT_RAY_DISK_*"),
@@ -61,7 +61,7 @@ def _check_variables(directory: str) -> str:
 
 
 def on_this_node(directory: Path, environment: Mapping[str, str] = os.environ) -> Path:
-    """The folder that `store.directory` means where this runs.
+    """The folder that `store.directory` means on this node.
 
     Raises ValueError: it names a variable that is not allowed, or not set here.
     """
@@ -75,7 +75,14 @@ def on_this_node(directory: Path, environment: Mapping[str, str] = os.environ) -
     return Path(_VARIABLE.sub(value_of, _check_variables(str(directory))))
 
 
-ByteCount = Annotated[int, BeforeValidator(parse_bytes)]
+def _bytes(example: str) -> Any:
+    return Field(
+        ge=0, le=MAX_BYTES, json_schema_extra={"valid": f"a number of bytes from 0 to 1024TiB, such as {example}"}
+    )
+
+
+ByteCount = Annotated[int, _bytes("256MiB or 1e9"), BeforeValidator(parse_bytes)]
+DiskBytes = Annotated[int, _bytes("20GiB, or null for no bound"), BeforeValidator(parse_bytes)]
 
 
 def _granularity(value: object) -> str | int:
@@ -103,39 +110,24 @@ class CacheOptions(Options):
 
     @property
     def policy_options(self) -> dict[str, Any]:
-        """What the policy is made with."""
+        """The policy's own options."""
         return dict(self.model_extra or {})
 
 
 class StoreOptions(Options):
-    """How many bytes of what segments reuse may be on a GPU on their way from and to the CacheStore actor, and how many
-    that one may hold in host memory and on disk (None: no bound), and where.
+    """Bounds of the tiers, and where they are: bytes on the GPU of residuals on their way from and to the CacheStore
+    actor, bytes that this actor may hold in host memory and on disk (None: no bound), and the disk tier's folder.
 
-    On a GPU `device_bytes` is taken once, at a run's first segment; less where no segment reads so much. It is given
-    back at the run's end, or when there is too little memory to denoise: then nothing comes there ahead of its use.
+    On a GPU `device_bytes` is allocated once, at a run's first segment; less where no segment reads so much. It is
+    released at the run's end, or when there is too little memory to denoise: then nothing is prefetched to the GPU.
 
     `shared_memory`: `require` it for the host tier; or, with `auto` where there is too little of it and with `never`,
     take other memory, whose bytes travel through Ray's object store.
     """
 
-    device_bytes: ByteCount = Field(
-        default=2**29,
-        ge=0,
-        le=MAX_BYTES,
-        json_schema_extra={"valid": "a number of bytes from 0 to 1024TiB, such as 256MiB or 1e9"},
-    )
-    host_bytes: ByteCount = Field(
-        default=2**30,
-        ge=0,
-        le=MAX_BYTES,
-        json_schema_extra={"valid": "a number of bytes from 0 to 1024TiB, such as 256MiB or 1e9"},
-    )
-    disk_bytes: ByteCount | None = Field(
-        default=None,
-        ge=0,
-        le=MAX_BYTES,
-        json_schema_extra={"valid": "a number of bytes from 0 to 1024TiB, such as 20GiB, or null for no bound"},
-    )
+    device_bytes: ByteCount = 2**29
+    host_bytes: ByteCount = 2**30
+    disk_bytes: DiskBytes | None = None
     directory: Annotated[str, AfterValidator(_check_variables)] | None = Field(
         default=None,
         min_length=1,

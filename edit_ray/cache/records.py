@@ -1,16 +1,22 @@
-"""What a cache did: every decision, and counts per branch and per unit that grow while it runs."""
+"""What a cache did: every decision, and counts of them per branch and per unit."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 SCHEMA = 1
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # of records that are read
+
+Count = Annotated[int, Field(ge=0)]
+Compared = Annotated[float, Field(gt=-1e300, lt=1e300)] | None
 Decided = Literal["compute", "reuse"]
 Reason = Literal["policy", "plan", "hook", "missing", "probe"]
-"""Who decided: the policy, its plan, a hook; or nobody, as the residual was missing or the unit is only its probe."""
+"""Who decided: the policy, its known mask ("plan"), a hook; or a missing residual, or a unit that is only a probe."""
 
 
 @dataclass(frozen=True)
@@ -20,15 +26,16 @@ class Decision:
     `signal`, `accumulated` and `threshold` are what the policy compared, where it tells.
     """
 
-    step: int
+    step: Count
     branch: str
     expert: str
-    unit: int
+    unit: Count
     decision: Decided
     reason: Reason
-    signal: float | None = None
-    accumulated: float | None = None
-    threshold: float | None = None
+    signal: Compared = None
+    accumulated: Compared = None
+    threshold: Compared = None
+    __pydantic_config__ = _STRICT
 
 
 @dataclass
@@ -47,11 +54,12 @@ class Counts:
 
 @dataclass
 class Record:
-    """The decisions of a call so far, in their order. Iterates over them."""
+    """The decisions of a call so far, in order. Iterates over them."""
 
-    num_steps: int
-    num_units: int
+    num_steps: Count
+    num_units: Count
     decisions: list[Decision] = field(default_factory=list)
+    __pydantic_config__ = ConfigDict(strict=True)
 
     def __iter__(self) -> Iterator[Decision]:
         return iter(self.decisions)
@@ -60,7 +68,7 @@ class Record:
         return len(self.decisions)
 
     def put_in_order(self) -> None:
-        """By step, then branch: where the branches are computed at the same time, theirs come as they are made."""
+        """Sort by step, then branch: branches that are computed at the same time interleave."""
         self.decisions.sort(key=lambda decision: (decision.step, decision.branch))
 
     def mask(self, branch: str = "cond", unit: int = 0) -> list[bool]:
@@ -94,29 +102,17 @@ class Record:
         """A record as `to_json` wrote it; raises ValueError for anything else."""
         try:
             content = json.loads(text)
-            if content["schema"] != SCHEMA:
-                raise ValueError(f"its schema is {content['schema']!r}, and the one known here is {SCHEMA}")
-            decisions = [Decision(**decision) for decision in content["decisions"]]
-            record = cls(content["num_steps"], content["num_units"], decisions)
+            if content["schema"] != SCHEMA or "decisions" not in content:
+                raise ValueError(
+                    f"schema {SCHEMA} with decisions is known here, and its schema is {content['schema']!r}"
+                )
+            record = TypeAdapter(cls).validate_json(text)
+            if beyond := [d for d in record if d.step >= record.num_steps or d.unit >= record.num_units]:
+                raise ValueError(f"of {record.num_steps} steps and {record.num_units} units, one in it is {beyond[0]}")
+        except ValidationError as broken:
+            first = broken.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"this is no record of cache decisions: {where}: {first['msg']}") from None
         except (KeyError, TypeError, ValueError, RecursionError) as broken:
             raise ValueError(f"this is no record of cache decisions: {broken!r}") from None
-        if not _is_count(record.num_steps) or not _is_count(record.num_units):
-            raise ValueError("this is no record of cache decisions: num_steps and num_units must be whole numbers")
-        for decision in record:
-            if not record._admits(decision):
-                raise ValueError(f"this is no record of cache decisions: one in it is {decision}")
         return record
-
-    def _admits(self, decision: Decision) -> bool:
-        numbers = (decision.signal, decision.accumulated, decision.threshold)
-        return (
-            (_is_count(decision.step) and decision.step < self.num_steps)
-            and (_is_count(decision.unit) and decision.unit < self.num_units)
-            and (isinstance(decision.branch, str) and isinstance(decision.expert, str))
-            and (decision.decision in get_args(Decided) and decision.reason in get_args(Reason))
-            and all(x is None or (type(x) in (int, float) and -1e300 < x < 1e300) for x in numbers)
-        )
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0

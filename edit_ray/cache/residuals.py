@@ -1,19 +1,22 @@
-"""Which residuals a cache has stored, and how a unit reads those of earlier steps and of earlier generations."""
+"""The residuals that a cache has stored: how units read earlier ones, and how unit hooks edit the present one."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from edit_ray.cache.policies.policy import UnitState
+from edit_ray.cache.policies.policy import PolicyContext, UnitState
 from edit_ray.cache.stores.store import CacheStore, Key
 
 UnitId = tuple[str, str, int]  # expert, branch, unit
 Layout = tuple[torch.Size, torch.dtype]  # of the latents that a residual was computed from, batch included
+
+Edit = Callable[[Tensor], Tensor]
+UnitHook = Callable[[PolicyContext], str | Tensor | Edit | None]
 
 
 @dataclass(frozen=True)
@@ -27,16 +30,16 @@ class StoredResidual:
 
 
 class ResidualIndex:
-    """Puts residuals into a store, and knows what was put there: a store may let anything go at any time.
+    """Puts residuals into a store, and knows what was put there: a store may evict anything at any time.
 
-    The branches of a step may be computed in two threads; the store is asked by one at a time.
+    The branches of a step may be computed in two threads; only one at a time calls the store.
     """
 
     def __init__(self, store: CacheStore, history_len: int) -> None:
         self.store, self.history_len = store, history_len
-        self._asking = threading.Lock()
         self.generation = 0
         self.window: tuple[int, ...] = ()
+        self._store_lock = threading.Lock()
         self._steps: dict[tuple[int, UnitId], list[int]] = {}
         self._layouts: dict[tuple[int, UnitId], Layout | None] = {}
         self._entries: dict[Key, StoredResidual] = {}
@@ -45,39 +48,37 @@ class ResidualIndex:
         self, state: UnitState, step: int, residual: Tensor, keeps: Callable[[int], bool], layout: Layout | None = None
     ) -> None:
         """Store the residual of a computed step, and drop the oldest that nothing will read."""
-        owner = (state.expert, state.branch, state.unit_index)
-        key = (self.generation, *owner, step)
-        with self._asking:
+        unit = (state.expert, state.branch, state.unit_index)
+        key = (self.generation, *unit, step)
+        with self._store_lock:
             self.store.put(key, residual)
         self._entries[key] = StoredResidual(key, "", tuple(residual.shape), residual.nbytes)
-        self._layouts[self.generation, owner] = layout
-        steps = self._steps.setdefault((self.generation, owner), [])
+        self._layouts[self.generation, unit] = layout
+        steps = self._steps.setdefault((self.generation, unit), [])
         steps.append(step)
         if len(steps) > self.history_len and not keeps(steps[-1 - self.history_len]):
-            self._drop((self.generation, *owner, steps[-1 - self.history_len]))
+            self._drop((self.generation, *unit, steps[-1 - self.history_len]))
 
     def get(self, key: Key) -> Tensor | None:
         """What the store has under the key."""
-        with self._asking:
+        with self._store_lock:
             return self.store.get(key)
 
     def adopt(self, store: CacheStore, stored: Iterable[Key]) -> None:
-        """Go on with another store, and with what earlier generations have left there, each in the order of steps."""
+        """Use another store from now on, with what earlier generations have `stored` there, in the order of steps."""
         self.store = store
         self._steps, self._layouts, self._entries = {}, {}, {}
         for generation, expert, branch, unit, step in stored:
-            owner = (str(expert), str(branch), int(unit or 0))
-            self._steps.setdefault((int(generation or 0), owner), []).append(int(step or 0))
+            unit_id = (str(expert), str(branch), int(unit or 0))
+            self._steps.setdefault((int(generation or 0), unit_id), []).append(int(step or 0))
 
     def entries(self) -> list[StoredResidual]:
         """What is stored now, with the tier that holds it."""
         located = [(entry, self._tier_of(entry.key)) for entry in self._entries.values()]
-        return [
-            StoredResidual(entry.key, tier, entry.shape, entry.bytes) for entry, tier in located if tier is not None
-        ]
+        return [replace(entry, tier=tier) for entry, tier in located if tier is not None]
 
     def _tier_of(self, key: Key) -> str | None:
-        """Of a store that can tell; of any other its only tier, if reading finds the entry."""
+        """As the store says; a store that does not say has one tier, and is read to find the entry."""
         if hasattr(self.store, "tier_of"):
             found: str | None = self.store.tier_of(key)
             return found
@@ -92,28 +93,28 @@ class ResidualIndex:
             total[branch] = total.get(branch, 0) + entry.bytes
         return total
 
-    def steps(self, generation: int, owner: UnitId) -> list[int]:
+    def steps(self, generation: int, unit: UnitId) -> list[int]:
         """The steps that a unit has computed in a generation."""
-        return self._steps.get((generation, owner), [])
+        return self._steps.get((generation, unit), [])
 
-    def fits(self, generation: int, owner: UnitId, layout: Layout | None) -> bool:
-        """Whether what a unit has stored is for latents of this layout; so is what is not known."""
-        stored = self._layouts.get((generation, owner))
+    def fits(self, generation: int, unit: UnitId, layout: Layout | None) -> bool:
+        """Whether a unit's stored residuals are for latents of this layout; an unknown layout fits."""
+        stored = self._layouts.get((generation, unit))
         return stored is None or layout is None or stored == layout
 
     def window_keys(self, keeps: Callable[[int], bool]) -> list[Key]:
-        """What the reuse window can be asked for, in the order of use: by step, then by unit."""
+        """What may be read from the reuse window, in the order of use: by step, then by unit."""
         keys = [
-            (generation, *owner, step)
-            for (generation, owner), steps in self._steps.items()
+            (generation, *unit, step)
+            for (generation, unit), steps in self._steps.items()
             if generation in self.window
             for step in steps
-            if keeps(step) and (generation, *owner, step) in self._entries
+            if keeps(step) and (generation, *unit, step) in self._entries
         ]
         return sorted(keys, key=lambda key: (key[-1], key[3], key[1:3], key[0]))
 
     def set_window(self, generations: Iterable[int]) -> None:
-        """Read from these generations; those before all of them are dropped, as windows only move on."""
+        """Read from these generations; those before all of them are dropped, as windows only move forward."""
         self.window = tuple(sorted({int(generation) for generation in generations}))
         oldest = min(self.window, default=self.generation)
         for generation in {generation for generation, _ in self._steps}:
@@ -135,7 +136,7 @@ class ResidualIndex:
         self._layouts.clear()
 
     def _drop(self, key: Key) -> None:
-        with self._asking:
+        with self._store_lock:
             self.store.drop(key)
         self._entries.pop(key, None)
 
@@ -145,28 +146,23 @@ class UnitResiduals:
     """The residuals that one unit may read; implements `policies.Residuals`."""
 
     index: ResidualIndex
-    owner: UnitId
+    unit: UnitId
     device: torch.device | None = None
     layout: Layout | None = None
 
     def latest(self) -> Tensor | None:
-        """See `Residuals`."""
-        steps = self.index.steps(self.index.generation, self.owner)
+        steps = self.index.steps(self.index.generation, self.unit)
         return self._get(self.index.generation, steps[-1]) if steps else None
 
     def history(self) -> list[tuple[int, Tensor]]:
-        """See `Residuals`."""
-        steps = self.index.steps(self.index.generation, self.owner)
-        newest = reversed(steps[-self.index.history_len :])
+        newest = reversed(self.index.steps(self.index.generation, self.unit)[-self.index.history_len :])
         read = [(step, self._get(self.index.generation, step)) for step in newest]
         return [(step, residual) for step, residual in read if residual is not None]
 
     def window_steps(self, step: int | None) -> int:
-        """See `Residuals`."""
         return len(self._window(step))
 
     def window(self, step: int | None) -> list[Tensor]:
-        """See `Residuals`."""
         read = [self._get(generation, at) for generation, at in self._window(step)]
         return [residual for residual in read if residual is not None]
 
@@ -174,11 +170,42 @@ class UnitResiduals:
         """(generation, step) of what was computed in the window; without `step`, each generation's last."""
         found = []
         for generation in self.index.window:
-            steps = self.index.steps(generation, self.owner)
-            if steps and (step is None or step in steps) and self.index.fits(generation, self.owner, self.layout):
+            steps = self.index.steps(generation, self.unit)
+            if steps and (step is None or step in steps) and self.index.fits(generation, self.unit, self.layout):
                 found.append((generation, steps[-1] if step is None else step))
         return found
 
     def _get(self, generation: int, step: int) -> Tensor | None:
-        residual = self.index.get((generation, *self.owner, step))
+        residual = self.index.get((generation, *self.unit, step))
         return residual if residual is None or self.device is None else residual.to(self.device)
+
+
+def checked(given: object, like: Tensor, source: str) -> Tensor:
+    """`given`, if it is a tensor of the shape, dtype and device of `like`; broadcasting would hide a mistake.
+
+    Raises:
+        TypeError, ValueError: anything else; names what `source` returned and what is valid.
+    """
+    valid = f"{list(like.shape)} of {like.dtype} on {like.device}, as the unit's input"
+    if not isinstance(given, Tensor):
+        raise TypeError(
+            f"{source} returned {given if given is None else type(given).__name__}; valid is a tensor {valid}."
+        )
+    if (given.shape, given.dtype, given.device) != (like.shape, like.dtype, like.device):
+        raise ValueError(
+            f"{source} returned a tensor {list(given.shape)} of {given.dtype} on {given.device}; valid is {valid}."
+        )
+    return given
+
+
+def with_edits(output: Tensor, residual: Tensor, edits: Sequence[Edit]) -> Tensor:
+    """The unit's output [B, N, D] with its residual as the edits change it, each given what the previous one returned.
+
+    `residual` stays as it is, even if an edit works in place; edits that change nothing change no bit.
+    """
+    if not edits:
+        return output
+    changed = residual.clone()
+    for edit in edits:
+        changed = checked(edit(changed), residual, "The function of a unit hook")
+    return output + (changed - residual)

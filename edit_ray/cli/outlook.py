@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from edit_ray.cache.blocks import split_blocks
 from edit_ray.cache.options import StoreOptions
 from edit_ray.cache.policies import WarmstartReuse, check_granularity
 from edit_ray.cache.stores.allocator import room_of
 from edit_ray.cache.tiering.eviction import EVICTIONS
 from edit_ray.cache.tiering.reuse_plan import CacheKey, ReusePlan, make_reuse_plan
 from edit_ray.cache.tiering.simulate import Simulated, accesses_of, simulate
-from edit_ray.cache.units import split_blocks
 from edit_ray.config import Config
 from edit_ray.engine.model_info import ModelInfo
 from edit_ray.engine.reuse_numbers import branches_of, plan_from_numbers, residual_shape

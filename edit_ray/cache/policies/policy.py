@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edit_ray.cache.policies.options import OptionError
@@ -29,24 +30,30 @@ class UnitState:
     computed_steps: list[int] = field(default_factory=list)
 
 
-class Signals(Protocol):
-    """What one forward of the transformer shows to the policies; the embeddings are made when first asked for."""
+class StepSignals:
+    """What one forward of the transformer shows to the policies.
+
+    `latents` are its input [B, C, T, h, w], `sigma` the noise level in [0, 1], where the denoising loop tells it. The
+    embeddings are made and copied to the CPU when first asked for: at most one device synchronisation a forward.
+    """
+
+    def __init__(self, embed: Callable[[], tuple[Tensor, Tensor]], latents: Tensor | None, sigma: float | None) -> None:
+        self._embed, self.latents, self.sigma = embed, latents, sigma
 
     @property
     def e(self) -> Tensor:
         """Timestep embedding, float32 [1, D] on the CPU: TeaCache's `e`, diffusers' `temb` before it is cast."""
+        return self._embedded[0]
 
     @property
     def e0(self) -> Tensor:
         """Its projection, float32 [1, 6, D] on the CPU: TeaCache's `e0`, diffusers' `timestep_proj`."""
+        return self._embedded[1]
 
-    @property
-    def latents(self) -> Tensor | None:
-        """The transformer's input [B, C, T, h, w]."""
-
-    @property
-    def sigma(self) -> float | None:
-        """Noise level in [0, 1], where the denoising loop tells it."""
+    @cached_property
+    def _embedded(self) -> tuple[Tensor, Tensor]:
+        e, e0 = self._embed()
+        return e.cpu(), e0.cpu()
 
 
 class Residuals(Protocol):
@@ -82,7 +89,7 @@ class PolicyContext:
     unit_index: int
     num_units: int
     state: UnitState
-    signals: Signals
+    signals: StepSignals
     residuals: Residuals
     hidden: Tensor | None = None
     encoder_hidden: Tensor | None = None

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from edit_ray.cache.policies.estimates import accumulate, add_forecast, extrapolate
 from edit_ray.cache.policies.options import Count, Number, Order, Positive, with_options
-from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, Signals, UnitState, register_policy
+from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, StepSignals, UnitState, register_policy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +73,7 @@ class SeaCache(CachePolicy):
     def __post_init__(self) -> None:
         self.history_len = self.residual_order + 1
         # Of the latest forward, for all its units.
-        self._filtered: tuple[Signals, Tensor] | None = None
+        self._filtered: tuple[StepSignals, Tensor] | None = None
         self._measured: tuple[Tensor, Tensor, float] | None = None
 
     def reset(self, state: UnitState) -> None:
