@@ -1,19 +1,23 @@
 """From a YAML file and `--set` options to a configuration, or to every mistake in them at once."""
 
+import stat
 from collections.abc import Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from edit_ray.config.messages import KeyPath, Mistake, WrongKeys, mistakes_of
+from edit_ray.config.messages import KeyPath, Mistake, WrongKeys, dotted, mistakes_of, printable
 from edit_ray.config.model import Config
 from edit_ray.config.model_checks import model_mistakes, texts_in
-from edit_ray.config.source import Source, printable
+from edit_ray.config.strict_yaml import Document, parse, parse_scalar
 from edit_ray.errors import ConfigError
 from edit_ray.options import Schema
 
+MAX_FILE_BYTES = 2**20
+MAX_PROBLEMS = 100
+_SWITCHED_OFF = (["cache", "policy"], "none")  # this override also removes the policy's options
 _STAND_INS: dict[str, Any] = {"video": {"num_segments": 1}, "prompt_segments": [{"segment": 0, "prompt": "-"}]}
 
 
@@ -54,8 +58,8 @@ def config_of(data: Mapping[str, Any]) -> Config:
 def _validate(data: Any, check_model: bool) -> tuple[Config | None, list[Mistake]]:
     """The configuration and every mistake; with mistakes it is the one that stand-ins for wrong values make.
 
-    What has been found wrong is replaced and all is checked again, so that the checks that need a whole
-    configuration run as well. What they say about a replaced value is dropped.
+    Wrong values are replaced and everything is checked again, so that cross-field checks run as well. Mistakes that
+    derive from a replaced value are dropped.
     """
     found: list[Mistake] = []
     wrong = WrongKeys()
@@ -71,14 +75,14 @@ def _validate(data: Any, check_model: bool) -> tuple[Config | None, list[Mistake
         for path in new or [mistake.path[:1] for mistake in mistakes]:
             wrong.add(path)
     if config is not None and check_model and not wrong.touch(("model", "path")):
-        # Not what stand-ins have spoiled, but what is known: the words of an ill-placed prompt are still its own.
+        # The words of a prompt that is out of order are known all the same.
         known = WrongKeys(mistake.path for mistake in found)
         found += [mistake for mistake in model_mistakes(config, list(texts_in(data))) if not known.spoil(mistake)]
     return config, found
 
 
 def _without(wrong: Set[KeyPath], value: Any, path: KeyPath = ()) -> Any:
-    """The value at `path` with the wrong values taken out, or replaced where something has to be."""
+    """The value at `path` without the wrong values below it; required ones are replaced."""
     if path in wrong:  # nothing at all is right
         return _STAND_INS
     if isinstance(value, list):
@@ -93,3 +97,117 @@ def _without(wrong: Set[KeyPath], value: Any, path: KeyPath = ()) -> Any:
 @cache
 def _schema() -> Schema:
     return Config.model_json_schema()
+
+
+class Source:
+    """A YAML file with options written over it. `data` is None where nothing can be read from it.
+
+    Args:
+        path: the file, None for no file.
+        overrides: dotted key and YAML scalar, such as `sampling.seed=7`; a later one of the same key wins.
+    """
+
+    def __init__(self, path: Path | None, overrides: Sequence[str]) -> None:
+        document = read_file(path) if path else Document(data={})
+        self.data: Any = document.data
+        self.problems: list[str] = []
+        self._name = str(path) if path else "(no file)"
+        self._lines = document.lines
+        self._options: dict[KeyPath, str] = {}
+        for line, text in document.mistakes:
+            self.problems.append(f"{self._name}{f':{line}' if line else ''}: {text}")
+        # The form of the options is checked even if the file cannot be read.
+        root = self.data if isinstance(self.data, dict) else {}
+        for override in overrides:
+            self._apply(override, root)
+
+    def add(self, path: KeyPath, text: str) -> None:
+        """Notes a mistake at a key, with the place of the key, or of the nearest one above it that has a place."""
+        for prefix in (path[:length] for length in range(len(path), 0, -1)):
+            if prefix in self._options:
+                self.problems.append(f"--set {_short(self._options[prefix])}: {text}")
+                return
+            if prefix in self._lines:
+                self.problems.append(f"{self._name}:{self._lines[prefix]}: {text}")
+                return
+        below = [option for key, option in self._options.items() if path and key[: len(path)] == path]
+        self.problems.append(f"--set {_short(below[-1])}: {text}" if below else f"{self._name}: {text}")
+
+    def stop(self) -> NoReturn:
+        """Raises ConfigError with every problem; each is one line that any terminal can print."""
+        lines = [printable(problem) for problem in self.problems]
+        if len(lines) > MAX_PROBLEMS:
+            lines[MAX_PROBLEMS:] = [f"{self._name}: there are {len(lines) - MAX_PROBLEMS} more mistakes."]
+        raise ConfigError(lines)
+
+    def _apply(self, override: str, root: dict[str, Any]) -> None:
+        key, equals, text = override.partition("=")
+        parts = key.strip().split(".")
+        try:
+            if not equals or "" in parts:
+                raise ValueError("it must be KEY=VALUE with a dotted key, such as sampling.seed=7")
+            value = parse_scalar(text)
+            if (parts, value) == _SWITCHED_OFF:
+                root["cache"] = {}
+            self._options[_put(root, parts, value)] = override
+        except ValueError as error:
+            self.problems.append(f"--set {_short(override)}: {error}.")
+
+
+def read_file(path: Path) -> Document:
+    """The document in a file; if the file cannot be read, the document has that mistake."""
+    document = Document()
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            with path.open("rb") as file:
+                content = file.read(MAX_FILE_BYTES + 1)
+            if len(content) <= MAX_FILE_BYTES:
+                return parse(content.decode("utf-8-sig"))
+            wrong = f"is larger than the {MAX_FILE_BYTES} bytes that a configuration may have"
+        else:
+            wrong = f"is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; it must be a YAML file"
+    except FileNotFoundError:
+        document.mistakes.append((None, "there is no such file; it must be a YAML file."))
+        return document
+    except OSError as error:
+        wrong = f"cannot be read: {error.strerror}"
+    except UnicodeDecodeError as error:
+        wrong = f"is no text: byte {error.start} is not UTF-8; it must be a YAML file"
+    except ValueError as error:
+        wrong = f"is no file's name: {error}"
+    document.mistakes.append((None, f"this {wrong}."))
+    return document
+
+
+def _put(root: dict[str, Any], parts: Sequence[str], value: object) -> KeyPath:
+    """Write the value at the dotted key, creating mappings and lists above it; returns the key's path."""
+    path: list[str | int] = []
+    container: Any = root
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        key = _key(container, part, tuple(path))
+        path.append(key)
+        if isinstance(container, list) and key == len(container):
+            container.append(None)
+        elif isinstance(container, dict):
+            container.setdefault(key, None)
+        if following is None:
+            container[key] = value
+        elif container[key] is None:
+            container[key] = [] if following.isdecimal() else {}
+        container = container[key]
+    return tuple(path)
+
+
+def _key(container: object, part: str, above: KeyPath) -> str | int:
+    if isinstance(container, dict):
+        return part
+    if not isinstance(container, list):
+        raise ValueError(f"{dotted(above)} has no keys below it")
+    if not part.isdecimal() or len(part) > 6 or int(part) > len(container):
+        raise ValueError(f"{dotted(above)} is a list; below it comes the number of an entry, 0 to {len(container)}")
+    return int(part)
+
+
+def _short(override: str) -> str:
+    return override if len(override) <= 100 else f"{override[:99]}…"

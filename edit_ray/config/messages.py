@@ -126,3 +126,10 @@ def nearest_key(path: KeyPath, schema: Schema) -> str | None:
 def _properties(path: KeyPath, schema: Schema) -> Mapping[str, Schema]:
     properties: Mapping[str, Schema] = node_at(path, schema).get("properties", {})
     return properties
+
+
+def printable(text: str) -> str:
+    """The text as one line that any terminal can print."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )

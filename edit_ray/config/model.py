@@ -18,7 +18,7 @@ from edit_ray.video.options import OutputOptions
 
 
 class Config(Options):
-    """All that decides what a run's video looks like, and how it is made.
+    """Everything that determines a run's video, and how it is made.
 
     `config.model_dump(mode="json")` and `Config.model_validate` are inverse to each other.
 
@@ -100,8 +100,8 @@ def layout_of(sampling: SamplingOptions, continuity: ContinuityOptions) -> Frame
 def dump_yaml(config: Config, *, empty: bool = False) -> str:
     """The configuration as YAML that `load_config` reads back to an equal one; with the `empty` options, or without."""
     values = config.model_dump(mode="json", exclude_none=True)
-    if empty:  # of a scene or the length, only what is given may stand there
+    if empty:  # but a scene and the length have only what was given
         values = config.model_dump(mode="json") | {name: values[name] for name in ("video", "prompt_segments")}
     if config.video.endless:
-        values["video"] = {"num_segments": None}  # what is not given and what is null are two things here
+        values["video"] = {"num_segments": None}  # null differs from a missing key here
     return dump(values)

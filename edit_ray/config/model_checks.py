@@ -1,4 +1,4 @@
-"""What a configuration must have in common with its model, read from the model's JSON files alone."""
+"""What a configuration and its model must have in common; only the model's JSON files are read."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -31,7 +31,7 @@ def check_config(config: Config) -> list[str]:
 
 
 def check_texts(config: Config, texts: Mapping[str, str]) -> list[str]:
-    """One sentence for each text, named as in `texts`, that is none or that the configuration's model does not know."""
+    """One sentence for each text, named as in `texts`, that is blank, too long or has words unknown to the model."""
     problems = [
         f"{name} has {len(text)} characters; it must have 1 to {MAX_TEXT} and not be blank."
         for name, text in texts.items()
@@ -44,7 +44,7 @@ def check_texts(config: Config, texts: Mapping[str, str]) -> list[str]:
 
 
 def texts_in(data: Any) -> Iterator[Text]:
-    """Every text in a configuration's raw data that the model's tokenizer will see, wherever it can be told."""
+    """Every text in a configuration's raw data that the model's tokenizer will see; wrong types are left out."""
     if not isinstance(data, dict):
         return
     entries, sampling = data.get("prompt_segments"), data.get("sampling")

@@ -1,4 +1,4 @@
-"""Sections of no lower layer: the video's length and its prompts, with durations such as `1m30s`."""
+"""The sections video and prompt_segments, with durations such as `1m30s`."""
 
 import re
 from typing import Annotated, Any, Self
@@ -109,7 +109,7 @@ class VideoOptions(Options):
 class PromptSegment(Options):
     """A prompt and where it begins: at a second of the video or at a segment. It lasts until the next one.
 
-    So do the other values; what is not given is that of `sampling`.
+    So do the other values; by default they are those of `sampling`.
     """
 
     start: Instant | None = None

@@ -1,7 +1,7 @@
-"""YAML without its traps: plain mappings, lists and scalars, each key once, everything bounded.
+"""A strict subset of YAML: plain mappings, lists and scalars, each key once, of bounded depth and size.
 
-Plain scalars are read as YAML 1.2's core schema has them, so `no` and `1:30` are text and `1e6` is a number. Tags,
-anchors, aliases and a second document are refused, and reading goes on to find the next mistake.
+Plain scalars follow YAML 1.2's core schema, so `no` and `1:30` are text and `1e6` is a number. Tags, anchors, aliases
+and a second document are mistakes; reading continues to find the next one.
 """
 
 import re
@@ -24,7 +24,7 @@ _SPECIAL = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 
 @dataclass
 class Document:
-    """What was read: the data (None where there is none), the line of every key, and the mistakes with their lines."""
+    """The data (None if there is none), the line of every key, and the mistakes with their lines."""
 
     data: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
@@ -36,14 +36,14 @@ class Document:
 
 
 class _TooMuch(Exception):
-    """Reading must stop: the rest may be without bound."""
+    """Too deep or too large to read on."""
 
 
 def parse(text: str) -> Document:
     """Reads one document; never raises, every mistake is in the result."""
     document = Document()
     try:
-        composer: Any = _Composer(text, document)  # which looks for characters that YAML forbids
+        composer: Any = _Composer(text, document)  # raises for characters that YAML forbids
         composer.get_event()
         if not composer.check_event(yaml.StreamEndEvent):
             document.data = _value(composer.compose_document(), (), document)
@@ -66,7 +66,7 @@ def parse(text: str) -> Document:
 
 
 def parse_scalar(text: str) -> Any:
-    """The value of one scalar as a command line gives it: in quotes it is text, else it is what it looks like."""
+    """The value of one scalar on a command line: text if quoted, else as a plain scalar."""
     if text[:1] in ("'", '"'):
         document = parse(text)
         if document.mistakes or not isinstance(document.data, str):
@@ -93,7 +93,7 @@ def dump(data: dict[str, Any]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever this module would not read back as text."""
+    """Quotes text that `resolve` would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""DiCache: the first block probes how far the step has moved, and aligns old residuals with where it has moved to.
+"""DiCache: the first block measures the change since the last step, and stored residuals are aligned with it.
 
 Source: J. Bu et al., "DiCache: Let Diffusion Model Determine Its Own Cache" (arXiv 2508.17356); the rule is that of the
 authors' script for Wan2.1 with a probe of one block.
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def alignment(probe: Tensor, latest: Tensor, before: Tensor) -> Tensor:
-    """How far `probe` has gone on the way from `before` to `latest` and beyond, from 1 to 2; 1 where there is no way.
+    """|probe - before| / |latest - before|, each a mean, clamped to 1 to 2; 1 where both are 0.
 
     All three are residuals of the probe [B, N, D], the latter two of the last two computed steps. Returns a scalar [].
     """
-    gone = (probe - before).abs().float().mean()
-    way = (latest - before).abs().float().mean()
-    return (gone / way).nan_to_num(nan=1.0).clamp(1, 2)
+    moved = (probe - before).abs().float().mean()
+    last_moved = (latest - before).abs().float().mean()
+    return (moved / last_moved).nan_to_num(nan=1.0).clamp(1, 2)
 
 
 @register_policy("dicache")
@@ -34,8 +34,9 @@ class DiCache(CachePolicy):
     """Skips while the relative changes of the probe's output, from step to step, add up to less than a threshold.
 
     A skipped unit adds R2 + gamma (R1 - R2), its whole residuals at the last computed step (1) and at the one before
-    (2), with gamma of `alignment`; R1 where there is one only. A unit that computes goes on from the probe. Kept per
-    unit and branch, beside the store: the probe's last output and its residuals at those steps, [B, N, D] each.
+    (2), with gamma of `alignment`; R1 alone before the second computed step. A unit that computes continues from the
+    probe. Kept per unit and branch, outside the store: the probe's last output and its residuals at those steps,
+    [B, N, D] each.
     """
 
     granularities = ("stack", "groups")

@@ -1,4 +1,4 @@
-"""First-Block-Cache: skip the other blocks while the first one adds much the same as when they last ran.
+"""First-Block-Cache: skip the other blocks while the first block's residual is close to that of the last computed step.
 
 Source: Cheng Zeyi's github.com/chengzeyi/ParaAttention; the rule is that of diffusers' `hooks/first_block_cache.py`.
 """
@@ -17,7 +17,7 @@ from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState
 class FirstBlockCache(CachePolicy):
     """Skips while the first block's residual is within a relative distance of that of the last computed step.
 
-    That residual [B, N, D] is kept per unit and branch, beside the store.
+    That residual [B, N, D] is kept per unit and branch, outside the store.
     """
 
     granularities = ("stack", "groups")
@@ -37,10 +37,10 @@ class FirstBlockCache(CachePolicy):
             return True
         assert ctx.first_block_residual is not None
         ctx.signal = relative_l1(ctx.first_block_residual, reference)
-        return not ctx.signal <= self.rel_l1_thresh  # so that what is not a number computes
+        return not ctx.signal <= self.rel_l1_thresh  # NaN computes
 
     def warm(self, ctx: PolicyContext) -> None:
-        """The distance is taken from a computed step, and this is none."""
+        """Nothing: the distance is measured from computed steps only."""
 
     def on_computed(self, ctx: PolicyContext) -> None:
         ctx.state.user["reference"] = ctx.first_block_residual

@@ -1,7 +1,7 @@
-"""MagCache: skip while the measured shrinkage of residuals from step to step says that an old one is still near.
+"""MagCache: skip while the measured ratios of residual magnitudes predict a small error of the stored residual.
 
 Source: Z. Ma et al., "MagCache: Fast Video Generation with Magnitude-Aware Cache"; the rule and the interpolation are
-those of diffusers' `hooks/mag_cache.py`, in whose float32 they are carried out so that decisions come out the same.
+those of diffusers' `hooks/mag_cache.py`, computed in float32 as there so that decisions are equal.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState
 
 
 def fit_ratios(ratios: Sequence[float], num_steps: int) -> npt.NDArray[np.float32]:
-    """One ratio a step, from those measured at another number of steps: each step takes the nearest."""
+    """One ratio per step, from those measured at another number of steps: each step takes the nearest."""
     measured = np.asarray(ratios, dtype=np.float32)
     if len(measured) == num_steps:
         return measured
@@ -63,7 +63,7 @@ class MagnitudeError:
 class MagCache(CachePolicy):
     """Skips while the error that the magnitudes predict stays within a threshold, and for few steps in a row.
 
-    State is per expert and branch, steps are those of the loop: a second expert goes on where the first one ended.
+    State is per expert and branch; steps count through the loop, also across experts.
     """
 
     granularities = ("stack",)

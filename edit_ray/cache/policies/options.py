@@ -1,7 +1,7 @@
 """The options of policies: their types, and one sentence for a wrong one.
 
-`with_options` turns the fields that a policy declares into its keyword arguments. Type, bounds, default and description
-of each stand in its declaration; messages and documents are made from there.
+`with_options` turns the annotated fields of a policy into keyword arguments. A field declares the option's type,
+bounds, default and description; error messages and documents are made from that.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class OptionError(ValueError, TypeError):
     """A wrong option of a policy, as a whole sentence. It is both a ValueError and a TypeError.
 
     Args:
-        option: The option's name; what follows a "[", such as in "mask[3]", is left out.
-        text: The sentence: what was given and what is valid.
+        option: The option's name, without an index such as in "mask[3]".
+        text: The sentence, with the given and the valid values.
     """
 
     def __init__(self, option: str, text: str) -> None:
@@ -107,7 +107,7 @@ def pick_per_branch(name: str, entries: Mapping[str, T], expert: str, branch: st
 
 
 def check_lengths(name: str, entries: Mapping[str, Sequence[Any]], num_steps: int, why: str = "") -> None:
-    """Raises OptionError for a sequence that has not one item for each step of the loop."""
+    """Raises OptionError for a sequence that does not have one item per step of the loop."""
     for branch, entry in entries.items():
         if len(entry) != num_steps:
             which = f"{name}[{branch!r}]" if branch else name
@@ -120,7 +120,7 @@ def check_lengths(name: str, entries: Mapping[str, Sequence[Any]], num_steps: in
 def with_options(cls: type[T] | None = None, *, extra: Literal["allow", "forbid"] = "forbid") -> Any:
     """A class decorator: the annotated fields become checked keyword arguments and attributes.
 
-    A wrong one raises OptionError. With `extra="allow"` unknown ones become attributes as they are.
+    A wrong value raises OptionError. With `extra="allow"` unknown arguments become attributes, unchecked.
     """
     if cls is None:
         return lambda cls: with_options(cls, extra=extra)

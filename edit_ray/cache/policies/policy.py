@@ -1,4 +1,7 @@
-"""What a cache policy is: it says when a unit recomputes, and what stands in for the unit when it does not."""
+"""The contract of cache policies, and a policy made from its name and options.
+
+A policy decides when a unit recomputes, and what replaces the unit's output when it does not.
+"""
 
 from __future__ import annotations
 
@@ -60,26 +63,25 @@ class Residuals(Protocol):
     """The stored residuals that a unit may read at its step, for reading only: they are the store's own tensors."""
 
     def latest(self) -> Tensor | None:
-        """Of the last computed step."""
+        """That of the last computed step."""
 
     def history(self) -> list[tuple[int, Tensor]]:
-        """Of the last computed steps, newest first, as far as they are still there."""
+        """(step, residual) of the last computed steps, newest first, without those that were evicted."""
 
     def window_steps(self, step: int | None) -> int:
-        """How many generations of the reuse window have computed `step` (or, for None, any step at all)."""
+        """The number of generations in the reuse window that have computed `step` (for None: any step)."""
 
     def window(self, step: int | None) -> list[Tensor]:
-        """Their residuals, oldest generation first, as far as they are still there."""
+        """Their residuals, oldest generation first, without those that were evicted."""
 
 
 @dataclass
 class PolicyContext:
     """One unit at one step of one branch, as a policy sees it.
 
-    `hidden`: the unit's input [B, N, D]; None while a plan is made. `encoder_hidden`: the text [B, L, D] that the
+    `hidden`: the unit's input [B, N, D]; None while a known mask is made. `encoder_hidden`: the text [B, L, D] that the
     blocks see. `first_block_residual` [B, N, D]: with `needs_first_block_probe`, what the unit's first block has added
-    to `hidden`.
-    A policy may leave what it decided on in `signal`, `accumulated` and `threshold`, for the record.
+    to `hidden`. A policy may set `signal`, `accumulated` and `threshold`, for the record of its decisions.
     """
 
     step: int
@@ -99,7 +101,7 @@ class PolicyContext:
     signal: float | None = None
     accumulated: float | None = None
     threshold: float | None = None
-    decision: str | None = None  # "compute" or "reuse": what is about to happen, as hooks see it
+    decision: str | None = None  # "compute" or "reuse", as hooks see it
 
     @property
     def e(self) -> Tensor:
@@ -118,7 +120,7 @@ class PolicyContext:
         return self.signals.sigma
 
     def read_residual(self) -> Tensor | None:
-        """A copy of the residual of the last computed step [B, N, D], or None if the store has let it go."""
+        """A copy of the residual of the last computed step [B, N, D], or None if the store has evicted it."""
         residual = self.residuals.latest()
         return None if residual is None else residual.clone()
 
@@ -129,13 +131,11 @@ class PolicyContext:
 
 class CachePolicy(ABC):
     """Decides, for every unit at every step, between computing and reusing. One instance serves all units and branches:
-    whatever it remembers belongs in `ctx.state.user`.
-
-    A unit that has nothing to reuse computes, whatever its policy says.
+    its state belongs in `ctx.state.user`. A unit that has nothing to reuse computes, whatever its policy decides.
     """
 
     granularities: tuple[str, ...] = ("stack", "per_block", "groups")
-    """What it has meaning for, of "stack", "per_block" and "groups" (an integer)."""
+    """Those it supports, of "stack", "per_block" and "groups" (an integer)."""
     needs_first_block_probe: bool = False
     """Whether the unit's first block always runs, and the policy sees what it added."""
     timestep_only: bool = False
@@ -146,7 +146,7 @@ class CachePolicy(ABC):
     """How many computed residuals `reconstruct` reads."""
 
     def check(self, num_steps: int) -> None:
-        """Raises ValueError if the policy cannot serve a call of so many steps."""
+        """Raises ValueError if the policy cannot serve a loop of `num_steps` steps."""
         return
 
     def reset(self, state: UnitState) -> None:
@@ -158,7 +158,7 @@ class CachePolicy(ABC):
         """Whether the unit's blocks run at this step. Called once per unit, step and branch, in the order of steps."""
 
     def warm(self, ctx: PolicyContext) -> None:
-        """Called instead of `should_compute` where another rule has decided to reuse a residual of this same step."""
+        """Called instead of `should_compute` where another rule reuses a residual of this same step."""
         self.should_compute(ctx)
 
     def reconstruct(self, ctx: PolicyContext) -> Tensor | None:
@@ -167,13 +167,13 @@ class CachePolicy(ABC):
         return None if residual is None or ctx.base is None else ctx.base + residual
 
     def keeps(self, step: int) -> bool:
-        """Whether later generations may read the residual of this step, so that it stays when newer ones come."""
+        """Whether later generations may read the residual of this step, so that newer ones do not replace it."""
         return False
 
     def on_computed(self, ctx: PolicyContext) -> None:
-        """Called after the unit has computed, for whatever reason; `ctx.residual` is what it added to `ctx.base`.
+        """Called after the unit has computed, whoever decided it; `ctx.residual` is what it added to `ctx.base`.
 
-        Not called for policies with `timestep_only`, whose decisions are made by then.
+        Not called for policies with `timestep_only`: their decisions are made before the loop.
         """
         return
 
@@ -185,11 +185,11 @@ _GRANULARITIES = {"stack": '"stack"', "per_block": '"per_block"', "groups": "an 
 
 
 def make_policy(policy: str | CachePolicy, options: Mapping[str, Any]) -> CachePolicy:
-    """The policy of a registered name, made with `options`; a policy that is made already comes back as it is.
+    """The policy of a registered name, made with `options`; a `CachePolicy` is returned as it is.
 
     Raises:
         ValueError: no policy has this name, or an option's value is out of range.
-        TypeError: the policy lacks a method, an option has no such name or no such type, or a required one is missing.
+        TypeError: the policy lacks a method; an option is unknown, missing, or of the wrong type.
     """
     if isinstance(policy, CachePolicy):
         if options:
@@ -206,11 +206,11 @@ def make_policy(policy: str | CachePolicy, options: Mapping[str, Any]) -> CacheP
 
 
 def check_granularity(policy: CachePolicy, granularity: str | int) -> None:
-    """Whether the policy has a meaning for a granularity: "stack", "per_block", or the size of a group.
+    """Check that the policy supports a granularity: "stack", "per_block", or the size of a group.
 
     Raises:
-        OptionError: it has none; names those that it has.
-        TypeError: the policy declares granularities that there are not.
+        OptionError: it does not; names those that it supports.
+        TypeError: the policy declares unknown granularities.
     """
     valid, where = policy.granularities, f"{type(policy).__module__}.{type(policy).__qualname__}"
     if not valid or not set(valid) <= set(_GRANULARITIES):
@@ -218,13 +218,10 @@ def check_granularity(policy: CachePolicy, granularity: str | int) -> None:
             f"The cache policy {where} declares the granularities {valid!r}; "
             f"valid are some of {', '.join(_GRANULARITIES)}."
         )
-    # A group of one is a block: a policy that has no meaning for blocks has none for it.
-    smallest = 1 if "per_block" in valid else 2
-    if isinstance(granularity, int) and not isinstance(granularity, bool):
-        fits = "groups" in valid and granularity >= smallest
-    else:
-        fits = granularity in ("stack", "per_block") and granularity in valid
-    if not fits:
+    smallest = 1 if "per_block" in valid else 2  # a group of one is a block
+    is_size = isinstance(granularity, int) and not isinstance(granularity, bool)
+    supported = [kind for kind in valid if kind != "groups"]
+    if not ("groups" in valid and int(granularity) >= smallest if is_size else granularity in supported):
         raise OptionError(
             "granularity",
             f"granularity is {granularity!r}; {type(policy).__name__} works with "

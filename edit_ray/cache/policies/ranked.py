@@ -1,4 +1,4 @@
-"""Skips that were measured: the forwards that a model misses least, in the order in which it misses them."""
+"""Measured skips: forwards ranked by how little their omission changes the result."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Ranked(CachePolicy):
     timestep_only = True
 
     skip_rank: PerBranch[Ranks] = Field(
-        description="For each step of the loop its rank among all forwards, from 0 for the one that is missed least, "
-        'and None for one that always computes; or such a sequence per "cond" and "uncond", or per "transformer/cond" '
-        "and so on."
+        description="For each step of the loop its rank among all forwards, from 0 for the one whose omission changes "
+        'least, and None for one that always computes; or such a sequence per "cond" and "uncond", or per '
+        '"transformer/cond" and so on.'
     )
     skips: Whole | None = Field(
         default=None,
@@ -45,7 +45,7 @@ class Ranked(CachePolicy):
 
 
 def ranks_of(order: Sequence[tuple[str, int]], owners: Sequence[str], num_steps: int) -> dict[str, Any]:
-    """`skip_rank` for an order of skips (owner such as "transformer/cond", step), what is missed least first."""
+    """`skip_rank` for an order of skips (owner such as "transformer/cond", step), least change first."""
     ranks: dict[str, list[int | None]] = {owner: [None] * num_steps for owner in owners}
     for rank, (owner, step) in enumerate(order):
         ranks[owner][step] = rank

@@ -1,4 +1,4 @@
-"""Explicit masks: the steps that compute are written down, or all of them do."""
+"""Explicit masks: a list of the steps that compute, or all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SeaCache: skip while the latents have changed little, seen through a filter that keeps what is signal by now.
+"""SeaCache: skip while the latents, filtered to what is signal at their noise level, have changed little.
 
 Source: "SeaCache: Spectral-Evolution-Aware Cache" (arXiv 2602.18993); the rule is that of diffusers'
 `hooks/sea_cache.py`.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def wiener_filter(latents: Tensor, sigma: float, power_exp: float) -> Tensor:
-    """Latents [B, C, T, h, w] at noise level `sigma`, less what is likely to be noise.
+    """Latents [B, C, T, h, w] at noise level `sigma`, Wiener-filtered to remove noise.
 
     Per axis of (T, h, w) the gain at frequency f is a P / (a² P + sigma²) with P = 1 / |f|^power_exp and a = 1 - sigma;
     the product over the axes is scaled to mean 1, so that distances compare between noise levels.
@@ -54,7 +54,7 @@ def distance(current: Tensor, previous: Tensor) -> float:
 class SeaCache(CachePolicy):
     """Skips while the changes of the filtered latents since the last computed step add up to less than a threshold.
 
-    All units of a forward see the same signal, which is made once for all of them. The options' names are diffusers'.
+    All units of a forward share one signal. The options' names are diffusers'.
     """
 
     threshold: Number = Field(
@@ -72,7 +72,7 @@ class SeaCache(CachePolicy):
 
     def __post_init__(self) -> None:
         self.history_len = self.residual_order + 1
-        # Of the latest forward, for all its units.
+        # Of the latest forward, shared by all its units.
         self._filtered: tuple[StepSignals, Tensor] | None = None
         self._measured: tuple[Tensor, Tensor, float] | None = None
 
@@ -124,7 +124,7 @@ class SeaCache(CachePolicy):
         return filtered[1]
 
     def _distance(self, current: Tensor, previous: Tensor) -> float:
-        """`distance`, measured once for all units of a forward."""
+        """`distance`, computed once for all units of a forward."""
         measured = self._measured
         if measured is None or measured[0] is not current or measured[1] is not previous:
             measured = self._measured = current, previous, distance(current, previous)

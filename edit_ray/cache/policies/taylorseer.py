@@ -1,7 +1,7 @@
 """TaylorSeer: compute every few steps, and forecast the residual between them by a Taylor expansion.
 
 Source: J. Liu et al., "From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers"; the steps that
-compute are those of diffusers' `hooks/taylorseer_cache.py`, where what is forecast is the output of each attention.
+compute are those of diffusers' `hooks/taylorseer_cache.py`, which forecasts the output of each attention instead.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class TaylorSeer(CachePolicy):
         state.user["begun"] = False
 
     def should_compute(self, ctx: PolicyContext) -> bool:
-        """A unit's first step computes: nothing can be forecast from nothing."""
+        """A unit's first step computes: there is nothing to forecast from."""
         begun, ctx.state.user["begun"] = ctx.state.user["begun"], True
         return not begun or self.computes(ctx.step)
 

@@ -1,4 +1,4 @@
-"""TeaCache: skip while the timestep embedding has changed little, as a polynomial translates its change.
+"""TeaCache: skip while the change of the timestep embedding, rescaled by a polynomial, is small.
 
 Source: F. Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model"; the rule and the
 coefficients for Wan2.1 are those of github.com/ali-vilab/TeaCache, `TeaCache4Wan2.1/teacache_generate.py`.
@@ -46,7 +46,7 @@ WAN_COEFFICIENTS: dict[WanVariant, tuple[tuple[float, ...], tuple[float, ...]]] 
 
 
 def polynomial(coefficients: Sequence[float], x: float) -> float:
-    """Its value at x; highest power first."""
+    """Its value at x, coefficients from the highest power down."""
     value = 0.0
     for coefficient in coefficients:
         value = value * x + coefficient
@@ -54,17 +54,17 @@ def polynomial(coefficients: Sequence[float], x: float) -> float:
 
 
 def must_compute(step: int, num_steps: int, use_ret_steps: bool) -> bool:
-    """Whether a step computes whatever the signal: the first 5 do with `use_ret_steps`, else the first and the last."""
+    """Whether a step always computes: the first 5 with `use_ret_steps`, else the first and the last."""
     return step < 5 if use_ret_steps else step < 1 or step >= num_steps - 1
 
 
 @register_policy("teacache")
 @with_options
 class TeaCache(CachePolicy):
-    """Skips while the translated changes of the signal since the last computed step add up to less than a threshold.
+    """Skips while the rescaled changes of the signal since the last computed step add up to less than a threshold.
 
-    The signal depends on timesteps and weights alone, so that both branches and all units decide alike, and before the
-    loop begins. It takes exactly one of `wan_variant` and `coefficients`.
+    The signal depends on timesteps and weights alone: both branches and all units decide alike, before the loop begins.
+    Exactly one of `wan_variant` and `coefficients` is required.
     """
 
     timestep_only = True
@@ -79,8 +79,8 @@ class TeaCache(CachePolicy):
     )
     coefficients: PerBranch[Numbers] | None = Field(
         default=None,
-        description="Of another model: of the polynomial that translates the relative change of the signal, highest "
-        'power first; or such a sequence per "cond" and "uncond", or per "transformer/cond" and so on.',
+        description="Of another model: those of the polynomial that rescales the relative change of the signal, "
+        'highest power first; or such a sequence per "cond" and "uncond", or per "transformer/cond" and so on.',
     )
     use_ret_steps: Flag = Field(
         default=False,

@@ -22,10 +22,10 @@ _OWN = "warmstart_reuse: has computed"
 @register_policy("warmstart_reuse")
 @with_options(extra="allow")
 class WarmstartReuse(CachePolicy):
-    """At a step before `warm_steps` a unit reuses what its reuse window has stored; where there is nothing it computes.
+    """Before `warm_steps` a unit reuses residuals of its reuse window, or computes where there are none.
 
-    Later steps follow the inner policy, but the first of them computes if all before were reused: only what a call has
-    computed itself serves its later steps. The inner policy also says which granularities there are.
+    Later steps follow the inner policy; the first of them computes if all steps before were reused, as later steps only
+    reuse residuals of their own call. The inner policy defines the granularities.
     """
 
     warm_steps: Count = Field(default=2, description="How many first steps are reused.")
@@ -85,7 +85,7 @@ class WarmstartReuse(CachePolicy):
         )
 
     def keeps(self, step: int) -> bool:
-        """The last computed residual stays anyway."""
+        """The last computed residual is kept anyway."""
         return (self.align == "step" and step < self.warm_steps) or self.inner.keeps(step)
 
     def on_computed(self, ctx: PolicyContext) -> None:
