@@ -17,7 +17,7 @@ from typing import Any
 
 from edit_ray.cache.options import NODE_VARIABLES, CacheOptions
 from edit_ray.cache.policies import POLICIES
-from edit_ray.cache.policies.options import option_schema
+from edit_ray.cache.policies.option_types import option_schema
 from edit_ray.cli import main
 from edit_ray.config import Config
 from edit_ray.config.options import PromptSegment

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from edit_ray.config.messages import printable
+from edit_ray.config.mistakes import printable
 
 
 class _Escaping:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from edit_ray.config.messages import KeyPath, Mistake, mistake_at
+from edit_ray.config.mistakes import KeyPath, Mistake, mistake_at
 from edit_ray.config.options import PromptSegment, format_duration
 from edit_ray.runs.layout import TEMPORAL_FACTOR, FrameLayout
 from edit_ray.runs.numbers import MAX_SEGMENTS

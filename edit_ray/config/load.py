@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from edit_ray.config.messages import KeyPath, Mistake, WrongKeys, dotted, mistakes_of, printable
+from edit_ray.config.mistakes import KeyPath, Mistake, WrongKeys, dotted, mistakes_of, printable
 from edit_ray.config.model import Config
 from edit_ray.config.model_checks import model_mistakes, texts_in
 from edit_ray.config.strict_yaml import Document, parse, parse_scalar

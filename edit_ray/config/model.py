@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from edit_ray.cache.options import CacheOptions, StoreOptions
 from edit_ray.config.cross_checks import mistakes_between
-from edit_ray.config.messages import Mistakes
+from edit_ray.config.mistakes import Mistakes
 from edit_ray.config.options import MAX_PROMPTS, VALID_PROMPTS, PromptSegment, VideoOptions
 from edit_ray.config.strict_yaml import dump
 from edit_ray.engine.options import ContinuityOptions, EngineOptions, ModelOptions, SamplingOptions

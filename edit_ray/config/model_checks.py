@@ -5,7 +5,7 @@ from typing import Any
 
 from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.policies import POLICIES, OptionError, check_granularity
-from edit_ray.config.messages import KeyPath, Mistake, mistake_at
+from edit_ray.config.mistakes import KeyPath, Mistake, mistake_at
 from edit_ray.config.model import Config
 from edit_ray.engine.calibration import policy_of
 from edit_ray.engine.init_file import read_init

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from edit_ray.config.messages import KeyPath, dotted
+from edit_ray.config.mistakes import KeyPath, dotted
 
 EMPTY = "this is empty; it must have at least video and prompt_segments."
 MAX_DEPTH = 16

@@ -24,7 +24,7 @@ from edit_ray.cache.policies import (
     register_policy,
     relative_l1,
 )
-from edit_ray.cache.policies.options import pick_per_branch
+from edit_ray.cache.policies.option_types import pick_per_branch
 from edit_ray.cache.policies.teacache import WAN_COEFFICIENTS
 from tests.unit.policy_unit import RecordedSignals, Unit
 

@@ -4,7 +4,7 @@ from edit_ray.cache.policies.dicache import DiCache
 from edit_ray.cache.policies.estimates import relative_l1
 from edit_ray.cache.policies.fbcache import FirstBlockCache
 from edit_ray.cache.policies.magcache import MagCache
-from edit_ray.cache.policies.options import OptionError
+from edit_ray.cache.policies.option_types import OptionError
 from edit_ray.cache.policies.policy import (
     POLICIES,
     CachePolicy,

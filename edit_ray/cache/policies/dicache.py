@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from edit_ray.cache.policies.estimates import accumulate, read_history, relative_l1
-from edit_ray.cache.policies.options import Number, Share, with_options
+from edit_ray.cache.policies.option_types import Number, Share, with_options
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
 
 if TYPE_CHECKING:

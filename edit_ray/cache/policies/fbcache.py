@@ -8,7 +8,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from edit_ray.cache.policies.estimates import relative_l1
-from edit_ray.cache.policies.options import Number, with_options
+from edit_ray.cache.policies.option_types import Number, with_options
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
 
 

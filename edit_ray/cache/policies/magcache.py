@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from edit_ray.cache.policies.options import (
+from edit_ray.cache.policies.option_types import (
     Count,
     Number,
     OptionError,

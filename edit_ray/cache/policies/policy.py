@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edit_ray.cache.policies.options import OptionError
+from edit_ray.cache.policies.option_types import OptionError
 from edit_ray.registry import Registry
 
 if TYPE_CHECKING:

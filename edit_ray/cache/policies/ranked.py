@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
-from edit_ray.cache.policies.options import PerBranch, Ranks, Whole, check_lengths, pick_per_branch, with_options
+from edit_ray.cache.policies.option_types import PerBranch, Ranks, Whole, check_lengths, pick_per_branch, with_options
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, register_policy
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from edit_ray.cache.policies.estimates import add_forecast, extrapolate
-from edit_ray.cache.policies.options import Mask, Order, PerBranch, check_lengths, pick_per_branch, with_options
+from edit_ray.cache.policies.option_types import Mask, Order, PerBranch, check_lengths, pick_per_branch, with_options
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, register_policy
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from edit_ray.cache.policies.estimates import accumulate, add_forecast, extrapolate
-from edit_ray.cache.policies.options import Count, Number, Order, Positive, with_options
+from edit_ray.cache.policies.option_types import Count, Number, Order, Positive, with_options
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, StepSignals, UnitState, register_policy
 
 if TYPE_CHECKING:

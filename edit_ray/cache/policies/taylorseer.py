@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from edit_ray.cache.policies.estimates import add_forecast
-from edit_ray.cache.policies.options import Count, Whole, with_options
+from edit_ray.cache.policies.option_types import Count, Whole, with_options
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
 
 if TYPE_CHECKING:

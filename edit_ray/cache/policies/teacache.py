@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from edit_ray.cache.policies.estimates import accumulate, relative_l1
-from edit_ray.cache.policies.options import (
+from edit_ray.cache.policies.option_types import (
     Flag,
     Number,
     Numbers,

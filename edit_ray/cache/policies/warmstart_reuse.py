@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema
 
-from edit_ray.cache.policies.options import Count, OptionError, with_options
+from edit_ray.cache.policies.option_types import Count, OptionError, with_options
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, make_policy, register_policy
 
 if TYPE_CHECKING:
