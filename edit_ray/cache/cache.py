@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from torch import Tensor
 from edit_ray.cache.blocks import BlockRunner, Unit
 from edit_ray.cache.known_mask import BRANCHES, Expert, KnownMask, LoopStep, check_not_compiled, known_mask
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, StepSignals, UnitState
-from edit_ray.cache.records import Counts, Decided, Decision, Reason, Record
+from edit_ray.cache.records import Counts, Reason, Record
 from edit_ray.cache.residuals import (
     Edit,
     ResidualIndex,
@@ -21,7 +20,7 @@ from edit_ray.cache.residuals import (
     UnitHook,
     UnitId,
     UnitResiduals,
-    checked,
+    ask_hooks,
     with_edits,
 )
 from edit_ray.cache.stores.store import CacheStore, Key
@@ -250,35 +249,21 @@ class Cache:
 
     def block(self, position: int, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of a block; outside of a forward, the block itself."""
-        return (
-            run(*args, **kwargs) if self._here.runner is None else self._here.runner.block(position, run, args, kwargs)
-        )
+        runner = self._here.runner
+        return run(*args, **kwargs) if runner is None else runner.block(position, run, args, kwargs)
 
     def decide(self, ctx: PolicyContext, *, can_skip: bool) -> Tensor | None:
         """The unit's output if it is skipped, else None."""
         with self._guarded():
             compute, reason = self._policy_says(ctx)
-            replaced: Tensor | None = None
-            edits: list[Edit] = []
-            self._here.edits = edits
-            for hook in list(self._hooks):
-                ctx.decision = "compute" if compute else "reuse"
-                answer = hook(ctx)
-                if isinstance(answer, Tensor):
-                    assert ctx.base is not None
-                    replaced, compute, reason = checked(answer, ctx.base, "A unit hook"), False, "hook"
-                elif answer in ("compute", "reuse"):
-                    compute, reason, replaced = answer == "compute", "hook", None
-                elif callable(answer):
-                    edits.append(answer)
-                elif answer is not None:
-                    raise TypeError(
-                        f'A unit hook answered {answer!r}; valid are "compute", "reuse", a tensor, a function, None.'
-                    )
-            output = self._stand_in(ctx, replaced) if can_skip and not compute else None
+            answers = ask_hooks(self._hooks, ctx, compute)
+            self._here.edits = answers.edits
+            if answers.compute is not None:
+                compute, reason = answers.compute, "hook"
+            output = self._stand_in(ctx, answers.replaced) if can_skip and not compute else None
         if output is None and not compute:
             reason = "missing" if can_skip else "probe"
-        self._note(ctx, "compute" if output is None else "reuse", reason)
+        self.record.note(ctx, "compute" if output is None else "reuse", reason)
         return output
 
     def computed(self, ctx: PolicyContext, output: Tensor, between: Tensor | None) -> Tensor:
@@ -309,19 +294,6 @@ class Cache:
         if output is None or not self._here.edits:
             return output
         return with_edits(output, output - ctx.base, self._here.edits)
-
-    def _note(self, ctx: PolicyContext, decision: Decided, reason: Reason) -> None:
-        self.record.decisions.append(
-            Decision(
-                step=ctx.step,
-                branch=ctx.branch,
-                expert=ctx.expert,
-                unit=ctx.unit_index,
-                decision=decision,
-                reason=reason,
-                **{name: _finite(getattr(ctx, name)) for name in ("signal", "accumulated", "threshold")},
-            )
-        )
 
     def _make_context(
         self, expert: Expert, branch: str, unit: Unit, step: int, signals: StepSignals, latents: Tensor | None
@@ -391,8 +363,3 @@ class Cache:
             self.remove()
             error.add_note("edit_ray has removed the cache whose policy, hook or store failed: the model is uncached.")
             raise
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no infinities."""
-    return value if value is None or math.isfinite(value) else None

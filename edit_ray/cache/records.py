@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+if TYPE_CHECKING:
+    from edit_ray.cache.policies.policy import PolicyContext
 
 SCHEMA = 1
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # of records that are read
@@ -66,6 +70,14 @@ class Record:
 
     def __len__(self) -> int:
         return len(self.decisions)
+
+    def note(self, ctx: PolicyContext, decision: Decided, reason: Reason) -> None:
+        """Add the decision of a unit at its step. JSON has no infinities, so what is not finite is left out."""
+        compared = {name: getattr(ctx, name) for name in ("signal", "accumulated", "threshold")}
+        finite = {name: value for name, value in compared.items() if value is not None and math.isfinite(value)}
+        self.decisions.append(
+            Decision(ctx.step, ctx.branch, ctx.expert, ctx.unit_index, decision=decision, reason=reason, **finite)
+        )
 
     def put_in_order(self) -> None:
         """Sort by step, then branch: branches that are computed at the same time interleave."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -178,6 +178,39 @@ class UnitResiduals:
     def _get(self, generation: int, step: int) -> Tensor | None:
         residual = self.index.get((generation, *self.unit, step))
         return residual if residual is None or self.device is None else residual.to(self.device)
+
+
+@dataclass
+class HookAnswers:
+    """What the hooks of a unit want: None for the policy's decision, a tensor [B, N, D] to add, edits of the residual."""
+
+    compute: bool | None = None
+    replaced: Tensor | None = None
+    edits: list[Edit] = field(default_factory=list)
+
+
+def ask_hooks(hooks: Sequence[UnitHook], ctx: PolicyContext, compute: bool) -> HookAnswers:
+    """Call each hook, which sees in `ctx.decision` what the policy and the hooks before it have decided.
+
+    Raises:
+        TypeError, ValueError: a hook returned something else than `Cache.on_unit` allows.
+    """
+    answers = HookAnswers()
+    for hook in list(hooks):
+        ctx.decision = "compute" if (compute if answers.compute is None else answers.compute) else "reuse"
+        answer = hook(ctx)
+        if isinstance(answer, Tensor):
+            assert ctx.base is not None
+            answers.replaced, answers.compute = checked(answer, ctx.base, "A unit hook"), False
+        elif answer in ("compute", "reuse"):
+            answers.replaced, answers.compute = None, answer == "compute"
+        elif callable(answer):
+            answers.edits.append(answer)
+        elif answer is not None:
+            raise TypeError(
+                f'A unit hook answered {answer!r}; valid are "compute", "reuse", a tensor, a function, None.'
+            )
+    return answers
 
 
 def checked(given: object, like: Tensor, source: str) -> Tensor:
