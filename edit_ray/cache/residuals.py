@@ -182,7 +182,7 @@ class UnitResiduals:
 
 @dataclass
 class HookAnswers:
-    """What the hooks of a unit want: None for the policy's decision, a tensor [B, N, D] to add, edits of the residual."""
+    """What the hooks of a unit want: to compute or not, a tensor [B, N, D] to add, edits of the residual."""
 
     compute: bool | None = None
     replaced: Tensor | None = None

@@ -46,7 +46,7 @@ def parse(text: str) -> Document:
         composer: Any = _Composer(text, document)  # raises for characters that YAML forbids
         composer.get_event()
         if not composer.check_event(yaml.StreamEndEvent):
-            document.data = _value(composer.compose_document(), (), document)
+            document.data = _value(composer.compose_document())
         if document.data is None and not document.mistakes:
             document.mistakes.append((None, EMPTY))
         if not composer.check_event(yaml.StreamEndEvent):
@@ -109,26 +109,46 @@ _Dumper.add_representer(str, _represent_text)
 
 
 class _Composer(yaml.SafeLoader):
-    """Composes nodes and notes what is not allowed in them; an alias becomes an empty value."""
+    """Composes nodes, and notes each key's line and what is not allowed; an alias becomes an empty value."""
 
     def __init__(self, text: str, document: Document) -> None:
         super().__init__(text)
         self._document, self._depth, self._nodes = document, 0, 0
         self._path: KeyPath = ()
+        self._seen: set[tuple[int, str]] = set()  # mapping and key
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         stream: Any = super()  # PyYAML's methods have no types
         event, above = stream.peek_event(), self._path
-        if index is not None:  # in a mapping the key's node
-            self._path = (*above, getattr(index, "value", index))
         self._depth, self._nodes = self._depth + 1, self._nodes + 1
+        odd_key = parent is not None and index is None and not isinstance(event, yaml.ScalarEvent)
+        if odd_key:
+            self._document.note(event, f"a key of {dotted(above) or 'the document'} is no plain text.")
+        elif isinstance(index, int):
+            self._path = (*above, index)
+            self._document.lines[self._path] = event.start_mark.line + 1
+        elif index is not None:  # a mapping's key
+            self._path = (*above, self._key(parent, index))
         self._check(event, dotted(self._path) or "the document")
         if isinstance(event, yaml.AliasEvent):
-            node: Any = yaml.ScalarNode("", "", stream.get_event().start_mark)
+            mark = stream.get_event().start_mark
+            node: Any = yaml.ScalarNode("", f"(key in line {mark.line + 1})" if odd_key else "", mark)
         else:
             node = stream.compose_node(parent, index)
+        if isinstance(node, yaml.ScalarNode) and any("\ud800" <= character <= "\udfff" for character in node.value):
+            self._document.note(node, "a half of a surrogate pair is no character; write the character itself.")
+            node.value = node.value.encode("utf-8", "replace").decode()
         self._path, self._depth = above, self._depth - 1
         return node
+
+    def _key(self, mapping: yaml.Node, node: yaml.Node) -> str:
+        key, here = _key(node), (*self._path, _key(node))
+        if (id(mapping), key) in self._seen:
+            first = self._document.lines[here]
+            self._document.note(node, f"{dotted(here)} is given twice, first in line {first}; each key is given once.")
+        self._seen.add((id(mapping), key))
+        self._document.lines.setdefault(here, node.start_mark.line + 1)
+        return key
 
     def _check(self, event: Any, at: str) -> None:
         if self._depth > MAX_DEPTH or self._nodes > MAX_NODES:
@@ -149,34 +169,14 @@ class _Composer(yaml.SafeLoader):
             self._document.note(event, f"{at} has the tag {tag}; tags are not allowed, only plain values are.")
 
 
-def _value(node: Any, path: KeyPath, document: Document) -> Any:
-    """The data of a node; notes keys that are given twice, and the line of each key."""
+def _key(node: yaml.Node) -> str:
+    return str(node.value) if isinstance(node, yaml.ScalarNode) else f"(key in line {node.start_mark.line + 1})"
+
+
+def _value(node: Any) -> Any:
+    """The data of a node."""
     if isinstance(node, yaml.ScalarNode):
-        text = _characters(node, document)
-        return resolve(text) if node.style is None else text
+        return resolve(node.value) if node.style is None else node.value
     if isinstance(node, yaml.SequenceNode):
-        document.lines.update({(*path, at): item.start_mark.line + 1 for at, item in enumerate(node.value)})
-        return [_value(item, (*path, at), document) for at, item in enumerate(node.value)]
-    values: dict[str, Any] = {}
-    for name, value in node.value:
-        line = name.start_mark.line + 1
-        if isinstance(name, yaml.ScalarNode):
-            key = _characters(name, document)
-        else:
-            document.note(name, f"a key of {dotted(path) or 'the document'} is no plain text.")
-            key = f"(key in line {line})"
-        here = (*path, key)
-        if key in values:
-            first = document.lines[here]
-            document.note(name, f"{dotted(here)} is given twice, first in line {first}; each key is given once.")
-        document.lines.setdefault(here, line)
-        values[key] = _value(value, here, document)
-    return values
-
-
-def _characters(node: yaml.ScalarNode, document: Document) -> str:
-    text: str = node.value
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        document.note(node, "a half of a surrogate pair is no character; write the character itself.")
-        return text.encode("utf-8", "replace").decode()
-    return text
+        return [_value(item) for item in node.value]
+    return {_key(key): _value(value) for key, value in node.value}
