@@ -18,7 +18,7 @@ from edit_ray.engine.options import Mode
 logger = logging.getLogger(__name__)
 
 
-class Schedule:
+class LoopTimesteps:
     """The timesteps and sigmas of a loop on the CPU; read again where a callback has changed them or the scheduler."""
 
     def __init__(self, timesteps: Tensor) -> None:
@@ -56,9 +56,9 @@ class Ahead:
         self.fp8 = False
 
     @contextmanager
-    def loop(self, pipe: Any, latents: Tensor, text: Tensor) -> Iterator[Schedule]:
+    def loop(self, pipe: Any, latents: Tensor, text: Tensor) -> Iterator[LoopTimesteps]:
         """Surrounds one loop over `latents` [B, …] with a prompt's `text` [B, L, D], once the steps are set."""
-        schedule = Schedule(pipe.scheduler.timesteps)
+        schedule = LoopTimesteps(pipe.scheduler.timesteps)
         with ExitStack() as stack:
             fast = self._fast_transformers(pipe, latents.device)
             self._hoisted = {} if torch.is_inference_mode_enabled() else self._choose(pipe)

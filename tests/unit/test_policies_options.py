@@ -268,3 +268,24 @@ def test_the_narrowest_entry_is_picked():
     assert pick_per_branch("x", TeaCache(coefficients=[5]).coefficients, "any", "cond") == (5,)
     with pytest.raises(ValueError, match='x has entries for cond, none of which is for the branch "uncond" of "t"'):
         pick_per_branch("x", {"cond": 1}, "t", "uncond")
+
+
+def test_a_subclass_adds_an_option_of_its_own_and_its_base_checks_the_others():
+    class Later(TeaCache):
+        def __init__(self, *, first: int = 3, **options):
+            super().__init__(**options)
+            self.first = first
+
+        def should_compute(self, ctx):
+            return super().should_compute(ctx) or ctx.step < self.first
+
+    policy = Later(first=2, coefficients=[1, 0])
+    assert (policy.first, policy.rel_l1_thresh) == (2, 0.2)
+    signals = [RecordedSignals(e=torch.ones(1, 2)) for _ in range(6)]
+    assert Unit(policy, 6).mask(signals) == [True, True, False, False, False, True]
+    policy.rel_l1_thresh = 0  # options may be changed while a cache runs
+    assert all(Unit(policy, 6).mask(signals))
+    with pytest.raises(OptionError, match=re.escape("rel_l1_thresh is 'x'; valid is a finite number.")):
+        Later(coefficients=[1, 0], rel_l1_thresh="x")
+    with pytest.raises(OptionError, match="has no option thresh; it takes"):
+        Later(coefficients=[1, 0], thresh=1)
