@@ -110,28 +110,21 @@ class Source:
     def __init__(self, path: Path | None, overrides: Sequence[str]) -> None:
         document = read_file(path) if path else Document(data={})
         self.data: Any = document.data
-        self.problems: list[str] = []
         self._name = str(path) if path else "(no file)"
-        self._lines = document.lines
-        self._options: dict[KeyPath, str] = {}
-        for line, text in document.mistakes:
-            self.problems.append(f"{self._name}{f':{line}' if line else ''}: {text}")
+        self.problems = [f"{self._name}{f':{line}' if line else ''}: {text}" for line, text in document.mistakes]
+        self._places = {key: f"{self._name}:{line}" for key, line in document.lines.items()}
         # The form of the options is checked even if the file cannot be read.
         root = self.data if isinstance(self.data, dict) else {}
         for override in overrides:
-            self._apply(override, root)
+            self._apply(override, f"--set {override if len(override) <= 100 else override[:99] + '…'}", root)
 
     def add(self, path: KeyPath, text: str) -> None:
-        """Notes a mistake at a key, with the place of the key, or of the nearest one above it that has a place."""
-        for prefix in (path[:length] for length in range(len(path), 0, -1)):
-            if prefix in self._options:
-                self.problems.append(f"--set {_short(self._options[prefix])}: {text}")
-                return
-            if prefix in self._lines:
-                self.problems.append(f"{self._name}:{self._lines[prefix]}: {text}")
-                return
-        below = [option for key, option in self._options.items() if path and key[: len(path)] == path]
-        self.problems.append(f"--set {_short(below[-1])}: {text}" if below else f"{self._name}: {text}")
+        """Notes a mistake at a key, with the nearest place: of the key, of one above it, of an option below it."""
+        place = next((at for n in range(len(path), 0, -1) if (at := self._places.get(path[:n]))), None)
+        if place is None:
+            below = [at for key, at in self._places.items() if path and path == key[: len(path)]]
+            place = next((at for at in reversed(below) if at.startswith("--set ")), self._name)
+        self.problems.append(f"{place}: {text}")
 
     def stop(self) -> NoReturn:
         """Raises ConfigError with every problem; each is one line that any terminal can print."""
@@ -140,7 +133,7 @@ class Source:
             lines[MAX_PROBLEMS:] = [f"{self._name}: there are {len(lines) - MAX_PROBLEMS} more mistakes."]
         raise ConfigError(lines)
 
-    def _apply(self, override: str, root: dict[str, Any]) -> None:
+    def _apply(self, override: str, place: str, root: dict[str, Any]) -> None:
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
         try:
@@ -149,14 +142,13 @@ class Source:
             value = parse_scalar(text)
             if (parts, value) == _SWITCHED_OFF:
                 root["cache"] = {}
-            self._options[_put(root, parts, value)] = override
+            self._places[_put(root, parts, value)] = place
         except ValueError as error:
-            self.problems.append(f"--set {_short(override)}: {error}.")
+            self.problems.append(f"{place}: {error}.")
 
 
 def read_file(path: Path) -> Document:
     """The document in a file; if the file cannot be read, the document has that mistake."""
-    document = Document()
     try:
         mode = path.stat().st_mode
         if stat.S_ISREG(mode):
@@ -164,20 +156,18 @@ def read_file(path: Path) -> Document:
                 content = file.read(MAX_FILE_BYTES + 1)
             if len(content) <= MAX_FILE_BYTES:
                 return parse(content.decode("utf-8-sig"))
-            wrong = f"is larger than the {MAX_FILE_BYTES} bytes that a configuration may have"
+            wrong = f"this is larger than the {MAX_FILE_BYTES} bytes that a configuration may have"
         else:
-            wrong = f"is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; it must be a YAML file"
+            wrong = f"this is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; it must be a YAML file"
     except FileNotFoundError:
-        document.mistakes.append((None, "there is no such file; it must be a YAML file."))
-        return document
+        wrong = "there is no such file; it must be a YAML file"
     except OSError as error:
-        wrong = f"cannot be read: {error.strerror}"
+        wrong = f"this cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
-        wrong = f"is no text: byte {error.start} is not UTF-8; it must be a YAML file"
+        wrong = f"this is no text: byte {error.start} is not UTF-8; it must be a YAML file"
     except ValueError as error:
-        wrong = f"is no file's name: {error}"
-    document.mistakes.append((None, f"this {wrong}."))
-    return document
+        wrong = f"this is no file's name: {error}"
+    return Document(mistakes=[(None, f"{wrong}.")])
 
 
 def _put(root: dict[str, Any], parts: Sequence[str], value: object) -> KeyPath:
@@ -207,7 +197,3 @@ def _key(container: object, part: str, above: KeyPath) -> str | int:
     if not part.isdecimal() or len(part) > 6 or int(part) > len(container):
         raise ValueError(f"{dotted(above)} is a list; below it comes the number of an entry, 0 to {len(container)}")
     return int(part)
-
-
-def _short(override: str) -> str:
-    return override if len(override) <= 100 else f"{override[:99]}…"
