@@ -113,7 +113,12 @@ class LongVideoClient:
 
         Raises ConfigError, ModelError, RunExists, ResourcesUnavailable, ActorVersionMismatch.
         """
-        config = _checked(config, checked=checked)
+        if isinstance(config, str | Path):
+            config = load_config(Path(config))
+        elif not isinstance(config, Config):
+            config = config_of(config)
+        elif not checked and (problems := check_config(config)):
+            raise ConfigError(problems)
         run_id = check_run_id(run_id) if run_id is not None else new_run_id(datetime.now(UTC), secrets.token_hex(2))
         token = secrets.token_hex(8)  # so that asking again does not meet one's own run as another's
         probe = RunFolder(self.output, run_id).probe(token)
@@ -379,14 +384,3 @@ def _load_latents(path: Path) -> torch.Tensor:
     from edit_ray.engine.latent_files import load_latents  # here, because most clients need none of torch
 
     return load_latents(path)
-
-
-def _checked(config: Config | Mapping[str, Any] | str | Path, *, checked: bool) -> Config:
-    """The configuration, checked once against its model."""
-    if isinstance(config, str | Path):
-        return load_config(Path(config))
-    if not isinstance(config, Config):
-        return config_of(config)
-    if not checked and (problems := check_config(config)):
-        raise ConfigError(problems)
-    return config

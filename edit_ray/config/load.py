@@ -66,7 +66,7 @@ def _validate(data: Any, check_model: bool) -> tuple[Config | None, list[Mistake
     config: Config | None = None
     for _ in range(8):
         try:
-            config = Config.model_validate(_without(wrong.paths, data))
+            config = Config.model_validate(_without(wrong.paths, data) if wrong.paths else data)
             break
         except ValidationError as error:
             mistakes = mistakes_of(error, _schema())

@@ -200,8 +200,20 @@ def make_policy(policy: str | CachePolicy, options: Mapping[str, Any]) -> CacheP
     if not isinstance(policy, str):
         raise TypeError(f"policy is {policy!r}; valid are {', '.join(POLICIES.names())}, or a CachePolicy object.")
     cls = POLICIES.find(policy)
-    _check_complete(policy, cls)
-    _check_options(policy, cls, options)
+    where = f"{cls.__module__}.{getattr(cls, '__qualname__', cls)}"
+    if not isinstance(cls, type) or not issubclass(cls, CachePolicy):
+        raise TypeError(f"The cache policy {policy!r} is {where}, which is no subclass of CachePolicy.")
+    if missing := sorted(cls.__abstractmethods__):
+        raise TypeError(f"The cache policy {policy!r} ({where}) lacks the method {', '.join(missing)}.")
+    parameters = list(inspect.signature(cls).parameters.values())
+    valid = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    takes = f"it takes {', '.join(valid)}" if valid else "it takes none"
+    unknown = [option for option in options if option not in valid]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise OptionError(unknown[0], f"The cache policy {policy!r} has no option {', '.join(unknown)}; {takes}.")
+    required = [p.name for p in parameters if p.name in valid and p.default is p.empty and p.name not in options]
+    if required:
+        raise OptionError(required[0], f"The cache policy {policy!r} needs the option {', '.join(required)}; {takes}.")
     return cls(**options)
 
 
@@ -227,24 +239,3 @@ def check_granularity(policy: CachePolicy, granularity: str | int) -> None:
             f"granularity is {granularity!r}; {type(policy).__name__} works with "
             f"{' or '.join(_GRANULARITIES[kind].format(smallest) for kind in valid)}.",
         )
-
-
-def _check_complete(name: str, cls: type[CachePolicy]) -> None:
-    where = f"{cls.__module__}.{getattr(cls, '__qualname__', cls)}"
-    if not isinstance(cls, type) or not issubclass(cls, CachePolicy):
-        raise TypeError(f"The cache policy {name!r} is {where}, which is no subclass of CachePolicy.")
-    missing = sorted(cls.__abstractmethods__)
-    if missing:
-        raise TypeError(f"The cache policy {name!r} ({where}) lacks the method {', '.join(missing)}.")
-
-
-def _check_options(name: str, cls: type[CachePolicy], options: Mapping[str, Any]) -> None:
-    parameters = list(inspect.signature(cls).parameters.values())
-    valid = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    takes = f"it takes {', '.join(valid)}" if valid else "it takes none"
-    unknown = [option for option in options if option not in valid]
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        raise OptionError(unknown[0], f"The cache policy {name!r} has no option {', '.join(unknown)}; {takes}.")
-    required = [p.name for p in parameters if p.name in valid and p.default is p.empty and p.name not in options]
-    if required:
-        raise OptionError(required[0], f"The cache policy {name!r} needs the option {', '.join(required)}; {takes}.")
