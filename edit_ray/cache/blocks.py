@@ -62,7 +62,7 @@ class BlockRunner:
         self._between: Tensor | None = None  # what the model has added between the unit's blocks
 
     def block(self, position: int, run: RunBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The output of a block, or what stands in for it."""
+        """The output of a block; while its unit is skipped, of the whole unit."""
         unit, hidden = self._unit_at[position], self._adapter.hidden(args, kwargs)
         if position == unit.first:
             return self._enter(unit, hidden, run, args, kwargs)

@@ -248,7 +248,7 @@ class Cache:
             self._here.runner = None
 
     def block(self, position: int, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One call of a block; outside of a forward, the block itself."""
+        """One call of a block; outside of a forward the block runs as without a cache."""
         runner = self._here.runner
         return run(*args, **kwargs) if runner is None else runner.block(position, run, args, kwargs)
 

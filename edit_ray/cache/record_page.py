@@ -1,4 +1,4 @@
-"""The record of a cache as one HTML page: what it measured and what it decided. Needs nothing else to be read."""
+"""The record of a cache as one HTML page: what it measured and what it decided. The page is self-contained."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def render_report(records: Mapping[str, Record], title: str) -> str:
 
 
 def decision_sections(records: Mapping[str, Record]) -> str:
-    """The sections alone, for a page that holds more and has `STYLE`."""
+    """The sections alone, for a larger page that includes `STYLE`."""
     sections = "".join(_section(heading, record) for heading, record in records.items())
     keys = " ".join(
         f'<span class="key" style="background:{colour}"></span> {decision}' for decision, colour in _COLOURS.items()
@@ -51,7 +51,7 @@ def _section(heading: str, record: Record) -> str:
 
 
 def _chart(decisions: Sequence[Decision], record: Record) -> str:
-    """Signal, accumulated value and threshold of the first unit over the steps; nothing where a policy tells none."""
+    """Signal, accumulated value and threshold of the first unit over the steps; empty if the policy sets none."""
     first = [decision for decision in decisions if decision.unit == 0]
     lines = {
         name: [(d.step, float(getattr(d, name))) for d in first if getattr(d, name) is not None]

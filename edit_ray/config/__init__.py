@@ -1,4 +1,4 @@
-"""Configurations: YAML and options in, frozen models or every mistake at once out."""
+"""Configurations: from YAML and options to a frozen model, or to every mistake at once."""
 
 from edit_ray.config.load import config_of, load_config
 from edit_ray.config.model import Config, dump_yaml

@@ -1,4 +1,4 @@
-"""Cross-field checks: what must hold between keys that are right by themselves; nothing here needs the model."""
+"""Cross-field checks: what must hold between keys that are valid one by one; nothing here needs the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LAYOUT_KEYS = ("sampling.num_frames", "sampling.fps", "continuity")
 
 
 def mistakes_between(config: Config) -> Iterator[Mistake]:
-    """Every mistake; those that need a video's length only where its segments are right."""
+    """Every mistake; those that need the video's length only if its segments are valid."""
     of_segments = [*_shape(config), *_continuity(config)]
     yield from of_segments or _length_and_storyboard(config)
     yield from _reuse(config)

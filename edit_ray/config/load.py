@@ -56,7 +56,7 @@ def config_of(data: Mapping[str, Any]) -> Config:
 
 
 def _validate(data: Any, check_model: bool) -> tuple[Config | None, list[Mistake]]:
-    """The configuration and every mistake; with mistakes it is the one that stand-ins for wrong values make.
+    """The configuration and every mistake; stand-ins replace wrong values in the configuration.
 
     Wrong values are replaced and everything is checked again, so that cross-field checks run as well. Mistakes that
     derive from a replaced value are dropped.
@@ -100,7 +100,7 @@ def _schema() -> Schema:
 
 
 class Source:
-    """A YAML file with options written over it. `data` is None where nothing can be read from it.
+    """A YAML file with options written over it. `data` is None if the file cannot be read.
 
     Args:
         path: the file, None for no file.

@@ -13,7 +13,7 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Mistake:
-    """`text` is a whole sentence. `needs` are the other keys it was derived from: it says nothing if one is wrong."""
+    """`text` is a whole sentence. `needs` are the other keys it was derived from: it is meaningless if one is wrong."""
 
     path: KeyPath
     text: str
@@ -21,7 +21,7 @@ class Mistake:
 
 
 class Mistakes(ValueError):
-    """Mistakes between the keys of a configuration whose every key is right by itself."""
+    """Mistakes between keys that are valid one by one."""
 
     def __init__(self, mistakes: Sequence[Mistake]) -> None:
         self.mistakes = tuple(mistakes)
@@ -29,7 +29,7 @@ class Mistakes(ValueError):
 
 
 class WrongKeys:
-    """Keys that are known to be wrong, to tell what can still be said about the others."""
+    """Keys that are known to be wrong, to filter out mistakes that derive from them."""
 
     def __init__(self, paths: Iterable[KeyPath] = ()) -> None:
         self.paths: set[KeyPath] = set()
@@ -46,7 +46,7 @@ class WrongKeys:
         return path in self._above or any(above in self.paths for above in _upwards(path))
 
     def spoil(self, mistake: Mistake) -> bool:
-        """Whether the mistake says nothing, because its key or one that it was derived from is wrong already."""
+        """Whether the mistake is meaningless, because its key or one that it was derived from is wrong already."""
         return any(self.touch(path) for path in (mistake.path, *mistake.needs))
 
 

@@ -56,7 +56,7 @@ class Config(Options):
 
     @property
     def num_segments(self) -> int | None:
-        """Segments of the run, the fewest that cover `video.duration`; None where it goes on until it is stopped."""
+        """Segments of the run, the fewest that cover `video.duration`; None if it continues until it is stopped."""
         duration = self.video.duration
         return self.video.num_segments if duration is None else self.layout.segments_for(duration)
 

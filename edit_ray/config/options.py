@@ -80,7 +80,7 @@ Prompt = Annotated[
 class VideoOptions(Options):
     """How long the video is: a number of segments, or a duration that they have to cover.
 
-    `num_segments` given as null, with no duration, means that it goes on until it is stopped.
+    `num_segments: null` without a duration means that the run continues until it is stopped.
     """
 
     num_segments: int | None = Field(default=None, ge=1, le=MAX_SEGMENTS)
@@ -102,7 +102,7 @@ class VideoOptions(Options):
 
     @property
     def endless(self) -> bool:
-        """Whether it goes on until it is stopped."""
+        """Whether the run continues until it is stopped."""
         return self.num_segments is None and self.duration is None
 
 

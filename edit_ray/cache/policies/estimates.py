@@ -63,9 +63,9 @@ def extrapolate(history: Sequence[tuple[int, Tensor]], step: int, order: int) ->
 
 
 def read_history(ctx: PolicyContext, count: int) -> list[tuple[int, Tensor]] | None:
-    """The last `count` computed residuals, newest first, or as many as have been computed; None if the store lost one.
+    """The last `count` computed residuals, newest first, or all if there are fewer; None if the store has evicted one.
 
-    Going on with what is left would make the output depend on what a store happens to hold.
+    Using the remaining ones would make the output depend on what the store happens to hold.
     """
     computed = ctx.state.computed_steps[-count:][::-1]
     history = ctx.residuals.history()[: len(computed)]
@@ -73,7 +73,7 @@ def read_history(ctx: PolicyContext, count: int) -> list[tuple[int, Tensor]] | N
 
 
 def add_forecast(ctx: PolicyContext, max_order: int, predict: Forecast = forecast) -> Tensor | None:
-    """The unit's output [B, N, D] with a predicted residual; None if one of those that it takes is missing."""
+    """The unit's output [B, N, D] with a predicted residual; None if a residual that it needs is missing."""
     if ctx.base is None:
         return None
     if max_order == 0:
