@@ -6,12 +6,12 @@ authors' script for Wan2.1 with a probe of one block.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from edit_ray.cache.policies.estimates import accumulate, read_history, relative_l1
-from edit_ray.cache.policies.option_types import Number, Share, with_options
+from edit_ray.cache.policies.option_types import Number, Share, Whole, with_options
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, UnitState, register_policy
 
 if TYPE_CHECKING:
@@ -46,7 +46,13 @@ class DiCache(CachePolicy):
     rel_l1_thresh: Number = Field(
         default=0.08, description="Skip while less than this has accumulated; 0 or below never skips."
     )
-    probe_depth: Literal[1] = Field(default=1, description="Blocks in the probe.")
+    probe_depth: Whole = Field(
+        default=1,
+        ge=1,
+        le=1,
+        json_schema_extra={"valid": "1, the unit's first block"},
+        description="Blocks in the probe.",
+    )
     retention_ratio: Share = Field(
         default=0.2, description="Share of the steps, from the first, that always compute (the authors' `ret_ratio`)."
     )
