@@ -21,6 +21,7 @@ SYNC = re.compile(r"^( +)(?:files\.)?(?:disk\.f)?sync\((?!keys).*\)$", re.MULTIL
 POWER = "tests/unit/test_power_loss.py"
 PROOFS_OF_SYNCS = {
     "cache/stores/entry_files.py": "tests/unit/test_shared_tiers.py -k synced",
+    "runs/folder.py": "tests/unit/test_folder.py -k durable",
     "runs/removal.py": "tests/unit/test_folder.py -k durable",
     "video/stream_files.py": "tests/unit/test_stream_files.py -k loss_of_power",
     "files.py": f"tests/unit/test_folder.py {POWER}",
