@@ -184,6 +184,7 @@ def test_processes_with_equal_pids_never_publish_each_others_half(tmp_path):
         assert [writer.poll() for writer in writers] == [None, None]
         time.sleep(0.01)
     writers[1].kill()
+    assert writers[1].stdout.read() == "", "it is dead, and not only unshare, before the end of its input is seen"
     writers[1].communicate()
     assert not path.exists()
     writers[0].communicate()

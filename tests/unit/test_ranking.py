@@ -125,7 +125,8 @@ def test_the_measure_is_the_mean_over_prompts_whatever_the_batch(pipe):
     pipe.enable_cache("schedule", STEPS, mask={"cond": [1, 1, 0, 1, 1], "uncond": [1] * STEPS})
     error = (latents() - reference).square().mean()
     pipe.disable_cache()
-    assert SkipMeasure(pipe, PROMPTS[:1], 3, CALL)([(COND, 2)]) == pytest.approx(-10 * error.log10().item())
+    measured = SkipMeasure(pipe, PROMPTS[:1], 3, CALL)([(COND, 2)])
+    assert measured == pytest.approx(-10 * error.log10().item(), abs=0.001), "in dB; sums have another order with SSE"
 
 
 def test_the_command_ranks_and_the_pipeline_picks_it_up(folder, tmp_path, capsys):
