@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,15 @@ import torch
 
 from benchmarks.real_size import PROMPT, Task
 from edit_ray.actors.denoiser import DenoiserActor
-from edit_ray.actors.leases import SegmentLeases, Store
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache.options import CacheOptions
-from edit_ray.cache.stores.device import GPUStore
-from edit_ray.cache.stores.op_table import Op
-from edit_ray.cache.stores.planned import Waits
-from edit_ray.cache.stores.store import Key
-from edit_ray.cache.tiering.counters import Counters
+from edit_ray.cache.stores.memory import GPUStore
 from edit_ray.config import Config
-from edit_ray.engine.reuse import Reuse
 from edit_ray.engine.segment import SegmentEngine
+from edit_ray.tiers.leases import Reuse, SegmentLeases, Store
+from edit_ray.tiers.protocol import Op
+from edit_ray.tiers.reuse_plan import Key
+from edit_ray.tiers.store_client import Waits
 
 
 class ReadyDenoiser(DenoiserActor):
@@ -55,13 +54,13 @@ class DeviceLeases:
 
     def complete(self, segment: int, attempt: int) -> dict[str, Any]:
         nothing = {"host": 0}
-        return {"counters": Counters(), "bytes": nothing, "on_disk_bytes": 0, "stale_leases": 0}
+        return {"counts": Counter(), "bytes": nothing, "on_disk_bytes": 0, "stale_leases": 0}
 
     def follow(self, segment: int) -> None: ...
 
     def give_up(self) -> None: ...
 
-    def make_room(self) -> None: ...
+    def free_device(self) -> None: ...
 
     def close(self) -> None:
         self._store.clear()
@@ -72,7 +71,7 @@ class PlannedDeviceStore(GPUStore):
 
     def __init__(self, reuse: Reuse) -> None:
         super().__init__()
-        self.form, self._reuse = reuse.form, reuse
+        self._reuse = reuse
         self.begin(0)
 
     def begin(self, segment: int) -> None:
@@ -80,19 +79,23 @@ class PlannedDeviceStore(GPUStore):
         self.waits, self._ops = Waits(), self._reuse.ops(segment)
         segments = range(segment, len(self._reuse.plan.segments))
         wanted = {_inner(op) for later in segments for op in self._reuse.ops(later) if not op.writes}
-        self.drop_where(lambda key: key not in wanted)
+        for key in [key for key in self.sizes() if key not in wanted]:
+            self.drop(key)
 
     def planned_reads(self) -> list[Key]:
         """What the segment reads, in the order of use."""
         return [_inner(op) for op in self._ops if not op.writes]
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
-        self.waits.writes += any(op.writes and _inner(op) == key for op in self._ops)
+        written = any(op.writes and _inner(op) == key for op in self._ops)
+        self.waits.writes += written
+        self.waits.written_bytes += written * tensor.nbytes
         super().put(key, tensor)
 
     def get(self, key: Key) -> torch.Tensor | None:
         found = super().get(key)
         self.waits.reads += found is not None
+        self.waits.read_bytes += 0 if found is None else found.nbytes
         return found
 
     def finish(self) -> None: ...

@@ -30,10 +30,10 @@ from benchmarks.provenance import ROOT
 from benchmarks.real_size import Task, make_pipe, memory_peak, synchronise, task_for
 from benchmarks.store_process import AnyStore, RayStore, StoreProcess
 from edit_ray.cache.options import CacheOptions
-from edit_ray.cache.stores.allocator import room_of
-from edit_ray.cache.stores.planned import Form
 from edit_ray.engine.reuse import residual_form
 from edit_ray.engine.segment import SegmentEngine
+from edit_ray.tiers.protocol import EntryForm
+from edit_ray.tiers.slots import slot_bytes
 
 WINDOW = 4
 DEVICE_SHARE, HOST_SHARE = 0.5, 0.6  # of the bytes that one segment reads
@@ -47,7 +47,7 @@ class Bench:
         self.results, self.task, self.device, self.segments = results, task, device, segments
         self.folder, self.mode = folder, results.content["task"]["mode"]
         self.engine = SegmentEngine(make_pipe(task, device))
-        self.form: Form = residual_form(self.engine.pipe, task.sampling)
+        self.form: EntryForm = residual_form(self.engine.pipe, task.sampling)
         self.cache = CacheOptions(
             policy="warmstart_reuse",
             reuse_window=WINDOW,
@@ -58,7 +58,7 @@ class Bench:
 
     def bounds(self, prefetch: bool) -> dict[str, Any]:
         """The store's options: the same host tier with and without prefetch."""
-        room = room_of(self.form.size)
+        room = slot_bytes(self.form.size)
         return {
             "device_bytes": int(DEVICE_SHARE * self.entries) * self.form.size if prefetch else 0,
             "host_bytes": int(HOST_SHARE * self.entries) * room,

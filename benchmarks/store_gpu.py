@@ -35,16 +35,15 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from benchmarks.provenance import provenance  # noqa: E402
+from benchmarks.rolling_plan import rolling_plan  # noqa: E402
 from benchmarks.store_process import AnyStore, RayStore, StoreProcess  # noqa: E402
-from edit_ray.actors.leases import SegmentLeases  # noqa: E402
 from edit_ray.actors.messages import RunSpec  # noqa: E402
-from edit_ray.cache.stores.device import GPUStore  # noqa: E402
-from edit_ray.cache.stores.op_table import Op  # noqa: E402
-from edit_ray.cache.stores.planned import Form, PlannedStore  # noqa: E402
-from edit_ray.cache.stores.store import Key  # noqa: E402
-from edit_ray.cache.tiering.reuse_plan import make_reuse_plan  # noqa: E402
+from edit_ray.cache.stores.memory import GPUStore  # noqa: E402
 from edit_ray.config import Config  # noqa: E402
-from edit_ray.engine.reuse import Reuse  # noqa: E402
+from edit_ray.tiers.leases import Reuse, SegmentLeases  # noqa: E402
+from edit_ray.tiers.protocol import EntryForm, Op  # noqa: E402
+from edit_ray.tiers.reuse_plan import Key, make_reuse_plan  # noqa: E402
+from edit_ray.tiers.store_client import PlannedStore  # noqa: E402
 
 RUN, EXPERT, BRANCHES = "gpu", "transformer", ("cond", "uncond")
 SHAPES = {"12 MB": (1, 4096, 1536), "43 MB": (1, 14_040, 1536)}  # bf16 residuals of Wan2.1-1.3B
@@ -70,24 +69,19 @@ class Task:
     align: Literal["step", "last"] = "last"
 
     @property
-    def form(self) -> Form:
-        return Form(DEVICE, torch.bfloat16, self.shape)
+    def form(self) -> EntryForm:
+        return EntryForm(DEVICE, torch.bfloat16, self.shape)
 
     def leases(self, store: AnyStore, reuse: type[Reuse]) -> SegmentLeases:
         """The GPU actor's side of a run with this plan."""
         spec = self.spec
-        plan = make_reuse_plan(
-            spec.residuals_id,
-            self.segments,
-            window=1 if self.align == "last" else 4,
-            warm_steps=1,
-            experts=[EXPERT] * 2,
-            unit_bytes={EXPERT: [self.form.size] * self.units},
-            branches=BRANCHES,
-            align=self.align,
-            combine="mean" if self.align == "last" else "latest",
-        )
-        return SegmentLeases(store, spec, reuse(plan, self.form))
+        run, sizes = spec.residuals_id, [self.form.size] * self.units
+        if self.align == "last":
+            plan = rolling_plan(run, self.segments, window=1, unit_bytes=sizes)
+        else:
+            experts, units = [EXPERT] * 2, {EXPERT: sizes}
+            plan = make_reuse_plan(run, self.segments, window=4, warm_steps=1, experts=experts, unit_bytes=units)
+        return SegmentLeases(store, spec.reusing, reuse(plan, self.form))
 
     @property
     def spec(self) -> RunSpec:
@@ -126,7 +120,7 @@ def run_segments(
     return statistics
 
 
-def device_figures(form: Form, rounds: int = 200) -> Figures:
+def device_figures(form: EntryForm, rounds: int = 200) -> Figures:
     """put + get by reference."""
     store, tensor = GPUStore(), torch.randn(form.shape, device=DEVICE).bfloat16()
 
@@ -289,7 +283,7 @@ def prefetch_figures(task: Task, store: AnyStore, compute_ms: float, steps: int)
     return {
         "reads": len(stalls),
         "wrong_values": int(wrong.item()),
-        "from_disk": of_store["counters"].prefetch.requested,
+        "from_disk": of_store["counts"]["prefetches_requested",],
         "stalled_ms": stalled_ms,
         "transfer_ms": transfer_ms,
         "host_waits_s": host_waits,
@@ -302,7 +296,7 @@ def measure(folder: Path, store: AnyStore, quick: bool) -> dict[str, Figures]:
     """All figures, by name."""
     trips, figures = 8 if quick else 60, {}
     small, large = SHAPES["12 MB"], SHAPES["43 MB"]
-    figures["device round trip, 12 MB"] = device_figures(Form(DEVICE, torch.bfloat16, small))
+    figures["device round trip, 12 MB"] = device_figures(EntryForm(DEVICE, torch.bfloat16, small))
     for name, shape in SHAPES.items():
         task = Task(shape, trips // 2, 3 if quick else 7, 3 * trips, 0, folder / name[:2])
         figures[f"host round trip, {name}"] = host_figures(task, store)

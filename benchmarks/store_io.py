@@ -3,7 +3,7 @@
     python benchmarks/store_io.py [--pairs 31] [--disk-pairs 15] [--threads 2] [--directory .] [--output FILE]
 
 Ours and the bare way alternate in one run, on buffers that were touched before, for residuals of 12 and 43 MB:
-put + get through extents of the arena against a copy into the arena and one out; writes and reads of eight entries at
+put + get through slots of the arena against a copy into the arena and one out; writes and reads of eight entries at
 once by the disk tier, in a folder of `--directory`, against `pwritev` and `preadv` with O_DIRECT by as many threads,
 which open a file each as well. Nothing is synced in either. Prints medians, and writes them with what they were
 measured on.
@@ -29,10 +29,11 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a file, from anywhere
 
+
 from benchmarks.provenance import provenance  # noqa: E402
-from edit_ray.cache.stores.allocator import ExtentAllocator  # noqa: E402
-from edit_ray.cache.stores.arena import Arena  # noqa: E402
-from edit_ray.cache.stores.disk_tier import DiskTier  # noqa: E402
+from edit_ray.tiers.arena import Arena  # noqa: E402
+from edit_ray.tiers.disk_tier import DiskTier  # noqa: E402
+from edit_ray.tiers.slots import Slots, slot_bytes  # noqa: E402
 
 SHAPES = {"12 MB": (1, 4096, 1536), "43 MB": (1, 14_040, 1536)}  # bf16 residuals of Wan2.1-1.3B
 ENTRIES = 8  # on their way at once
@@ -60,12 +61,13 @@ def compared(bare: Callable[[], float], ours: Callable[[], float], pairs: int, b
 
 def arena_figures(arena: Arena, shape: tuple[int, ...], pairs: int) -> Figures:
     """Put + get as by an owner and a second process that map one arena, against two bare copies."""
-    allocator = ExtentAllocator(arena.size_bytes)
     source, target = torch.randn(shape).bfloat16(), torch.empty(shape, dtype=torch.bfloat16)
     plain = [tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in (source, target)]
-    fixed = allocator.allocate(source.nbytes)
+    size = slot_bytes(source.nbytes)
+    slots = Slots({size: arena.size_bytes // size})
+    fixed, _ = slots.take(size)
     assert fixed is not None
-    place = arena.memory(fixed)
+    place = arena.memory(fixed, source.nbytes)
     with Arena.open(arena.path) as other:
 
         def bare() -> None:
@@ -73,11 +75,11 @@ def arena_figures(arena: Arena, shape: tuple[int, ...], pairs: int) -> Figures:
             plain[1][:] = place
 
         def ours() -> None:
-            extent = allocator.allocate(source.nbytes)
-            assert extent is not None
-            other.tensor(extent, source.dtype, shape).copy_(source)
-            target.copy_(arena.tensor(extent, source.dtype, shape))
-            allocator.free(extent)
+            offset, _ = slots.take(size)
+            assert offset is not None
+            other.tensor(offset, source.dtype, shape).copy_(source)
+            target.copy_(arena.tensor(offset, source.dtype, shape))
+            slots.free(size, offset)
 
         ours()  # the second mapping touches its pages
         return compared(lambda: timed(bare), lambda: timed(ours), pairs, ARENA_BAR)
@@ -85,13 +87,10 @@ def arena_figures(arena: Arena, shape: tuple[int, ...], pairs: int) -> Figures:
 
 def disk_figures(folder: Path, arena: Arena, shape: tuple[int, ...], pairs: int, threads: int) -> dict[str, Figures]:
     """Writes and reads of `ENTRIES` entries at once, between the arena and files."""
-    allocator, keys = ExtentAllocator(arena.size_bytes), count()
-    size = torch.Size(shape).numel() * 2
-    extents = [allocator.allocate(size) for _ in range(ENTRIES)]
-    memories = [arena.memory(extent) for extent in extents if extent is not None]
-    for extent in extents:
-        assert extent is not None
-        arena.tensor(extent, torch.bfloat16, shape).normal_()
+    keys, size = count(), slot_bytes(torch.Size(shape).numel() * 2)
+    memories = [arena.memory(index * size, size) for index in range(ENTRIES)]
+    for index in range(ENTRIES):
+        arena.tensor(index * size, torch.bfloat16, shape).normal_()
     paths = [folder / f"bare-{index}" for index in range(ENTRIES)]
     with DiskTier(folder / "entries", num_threads=threads) as tier, ThreadPoolExecutor(threads) as pool:
         written: list[int] = []

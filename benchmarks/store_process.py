@@ -6,7 +6,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from edit_ray.actors.cache_store import CacheStoreActor
-from edit_ray.actors.leases import Reply, Store
+from edit_ray.tiers.leases import Reply, Store
 
 
 def serve(connection: Connection) -> None:

@@ -28,16 +28,15 @@ from rich.console import Console
 
 from benchmarks.longrun_report import Row, draw, summary, table
 from benchmarks.provenance import ROOT, provenance
+from benchmarks.rolling_plan import rolling_plan
 from benchmarks.store_process import AnyStore, StoreProcess
-from edit_ray.actors.leases import SegmentLeases
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
-from edit_ray.cache.stores.own_folder import LOCK
-from edit_ray.cache.stores.planned import Form, PlannedStore
-from edit_ray.cache.stores.store import Key
-from edit_ray.cache.tiering.reuse_plan import make_reuse_plan
 from edit_ray.config import Config
-from edit_ray.engine.reuse import Reuse
+from edit_ray.tiers.entry_folder import LOCK
+from edit_ray.tiers.leases import Reuse, SegmentLeases
+from edit_ray.tiers.protocol import EntryForm, Op
+from edit_ray.tiers.store_client import PlannedStore
 
 RUN, EXPERT, BRANCHES, UNITS = "longrun", "transformer", ("cond", "uncond"), 8
 TOKENS, WIDTH = 4096, 1536
@@ -63,8 +62,8 @@ class Task:
             raise ValueError(f"generations is {self.generations}; valid is 1 or more.")
 
     @property
-    def form(self) -> Form:
-        return Form(torch.device(self.device), torch.bfloat16, (1, int(self.scale * TOKENS), WIDTH))
+    def form(self) -> EntryForm:
+        return EntryForm(torch.device(self.device), torch.bfloat16, (1, int(self.scale * TOKENS), WIDTH))
 
     @property
     def bounds(self) -> dict[str, int]:
@@ -72,7 +71,7 @@ class Task:
         return {tier: entries * self.form.size for tier, entries in ENTRIES.items()}
 
 
-def residual(form: Form, generation: int, branch: str, unit: int) -> torch.Tensor:
+def residual(form: EntryForm, generation: int, branch: str, unit: int) -> torch.Tensor:
     """An entry's bytes follow from what it is of; neighbours differ, as bfloat16 is exact up to 256."""
     value = (generation * len(BRANCHES) * UNITS + BRANCHES.index(branch) * UNITS + unit) % 251
     return torch.full(form.shape, value, dtype=form.dtype, device=form.device)
@@ -152,7 +151,7 @@ def through_the_actor(task: Task, make_store: Callable[[], AnyStore] = StoreProc
     """As the GPU actor does it: two calls a generation, and between them memory that both processes map."""
     store = make_store()
     spec = _spec(task)
-    leases = SegmentLeases(store, spec, made_up_reuse(task, spec.residuals_id))
+    leases = SegmentLeases(store, spec.reusing, made_up_reuse(task, spec.residuals_id))
     rows: list[Row] = []
     arenas: set[Path] = set()
     read, statistics = _Readings(), {}
@@ -162,11 +161,12 @@ def through_the_actor(task: Task, make_store: Callable[[], AnyStore] = StoreProc
             planned = leases.begin(segment, 0, history_len=1)
             arenas.add(planned.arena.path)
             for op in planned.ops:
-                _carry_out(planned, op.key[1:], op.writes, put if op.writes else get, read)
+                _carry_out(planned, task.form, op, put if op.writes else get, read)
             planned.finish()
             statistics = leases.complete(segment, 0)
-            counters = statistics["counters"]
-            row = (counters.spills, counters.drops.get("evicted", 0), put.ms, get.ms, resident_bytes(store.pid))
+            counts = statistics["counts"]
+            moved, evicted = counts["tier_moves", "host", "disk", "eviction"], counts["entries_dropped", "evicted"]
+            row = (moved, evicted, put.ms, get.ms, resident_bytes(store.pid))
             tiers = {tier: statistics["bytes"][tier] for tier in ("host", "disk")}
             rows.append(Row(segment + 1, tiers, statistics["on_disk_bytes"], *row))
             del planned
@@ -177,7 +177,7 @@ def through_the_actor(task: Task, make_store: Callable[[], AnyStore] = StoreProc
     left = _files_in(task.directory) + [str(path) for path in arenas if path.exists()]
     return _figures(rows, task, asdict(read), left) | {
         "peak_bytes": statistics["peak_bytes"],
-        "prefetch": asdict(statistics["counters"].prefetch),
+        "prefetch": {name[-1]: number for name, number in statistics["counts"].items() if "prefetch" in name[0]},
         "faults": statistics["faults"],
     }
 
@@ -187,17 +187,8 @@ def made_up_reuse(task: Task, run: str) -> Reuse:
 
     It has four segments more than are made: so all those are alike, and the last ones' entries are still wanted.
     """
-    plan = make_reuse_plan(
-        run,
-        task.generations + WINDOW,
-        window=WINDOW,
-        warm_steps=1,
-        experts=[EXPERT] * 2,
-        unit_bytes={EXPERT: [task.form.size] * UNITS},
-        branches=BRANCHES,
-        align="last",
-        combine="mean",
-    )
+    unit_bytes = [task.form.size] * UNITS
+    plan = rolling_plan(run, task.generations + WINDOW, window=WINDOW, unit_bytes=unit_bytes)
     return Reuse(plan, task.form)
 
 
@@ -213,13 +204,14 @@ def _spec(task: Task) -> RunSpec:
     return RunSpec(RUN, task.directory, config, config.num_segments)
 
 
-def _carry_out(store: PlannedStore, key: Key, writes: bool, watch: Stopwatch, read: _Readings) -> None:
+def _carry_out(store: PlannedStore, form: EntryForm, op: Op, watch: Stopwatch, read: _Readings) -> None:
+    key = op.key[1:]
     generation, _, branch, unit, _ = key
     assert isinstance(generation, int)
     assert isinstance(branch, str)
     assert isinstance(unit, int)
-    tensor = residual(store.form, generation, branch, unit)
-    if writes:
+    tensor = residual(form, generation, branch, unit)
+    if op.writes:
         with watch:
             store.put(key, tensor)
     else:

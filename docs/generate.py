@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edit_ray.cache.options import NODE_VARIABLES, CacheOptions
+from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.policies import POLICIES
 from edit_ray.cache.policies.option_types import option_schema
 from edit_ray.cli import main
@@ -23,6 +23,7 @@ from edit_ray.config import Config
 from edit_ray.config.options import PromptSegment
 from edit_ray.config.strict_yaml import dump
 from edit_ray.options import Options, describe
+from edit_ray.tiers.options import NODE_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,7 +4,7 @@ python examples/custom_store.py
 """
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 
@@ -38,10 +38,6 @@ class CompressedStore:
 
     def drop(self, key: Key) -> None:
         self._entries.pop(key, None)
-
-    def drop_where(self, condition: Callable[[Key], bool]) -> None:
-        for key in [key for key in self._entries if condition(key)]:
-            del self._entries[key]
 
     def clear(self) -> None:
         self._entries.clear()

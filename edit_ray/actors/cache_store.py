@@ -5,32 +5,25 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edit_ray.actors.messages import code_version, run_key
 from edit_ray.actors.stats import TierStats
-from edit_ray.cache.options import StoreOptions, on_this_node
-from edit_ray.cache.stores import carried
-from edit_ray.cache.stores.arena import Arena, remove_stale
-from edit_ray.cache.stores.carried import Bytes
-from edit_ray.cache.stores.disk_tier import DiskTier
-from edit_ray.cache.stores.entry_files import EntryFiles
-from edit_ray.cache.stores.heap import HeapArena
-from edit_ray.cache.stores.op_table import Op
-from edit_ray.cache.stores.open_segment import Lease
-from edit_ray.cache.stores.own_folder import FolderTaken, FolderUnusable
-from edit_ray.cache.stores.shared_tiers import TABLES_BYTES, SharedTiers
-from edit_ray.cache.stores.store import Key
-from edit_ray.cache.tiering.events import Uses
-from edit_ray.errors import ConfigError, EditRayError, HostMemoryShort, ResourcesUnavailable, StaleLease
+from edit_ray.errors import ConfigError, EditRayError, StaleLease
 from edit_ray.metrics.collect import Snapshot
 from edit_ray.runs.folder import RunFolder
+from edit_ray.tiers.arena import make_arena, remove_stale
+from edit_ray.tiers.disk_tier import DiskTier
+from edit_ray.tiers.entry_folder import EntryFolder, FolderTaken, FolderUnusable
+from edit_ray.tiers.options import StoreOptions, on_this_node
+from edit_ray.tiers.protocol import Lease, Op
+from edit_ray.tiers.reuse_plan import Key, Uses
+from edit_ray.tiers.service import TABLES_BYTES, TierService
+from edit_ray.tiers.slots import divide
 
 CLEANING_PAUSES_S = (0.02, 0.1)  # before another try
 
@@ -43,8 +36,8 @@ class CacheStoreActor:
     def __init__(self, worker: int = 0) -> None:
         """`worker` is the number of the GPU actor beside it: each has a folder of its own for its disk tier."""
         self._worker = worker
-        self._tiers: SharedTiers | None = None
-        self._made_for: tuple[StoreOptions, Path] | None = None
+        self._tiers: TierService | None = None
+        self._made_for: tuple[StoreOptions, Path, dict[int, int]] | None = None
         self._root: Path | None = None  # of the runs
         self._runs: set[str] = set()
         self._stats = TierStats()
@@ -58,21 +51,38 @@ class CacheStoreActor:
         with self._lock:
             return self._stats.snapshot(self._tiers)
 
-    def follow(self, run_id: str, uses: Uses, segment: int, options: StoreOptions, directory: Path, root: Path) -> None:
-        """A run begins, or goes on with `segment`: which entries it reads when. `directory` is the disk tier's; every
-        CacheStore actor but the first takes a folder inside it.
+    def follow(
+        self,
+        run_id: str,
+        uses: Uses,
+        demand: Mapping[int, int],
+        segment: int,
+        options: StoreOptions,
+        directory: Path,
+        root: Path,
+    ) -> None:
+        """A run begins, or goes on with `segment`. The tiers are made where they are not there, or are others.
 
-        Entries that are found there of runs that have ended are dropped; the runs' folders are in `root`.
+        Entries that are found on disk of runs that have ended are dropped.
+
+        Args:
+            run_id: Under which its entries are kept.
+            uses: Which segments read which entries, and in which order.
+            demand: How many entries of each size, in bytes, a segment works on.
+            segment: The run's next one.
+            options: How large the tiers are.
+            directory: The disk tier's; every CacheStore actor but the first takes a folder inside it.
+            root: The runs' folders are in it.
 
         Raises:
             ConfigError: the tiers cannot be made.
             HostMemoryShort: there is too little memory.
         """
+        slots = divide(options.host_bytes, demand) if demand else {}
         with self._lock:
-            if self._tiers is None or self._tiers.failed or self._made_for != (options, directory):
+            if self._tiers is None or self._tiers.failed or self._made_for != (options, directory, slots):
                 self._close()
-                self._tiers, self._made_for = self._make(options, directory), (options, directory)
-
+                self._tiers, self._made_for = self._make(options, directory, slots), (options, directory, slots)
                 self._root = root
                 self._drop_ended(self._tiers, followed=run_id)
                 self._remove_left(directory, lambda name: name != run_id and not _goes_on(root, name, run_id))
@@ -82,21 +92,12 @@ class CacheStoreActor:
             self._tiers.follow(uses, segment)
             self._runs.add(run_id)
 
-    def prepare(
-        self,
-        run_id: str,
-        segment: int,
-        attempt: int,
-        holder: str,
-        ops: Sequence[Op],
-        dtype: torch.dtype,
-        shape: Sequence[int],
-    ) -> Lease:
-        """See `SharedTiers.prepare`. Raises StaleLease where this incarnation was not told of the run."""
-        return self._of(run_id).prepare(run_id, segment, attempt, holder, ops, dtype, shape)
+    def prepare(self, run_id: str, segment: int, attempt: int, holder: str, ops: Sequence[Op]) -> Lease:
+        """See `TierService.prepare`. Raises StaleLease where this incarnation was not told of the run."""
+        return self._of(run_id).prepare(run_id, segment, attempt, holder, ops)
 
     def complete(self, run_id: str, segment: int, attempt: int, holder: str, store: str) -> dict[str, Any]:
-        """See `SharedTiers.complete`; returns its statistics."""
+        """See `TierService.complete`; returns its statistics."""
         tiers = self._of(run_id)
         try:
             tiers.complete(run_id, segment, attempt, holder, store)
@@ -106,52 +107,12 @@ class CacheStoreActor:
             raise
         return tiers.statistics()
 
-    def fetch(
-        self,
-        run_id: str,
-        segment: int,
-        attempt: int,
-        holder: str,
-        store: str,
-        index: int,
-        skipped: Sequence[int],
-        timeout_s: float,
-    ) -> Bytes | None:
-        """The bytes of a read, for who cannot map the arena; see `carried.fetch`."""
-        tiers = self._of(run_id)
-        opened = tiers.opened(run_id, segment, attempt, holder, store)
-        return carried.fetch(tiers.arena, opened, index, skipped, timeout_s)
-
-    def keep(
-        self,
-        run_id: str,
-        segment: int,
-        attempt: int,
-        holder: str,
-        store: str,
-        index: int,
-        data: Bytes,
-        skipped: Sequence[int],
-        timeout_s: float,
-    ) -> None:
-        """The bytes of a write, from who cannot map the arena; see `carried.keep`."""
-        tiers = self._of(run_id)
-        opened = tiers.opened(run_id, segment, attempt, holder, store)
-        carried.keep(tiers.arena, opened, index, data, skipped, timeout_s)
-
-    def incarnation(self, run_id: str) -> str:
-        """Of the store that serves the run now; "" if none does."""
-        try:
-            return self._of(run_id).incarnation
-        except StaleLease:
-            return ""
-
     def missing(self, run_id: str, keys: Sequence[Key]) -> list[Key]:
-        """See `SharedTiers.missing`."""
+        """See `TierService.missing`."""
         return self._of(run_id).missing(keys)
 
     def give_up(self, run_id: str, holder: str) -> None:
-        """See `SharedTiers.give_up`; an unknown run is none."""
+        """See `TierService.give_up`; an unknown run is none."""
         with suppress(StaleLease):
             self._of(run_id).give_up(run_id, holder)
 
@@ -188,7 +149,7 @@ class CacheStoreActor:
         for number in count(1):
             yield own / f"other-{number}"
 
-    def _make(self, options: StoreOptions, directory: Path) -> SharedTiers:
+    def _make(self, options: StoreOptions, directory: Path, slots: Mapping[int, int]) -> TierService:
         try:
             disk = _first_free(self._folders(directory), options.allow_tmpfs)
         except FolderUnusable as error:
@@ -198,12 +159,13 @@ class CacheStoreActor:
         except OSError as error:
             raise ConfigError([f"store.directory is {str(directory)!r}, which fails: {error.strerror}."]) from None
         try:
-            return SharedTiers(_memory(options), options.host_bytes, disk, options.disk_bytes)
+            size = sum(size * number for size, number in slots.items()) + TABLES_BYTES
+            return TierService(make_arena(size, options.shared_memory), slots, disk, options.disk_bytes)
         except BaseException:
             disk.close()
             raise
 
-    def _drop_ended(self, tiers: SharedTiers, followed: str) -> None:
+    def _drop_ended(self, tiers: TierService, followed: str) -> None:
         """Drop the entries of runs that have ended, such as one that moved to another CacheStore actor."""
         for name in _runs_in(tiers.disk.files):
             if name != followed and self._root is not None and not _goes_on(self._root, name, followed):
@@ -220,7 +182,7 @@ class CacheStoreActor:
                     return
                 time.sleep(pause_s)
 
-    def _of(self, run_id: str) -> SharedTiers:
+    def _of(self, run_id: str) -> TierService:
         with self._lock:
             if self._tiers is None or self._tiers.failed or run_id not in self._runs:
                 self._stats.refuse("stale_lease")
@@ -246,7 +208,7 @@ def _first_free(folders: Iterator[Path], allow_tmpfs: bool) -> DiskTier:
 def _cleaned(folder: Path, unwanted: Callable[[str], bool]) -> bool:
     """Remove the entries of unwanted runs; False if a file stays, or a store has the folder open."""
     try:
-        with closing(EntryFiles(folder, allow_tmpfs=True)) as files:
+        with closing(EntryFolder(folder, allow_tmpfs=True)) as files:
             names = set(filter(unwanted, _runs_in(files)))
             for key in [key for key in files.entries() if key and str(key[0]) in names]:
                 files.remove(files.drop(key))
@@ -255,7 +217,7 @@ def _cleaned(folder: Path, unwanted: Callable[[str], bool]) -> bool:
         return False
 
 
-def _runs_in(files: EntryFiles) -> set[str]:
+def _runs_in(files: EntryFolder) -> set[str]:
     return {str(key[0]) for key in files.entries() if key}
 
 
@@ -274,19 +236,3 @@ def _goes_on(root: Path, residuals_id: str, followed: str) -> bool:
 def _id_of(residuals_id: str) -> str:
     """The id of the run in the name of one of its plans; ids have no dots."""
     return residuals_id.partition(".")[0]
-
-
-def _memory(options: StoreOptions) -> Arena:
-    """The host tier's. Raises HostMemoryShort."""
-    size = options.host_bytes + TABLES_BYTES
-    if options.shared_memory == "never":
-        return HeapArena(size)
-    try:
-        return Arena.create(size)
-    except (ResourcesUnavailable, ValueError) as no_shared_memory:  # ValueError: there is no folder for it
-        if options.shared_memory == "require":
-            raise HostMemoryShort(str(no_shared_memory)) from None
-        try:
-            return HeapArena(size)
-        except ResourcesUnavailable as no_memory:
-            raise HostMemoryShort(f"{no_shared_memory} {no_memory}") from None

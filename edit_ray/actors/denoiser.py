@@ -16,10 +16,8 @@ import torch
 
 from edit_ray.actors.adoption import Adoption
 from edit_ray.actors.continuing import added_by, context_of, preceding_of, tiled_position
-from edit_ray.actors.leases import SegmentLeases, Store, reuse_statistics
 from edit_ray.actors.messages import Progress, RunSpec, code_version, statistics
 from edit_ray.actors.stats import StepTimes, cache_statistics, show_memory
-from edit_ray.cache.stores.planned import PlannedStore
 from edit_ray.engine.latent_files import load_latents, save_latents
 from edit_ray.engine.loading import choose_device
 from edit_ray.engine.lookback import lookback_latents
@@ -31,6 +29,8 @@ from edit_ray.files import digest_of_file, read_bytes, replacing
 from edit_ray.metrics.collect import MetricValues, Snapshot
 from edit_ray.runs.event_log import append_event
 from edit_ray.runs.plan import SegmentPlan
+from edit_ray.tiers.leases import SegmentLeases, Store, reuse_statistics
+from edit_ray.tiers.store_client import PlannedStore
 from edit_ray.video.encode import Frames, Patience, encode, ffmpeg_version, join
 from edit_ray.video.joins import Joins
 from edit_ray.video.stream_files import write_part
@@ -360,7 +360,7 @@ class DenoiserActor:
             traceback.clear_frames(error.__traceback__)  # they hold what the work had reached
             for _, leases in list(self._leases.values()):
                 if denoises and leases is not None:
-                    leases.make_room()
+                    leases.free_device()
             engine.make_room(of_cache=denoises)
             raise self._out_of_memory(error, again) from None
 
@@ -396,4 +396,4 @@ class DenoiserActor:
             spec.config.sampling,
             spec.config.store.disk_bytes,
         ).result()
-        return None if planned is None else SegmentLeases(self._store, spec, planned)
+        return None if planned is None else SegmentLeases(self._store, spec.reusing, planned)

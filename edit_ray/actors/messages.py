@@ -18,6 +18,7 @@ from edit_ray.runs.layout import FrameLayout
 from edit_ray.runs.manifest import Begun, Manifest, SegmentRecord
 from edit_ray.runs.plan import RunPlan, SegmentPlan, Storyboard, Take
 from edit_ray.runs.retention import first_needed
+from edit_ray.tiers.options import ReusingRun
 from edit_ray.video.stream_files import Part, StreamFiles
 
 GROUP_OF = {
@@ -147,6 +148,13 @@ class RunSpec:
         """Of the CacheStore actors' disk tiers."""
         directory = self.config.store.directory
         return Path(directory) if directory else self.root / ".cache_store"
+
+    @property
+    def reusing(self) -> ReusingRun:
+        """What the leases of its residuals need to know."""
+        config = self.config
+        timeout_s = config.engine.step_timeout_s
+        return ReusingRun(self.residuals_id, config.store, self.residuals_directory, self.root, timeout_s)
 
     def stream_files(self) -> StreamFiles:
         """The run's playing files; they begin with what `rebuild` is told."""

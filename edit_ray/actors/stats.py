@@ -12,11 +12,11 @@ import torch
 
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache.records import Record
-from edit_ray.cache.stores.shared_tiers import SharedTiers
 from edit_ray.files import write_atomic
 from edit_ray.metrics.catalog import LABELS
 from edit_ray.metrics.collect import MetricValues, SeriesId, Snapshot, series
 from edit_ray.runs.plan import SegmentPlan
+from edit_ray.tiers.service import TierService
 
 _CPU = torch.device("cpu")
 _NONE: Mapping[SeriesId, Any] = {}
@@ -89,7 +89,7 @@ class TierStats:
         """Count a call that the actor itself has refused."""
         self._before[series("edit_ray_refusals_total", refusal=refusal)] += 1
 
-    def look(self, tiers: SharedTiers | None) -> None:
+    def look(self, tiers: TierService | None) -> None:
         """Read what the tiers have counted, and what they hold; None or failed ones hold nothing."""
         self._gauges = _NONE
         if tiers is None or tiers.failed:
@@ -99,7 +99,7 @@ class TierStats:
             self._before.update(self._counts)  # adds them
         self._tiers, self._counts, self._gauges = tiers.incarnation, _counts(stats), _held(stats)
 
-    def snapshot(self, tiers: SharedTiers | None) -> Snapshot:
+    def snapshot(self, tiers: TierService | None) -> Snapshot:
         """All counts since the actor's start, and what its tiers hold now."""
         self.look(tiers)
         self._sequence += 1
@@ -119,32 +119,8 @@ def _held(told: Mapping[str, Any]) -> dict[SeriesId, float]:
 
 
 def _counts(told: Mapping[str, Any]) -> dict[SeriesId, float]:
-    counters = told["counters"]
-    host, disk, none = counters.found.get("host", 0), counters.found.get("disk", 0), counters.misses
-    found: dict[SeriesId, float] = {}
-
-    def count(name: str, value: float, **labels: str) -> None:
-        of = series(f"edit_ray_{name}_total", **labels)
-        found[of] = found.get(of, 0) + value
-
-    count("tier_lookups", host, tier="host", result="hit")
-    count("tier_lookups", disk + none, tier="host", result="miss")
-    count("tier_lookups", disk, tier="disk", result="hit")
-    count("tier_lookups", none, tier="disk", result="miss")
-    for (source, target, cause), (entries, size) in counters.moves.items():
-        count("tier_moves", entries, source=source, target=target, cause=cause)
-        count("tier_moved_bytes", size, source=source, target=target, cause=cause)
-    for move, seconds in told["move_seconds"].items():
-        count("tier_move_seconds", seconds, move=move)
-    for reason, number in counters.drops.items():
-        count("entries_dropped", number, reason=reason)
-    refusals = {**counters.refusals, "stale_lease": told["stale_leases"], "stale_event": counters.stale}
-    for refusal, number in refusals.items():
-        count("refusals", number, refusal=refusal)
-    for fault, number in told["faults"].items():
-        count("disk_faults", number, fault=fault)
-    count("prefetches_requested", counters.prefetch.requested)
-    for outcome in LABELS["prefetch"]:
-        count("prefetches", getattr(counters.prefetch, outcome), prefetch=outcome)
-    count("prefetch_wasted_bytes", counters.prefetch.wasted_bytes)
-    return found
+    counts = dict(told["counts"])
+    counts["refusals", "stale_lease"] = told["stale_leases"]
+    counts |= {("tier_move_seconds", move): seconds for move, seconds in told["move_seconds"].items()}
+    counts |= {("disk_faults", fault): number for fault, number in told["faults"].items()}
+    return {(f"edit_ray_{name}_total", tuple(labels), ""): value for (name, *labels), value in counts.items()}

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from edit_ray.cache.policies import PolicyContext as PolicyContext
     from edit_ray.cache.policies import register_policy as register_policy
     from edit_ray.cache.policies import relative_l1 as relative_l1
-    from edit_ray.cache.stores.device import GPUStore as GPUStore
-    from edit_ray.cache.stores.disk import DiskOffloadStore as DiskOffloadStore
-    from edit_ray.cache.stores.host import CPUOffloadStore as CPUOffloadStore
-    from edit_ray.cache.stores.host import HostStore as HostStore
+    from edit_ray.cache.stores.disk_store import DiskOffloadStore as DiskOffloadStore
+    from edit_ray.cache.stores.memory import CPUOffloadStore as CPUOffloadStore
+    from edit_ray.cache.stores.memory import GPUStore as GPUStore
+    from edit_ray.cache.stores.memory import HostStore as HostStore
     from edit_ray.cache.stores.spread import SpreadStore as SpreadStore
     from edit_ray.cache.stores.tiered import TieredStore as TieredStore
 
@@ -28,9 +28,8 @@ _NAMES = {
     "cache": ("Cache",),
     "install": ("apply_cache_on_transformer", "remove_cache_from_transformer"),
     "policies": ("CachePolicy", "PolicyContext", "register_policy", "relative_l1"),
-    "stores.device": ("GPUStore",),
-    "stores.disk": ("DiskOffloadStore",),
-    "stores.host": ("CPUOffloadStore", "HostStore"),
+    "stores.disk_store": ("DiskOffloadStore",),
+    "stores.memory": ("CPUOffloadStore", "GPUStore", "HostStore"),
     "stores.spread": ("SpreadStore",),
     "stores.tiered": ("TieredStore",),
 }

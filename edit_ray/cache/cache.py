@@ -23,7 +23,8 @@ from edit_ray.cache.residuals import (
     ask_hooks,
     with_edits,
 )
-from edit_ray.cache.stores.store import CacheStore, Key
+from edit_ray.cache.stores.base import CacheStore
+from edit_ray.tiers.reuse_plan import Key
 
 
 class Position(NamedTuple):

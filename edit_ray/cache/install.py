@@ -21,8 +21,8 @@ from edit_ray.cache.cache import Cache
 from edit_ray.cache.known_mask import Expert, LoopStep, check_not_compiled
 from edit_ray.cache.policies import check_granularity, make_policy
 from edit_ray.cache.policies.policy import CachePolicy
-from edit_ray.cache.stores.device import GPUStore
-from edit_ray.cache.stores.store import CacheStore
+from edit_ray.cache.stores.base import CacheStore
+from edit_ray.cache.stores.memory import GPUStore
 
 _LINK = "_edit_ray_link"
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from edit_ray.cache.policies.policy import PolicyContext, UnitState
-from edit_ray.cache.stores.store import CacheStore, Key
+from edit_ray.cache.stores.base import CacheStore
+from edit_ray.tiers.reuse_plan import Key
 
 UnitId = tuple[str, str, int]  # expert, branch, unit
 Layout = tuple[torch.Size, torch.dtype]  # of the latents that a residual was computed from, batch included

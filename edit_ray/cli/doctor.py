@@ -107,7 +107,7 @@ def token(environ: Mapping[str, str], home: Path) -> Finding:
 
 def shared_memory() -> Finding:
     """Whether the host tier of the default size fits."""
-    from edit_ray.cache.options import StoreOptions
+    from edit_ray.tiers.options import StoreOptions
 
     try:
         free = shutil.disk_usage("/dev/shm").free

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from edit_ray.cache.blocks import split_blocks
-from edit_ray.cache.options import StoreOptions
 from edit_ray.cache.policies import WarmstartReuse, check_granularity
-from edit_ray.cache.stores.allocator import room_of
-from edit_ray.cache.tiering.eviction import EVICTIONS
-from edit_ray.cache.tiering.reuse_plan import CacheKey, ReusePlan, make_reuse_plan
-from edit_ray.cache.tiering.simulate import Simulated, accesses_of, simulate
+from edit_ray.cache.stores.eviction import EVICTIONS
+from edit_ray.cache.stores.simulate import Simulated, accesses_of, simulate
 from edit_ray.config import Config
 from edit_ray.engine.model_info import ModelInfo
 from edit_ray.engine.reuse_numbers import branches_of, plan_from_numbers, residual_shape
+from edit_ray.tiers.options import StoreOptions
+from edit_ray.tiers.reuse_plan import CacheKey, ReusePlan, make_reuse_plan
+from edit_ray.tiers.slots import slot_bytes
 
 # Bytes a second, measured on the host of one H200, 2026-11-22; the disk with O_DIRECT.
 HOST_TO_GPU, DISK_TO_HOST, HOST_TO_DISK = 55e9, 2.2e9, 2.8e9
@@ -81,8 +81,8 @@ def look_ahead(config: Config, info: ModelInfo, experts: Sequence[str], policy: 
         shape,
         size,
         followed,
-        _entries(followed) * room_of(size),
-        _entries(whole) * room_of(size),
+        _entries(followed) * slot_bytes(size),
+        _entries(whole) * slot_bytes(size),
         sum(share(read.key) for segment in followed.segments for read in segment.reads),
         sum(shares[slot.expert][slot.unit] for slot in followed.computed),
         num_segments * len(experts) * len(branches_of(config.sampling)),
@@ -131,7 +131,7 @@ def _entries(plan: ReusePlan) -> int:
 
 def _simulate(plan: ReusePlan, store: StoreOptions, share: Callable[[CacheKey], float]) -> dict[str, Simulated]:
     """Each eviction policy with the store's tiers, in which a place is rounded up as the CacheStore actor does it."""
-    accesses = [replace(access, size=room_of(access.size)) for access in accesses_of(plan, share)]
+    accesses = [replace(access, size=slot_bytes(access.size)) for access in accesses_of(plan, share)]
     tiers = [("host", store.host_bytes), ("disk", store.disk_bytes)]
     return {name: simulate(accesses, tiers, name, {("disk", "host"): DISK_TO_HOST}) for name in EVICTIONS.names()}
 
@@ -160,7 +160,7 @@ def _choices(config: Config, info: ModelInfo, warm: Sequence[str], policy: Warms
                     granularity,
                     window,
                     entries,
-                    entries * (one.needed_bytes // size) * room_of(size),
+                    entries * (one.needed_bytes // size) * slot_bytes(size),
                     entries * size * writes,
                     entries * size * reads,
                     forwards * reads,

@@ -90,7 +90,7 @@ def _residuals_of(folder: RunFolder) -> Iterator[Path]:
     store = Path(os.path.expandvars(spec.residuals_directory))
     files = list(store.rglob("*.safetensors"))
     if files:
-        from edit_ray.cache.stores.tensor_file import read_key
+        from edit_ray.tiers.entry_file import read_key
 
         yield from (path for path in files if (key := read_key(path)) and str(key[0]).startswith(f"{spec.key}."))
 

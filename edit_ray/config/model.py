@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from edit_ray.cache.options import CacheOptions, StoreOptions
+from edit_ray.cache.options import CacheOptions
 from edit_ray.config.cross_checks import mistakes_between
 from edit_ray.config.mistakes import Mistakes
 from edit_ray.config.options import MAX_PROMPTS, VALID_PROMPTS, PromptSegment, VideoOptions
@@ -14,6 +14,7 @@ from edit_ray.metrics.options import MetricsOptions
 from edit_ray.options import Options
 from edit_ray.runs.layout import FrameLayout
 from edit_ray.runs.plan import Scene, Storyboard
+from edit_ray.tiers.options import StoreOptions
 from edit_ray.video.options import OutputOptions
 
 

@@ -14,7 +14,7 @@ from edit_ray.cache.cache import Cache
 from edit_ray.cache.install import apply_cache_on_transformer, cache_on, check_steps
 from edit_ray.cache.known_mask import LoopStep, check_not_compiled
 from edit_ray.cache.policies import CachePolicy, make_policy
-from edit_ray.cache.stores.store import CacheStore
+from edit_ray.cache.stores.base import CacheStore
 from edit_ray.engine.calibration import FILE_NAME, calibrated_options
 from edit_ray.engine.targets import THRESHOLD_OF, check_target, option_for
 

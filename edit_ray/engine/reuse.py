@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from edit_ray.cache.cache import Cache
 from edit_ray.cache.policies import WarmstartReuse
-from edit_ray.cache.stores.op_table import Op
-from edit_ray.cache.stores.planned import Form
-from edit_ray.cache.tiering.reuse_plan import ReusePlan
 from edit_ray.engine.caching import loop_steps
 from edit_ray.engine.options import SamplingOptions
 from edit_ray.engine.reuse_numbers import plan_from_numbers, residual_shape
-
-
-@dataclass(frozen=True)
-class Reuse:
-    """A run's plan, and the form of everything in it."""
-
-    plan: ReusePlan
-    form: Form
-
-    def ops(self, segment: int) -> list[Op]:
-        """What a segment reads and writes, in the order of use."""
-        planned = self.plan.segments[segment]
-        ops = [(read.step, Op(tuple(read.key), read.size, writes=False)) for read in planned.reads]
-        ops += [(write.step, Op(tuple(write.key), write.size, writes=True)) for write in planned.writes]
-        return [op for _, op in sorted(ops, key=lambda step_and_op: step_and_op[0])]
+from edit_ray.tiers.leases import Reuse
+from edit_ray.tiers.protocol import EntryForm
 
 
 def plan_run_reuse(
@@ -56,7 +39,7 @@ def plan_run_reuse(
     return Reuse(plan, form)
 
 
-def residual_form(pipe: Any, sampling: SamplingOptions) -> Form:
+def residual_form(pipe: Any, sampling: SamplingOptions) -> EntryForm:
     """A residual is [1, tokens, width] in the transformer's type."""
     config = pipe.transformer.config
     shape = residual_shape(
@@ -66,4 +49,4 @@ def residual_form(pipe: Any, sampling: SamplingOptions) -> Form:
         scale_factor_spatial=pipe.vae_scale_factor_spatial,
         width=config.num_attention_heads * config.attention_head_dim,
     )
-    return Form(pipe.transformer.device, pipe.transformer.dtype, shape)
+    return EntryForm(pipe.transformer.device, pipe.transformer.dtype, shape)

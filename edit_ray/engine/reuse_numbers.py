@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from edit_ray.cache.policies import WarmstartReuse
-from edit_ray.cache.stores.allocator import room_of
-from edit_ray.cache.tiering.reuse_plan import ReusePlan, make_reuse_plan
 from edit_ray.engine.options import SamplingOptions
+from edit_ray.tiers.reuse_plan import ReusePlan, make_reuse_plan
+from edit_ray.tiers.slots import slot_bytes
 
 
 def residual_shape(
@@ -67,8 +67,6 @@ def plan_from_numbers(
         experts=experts,
         unit_bytes={expert: [size] * units for expert, units in num_units.items()},
         branches=branches_of(sampling),
-        align="step",
-        combine="latest" if policy.combine == "latest" else "mean",
-        # A tier counts places, which are rounded up; the plan counts bytes.
-        budget=None if budget is None else budget // room_of(size) * size,
+        # A tier counts slots, which are whole pages; the plan counts bytes.
+        budget=None if budget is None else budget // slot_bytes(size) * size,
     )

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.records import Record
-from edit_ray.cache.stores.device import GPUStore
-from edit_ray.cache.stores.planned import PlannedStore
+from edit_ray.cache.stores.memory import GPUStore
 from edit_ray.engine.decode import to_uint8
 from edit_ray.engine.encode import encode, to_video
 from edit_ray.engine.fast_vae import fast_decoder
@@ -22,10 +21,12 @@ from edit_ray.engine.init_file import read_init
 from edit_ray.engine.loading import load_pipeline, second_gpu, with_flow_shift
 from edit_ray.engine.options import ContinuityOptions, Mode, ModelOptions, SamplingOptions, frames_of
 from edit_ray.engine.pipeline import EditWanPipeline
-from edit_ray.engine.reuse import Reuse, plan_run_reuse
+from edit_ray.engine.reuse import plan_run_reuse
 from edit_ray.engine.stream import Preceding, RunStream
 from edit_ray.engine.text import streamed
 from edit_ray.errors import ModelError, SegmentFailed
+from edit_ray.tiers.leases import Reuse
+from edit_ray.tiers.store_client import PlannedStore
 
 MAX_SEQUENCE_LENGTH = 512  # the pipeline's default, so that embeddings equal the library's
 UNCACHED = CacheOptions()

@@ -20,7 +20,7 @@ SYNC = re.compile(r"^( +)(?:files\.)?(?:disk\.f)?sync\((?!keys).*\)$", re.MULTIL
 
 POWER = "tests/unit/test_power_loss.py"
 PROOFS_OF_SYNCS = {
-    "cache/stores/entry_files.py": "tests/unit/test_shared_tiers.py -k synced",
+    "tiers/entry_folder.py": "tests/unit/test_tier_service.py -k synced",
     "runs/folder.py": "tests/unit/test_folder.py -k durable",
     "runs/removal.py": "tests/unit/test_folder.py -k durable",
     "video/stream_files.py": "tests/unit/test_stream_files.py -k loss_of_power",
@@ -172,21 +172,21 @@ def guards() -> list[Guard]:
         ),
         replaced(
             "an entry's checksum",
-            "cache/stores/entry_files.py",
+            "tiers/entry_folder.py",
             "checksum_of(into[: entry.nbytes]) == entry.checksum",
             "True",
             "test_disk_damage.py",
         ),
         replaced(
             "an entry's header",
-            "cache/stores/entry_files.py",
+            "tiers/entry_folder.py",
             "if header != expected:",
             "if False:",
             "test_disk_damage.py",
         ),
         replaced(
             "an entry's length",
-            "cache/stores/direct_io.py",
+            "tiers/entry_file.py",
             "st_size == size and",
             "st_size >= 0 and",
             "test_disk_files.py -k another_size",

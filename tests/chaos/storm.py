@@ -27,12 +27,12 @@ from edit_ray.actors.crew import ActorGone
 from edit_ray.actors.local import LocalCrew, LocalWorker
 from edit_ray.actors.messages import RunSpec, RunStatus
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.cache.stores.own_folder import LOCK
 from edit_ray.config import Config, load_config
 from edit_ray.errors import ConfigError, UnknownRun
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Manifest
 from edit_ray.testing import save_random_wan
+from edit_ray.tiers.entry_folder import LOCK
 from edit_ray.video.encode import join
 from edit_ray.video.stream_files import newest_playlist
 

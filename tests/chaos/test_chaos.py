@@ -10,8 +10,8 @@ import os
 import secrets
 from pathlib import Path
 
-from edit_ray.cache.stores.arena import owner_lives
 from edit_ray.testing import save_random_wan
+from edit_ray.tiers.arena import owner_lives
 from tests.chaos.harness import AIMED, Chaos
 from tests.chaos.processes import wait_for
 from tests.chaos.run_files import CONTINUITY, skipped_share

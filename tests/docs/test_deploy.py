@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from edit_ray.actors.launch import SCHEDULER_RESOURCE
-from edit_ray.cache.options import parse_bytes
-from edit_ray.cache.stores.shared_tiers import TABLES_BYTES
 from edit_ray.config import load_config
+from edit_ray.tiers.options import parse_bytes
+from edit_ray.tiers.service import TABLES_BYTES
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from edit_ray import EditWanPipeline
-from edit_ray.cache.stores.pinned import PinnedStore
-from edit_ray.cache.stores.spread import SpreadStore
+from edit_ray.cache.stores.spread import PinnedStore, SpreadStore
 
 DEVICE = torch.device("cuda", 0)
 UNITS, STEPS, KEPT = 8, 6, 2

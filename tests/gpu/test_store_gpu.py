@@ -12,24 +12,22 @@ from typing import ClassVar
 import pytest
 import torch
 
-from edit_ray.actors.leases import SegmentLeases
+from benchmarks.rolling_plan import rolling_plan
 from edit_ray.actors.messages import RunSpec, run_key
 from edit_ray.cache.options import CacheOptions
-from edit_ray.cache.stores.allocator import Extent
-from edit_ray.cache.stores.arena import Arena
-from edit_ray.cache.stores.copies import StreamCopies
-from edit_ray.cache.stores.planned import Form
-from edit_ray.cache.tiering.reuse_plan import make_reuse_plan
 from edit_ray.config import Config
 from edit_ray.engine.options import ModelOptions, SamplingOptions
-from edit_ray.engine.reuse import Reuse
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.testing import save_random_wan
+from edit_ray.tiers.arena import Arena
+from edit_ray.tiers.leases import Reuse, SegmentLeases
+from edit_ray.tiers.protocol import EntryForm, table_bytes
+from edit_ray.tiers.transfers import StreamCopies
 from tests.store_here import StoreHere
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 DEVICE = torch.device("cuda", 0)
-FORM = Form(DEVICE, torch.bfloat16, (1, 512, 256))
+FORM = EntryForm(DEVICE, torch.bfloat16, (1, 512, 256))
 SIZE = FORM.size
 RUN = f"{run_key('run', '')}.0"  # as the store knows it
 EXPERT, UNITS = "transformer", 4
@@ -58,16 +56,7 @@ def leases_for():
 
 def new_leases(store, root, *, segments=6, host=3, ahead=0, units=UNITS):
     """Each segment writes an entry per unit and branch and reads those of the two before it."""
-    plan = make_reuse_plan(
-        RUN,
-        segments,
-        window=2,
-        warm_steps=1,
-        experts=[EXPERT] * 2,
-        unit_bytes={EXPERT: [SIZE] * units},
-        align="last",
-        combine="mean",
-    )
+    plan = rolling_plan(RUN, segments, window=2, unit_bytes=[SIZE] * units)
     options = {
         "host_bytes": host * SIZE,
         "device_bytes": ahead * SIZE,
@@ -76,7 +65,7 @@ def new_leases(store, root, *, segments=6, host=3, ahead=0, units=UNITS):
     }
     prompts = [{"segment": 0, "prompt": "a red circle"}]
     config = Config.model_validate({"store": options, "video": {"num_segments": 1}, "prompt_segments": prompts})
-    return SegmentLeases(store, RunSpec("run", root, config, config.num_segments), Reuse(plan, FORM))
+    return SegmentLeases(store, RunSpec("run", root, config, config.num_segments).reusing, Reuse(plan, FORM))
 
 
 def tensor_of(key):
@@ -97,7 +86,7 @@ def make(planned, checks):
 
 def test_a_registered_arena_is_pinned_and_gives_it_back():
     with Arena.create(1 << 20) as owner, Arena.open(owner.path) as arena:
-        view = arena.tensor(Extent(0, 1 << 20), torch.uint8, (1 << 20,))
+        view = arena.tensor(0, torch.uint8, (1 << 20,))
         assert not view.is_pinned()
         assert arena.register()
         assert arena.register(), "once is enough"
@@ -108,6 +97,15 @@ def test_a_registered_arena_is_pinned_and_gives_it_back():
         arena.close()
     with Arena.create(1 << 20) as owner, Arena.open(owner.path) as again:
         assert again.register(), "another arena, as after a store that died"
+
+
+def test_memory_in_no_folder_is_registered_as_well():
+    with Arena.create_unnamed(1 << 20) as owner, Arena.open(owner.path) as arena:
+        assert arena.register()
+        view = arena.tensor(0, torch.uint8, (1 << 20,))
+        assert view.is_pinned()
+        view.fill_(7)
+        assert (view.to(DEVICE, non_blocking=True) == 7).all()
 
 
 def test_a_refused_registration_leaves_no_error_behind(tmp_path):
@@ -130,8 +128,8 @@ def test_what_was_written_is_read(store, leases_for, tmp_path, host, ahead):
 
 def use(monkeypatch, copies):
     """Has all copies made by these, with and without a pool."""
-    for module in ("planned", "device_pool"):
-        monkeypatch.setattr(f"edit_ray.cache.stores.{module}.copies_for", copies)
+    for module in ("store_client", "transfers"):
+        monkeypatch.setattr(f"edit_ray.tiers.{module}.copies_for", copies)
 
 
 class Delayed(StreamCopies):
@@ -230,7 +228,7 @@ def test_memory_is_filled_again_only_after_a_load_that_nobody_has_used(store, le
     planned = leases.begin(2, 1, 1)
     deadline = time.monotonic() + 10
     while len(planned._loaded) < 5:
-        planned.go_on()
+        planned.poll()
         assert time.monotonic() < deadline
     monkeypatch.setattr(Late, "cycles", 0)
     for op in planned.ops:
@@ -272,9 +270,8 @@ def test_500_spills_and_reads(store, leases_for, tmp_path):
     assert len(checks) >= 500
     assert torch.stack(checks).all()
     assert statistics["peak_bytes"]["host"] <= 3 * SIZE
-    prefetch = statistics["counters"].prefetch
-    assert prefetch.requested >= 500
-    assert prefetch.open == 0
+    assert statistics["counts"]["prefetches_requested",] >= 500
+    assert statistics["open_prefetches"] == 0
 
 
 def test_the_memory_of_what_was_read_is_not_another_read_s(store, leases_for, tmp_path):
@@ -314,22 +311,20 @@ def test_a_failed_segment_writes_nothing_into_what_is_given_to_others(store, lea
 
 KILLED = """
 import torch
-from edit_ray.cache.stores.allocator import Extent
-from edit_ray.cache.stores.arena import Arena
-from edit_ray.cache.stores.holders import this_holder
-from edit_ray.cache.stores.op_table import Op, OpTable
-from edit_ray.cache.stores.planned import Form, PlannedStore
+from edit_ray.tiers.arena import Arena
+from edit_ray.tiers.protocol import EntryForm, Op, OpTable, this_process
+from edit_ray.tiers.store_client import PlannedStore
 torch.zeros(1, device="cuda")
-print(this_holder(), flush=True)
+print(this_process(), flush=True)
 path, offset, size, number = input().split()
 number = int(number)
 arena = Arena.open(path)
 assert arena.register()
-keys = [("run", 0, "transformer", branch, unit, "last") for unit in range(number // 2) for branch in ("cond", "uncond")]
-form = Form(torch.device("cuda", 0), torch.bfloat16, (1, 512, 256))
-table = OpTable(arena.memory(Extent(int(offset), int(size))), number)
-ops = [Op(key, form.size, True) for key in keys]
-store = PlannedStore(arena, table, ops, form, prefix=("run",), ahead_bytes=100 * form.size)
+keys = [("run", 0, "transformer", branch, unit, 1) for unit in range(number // 2) for branch in ("cond", "uncond")]
+form = EntryForm(torch.device("cuda", 0), torch.bfloat16, (1, 512, 256))
+table = OpTable(arena.memory(int(offset), int(size)), number)
+ops = [Op(key, form, True) for key in keys]
+store = PlannedStore(arena, table, ops, prefix=("run",), ahead_bytes=100 * form.size)
 for key in keys:
     torch.cuda._sleep(200_000_000)
     store.put(key[1:], torch.full(form.shape, float("nan"), device="cuda").bfloat16())
@@ -346,8 +341,8 @@ def test_a_killed_gpu_actor_leaves_nothing(store, leases_for, tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", KILLED], text=True, cwd=root, **pipes) as process:
         holder = process.stdout.readline().strip()
-        lease = store.actor.prepare(RUN, 0, 0, holder, leases.reuse.ops(0), FORM.dtype, FORM.shape)
-        process.stdin.write(f"{lease.arena} {lease.table.offset} {lease.table.size} {lease.num_ops}\n")
+        lease = store.actor.prepare(RUN, 0, 0, holder, leases.reuse.ops(0))
+        process.stdin.write(f"{lease.arena} {lease.table} {table_bytes(lease.num_ops)} {lease.num_ops}\n")
         process.stdin.flush()
         line = process.stdout.readline()
         process.send_signal(signal.SIGKILL)
@@ -392,7 +387,9 @@ def test_latents_are_the_same_through_every_size_of_every_tier(tmp_path, granula
         options = {"host_bytes": host * 2 * size, "device_bytes": device * size, "allow_tmpfs": True}
         prompts = [{"segment": 0, "prompt": "a red circle"}]
         config = Config.model_validate({"store": options, "video": {"num_segments": 4}, "prompt_segments": prompts})
-        leases = SegmentLeases(store, RunSpec("run", tmp_path / str(number), config, config.num_segments), reuse)
+        leases = SegmentLeases(
+            store, RunSpec("run", tmp_path / str(number), config, config.num_segments).reusing, reuse
+        )
         made.append([])
         for segment in range(4):
             planned = leases.begin(segment, 0, engine.history_len)

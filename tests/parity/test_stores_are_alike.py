@@ -11,16 +11,15 @@ import torch
 
 from benchmarks.store_process import StoreProcess
 from edit_ray import EditWanPipeline
-from edit_ray.actors.leases import SegmentLeases
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
-from edit_ray.cache.stores import carried
-from edit_ray.cache.stores.entry_files import EntryFiles
 from edit_ray.config import Config
 from edit_ray.engine.options import SamplingOptions
 from edit_ray.engine.reuse import plan_run_reuse
 from edit_ray.errors import EntryLost, StaleLease
 from edit_ray.testing import save_random_wan
+from edit_ray.tiers.entry_folder import EntryFolder
+from edit_ray.tiers.leases import SegmentLeases
 from tests.store_here import StoreHere
 
 SEGMENTS, WINDOW, STEPS = 8, 4, 6
@@ -79,7 +78,7 @@ def through_the_actor(pipe, granularity, folder, store, *, host_entries=2, ahead
     spec = RunSpec("run", folder, Config.model_validate(values))
     reuse = plan_run_reuse(pipe, spec.residuals_id, SEGMENTS, WINDOW, SAMPLING, None)
     assert reuse.form.size == RESIDUAL
-    leases = SegmentLeases(store, spec, reuse)
+    leases = SegmentLeases(store, spec.reusing, reuse)
 
     def attempt_at(segment, attempt, on_step=None):
         planned = leases.begin(segment, attempt, cache.history_len, then_next=ahead)
@@ -214,7 +213,7 @@ def test_random_delays_in_every_transfer(
 
         monkeypatch.setattr(owner, name, delayed)
 
-    for owner, name in ((EntryFiles, "read"), (EntryFiles, "write"), (carried, "fetch"), (carried, "keep")):
-        delay(owner, name)
+    for name in ("read", "write"):
+        delay(EntryFolder, name)
     made = through_the_actor(pipe, granularity, tmp_path, store_here, host_entries=3, way=way)
     assert torch.equal(made, expected[granularity])

@@ -10,15 +10,14 @@ from edit_ray.actors.cache_store import CacheStoreActor
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.messages import run_key
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.cache.stores.direct_io import aligned_buffer, memory_of
-from edit_ray.cache.stores.disk_tier import DiskTier
-from edit_ray.cache.stores.tensor_file import file_name
 from edit_ray.config import Config
 from edit_ray.engine.latent_files import load_latents, save_latents
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Ended
 from edit_ray.testing import save_random_wan
+from edit_ray.tiers.disk_tier import DiskTier
+from edit_ray.tiers.entry_file import aligned_buffer, file_name, memory_of
 from tests.unit.test_manifest import BEGUN
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")

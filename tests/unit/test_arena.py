@@ -11,19 +11,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from edit_ray.cache.stores import arena as arena_module
-from edit_ray.cache.stores.allocator import Extent
-from edit_ray.cache.stores.arena import Arena, SharedMemoryFull, remove_stale
-from edit_ray.errors import ResourcesUnavailable
+from edit_ray.errors import HostMemoryShort, ResourcesUnavailable
+from edit_ray.tiers import arena as arena_module
+from edit_ray.tiers.arena import Arena, SharedMemoryFull, make_arena, owner_lives, remove_stale
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = 4096
 OWNER = """
 import sys, torch
-from edit_ray.cache.stores.arena import Arena
-from edit_ray.cache.stores.allocator import Extent
+from edit_ray.tiers.arena import Arena
 arena = Arena.create(8 * 4096, sys.argv[1])
-tensor = arena.tensor(Extent(4096, 8192), torch.float32, (2, 1000))
+tensor = arena.tensor(4096, torch.float32, (2, 1000))
 tensor.copy_(torch.arange(2000.).view(2, 1000))
 print(arena.path, flush=True)
 for line in sys.stdin:
@@ -45,8 +43,7 @@ def owner(tmp_path):
 def test_two_processes_see_each_other_s_bytes_and_a_killed_owner_s_arena_goes(owner, tmp_path):
     process, path = owner
     with Arena.open(path) as opened:
-        assert not opened.owned
-        tensor = opened.tensor(Extent(PAGE, 2 * PAGE), torch.float32, (2, 1000))
+        tensor = opened.tensor(PAGE, torch.float32, (2, 1000))
         assert torch.equal(tensor, torch.arange(2000.0).view(2, 1000))
         tensor.fill_(0.5)
         process.stdin.write("\n")
@@ -67,28 +64,27 @@ def test_two_processes_see_each_other_s_bytes_and_a_killed_owner_s_arena_goes(ow
 
 def test_tensors_are_views_of_the_same_bytes(tmp_path):
     with Arena.create(4 * PAGE, tmp_path) as arena, Arena.open(arena.path) as other:
-        extent = Extent(PAGE, 2 * PAGE)
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool):
             for shape in ((3, 5), (), (0,), (2, 0), (2 * PAGE // dtype.itemsize,)):
                 value = (torch.randn(shape) * 10).to(dtype)
-                tensor = arena.tensor(extent, dtype, shape)
+                tensor = arena.tensor(PAGE, dtype, shape)
                 assert (tensor.dtype, tensor.shape, tensor.is_contiguous()) == (dtype, value.shape, True)
                 tensor.copy_(value)
-                assert torch.equal(other.tensor(extent, dtype, shape), value)
-                assert bytes(other.memory(extent)[: value.nbytes]) == bytes(value.reshape(-1).view(torch.uint8).numpy())
-        assert not any(other.memory(Extent(0, PAGE)))
-        assert not any(other.memory(Extent(3 * PAGE, PAGE)))
-        assert arena.tensor(extent, torch.uint8, (1,)).data_ptr() % PAGE == 0
+                assert torch.equal(other.tensor(PAGE, dtype, shape), value)
+                assert bytes(other.memory(PAGE, value.nbytes)) == bytes(value.reshape(-1).view(torch.uint8).numpy())
+        assert not any(other.memory(0, PAGE))
+        assert not any(other.memory(3 * PAGE, PAGE))
+        assert arena.tensor(PAGE, torch.uint8, (1,)).data_ptr() % PAGE == 0
 
 
 def test_what_is_not_in_the_arena_is_refused(tmp_path):
     with Arena.create(2 * PAGE - 5, tmp_path) as arena:
         assert arena.size_bytes == 2 * PAGE == arena.path.stat().st_size
-        for extent in (Extent(PAGE, 2 * PAGE), Extent(-PAGE, PAGE), Extent(PAGE, -PAGE), Extent(3 * PAGE, 0)):
-            with pytest.raises(ValueError, match="lies outside of the arena, which has 8192 bytes"):
-                arena.memory(extent)
-        with pytest.raises(ValueError, match=r"torch.int64 \(513,\) has 4104 bytes; the extent has 4096"):
-            arena.tensor(Extent(0, PAGE), torch.int64, (513,))
+        for region in ((PAGE, 2 * PAGE), (-PAGE, PAGE), (PAGE, -PAGE), (3 * PAGE, 0)):
+            with pytest.raises(ValueError, match="lie outside of the arena, which has 8192 bytes"):
+                arena.memory(*region)
+        with pytest.raises(ValueError, match="4104 bytes at 4096 lie outside"):
+            arena.tensor(PAGE, torch.int64, (513,))
     with pytest.raises(ValueError, match="size_bytes is 0"):
         Arena.create(0, tmp_path)
     with pytest.raises(ValueError, match="is no folder"):
@@ -97,13 +93,13 @@ def test_what_is_not_in_the_arena_is_refused(tmp_path):
 
 def test_a_view_outlives_the_arena_and_the_file_does_not(tmp_path):
     arena = Arena.create(PAGE, tmp_path)
-    tensor = arena.tensor(Extent(0, PAGE), torch.uint8, (PAGE,))
+    tensor = arena.tensor(0, torch.uint8, (PAGE,))
     arena.close()
     arena.close()
     assert not list(tmp_path.iterdir())
     assert tensor.fill_(7).sum() == 7 * PAGE
     with pytest.raises(ValueError, match="is closed"):
-        arena.memory(Extent(0, PAGE))
+        arena.memory(0, PAGE)
 
 
 def test_who_only_opened_it_leaves_the_file(tmp_path):
@@ -123,23 +119,61 @@ def test_too_little_shared_memory_is_said_with_both_figures_before_anything_is_m
     with pytest.raises(SharedMemoryFull, match=rf"needs {4 * free} bytes .* has \d+ \(\d+ MiB\) free: lower") as caught:
         Arena.create(4 * free, directory)
     assert isinstance(caught.value, ResourcesUnavailable)
-    with pytest.raises(SharedMemoryFull, match=f"needs {2 * free} bytes"):
-        Arena.create(4 * free, directory, minimum_bytes=2 * free)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_smaller_arena_where_the_caller_allows_one(tmp_path, monkeypatch):
-    space = SimpleNamespace(f_bavail=200, f_frsize=PAGE // 2, f_blocks=1000)
-    monkeypatch.setattr(os, "statvfs", lambda folder: space)
-    with Arena.create(200 * PAGE, tmp_path, minimum_bytes=50 * PAGE) as arena:
-        assert arena.size_bytes == 87 * PAGE
-    with Arena.create(200 * PAGE, tmp_path, minimum_bytes=95 * PAGE) as arena:
-        assert arena.size_bytes == 95 * PAGE
-    with Arena.create(100 * PAGE, tmp_path, minimum_bytes=1) as arena:
-        assert arena.size_bytes == 100 * PAGE
-    space.f_blocks = space.f_bavail = 0  # a tmpfs without a limit
+def test_a_tmpfs_without_a_limit_has_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_bavail=0, f_frsize=PAGE, f_blocks=0))
     with Arena.create(200 * PAGE, tmp_path) as arena:
         assert arena.size_bytes == 200 * PAGE
+
+
+def test_memory_in_no_folder_is_shared_all_the_same_and_goes_with_its_owner():
+    """Where /dev/shm is not to be had: by its path another process maps it, and sees that the owner lives."""
+    code = OWNER.replace("Arena.create(8 * 4096, sys.argv[1])", "Arena.create_unnamed(8 * 4096)")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes) as process:
+        path = process.stdout.readline().strip()
+        with Arena.open(path) as opened:
+            tensor = opened.tensor(PAGE, torch.float32, (2, 1000))
+            assert torch.equal(tensor, torch.arange(2000.0).view(2, 1000))
+            tensor.fill_(0.5)
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert float(process.stdout.readline()) == 1000.0
+            assert opened.owner_lives()
+            process.kill()
+            process.wait()
+            assert not opened.owner_lives()
+            assert torch.equal(tensor, torch.full((2, 1000), 0.5))
+
+
+@pytest.mark.parametrize("way", ["auto", "require", "never"])
+@pytest.mark.parametrize("room", [True, False])
+def test_an_arena_is_where_it_was_asked_for(monkeypatch, way, room):
+    if not room:
+        monkeypatch.setattr(arena_module, "_free_bytes", lambda folder: PAGE)
+    if way == "require" and not room:
+        with pytest.raises(HostMemoryShort, match="/dev/shm has 4096"):
+            make_arena(2 * PAGE, way)
+        return
+    with make_arena(2 * PAGE, way) as arena:
+        in_folder = way == "require" or (way == "auto" and room)
+        assert arena.path.is_relative_to("/dev/shm") == in_folder
+        assert owner_lives(arena.path)
+        with Arena.open(arena.path) as other:
+            other.memory(0, 3)[:] = b"abc"
+            assert bytes(arena.memory(0, 3)) == b"abc"
+    assert not owner_lives(arena.path)
+
+
+def test_where_there_is_too_little_memory_both_places_are_said(monkeypatch):
+    monkeypatch.setattr(arena_module, "_free_bytes", lambda folder: PAGE)
+    monkeypatch.setattr(arena_module, "_available_bytes", lambda: 2 * PAGE)
+    with pytest.raises(HostMemoryShort, match=r"has 4096 .* this node has 8192 .*: lower store.host_bytes"):
+        make_arena(3 * PAGE, "auto")
+    with pytest.raises(HostMemoryShort, match="this node has 8192"):
+        make_arena(3 * PAGE, "never")
 
 
 def test_shared_memory_that_goes_while_it_is_asked_for_leaves_nothing(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from edit_ray.cache import (
     apply_cache_on_transformer,
     remove_cache_from_transformer,
 )
-from edit_ray.cache.stores.host import HostStore
+from edit_ray.cache.stores.memory import HostStore
 from edit_ray.testing import save_random_wan
 from tests.calls import TINY
 

@@ -148,12 +148,12 @@ def test_down_without_a_ray_starts_none(capsys):
 
 def test_a_run_is_deleted_with_what_its_segments_reuse(tmp_path, capsys):
     torch = pytest.importorskip("torch")
-    from edit_ray.cache.stores.entry_files import EntryFiles, aligned_buffer, memory_of
+    from edit_ray.tiers.entry_folder import EntryFolder, aligned_buffer, memory_of
 
     root = tmp_path / "runs"
     spec = RunSpec.of(root, CONFIG, run_on_disk(root, "one", state=None).read_manifest())
     other = run_on_disk(root, "two", state=None)
-    files = EntryFiles(root / ".cache_store", allow_tmpfs=True)
+    files = EntryFolder(root / ".cache_store", allow_tmpfs=True)
     for name in (spec.residuals_id, "of-another"):
         memory = memory_of(aligned_buffer(4096))
         assert files.write((name, 0), files.begin((name, 0))[0], memory, torch.float32, [4])
@@ -165,7 +165,7 @@ def test_a_run_is_deleted_with_what_its_segments_reuse(tmp_path, capsys):
     assert (code, f"removed {spec.folder.path}" in out) == (0, True)
     assert not spec.folder.path.exists()
     assert other.path.exists()
-    left = EntryFiles(root / ".cache_store", allow_tmpfs=True).entries()
+    left = EntryFolder(root / ".cache_store", allow_tmpfs=True).entries()
     assert [key[0] for key in left] == ["of-another"]
     assert told(capsys, "list")[1].startswith("two  open")
     assert [path.name for path in root.glob(".*deleted")] == []

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edit_ray.cache.options import StoreOptions
 from edit_ray.config import Config, PromptSegment, VideoOptions, dump_yaml, load_config
 from edit_ray.config.options import MAX_DURATION_S, format_duration, parse_duration
 from edit_ray.config.strict_yaml import dump, parse
 from edit_ray.engine.options import SamplingOptions
 from edit_ray.runs.plan import segment_seed
+from edit_ray.tiers.options import StoreOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))

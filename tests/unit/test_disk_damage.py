@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from edit_ray.cache import DiskOffloadStore
-from edit_ray.cache.stores.tensor_file import file_name, parse_header
+from edit_ray.tiers.entry_file import file_name, parse_header
 from tests.unit.entry_folder import files_in
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)

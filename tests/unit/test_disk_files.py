@@ -17,10 +17,8 @@ from xxhash import xxh3_64_hexdigest
 
 from edit_ray import files
 from edit_ray.cache import DiskOffloadStore
-from edit_ray.cache.stores.direct_io import DirectFiles, DiskFull, aligned_buffer, is_tmpfs, memory_of
-from edit_ray.cache.stores.entry_files import EntryFiles
-from edit_ray.cache.stores.own_folder import LOCK
-from edit_ray.cache.stores.tensor_file import LONGEST_HEADER
+from edit_ray.tiers.entry_file import LONGEST_HEADER, DirectFiles, DiskFull, aligned_buffer, is_tmpfs, memory_of
+from edit_ray.tiers.entry_folder import LOCK, EntryFolder
 from tests.unit.entry_folder import files_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,7 +223,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file_leaves_nothing(tmp_path):
 FULL_DISK = """
 import os, sys, torch
 from edit_ray.cache import DiskOffloadStore
-from edit_ray.cache.stores.direct_io import DiskFull
+from edit_ray.tiers.entry_file import DiskFull
 store = DiskOffloadStore(sys.argv[1], allow_tmpfs=True)
 full = 0
 for number in range(8):
@@ -351,6 +349,6 @@ class NoListing(files.Disk):
 
 def test_a_folder_that_could_not_be_listed_is_free_at_once(tmp_path):
     with files.swapped(NoListing()), pytest.raises(OSError, match="Input/output") as failed:
-        EntryFiles(tmp_path, allow_tmpfs=True)
+        EntryFolder(tmp_path, allow_tmpfs=True)
     assert failed.value.__traceback__ is not None, "somebody may look at the error for long"
-    EntryFiles(tmp_path, allow_tmpfs=True).close()
+    EntryFolder(tmp_path, allow_tmpfs=True).close()

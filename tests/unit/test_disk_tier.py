@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from edit_ray import files
-from edit_ray.cache.stores.allocator import Extent
-from edit_ray.cache.stores.arena import Arena
-from edit_ray.cache.stores.direct_io import DiskFull, aligned_buffer, memory_of
-from edit_ray.cache.stores.disk_tier import DiskTier
-from edit_ray.cache.stores.tensor_file import FileEntry, file_name
+from edit_ray.tiers.arena import Arena
+from edit_ray.tiers.disk_tier import DiskTier
+from edit_ray.tiers.entry_file import DiskFull, FileEntry, aligned_buffer, file_name, memory_of
 from tests.unit.entry_folder import files_in
 
 PAGE = 4096
@@ -84,19 +82,19 @@ def open_tier(tmp_path):
 def test_from_arena_to_file_and_back(open_tier, tmp_path):
     tier = open_tier()
     with Arena.create(64 * PAGE, tmp_path) as arena:
-        source, target = Extent(0, 4 * PAGE), Extent(8 * PAGE, 4 * PAGE)
+        size, source, target = 4 * PAGE, 0, 8 * PAGE
         for number, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)):
             for shape in ((3, 50), (), (0,), (2, PAGE // dtype.itemsize), (1, 777)):
                 key, value = ("run", number, None, *shape), (torch.randn(shape) * 10).to(dtype)
-                arena.memory(source)[:] = b"?" * source.size
-                arena.memory(Extent(4 * PAGE, 12 * PAGE))[:] = b"?" * 12 * PAGE
+                arena.memory(source, size)[:] = b"?" * size
+                arena.memory(4 * PAGE, 12 * PAGE)[:] = b"?" * 12 * PAGE
                 arena.tensor(source, dtype, shape).copy_(value)
-                assert tier.write(key, arena.memory(source), dtype, shape).result()
-                entry = tier.read(key, arena.memory(target)).result()
+                assert tier.write(key, arena.memory(source, size), dtype, shape).result()
+                entry = tier.read(key, arena.memory(target, size)).result()
                 assert entry == tier.files.entry(key)
                 assert (entry.dtype, entry.shape, entry.nbytes) == (dtype, shape, value.nbytes)
                 assert torch.equal(arena.tensor(target, *(entry.dtype, entry.shape)), value)
-                assert set(arena.memory(Extent(12 * PAGE, 4 * PAGE))) == {ord("?")}
+                assert set(arena.memory(12 * PAGE, 4 * PAGE)) == {ord("?")}
     assert tier.files.bytes_resident == sum(entry.nbytes for entry in tier.files.entries().values())
     entries = tier.files.entries()
     tier.close()

@@ -20,12 +20,12 @@ import torch
 from xxhash import xxh3_64_hexdigest
 
 from edit_ray.actors.messages import RunStatus
-from edit_ray.cache.stores.entry_files import EntryFiles
-from edit_ray.cache.stores.tensor_file import FileEntry, file_name, header_of, parse_header
 from edit_ray.config import load_config
 from edit_ray.errors import ConfigError, ManifestUnreadable
 from edit_ray.page.server import PageServer
 from edit_ray.runs.manifest_file import from_bytes, to_text
+from edit_ray.tiers.entry_file import FileEntry, file_name, header_of, parse_header
+from edit_ray.tiers.entry_folder import EntryFolder
 from edit_ray.video.stream_files import Part, StreamFiles, newest_playlist
 from tests.unit.entry_folder import files_in
 from tests.unit.test_manifest import BEGUN, LINES
@@ -225,7 +225,7 @@ def test_folders_of_entries(tmp_path, count):
         (folder / file_name(key)).write_bytes(given)
         (folder / "foreign").write_bytes(given)
         with within(LONGEST_S, given):
-            files = EntryFiles(folder, allow_tmpfs=True)
+            files = EntryFolder(folder, allow_tmpfs=True)
             kept = len(files.entries())
             files.close()
         tally["taken" if kept else "refused"] += 1

@@ -52,7 +52,10 @@ def test_the_library_imports_where_ray_is_not_installed() -> None:
     )
 
 
-@pytest.mark.parametrize("names", [["edit_ray"], RUNS], ids=["edit_ray", "edit_ray.runs"])
+PLANNERS = [f"edit_ray.tiers.{name}" for name in ("reuse_plan", "slots", "planner")]
+
+
+@pytest.mark.parametrize("names", [["edit_ray"], RUNS, PLANNERS], ids=["edit_ray", "edit_ray.runs", "planners"])
 def test_import_loads_neither_ray_nor_torch(names: list[str]) -> None:
     loaded = in_fresh_python(
         "import importlib, sys\n"

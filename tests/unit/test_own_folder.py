@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from edit_ray.cache import DiskOffloadStore
-from edit_ray.cache.options import StoreOptions
-from edit_ray.cache.stores.tensor_file import file_name
 from edit_ray.config import load_config
 from edit_ray.errors import ConfigError
+from edit_ray.tiers.entry_file import file_name
+from edit_ray.tiers.options import StoreOptions
 from tests.store_here import StoreHere
 from tests.unit.entry_folder import files_in
 from tests.unit.test_leases import RUN, leases_on, make_segment
@@ -116,7 +116,7 @@ def test_what_stores_that_are_no_more_have_left_is_removed_with_the_run(tmp_path
     directory, stores = tmp_path / ".cache_store", [StoreHere(), StoreHere()]
     for leases in [leases_on(store, tmp_path, "require") for store in stores]:
         make_segment(leases, 0)
-        leases._unmap()
+        leases._arena.close()
     for store in stores:
         store.close()
     assert len(list(directory.rglob("*.safetensors"))) == 16
@@ -135,7 +135,7 @@ def test_a_directory_may_not_name_a_variable_that_may_hold_a_secret(tmp_path, va
     with pytest.raises(ConfigError, match=r"store\.directory is '/x/\$.*it must be text .* \$NVME, .* \$EDIT_RAY_DISK"):
         load_config(config, [f"store.directory={directory}"], check_model=False)
     with pytest.raises(ConfigError, match=r"names the variable .* not allowed") as caught:
-        StoreHere().call("follow", "x", {}, 0, StoreOptions(host_bytes=8192), Path(directory), tmp_path)()
+        StoreHere().call("follow", "x", {}, {}, 0, StoreOptions(host_bytes=8192), Path(directory), tmp_path)()
     assert "hf_abcdef" not in str(caught.value)
     assert load_config(config, ["store.directory=$NVME/a"], check_model=False).store.directory == "$NVME/a"
 
@@ -149,7 +149,7 @@ def test_what_a_variable_holds_is_in_no_error(tmp_path, problem, monkeypatch):
     )
     options = StoreOptions(host_bytes=8192, allow_tmpfs=True)
     with pytest.raises(ConfigError, match=r"^store\.directory is '\$EDIT_RAY_DISK', which .*\.$") as caught:
-        StoreHere().call("follow", "x", {}, 0, options, Path("$EDIT_RAY_DISK"), tmp_path)()
+        StoreHere().call("follow", "x", {}, {}, 0, options, Path("$EDIT_RAY_DISK"), tmp_path)()
     assert "SECRET" not in str(caught.value)
 
 

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
-from edit_ray.cache.stores.allocator import ExtentAllocator
-from edit_ray.cache.stores.arena import Arena
-from edit_ray.cache.stores.disk_tier import DiskTier
-from edit_ray.cache.stores.pinned import PinnedStore
-from edit_ray.cache.stores.spread import SpreadStore
+from edit_ray.cache.stores.spread import PinnedStore, SpreadStore
 from edit_ray.testing import check_store
+from edit_ray.tiers.arena import Arena
+from edit_ray.tiers.disk_tier import DiskTier
+from edit_ray.tiers.slots import slot_bytes
 
 
 class SmallStore:
@@ -33,53 +32,43 @@ class SmallStore:
     def drop(self, key):
         self.entries.pop(key, None)
 
-    def drop_where(self, condition):
-        self.entries = {key: tensor for key, tensor in self.entries.items() if not condition(key)}
-
     def clear(self):
         self.entries.clear()
 
 
 class ArenaStore(SmallStore):
-    """Entries in the extents of an arena, used as its owner uses it; with a disk tier, they only pass through."""
+    """Entries in an arena, each behind the one before; with a disk tier they only pass through."""
 
     def __init__(self, arena, disk=None):
         super().__init__()
-        self.arena, self.disk, self.allocator = arena, disk, ExtentAllocator(arena.size_bytes)
+        self.arena, self.disk, self.end = arena, disk, 0
 
     def put(self, key, tensor):
         self.drop(key)
-        extent = self.allocator.allocate(tensor.nbytes)
-        self.arena.tensor(extent, tensor.dtype, tensor.shape).copy_(tensor)
+        size = slot_bytes(tensor.nbytes)
+        offset, self.end = self.end, self.end + (0 if self.disk else size)
+        self.arena.tensor(offset, tensor.dtype, tensor.shape).copy_(tensor)
         if self.disk:
-            assert self.disk.write(key, self.arena.memory(extent), tensor.dtype, tensor.shape).result()
-            self.allocator.free(extent)
-        self.entries[key] = (extent, tensor.dtype, tensor.shape)
+            assert self.disk.write(key, self.arena.memory(offset, size), tensor.dtype, tensor.shape).result()
+        self.entries[key] = (offset, tensor.dtype, tensor.shape)
 
     def get(self, key):
         if key not in self.entries:
             return None
-        extent, dtype, shape = self.entries[key]
+        offset, dtype, shape = self.entries[key]
         if self.disk:
-            extent = self.allocator.allocate(extent.size)
-            entry = self.disk.read(key, self.arena.memory(extent)).result()
+            entry = self.disk.read(key, self.arena.memory(offset, self.arena.size_bytes)).result()
             assert (entry.dtype, entry.shape) == (dtype, shape)
-            self.allocator.free(extent)
-        return self.arena.tensor(extent, dtype, shape).clone()
+        return self.arena.tensor(offset, dtype, shape).clone()
 
     def drop(self, key):
-        extent, *_ = self.entries.pop(key, (None,))
+        self.entries.pop(key, None)
         if self.disk:
             self.disk.drop(key)
-        elif extent:
-            self.allocator.free(extent)
-
-    def drop_where(self, condition):
-        for key in [key for key in self.entries if condition(key)]:
-            self.drop(key)
 
     def clear(self):
-        self.drop_where(lambda key: True)
+        for key in list(self.entries):
+            self.drop(key)
 
 
 @pytest.fixture
@@ -116,7 +105,7 @@ def test_a_store_with_a_budget_may_forget_and_never_errs(budget):
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_an_arena_keeps_the_contract_alone_and_over_a_disk_tier(folder, on_disk):
-    with tempfile.TemporaryDirectory() as directory, Arena.create(1 << 20, directory) as arena:
+    with tempfile.TemporaryDirectory() as directory, Arena.create(8 << 20, directory) as arena:
         tiers = []
 
         def make():
@@ -190,16 +179,6 @@ class InsistsOnTheKey(SmallStore):
 
 class DropsNothing(SmallStore):
     def drop(self, key):
-        pass
-
-
-class DropsAll(SmallStore):
-    def drop_where(self, condition):
-        self.clear()
-
-
-class DropsNoneWhere(SmallStore):
-    def drop_where(self, condition):
         pass
 
 

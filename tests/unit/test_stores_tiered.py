@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
-from edit_ray.cache.stores.host import HostStore
-from edit_ray.cache.tiering.eviction import EvictionPolicy, FurthestNextUse
+from edit_ray.cache.stores.eviction import EvictionPolicy, FurthestNextUse
+from edit_ray.cache.stores.memory import HostStore
 from tests.unit.entry_folder import files_in
 
 

@@ -1,24 +1,174 @@
-"""A fixed share of the units on the host, the others on the device: for loops that read all residuals in every step."""
+"""Stores for a loop that reads all residuals in every step: in pinned memory, or a fixed fraction of them there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from edit_ray.cache.stores.device import GPUStore
-from edit_ray.cache.stores.pinned import PinnedStore
-from edit_ray.cache.stores.store import CacheStore, Key, Keys
+from edit_ray.cache.stores.base import CacheStore, Keys
+from edit_ray.cache.stores.memory import GPUStore
+from edit_ray.tiers.reuse_plan import Key, check_key
+from edit_ray.tiers.transfers import Copies, Copy, Loaded, copies_for
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """Host memory of one entry, and the copies that it is in; memory of a dropped entry is used again."""
+
+    memory: Tensor
+    device: torch.device
+    leaving: Copy | None = None
+    loading: Copy | None = None
+
+    def settle(self) -> None:
+        """Nothing is on its way when this returns."""
+        for copy in (self.leaving, self.loading):
+            if copy is not None:
+                copy.wait()
+        self.leaving = self.loading = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is on its way."""
+        return all(copy is None or copy.done() for copy in (self.leaving, self.loading))
+
+
+class PinnedStore:
+    """A `CacheStore` in host memory, without a bound; `get` returns an entry on the device from which it was put.
+
+    What was read after an entry the last time is brought ahead when that one is read again, `ahead` entries deep: a
+    loop that reads the same in every step finds it there. So many may be on their way from the device at a time, and
+    twice as many reads asked for that the device has not come to; whoever is further ahead of it waits. Not
+    thread-safe: one owner at a time.
+    """
+
+    tier = "host"
+
+    def __init__(self, ahead: int = 4) -> None:
+        """Raises ValueError: `ahead` is below 1."""
+        if ahead < 1:
+            raise ValueError(f"ahead is {ahead}; valid is a number of entries from 1.")
+        self.bytes_resident = 0
+        self._most = ahead
+        self._entries: dict[Key, _Place] = {}
+        self._free: dict[tuple[torch.dtype, torch.Size], list[_Place]] = {}
+        self._copies: dict[torch.device, Copies] = {}
+        self._loaded: OrderedDict[Key, Loaded] = OrderedDict()  # begun, and not asked for yet
+        self._then: dict[Key, Key] = {}  # what was read after it
+        self._last: Key | None = None
+        self._leaving: deque[_Place] = deque()
+        self._loading: deque[_Place] = deque()
+        self._asked: deque[torch.cuda.Event] = deque()  # where the device was to be at each of the last reads
+
+    def put(self, key: Key, tensor: Tensor) -> None:
+        check_key(key)
+        self.drop(key)
+        whole = tensor.detach().contiguous()
+        copies = self._copies_of(whole.device)
+        place = self._entries[key] = self._place_for(whole)
+        place.leaving = copies.out(copies.take(whole), place.memory)
+        self.bytes_resident += whole.nbytes
+        self._leaving.append(place)
+        self._let_go(self._leaving, self._most)
+
+    def get(self, key: Key) -> Tensor | None:
+        if key not in self._entries:
+            return None
+        if self._last is not None:
+            self._then[self._last] = key
+        self._last = key
+        device = self._entries[key].device
+        self._wait_for(device)
+        loaded = self._loaded.pop(key, None) or self._load(key)
+        following: Key | None = key
+        for _ in range(self._most):
+            following = None if following is None else self._then.get(following)
+            if following is None or following not in self._entries:
+                break
+            if following not in self._loaded and following != key and len(self._loaded) < self._most:
+                self._loaded[following] = self._load(following)
+        return self._copies_of(device).use(loaded)
+
+    def prefetch(self, keys: Keys) -> None:
+        """Nothing to do: it knows the order in which entries were read."""
+
+    def drop(self, key: Key) -> None:
+        self._loaded.pop(key, None)
+        self._then.pop(key, None)
+        place = self._entries.pop(key, None)
+        if place is not None:
+            self.bytes_resident -= place.memory.nbytes
+            self._free.setdefault((place.memory.dtype, place.memory.shape), []).append(place)
+
+    def clear(self) -> None:
+        for key in list(self._entries):
+            self.drop(key)
+        self._last = None
+        self._asked.clear()
+        for on_their_way in (self._leaving, self._loading):
+            self._let_go(on_their_way, 0)
+
+    def sizes(self) -> dict[Key, int]:
+        """Bytes of every entry, oldest first."""
+        return {key: place.memory.nbytes for key, place in self._entries.items()}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _copies_of(self, device: torch.device) -> Copies:
+        if device not in self._copies:
+            self._copies[device] = copies_for(device)
+        return self._copies[device]
+
+    def _place_for(self, tensor: Tensor) -> _Place:
+        free = self._free.get((tensor.dtype, tensor.shape))
+        if free:
+            place = free.pop(0)  # the one that was given back first: its copies are over, if any are
+            place.settle()
+            place.device = tensor.device
+            return place
+        pinned = tensor.device.type == "cuda"
+        return _Place(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned), tensor.device)
+
+    def _let_go(self, on_their_way: deque[_Place], most: int) -> None:
+        """A copy holds what it reads or fills on the device: few are kept, and none that is over."""
+        while on_their_way and (len(on_their_way) > most or on_their_way[0].settled):
+            on_their_way.popleft().settle()
+
+    def _load(self, key: Key) -> Loaded:
+        place = self._entries[key]
+        if place.leaving is not None:
+            place.leaving.wait()
+            place.leaving = None
+        loaded = self._copies_of(place.device).load(place.memory)
+        place.loading = loaded.copy
+        self._loading.append(place)
+        self._let_go(self._loading, self._most)
+        return loaded
+
+    def _wait_for(self, device: torch.device) -> None:
+        """The device is at most so many reads behind: what it has not come to holds its memory."""
+        if device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        self._asked.append(event)
+        if len(self._asked) > 2 * self._most:
+            self._asked.popleft().synchronize()
+
 
 Owner = Key  # expert, branch, unit: the middle of a cache's key
 
 
 class SpreadStore:
-    """A `CacheStore` that keeps every so-manieth unit's residuals in host memory, evenly spread, and moves none.
+    """A `CacheStore` that keeps the residuals of a fixed fraction of the units in host memory, evenly spread.
 
-    Where each step reads everything, as forecasting does, going by recency moves every entry in every step. Here a
-    unit's residuals have one place, and those on the host come to the device while the units between are at work. Not
-    thread-safe: one owner at a time.
+    Where each step reads everything, as forecasting does, an LRU store moves every entry in every step. Here a unit's
+    residuals have one place, and those on the host are loaded while the units between are at work. Not thread-safe: one
+    owner at a time.
 
     Examples:
         >>> pipe.enable_cache("taylorseer", 50, "per_block", SpreadStore(host_share=0.25), max_order=2)
@@ -27,7 +177,7 @@ class SpreadStore:
     def __init__(self, host_share: float, *, ahead: int = 4) -> None:
         """
         Args:
-            host_share: How many of the units' residuals are on the host, from 0 to 1.
+            host_share: The fraction of the units whose residuals are on the host, from 0 to 1.
             ahead: How many entries are on their way at a time in each direction.
 
         Raises:
@@ -55,17 +205,14 @@ class SpreadStore:
         return self._home_of(key).get(key)
 
     def prefetch(self, keys: Keys) -> None:
-        """Nothing to do: what is on the host comes ahead by itself."""
+        """Nothing to do: what is on the host is loaded ahead anyway."""
 
     def drop(self, key: Key) -> None:
         self._home_of(key).drop(key)
 
-    def drop_where(self, condition: Callable[[Key], bool]) -> None:
-        for store in (self._device, self._host):
-            store.drop_where(condition)
-
     def clear(self) -> None:
-        self.drop_where(lambda key: True)
+        for store in (self._device, self._host):
+            store.clear()
 
     def _home_of(self, key: Key) -> CacheStore:
         owner = key[1:4]

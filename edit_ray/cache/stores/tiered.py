@@ -1,47 +1,75 @@
-"""Stores stacked into tiers, fastest first: the planner of `tiering` decides what is where, this carries it out."""
+"""Stores stacked into tiers, fastest first: what a tier has no room for spills into the next one."""
 
 from __future__ import annotations
 
+import errno
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
+from edit_ray.cache.stores.base import CacheStore, Keys, check_budget, keys_of
+from edit_ray.cache.stores.eviction import EvictionPolicy, Order, make_eviction
+from edit_ray.tiers.reuse_plan import Key, Uses, check_key
 
-from edit_ray.cache.stores.direct_io import DiskFull, as_disk_full
-from edit_ray.cache.stores.store import CacheStore, Key, Keys, check_budget, check_key, keys_of
-from edit_ray.cache.tiering.events import (
-    Abandon,
-    Advance,
-    Complete,
-    Drop,
-    Event,
-    Failure,
-    Follow,
-    Found,
-    Free,
-    Full,
-    Granted,
-    Move,
-    Moved,
-    MoveFailed,
-    Place,
-    Prefetch,
-    Read,
-    Uses,
-    Write,
-)
-from edit_ray.cache.tiering.eviction import EvictionPolicy
-from edit_ray.cache.tiering.planner import TierPlanner
-from edit_ray.cache.tiering.residency import STAGING
+if TYPE_CHECKING:
+    import torch
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(slots=True, eq=False)
+class _Stored:
+    key: Key
+    size: int
+    level: int
+    device: torch.device | None = None  # from which it was put, and to which it returns
+    rank: tuple[Order, int] | None = None
+
+
+@dataclass(eq=False)
+class _Level:
+    """One tier: its store, and its entries in the order in which they are evicted."""
+
+    name: str
+    store: CacheStore
+    budget: int | None
+    used: int = 0
+    ranked: list[tuple[Order, int, _Stored]] = field(default_factory=list)
+
+    def could_hold(self, size: int) -> bool:
+        """Whether so many bytes fit where nothing else is."""
+        return self.budget is None or size <= self.budget
+
+    def victims(self, size: int) -> list[_Stored]:
+        """What has to leave so that so many bytes fit."""
+        short, found = 0 if self.budget is None else self.used + size - self.budget, []
+        for _, _, entry in self.ranked if short > 0 else ():
+            if entry.size and short > 0:
+                found.append(entry)
+                short -= entry.size
+        return found
+
+
+@dataclass
+class TierCounts:
+    """What a `TieredStore` has done. `drops` counts entries that left all tiers, by the reason."""
+
+    spills: int = 0
+    refused: int = 0
+    retries: int = 0  # writes tried again after a tier was full below its budget
+    misses: int = 0
+    unkept: int = 0  # writes that were not worth a place in any tier
+    drops: Counter[str] = field(default_factory=Counter)
 
 
 class TieredStore:
     """A `CacheStore` of several, given from fast to slow, each with the bytes it may hold, or None for no bound.
 
-    An entry goes into the first tier that could hold it were it empty. Where that is full, what goes first by
-    `eviction` spills into the next one that could hold it, and out of the last it is evicted: `num_spills` and
+    An entry goes into the first tier that could hold it were it empty. Where that is full, what comes first by
+    `eviction` spills into the next tier that could hold it, and out of the last it is evicted: `num_spills` and
     `num_evictions` count that, `num_refused` what is larger than every tier. With `promote`, what `get` finds moves up
     again. The stores should have no bound of their own. Threads take turns.
 
@@ -66,18 +94,18 @@ class TieredStore:
                 "(the attribute `tier` of its store)."
             )
         self.promote = promote
-        budgets = [(name, check_budget(budget_bytes)) for name, (_, budget_bytes) in zip(names, tiers, strict=True)]
-        self._planner = TierPlanner(budgets, eviction, staging_bytes=None)  # what is moved up is in hand for a moment
-        self._stores = {name: store for name, (store, _) in zip(names, tiers, strict=True)}
-        self._in_hand: dict[Key, torch.Tensor] = {}
-        self._devices: dict[Key, torch.device] = {}  # from which an entry was put, and to which it returns
-        self._requests = 0
+        self.counters = TierCounts()
+        self._levels = [
+            _Level(name, store, check_budget(budget)) for name, (store, budget) in zip(names, tiers, strict=True)
+        ]
+        self._eviction = make_eviction(eviction)
+        self._entries: dict[Key, _Stored] = {}
+        self._serial = 0
         self._lock = threading.RLock()
-        for name, store in self._stores.items():
-            held: dict[Key, int] = store.sizes() if hasattr(store, "sizes") else {}
+        for level, tier in enumerate(self._levels):
+            held: dict[Key, int] = tier.store.sizes() if hasattr(tier.store, "sizes") else {}
             for key, size in held.items():
-                self._handle(Found(key, size, name))
-        self.counters = self._planner.counters
+                self._adopt(key, size, level)
 
     @property
     def num_spills(self) -> int:
@@ -87,27 +115,27 @@ class TieredStore:
     @property
     def num_evictions(self) -> int:
         """Entries that had to go, because the last tier was full."""
-        return self.counters.drops.get("evicted", 0)
+        return self.counters.drops["evicted"]
 
     @property
     def num_refused(self) -> int:
         """Tensors larger than every tier."""
-        return self.counters.refusals.get("too_large", 0)
+        return self.counters.refused
 
     @property
     def tier_bytes(self) -> dict[str, int]:
         """Bytes in each tier, by its name."""
-        return {account.name: account.resident for account in self._planner.tiers.accounts if account.name != STAGING}
+        return {tier.name: tier.used for tier in self._levels}
 
     @property
     def bytes_resident(self) -> int:
         """Bytes in all tiers."""
-        return sum(self.tier_bytes.values())
+        return sum(tier.used for tier in self._levels)
 
     def tier_of(self, key: Key) -> str | None:
         """The name of the tier that holds an entry, None if none does; moves nothing."""
-        place = self._planner.place(key)
-        return None if place is None else place.tier
+        entry = self._entries.get(key)
+        return None if entry is None else self._levels[entry.level].name
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
         """Raises ValueError for a type that a tier does not hold (its `check_dtype`); nothing is left then."""
@@ -115,19 +143,48 @@ class TieredStore:
         with self._lock:
             self.drop(key)
             self._check_dtype(tensor.dtype)
-            with self._request(Write(self._next(), key, tensor.nbytes)) as granted:
-                (place,) = granted.writes
-                fits = place is None or self._write(place, tensor)
-            if not fits:
-                self._handle(Drop((key,), "full"))
+            size = tensor.nbytes
+            if not any(tier.could_hold(size) for tier in self._levels):
+                self.counters.refused += 1
+                return
+            self._eviction.touch(key)
+            level = None if self._eviction.dead(key) else self._best_level(size, self._eviction.order(key), 0)
+            if level is None:
+                self.counters.unkept += 1
+                self._eviction.forget(key)
+                return
+            entry = _Stored(key, size, level, tensor.device)
+            try:
+                self._make_room(level, size)
+                kept = self._write(level, entry, tensor)
+            except BaseException:
+                self._eviction.forget(key)
+                raise
+            if not kept:
+                self._eviction.forget(key)
+                self.counters.drops["full"] += 1
+                return
+            self._entries[key] = entry
+            self._rank(entry)
 
     def get(self, key: Key) -> torch.Tensor | None:
         """The tensor or None; from the tiers host and disk it is on the CPU, unless it is promoted to the device."""
-        with self._lock, self._request(Read(self._next(), key, self.promote)) as granted:
-            (place,) = granted.reads
-            tensor = None if place is None else self._stores[place.tier].get(key)
-            if place is not None and tensor is None:  # lost by the store itself
-                self._handle(Drop((key,), "lost"))
+        with self._lock:
+            if self._eviction.read(key):
+                self._rerank(self._entries)
+            entry = self._entries.get(key)
+            if entry is None:
+                self.counters.misses += 1
+                return None
+            if self.promote and not self._eviction.dead(key):
+                target = self._best_level(entry.size, self._eviction.order(key), 0, entry.level)
+                if target is not None:
+                    self._unrank(entry)
+                    self._move(entry, target)
+            tensor = self._levels[entry.level].store.get(key) if key in self._entries else None
+            if tensor is None and key in self._entries:  # lost by the store itself
+                self._drop(entry, "lost")
+            self._rerank((key,))
         return tensor
 
     def prefetch(self, keys: Keys) -> None:
@@ -136,124 +193,184 @@ class TieredStore:
         It returns when they have moved.
         """
         with self._lock:
-            self._handle(Prefetch(self._next(), keys_of(keys)))
+            first, chosen = self._levels[0], list[_Stored]()
+            for entry in [self._entries[key] for key in dict.fromkeys(keys_of(keys)) if key in self._entries]:
+                if first.could_hold(entry.size):
+                    if not first.could_hold(entry.size + sum(one.size for one in chosen)):
+                        break
+                    chosen.append(entry)
+            for entry in chosen:
+                self._unrank(entry)  # none of them makes room for another
+            try:
+                for entry in chosen:
+                    if entry.level > 0:
+                        self._move(entry, 0)
+            finally:
+                for entry in reversed(chosen):  # so that what is used last is evicted first
+                    if entry.key in self._entries:
+                        self._eviction.touch(entry.key)
+                        self._rerank((entry.key,))
 
     def follow(self, uses: Uses) -> None:
         """Go by this plan, at position 0: for each key that will be read, at which positions, and in which order."""
         with self._lock:
-            self._handle(Follow(uses))
+            self._eviction.follow(uses)
+            self._rerank(self._entries)
 
     def advance(self, position: int) -> None:
         """The plan has come to this position: the index of the segment that is made now."""
         with self._lock:
-            self._handle(Advance(position))
+            self._rerank(self._eviction.advance(position))
 
     def drop(self, key: Key) -> None:
         with self._lock:
-            self._handle(Drop((key,)))
-
-    def drop_where(self, condition: Callable[[Key], bool]) -> None:
-        with self._lock:
-            self._handle(Drop(tuple(key for key in self._planner.sizes() if condition(key))))
+            entry = self._entries.get(key)
+            if entry is not None:
+                self._drop(entry, "dropped")
 
     def clear(self) -> None:
-        self.drop_where(lambda key: True)
+        with self._lock:
+            for key in list(self._entries):
+                self.drop(key)
 
     def sizes(self) -> dict[Key, int]:
-        """Bytes of every entry, from the slowest tier to the fastest, in the order in which they would go."""
-        return self._planner.sizes()
+        """Bytes of every entry, from the slowest tier to the fastest, in the order in which they are evicted."""
+        return {entry.key: entry.size for tier in reversed(self._levels) for _, _, entry in tier.ranked}
 
     def __len__(self) -> int:
-        return len(self._planner)
+        return len(self._entries)
+
+    # Entries
+
+    def _adopt(self, key: Key, size: int, level: int) -> None:
+        """A tier held this before; what comes first there makes room for it, or it is dropped itself."""
+        tier = self._levels[level]
+        if key in self._entries or not tier.could_hold(size):
+            tier.store.drop(key)
+            return
+        for victim in tier.victims(size):
+            self._drop(victim, "evicted")
+        tier.used += size
+        self._eviction.touch(key)
+        self._entries[key] = entry = _Stored(key, size, level)
+        self._rank(entry)
+
+    def _drop(self, entry: _Stored, reason: str) -> None:
+        self._unrank(entry)
+        del self._entries[entry.key]
+        self._eviction.forget(entry.key)
+        self._leave(entry)
+        self.counters.drops[reason] += 1
+
+    def _leave(self, entry: _Stored) -> None:
+        tier = self._levels[entry.level]
+        tier.used -= entry.size
+        tier.store.drop(entry.key)
+
+    def _rank(self, entry: _Stored) -> None:
+        """Where it stands in its tier; an entry of which it is known that nobody reads it again is dropped."""
+        if self._eviction.dead(entry.key):
+            return self._drop(entry, "dead")
+        self._serial += 1
+        entry.rank = (self._eviction.order(entry.key), self._serial)
+        insort(self._levels[entry.level].ranked, (*entry.rank, entry))
+
+    def _unrank(self, entry: _Stored) -> None:
+        if entry.rank is not None:
+            ranked = self._levels[entry.level].ranked
+            del ranked[bisect_left(ranked, entry.rank)]
+            entry.rank = None
+
+    def _rerank(self, keys: Iterable[Key]) -> None:
+        """The order of these has changed."""
+        for entry in [self._entries[key] for key in keys if key in self._entries]:
+            self._unrank(entry)
+            self._rank(entry)
+
+    # Moves
+
+    def _best_level(self, size: int, order: Order, first: int, last: int | None = None) -> int | None:
+        """The first tier from `first` to before `last` where an entry of this order would not be the first to go."""
+        levels = range(first, len(self._levels) if last is None else last)
+        return next((level for level in levels if self._accepts(self._levels[level], size, order)), None)
+
+    def _accepts(self, tier: _Level, size: int, order: Order) -> bool:
+        return tier.could_hold(size) and all(
+            victim.rank is None or victim.rank[0] <= order for victim in tier.victims(size)
+        )
+
+    def _make_room(self, level: int, size: int) -> None:
+        """Spill what comes first. Raises what a store raises; the entry that it would not take is dropped then."""
+        for victim in self._levels[level].victims(size):
+            order = self._eviction.order(victim.key)
+            self._unrank(victim)
+            lower = self._best_level(victim.size, order, level + 1)
+            if lower is None:
+                self._drop(victim, "evicted")
+            else:
+                self._move(victim, lower)
+                if victim.key in self._entries:
+                    self._rank(victim)
+
+    def _move(self, entry: _Stored, level: int) -> None:
+        """To another tier, with room made there. An entry that comes to nothing on its way down is dropped; on its way
+        up it stays where it was.
+        """
+        source, down = self._levels[entry.level], level > entry.level
+        tensor = source.store.get(entry.key)
+        if tensor is None:
+            return self._drop(entry, "lost")
+        before = entry.level
+        source.used -= entry.size  # what makes room above may take its place
+        try:
+            self._make_room(level, entry.size)
+            if self._levels[level].name == "device" and entry.device is not None:
+                tensor = tensor.to(entry.device)
+            kept = self._write(level, entry, tensor)
+        except BaseException:
+            source.used += entry.size
+            if down:
+                self._drop(entry, "spill_failed")
+            else:
+                self._make_room(before, 0)
+                self._rank(entry)
+            raise
+        if kept:
+            source.store.drop(entry.key)
+            entry.level = level
+            self.counters.spills += down
+        else:
+            source.used += entry.size
+            self._drop(entry, "full") if down else self._make_room(before, 0)
+
+    def _write(self, level: int, entry: _Stored, tensor: torch.Tensor) -> bool:
+        """Put a tensor where there is room for it; False if the store is full below its budget, twice."""
+        tier = self._levels[level]
+        for attempt in (1, 2):
+            try:
+                tier.store.put(entry.key, tensor)
+                tier.used += entry.size
+                return True
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+            if attempt == 1:
+                self.counters.retries += 1
+                self._evict(tier, entry.size)
+        return False
+
+    def _evict(self, tier: _Level, size: int) -> None:
+        """Drop what comes first, at least so many bytes: the tier holds less than its budget says."""
+        for _, _, victim in list(tier.ranked):
+            if size <= 0:
+                break
+            size -= victim.size
+            self._drop(victim, "evicted")
 
     def _check_dtype(self, dtype: torch.dtype) -> None:
-        for name, store in self._stores.items():
-            if hasattr(store, "check_dtype"):
+        for tier in self._levels:
+            if hasattr(tier.store, "check_dtype"):
                 try:
-                    store.check_dtype(dtype)
+                    tier.store.check_dtype(dtype)
                 except ValueError as error:
-                    raise ValueError(f"The tier {name} does not take {dtype}: {error}") from None
-
-    def _next(self) -> int:
-        self._requests += 1
-        return self._requests
-
-    @contextmanager
-    def _request(self, event: Read | Write) -> Iterator[Granted]:
-        """What is granted, which here is at once; nothing of it stays if the stores fail."""
-        try:
-            granted = self._handle(event)
-            assert granted is not None
-            yield granted
-        except BaseException:
-            self._handle(Abandon(event.request))
-            raise
-        self._handle(Complete(event.request))
-
-    def _handle(self, event: Event) -> Granted | None:
-        """Tell the planner, and carry out at once whatever follows from it; the grant, if there is one.
-
-        Raises what a store raises, when all else has been carried out.
-        """
-        todo, granted, error = deque(self._planner.handle(event)), None, None
-        while todo:
-            instruction = todo.popleft()
-            if isinstance(instruction, Granted):
-                granted = instruction
-            elif isinstance(instruction, Free):
-                self._free(instruction.place)
-            elif isinstance(instruction, Move):
-                failure: Failure | None = "transient"
-                try:
-                    failure = self._move(instruction.source, instruction.target)
-                except BaseException as raised:
-                    failure = "full" if _is_full(raised) else "transient"
-                    error = error if failure == "full" else raised
-                ticket = instruction.target.ticket
-                todo.extend(self._planner.handle(MoveFailed(ticket, failure) if failure else Moved(ticket)))
-        if error is not None:
-            raise error
-        return granted
-
-    def _write(self, place: Place, tensor: torch.Tensor) -> bool:
-        """Put a tensor where it was granted a place; False if that is full below its budget, twice."""
-        store = self._stores[place.tier]
-        self._devices[place.key] = tensor.device
-        try:
-            store.put(place.key, tensor)
-        except OSError as error:
-            if not _is_full(error):
-                raise
-            self._handle(Full(place.tier, place.size))
-            try:
-                store.put(place.key, tensor)
-            except OSError as again:
-                if not _is_full(again):
-                    raise
-                return False
-        return True
-
-    def _move(self, source: Place, target: Place) -> Failure | None:
-        key = source.key
-        tensor = self._in_hand.get(key) if source.tier == STAGING else self._stores[source.tier].get(key)
-        if tensor is None:
-            return "lost"
-        if target.tier == STAGING:
-            self._in_hand[key] = tensor
-            return None
-        if target.tier == "device" and key in self._devices:
-            tensor = tensor.to(self._devices[key])
-        self._stores[target.tier].put(key, tensor)
-        return None
-
-    def _free(self, place: Place) -> None:
-        if place.tier == STAGING:
-            self._in_hand.pop(place.key, None)
-        else:
-            self._stores[place.tier].drop(place.key)
-        if self._planner.place(place.key) is None:
-            self._devices.pop(place.key, None)
-
-
-def _is_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and isinstance(as_disk_full(error), DiskFull)
+                    raise ValueError(f"The tier {tier.name} does not take {dtype}: {error}") from None

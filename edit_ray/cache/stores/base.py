@@ -1,0 +1,84 @@
+"""What every store can do, and what those that hold tensors have in common."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
+
+from edit_ray.tiers.reuse_plan import Key
+
+if TYPE_CHECKING:
+    import torch
+
+Keys = Key | Iterable[Key]
+
+
+class CacheStore(Protocol):
+    """Keeps tensors under keys for as long as its budget allows.
+
+    `get` may return None for anything at any time: whoever asks then recomputes or reloads. A tensor that was put
+    belongs to the store, and one that was got may be the store's own: neither may be changed in place. `GPUStore` keeps
+    and returns the very tensor, `CPUOffloadStore` a copy of its own at every `get`, `DiskOffloadStore` a new copy each
+    time; `TieredStore` does as the tier where the entry is.
+    """
+
+    def put(self, key: Key, tensor: torch.Tensor) -> None:
+        """Keeps `tensor` under `key`, in place of what was there. Raises TypeError for what is no key."""
+
+    def get(self, key: Key) -> torch.Tensor | None:
+        """The tensor, or None."""
+
+    def prefetch(self, keys: Keys) -> None:
+        """Says what will be asked for soon: one key, or several in the order of use."""
+
+    def drop(self, key: Key) -> None:
+        """Forgets one entry; an unknown key is no error."""
+
+    def clear(self) -> None:
+        """Forgets every entry."""
+
+
+def keys_of(keys: Keys) -> tuple[Key, ...]:
+    """Several keys, of one or of several: a key is a tuple, and none of its parts is one."""
+    several = tuple(keys)
+    if isinstance(keys, tuple) and several and not isinstance(several[0], tuple):
+        return (several,)  # type: ignore[return-value]
+    return several  # type: ignore[return-value]
+
+
+def check_budget(budget_bytes: int | None) -> int | None:
+    """The budget; ValueError if it is none."""
+    whole = isinstance(budget_bytes, int) and not isinstance(budget_bytes, bool)
+    if budget_bytes is not None and (not whole or budget_bytes < 0):
+        raise ValueError(
+            f"budget_bytes must be a whole number of bytes from 0, or None for no bound; got {budget_bytes!r}"
+        )
+    return budget_bytes
+
+
+class HeldTensors:
+    """Tensors by key, in order, and their bytes; a subclass says by `put` and `get` which are kept, and where."""
+
+    def __init__(self) -> None:
+        self.bytes_resident = 0
+        self._entries: OrderedDict[Key, torch.Tensor] = OrderedDict()
+
+    def drop(self, key: Key) -> None:
+        tensor = self._entries.pop(key, None)
+        if tensor is not None:
+            self.bytes_resident -= tensor.nbytes
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self.bytes_resident = 0
+
+    def prefetch(self, keys: Keys) -> None:
+        """Nothing to do: every entry is where `get` finds it."""
+
+    def sizes(self) -> dict[Key, int]:
+        """Bytes of every entry, the one kept or used longest ago first."""
+        return {key: tensor.nbytes for key, tensor in self._entries.items()}
+
+    def __len__(self) -> int:
+        return len(self._entries)

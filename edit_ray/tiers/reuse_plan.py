@@ -1,0 +1,158 @@
+"""The reuse plan: every write and read of residuals that a run's segments will make, listed before they are made.
+
+It follows `policies/warmstart_reuse`, aligned by step. At a warm step a unit reads what the earlier segments of its
+reuse window have stored at that step; where they have stored nothing it computes, and stores. So with a window of w
+every (w+1)-th segment computes its opening, and the w between read it. A segment reads or writes whatever is alive
+while it is made, so what a run keeps at a time is what one segment works on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import NamedTuple
+
+Key = tuple[str | int | None, ...]
+Use = tuple[int, int]  # the segment that reads, and the order within the whole plan
+Uses = Mapping[Key, Sequence[Use]]  # when each entry is read, in order
+_PARTS = (str, Integral, type(None))
+
+
+def check_key(key: Key) -> None:
+    """Raises TypeError for what is no key."""
+    wrong = [key] if not isinstance(key, tuple) else [part for part in key if not isinstance(part, _PARTS)]
+    if wrong:
+        kind = type(wrong[0]).__name__
+        raise TypeError(f"A key is a tuple of str, int and None; got {str(key)[:80]}, with {wrong[0]!r}, a {kind}.")
+
+
+class CacheKey(NamedTuple):
+    """The key of an entry inside a run."""
+
+    run: str
+    segment: int
+    expert: str
+    branch: str
+    unit: int
+    step: int
+
+
+class Residual(NamedTuple):
+    """What each segment may store once and later ones read at the same step: `size` bytes."""
+
+    expert: str
+    branch: str
+    unit: int
+    step: int
+    size: int
+
+
+@dataclass(frozen=True)
+class PlannedUse:
+    """One write or read, at a step of its segment."""
+
+    key: CacheKey
+    size: int
+    step: int
+
+
+@dataclass(frozen=True)
+class SegmentUses:
+    """What one segment writes and reads, each in the order in which it happens."""
+
+    writes: tuple[PlannedUse, ...]
+    reads: tuple[PlannedUse, ...]
+
+    @property
+    def working(self) -> dict[CacheKey, int]:
+        """Every entry that the segment touches, with its bytes: reads in the order of use, then writes."""
+        return {use.key: use.size for use in (*self.reads, *self.writes)}
+
+
+@dataclass(frozen=True)
+class ReusePlan:
+    """Which segment writes and reads what. `computed` did not fit: every segment computes it, and none stores it."""
+
+    segments: tuple[SegmentUses, ...]
+    computed: tuple[Residual, ...]
+    needed_bytes: int  # that the fullest segment would work on if everything fitted
+
+    def uses(self) -> dict[Key, list[Use]]:
+        """When each entry is read."""
+        uses: dict[Key, list[Use]] = {}
+        reads = ((index, read) for index, segment in enumerate(self.segments) for read in segment.reads)
+        for order, (index, read) in enumerate(reads):
+            uses.setdefault(read.key, []).append((index, order))
+        return uses
+
+    def demand(self) -> dict[int, int]:
+        """The most entries of each size that a segment works on."""
+        most: Counter[int] = Counter()
+        for segment in self.segments:
+            most |= Counter(segment.working.values())
+        return dict(most)
+
+
+def make_reuse_plan(
+    run: str,
+    num_segments: int,
+    *,
+    window: int,
+    warm_steps: int,
+    experts: Sequence[str],
+    unit_bytes: Mapping[str, Sequence[int]],
+    branches: Sequence[str] = ("cond", "uncond"),
+    budget: int | None = None,
+) -> ReusePlan:
+    """The plan of a run. Where the budget is too small the smallest residuals are kept, of equal ones the first used.
+
+    Args:
+        run: The run's id.
+        num_segments: How many segments it makes.
+        window: How many segments before it each may read.
+        warm_steps: How many first steps reuse.
+        experts: The expert of each step of the loop.
+        unit_bytes: For each expert the bytes of one residual of each unit, of one branch.
+        branches: In the order in which a step runs them.
+        budget: Bytes of what a segment may work on; None for no bound.
+
+    Raises:
+        ValueError: an argument is not valid; says which and what is.
+    """
+    for name, value, least in (("num_segments", num_segments, 1), ("window", window, 0), ("warm_steps", warm_steps, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be {least} or more; got {value}.")
+    missing = sorted(set(experts) - set(unit_bytes))
+    if missing:
+        raise ValueError(f"unit_bytes lacks the expert {', '.join(missing)}; it has {', '.join(unit_bytes)}.")
+    residuals = [
+        Residual(expert, branch, unit, step, size)
+        for step, expert in enumerate(experts[:warm_steps] if window and num_segments > 1 else ())
+        for branch in branches
+        for unit, size in enumerate(unit_bytes[expert])
+    ]
+    held, kept = 0, set[Residual]()
+    for residual in sorted(residuals, key=lambda residual: residual.size):
+        if budget is None or held + residual.size <= budget:
+            held += residual.size
+            kept.add(residual)
+    planned = [residual for residual in residuals if residual in kept]
+    return ReusePlan(
+        tuple(
+            _segment(run, index, index - index % (window + 1), num_segments, planned) for index in range(num_segments)
+        ),
+        tuple(residual for residual in residuals if residual not in kept),
+        sum(residual.size for residual in residuals),
+    )
+
+
+def _segment(run: str, index: int, writer: int, num_segments: int, residuals: Sequence[Residual]) -> SegmentUses:
+    """What a segment does with what `writer` stores; nothing is written that nobody would read."""
+    uses = tuple(
+        PlannedUse(CacheKey(run, writer, of.expert, of.branch, of.unit, of.step), of.size, of.step) for of in residuals
+    )
+    if index == writer:
+        return SegmentUses(uses if index + 1 < num_segments else (), ())
+    return SegmentUses((), uses)

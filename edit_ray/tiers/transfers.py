@@ -1,0 +1,202 @@
+"""How bytes move between a segment's device and host memory: at once on the CPU, beside the computation on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from edit_ray.tiers.protocol import EntryForm
+
+
+class Copy(Protocol):
+    """A transfer in flight."""
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+
+    def wait(self) -> None:
+        """Return when it has."""
+
+
+@dataclass(slots=True)
+class Taken:
+    """A tensor to be copied to the host, unchanged until then; on a GPU with the event after which it is whole."""
+
+    tensor: Tensor
+    ready: torch.cuda.Event | None = None
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A tensor on the device, and the copy that fills it; None for one that was computed there.
+
+    `readers` reads will use it. `pooled` if it counts as one of a pool.
+    """
+
+    tensor: Tensor
+    copy: Copy | None = None
+    pooled: bool = False
+    readers: int = 1
+
+
+class Copies(Protocol):
+    """Copies between one device and host memory; a place is a contiguous tensor on the CPU."""
+
+    def take(self, tensor: Tensor) -> Taken:
+        """Note that a contiguous tensor is whole once what is queued now has been computed; it is copied later."""
+
+    def out(self, taken: Taken, place: Tensor) -> Copy:
+        """Copy to a place of the same dtype and shape."""
+
+    def empty(self, form: EntryForm) -> Tensor:
+        """A new tensor on the device, for these copies to load into."""
+
+    def load(self, place: Tensor, into: Tensor | None = None) -> Loaded:
+        """Copy a place to the device: to `into`, from a pool, or to a new tensor."""
+
+    def use(self, loaded: Loaded) -> Tensor:
+        """The tensor, for what the caller computes from now on."""
+
+
+class _Done:
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return
+
+
+_DONE = _Done()
+
+
+class HostCopies:
+    """On the CPU a copy has ended when its call returns."""
+
+    def take(self, tensor: Tensor) -> Taken:
+        return Taken(tensor)
+
+    def out(self, taken: Taken, place: Tensor) -> Copy:
+        place.copy_(taken.tensor)
+        return _DONE
+
+    def empty(self, form: EntryForm) -> Tensor:
+        return torch.empty(form.shape, dtype=form.dtype)
+
+    def load(self, place: Tensor, into: Tensor | None = None) -> Loaded:
+        return Loaded(place.clone() if into is None else into.copy_(place), _DONE, into is not None)
+
+    def use(self, loaded: Loaded) -> Tensor:
+        return loaded.tensor
+
+
+@dataclass(slots=True)
+class _OnStream:
+    """A copy made by a stream; it keeps the tensor that it reads or fills."""
+
+    event: torch.cuda.Event
+    tensor: Tensor
+
+    def done(self) -> bool:
+        return bool(self.event.query())
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+class StreamCopies:
+    """On a GPU one stream for each direction, so that both run at once and neither waits for the computation.
+
+    A call returns at once if the host memory is page-locked. What is loaded is allocated on the loading stream: on the
+    computing one, its memory would be free only after everything that was queued there before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._ready: list[torch.cuda.Event] = []  # used again: making one takes longer than starting a copy
+        self.loading, self.leaving = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def take(self, tensor: Tensor) -> Taken:
+        ready = self._ready.pop() if self._ready else torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(self._device))
+        return Taken(tensor, ready)
+
+    def out(self, taken: Taken, place: Tensor) -> Copy:
+        assert taken.ready is not None
+        with self.leaving:
+            self.leaving.wait_event(taken.ready)
+            place.copy_(taken.tensor, non_blocking=True)
+        self._ready.append(taken.ready)
+        return self._on_stream(self.leaving, taken.tensor)
+
+    def empty(self, form: EntryForm) -> Tensor:
+        with self.loading:
+            return torch.empty(form.shape, dtype=form.dtype, device=self._device)
+
+    def load(self, place: Tensor, into: Tensor | None = None) -> Loaded:
+        with self.loading:
+            tensor = place.to(self._device, non_blocking=True) if into is None else into.copy_(place, non_blocking=True)
+        return Loaded(tensor, self._on_stream(self.loading, tensor), into is not None)
+
+    def use(self, loaded: Loaded) -> Tensor:
+        if isinstance(loaded.copy, _OnStream):
+            computing = torch.cuda.current_stream(self._device)
+            computing.wait_event(loaded.copy.event)
+            loaded.tensor.record_stream(computing)
+        return loaded.tensor
+
+    def _on_stream(self, stream: torch.cuda.Stream, tensor: Tensor) -> Copy:
+        event = torch.cuda.Event()
+        event.record(stream)
+        return _OnStream(event, tensor)
+
+
+def copies_for(device: torch.device) -> Copies:
+    """The copies of a device."""
+    return StreamCopies(device) if device.type == "cuda" else HostCopies()
+
+
+class DevicePool:
+    """Device memory that a run takes once: spare tensors, by form.
+
+    Whoever loads to the device, or leaves something there, takes a spare tensor. When that is passed on, to a reader
+    that may keep it, `restock` makes another. So what is allocated does not depend on how much is in flight, and
+    nothing is copied for that. Not thread-safe.
+    """
+
+    def __init__(self, device: torch.device, number: Mapping[EntryForm, int]) -> None:
+        """Allocates so many tensors of each form; raises torch.OutOfMemoryError where a GPU has too little memory."""
+        self.copies = copies_for(device)
+        self._number = dict(number)
+        self._spare = {form: [self.copies.empty(form) for _ in range(count)] for form, count in number.items()}
+
+    @property
+    def number(self) -> int:
+        """Tensors, spare or taken."""
+        return sum(self._number.values())
+
+    @property
+    def free(self) -> int:
+        """Spare tensors."""
+        return sum(map(len, self._spare.values()))
+
+    def take(self, form: EntryForm) -> Tensor | None:
+        """A spare tensor, None while there is none. Whoever takes one restocks once, at the end of its use."""
+        spare = self._spare.get(form)
+        return spare.pop() if spare else None
+
+    def restock(self, form: EntryForm) -> None:
+        """Replace a tensor that was taken. Where the device has no memory for another, the pool has one less."""
+        if len(self._spare.get(form, ())) < self._number.get(form, 0):
+            try:
+                self._spare[form].append(self.copies.empty(form))
+            except torch.OutOfMemoryError:
+                self._number[form] -= 1
+
+    def release(self) -> None:
+        """Hold nothing from now on."""
+        self._number.clear()
+        self._spare.clear()
