@@ -252,7 +252,7 @@ def guards() -> list[Guard]:
             "actors/damage.py",
             'init != record.digests.get("init", init)',
             "False",
-            "test_integrity.py -k damaged_is_named",
+            "test_integrity.py -k init.mp4 -m slow",
         ),
         replaced(
             "the configuration",
