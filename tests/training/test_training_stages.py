@@ -112,7 +112,8 @@ def test_every_turn_of_the_recipe_trains() -> None:
     ids = torch.full((4, CAPTION_TOKENS), tokenizer.eos_token_id)
     change = torch.full((4,), max(recipe.history_lengths) + 1)
     sizes = ((2, 2), (2, 2), (2, 4))
-    clips = tuple(LatentClips(torch.randn(4, recipe.clip_latents, 16, *size), ids, ids, change) for size in sizes)
+    latents = (torch.randn(4, recipe.clip_latents, recipe.vae_z_dim, *size) for size in sizes)
+    clips = tuple(LatentClips(of_size, ids, ids, change) for of_size in latents)
     loss = FlowLoss(clips, build_transformer(recipe), build_text_encoder(recipe, tokenizer), recipe, *special)
     for step, turn in enumerate(recipe.turns):
         assert torch.isfinite(loss(step, 0.5)), turn
@@ -152,7 +153,7 @@ def test_samples_and_continuations(model: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     prompts = ["a red circle bouncing on a black background"]
     latents = sample_latents(pipe, prompts, [1], num_inference_steps=2)
-    assert latents.shape == (1, 16, 9, 16, 16)
+    assert latents.shape == (1, FULL.vae_z_dim, 9, 16, 16)
     following = sample_latents(pipe, prompts, [2], latents[:, :, -3:], num_inference_steps=2)
     assert torch.equal(following[:, :, :3], latents[:, :, -3:])
     assert torch.isfinite(following).all()
@@ -160,7 +161,7 @@ def test_samples_and_continuations(model: Path) -> None:
 
 def test_autoencoder_samples_its_mode_and_is_normalised(model: Path) -> None:
     vae = AutoencoderKLWan.from_pretrained(model / "model" / "vae", dtype=torch.float32)
-    assert len(vae.config.latents_mean) == 16
+    assert len(vae.config.latents_mean) == FULL.vae_z_dim
     assert all(std > 0 for std in vae.config.latents_std)
     distribution = vae.encode(torch.rand(1, 3, 5, 16, 16)).latent_dist
     torch.testing.assert_close(distribution.sample(), distribution.mode(), rtol=0, atol=1e-3)
