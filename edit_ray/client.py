@@ -125,7 +125,7 @@ class LongVideoClient:
         probe.touch(0o600)
         try:
             settings, root, owner = config.model_dump(mode="json"), str(self.output), self.owner
-            self._admit("submit", run_id, settings, root, str(probe), token, owner.name, owner.job, True)
+            self._admit("submit", run_id, settings, root, str(probe), token, owner.name, owner.job)
         finally:
             files.remove(probe)
         return run_id

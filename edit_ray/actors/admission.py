@@ -42,7 +42,6 @@ class Submission:
     """What a client asks for. `probe` is a file in `root` that every node has to see.
 
     `token` tells the client's own run, when it must ask again whether it was taken, from another of the same name.
-    `checked` says that the client has checked the configuration against its model.
     """
 
     run_id: str
@@ -52,7 +51,6 @@ class Submission:
     token: str
     owner: str = ""
     job: str = ""
-    checked: bool = False
 
 
 class Admission:
@@ -67,7 +65,7 @@ class Admission:
         Raises ConfigError, RunExists, ResourcesUnavailable, ActorVersionMismatch.
         """
         spec = RunSpec(asked.run_id, asked.root, asked.config, asked.config.num_segments)
-        if not asked.checked and (problems := await asyncio.to_thread(check_config, asked.config)):
+        if problems := await asyncio.to_thread(check_config, asked.config):  # here models and policies may be others
             raise ConfigError(problems)
         if await asyncio.to_thread(spec.folder.path.exists) and not await self.mine(asked):
             raise RunExists(f"run id {asked.run_id!r} is taken by {spec.folder.path}; choose another run id")

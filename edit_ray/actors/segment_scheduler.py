@@ -86,21 +86,13 @@ class SegmentSchedulerActor:
     # What clients ask for.
 
     async def submit(
-        self,
-        run_id: str,
-        config: dict[str, Any],
-        root: str,
-        probe: str,
-        token: str,
-        owner: str = "",
-        job: str = "",
-        checked: bool = False,
+        self, run_id: str, config: dict[str, Any], root: str, probe: str, token: str, owner: str = "", job: str = ""
     ) -> RunStatus:
         """Queues a run whose folder is `root/run_id`; see `Submission`. The same submission again changes nothing.
 
         Raises ConfigError, RunExists, ResourcesUnavailable, ActorVersionMismatch; then nothing was written.
         """
-        asked = Submission(run_id, Config.model_validate(config), Path(root), Path(probe), token, owner, job, checked)
+        asked = Submission(run_id, Config.model_validate(config), Path(root), Path(probe), token, owner, job)
         async with self._admission_of(asked.root, asked.config.engine):
             await self._recovery.give_up_removed(asked)
             if (there := self._there(run_id)) is not None:

@@ -324,7 +324,7 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, model):
         asyncio.run(submit(config.model_dump(mode="json")))
 
 
-def test_a_configuration_is_checked_once_and_its_policy_made_once_more_for_use(tmp_path, model, monkeypatch):
+def test_a_policy_is_made_where_it_is_read_where_it_is_admitted_and_for_use(tmp_path, model, monkeypatch):
     made = []
 
     class Counted(Always):
@@ -340,12 +340,12 @@ def test_a_configuration_is_checked_once_and_its_policy_made_once_more_for_use(t
     async def submit_and_wait():
         scheduler = SegmentSchedulerActor(Crew())
         where = str(tmp_path / "root")
-        await scheduler.submit("one", config.model_dump(mode="json"), where, str(tmp_path), "", checked=True)
-        assert made == [1]
+        await scheduler.submit("one", config.model_dump(mode="json"), where, str(tmp_path), "")
+        assert made == [1, 1]
         await scheduler.wait_segment("one", 2, 60)
 
     asyncio.run(submit_and_wait())
-    assert made == [1, 1]
+    assert made == [1, 1, 1]
 
 
 def test_an_unknown_run_is_named():

@@ -217,7 +217,7 @@ def test_histories():
 
 @pytest.mark.slow
 def test_20000_histories():
-    run_histories(20_000)
+    assert set(run_histories(20_000)) == EVERYTHING
 
 
 MUTANTS = {
