@@ -32,7 +32,7 @@ from edit_ray.errors import ConfigError, UnknownRun
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Manifest
 from edit_ray.testing import save_random_wan
-from edit_ray.tiers.entry_folder import LOCK
+from edit_ray.tiers.disk_tier import LOCK
 from edit_ray.video.encode import join
 from edit_ray.video.stream_files import newest_playlist
 

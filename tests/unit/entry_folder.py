@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from edit_ray.tiers.entry_folder import LOCK
+from edit_ray.tiers.disk_tier import LOCK
 
 
 def files_in(folder):

@@ -17,8 +17,8 @@ from xxhash import xxh3_64_hexdigest
 
 from edit_ray import files
 from edit_ray.cache import DiskOffloadStore
+from edit_ray.tiers.disk_tier import LOCK, EntryFolder
 from edit_ray.tiers.entry_file import LONGEST_HEADER, DirectFiles, DiskFull, aligned_buffer, is_tmpfs, memory_of
-from edit_ray.tiers.entry_folder import LOCK, EntryFolder
 from tests.unit.entry_folder import files_in
 
 ROOT = Path(__file__).resolve().parents[2]

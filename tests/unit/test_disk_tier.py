@@ -100,7 +100,6 @@ def test_from_arena_to_file_and_back(open_tier, tmp_path):
     tier.close()
     tier = open_tier()
     assert tier.files.entries() == entries
-    tier.clear()
 
 
 def test_many_entries_at_once_over_all_threads(open_tier, tmp_path):
@@ -112,7 +111,8 @@ def test_many_entries_at_once_over_all_threads(open_tier, tmp_path):
     assert all(future.result() for future in reads)
     assert all((buffer == number).all() for number, buffer in enumerate(into))
     assert len(list(tmp_path.glob("*.safetensors"))) == 64
-    tier.clear()
+    for number in range(64):
+        tier.drop((number,))
     tier.close()
     assert (files_in(tmp_path), set(tier.files.faults.values())) == ([], {0})
 
@@ -131,7 +131,7 @@ def test_an_entry_is_there_when_it_is_whole_and_what_it_replaces_goes_at_once(op
     assert read(tier, ("a",)) == 2
 
 
-@pytest.mark.parametrize("last", ["dropped", "cleared", "written anew"])
+@pytest.mark.parametrize("last", ["dropped", "written anew"])
 def test_a_write_that_is_overtaken_publishes_nothing(open_tier, tmp_path, last):
     gate = Gate("write")
     tier = open_tier(gate)
@@ -140,8 +140,6 @@ def test_a_write_that_is_overtaken_publishes_nothing(open_tier, tmp_path, last):
     second = write(tier, ("a",), 2) if last == "written anew" else None
     if last == "dropped":
         tier.drop(("a",))
-    elif last == "cleared":
-        tier.clear()
     gate.opened.set()
     assert not first.result()
     if second:
@@ -232,8 +230,6 @@ def test_memory_that_is_too_short_is_refused(open_tier, tmp_path):
         tier.read(("a",), filled(0)).result()
     with pytest.raises(TypeError):
         tier.write((1.5,), filled(0), torch.uint8, (1,))
-    with pytest.raises(ValueError, match="num_threads is 0"):
-        DiskTier(tmp_path, num_threads=0)
     assert len(files_in(tmp_path)) == 1
 
 

@@ -8,7 +8,7 @@ import pytest
 from edit_ray.cache.policies import POLICIES
 from edit_ray.metrics.catalog import CATALOG, LABELS, OTHER, PREFIX
 from edit_ray.runs.events import EndState, RunState, Stage
-from edit_ray.tiers.entry_folder import Fault
+from edit_ray.tiers.disk_tier import Fault
 from edit_ray.tiers.planner import DropReason, Outcome, Refusal
 
 METRICS = sorted(CATALOG.values(), key=lambda metric: metric.name)

@@ -6,8 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edit_ray.errors import EntryLost
-from edit_ray.tiers.arena import Arena
-from edit_ray.tiers.protocol import DONE, NEEDED, SKIPPED, UNTOUCHED, EntryForm, Op, OpTable, table_bytes
+from edit_ray.tiers.arena import DONE, NEEDED, SKIPPED, UNTOUCHED, Arena, EntryForm, Op, OpTable, table_bytes
 from edit_ray.tiers.slots import slot_bytes
 from edit_ray.tiers.store_client import PlannedStore
 from edit_ray.tiers.transfers import DevicePool
@@ -22,7 +21,7 @@ class Owner:
 
     def __init__(self, arena, *ops):
         self.arena, self.ops = arena, [Op(("run", *key), FORM, writes) for key, writes in ops]
-        self.table = OpTable(arena.memory(ENTRIES * ROOM, ROOM), len(ops))
+        self.table = OpTable(arena, ENTRIES * ROOM, len(ops))
         self.table.clear()
         assert table_bytes(len(ops)) <= ROOM
 
@@ -40,7 +39,9 @@ class Owner:
         return self.table.states().tolist()
 
     def store(self, ahead, **options):
-        return PlannedStore(self.arena, self.table, self.ops, prefix=("run",), ahead_bytes=ahead * FORM.size, **options)
+        return PlannedStore(
+            self.arena, ENTRIES * ROOM, self.ops, prefix=("run",), ahead_bytes=ahead * FORM.size, **options
+        )
 
 
 def key(number):
@@ -117,7 +118,7 @@ def test_a_wait_lets_go_what_gets_its_place_meanwhile(arena, monkeypatch):
     owner.fill(1, 3)
     store = owner.store(ahead=1, timeout_s=5)
     store.put(key(0), residual(5))
-    give_write, ask = owner.table.place, []
+    give_write, ask = store.table.place, []
 
     def place(index):
         ask.append(index)
@@ -127,7 +128,7 @@ def test_a_wait_lets_go_what_gets_its_place_meanwhile(arena, monkeypatch):
             owner.give(1)
         return give_write(index)
 
-    monkeypatch.setattr(owner.table, "place", place)
+    monkeypatch.setattr(store.table, "place", place)
     assert store.get(key(1)).mean() == 3
     assert owner.states() == [DONE, DONE]
 

@@ -13,10 +13,9 @@ import torch
 
 from edit_ray import files
 from edit_ray.errors import EntryLost, StaleLease
-from edit_ray.tiers.arena import Arena
+from edit_ray.tiers.arena import Arena, EntryForm, Op, began_before, is_gone, this_process
 from edit_ray.tiers.disk_tier import DiskTier
 from edit_ray.tiers.leases import Reuse
-from edit_ray.tiers.protocol import EntryForm, Op, OpTable, began_before, is_gone, table_bytes, this_process
 from edit_ray.tiers.reuse_plan import make_reuse_plan
 from edit_ray.tiers.service import TABLES_BYTES, TierService
 from edit_ray.tiers.slots import divide
@@ -52,15 +51,22 @@ def tiers_in(tmp_path):
     yield make
     for tiers in made:
         tiers.close()
-        tiers.planner.check()
 
 
 def begin(tiers, plan, segment, attempt=0, holder=1, ahead=0, **options):
     ops = Reuse(plan, FORM).ops(segment)
     lease = tiers.prepare(RUN, segment, attempt, holder, ops)
-    arena = Arena.open(lease.arena)
-    table = OpTable(arena.memory(lease.table, table_bytes(lease.num_ops)), lease.num_ops)
-    return PlannedStore(arena, table, ops, prefix=(RUN,), ahead_bytes=ahead * SIZE, timeout_s=10, **options)
+    options |= {"prefix": (RUN,), "ahead_bytes": ahead * SIZE, "timeout_s": 10}
+    return PlannedStore(Arena.open(lease.arena), lease.table, ops, **options)
+
+
+def complete(tiers, segment, attempt=0, holder=1):
+    tiers.complete(RUN, segment, attempt, holder, tiers.incarnation)
+
+
+def open_prefetches(figures):
+    counts = figures["counts"]
+    return counts["prefetches_requested",] - sum(number for name, number in counts.items() if name[0] == "prefetches")
 
 
 def make(store, segment, upto=None):
@@ -91,16 +97,16 @@ def test_a_run_reads_what_it_wrote_in_however_little_memory(tiers_in, entries, a
             stores[segment + 1] = begin(tiers, plan, segment + 1, ahead=ahead)
         read += make(store, segment)
         store.finish()
-        tiers.complete(RUN, segment, 0, 1)
+        complete(tiers, segment)
         assert tiers.statistics()["bytes"]["host"] <= entries * SIZE
     assert read == sum(len(s.reads) for s in plan.segments) > 60
     figures = tiers.statistics()
     assert figures["peak_bytes"]["host"] <= entries * SIZE
-    assert figures["entries"] == 12, "nothing is kept that nobody will read, but for what the last segment has read"
+    assert figures["entries_in"]["disk"] == 12, "what the last segment has read, and nothing else"
     came = figures["counts"]["prefetches", "useful"] + figures["counts"]["prefetches", "late"]
-    assert (figures["open_prefetches"], came > 0) == (0, entries < 12)
+    assert (open_prefetches(figures), came > 0) == (0, entries < 12)
     tiers.drop_run(RUN)
-    assert tiers.statistics()["entries"] == 0
+    assert tiers.statistics()["entries_in"]["disk"] == 0
 
 
 def test_what_a_completed_segment_wrote_outlives_its_store(tiers_in):
@@ -110,7 +116,7 @@ def test_what_a_completed_segment_wrote_outlives_its_store(tiers_in):
     store = begin(first, plan, 0)
     make(store, 0)
     store.finish()
-    first.complete(RUN, 0, 0, 1)
+    complete(first, 0)
     half = begin(first, plan, 1)
     make(half, 1, upto=4)
     first.close()  # as if it had died; what it has written by then is there
@@ -118,11 +124,11 @@ def test_what_a_completed_segment_wrote_outlives_its_store(tiers_in):
     second = tiers_in()
     second.follow(plan.uses(), 1)
     with pytest.raises(StaleLease, match="Segment 1 of 'run' was given to another"):
-        second.complete(RUN, 1, 0, 1)
+        complete(second, 1)
     again = begin(second, plan, 1, attempt=1)
     assert make(again, 1) == len(plan.segments[1].reads)
     again.finish()
-    second.complete(RUN, 1, 1, 1)
+    complete(second, 1, 1)
 
 
 def test_an_attempt_that_was_given_up_leaves_nothing(tiers_in):
@@ -133,13 +139,13 @@ def test_an_attempt_that_was_given_up_leaves_nothing(tiers_in):
     make(store, 0, upto=5)
     tiers.give_up(RUN, "dead")
     figures = tiers.statistics()
-    assert (figures["entries"], figures["bytes"]["host"], figures["bytes"]["disk"]) == (0, 0, 0)
+    assert (figures["entries_in"]["disk"], figures["bytes"]["host"], figures["bytes"]["disk"]) == (0, 0, 0)
     with pytest.raises(StaleLease):
-        tiers.complete(RUN, 0, 0, "dead")
+        complete(tiers, 0, 0, "dead")
     again = begin(tiers, plan, 0, attempt=1, holder="new")
     make(again, 0)
     again.finish()
-    tiers.complete(RUN, 0, 1, "new")
+    complete(tiers, 0, 1, "new")
     later = begin(tiers, plan, 1, holder="new")
     make(later, 1)
 
@@ -152,12 +158,12 @@ def test_the_last_reader_may_be_made_again(tiers_in):
         store = begin(tiers, plan, segment)
         make(store, segment)
         store.finish()
-        tiers.complete(RUN, segment, 0, 1)
+        complete(tiers, segment)
     for attempt in range(3):
         store = begin(tiers, plan, 2, attempt)
         assert make(store, 2) == len(plan.segments[2].reads)
     store.finish()
-    tiers.complete(RUN, 2, 2, 1)
+    complete(tiers, 2, 2)
 
 
 @pytest.mark.parametrize("segment", [0, 2, 4, 5])
@@ -168,7 +174,7 @@ def test_a_complete_segment_of_which_nobody_heard_may_be_made_again(tiers_in, se
         store = begin(tiers, plan, index, attempt)
         assert make(store, index) == len(plan.segments[index].reads)
         store.finish()
-        tiers.complete(RUN, index, attempt, 1)
+        complete(tiers, index, attempt)
 
 
 def test_a_lost_entry_is_said_and_not_made_up(tiers_in):
@@ -178,7 +184,7 @@ def test_a_lost_entry_is_said_and_not_made_up(tiers_in):
     store = begin(tiers, plan, 0)
     make(store, 0)
     store.finish()
-    tiers.complete(RUN, 0, 0, 1)
+    complete(tiers, 0)
     for file in tiers.disk.files.directory.glob("*.safetensors"):
         data = bytearray(file.read_bytes())
         data[-1] ^= 1
@@ -204,12 +210,12 @@ def test_reads_that_are_passed_over_make_room(tiers_in):
     store = begin(tiers, plan, 0)
     make(store, 0)
     store.finish()
-    tiers.complete(RUN, 0, 0, 1)
+    complete(tiers, 0)
     store = begin(tiers, plan, 1)
     last = store.ops[-1]
     assert torch.equal(store.get(last.key[1:]), tensor_of(last.key))
     store.finish()
-    tiers.complete(RUN, 1, 0, 1)
+    complete(tiers, 1)
 
 
 def test_own_residuals_stay_as_long_as_they_are_read(tiers_in):
@@ -242,7 +248,7 @@ def test_random_delays_change_nothing(tiers_in, monkeypatch):
         following = begin(tiers, plan, segment + 1) if segment < 5 else None
         read += make(store, segment)
         store.finish()
-        tiers.complete(RUN, segment, 0, 1)
+        complete(tiers, segment)
         store = following
     assert read == sum(len(s.reads) for s in plan.segments) > 20
 
@@ -291,14 +297,13 @@ def test_what_a_holder_may_still_write_to_returns_when_its_process_is_gone(tiers
     figures = tiers.statistics()
     assert (figures["orphans"], figures["bytes"]["host"] > 0) == (1, True)
     with pytest.raises(StaleLease):
-        tiers.complete(RUN, 0, 0, holder)
+        complete(tiers, 0, 0, holder)
     view.fill_(7.0)  # the last copy of who does not know yet
-    tiers.check()
     process.kill()
     make(again, 0)  # takes the whole arena, as soon as it can be had
     assert is_gone(holder)
     again.finish()
-    tiers.complete(RUN, 0, 1, "successor")
+    complete(tiers, 0, 1, "successor")
     assert wait_until(lambda: tiers.statistics()["orphans"] == 0)
     assert tiers.statistics()["stale_leases"] == 1
     assert make(begin(tiers, plan, 1, holder="successor"), 1) == len(plan.segments[1].reads)
@@ -323,7 +328,7 @@ def test_a_lease_of_another_incarnation_is_refused_and_counted(tiers_in):
     store = begin(tiers, plan, 0)
     make(store, 0)
     store.finish()
-    for refused in ((1, 1, ""), (0, 2, ""), (0, 1, "another store")):
+    for refused in ((1, 1, tiers.incarnation), (0, 2, tiers.incarnation), (0, 1, "another store")):
         with pytest.raises(StaleLease):
             tiers.complete(RUN, 0, *refused)
     tiers.complete(RUN, 0, 0, 1, tiers.incarnation)
@@ -336,7 +341,7 @@ def test_a_holder_that_gives_up_gets_nothing_dropped_of_what_it_completed(tiers_
     store = begin(tiers, plan, 0, holder=this_process())
     make(store, 0)
     store.finish()
-    tiers.complete(RUN, 0, 0, this_process())
+    complete(tiers, 0, 0, this_process())
     begin(tiers, plan, 1, holder=this_process())
     tiers.give_up(RUN, this_process())
     keys = [op.key for op in store.ops if op.writes]
@@ -358,7 +363,7 @@ def test_what_is_complete_is_synced_and_nothing_before(tiers_in):
     make(store, 0)
     store.finish()
     assert synced == []
-    tiers.complete(RUN, 0, 0, 1)
+    complete(tiers, 0)
     assert len(set(synced)) == sum(op.writes for op in store.ops) + 1, "every file, and the folder"
 
 
@@ -375,12 +380,12 @@ def test_what_cannot_be_synced_is_not_complete(tiers_in):
     store.finish()
     whole, files.disk = files.disk, Calls()
     with pytest.raises(OSError, match="Input/output"):
-        tiers.complete(RUN, 0, 0, 1)
+        complete(tiers, 0)
     files.disk = whole
     again = begin(tiers, plan, 0, attempt=1)
     make(again, 0)
     again.finish()
-    tiers.complete(RUN, 0, 1, 1)
+    complete(tiers, 0, 1)
 
 
 def test_a_closed_store_refuses_instead_of_being_silent(tiers_in):
@@ -438,8 +443,7 @@ def test_keys_and_values_of_a_causal_model_are_kept_like_residuals(tmp_path):
     for chunk in range(chunks):
         ops = ops_of(chunk)
         lease = tiers.prepare(RUN, chunk, 0, 1, ops)
-        table = OpTable(tiers.arena.memory(lease.table, table_bytes(lease.num_ops)), lease.num_ops)
-        store = PlannedStore(tiers.arena, table, ops, prefix=(RUN,), timeout_s=10)
+        store = PlannedStore(tiers.arena, lease.table, ops, prefix=(RUN,), timeout_s=10)
         for op in ops:
             value = torch.full(op.form.shape, op.key[1] + (op.key[3] == "v") / 2, dtype=op.form.dtype)
             if op.writes:
@@ -448,8 +452,7 @@ def test_keys_and_values_of_a_causal_model_are_kept_like_residuals(tmp_path):
                 assert torch.equal(store.get(op.key[1:]), value)
                 read += 1
         store.finish()
-        tiers.complete(RUN, chunk, 0, 1)
-        tiers.check()
+        complete(tiers, chunk)
     assert read == 2 * (1 + 2 * (chunks - 2))
     assert tiers.statistics()["counts"]["tier_lookups", "disk", "hit"] > 0
     tiers.close()

@@ -7,8 +7,8 @@ from os import PathLike
 import torch
 
 from edit_ray.cache.stores.base import Keys
+from edit_ray.tiers.disk_tier import UNREADABLE, EntryFolder
 from edit_ray.tiers.entry_file import aligned_buffer, check_dtype, memory_of
-from edit_ray.tiers.entry_folder import UNREADABLE, EntryFolder
 from edit_ray.tiers.reuse_plan import Key
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from edit_ray.cache.stores.base import CacheStore, Keys
 from edit_ray.cache.stores.memory import GPUStore
 from edit_ray.tiers.reuse_plan import Key, check_key
-from edit_ray.tiers.transfers import Copies, Copy, Loaded, copies_for
+from edit_ray.tiers.transfers import Copy, HostCopies, Loaded, copies_for
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +55,7 @@ class PinnedStore:
         self._most = ahead
         self._entries: dict[Key, _Place] = {}
         self._free: dict[tuple[torch.dtype, torch.Size], list[_Place]] = {}
-        self._copies: dict[torch.device, Copies] = {}
+        self._copies: dict[torch.device, HostCopies] = {}
         self._loaded: OrderedDict[Key, Loaded] = OrderedDict()  # begun, and not asked for yet
         self._then: dict[Key, Key] = {}  # what was read after it
         self._last: Key | None = None
@@ -118,7 +118,7 @@ class PinnedStore:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _copies_of(self, device: torch.device) -> Copies:
+    def _copies_of(self, device: torch.device) -> HostCopies:
         if device not in self._copies:
             self._copies[device] = copies_for(device)
         return self._copies[device]
