@@ -104,7 +104,7 @@ def _rank(measure: SkipMeasure) -> dict[str, Any]:
 
     Raises ConfigError.
     """
-    from edit_ray.cache.policies.ranked import ranks_of
+    from edit_ray.cache.policies.schedule import ranks_of
     from edit_ray.engine.ranking import MOST_SKIPPED, rank_skips
 
     slots, owners = measure.slots(), measure.owners()

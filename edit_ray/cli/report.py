@@ -37,7 +37,7 @@ def report(options: argparse.Namespace) -> int:
 
 
 def _page_of(source: Path) -> str:
-    from edit_ray.cache.record_page import render_report
+    from edit_ray.cache.records import render_report
 
     run = _page_of_run(source) if source.is_dir() else None
     if run is not None:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edit_ray.cache.record_page import STYLE, decision_sections
-from edit_ray.cache.records import Record
+from edit_ray.cache.records import STYLE, Record, decision_sections
 from edit_ray.page.drawing import Bar, chart, timeline
 from edit_ray.page.strip import sampled, strip
 from edit_ray.video.seam import Look

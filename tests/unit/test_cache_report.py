@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edit_ray.cache.record_page import render_report
-from edit_ray.cache.records import Counts, Decision, Record
+from edit_ray.cache.records import Counts, Decision, Record, render_report
 from edit_ray.cli import main
 from edit_ray.runs.folder import RunFolder
 from tests.unit.test_manifest import BEGUN

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edit_ray import EditWanPipeline
-from edit_ray.cache.policies.ranked import ranks_of
+from edit_ray.cache.policies.schedule import ranks_of
 from edit_ray.cli import main
 from edit_ray.engine.calibration import FILE_NAME
 from edit_ray.engine.ranking import SkipMeasure, rank_skips
