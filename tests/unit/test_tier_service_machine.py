@@ -199,10 +199,11 @@ class Histories(RuleBasedStateMachine):
                 self.hung = {}
                 self.count("hung ones end")
 
-    @rule()
-    def store_dies(self):
+    @rule(fault=st.none() | FAULTS)
+    def store_dies(self, fault):
         self.hung = {}
         self.tiers.close()
+        self.calls.next = fault
         self.open_store()
         self.make_again()
         self.count("store dies")
@@ -270,10 +271,6 @@ def happened_in(folder, number, monkeypatch):
     return set(fired)
 
 
-def test_100_histories(tmp_path, monkeypatch):
-    assert happened_in(tmp_path, 100, monkeypatch) == EVERYTHING
-
-
-@pytest.mark.slow
-def test_10000_histories(tmp_path, monkeypatch):
-    assert happened_in(tmp_path, 10_000, monkeypatch) == EVERYTHING
+@pytest.mark.parametrize("number", [60, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_histories(tmp_path, monkeypatch, number):
+    assert happened_in(tmp_path, number, monkeypatch) == EVERYTHING
