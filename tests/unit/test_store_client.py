@@ -277,54 +277,6 @@ def test_what_was_read_is_its_readers_and_another_tensor_takes_its_place(arena):
     assert len(set(addresses)) == ENTRIES + 2
 
 
-def test_without_a_free_place_what_is_read_comes_to_memory_of_its_own(arena):
-    owner, pool = Owner(arena, *reads(2)), pool_of(1)
-    for index in range(2):
-        owner.fill(index, index)
-    owner.give(0, 1)
-    store = owner.store(ahead=2, pool=pool)
-    assert [store.get(key(index)).mean().item() for index in range(2)] == [0, 1]
-    assert pool.free == 1
-
-
-def test_what_is_handed_over_goes_to_all_who_read_it(arena):
-    owner, pool = Owner(arena, (key(0), True)), pool_of(1)
-    owner.give(0)
-    store = owner.store(ahead=1, pool=pool, hand_over=[("run", *key(0))])
-    store.put(key(0), residual(3))
-    store.finish()
-    store.settle()
-    assert pool.free == 0, "it stays for the next segment"
-
-    following = Owner(arena, (key(0), False), (key(0), False))
-    next_store = following.store(ahead=1, pool=pool, handed=list(store.handed_over))
-    next_store.adopt(store.handed_over)
-    store.close()
-    assert next_store.get(key(0)).mean() == 3
-    assert pool.free == 0, "the plan has it read once more"
-    assert next_store.get(key(0)).mean() == 3
-    assert pool.free == 1
-
-
-@pytest.mark.parametrize("adopted", [[], [1], [0, 1]])
-@pytest.mark.parametrize("used", [0, 1, 2])
-def test_what_is_not_adopted_or_not_read_leaves_its_place(arena, adopted, used):
-    owner, pool = Owner(arena, (key(0), True), (key(1), True)), pool_of(2)
-    owner.give(0, 1)
-    store = owner.store(ahead=2, pool=pool, hand_over=[("run", *key(number)) for number in range(2)])
-    for number in range(2):
-        store.put(key(number), residual(number))
-    store.finish()
-    next_store = Owner(arena, *[(key(number), False) for number in adopted]).store(ahead=2, pool=pool)
-    next_store.adopt(store.handed_over)
-    store.close()
-    assert pool.free == 2 - len(adopted)
-    for number in adopted[:used]:
-        assert next_store.get(key(number)).mean() == number
-    next_store.close()
-    assert pool.free == 2
-
-
 def test_a_closed_store_takes_no_place(arena):
     """One that failed may still be given something, by who has not heard of it."""
     owner, pool = Owner(arena, (key(0), False), (key(1), True)), pool_of(2)
