@@ -1,47 +1,19 @@
 """The disk tier's threads: straight between an arena and files, in any order of completion, whatever fails."""
 
-import errno
-import os
 import threading
 import time
 from concurrent.futures import CancelledError, wait
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from edit_ray import files
 from edit_ray.tiers.arena import Arena
 from edit_ray.tiers.disk_tier import DiskTier
-from edit_ray.tiers.entry_file import DiskFull, aligned_buffer, file_name, memory_of
-from tests.unit.entry_folder import files_in
+from edit_ray.tiers.entry_file import aligned_buffer, file_name, memory_of
+from tests.unit.entry_folder import Calls, files_in
 
 PAGE = 4096
-
-
-class Calls(files.Disk):
-    """A disk whose calls of some kinds do something first; a created file is not an `open`, but a `create`."""
-
-    def before(self, call):
-        """Called with the kind of a call."""
-
-    def open(self, path, flags):
-        self.before("create" if flags & os.O_CREAT else "open")
-        return super().open(path, flags)
-
-    def write(self, descriptor, parts, offset):
-        self.before("write")
-        return super().write(descriptor, parts, offset)
-
-    def read(self, descriptor, parts, offset):
-        self.before("read")
-        return super().read(descriptor, parts, offset)
-
-    def replace(self, source, target):
-        self.before("rename")
-        super().replace(source, target)
 
 
 class Gate(Calls):
@@ -54,19 +26,6 @@ class Gate(Calls):
         if call == self.call:
             self.arrived.release()
             assert self.opened.wait(20)
-
-
-class Faults(Calls):
-    """Fails the next call of a kind, an `open` also of a new file: `next` is the kind and the errno."""
-
-    def __init__(self):
-        self.next, self.hits = None, 0
-
-    def before(self, call):
-        if self.next and self.next[0] == call.replace("create", "open"):
-            number, self.next = self.next[1], None
-            self.hits += 1
-            raise OSError(number, os.strerror(number))
 
 
 def filled(value, size=PAGE):
@@ -232,128 +191,3 @@ def test_memory_that_is_too_short_is_refused(open_tier, tmp_path):
     with pytest.raises(TypeError):
         tier.write((1.5,), filled(0), torch.uint8, (1,))
     assert len(files_in(tmp_path)) == 1
-
-
-KEYS = st.integers(0, 2).map(lambda number: ("run", number))
-FAULT = st.one_of(
-    st.none(),
-    st.tuples(st.sampled_from(["open", "write", "read"]), st.sampled_from([errno.EIO, errno.ENOSPC, errno.EINVAL])),
-    st.tuples(st.just("rename"), st.sampled_from([errno.EIO, errno.ENOSPC])),
-)
-
-
-class AgainstADict(RuleBasedStateMachine):
-    """Random histories with faults: what is read is what was written last, or nothing; the index matches the folder."""
-
-    folder = None  # given by the test
-    fired: dict[str, int]
-
-    @initialize()
-    def begin(self):
-        for path in files_in(self.folder):
-            path.unlink()
-        self.calls, self.expected, self.doubtful, self.value = Faults(), {}, set(), 0
-        files.disk = self.calls
-        self.tier = DiskTier(self.folder, allow_tmpfs=True)
-
-    def count(self, name):
-        self.fired[name] = self.fired.get(name, 0) + 1
-
-    @rule(key=KEYS, pages=st.integers(0, 3), cut=st.integers(0, 5), fault=FAULT)
-    def write(self, key, pages, cut, fault):
-        self.calls.next = fault
-        self.value = (self.value + 1) % 256
-        size = max(0, pages * PAGE - cut)
-        buffer = aligned_buffer(pages * PAGE).fill_(self.value)
-        future = self.tier.write(key, memory_of(buffer), torch.uint8, (size,))
-        self.expected.pop(key, None)
-        self.doubtful.discard(key)
-        try:
-            assert future.result(20)
-            self.expected[key] = (self.value, size)
-            self.count("write")
-        except DiskFull:
-            self.count("write, full")
-        except OSError:
-            self.count("write, failed")
-
-    @rule(key=KEYS, fault=FAULT)
-    def read(self, key, fault):
-        self.calls.next = fault
-        into, hits = aligned_buffer(3 * PAGE), self.calls.hits
-        entry = self.tier.read(key, memory_of(into)).result(20)
-        if entry is None:
-            if self.tier.files.entry(key):
-                assert self.calls.hits > hits  # it may pass
-                self.count("read, failed")
-            elif key in self.expected:
-                assert key in self.doubtful
-                self.expected.pop(key)
-                self.doubtful.discard(key)
-                self.count("read, lost")
-            return
-        value, size = self.expected[key]
-        assert key not in self.doubtful
-        assert (entry.shape, into[:size].tolist()) == ((size,), [value] * size)
-        self.count("read")
-
-    @rule(key=KEYS, fault=FAULT)
-    def drop(self, key, fault):
-        self.calls.next = fault
-        self.tier.drop(key)
-        self.expected.pop(key, None)
-        self.doubtful.discard(key)
-        self.count("drop")
-
-    @precondition(lambda self: set(self.expected) - self.doubtful)
-    @rule(data=st.data())
-    def damage(self, data):
-        self.calls.next = None
-        key = data.draw(st.sampled_from(sorted(set(self.expected) - self.doubtful)))
-        path = self.folder / file_name(key)
-        if path.exists():
-            with open(path, "r+b") as file:
-                file.seek(data.draw(st.integers(0, path.stat().st_size - 1)))
-                byte = file.read(1)
-                file.seek(-1, os.SEEK_CUR)
-                file.write(bytes([byte[0] ^ 0x41]))
-            self.doubtful.add(key)
-            self.count("damage")
-
-    @rule()
-    def reopen(self):
-        self.calls.next = None
-        self.tier.close()
-        files.disk = self.calls
-        self.tier = DiskTier(self.folder, allow_tmpfs=True)
-        self.count("reopen")
-
-    @invariant()
-    def the_index_is_what_may_be_there(self):
-        entries = self.tier.files.entries()
-        sure = set(self.expected) - self.doubtful
-        assert sure <= set(entries) <= set(self.expected)
-        assert self.tier.files.bytes_resident == sum(entry.nbytes for entry in entries.values())
-
-    def teardown(self):
-        self.tier.close()
-        assert {path.name for path in files_in(self.folder)} == {file_name(key) for key in self.tier.files.entries()}
-
-
-EVERYTHING = {"write", "write, full", "write, failed", "read", "read, failed", "read, lost", "drop", "damage", "reopen"}
-
-
-def happened_in(folder, number):
-    """What so many histories have met, each of which is compared with a dict at every step."""
-    fired = {}
-    kind = type("Machine", (AgainstADict,), {"folder": folder, "fired": fired})
-    given = {"max_examples": number, "stateful_step_count": 20, "deadline": None, "database": None, "derandomize": True}
-    kind.TestCase.settings = settings(**given)
-    kind.TestCase("runTest").runTest()
-    print(fired)
-    return set(fired)
-
-
-@pytest.mark.parametrize("number", [60, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_histories_with_faults(tmp_path, number):
-    assert happened_in(tmp_path, number) == EVERYTHING

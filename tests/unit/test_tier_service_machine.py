@@ -21,7 +21,7 @@ from edit_ray.tiers.leases import Reuse
 from edit_ray.tiers.reuse_plan import make_reuse_plan
 from edit_ray.tiers.service import TABLES_BYTES, TierService
 from edit_ray.tiers.store_client import PlannedStore
-from tests.unit.test_disk_tier import Faults
+from tests.unit.entry_folder import Faults, files_in
 
 RUN, EXPERT, SHAPE = "run", "transformer", (1, 16, 16)
 SIZE, SEGMENTS = 16 * 16 * 4, 5
@@ -251,6 +251,7 @@ class Histories(RuleBasedStateMachine):
         ended = sum(number for name, number in counts.items() if name[0] == "prefetches")
         assert (figures["entries_in"]["disk"], counts["prefetches_requested",]) == (0, ended)
         self.tiers.close()
+        assert files_in(self.folder / "disk") == [], "what is dropped leaves no file"
 
 
 EVERYTHING = {"write", "read", "lost", "complete", "complete, failed", "ahead", "fault", "damage"}
