@@ -278,9 +278,9 @@ class PlannedStore:
             if now - checked > _LIVES_S:
                 checked = now
                 if not owner_lives(self.arena.path):
-                    raise StoreDied(f"The store died that was to bring {self.ops[index].key}.")
+                    raise StoreDied(f"The store died before it delivered {self.ops[index].key}.")
                 if now - started > self._timeout_s:
-                    raise EntryLost(f"The store did not bring {self.ops[index].key} in {now - started:.1f} s.")
+                    raise EntryLost(f"The store did not deliver {self.ops[index].key} in {now - started:.1f} s.")
             time.sleep(_POLL_S)
         self.waits.seconds += time.perf_counter() - started
         self.waits.calls += 1

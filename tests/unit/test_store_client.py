@@ -106,7 +106,7 @@ def test_beyond_that_it_waits(arena, ahead):
     store = owner.store(ahead=ahead, timeout_s=0.2)
     for number in range(ahead):
         store.put(key(number), residual(1))
-    with pytest.raises(EntryLost, match="did not bring"):
+    with pytest.raises(EntryLost, match="did not deliver"):
         store.put(key(ahead), residual(2))
     assert owner.states()[0] == NEEDED
     assert store.waits.seconds == 0, "a wait that failed is none"
