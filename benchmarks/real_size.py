@@ -162,7 +162,7 @@ MODES = ("exact", "fast", "fp8")  # the last is `fast` with linear layers in 8 b
 
 def use(pipe: EditWanPipeline, mode: str) -> None:
     """From now on the pipeline works in this mode."""
-    pipe.ahead.mode, pipe.ahead.fp8 = "exact" if mode == "exact" else "fast", mode == "fp8"
+    pipe.precompute.mode, pipe.precompute.fp8 = "exact" if mode == "exact" else "fast", mode == "fp8"
 
 
 def decoding(pipe: EditWanPipeline, mode: str) -> AbstractContextManager[None]:

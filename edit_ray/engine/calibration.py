@@ -9,7 +9,7 @@ from typing import Any
 
 from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.policies import CachePolicy, make_policy
-from edit_ray.engine.locate import locate_model
+from edit_ray.engine.model_files import locate_model
 from edit_ray.errors import ModelError
 
 FILE_NAME = "cache_calibration.json"

@@ -12,7 +12,7 @@ from torch import Tensor, cat
 
 
 @dataclass(frozen=True)
-class Held:
+class ContextLatents:
     """What the first k slots of a segment are while it is denoised.
 
     `context` [B, C, k, h, w] are clean latents. With `noise` of the same shape they are mixed with it as sigma says;
@@ -32,7 +32,7 @@ class Held:
         return self.context if self.noise is None else (1 - sigma) * self.context + sigma * self.noise
 
 
-def hold(latents: Tensor, held: Held | None, sigma: float) -> Tensor:
+def hold(latents: Tensor, held: ContextLatents | None, sigma: float) -> Tensor:
     """`latents` [B, C, T, h, w] with what is held in their first k slots, at this noise level; unchanged without it."""
     return latents if held is None else cat([held.at(sigma), latents[:, :, held.slots :]], dim=2)
 

@@ -7,7 +7,7 @@ from diffusers import SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from edit_ray.engine.locate import locate_model
+from edit_ray.engine.model_files import locate_model
 from edit_ray.engine.options import ModelOptions
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.errors import ModelError

@@ -15,7 +15,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
 from edit_ray.engine.caching import expert_name
-from edit_ray.engine.continuity import Held, hold
+from edit_ray.engine.continuity import ContextLatents, hold
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
@@ -30,7 +30,7 @@ class Request:
     num_inference_steps: int
     guidance_scale: float
     guidance_scale_2: float | None = None  # of the low-noise expert
-    held: Held | None = None  # what the first k latent slots are
+    held: ContextLatents | None = None  # what the first k latent slots are
     callback: StepCallback | None = None
     callback_tensor_inputs: tuple[str, ...] = ("latents",)
     reset_cache: bool = True  # whether what the cache stored in earlier calls is dropped
@@ -53,9 +53,9 @@ def denoise(pipe: Any, request: Request) -> Tensor:
     pipe.scheduler.set_begin_index(0)
     pipe._num_timesteps = len(timesteps)
 
-    ahead = pipe.ahead.loop(pipe, x, cond)
+    precomputed = pipe.precompute.loop(pipe, x, cond)
     cached = pipe.cached_call(request.reset_cache, request.prefetch_reuse)
-    with ahead as schedule, cached, pipe.progress_bar(total=request.num_inference_steps) as bar:
+    with precomputed as schedule, cached, pipe.progress_bar(total=request.num_inference_steps) as bar:
         x = hold(x, held, schedule.sigma(pipe.scheduler, 0))
         for i, t in enumerate(timesteps):
             if pipe.interrupt:
@@ -91,7 +91,7 @@ def denoise(pipe: Any, request: Request) -> Tensor:
                 x = hold(changed.pop("latents", x), held, sigma)
                 cond = changed.pop("prompt_embeds", cond)
                 uncond = changed.pop("negative_prompt_embeds", uncond)
-                pipe.ahead.refresh()
+                pipe.precompute.refresh()
             if i == len(timesteps) - 1 or (i >= warmup and (i + 1) % pipe.scheduler.order == 0):
                 bar.update()
     pipe._current_timestep = None
@@ -115,7 +115,7 @@ def expert_at(pipe: WanPipeline, t: Tensor, request: Request) -> tuple[WanTransf
     return pipe.transformer_2, request.guidance_scale_2
 
 
-def clean_tokens(latents: Tensor, held: Held | None) -> Tensor:
+def clean_tokens(latents: Tensor, held: ContextLatents | None) -> Tensor:
     """A factor for the timestep of each token [T·h/2·w/2]: 0 where it belongs to a clean context, else 1."""
     _, _, frames, height, width = latents.shape
     factor = torch.ones(frames, height, width, dtype=torch.float32, device=latents.device)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xxhash import xxh3_64
 
-from edit_ray.engine.locate import INDEX_FILE, local_folder, locate_model
+from edit_ray.engine.model_files import INDEX_FILE, local_folder, locate_model
 from edit_ray.errors import ModelError
 from edit_ray.files import digest_of_file
 

@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from edit_ray.engine.hub_files import HubUnreachable, hub_file
-from edit_ray.engine.locate import INDEX_FILE, is_hub_id, local_folder, locate_model
 from edit_ray.engine.lookback import lookback_latents
+from edit_ray.engine.model_files import INDEX_FILE, is_hub_id, local_folder, locate_model
 from edit_ray.errors import ModelError
 
 TRANSFORMER_CLASS = "WanTransformer3DModel"

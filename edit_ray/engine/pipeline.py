@@ -19,17 +19,17 @@ from PIL.Image import Image
 from torch import Generator, Tensor
 
 from edit_ray.cache.install import check_steps
-from edit_ray.engine.ahead import Ahead
 from edit_ray.engine.alone import check_device, one_call_at_a_time
 from edit_ray.engine.caching import CacheControl
 from edit_ray.engine.calibration import FILE_NAME
 from edit_ray.engine.cfg_parallel import CfgControl
-from edit_ray.engine.continuity import Held, check_context
+from edit_ray.engine.continuity import ContextLatents, check_context
 from edit_ray.engine.decode import denormalise
-from edit_ray.engine.fast import check_mode
-from edit_ray.engine.locate import locate_model
+from edit_ray.engine.fast_transformer import check_mode
 from edit_ray.engine.loop import Request, StepCallback, denoise
+from edit_ray.engine.model_files import locate_model
 from edit_ray.engine.options import Mode
+from edit_ray.engine.precompute import Precompute
 
 Frames: TypeAlias = NDArray[np.float32] | Tensor | list[list[Image]]
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         >>> video = pipe("a red circle bouncing on a black background", height=128, width=128, num_frames=33)[0]
     """
 
-    _ahead: Ahead | None = None
+    _precompute: Precompute | None = None
 
     # With embeddings given, a pipeline needs neither.
     _optional_components: ClassVar = [*WanPipeline._optional_components, "text_encoder", "tokenizer"]
@@ -171,14 +171,14 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         Raises `ModelError` for an unknown mode, for `fp8` without `fast`, and where the hardware has no FP8.
         """
         check_mode(mode, fp8, torch.device(self.device))
-        self.ahead.mode, self.ahead.fp8 = mode, fp8
+        self.precompute.mode, self.precompute.fp8 = mode, fp8
 
     @property
-    def ahead(self) -> Ahead:
+    def precompute(self) -> Precompute:
         """What is computed before a loop and kept for the next one."""
-        if self._ahead is None:
-            self._ahead = Ahead()
-        return self._ahead
+        if self._precompute is None:
+            self._precompute = Precompute()
+        return self._precompute
 
     def _begin_call(
         self,
@@ -267,19 +267,19 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         )
         return noise
 
-    def _hold(self, history: Tensor | None, overlap: Tensor | None, noise: Tensor) -> Held | None:
+    def _hold(self, history: Tensor | None, overlap: Tensor | None, noise: Tensor) -> ContextLatents | None:
         if overlap is not None:
             if history is not None:
                 raise ValueError("`history` and `overlap` are both given; a segment continues one of them.")
             context = check_context("overlap", overlap, noise)
-            return Held(context, noise[:, :, : context.shape[2]])
+            return ContextLatents(context, noise[:, :, : context.shape[2]])
         if history is None:
             return None
         if not self.config.expand_timesteps:
             raise ValueError(
                 "`history` needs a model with per-token timesteps: `expand_timesteps` is false in this model's config."
             )
-        return Held(check_context("history", history, noise))
+        return ContextLatents(check_context("history", history, noise))
 
     def _decode(self, latents: Tensor, output_type: str | None) -> Frames:
         """Latents [B, C, T, h, w] as `output_type`; with "latent" they are the output."""

@@ -22,8 +22,8 @@ from edit_ray.engine.loading import load_pipeline, second_gpu, with_flow_shift
 from edit_ray.engine.options import ContinuityOptions, Mode, ModelOptions, SamplingOptions, frames_of
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.reuse import plan_run_reuse
-from edit_ray.engine.stream import Preceding, RunStream
 from edit_ray.engine.text import streamed
+from edit_ray.engine.vae_stream import Preceding, RunStream
 from edit_ray.errors import ModelError, SegmentFailed
 from edit_ray.tiers.leases import Reuse
 from edit_ray.tiers.store_client import PlannedStore

@@ -13,11 +13,11 @@ from edit_ray import EditWanPipeline
 from edit_ray.cache import relative_l1
 from edit_ray.cache.policies import make_policy
 from edit_ray.cli import main
-from edit_ray.engine.calibrate import Measured, fit_magcache, fit_teacache, observe, plot_fit
 from edit_ray.engine.calibration import FILE_NAME, calibrated_options, read_calibration, write_calibration
 from edit_ray.engine.loading import with_flow_shift
 from edit_ray.engine.targets import check_target, threshold_for
 from edit_ray.testing import save_random_wan
+from edit_ray.tuning.calibrate import Measured, fit_magcache, fit_teacache, observe, plot_fit
 
 STEPS = 6
 CALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": STEPS, "guidance_scale": 4.0}

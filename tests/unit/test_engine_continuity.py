@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from edit_ray.engine.continuity import Held, check_context, hold, match_statistics
+from edit_ray.engine.continuity import ContextLatents, check_context, hold, match_statistics
 
 
 def noise(*shape, seed=0):
@@ -12,14 +12,14 @@ def noise(*shape, seed=0):
 
 def test_a_clean_context_replaces_the_first_slots_only():
     latents, context = torch.zeros(2, 4, 5, 2, 2), torch.ones(2, 4, 3, 2, 2)
-    held = hold(latents, Held(context), 0.7)
+    held = hold(latents, ContextLatents(context), 0.7)
     assert held.sum(dim=(0, 1, 3, 4)).tolist() == [32, 32, 32, 0, 0]
     assert latents.sum() == 0, "the argument stays as it is"
     assert hold(latents, None, 0.7) is latents
 
 
 def test_a_noisy_context_is_pure_noise_at_one_and_clean_at_zero():
-    held = Held(noise(1, 4, 3, 2, 2), noise(1, 4, 3, 2, 2, seed=1))
+    held = ContextLatents(noise(1, 4, 3, 2, 2), noise(1, 4, 3, 2, 2, seed=1))
     assert torch.equal(held.at(1.0), held.noise)
     assert torch.equal(held.at(0.0), held.context)
     assert torch.allclose(held.at(0.25), 0.75 * held.context + 0.25 * held.noise)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from edit_ray.engine.decode import denormalise
-from edit_ray.engine.stream import RunStream
 from edit_ray.engine.tiles import TiledDecoder
+from edit_ray.engine.vae_stream import RunStream
 from edit_ray.testing import random_vae
 from tests.decoding import decode_at_once
 from tests.unit.test_engine_decode import VAES

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from edit_ray.engine.locate import is_hub_id, local_folder, locate_model
+from edit_ray.engine.model_files import is_hub_id, local_folder, locate_model
 from edit_ray.errors import ModelError
 
 COMMIT = "0" * 40

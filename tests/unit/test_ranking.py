@@ -11,8 +11,8 @@ from edit_ray import EditWanPipeline
 from edit_ray.cache.policies.ranked import ranks_of
 from edit_ray.cli import main
 from edit_ray.engine.calibration import FILE_NAME
-from edit_ray.engine.ranking import SkipMeasure, rank_skips
 from edit_ray.testing import save_random_wan
+from edit_ray.tuning.rank import SkipMeasure, rank_skips
 
 STEPS = 5
 CALL = {

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from edit_ray import EditWanPipeline
 from edit_ray.cli import main
-from edit_ray.engine.tune import TUNABLE, Videos, best, psnr_of, tune
 from edit_ray.testing import save_random_wan
+from edit_ray.tuning.tune import TUNABLE, Videos, best, psnr_of, tune
 
 CALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 5, "guidance_scale": 3.0}
 PROMPTS = ["a red circle", "a blue square", "a green circle"]

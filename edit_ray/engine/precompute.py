@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edit_ray.engine.fast import FastTransformer, can_be_fast
+from edit_ray.engine.fast_transformer import FastTransformer, can_be_fast
 from edit_ray.engine.hoist import Hoisted, can_hoist, version_of
 from edit_ray.engine.noise_steps import UniPCPlan, plan_noise_steps
 from edit_ray.engine.options import Mode
@@ -44,7 +44,7 @@ class LoopTimesteps:
         return self._sigmas[index]
 
 
-class Ahead:
+class Precompute:
     """Makes what is constant over a loop's steps, and keeps for the next loop what will be the same there."""
 
     def __init__(self) -> None:
