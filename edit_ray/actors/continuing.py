@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from edit_ray.actors.messages import RunSpec
-from edit_ray.engine.continuity import match_statistics
-from edit_ray.engine.latent_files import latent_tail, load_latents
+from edit_ray.engine.continuity import latent_tail, load_latents, match_statistics
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.engine.vae_stream import Preceding
 

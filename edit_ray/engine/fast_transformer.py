@@ -1,4 +1,4 @@
-"""`engine.mode: fast`: what stands in for a transformer's blocks, and with what their arithmetic is done."""
+"""`engine.mode: fast` for a transformer: what replaces the forwards of its blocks, and their weights laid out anew."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from edit_ray.engine import fast_block
 from edit_ray.engine.fast_block import BlockWeights, Layer, Rope, Sizes, quantise
-from edit_ray.engine.hoist import has_own_forward, version_of
 from edit_ray.engine.options import Mode
 from edit_ray.errors import ModelError
 
@@ -23,7 +22,7 @@ FP8_CAPABILITY = (8, 9)
 
 
 def check_mode(mode: str, fp8: bool, device: torch.device) -> None:
-    """Raises `ModelError` for what cannot be on a device."""
+    """Raises `ModelError` for an unknown mode, and for FP8 in the mode exact or on a device without it."""
     if mode not in get_args(Mode):
         raise ModelError(f"The mode is {mode!r}; valid are {', '.join(get_args(Mode))}.")
     if fp8 and mode != "fast":
@@ -34,7 +33,7 @@ def check_mode(mode: str, fp8: bool, device: torch.device) -> None:
 
 
 class Functions(NamedTuple):
-    """What a forward is made of; those of `fast_block`, compiled or as they are."""
+    """The functions of a forward: those of `fast_block`, compiled or as they are."""
 
     embed: Callable[..., Tensor] = fast_block.embed
     block: Callable[..., Tensor] = fast_block.block
@@ -48,7 +47,7 @@ def compiled() -> Functions:
 
 
 class FastTransformer:
-    """Stands in for the forwards of one transformer and its blocks while a loop runs."""
+    """Replaces the forwards of one transformer and its blocks while a loop runs."""
 
     def __init__(
         self, transformer: WanTransformer3DModel, *, fp8: bool = False, functions: Functions | None = None
@@ -63,7 +62,7 @@ class FastTransformer:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """The forwards in here are the fast ones."""
+        """Inside, the forwards are the fast ones."""
         self._blocks = list(self.transformer.blocks)
         self._weights = [self._gather(each) for each in self._blocks]
         for index, each in enumerate(self._blocks):
@@ -83,7 +82,7 @@ class FastTransformer:
         encoder_hidden_states: Tensor,
         encoder_hidden_states_image: Tensor | None = None,
         return_dict: bool = True,
-        attention_kwargs: dict[str, Any] | None = None,  # diffusers' scale of adapters, of which there are none
+        attention_kwargs: dict[str, Any] | None = None,  # diffusers' scale of adapters: there are none
     ) -> tuple[Tensor] | Transformer2DModelOutput:
         """The transformer's forward, with diffusers' arguments and results."""
         whole, (embed, _, head) = self.transformer, self._functions
@@ -120,7 +119,7 @@ class FastTransformer:
         return self._functions.block(hidden_states, text_k, text_v, temb, rope, self._weights[index], sizes)
 
     def _text_of(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of a projected text in each block, which are those of all steps."""
+        """Keys and values of a projected text in each block, the same in all steps."""
         for known, version, made in self._texts:
             if known is text and version is not None and version == version_of(text):
                 return made
@@ -131,7 +130,7 @@ class FastTransformer:
     def _rope_of(self, rotary_emb: tuple[Tensor, Tensor]) -> Rope:
         cos, sin = rotary_emb
         if self._rope is None or self._rope[0] is not cos:
-            signs = torch.arange(sin.shape[-1], device=sin.device) % 2 * 2 - 1  # made there, so that nothing waits
+            signs = torch.arange(sin.shape[-1], device=sin.device) % 2 * 2 - 1  # made there: nothing waits
             self._rope = (cos, Rope(cos[0, :, 0].float().contiguous(), (sin[0, :, 0].float() * signs).contiguous()))
         return self._rope[1]
 
@@ -155,7 +154,7 @@ class FastTransformer:
         return self._layer(layer.weight, layer.bias, layer)
 
     def _layer(self, weight: Tensor, bias: Tensor | None, *layers: nn.Module) -> Layer:
-        """Weight and bias of `layers`; in 8 bits anew where one of their weights has changed."""
+        """Weight and bias of `layers`; with `fp8` quantised, anew if one of their weights has changed."""
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         if not self.fp8:
             return Layer(weight, bias)
@@ -173,20 +172,35 @@ def can_be_fast(transformer: Any) -> bool:
         return False
     if any(block.attn1.fused_projections or block.attn2.add_k_proj is not None for block in transformer.blocks):
         return False
-    return all(_is_plain(module) for module in transformer.modules())
+    return all(map(is_unmodified, transformer.modules()))
 
 
-def _is_plain(module: nn.Module) -> bool:
-    own = type(module).__module__.startswith(("torch.nn.", "diffusers."))
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return own and not hooked and has_own_forward(module) and module._compiled_call_impl is None
+def is_unmodified(module: nn.Module, *, replaced: bool = False) -> bool:
+    """Whether a module is torch's or diffusers' own, without hooks, not compiled, and with its class's forward.
+
+    `replaced` skips the forward. Hooks of diffusers that were removed leave the class's forward on the module.
+    """
+    on_module = module.__dict__.get("forward")
+    bound_to, function = getattr(on_module, "__self__", None), getattr(on_module, "__func__", None)
+    own_forward = on_module is None or (bound_to is module and function is type(module).forward)
+    return (
+        type(module).__module__.startswith(("torch.nn.", "diffusers."))
+        and (replaced or own_forward)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and module._compiled_call_impl is None
+    )
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """A number that grows when the tensor is changed in place; tensors of the inference mode have none."""
+    return None if tensor.is_inference() else tensor._version
 
 
 _FUSED = "_edit_ray_qkv"
 
 
 def fused_qkv(attn: WanAttention) -> tuple[Tensor, Tensor | None]:
-    """Weight [3D, D] and bias [3D] of query, key and value in one piece, of which the layers' own become views."""
+    """Weight [3D, D] and bias [3D] of query, key and value in one tensor; the layers' own become views of it."""
     layers = (attn.to_q, attn.to_k, attn.to_v)
     fused = attn.__dict__.get(_FUSED)
     if fused is None or any(

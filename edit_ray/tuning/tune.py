@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from edit_ray.cache.cache import Cache
+from edit_ray.engine.calibration import WHOLE
 from edit_ray.engine.pipeline import EditWanPipeline
-from edit_ray.engine.targets import WHOLE
 
 # Each with the option that makes it skip more as it rises, and the range in which that is looked for. What has a
 # calibration of its own comes first: the better the first find, the sooner the others are seen to be slower.

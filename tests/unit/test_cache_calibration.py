@@ -13,9 +13,15 @@ from edit_ray import EditWanPipeline
 from edit_ray.cache import relative_l1
 from edit_ray.cache.policies import make_policy
 from edit_ray.cli import main
-from edit_ray.engine.calibration import FILE_NAME, calibrated_options, read_calibration, write_calibration
+from edit_ray.engine.calibration import (
+    FILE_NAME,
+    calibrated_options,
+    check_target,
+    read_calibration,
+    threshold_for,
+    write_calibration,
+)
 from edit_ray.engine.loading import with_flow_shift
-from edit_ray.engine.targets import check_target, threshold_for
 from edit_ray.testing import save_random_wan
 from edit_ray.tuning.calibrate import Measured, fit_magcache, fit_teacache, observe, plot_fit
 
@@ -73,7 +79,7 @@ def test_a_threshold_comes_as_near_to_the_speedup_as_any_can(jumps, counts, spee
         return counts[sum(threshold > jump for jump in jumps)] / 30
 
     reachable = [abs(30 / count - speedup) for count in counts[: len(jumps) + 1]]
-    chosen = threshold_for(speedup, computed_share)
+    chosen = threshold_for("threshold", speedup, computed_share)
     assert abs(1 / computed_share(chosen) - speedup) == pytest.approx(min(reachable))
 
 

@@ -6,7 +6,7 @@ import torch
 from diffusers.video_processor import VideoProcessor
 
 from edit_ray.engine.decode import StreamingDecoder, to_uint8
-from edit_ray.engine.lookback import lookback_latents
+from edit_ray.engine.model_info import lookback_latents
 from edit_ray.testing import random_vae
 from tests.decoding import decode_at_once
 

@@ -4,23 +4,17 @@ import pytest
 import torch
 
 from edit_ray import EditWanPipeline
-from edit_ray.engine.decode import StreamingDecoder, denormalise
-from edit_ray.engine.encode import encode, normalise
-from edit_ray.engine.lookback import lookback_latents
+from edit_ray.engine.decode import StreamingDecoder
+from edit_ray.engine.model_info import lookback_latents
+from edit_ray.engine.vae_stream import encode_video
 from edit_ray.testing import random_vae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_normalise_is_the_inverse_of_denormalise():
-    latents = torch.randn(1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    config = random_vae().config
-    assert torch.allclose(normalise(denormalise(latents, config), config), latents, atol=1e-6)
-
-
 @pytest.mark.parametrize(("frames", "latents"), [(1, 1), (5, 2), (9, 3)])
 def test_a_clip_has_a_latent_for_its_first_frame_and_one_for_each_four(frames, latents):
-    encoded = encode(random_vae().to(torch.bfloat16), torch.zeros(1, 3, frames, 32, 48))
+    encoded = encode_video(random_vae().to(torch.bfloat16), torch.zeros(1, 3, frames, 32, 48))
     assert encoded.shape == (1, 4, latents, 4, 6)
     assert encoded.dtype == torch.float32
 
@@ -28,7 +22,7 @@ def test_a_clip_has_a_latent_for_its_first_frame_and_one_for_each_four(frames, l
 @pytest.mark.parametrize("frames", [2, 8])
 def test_another_number_of_frames_is_refused(frames):
     with pytest.raises(ValueError, match=f"{frames} frames cannot be encoded; it takes 4k\\+1"):
-        encode(random_vae(), torch.zeros(1, 3, frames, 32, 32))
+        encode_video(random_vae(), torch.zeros(1, 3, frames, 32, 32))
 
 
 def test_the_embedded_model_finds_its_own_frames_again():
@@ -37,5 +31,5 @@ def test_the_embedded_model_finds_its_own_frames_again():
     assert lookback_latents(pipe.vae.config) == 33
     video = torch.full((1, 3, 5, 64, 64), -0.9)
     video[:, 0, :, 20:40, 20:40] = 0.9  # a red square on black
-    again = StreamingDecoder(pipe.vae).decode(encode(pipe.vae, video))
+    again = StreamingDecoder(pipe.vae).decode(encode_video(pipe.vae, video))
     assert (again - video).abs().mean() < 0.1

@@ -14,7 +14,7 @@ from edit_ray.config import Config
 from edit_ray.engine import fast_block, fast_vae
 from edit_ray.engine.decode import StreamingDecoder
 from edit_ray.engine.fast_transformer import FastTransformer, Functions, can_be_fast
-from edit_ray.engine.text import streamed
+from edit_ray.engine.loading import streamed
 from edit_ray.errors import ModelError
 from edit_ray.testing import Variant, fill_random, random_transformer, random_vae, save_random_wan
 

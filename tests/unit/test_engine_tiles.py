@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from edit_ray.engine.decode import denormalise
-from edit_ray.engine.tiles import TiledDecoder
+from edit_ray.engine.decode import StreamingDecoder, denormalise
 from edit_ray.engine.vae_stream import RunStream
 from edit_ray.testing import random_vae
 from tests.decoding import decode_at_once
@@ -43,7 +42,7 @@ def test_any_cut_gives_the_bits_of_diffusers_tiles(name):
     torch.manual_seed(0)
     vae, seen = small_tiles(random_vae(**VAES[name])), []
     vae.decoder.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape[-2:]))
-    latents, decoder = noise(), TiledDecoder(vae)
+    latents, decoder = noise(), StreamingDecoder(vae, tiled=True)
     video = torch.cat([decoder.decode(part) for part in latents.split([1, 2, 2], dim=2)], dim=2)
     assert decoder.position == LATENTS
     assert max(max(shape) for shape in seen) == TILE, "no more than a tile at a time"
@@ -53,11 +52,11 @@ def test_any_cut_gives_the_bits_of_diffusers_tiles(name):
 
 def test_frames_no_larger_than_a_tile_are_those_of_whole_decoding(vae):
     latents = noise()[:, :, :2, :STRIDE, :STRIDE]
-    assert torch.equal(TiledDecoder(vae).decode(latents), decode_at_once(vae, latents))
+    assert torch.equal(StreamingDecoder(vae, tiled=True).decode(latents), decode_at_once(vae, latents))
 
 
 def test_it_is_rebuilt_and_reset_and_an_error_leaves_no_half_state(vae):
-    latents, decoder = noise(), TiledDecoder(vae)
+    latents, decoder = noise(), StreamingDecoder(vae, tiled=True)
     whole = decoder.decode(latents)
     decoder.rebuild(latents[:, :, :3], 3)
     assert decoder.position == 3

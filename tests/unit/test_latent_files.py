@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from edit_ray.engine.latent_files import latent_tail, load_latents, save_latents
+from edit_ray.engine.continuity import latent_tail, load_latents, save_latents
 from edit_ray.errors import EditRayError
 
 
