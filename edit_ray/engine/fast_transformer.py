@@ -56,7 +56,7 @@ class FastTransformer:
         self._functions = functions or compiled()
         self._blocks: list[Any] = []
         self._weights: list[BlockWeights] = []
-        self._quantised: dict[int, tuple[tuple[int | None, ...], Layer]] = {}  # by a weight's memory, with versions
+        self._quantised: dict[int, tuple[list[int | None], Layer]] = {}  # by a weight's address, with versions
         self._texts: list[tuple[Tensor, int | None, list[tuple[Tensor, Tensor]]]] = []
         self._rope: tuple[Tensor, Rope] | None = None
 
@@ -91,12 +91,9 @@ class FastTransformer:
         rotary_emb = whole.rope(hidden_states)
         x = embed(hidden_states, whole.patch_embedding.weight, whole.patch_embedding.bias)
         per_token = timestep.shape[1] if timestep.ndim == 2 else None
-        temb, timestep_proj, text, _ = whole.condition_embedder(
-            timestep if per_token is None else timestep.flatten(),
-            encoder_hidden_states,
-            encoder_hidden_states_image,
-            timestep_seq_len=per_token,
-        )
+        times = timestep if per_token is None else timestep.flatten()
+        texts = encoder_hidden_states, encoder_hidden_states_image
+        temb, timestep_proj, text, _ = whole.condition_embedder(times, *texts, timestep_seq_len=per_token)
         timestep_proj = timestep_proj.unflatten(-1, (6, -1))
         for each in whole.blocks:
             x = each(x, text, timestep_proj, rotary_emb)
@@ -105,18 +102,12 @@ class FastTransformer:
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _block(
-        self,
-        index: int,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        rotary_emb: tuple[Tensor, Tensor],
+        self, index: int, x: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
     ) -> Tensor:
         text_k, text_v = self._text_of(encoder_hidden_states)[index]
         each = self._blocks[index]
         sizes = Sizes(each.attn1.heads, each.norm1.eps, each.attn1.norm_q.eps)
-        rope = self._rope_of(rotary_emb)
-        return self._functions.block(hidden_states, text_k, text_v, temb, rope, self._weights[index], sizes)
+        return self._functions.block(x, text_k, text_v, temb, self._rope_of(rotary_emb), self._weights[index], sizes)
 
     def _text_of(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of a projected text in each block, the same in all steps."""
@@ -135,35 +126,31 @@ class FastTransformer:
         return self._rope[1]
 
     def _gather(self, each: Any) -> BlockWeights:
-        attn, text, ff = each.attn1, each.attn2, each.ffn.net
+        attn, text, up, down = each.attn1, each.attn2, each.ffn.net[0].proj, each.ffn.net[2]
         return BlockWeights(
             table=each.scale_shift_table,
-            qkv=self._layer(*fused_qkv(attn), attn.to_q, attn.to_k, attn.to_v),
+            qkv=self._layer(attn.to_q, attn.to_k, attn.to_v, fused=fused_qkv(attn)),
             norm_q=attn.norm_q.weight,
             norm_k=attn.norm_k.weight,
-            out=self._linear(attn.to_out[0]),
+            out=self._layer(attn.to_out[0]),
             norm2=None if isinstance(each.norm2, nn.Identity) else (each.norm2.weight, each.norm2.bias),
-            text_q=self._linear(text.to_q),
+            text_q=self._layer(text.to_q),
             text_norm_q=text.norm_q.weight,
-            text_out=self._linear(text.to_out[0]),
-            up=self._linear(ff[0].proj),
-            down=self._linear(ff[2]),
+            text_out=self._layer(text.to_out[0]),
+            up=self._layer(up),
+            down=self._layer(down),
         )
 
-    def _linear(self, layer: Any) -> Layer:
-        return self._layer(layer.weight, layer.bias, layer)
-
-    def _layer(self, weight: Tensor, bias: Tensor | None, *layers: nn.Module) -> Layer:
-        """Weight and bias of `layers`; with `fp8` quantised, anew if one of their weights has changed."""
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    def _layer(self, *layers: Any, fused: Layer | None = None) -> Layer:
+        """The layer, or several fused ones; with `fp8` quantised, anew if one of their weights has changed."""
+        weight, bias, _ = fused or Layer(layers[0].weight, layers[0].bias)
+        layer = Layer(weight.detach(), None if bias is None else bias.detach())
         if not self.fp8:
-            return Layer(weight, bias)
-        version = tuple(version_of(layer.weight) for layer in layers)  # type: ignore[arg-type]
-        known_version, known = self._quantised.get(weight.data_ptr(), (None, None))
-        if known is None or version != known_version:
-            known = quantise(Layer(weight, bias))
-            self._quantised[weight.data_ptr()] = (version, known)
-        return known
+            return layer
+        key, versions = weight.data_ptr(), [version_of(each.weight) for each in layers]
+        if key not in self._quantised or self._quantised[key][0] != versions:
+            self._quantised[key] = versions, quantise(layer)
+        return self._quantised[key][1]
 
 
 def can_be_fast(transformer: Any) -> bool:
@@ -196,24 +183,20 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-_FUSED = "_edit_ray_qkv"
-
-
-def fused_qkv(attn: WanAttention) -> tuple[Tensor, Tensor | None]:
+def fused_qkv(attn: WanAttention) -> Layer:
     """Weight [3D, D] and bias [3D] of query, key and value in one tensor; the layers' own become views of it."""
     layers = (attn.to_q, attn.to_k, attn.to_v)
-    fused = attn.__dict__.get(_FUSED)
-    if fused is None or any(
-        part.data_ptr() != layer.weight.data_ptr() for part, layer in zip(fused[0].chunk(3), layers, strict=True)
-    ):
+    fused: Layer | None = attn.__dict__.get("_edit_ray_qkv")
+    addresses = [layer.weight.data_ptr() for layer in layers]
+    if fused is None or [part.data_ptr() for part in fused.weight.chunk(3)] != addresses:
         weight = torch.cat([layer.weight.detach() for layer in layers])
         bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
         for index, layer in enumerate(layers):
             layer.weight.data = weight.chunk(3)[index]
             if bias is not None:
                 layer.bias.data = bias.chunk(3)[index]
-        fused = attn.__dict__[_FUSED] = (weight, bias)
-    return fused  # type: ignore[no-any-return]
+        fused = attn.__dict__["_edit_ray_qkv"] = Layer(weight, bias)
+    return fused
 
 
 def _keys_and_values(attn: WanAttention, text: Tensor) -> tuple[Tensor, Tensor]:
