@@ -126,7 +126,7 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
 
     def to_json_string(self) -> str:
         """The configuration as `save_pretrained` writes it."""
-        text: str = super().to_json_string()
+        text = str(super().to_json_string())
         return text.replace(f'"_class_name": "{type(self).__name__}"', '"_class_name": "WanPipeline"', 1)
 
     @one_call_at_a_time
@@ -217,7 +217,7 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         self._attention_kwargs, self._current_timestep, self._interrupt = attention_kwargs, None, False
 
     def _fit(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
-        """The nearest size below that the VAE and the patches divide, as diffusers chooses it."""
+        """The next lower size that the VAE and the patches divide, as diffusers chooses it."""
         factor, (_, patch_height, patch_width) = self.vae_scale_factor_temporal, self._denoiser.config.patch_size
         row, column = self.vae_scale_factor_spatial * patch_height, self.vae_scale_factor_spatial * patch_width
         frames = num_frames if num_frames % factor == 1 else num_frames // factor * factor + 1
@@ -225,11 +225,7 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         if fitted != (height, width, num_frames):
             logger.warning(
                 "height, width and num_frames %s become %s: sizes are multiples of %d and %d, num_frames is %dn + 1.",
-                (height, width, num_frames),
-                fitted,
-                row,
-                column,
-                factor,
+                *((height, width, num_frames), fitted, row, column, factor),
             )
         return fitted
 
@@ -238,27 +234,10 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         """The transformer whose shapes and types count; a pipeline may lack either of the two experts."""
         return next(iter(experts_of(self).values()))
 
-    def _embed(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        videos: int,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        max_sequence_length: int,
-    ) -> tuple[Tensor, Tensor | None]:
+    def _embed(self, prompt: Any, negative_prompt: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         """Embeddings [B, L, D] of both branches in the transformer's dtype; the second is `None` without guidance."""
-        cond, uncond = self.encode_prompt(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            do_classifier_free_guidance=self.do_classifier_free_guidance,
-            num_videos_per_prompt=videos,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            max_sequence_length=max_sequence_length,
-            device=self._execution_device,
-        )
-        dtype = self._denoiser.dtype
+        guided, device, dtype = self.do_classifier_free_guidance, self._execution_device, self._denoiser.dtype
+        cond, uncond = self.encode_prompt(prompt, negative_prompt, guided, *arguments, device)
         return cond.to(dtype), None if uncond is None else uncond.to(dtype)
 
     def _get_t5_prompt_embeds(self, prompt: str | list[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -268,8 +247,7 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
             count = len(self.tokenizer(prompt_clean(text), truncation=False).input_ids)
             if count > limit:
                 logger.warning("A prompt has %d tokens; the model is given the first %d: %.40r…", count, limit, text)
-        embeds: Tensor = super()._get_t5_prompt_embeds(prompt, *args, **kwargs)
-        return embeds
+        return super()._get_t5_prompt_embeds(prompt, *args, **kwargs)  # type: ignore[no-any-return]
 
     def _context(self, history: Tensor | None, overlap: Tensor | None, noise: Tensor) -> ContextLatents | None:
         if overlap is not None:

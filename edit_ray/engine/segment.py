@@ -15,7 +15,7 @@ from torch import Tensor
 from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.records import Record
 from edit_ray.cache.stores.memory import GPUStore
-from edit_ray.engine.decode import to_uint8
+from edit_ray.engine.decode import StreamingDecoder, to_uint8
 from edit_ray.engine.fast_vae import fast_decoder
 from edit_ray.engine.init_file import read_init
 from edit_ray.engine.loading import load_pipeline, second_gpu, streamed, usable_cores, with_flow_shift
@@ -121,13 +121,12 @@ class SegmentEngine:
         `SegmentFailed` if a value is not finite.
         """
         self.encode_prompts([prompt], sampling.negative_prompt)
-        self.pipe.scheduler = with_flow_shift(self.pipe.scheduler, sampling.flow_shift)
         self._use_cache(cache, sampling)
-        if self.pipe.cache is not None:
+        if (enabled := self.pipe.cache) is not None:
             stored = [] if store is None else store.planned_reads()
-            self.pipe.cache.use_store(GPUStore() if store is None else store, stored)
-            self.pipe.cache.set_generation(segment_index)
-            self.pipe.cache.set_reuse_window(int(key[0] or 0) for key in stored)
+            enabled.use_store(GPUStore() if store is None else store, stored)
+            enabled.set_generation(segment_index)
+            enabled.set_reuse_window(int(key[0] or 0) for key in stored)
         guided = sampling.guidance_scale > 1
         output: tuple[Tensor] = self.pipe(
             height=sampling.height,
@@ -161,7 +160,6 @@ class SegmentEngine:
         """What the segments of a run reuse of each other; None without a reuse window."""
         if not cache.reuse_window:
             return None
-        self.pipe.scheduler = with_flow_shift(self.pipe.scheduler, sampling.flow_shift)
         self._use_cache(cache, sampling)
         return plan_run_reuse(self.pipe, run_id, num_segments, cache.reuse_window, sampling, budget)
 
@@ -228,7 +226,7 @@ class SegmentEngine:
                 video = self._stream(run_id, tiled_from).decode(latents, position, preceding, keep_frames)
             else:
                 tiled = tiled_from is not None and position >= tiled_from
-                video = RunStream(self.pipe.vae, 0 if tiled else None).decode(latents, 0)
+                video = StreamingDecoder(self.pipe.vae, tiled=tiled).decode(latents)
             return to_uint8(video).cpu()
 
     def release(self, run_id: str) -> None:
@@ -258,20 +256,16 @@ class SegmentEngine:
         return stream
 
     def _use_cache(self, cache: CacheOptions, sampling: SamplingOptions) -> None:
-        """Enable the cache of a segment's options, unless the last segment had the same."""
+        """Set the flow shift, and enable the cache of a segment's options unless the last segment had the same."""
+        self.pipe.scheduler = with_flow_shift(self.pipe.scheduler, sampling.flow_shift)
         wanted = (cache, sampling.num_inference_steps, sampling.flow_shift)
         if self._cached_for == wanted and (self.pipe.cache is not None or cache.policy == "none"):
             return
         self.pipe.disable_cache()
         self._cached_for = None
         if cache.policy != "none":
-            self.pipe.enable_cache(
-                cache.policy,
-                sampling.num_inference_steps,
-                cache.granularity,
-                target_speedup=cache.target_speedup,
-                **cache.policy_options,
-            )
+            options = {"target_speedup": cache.target_speedup, **cache.policy_options}
+            self.pipe.enable_cache(cache.policy, sampling.num_inference_steps, cache.granularity, **options)
         self._cached_for = wanted
 
     @torch.no_grad()
