@@ -16,8 +16,7 @@ from edit_ray import EditWanPipeline
 from edit_ray.engine.fast_vae import fast_decoder
 from edit_ray.engine.options import SamplingOptions
 from edit_ray.testing import VARIANTS, Variant, fill_random, make_model, random_transformer
-from edit_ray.testing.made_model import byte_tokenizer
-from edit_ray.testing.variants import TextEncoder
+from edit_ray.testing.made_model import TextEncoder, byte_tokenizer
 
 PROMPT = "a red circle bouncing on a black background"
 SEED = 7
