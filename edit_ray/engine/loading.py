@@ -144,17 +144,6 @@ def streamed(text_encoder: Any, device: torch.device) -> Iterator[None]:
 
 
 def _compute_on(device: torch.device, part: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    home = [(parameter, parameter.data) for parameter in part.parameters()]
-    for parameter, data in home:
-        parameter.data = data.to(device, non_blocking=True)
-    try:
-        return _row_by_row(forward, args, kwargs)
-    finally:
-        for parameter, data in home:
-            parameter.data = data
-
-
-def _row_by_row(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`forward` for each element of the first argument's batch [B, L, D]; the results as one batch."""
     rows = len(args[0])
 
@@ -162,10 +151,17 @@ def _row_by_row(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
         batched = isinstance(value, Tensor) and value.ndim > 1 and len(value) == rows
         return value[row : row + 1] if batched else value
 
-    results = [
-        forward(*(row_of(value, row) for value in args), **{name: row_of(kwargs[name], row) for name in kwargs})
-        for row in range(rows)
-    ]
+    home = [(parameter, parameter.data) for parameter in part.parameters()]
+    for parameter, data in home:
+        parameter.data = data.to(device, non_blocking=True)
+    try:
+        results = [
+            forward(*(row_of(value, row) for value in args), **{name: row_of(kwargs[name], row) for name in kwargs})
+            for row in range(rows)
+        ]
+    finally:
+        for parameter, data in home:
+            parameter.data = data
     if isinstance(results[0], Tensor):
         return torch.cat(results)
     return tuple(torch.cat(each) if isinstance(each[0], Tensor) else each[0] for each in zip(*results, strict=True))

@@ -27,34 +27,26 @@ KEPT_TEXTS = 4  # both branches, and the two that a callback may have replaced
 Key = tuple[object, ...]
 
 
-class CpuCopy:
-    """A device tensor on the CPU, read again where the tensor was replaced or changed in place."""
-
-    def __init__(self) -> None:
-        self._source: Tensor | None = None
-        self._version: int | None = None
-        self._values: Tensor | None = None
-
-    def __call__(self, source: Tensor) -> Tensor:
-        version = version_of(source)
-        if self._values is None or source is not self._source or version is None or version != self._version:
-            self._source, self._version, self._values = source, version, source.cpu()
-        return self._values
-
-
 class LoopTimesteps:
-    """The timesteps and sigmas of one loop on the CPU; a callback may change them or the scheduler."""
+    """The timesteps and sigmas of one loop on the CPU, read again if a callback changed them or the scheduler."""
 
     def __init__(self, timesteps: Tensor) -> None:
-        self._timesteps, self._timesteps_on_cpu, self._sigmas_on_cpu = timesteps, CpuCopy(), CpuCopy()
+        self._timesteps = timesteps
+        self._read: dict[str, tuple[Tensor, int | None, Tensor]] = {}  # source, its version, copy
 
     def timestep(self, step: int) -> Tensor:
         """The timestep [] of a step, on the CPU."""
-        return self._timesteps_on_cpu(self._timesteps)[step]
+        return self._on_cpu("timesteps", self._timesteps)[step]
 
     def sigma(self, scheduler: Any, index: int) -> float:
         """The scheduler's sigma of this index."""
-        return float(self._sigmas_on_cpu(scheduler.sigmas)[index])
+        return float(self._on_cpu("sigmas", scheduler.sigmas)[index])
+
+    def _on_cpu(self, name: str, source: Tensor) -> Tensor:
+        version, known = version_of(source), self._read.get(name)
+        if known is None or known[0] is not source or version is None or known[1] != version:
+            known = self._read[name] = (source, version, source.cpu())
+        return known[2]
 
 
 class Precompute:
