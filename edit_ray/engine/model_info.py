@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,12 @@ TRANSFORMER_CLASS = "WanTransformer3DModel"
 VAE_CLASS = "AutoencoderKLWan"
 MAX_JSON_BYTES = 64 * 2**20
 
-_Find = Callable[[str], Path | None]
-
 
 @dataclass(frozen=True)
 class ModelInfo:
     """A Wan text-to-video model: sizes in pixels and frames, and the words that it was trained on.
 
-    `width` is that of the transformer's hidden states; `num_blocks` has the experts that the model has. `vocabulary`
-    is None if any text will do: only word-level tokenizers have one. `lookback_latents` is `lookback_latents`' result.
+    `width` is that of the transformer's hidden states; `num_blocks` has the experts that the model has.
     """
 
     patch_size: tuple[int, int, int]
@@ -38,9 +35,8 @@ class ModelInfo:
     num_blocks: Mapping[str, int]
     expand_timesteps: bool
     boundary_ratio: float | None
-    vocabulary: frozenset[str] | None
-    lookback_latents: int
-    _split: Callable[[str], list[str]] = field(default=str.split, repr=False, compare=False)
+    lookback_latents: int  # latents before a point of the stream on which the frames after it depend
+    tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)  # if it looks up words
 
     @property
     def height_step(self) -> int:
@@ -52,9 +48,21 @@ class ModelInfo:
         """Pixels that the width is a multiple of."""
         return self.scale_factor_spatial * self.patch_size[2]
 
+    @cached_property
+    def vocabulary(self) -> frozenset[str] | None:
+        """The words that the tokenizer knows; None if any text will do."""
+        if self.tokenizer is None:
+            return None
+        special = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
+        return frozenset(self.tokenizer.get_vocab()) - special
+
     def words(self, text: str) -> list[str]:
         """The text in the words that the tokenizer looks up."""
-        return self._split(text)
+        if self.tokenizer is None:
+            return text.split()
+        normalizer, splitter = self.tokenizer.normalizer, self.tokenizer.pre_tokenizer
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        return text.split() if splitter is None else [word for word, _ in splitter.pre_tokenize_str(text)]
 
 
 def dtype_problem(torch_dtype: str, device: str) -> str | None:
@@ -70,15 +78,9 @@ def read_model_info(path: str) -> ModelInfo:
     Raises:
         ModelError: no such model, not reachable, not a Wan text-to-video model, or its files are damaged.
     """
-    location = locate_model(path)
-    folder = local_folder(location)
-
-    def in_folder(name: str) -> Path | None:
-        assert folder is not None
-        return folder / name if (folder / name).is_file() else None
-
+    files = _ModelFiles(path)
     try:
-        return _read(path, partial(hub_file, location) if folder is None else in_folder)
+        return _read(files)
     except HubUnreachable as error:
         raise ModelError(
             f"{path!r} is neither a folder (there is no {Path(path).absolute()}) nor a hub id that can be reached "
@@ -106,22 +108,55 @@ def lookback_latents(vae_config: Mapping[str, Any]) -> int:
     return math.ceil(view) + 1 + 2
 
 
-def _read(path: str, find: _Find) -> ModelInfo:
-    index = _json(path, INDEX_FILE, find)
-    _check_classes(path, index)
-    experts = {
-        name: _json(path, f"{name}/config.json", find)
-        for name in ("transformer", "transformer_2")
-        if _class_of(index, name)
-    }
-    transformer, parts = next(iter(experts.values())), ", ".join(f"{name}/config.json" for name in experts)
-    vae = _json(path, "vae/config.json", find)
-    vocabulary, split = _vocabulary(path, index, find)
+class _ModelFiles:
+    """A model's small files, in its folder or on the hub."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self._location = path, locate_model(path)
+        self._folder = local_folder(self._location)
+
+    def find(self, name: str) -> Path | None:
+        """The file of this name, if the model has one; raises HubUnreachable."""
+        if self._folder is None:
+            return hub_file(self._location, name)
+        return self._folder / name if (self._folder / name).is_file() else None
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file; raises ModelError."""
+        file = self.find(name)
+        if file is None:
+            raise ModelError(f"{self.path!r} has no {name}; a diffusers Wan model has one.")
+        try:
+            size = file.stat().st_size
+            content = json.loads(file.read_text(encoding="utf-8")) if size <= MAX_JSON_BYTES else None
+        except (OSError, ValueError, RecursionError) as error:
+            said = f"{self.path!r} has a {name} that cannot be read as JSON: {type(error).__name__}."
+            raise ModelError(said) from None
+        if size > MAX_JSON_BYTES:
+            raise ModelError(f"{self.path!r} has a {name} of more than {MAX_JSON_BYTES} bytes.")
+        if not isinstance(content, dict):
+            raise ModelError(f"{self.path!r} has a {name} that is no JSON object.")
+        return content
+
+
+def _read(files: _ModelFiles) -> ModelInfo:
+    path, index = files.path, files.json(INDEX_FILE)
+    classes = {name: _class_of(index, name) for name in ("transformer", "transformer_2", "vae", "tokenizer")}
+    transformer_class = classes["transformer"] or classes["transformer_2"]
+    if (transformer_class, classes["vae"]) != (TRANSFORMER_CLASS, VAE_CLASS):
+        raise ModelError(
+            f"{path!r} is a {index.get('_class_name', 'model without a class name')} with the transformer "
+            f"{transformer_class} and the VAE {classes['vae']}; it must be a Wan model, with {TRANSFORMER_CLASS} and "
+            f"{VAE_CLASS}."
+        )
+    experts = {name: files.json(f"{name}/config.json") for name in ("transformer", "transformer_2") if classes[name]}
+    transformer, vae = next(iter(experts.values())), files.json("vae/config.json")
+    tokenizer = _word_tokenizer(files, classes["tokenizer"])
     try:
-        patch_frames, patch_height, patch_width = map(int, transformer.get("patch_size", (1, 2, 2)))
-        boundary_ratio = index.get("boundary_ratio")
+        frames, rows, columns = map(int, transformer.get("patch_size", (1, 2, 2)))
+        boundary_ratio, in_channels = index.get("boundary_ratio"), int(transformer.get("in_channels", 16))
         info = ModelInfo(
-            patch_size=(patch_frames, patch_height, patch_width),
+            patch_size=(frames, rows, columns),
             scale_factor_temporal=int(vae.get("scale_factor_temporal", 4)),
             scale_factor_spatial=int(vae.get("scale_factor_spatial", 8)),
             z_dim=int(vae.get("z_dim", 16)),
@@ -129,17 +164,16 @@ def _read(path: str, find: _Find) -> ModelInfo:
             num_blocks={name: int(expert.get("num_layers", 40)) for name, expert in experts.items()},
             expand_timesteps=bool(index.get("expand_timesteps", False)),
             boundary_ratio=None if boundary_ratio is None else float(boundary_ratio),
-            vocabulary=vocabulary,
             lookback_latents=lookback_latents(vae),
-            _split=split,
+            tokenizer=tokenizer,
         )
-        in_channels = int(transformer.get("in_channels", 16))
         sizes = (info.scale_factor_temporal, info.scale_factor_spatial, info.z_dim, info.width)
         if min(*info.patch_size, *sizes, *info.num_blocks.values()) < 1:
             raise ValueError("a size below 1")
     except (TypeError, ValueError, OverflowError):
+        configs = ", ".join(f"{name}/config.json" for name in experts)
         raise ModelError(
-            f"{path!r} has sizes that cannot be in its {parts}, vae/config.json or {INDEX_FILE}."
+            f"{path!r} has sizes that cannot be in its {configs}, vae/config.json or {INDEX_FILE}."
         ) from None
     if in_channels != info.z_dim:
         raise ModelError(
@@ -149,61 +183,22 @@ def _read(path: str, find: _Find) -> ModelInfo:
     return info
 
 
-def _check_classes(path: str, index: Mapping[str, Any]) -> None:
-    """Raises ModelError unless the model's parts are Wan's."""
-    transformer = _class_of(index, "transformer") or _class_of(index, "transformer_2")
-    vae = _class_of(index, "vae")
-    if (transformer, vae) != (TRANSFORMER_CLASS, VAE_CLASS):
-        raise ModelError(
-            f"{path!r} is a {index.get('_class_name', 'model without a class name')} with the transformer "
-            f"{transformer} and the VAE {vae}; it must be a Wan model, with {TRANSFORMER_CLASS} and {VAE_CLASS}."
-        )
-
-
 def _class_of(index: Mapping[str, Any], part: str) -> str | None:
     """The class of a part in `model_index.json`, which has [library, class] for every part, nulls for none."""
     entry = index.get(part)
     return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else None
 
 
-def _vocabulary(
-    path: str, index: Mapping[str, Any], find: _Find
-) -> tuple[frozenset[str] | None, Callable[[str], list[str]]]:
-    """The words of a word-level tokenizer and how it splits a text; None for tokenizers that take any text."""
+def _word_tokenizer(files: _ModelFiles, class_name: str | None) -> Tokenizer | None:
+    """The model's tokenizer if it looks up words; None for tokenizers that take any text."""
     name = "tokenizer/tokenizer.json"
     # T5's file is large, and known to take any text.
-    if (_class_of(index, "tokenizer") or "T5").startswith("T5") or (file := find(name)) is None:
-        return None, str.split
-    model = _json(path, name, find).get("model")
+    if (class_name or "T5").startswith("T5") or (file := files.find(name)) is None:
+        return None
+    model = files.json(name).get("model")
     if not isinstance(model, dict) or model.get("type") != "WordLevel":
-        return None, str.split
+        return None
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        return Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise ModelError(f"{path!r} has a damaged {name}: {error}.") from None
-
-    def split(text: str) -> list[str]:
-        if tokenizer.normalizer is not None:
-            text = tokenizer.normalizer.normalize_str(text)
-        if tokenizer.pre_tokenizer is None:
-            return text.split()
-        return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    return frozenset(tokenizer.get_vocab()) - special, split
-
-
-def _json(path: str, name: str, find: _Find) -> dict[str, Any]:
-    file = find(name)
-    if file is None:
-        raise ModelError(f"{path!r} has no {name}; a diffusers Wan model has one.")
-    try:
-        size = file.stat().st_size
-        content = json.loads(file.read_text(encoding="utf-8")) if size <= MAX_JSON_BYTES else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path!r} has a {name} that cannot be read as JSON: {type(error).__name__}.") from None
-    if size > MAX_JSON_BYTES:
-        raise ModelError(f"{path!r} has a {name} of more than {MAX_JSON_BYTES} bytes.")
-    if not isinstance(content, dict):
-        raise ModelError(f"{path!r} has a {name} that is no JSON object.")
-    return content
+        raise ModelError(f"{files.path!r} has a damaged {name}: {error}.") from None
