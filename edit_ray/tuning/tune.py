@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,7 +89,7 @@ def _try(measure: Measure, policy: str, options: dict[str, Any], psnr: float, le
         shares.append(share)
         mean, blocks = statistics.fmean(psnrs), statistics.fmean(shares)
         # The standard error of the mean; a single video says nothing of it.
-        error = statistics.stdev(psnrs) / math.sqrt(len(psnrs)) if len(psnrs) > 1 else math.inf
+        error = float(np.std(psnrs, ddof=1)) / math.sqrt(len(psnrs)) if len(psnrs) > 1 else math.inf
         if len(psnrs) >= _SOONEST:
             given_up = "too far" if mean + CONFIDENCE * error < psnr else "slower" if blocks >= least else None
         if given_up:

@@ -32,8 +32,8 @@ def test_prompts_are_projected_once_and_times_embedded_once_a_schedule(pair_of, 
     monkeypatch.setattr(
         "edit_ray.engine.precompute.is_unmodified", lambda *_, **__: True
     )  # the hook that counts is no change
-    assert counted_embeddings(ours) == [1] * 3 + [512] * 2
-    assert counted_embeddings(ours) == [512] * 2
+    assert counted_embeddings(ours) == [1] * 3 + [32] * 2
+    assert counted_embeddings(ours) == [32] * 2
 
 
 def weights_in_place(pipe, step, _timestep, tensors):
