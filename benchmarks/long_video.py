@@ -88,7 +88,7 @@ class Bench:
         finally:
             actor.release_run(spec.run_id)
             store.call("drop_run", spec.residuals_id)()
-            self.engine.make_room(of_cache=True)
+            self.engine.free_memory(of_cache=True)
             shutil.rmtree(self.folder / "tiers", ignore_errors=True)
 
     def _segment(self, actor: ReadyDenoiser, spec: Any, index: int) -> dict[str, Any]:

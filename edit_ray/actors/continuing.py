@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from edit_ray.actors.messages import RunSpec
-from edit_ray.engine.continuity import match_statistics
-from edit_ray.engine.latent_files import latent_tail, load_latents
+from edit_ray.engine.continuity import latent_tail, load_latents, match_statistics
 from edit_ray.engine.segment import SegmentEngine
-from edit_ray.engine.stream import Preceding
+from edit_ray.engine.vae_stream import Preceding
 
 
 def added_by(latents: torch.Tensor, spec: RunSpec, segment_index: int) -> torch.Tensor:

@@ -18,12 +18,11 @@ from edit_ray.actors.adoption import Adoption
 from edit_ray.actors.continuing import added_by, context_of, preceding_of, tiled_position
 from edit_ray.actors.messages import Progress, RunSpec, code_version, statistics
 from edit_ray.actors.stats import StepTimes, cache_statistics, show_memory
-from edit_ray.engine.latent_files import load_latents, save_latents
-from edit_ray.engine.loading import choose_device
-from edit_ray.engine.lookback import lookback_latents
-from edit_ray.engine.model_digest import model_digest
-from edit_ray.engine.provenance import provenance_of
-from edit_ray.engine.segment import SegmentEngine, usable_cores
+from edit_ray.engine.continuity import load_latents, save_latents
+from edit_ray.engine.loading import choose_device, provenance_of, usable_cores
+from edit_ray.engine.model_files import model_digest
+from edit_ray.engine.model_info import lookback_latents
+from edit_ray.engine.segment import SegmentEngine
 from edit_ray.errors import EditRayError, OutOfMemory, SegmentFailed
 from edit_ray.files import digest_of_file, read_bytes, replacing
 from edit_ray.metrics.collect import MetricValues, Snapshot
@@ -361,7 +360,7 @@ class DenoiserActor:
             for _, leases in list(self._leases.values()):
                 if denoises and leases is not None:
                     leases.free_device()
-            engine.make_room(of_cache=denoises)
+            engine.free_memory(of_cache=denoises)
             raise self._out_of_memory(error, again) from None
 
     def _out_of_memory(self, error: torch.OutOfMemoryError, again: bool) -> EditRayError:

@@ -13,7 +13,7 @@ from edit_ray.errors import ConfigError
 if TYPE_CHECKING:
     from edit_ray.config import Config
     from edit_ray.engine.pipeline import EditWanPipeline
-    from edit_ray.engine.ranking import SkipMeasure
+    from edit_ray.tuning.rank import SkipMeasure
 
 
 def calibrate(options: argparse.Namespace) -> int:
@@ -22,9 +22,9 @@ def calibrate(options: argparse.Namespace) -> int:
         raise ConfigError([f"--batch-size is {options.batch_size}; it must be a whole number from 1"])
     config, prompts = _uncached_config(options), _read_prompts(options.prompts)
     _check_calibration(options.file)
-    from edit_ray.engine.calibrate import fit_magcache, fit_teacache, observe, plot_fit
     from edit_ray.engine.calibration import write_calibration
-    from edit_ray.engine.ranking import SkipMeasure
+    from edit_ray.tuning.calibrate import fit_magcache, fit_teacache, observe, plot_fit
+    from edit_ray.tuning.rank import SkipMeasure
 
     pipe, call, seed = _load(config), _call(config), config.sampling.seed
     plot = None
@@ -58,8 +58,8 @@ def tune(options: argparse.Namespace) -> int:
     config, prompts = _uncached_config(options), _read_prompts(options.prompts)
     if len(prompts) * options.seeds < 2:
         raise ConfigError(["one video says nothing of others: give more --prompts or --seeds"])
-    from edit_ray.engine.tune import TUNABLE, Videos, best
-    from edit_ray.engine.tune import tune as trials_of
+    from edit_ray.tuning.tune import TUNABLE, Videos, best
+    from edit_ray.tuning.tune import tune as trials_of
 
     policies = list(TUNABLE) if options.policies is None else [name.strip() for name in options.policies.split(",")]
     if unknown := [name for name in policies if name not in TUNABLE]:

@@ -12,7 +12,7 @@ from edit_ray.cache.stores.eviction import EVICTIONS
 from edit_ray.cache.stores.simulate import Simulated, accesses_of, simulate
 from edit_ray.config import Config
 from edit_ray.engine.model_info import ModelInfo
-from edit_ray.engine.reuse_numbers import branches_of, plan_from_numbers, residual_shape
+from edit_ray.engine.reuse import branches_of, plan_from_numbers, residual_shape
 from edit_ray.tiers.options import StoreOptions
 from edit_ray.tiers.reuse_plan import CacheKey, ReusePlan, make_reuse_plan
 from edit_ray.tiers.slots import slot_bytes

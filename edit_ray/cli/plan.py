@@ -84,7 +84,7 @@ def _experts(config: Config, info: ModelInfo) -> list[str]:
 
     from edit_ray.engine.caching import loop_steps
     from edit_ray.engine.loading import with_flow_shift
-    from edit_ray.engine.locate import locate_model
+    from edit_ray.engine.model_files import locate_model
 
     location = locate_model(config.model.path)
     try:

@@ -7,11 +7,10 @@ from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.policies import POLICIES, OptionError, check_granularity
 from edit_ray.config.mistakes import KeyPath, Mistake, mistake_at
 from edit_ray.config.model import Config
-from edit_ray.engine.calibration import policy_of
+from edit_ray.engine.calibration import check_target, policy_of
 from edit_ray.engine.init_file import read_init
 from edit_ray.engine.model_info import ModelInfo, dtype_problem, read_model_info
 from edit_ray.engine.options import ContinuityOptions, frames_of
-from edit_ray.engine.targets import check_target
 from edit_ray.errors import ConfigError, ModelError
 from edit_ray.runs.layout import TEMPORAL_FACTOR
 

@@ -1,17 +1,11 @@
-"""Real models at toy sizes, so that tests of this package and of what is built on it need no mocks, no download."""
+"""A real model at toy size: tests need no mocks and no download."""
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
@@ -19,7 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+SPECIAL_TOKENS = PAD, END, UNKNOWN = ("<pad>", "</s>", "<unk>")
 WORDS = ("a", "red", "green", "blue", "circle", "square", "and", "bouncing", "on", "black", "white", "background")
 TEXT_DIM = 32
 Z_DIM = 4
@@ -32,22 +26,23 @@ def save_random_wan(
     expand_timesteps: bool = False,
     two_experts: bool = False,
     boundary_ratio: float | None = None,
-    noise_scheduler: Literal["unipc", "flow_match_euler"] = "unipc",
     num_layers: int = 2,
 ) -> Path:
     """Write a complete Wan text-to-video model with random weights in diffusers' folder layout; returns `directory`.
 
     Latents have 4 channels at 1/8 of the pixel size and 1/4 of the frame rate, as Wan's; everything together is about
     a megabyte. `two_experts` adds a `transformer_2`, used below `boundary_ratio` (0.5 unless given). The same seed
-    gives the same weights; the caller's random state is left alone.
+    gives the same weights; the caller's random state stays as it is.
     """
+    flow: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    text = {"vocab_size": len(WORDS) + 3, "d_model": TEXT_DIM, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 1}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = WanPipeline(
-            tokenizer=word_tokenizer(WORDS),
-            text_encoder=_text_encoder(len(WORDS) + 3),
+            tokenizer=_word_tokenizer(),
+            text_encoder=UMT5EncoderModel(UMT5Config(**text, dropout_rate=0.0)).eval(),
             vae=random_vae(),
-            scheduler=_noise_scheduler(noise_scheduler),
+            scheduler=UniPCMultistepScheduler(**flow),
             transformer=_transformer(num_layers),
             transformer_2=_transformer(num_layers) if two_experts else None,
             boundary_ratio=(boundary_ratio or 0.5) if two_experts else None,
@@ -56,18 +51,6 @@ def save_random_wan(
     pipe.save_pretrained(directory)
     name_tokenizer_class(directory)
     return directory
-
-
-def word_tokenizer(words: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per known word, lower-cased, an end token last; all other words become `<unk>`."""
-    vocabulary = {word: index for index, word in enumerate((PAD, END, UNKNOWN, *words))}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.normalizer = Lowercase()
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single=f"$A {END}", special_tokens=[(END, vocabulary[END])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, model_max_length=512
-    )
 
 
 def random_vae(**config: object) -> AutoencoderKLWan:
@@ -99,25 +82,28 @@ def _transformer(num_layers: int) -> WanTransformer3DModel:
     ).eval()
 
 
-def _text_encoder(vocab_size: int) -> UMT5EncoderModel:
-    config = UMT5Config(
-        vocab_size=vocab_size, d_model=TEXT_DIM, d_kv=8, d_ff=48, num_layers=1, num_heads=1, dropout_rate=0.0
+def _word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per word of `WORDS`, lower-cased, an end token last; other words become `<unk>`."""
+    vocabulary = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *WORDS))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = Lowercase(), Whitespace()
+    return fast_tokenizer(tokenizer)
+
+
+def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """The tokenizer with an end token last, as transformers loads it."""
+    tokens = [(END, tokenizer.token_to_id(END))]
+    tokenizer.post_processor = TemplateProcessing(single=f"$A {END}", special_tokens=tokens)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, model_max_length=512
     )
-    return UMT5EncoderModel(config).eval()
-
-
-def _noise_scheduler(name: str) -> UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler:
-    if name == "flow_match_euler":
-        return FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 
 
 def name_tokenizer_class(directory: Path) -> None:
-    """transformers 5 writes a class name that 4.57 does not know; both know `PreTrainedTokenizerFast`."""
-    index_file, tokenizer_file = directory / "model_index.json", directory / "tokenizer" / "tokenizer_config.json"
-    index = json.loads(index_file.read_text())
-    index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
-    index_file.write_text(json.dumps(index, indent=2) + "\n")
-    tokenizer = json.loads(tokenizer_file.read_text())
-    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-    tokenizer_file.write_text(json.dumps(tokenizer, indent=2) + "\n")
+    """Name a class that transformers 4.57 and 5 both know; 5 writes one that 4.57 does not know."""
+    for name, key, value in (
+        ("model_index.json", "tokenizer", ["transformers", "PreTrainedTokenizerFast"]),
+        ("tokenizer/tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast"),
+    ):
+        file = directory / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}, indent=2) + "\n")

@@ -18,7 +18,7 @@ from edit_ray import LongVideoClient
 from edit_ray.actors import launch
 from edit_ray.cli.main import main
 from edit_ray.config import load_config
-from edit_ray.engine.latent_files import load_latents
+from edit_ray.engine.continuity import load_latents
 from edit_ray.errors import ActorVersionMismatch, RunCancelled, UnknownRun
 from edit_ray.metrics.exporter import TARGETS
 from edit_ray.video.encode import read_frames

@@ -13,7 +13,7 @@ import torch
 from edit_ray import EditWanPipeline
 from edit_ray.actors import launch
 from edit_ray.cache.records import Record
-from edit_ray.engine.latent_files import load_latents
+from edit_ray.engine.continuity import load_latents
 from edit_ray.metrics.exporter import TARGETS
 from edit_ray.video.encode import read_frames
 from tests.ray.conftest import REPOSITORY, manifest_of, typed, wait_until

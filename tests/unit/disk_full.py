@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.engine.latent_files import load_latents
+from edit_ray.engine.continuity import load_latents
 from edit_ray.runs.folder import RunFolder
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_recovery import REUSE, SEGMENTS, end_of, same, submit

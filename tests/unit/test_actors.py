@@ -17,8 +17,7 @@ from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.cache.policies import POLICIES, Always
 from edit_ray.config import Config, load_config
-from edit_ray.engine.continuity import match_statistics
-from edit_ray.engine.latent_files import load_latents
+from edit_ray.engine.continuity import load_latents, match_statistics
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.errors import ConfigError, RunExists, UnknownRun
 from edit_ray.runs.event_log import read_events

@@ -10,7 +10,7 @@ import torch
 from edit_ray.actors import closing
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.engine.latent_files import load_latents
+from edit_ray.engine.continuity import load_latents
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for

@@ -17,7 +17,7 @@ from edit_ray.actors import stages
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.actors.stages import LONGEST_RETRY_PAUSE_S, pause_before
-from edit_ray.engine.latent_files import load_latents
+from edit_ray.engine.continuity import load_latents
 from edit_ray.errors import HardwareDiffers, ResourcesUnavailable, UnknownRun
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder

@@ -7,7 +7,7 @@ import torch
 
 from edit_ray.actors.local import LocalCrew, LocalWorker
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.engine.latent_files import load_latents
+from edit_ray.engine.continuity import load_latents
 from edit_ray.errors import ConfigError, HardwareDiffers, RunExists
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder

@@ -11,7 +11,7 @@ from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.messages import run_key
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.config import Config
-from edit_ray.engine.latent_files import load_latents, save_latents
+from edit_ray.engine.continuity import load_latents, save_latents
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Ended

@@ -10,8 +10,8 @@ from diffusers import AutoencoderKLWan
 from edit_ray.actors.denoiser import DenoiserActor
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.engine.latent_files import load_latents
-from edit_ray.engine.lookback import lookback_latents
+from edit_ray.engine.continuity import load_latents
+from edit_ray.engine.model_info import lookback_latents
 from edit_ray.errors import ConfigError, RunLive
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan

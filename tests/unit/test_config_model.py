@@ -61,9 +61,8 @@ def problems_of(model: Path | str, *overrides: str) -> tuple[str, ...]:
 
 def test_a_model_s_files_say_what_it_is(model: Path) -> None:
     info = read_model_info(str(model))
-    assert (info.class_name, info.transformer_class) == ("WanPipeline", "WanTransformer3DModel")
     assert (info.height_step, info.width_step, info.scale_factor_temporal) == (16, 16, 4)
-    assert (info.z_dim, info.in_channels) == (4, 4)
+    assert info.z_dim == 4
     assert (info.expand_timesteps, info.boundary_ratio) == (True, None)
     assert info.vocabulary == set(WORDS)
     assert info.words("A Red, circle") == ["a", "red", ",", "circle"]
@@ -72,7 +71,7 @@ def test_a_model_s_files_say_what_it_is(model: Path) -> None:
 def test_a_second_expert_alone_is_enough(model: Path) -> None:
     edit("model_index.json", transformer=[None, None], transformer_2=["diffusers", "WanTransformer3DModel"])(model)
     (model / "transformer").rename(model / "transformer_2")
-    assert read_model_info(str(model)).transformer_class == "WanTransformer3DModel"
+    assert list(read_model_info(str(model)).num_blocks) == ["transformer_2"]
 
 
 def test_steps_follow_from_patch_size_and_vae(model: Path) -> None:

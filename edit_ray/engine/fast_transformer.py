@@ -1,4 +1,4 @@
-"""`engine.mode: fast`: what stands in for a transformer's blocks, and with what their arithmetic is done."""
+"""`engine.mode: fast` for a transformer: what replaces the forwards of its blocks, and their weights laid out anew."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from edit_ray.engine import fast_block
 from edit_ray.engine.fast_block import BlockWeights, Layer, Rope, Sizes, quantise
-from edit_ray.engine.hoist import has_own_forward, version_of
 from edit_ray.engine.options import Mode
 from edit_ray.errors import ModelError
 
@@ -23,7 +22,7 @@ FP8_CAPABILITY = (8, 9)
 
 
 def check_mode(mode: str, fp8: bool, device: torch.device) -> None:
-    """Raises `ModelError` for what cannot be on a device."""
+    """Raises `ModelError` for an unknown mode, and for FP8 in the mode exact or on a device without it."""
     if mode not in get_args(Mode):
         raise ModelError(f"The mode is {mode!r}; valid are {', '.join(get_args(Mode))}.")
     if fp8 and mode != "fast":
@@ -34,7 +33,7 @@ def check_mode(mode: str, fp8: bool, device: torch.device) -> None:
 
 
 class Functions(NamedTuple):
-    """What a forward is made of; those of `fast_block`, compiled or as they are."""
+    """The functions of a forward: those of `fast_block`, compiled or as they are."""
 
     embed: Callable[..., Tensor] = fast_block.embed
     block: Callable[..., Tensor] = fast_block.block
@@ -48,7 +47,7 @@ def compiled() -> Functions:
 
 
 class FastTransformer:
-    """Stands in for the forwards of one transformer and its blocks while a loop runs."""
+    """Replaces the forwards of one transformer and its blocks while a loop runs."""
 
     def __init__(
         self, transformer: WanTransformer3DModel, *, fp8: bool = False, functions: Functions | None = None
@@ -57,13 +56,13 @@ class FastTransformer:
         self._functions = functions or compiled()
         self._blocks: list[Any] = []
         self._weights: list[BlockWeights] = []
-        self._quantised: dict[int, tuple[tuple[int | None, ...], Layer]] = {}  # by a weight's memory, with versions
+        self._quantised: dict[int, tuple[list[int | None], Layer]] = {}  # by a weight's address, with versions
         self._texts: list[tuple[Tensor, int | None, list[tuple[Tensor, Tensor]]]] = []
         self._rope: tuple[Tensor, Rope] | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """The forwards in here are the fast ones."""
+        """Inside, the forwards are the fast ones."""
         self._blocks = list(self.transformer.blocks)
         self._weights = [self._gather(each) for each in self._blocks]
         for index, each in enumerate(self._blocks):
@@ -83,7 +82,7 @@ class FastTransformer:
         encoder_hidden_states: Tensor,
         encoder_hidden_states_image: Tensor | None = None,
         return_dict: bool = True,
-        attention_kwargs: dict[str, Any] | None = None,  # diffusers' scale of adapters, of which there are none
+        attention_kwargs: dict[str, Any] | None = None,  # diffusers' scale of adapters: there are none
     ) -> tuple[Tensor] | Transformer2DModelOutput:
         """The transformer's forward, with diffusers' arguments and results."""
         whole, (embed, _, head) = self.transformer, self._functions
@@ -92,12 +91,9 @@ class FastTransformer:
         rotary_emb = whole.rope(hidden_states)
         x = embed(hidden_states, whole.patch_embedding.weight, whole.patch_embedding.bias)
         per_token = timestep.shape[1] if timestep.ndim == 2 else None
-        temb, timestep_proj, text, _ = whole.condition_embedder(
-            timestep if per_token is None else timestep.flatten(),
-            encoder_hidden_states,
-            encoder_hidden_states_image,
-            timestep_seq_len=per_token,
-        )
+        times = timestep if per_token is None else timestep.flatten()
+        texts = encoder_hidden_states, encoder_hidden_states_image
+        temb, timestep_proj, text, _ = whole.condition_embedder(times, *texts, timestep_seq_len=per_token)
         timestep_proj = timestep_proj.unflatten(-1, (6, -1))
         for each in whole.blocks:
             x = each(x, text, timestep_proj, rotary_emb)
@@ -106,21 +102,15 @@ class FastTransformer:
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _block(
-        self,
-        index: int,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        rotary_emb: tuple[Tensor, Tensor],
+        self, index: int, x: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
     ) -> Tensor:
         text_k, text_v = self._text_of(encoder_hidden_states)[index]
         each = self._blocks[index]
         sizes = Sizes(each.attn1.heads, each.norm1.eps, each.attn1.norm_q.eps)
-        rope = self._rope_of(rotary_emb)
-        return self._functions.block(hidden_states, text_k, text_v, temb, rope, self._weights[index], sizes)
+        return self._functions.block(x, text_k, text_v, temb, self._rope_of(rotary_emb), self._weights[index], sizes)
 
     def _text_of(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of a projected text in each block, which are those of all steps."""
+        """Keys and values of a projected text in each block, the same in all steps."""
         for known, version, made in self._texts:
             if known is text and version is not None and version == version_of(text):
                 return made
@@ -131,40 +121,36 @@ class FastTransformer:
     def _rope_of(self, rotary_emb: tuple[Tensor, Tensor]) -> Rope:
         cos, sin = rotary_emb
         if self._rope is None or self._rope[0] is not cos:
-            signs = torch.arange(sin.shape[-1], device=sin.device) % 2 * 2 - 1  # made there, so that nothing waits
+            signs = torch.arange(sin.shape[-1], device=sin.device) % 2 * 2 - 1  # made there: nothing waits
             self._rope = (cos, Rope(cos[0, :, 0].float().contiguous(), (sin[0, :, 0].float() * signs).contiguous()))
         return self._rope[1]
 
     def _gather(self, each: Any) -> BlockWeights:
-        attn, text, ff = each.attn1, each.attn2, each.ffn.net
+        attn, text, up, down = each.attn1, each.attn2, each.ffn.net[0].proj, each.ffn.net[2]
         return BlockWeights(
             table=each.scale_shift_table,
-            qkv=self._layer(*fused_qkv(attn), attn.to_q, attn.to_k, attn.to_v),
+            qkv=self._layer(attn.to_q, attn.to_k, attn.to_v, fused=fused_qkv(attn)),
             norm_q=attn.norm_q.weight,
             norm_k=attn.norm_k.weight,
-            out=self._linear(attn.to_out[0]),
+            out=self._layer(attn.to_out[0]),
             norm2=None if isinstance(each.norm2, nn.Identity) else (each.norm2.weight, each.norm2.bias),
-            text_q=self._linear(text.to_q),
+            text_q=self._layer(text.to_q),
             text_norm_q=text.norm_q.weight,
-            text_out=self._linear(text.to_out[0]),
-            up=self._linear(ff[0].proj),
-            down=self._linear(ff[2]),
+            text_out=self._layer(text.to_out[0]),
+            up=self._layer(up),
+            down=self._layer(down),
         )
 
-    def _linear(self, layer: Any) -> Layer:
-        return self._layer(layer.weight, layer.bias, layer)
-
-    def _layer(self, weight: Tensor, bias: Tensor | None, *layers: nn.Module) -> Layer:
-        """Weight and bias of `layers`; in 8 bits anew where one of their weights has changed."""
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    def _layer(self, *layers: Any, fused: Layer | None = None) -> Layer:
+        """The layer, or several fused ones; with `fp8` quantised, anew if one of their weights has changed."""
+        weight, bias, _ = fused or Layer(layers[0].weight, layers[0].bias)
+        layer = Layer(weight.detach(), None if bias is None else bias.detach())
         if not self.fp8:
-            return Layer(weight, bias)
-        version = tuple(version_of(layer.weight) for layer in layers)  # type: ignore[arg-type]
-        known_version, known = self._quantised.get(weight.data_ptr(), (None, None))
-        if known is None or version != known_version:
-            known = quantise(Layer(weight, bias))
-            self._quantised[weight.data_ptr()] = (version, known)
-        return known
+            return layer
+        key, versions = weight.data_ptr(), [version_of(each.weight) for each in layers]
+        if key not in self._quantised or self._quantised[key][0] != versions:
+            self._quantised[key] = versions, quantise(layer)
+        return self._quantised[key][1]
 
 
 def can_be_fast(transformer: Any) -> bool:
@@ -173,33 +159,44 @@ def can_be_fast(transformer: Any) -> bool:
         return False
     if any(block.attn1.fused_projections or block.attn2.add_k_proj is not None for block in transformer.blocks):
         return False
-    return all(_is_plain(module) for module in transformer.modules())
+    return all(map(is_unmodified, transformer.modules()))
 
 
-def _is_plain(module: nn.Module) -> bool:
-    own = type(module).__module__.startswith(("torch.nn.", "diffusers."))
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return own and not hooked and has_own_forward(module) and module._compiled_call_impl is None
+def is_unmodified(module: nn.Module, *, replaced: bool = False) -> bool:
+    """Whether a module is torch's or diffusers' own, without hooks, not compiled, and with its class's forward.
+
+    `replaced` skips the forward. Hooks of diffusers that were removed leave the class's forward on the module.
+    """
+    on_module = module.__dict__.get("forward")
+    bound_to, function = getattr(on_module, "__self__", None), getattr(on_module, "__func__", None)
+    own_forward = on_module is None or (bound_to is module and function is type(module).forward)
+    return (
+        type(module).__module__.startswith(("torch.nn.", "diffusers."))
+        and (replaced or own_forward)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and module._compiled_call_impl is None
+    )
 
 
-_FUSED = "_edit_ray_qkv"
+def version_of(tensor: Tensor) -> int | None:
+    """A number that grows when the tensor is changed in place; tensors of the inference mode have none."""
+    return None if tensor.is_inference() else tensor._version
 
 
-def fused_qkv(attn: WanAttention) -> tuple[Tensor, Tensor | None]:
-    """Weight [3D, D] and bias [3D] of query, key and value in one piece, of which the layers' own become views."""
+def fused_qkv(attn: WanAttention) -> Layer:
+    """Weight [3D, D] and bias [3D] of query, key and value in one tensor; the layers' own become views of it."""
     layers = (attn.to_q, attn.to_k, attn.to_v)
-    fused = attn.__dict__.get(_FUSED)
-    if fused is None or any(
-        part.data_ptr() != layer.weight.data_ptr() for part, layer in zip(fused[0].chunk(3), layers, strict=True)
-    ):
+    fused: Layer | None = attn.__dict__.get("_edit_ray_qkv")
+    addresses = [layer.weight.data_ptr() for layer in layers]
+    if fused is None or [part.data_ptr() for part in fused.weight.chunk(3)] != addresses:
         weight = torch.cat([layer.weight.detach() for layer in layers])
         bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
         for index, layer in enumerate(layers):
             layer.weight.data = weight.chunk(3)[index]
             if bias is not None:
                 layer.bias.data = bias.chunk(3)[index]
-        fused = attn.__dict__[_FUSED] = (weight, bias)
-    return fused  # type: ignore[no-any-return]
+        fused = attn.__dict__["_edit_ray_qkv"] = Layer(weight, bias)
+    return fused
 
 
 def _keys_and_values(attn: WanAttention, text: Tensor) -> tuple[Tensor, Tensor]:

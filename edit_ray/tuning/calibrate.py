@@ -1,4 +1,4 @@
-"""Measuring on uncached runs what TeaCache and MagCache have to know of a model."""
+"""Measures on uncached runs what TeaCache and MagCache need to know of a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Owner = str  # "transformer/cond"
 class Measured:
     """Of one branch of one expert, by call and step: the signal's relative change, the residual's, its ratio of norms.
 
-    The first computed step of a call has no predecessor, and is left out.
+    A call's first step has no predecessor and is left out.
     """
 
     signal: list[float] = field(default_factory=list)
@@ -39,11 +39,11 @@ class Observer(CachePolicy):
         self.measured: dict[Owner, Measured] = {}
 
     def should_compute(self, ctx: PolicyContext) -> bool:
-        """See `CachePolicy`."""
+        """Always."""
         return True
 
     def on_computed(self, ctx: PolicyContext) -> None:
-        """See `CachePolicy`."""
+        """Compare the residual with that of the step before."""
         assert ctx.residual is not None
         measured = self.measured.setdefault(f"{ctx.expert}/{ctx.branch}", Measured())
         signal, previous = ctx.e0 if self.use_ret_steps else ctx.e, ctx.state.user.get("previous")
@@ -61,7 +61,7 @@ class Observer(CachePolicy):
 def observe(
     pipe: EditWanPipeline, prompts: Sequence[str], seed: int, call: Mapping[str, Any], *, use_ret_steps: bool = False
 ) -> dict[Owner, Measured]:
-    """Run the prompts uncached, one at a time with seeds from `seed` on; `call` are the pipeline's other arguments."""
+    """Run the prompts uncached, one by one with seeds from `seed` on; `call` has the pipeline's other arguments."""
     observer = Observer(use_ret_steps=use_ret_steps)
     pipe.enable_cache(observer, call["num_inference_steps"])
     try:
@@ -76,10 +76,10 @@ def observe(
 def fit_teacache(measured: Mapping[Owner, Measured], use_ret_steps: bool) -> dict[str, Any]:
     """TeaCache's options: per expert and branch a polynomial from the signal's change to the residual's.
 
-    Fitted by least squares on the relative error, as what counts is the sum of many small changes.
+    Fitted by least squares on the relative error, as the sum of many small changes counts.
 
     Raises:
-        ValueError: a branch has made one step only, so that nothing has changed in it.
+        ValueError: a branch has made one step only, so there is no change.
     """
     coefficients = {}
     for owner, seen in measured.items():
@@ -95,7 +95,7 @@ def fit_teacache(measured: Mapping[Owner, Measured], use_ret_steps: bool) -> dic
 
 
 def fit_magcache(measured: Mapping[Owner, Measured], num_steps: int) -> dict[str, Any]:
-    """MagCache's option: per expert and branch the mean ratio of norms by step, 1 where none was measured."""
+    """MagCache's option: per expert and branch the mean ratio of norms by step, 1 where unmeasured."""
     ratios = {}
     for owner, seen in measured.items():
         by_step = [[call[step] for call in seen.ratios if step in call] for step in range(num_steps)]
@@ -104,7 +104,7 @@ def fit_magcache(measured: Mapping[Owner, Measured], num_steps: int) -> dict[str
 
 
 def plot_fit(measured: Mapping[Owner, Measured], options: Mapping[str, Any]) -> Any:
-    """A matplotlib figure of TeaCache's fit, or MagCache's ratios, against what was measured."""
+    """A matplotlib figure of TeaCache's fit, or MagCache's ratios, against the measurements."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.0 * len(measured), 4.0), layout="constrained")
@@ -115,11 +115,8 @@ def plot_fit(measured: Mapping[Owner, Measured], options: Mapping[str, Any]) -> 
             axes.plot(grid, np.polyval(options["coefficients"][owner], grid), color="C1", label="fit")
             axes.set(xlabel="relative change of the timestep embedding", ylabel="relative change of the residual")
         else:
-            steps, ratios = (
-                [s for call in seen.ratios for s in call],
-                [r for call in seen.ratios for r in call.values()],
-            )
-            axes.scatter(steps, ratios, s=8, alpha=0.5, label="measured")
+            points = [point for call in seen.ratios for point in call.items()]
+            axes.scatter(*zip(*points, strict=True), s=8, alpha=0.5, label="measured")
             axes.plot(options["mag_ratios"][owner], color="C1", label="mean")
             axes.set(xlabel="step", ylabel="ratio of the residual's norms")
         axes.set_title(owner)

@@ -7,7 +7,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from peft import LoraConfig
 
-from edit_ray.engine.hoist import can_hoist
+from edit_ray.engine.precompute import can_precompute
 from tests.parity.test_pipeline_parity import SQUARES, assert_equal_latents, generate
 
 SCHEDULER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -29,9 +29,11 @@ def counted_embeddings(pipe):
 
 def test_prompts_are_projected_once_and_times_embedded_once_a_schedule(pair_of, monkeypatch):
     ours = pair_of("random").ours
-    monkeypatch.setattr("edit_ray.engine.hoist._are_plain", lambda part: True)  # the hook that counts is no change
-    assert counted_embeddings(ours) == [1] * 3 + [512] * 2
-    assert counted_embeddings(ours) == [512] * 2
+    monkeypatch.setattr(
+        "edit_ray.engine.precompute.is_unmodified", lambda *_, **__: True
+    )  # the hook that counts is no change
+    assert counted_embeddings(ours) == [1] * 3 + [32] * 2
+    assert counted_embeddings(ours) == [32] * 2
 
 
 def weights_in_place(pipe, step, _timestep, tensors):
@@ -98,12 +100,12 @@ def test_under_inference_mode(pair_of):
 
 def test_adapters_and_hooks_leave_the_embedder_alone(pair_of):
     transformer = copy.deepcopy(pair_of("random").ours.transformer)
-    assert can_hoist(transformer)
+    assert can_precompute(transformer)
     handle = transformer.condition_embedder.time_proj.register_forward_hook(lambda *_: None)
-    assert not can_hoist(transformer)
+    assert not can_precompute(transformer)
     handle.remove()
     transformer.add_adapter(LoraConfig(r=2, target_modules=["time_proj", "to_q"]))
-    assert not can_hoist(transformer)
+    assert not can_precompute(transformer)
     transformer.delete_adapters("default")
 
 

@@ -1,4 +1,4 @@
-"""Finding, on the user's own model and prompts, the policy that computes least and keeps the frames close enough."""
+"""Finds, for the user's model and prompts, the policy that computes least and keeps the frames close enough."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from edit_ray.cache.cache import Cache
+from edit_ray.engine.calibration import WHOLE
 from edit_ray.engine.pipeline import EditWanPipeline
-from edit_ray.engine.targets import WHOLE
 
-# Each with the option that makes it skip more as it rises, and the range in which that is looked for. What has a
-# calibration of its own comes first: the better the first find, the sooner the others are seen to be slower.
+# The option of each policy that makes it skip more as it rises, and the range in which it is searched. Policies with a
+# calibration come first: the better the first find, the sooner the others are known to be slower.
 TUNABLE: dict[str, tuple[str, float, float]] = {
     "ranked": ("skips", 1, 1000),
     "dicache": ("rel_l1_thresh", 0.003, 3.0),
@@ -24,8 +25,8 @@ TUNABLE: dict[str, tuple[str, float, float]] = {
     "seacache": ("threshold", 0.003, 3.0),
     "teacache": ("rel_l1_thresh", 0.003, 3.0),
 }
-TRIALS = 7  # a policy: halves the range of log(threshold) so often
-CONFIDENCE = 1.64  # standard errors between the mean that was measured and the one that is relied upon: 95 %
+TRIALS = 7  # halvings of the range of log(threshold) for each policy
+CONFIDENCE = 1.64  # standard errors between the measured mean and the one that is relied upon: 95 %
 _SOONEST = 4  # videos before a setting is given up
 
 Verdict = Literal["holds", "too far", "slower"]
@@ -35,8 +36,8 @@ Verdict = Literal["holds", "too far", "slower"]
 class Trial:
     """One setting, measured on some videos.
 
-    `psnr` is the mean in dB against the uncached frames and `low` what it is at least, with 95 % confidence; `blocks`
-    the share of the blocks that ran. "slower" computed more than a setting that holds already.
+    `psnr` is the mean in dB against the uncached frames and `low` its lower bound with 95 % confidence; `blocks` the
+    share of the blocks that ran. "slower" computed more than a setting that holds already.
     """
 
     policy: str
@@ -48,15 +49,15 @@ class Trial:
 
 
 Measure = Callable[[str, Mapping[str, Any]], Iterator[tuple[float, float]]]
-"""Makes one video after the other with a policy's options, and tells the PSNR and the share of blocks of each."""
+"""Makes one video after the other with a policy's options, and yields the PSNR and the share of blocks of each."""
 
 
 def tune(measure: Measure, psnr: float, policies: Sequence[str] = tuple(TUNABLE)) -> Iterator[Trial]:
-    """Every setting that is tried, on the way to the one that computes least while its mean PSNR is at least `psnr`.
+    """Every tried setting, in search of the one that computes least while its mean PSNR is at least `psnr`.
 
-    Per policy the threshold is found by halving. PSNR does not fall evenly with it, so a setting counts by what was
-    measured of it alone: with 95 % confidence its mean holds on other prompts of the same kind. What cannot hold any
-    more, or is slower than what holds already, is given up before all videos are made.
+    Per policy the threshold is found by halving. PSNR does not fall evenly with it, so a setting counts by its own
+    measurements: with 95 % confidence its mean holds on other prompts of the same kind. A setting that cannot hold any
+    more, or is slower than one that holds, is given up before all videos are made.
     """
     least = math.inf
     for policy in policies:
@@ -64,13 +65,14 @@ def tune(measure: Measure, psnr: float, policies: Sequence[str] = tuple(TUNABLE)
         low, high = math.log(lowest), math.log(highest)
         tried = set()
         for _ in range(TRIALS):
-            value = _value(option, math.exp((low + high) / 2))
+            middle = math.exp((low + high) / 2)
+            value = round(middle) if option in WHOLE else float(f"{middle:.3g}")
             if value in tried:
                 break
             tried.add(value)
             try:
                 trial = _try(measure, policy, {option: value}, psnr, least)
-            except (ValueError, TypeError):  # a policy that has to know the model, on one that nobody has calibrated
+            except (ValueError, TypeError):  # the policy needs a calibration that the model lacks
                 break
             yield trial
             if trial.verdict == "holds":
@@ -78,44 +80,34 @@ def tune(measure: Measure, psnr: float, policies: Sequence[str] = tuple(TUNABLE)
             low, high = (low, math.log(value)) if trial.verdict == "too far" else (math.log(value), high)
 
 
-def _value(option: str, value: float) -> float | int:
-    return round(value) if option in WHOLE else float(f"{value:.3g}")
-
-
 def _try(measure: Measure, policy: str, options: dict[str, Any], psnr: float, least: float) -> Trial:
     psnrs: list[float] = []
     shares: list[float] = []
-    verdict: Verdict = "holds"
-    for figure, share in measure(policy, options):
-        psnrs.append(figure)
+    given_up: Verdict | None = None
+    for measured, share in measure(policy, options):
+        psnrs.append(measured)
         shares.append(share)
-        mean, error = statistics.mean(psnrs), _standard_error(psnrs)
-        if len(psnrs) >= _SOONEST and mean + CONFIDENCE * error < psnr:
-            verdict = "too far"
-            break
-        if len(psnrs) >= _SOONEST and statistics.mean(shares) >= least:
-            verdict = "slower"
+        mean, blocks = statistics.fmean(psnrs), statistics.fmean(shares)
+        # The standard error of the mean; a single video says nothing of it.
+        error = float(np.std(psnrs, ddof=1)) / math.sqrt(len(psnrs)) if len(psnrs) > 1 else math.inf
+        if len(psnrs) >= _SOONEST:
+            given_up = "too far" if mean + CONFIDENCE * error < psnr else "slower" if blocks >= least else None
+        if given_up:
             break
     low = mean - CONFIDENCE * error
-    if verdict == "holds" and low < psnr:
-        verdict = "too far"
-    return Trial(policy, options, mean, low, statistics.mean(shares), verdict)
-
-
-def _standard_error(figures: Sequence[float]) -> float:
-    """Of the mean; of a single figure nothing is known."""
-    return statistics.stdev(figures) / math.sqrt(len(figures)) if len(figures) > 1 else math.inf
+    return Trial(policy, options, mean, low, blocks, given_up or ("holds" if low >= psnr else "too far"))
 
 
 def best(trials: Sequence[Trial]) -> Trial | None:
-    """The one that computed least of those that hold; None where none does."""
+    """The trial that computed least of those that hold; None if none does."""
     good = [trial for trial in trials if trial.verdict == "holds"]
     return min(good, key=lambda trial: (trial.blocks, -trial.psnr), default=None)
 
 
 class Videos:
-    """Measures settings on `prompts`, `seeds` videos of each, with seeds from `seed` on; `call` are the pipeline's
-    other arguments. A `Measure`.
+    """A `Measure` on `prompts`, `seeds` videos of each, with seeds from `seed` on.
+
+    `call` has the pipeline's other arguments.
     """
 
     def __init__(
@@ -128,7 +120,7 @@ class Videos:
         self._reference = [self._frames(index) for index in range(len(self._samples))]
 
     def __call__(self, policy: str, options: Mapping[str, Any]) -> Iterator[tuple[float, float]]:
-        """PSNR in dB and share of computed blocks of one video after the other.
+        """PSNR in dB and share of computed blocks, video by video.
 
         Raises:
             ValueError, TypeError: the policy cannot work on this model with these options.
@@ -153,13 +145,13 @@ class Videos:
 
 
 def psnr_of(frames: Tensor, reference: Tensor) -> float:
-    """Of frames in [0, 1], in dB; at most 100."""
+    """The PSNR of frames in [0, 1], in dB; at most 100."""
     error = (frames.float() - reference.float()).square().mean().item()
     return min(100.0, -10 * math.log10(max(error, 1e-10)))
 
 
 def blocks_share(cache: Cache) -> float:
-    """Blocks that ran in the last call, probes included, by all that would have."""
+    """Blocks that ran in the last call, probes included, over those of an uncached one."""
     size = {(name, unit.index): unit.last - unit.first + 1 for name, e in cache.experts.items() for unit in e.units}
     total = sum(size[d.expert, d.unit] for d in cache.record)
     probe = int(cache.policy.needs_first_block_probe)
