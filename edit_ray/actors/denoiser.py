@@ -28,12 +28,12 @@ from edit_ray.errors import EditRayError, OutOfMemory, SegmentFailed
 from edit_ray.files import digest_of_file, read_bytes, replacing
 from edit_ray.metrics.collect import MetricValues, Snapshot
 from edit_ray.runs.event_log import append_event
-from edit_ray.runs.plan import SegmentPlan
+from edit_ray.runs.run_plan import SegmentPlan
 from edit_ray.tiers.leases import SegmentLeases, Store, reuse_statistics
 from edit_ray.tiers.store_client import PlannedStore
 from edit_ray.video.encode import Frames, Patience, encode, ffmpeg_version, join
-from edit_ray.video.joins import Joins
-from edit_ray.video.stream_files import write_part
+from edit_ray.video.hls import write_part
+from edit_ray.video.seams import Joins
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Ended, Line, Manifest
 from edit_ray.runs.manifest_file import ManifestFile
 from edit_ray.runs.retention import KEEP_ALL, Retention
-from edit_ray.video.stream_files import StreamFiles
+from edit_ray.video.hls import StreamFiles
 
 T = TypeVar("T")
 END_ATTEMPTS = 3

@@ -35,10 +35,10 @@ from edit_ray.errors import (
 )
 from edit_ray.runs.events import FailureKind, Work
 from edit_ray.runs.manifest import Committed, Dropped, HardwareChanged, SegmentRecord, Tiled
-from edit_ray.runs.plan import SegmentPlan
 from edit_ray.runs.retention import retention
+from edit_ray.runs.run_plan import SegmentPlan
 from edit_ray.video.encode import EncoderKilled
-from edit_ray.video.stream_files import Part
+from edit_ray.video.hls import Part
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)

@@ -56,8 +56,8 @@ def _page_of_run(folder: Path) -> str | None:
     Raises ConfigError, and UnknownRun for a run that has nothing to be told yet.
     """
     from edit_ray.config import load_config
-    from edit_ray.page.report import ReportedSegment, RunReport, render_run
-    from edit_ray.page.strip import MOST_SEGMENTS, ends_of, sampled
+    from edit_ray.page.drawing import MOST_SEGMENTS, ends_of, sampled
+    from edit_ray.page.run_page import ReportedSegment, RunReport, render_run
     from edit_ray.runs.event_log import read_events
     from edit_ray.runs.folder import RunFolder
     from edit_ray.video.encode import EncodeError

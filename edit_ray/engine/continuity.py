@@ -3,7 +3,7 @@
 `history` shows the context clean, at timestep 0, to models with per-token timesteps. `overlap` shows it at the noise
 level of each step, as any text-to-video model knows it, so that the other slots fit to it: inpainting along time, after
 A. Lugmayr et al., "RePaint: Inpainting using Denoising Diffusion Probabilistic Models" (2022), for flow matching and
-without its resampling. Which frames that makes is `edit_ray.runs.layout`'s arithmetic.
+without its resampling. Which frames that makes is `edit_ray.runs.run_plan`'s arithmetic.
 """
 
 from dataclasses import dataclass

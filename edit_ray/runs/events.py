@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from edit_ray.runs.plan import RunPlan
+from edit_ray.runs.run_plan import RunPlan
 
 EndState = Literal["done", "failed", "cancelled"]
 RunState = Literal[

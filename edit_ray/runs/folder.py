@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -205,3 +206,47 @@ def _remove_new(folder: Path) -> None:
         files.remove(folder / "run.yaml")
         files.remove(folder / "manifest.jsonl")
         files.disk.rmdir(folder)
+
+
+def folders_in(root: Path) -> list[RunFolder]:
+    """The folders under `root` that hold a manifest, the oldest run first; none where there is no such folder."""
+    try:
+        names = [path.name for path in root.iterdir() if re.fullmatch(RUN_ID_PATTERN, path.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [RunFolder(root, name) for name in names]
+    return sorted((folder for folder in found if os.path.isfile(folder.manifest)), key=_begun_at)
+
+
+def _begun_at(folder: RunFolder) -> tuple[float, str]:
+    try:
+        return folder.run_yaml.stat().st_mtime, folder.run_id  # written once, when the run began
+    except OSError:
+        return 0.0, folder.run_id
+
+
+_GONE = ".deleted"
+
+
+def remove_run(folder: RunFolder) -> None:
+    """Removes a run's folder. A crash leaves the run whole, or a hidden folder that the next removal clears away.
+
+    Raises UnknownRun where there is none, RunLocked where a process works on it, ManifestUnreadable, OSError.
+    """
+    root = folder.path.parent
+    if folder.path.is_symlink():
+        raise UnknownRun(f"{folder.path} is a link to {os.readlink(folder.path)}; remove it by hand")
+    held = folder.open()  # keeps every other process from the run
+    try:
+        files.disk.replace(folder.path, root / f".{folder.run_id}-{secrets.token_hex(8)}{_GONE}")
+        files.sync(root)
+    finally:
+        held.close()
+    for gone in root.glob(f".*{_GONE}"):
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def size_of(folder: RunFolder) -> int:
+    """The bytes that a run's files take on disk."""
+    paths = [Path(parent, name) for parent, _, names in os.walk(folder.path) for name in names]
+    return sum(path.lstat().st_blocks * 512 for path in paths)

@@ -1,9 +1,33 @@
-"""The names of runs, safe as a folder's name, on a command line and in a URL; the numbers of their segments."""
+"""Names and numbers in a run: its id, its owner, and the bounds of what a manifest may hold."""
 
+from __future__ import annotations
+
+import getpass
+import json
+import os
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
+from typing import Annotated
+
+from pydantic import Field
 
 from edit_ray.errors import ConfigError
+
+MAX_SEGMENTS = 100_000
+
+Count = Annotated[int, Field(ge=0, lt=10**9)]
+"""Of segments, takes, frames of a segment, pixels, lives of a run."""
+SegmentCount = Annotated[int, Field(ge=0, lt=MAX_SEGMENTS + 1)]
+"""How many segments a run is to have."""
+Frame = Annotated[int, Field(ge=0, lt=10**15)]
+"""Of a whole video."""
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+SegmentFile = Annotated[str, Field(pattern=r"^(latents|segments)/[0-9]{5,9}-t[0-9]{1,9}\.[a-z0-9]{2,16}$")]
+"""Of a segment, relative to the run's folder."""
+
 
 RUN_ID_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 
@@ -36,3 +60,45 @@ def check_segment_index(index: int) -> int:
     if type(index) is not int or index < 0:
         raise ConfigError([f"the segment's index is {index!r}; it must be a whole number of at least 0"])
     return index
+
+
+OWNER_VARIABLE = "EDIT_RAY_OWNER"
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a submitted job
+
+
+@dataclass(frozen=True)
+class Owner:
+    """`job` is the submission id of the Ray job, empty where there is none."""
+
+    name: str
+    job: str = ""
+
+    def owns(self, owner: str) -> bool:
+        """Whether a run of `owner` is this owner's. A run without an owner is everybody's."""
+        return owner in ("", self.name)
+
+
+def owner_here(environ: Mapping[str, str]) -> Owner:
+    """The owner of what this process submits: `$EDIT_RAY_OWNER`, else the login name.
+
+    Raises:
+        ConfigError: the variable holds no name.
+    """
+    name = environ.get(OWNER_VARIABLE) or _login_name()
+    if len(name) > 64 or not name.isprintable() or not name.strip():
+        raise ConfigError([f"${OWNER_VARIABLE} is {name[:80]!r}; it must be a name of 1 to 64 printable characters"])
+    return Owner(name, _submission_id(environ))
+
+
+def _login_name() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container may run as a number without a name
+        return f"uid-{os.getuid()}"
+
+
+def _submission_id(environ: Mapping[str, str]) -> str:
+    try:
+        return str(json.loads(environ[_JOB_VARIABLE])["metadata"]["job_submission_id"])
+    except (KeyError, TypeError, ValueError):
+        return ""

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, overload
 
 from edit_ray.runs.events import EndState
-from edit_ray.runs.layout import FrameLayout
-from edit_ray.runs.numbers import Count, Frame, Seed, SegmentCount, SegmentFile
-from edit_ray.runs.plan import Take, take_of
+from edit_ray.runs.ids import Count, Frame, Seed, SegmentCount, SegmentFile
+from edit_ray.runs.run_plan import FrameLayout, Take, take_of
 
 SCHEMA = 3
 READABLE = (2, SCHEMA)  # 2: without digests; an extension or a re-roll was a line of its own behind `Opened`

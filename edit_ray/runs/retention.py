@@ -1,10 +1,12 @@
-"""Which files of old segments may go (`output.keep_segments`), and which others still need them."""
+"""Disk space: which files of old segments may be removed, and how much a run will still write."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edit_ray.runs.layout import FrameLayout
+from edit_ray.runs.manifest import SegmentRecord
+from edit_ray.runs.run_plan import FrameLayout
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,57 @@ def first_needed(segment_index: int, needed_latents: int, layout: FrameLayout) -
     while first > 0 and position - layout.first_latent(first) < needed_latents:
         first -= 1
     return first
+
+
+BITS_PER_PIXEL = 0.5
+"""Of H.264, where nothing was measured yet: noisy frames at crf 18 take less, clean ones a tenth of it."""
+
+COPIES_OF_MEDIA = 3
+"""A segment's frames stand in its own file, in stream.mp4 and in final.mp4."""
+
+MARGIN_BYTES = 64 << 20
+"""Left to everybody else on the file system."""
+
+
+@dataclass(frozen=True)
+class SegmentSize:
+    """Bytes that one segment adds to the run's folder."""
+
+    latents: int
+    media: int
+
+
+def first_guess(frames: int, height: int, width: int, latent_bytes: int) -> SegmentSize:
+    """Before any segment is made."""
+    return SegmentSize(latent_bytes, int(frames * height * width * BITS_PER_PIXEL / 8))
+
+
+def measured(records: Sequence[SegmentRecord], guess: SegmentSize) -> SegmentSize:
+    """From the latest segments, where there are some."""
+    sizes = [int(record.statistics["media_bytes"]) for record in records[-8:] if "media_bytes" in record.statistics]
+    return SegmentSize(guess.latents, max(sizes)) if sizes else guess
+
+
+def bytes_to_come(segments: int, size: SegmentSize, keep_segments: int | None) -> int:
+    """That `segments` more segments add, at most `keep_segments` of which stay at a time."""
+    staying = segments if keep_segments is None else min(segments, keep_segments + 1)
+    return staying * (size.latents + COPIES_OF_MEDIA * size.media)
+
+
+def shortage(needed: int, free: int) -> str | None:
+    """One sentence where the disk will not do."""
+    if needed + MARGIN_BYTES <= free:
+        return None
+    return (
+        f"what is still to come takes about {_written(needed)} of disk, {_written(MARGIN_BYTES)} besides must stay "
+        f"free, and {_written(free)} are free; free some, choose another --output, or bound what stays with "
+        "output.keep_segments"
+    )
+
+
+def _written(count: int) -> str:
+    """In the unit that leaves a number to read: never 0 MiB for what is some."""
+    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:,.0f} {unit}"
+    return f"{count} bytes"

@@ -14,13 +14,29 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from edit_ray.files import read_bytes
-from edit_ray.video.fmp4 import read_fragment, split, time_scale
-from edit_ray.video.options import OutputOptions
+from edit_ray.options import Options
+from edit_ray.video.fragments import read_fragment, split, time_scale
+
+Preset = Literal[
+    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo"
+]
+
+
+class OutputOptions(Options):
+    """Where runs are written, how libx264 encodes them, and how many of the latest segments' files stay (None: all)."""
+
+    directory: str | None = Field(default=None, min_length=1, max_length=4096)
+    crf: int = Field(default=18, ge=0, le=51)
+    preset: Preset = "medium"
+    keep_segments: int | None = Field(default=None, ge=1, le=100_000)
+
 
 Frames = npt.NDArray[np.uint8]
 

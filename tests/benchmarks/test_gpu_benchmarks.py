@@ -14,9 +14,8 @@ from benchmarks.real_size import TASKS, mask_of
 from benchmarks.stand_in_ffmpeg import use_stand_in
 from benchmarks.wan_table import never_skipping
 from edit_ray.cache.policies import POLICIES
-from edit_ray.video.encode import encode, join, read_frames
-from edit_ray.video.fmp4 import place, split
-from edit_ray.video.options import OutputOptions
+from edit_ray.video.encode import OutputOptions, encode, join, read_frames
+from edit_ray.video.fragments import place, split
 
 
 @pytest.mark.parametrize("skipped", [0, 1, 11, 17, 20, 28])

@@ -34,7 +34,7 @@ from edit_ray.runs.manifest import Manifest
 from edit_ray.testing import save_random_wan
 from edit_ray.tiers.entry_folder import LOCK
 from edit_ray.video.encode import join
-from edit_ray.video.stream_files import newest_playlist
+from edit_ray.video.hls import newest_playlist
 
 WORK = ("prepare_run", "denoise_segment", "decode_segment", "encode_segment", "finalize_run")
 KILLS = ("gpu", "gpu at a step", "store", "node", "scheduler", "cluster")

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edit_ray.video.encode import encode
-from edit_ray.video.fmp4 import Fragment, place, read_fragment, split
-from edit_ray.video.options import OutputOptions
+from edit_ray.video.encode import OutputOptions, encode
+from edit_ray.video.fragments import Fragment, place, read_fragment, split
 from tests.unit.video_frames import numbered
 
 few = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))

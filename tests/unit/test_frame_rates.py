@@ -12,10 +12,9 @@ from edit_ray.config import Config, dump_yaml, load_config
 from edit_ray.errors import ConfigError
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Begun
-from edit_ray.video.encode import encode, join
-from edit_ray.video.fmp4 import time_scale
-from edit_ray.video.options import OutputOptions
-from edit_ray.video.stream_files import Part, StreamFiles, write_part
+from edit_ray.video.encode import OutputOptions, encode, join
+from edit_ray.video.fragments import time_scale
+from edit_ray.video.hls import Part, StreamFiles, write_part
 from tests.unit.video_frames import FFMPEG, numbered, shown_by
 
 GIVEN = ["video.num_segments=3", "prompt_segments.0.segment=0", "prompt_segments.0.prompt=a red circle"]

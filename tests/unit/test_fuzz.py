@@ -26,7 +26,7 @@ from edit_ray.page.server import PageServer
 from edit_ray.runs.manifest_file import from_bytes, to_text
 from edit_ray.tiers.entry_file import FileEntry, file_name, header_of, parse_header
 from edit_ray.tiers.entry_folder import EntryFolder
-from edit_ray.video.stream_files import Part, StreamFiles, newest_playlist
+from edit_ray.video.hls import Part, StreamFiles, newest_playlist
 from tests.unit.entry_folder import files_in
 from tests.unit.test_manifest import BEGUN, LINES
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_ray.video.fmp4 import Form
+from edit_ray.video.fragments import Form
 from edit_ray.video.hls import ENDLIST, Entry, MediaPlaylist, bandwidth_in, multivariant, named_in
 
 EVENT = MediaPlaylist(fps=16, longest=33)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from edit_ray import files
 from edit_ray.errors import ManifestUnreadable, RunFolderGone, RunLocked
-from edit_ray.runs.layout import FrameLayout
 from edit_ray.runs.manifest import (
     SCHEMA,
     Begun,
@@ -29,7 +28,7 @@ from edit_ray.runs.manifest import (
 )
 from edit_ray.runs.manifest_file import ManifestFile, ManifestReader, from_bytes, read_manifest, to_text
 from edit_ray.runs.manifest_lines import read_back
-from edit_ray.runs.plan import Take
+from edit_ray.runs.run_plan import FrameLayout, Take
 
 HARDWARE = {"device": "cpu", "threads": 1}
 BEGUN = Begun("one", "0.1.0", 128, 128, FrameLayout(33, 3, 16), 4, "a submission", HARDWARE)

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edit_ray.page.drawing import WIDTH, Bar, chart, nice_step, timeline
-from edit_ray.page.report import ReportedSegment, RunReport, bars_of, render_run
-from edit_ray.page.strip import HEIGHT_PX, data_url, sampled
+from edit_ray.page.drawing import HEIGHT_PX, WIDTH, Bar, chart, data_url, nice_step, sampled, timeline
+from edit_ray.page.run_page import ReportedSegment, RunReport, bars_of, render_run
 from tests.unit.test_cache_report import RECORD, Page
 
 few = settings(max_examples=60, deadline=None)

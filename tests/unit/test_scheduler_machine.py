@@ -6,10 +6,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from edit_ray.runs import run_state, scheduler
+from edit_ray.runs import scheduler
 from edit_ray.runs.events import CloseRun
-from edit_ray.runs.run_state import ScheduledRun
-from edit_ray.runs.scheduler import SegmentScheduler
+from edit_ray.runs.scheduler import ScheduledRun, SegmentScheduler
 from tests.unit.scheduler_machine import FIRED, AnyOrder
 
 SHORT = settings(
@@ -161,7 +160,7 @@ class ForgetsWhatWasCommitted(SegmentScheduler):
     ],
 )
 def test_a_broken_scheduler_is_found(broken, monkeypatch):
-    monkeypatch.setattr(scheduler, "ScheduledRun", getattr(broken, "Run", run_state.ScheduledRun))
+    monkeypatch.setattr(scheduler, "ScheduledRun", getattr(broken, "Run", ScheduledRun))
     # Not the harness's own mistakes: each is an assertion of the model.
     with pytest.raises(AssertionError):
         run(broken, max_examples=400, phases=[Phase.generate], report_multiple_bugs=False)

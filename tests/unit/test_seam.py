@@ -7,11 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edit_ray.video.encode import encode
-from edit_ray.video.joins import Joins
-from edit_ray.video.options import OutputOptions
-from edit_ray.video.seam import LARGEST_SCORE, FrameSeries, Look
-from edit_ray.video.stream_files import Part, write_part
+from edit_ray.video.encode import OutputOptions, encode
+from edit_ray.video.hls import Part, write_part
+from edit_ray.video.seams import LARGEST_SCORE, FrameSeries, Joins, Look
 
 JOIN, FRAMES = 16, 32
 TIMES = np.arange(FRAMES)

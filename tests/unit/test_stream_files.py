@@ -24,9 +24,8 @@ from hypothesis.stateful import (
 )
 
 from edit_ray.files import Disk, make_folder, swapped
-from edit_ray.video.encode import encode
-from edit_ray.video.options import OutputOptions
-from edit_ray.video.stream_files import Part, StreamFiles, write_part
+from edit_ray.video.encode import OutputOptions, encode
+from edit_ray.video.hls import Part, StreamFiles, write_part
 from tests.chaos.power import Power, Recorder, Told
 from tests.chaos.power_loss import build
 from tests.unit.video_frames import FRAME_BYTES, HEIGHT, WIDTH, numbered, numbers_in, reading, shown_by

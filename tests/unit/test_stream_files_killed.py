@@ -7,9 +7,8 @@ import sys
 
 import pytest
 
-from edit_ray.video.encode import encode
-from edit_ray.video.fmp4 import read_fragment
-from edit_ray.video.options import OutputOptions
+from edit_ray.video.encode import OutputOptions, encode
+from edit_ray.video.fragments import read_fragment
 from tests.unit.test_stream_files import has_ended, listed
 from tests.unit.video_frames import numbered, shown_by
 
@@ -20,7 +19,7 @@ FRAMES = 8
 MAKE = """
 import sys
 from pathlib import Path
-from edit_ray.video.stream_files import Part, StreamFiles, write_part
+from edit_ray.video.hls import Part, StreamFiles, write_part
 folder, count, frames = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 encoded = (folder / "encoded").read_bytes()
 parts = [Part(f"segments/{index:05d}-t0.m4s", index * frames, frames) for index in range(count)]

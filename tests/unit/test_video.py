@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edit_ray.video.encode import EncodeError, Patience, encode, join, read_frames
-from edit_ray.video.fmp4 import read_fragment, split
-from edit_ray.video.options import OutputOptions
-from edit_ray.video.stream_files import Part, StreamFiles, write_part
+from edit_ray.video.encode import EncodeError, OutputOptions, Patience, encode, join, read_frames
+from edit_ray.video.fragments import read_fragment, split
+from edit_ray.video.hls import Part, StreamFiles, write_part
 from tests.unit.video_frames import FFMPEG, numbered, shown_by
 
 OPTIONS = OutputOptions(crf=12)
@@ -188,7 +187,7 @@ def test_a_killed_encoder_is_an_error_and_leaves_nobody():
 ENCODE_NOISE = """
 import numpy as np
 from edit_ray.video.encode import encode
-from edit_ray.video.options import OutputOptions
+from edit_ray.video.encode import OutputOptions
 frames = np.random.default_rng(0).integers(0, 256, (40, 128, 128, 3), np.uint8)
 encode(frames, fps=16, options=OutputOptions(preset="veryslow"))
 """

@@ -9,9 +9,8 @@ from typing import Any
 
 from edit_ray.cache.record_page import STYLE, decision_sections
 from edit_ray.cache.records import Record
-from edit_ray.page.drawing import Bar, chart, timeline
-from edit_ray.page.strip import sampled, strip
-from edit_ray.video.seam import Look
+from edit_ray.page.drawing import Bar, chart, sampled, strip, timeline
+from edit_ray.video.seams import Look
 
 MOST_RECORDS = 40
 
