@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 _BOX = struct.Struct(">I4s")
-_TICKS = 1000  # a frame's duration, as `edit_ray.video.fragments` has it
+_TICKS = 1000  # a frame's duration
 
 
 def has_ffmpeg() -> bool:

@@ -18,7 +18,8 @@ from edit_ray.runs.manifest import Begun, Manifest, SegmentRecord
 from edit_ray.runs.retention import first_needed
 from edit_ray.runs.run_plan import FrameLayout, RunPlan, SegmentPlan, Storyboard, Take
 from edit_ray.tiers.options import ReusingRun
-from edit_ray.video.hls import Part, StreamFiles
+from edit_ray.video.fragments import Part
+from edit_ray.video.hls import StreamFiles
 
 GROUP_OF = {
     "prepare_run": "denoise",

@@ -38,7 +38,7 @@ from edit_ray.runs.manifest import Committed, Dropped, HardwareChanged, SegmentR
 from edit_ray.runs.retention import retention
 from edit_ray.runs.run_plan import SegmentPlan
 from edit_ray.video.encode import EncoderKilled
-from edit_ray.video.hls import Part
+from edit_ray.video.fragments import Part
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)

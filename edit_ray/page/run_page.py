@@ -10,7 +10,7 @@ from typing import Any
 from edit_ray.cache.record_page import STYLE, decision_sections
 from edit_ray.cache.records import Record
 from edit_ray.page.drawing import Bar, chart, sampled, strip, timeline
-from edit_ray.video.seams import Look
+from edit_ray.video.seams import Appearance
 
 MOST_RECORDS = 40
 
@@ -140,10 +140,10 @@ def _seams(segments: Sequence[ReportedSegment]) -> str:
 _CHANNELS = ("red", "green", "blue")
 
 
-def _look(segment: ReportedSegment) -> Look | None:
+def _look(segment: ReportedSegment) -> Appearance | None:
     figures = segment.statistics
     names = (*_CHANNELS, "sharpness")
-    return Look(*(figures[name] for name in names)) if all(name in figures for name in names) else None
+    return Appearance(*(figures[name] for name in names)) if all(name in figures for name in names) else None
 
 
 def _tiers(segments: Sequence[ReportedSegment]) -> str:
