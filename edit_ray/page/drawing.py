@@ -1,4 +1,4 @@
-"""SVG charts and picture strips for the report: text in, text out."""
+"""The drawings of a run's page: SVG charts, and strips of small pictures of its video."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from edit_ray.video.encode import Frames, read_frames
 
 WIDTH = 900
 _LEFT, _LANE, _CHART, _FOOT = 150, 26, 120, 20
-_SHORTEST_S = 1e-6  # that is drawn to scale: below it, divisions overflow
+_SHORTEST_S = 1e-6  # below it nothing is drawn to scale, as divisions would overflow
+HEIGHT_PX, MOST_SEGMENTS = 96, 40  # of a strip's pictures
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A stretch of work on a lane, in seconds from the start of the drawing; `label` is shown where there is room."""
+    """Work on a lane, in seconds from the start of the drawing; `label` is shown where it fits, `says` on hover."""
 
     lane: str
     start_s: float
@@ -40,7 +41,7 @@ def timeline(bars: Sequence[Bar]) -> str:
     parts = [f'<text x="0" y="{_LANE * row + 17}">{html.escape(lane)}</text>' for row, lane in enumerate(lanes)]
     for bar in bars:
         x, y = _LEFT + bar.start_s * scale, _LANE * lanes.index(bar.lane) + 3
-        width = max(1.0, bar.length_s * scale - 1)  # a gap of 1, so that one is told from the next
+        width = max(1.0, bar.length_s * scale - 1)  # a gap of 1 separates neighbours
         parts.append(
             f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_LANE - 6}" '
             f'fill="{bar.colour}"><title>{html.escape(bar.says)}</title></rect>'
@@ -56,7 +57,7 @@ def timeline(bars: Sequence[Bar]) -> str:
 
 
 def chart(lines: Mapping[str, Sequence[float | None]], colours: Sequence[str], unit: str) -> str:
-    """One line a name over the segments from 0 on, None where a segment has no value; the scale begins at 0."""
+    """One line per name over the segments from 0 on, None where a segment has no value; the scale begins at 0."""
     values = [value for line in lines.values() for value in line if value is not None]
     top = max(values, default=0.0) or 1.0
     count = max(map(len, lines.values()), default=0)
@@ -87,10 +88,6 @@ def _svg(height: int, parts: Sequence[str]) -> str:
     return f'<svg width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">{"".join(parts)}</svg>'
 
 
-HEIGHT_PX = 96
-MOST_SEGMENTS = 40
-
-
 def sampled(count: int, most: int) -> list[int]:
     """At most `most` of the indices below `count`, evenly, with the first and the last."""
     if count <= most:
@@ -114,7 +111,7 @@ def data_url(frame: Frames) -> str:
 
 
 def strip(pictures: Sequence[tuple[int, Sequence[str]]]) -> str:
-    """The pictures of segments, as HTML: two that touch are the frames of a join."""
+    """The pictures of segments as HTML: the last of one and the first of the next show a join."""
     parts = []
     for segment, urls in pictures:
         images = "".join(f'<img src="{url}" alt="" height="{HEIGHT_PX}">' for url in urls)

@@ -1,20 +1,20 @@
-"""What a run has done, as one HTML page that needs nothing else: when, what was reused, how it looks."""
+"""What a run has done, as one HTML page without external resources: its timeline, reuse, frames and joins."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edit_ray.cache.record_page import STYLE, decision_sections
 from edit_ray.cache.records import Record
 from edit_ray.page.drawing import Bar, chart, sampled, strip, timeline
+from edit_ray.runs.manifest import SegmentRecord
 from edit_ray.video.seams import Appearance
 
 MOST_RECORDS = 40
 
-# What a segment's statistics name `<work>_at` (unix seconds) and `<work>_s`, who does it, and its colour.
+# A segment's statistics give each kind of work as `<work>_at` (Unix seconds) and `<work>_s`: its lane and its colour.
 _WORK = {
     "denoise": ("GPU actor, denoising", "#2b6cb0"),
     "decode": ("GPU actor, decoding", "#2f855a"),
@@ -22,8 +22,20 @@ _WORK = {
     "complete": ("CacheStore actor", "#805ad5"),
     "publish": ("segment scheduler", "#c53030"),
 }
-_AGAIN = "#c53030"
+_RETRY = "#c53030"
 _LINES = ("#2b6cb0", "#a0aec0", "#dd6b20")
+_CHANNELS = {"red": "#c53030", "green": "#2f855a", "blue": "#2b6cb0"}
+_COLUMNS = {
+    "denoise": ("denoise_s", "{:.2f} s"),
+    "decode": ("decode_s", "{:.2f} s"),
+    "encode": ("encode_s", "{:.2f} s"),
+    "skipped": ("skipped", "{:.0%}"),
+    "seam": ("seam_score", "{:.2f}"),
+    "jump": ("seam_jump", "{:.2f}"),
+    "accel": ("seam_accel", "{:.2f}"),
+    "color": ("seam_color", "{:.1f}"),
+    "sharp": ("seam_sharp", "{:+.2f}"),
+}
 _STYLE = (
     STYLE
     + """
@@ -34,129 +46,109 @@ pre { overflow: auto; background: #f7fafc; padding: .6rem; } .wide { overflow-x:
 )
 
 
-@dataclass(frozen=True)
-class ReportedSegment:
-    """One committed segment of the report, with its figures as the manifest has them."""
+def render_run(
+    run_id: str,
+    state: str,
+    settings: str,
+    segments: Sequence[SegmentRecord],
+    *,
+    records: Mapping[str, Record],
+    pictures: Sequence[tuple[int, Sequence[str]]] = (),
+    events: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The page of a run; all of the user's texts are escaped.
 
-    index: int
-    prompt: str
-    seed: int
-    num_frames: int
-    statistics: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class RunReport:
-    """All that the page shows. `pictures` are URLs of frames by segment, `events` lines of the run's event log."""
-
-    run_id: str
-    state: str
-    settings: str
-    segments: Sequence[ReportedSegment]
-    records: Mapping[str, Record] = field(default_factory=dict)
-    pictures: Sequence[tuple[int, Sequence[str]]] = ()
-    events: Sequence[Mapping[str, Any]] = ()
-
-
-def render_run(report: RunReport) -> str:
-    """The page; every text of the user's is shown as text."""
-    segments = report.segments
+    Args:
+        run_id: the run.
+        state: how it stands.
+        settings: its run.yaml.
+        segments: those that are committed.
+        records: what the cache decided, by the heading of each record.
+        pictures: data URLs of frames, with the index of their segment.
+        events: the lines of the run's event log.
+    """
     frames = sum(segment.num_frames for segment in segments)
-    title = html.escape(f"Run {report.run_id}")
+    title = html.escape(f"Run {run_id}")
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>',
-        f"<h1>{title}</h1><p>{html.escape(report.state)}, {len(segments)} segments, {frames} frames</p>",
-        strip(report.pictures) if report.pictures else "",
-        _timeline(segments, report.events),
+        f"<h1>{title}</h1><p>{html.escape(state)}, {len(segments)} segments, {frames} frames</p>",
+        strip(pictures) if pictures else "",
+        f"<h2>Who worked when</h2>{timeline(bars)}" if (bars := bars_of(segments, events)) else "",
         _seams(segments),
         _tiers(segments),
         _table(segments),
-        _decisions(report.records),
-        f"<h2>Settings</h2><details><summary>run.yaml</summary><pre>{html.escape(report.settings)}</pre></details>",
+        _decisions(records),
+        f"<h2>Settings</h2><details><summary>run.yaml</summary><pre>{html.escape(settings)}</pre></details>",
     ]
     return "".join(parts) + "</html>\n"
 
 
-def bars_of(segments: Sequence[ReportedSegment], events: Sequence[Mapping[str, Any]] = ()) -> list[Bar]:
-    """The work of all actors for these segments, from the first beginning on; events among it have no length."""
+def bars_of(segments: Sequence[SegmentRecord], events: Sequence[Mapping[str, Any]] = ()) -> list[Bar]:
+    """The work of all actors on these segments, in seconds after its beginning; events have no length."""
     found = [
-        (segment, work, segment.statistics[f"{work}_at"], segment.statistics[f"{work}_s"])
+        (segment.index, work, segment.statistics[f"{work}_at"], segment.statistics[f"{work}_s"])
         for work in _WORK
         for segment in segments
         if {f"{work}_at", f"{work}_s"} <= segment.statistics.keys()
     ]
     zero = min((begin for _, _, begin, _ in found), default=0.0)
-    return [
-        Bar(*_bar(work, begin - zero, length), f"{segment.index}", f"segment {segment.index}: {work} {length:.2f} s")
-        for segment, work, begin, length in found
-    ] + [mark for event in events if found and (mark := _mark(event, zero)) is not None]
+    bars = []
+    for index, work, begin, length in found:
+        lane, colour = _WORK[work]
+        bars.append(Bar(lane, begin - zero, length, colour, f"{index}", f"segment {index}: {work} {length:.2f} s"))
+    return bars + [mark for event in events if found and (mark := _mark(event, zero)) is not None]
 
 
 def _mark(event: Mapping[str, Any], zero: float) -> Bar | None:
-    """What is told of an event: that a segment was asked for ahead of its turn, or begun once more."""
+    """The mark of an event that shows: a segment was requested in advance, or started again."""
     segment, attempt, wall = event.get("segment"), event.get("attempt"), event.get("wall")
     if not isinstance(wall, int | float) or wall < zero:
         return None
     if event.get("event") == "prepare_asked":
-        return Bar(*_bar("complete", wall - zero, 0), "", f"segment {segment} is asked for")
+        lane, colour = _WORK["complete"]
+        return Bar(lane, wall - zero, 0, colour, "", f"segment {segment} is asked for")
     if event.get("event") == "segment_begun" and isinstance(attempt, int) and attempt > 0:
-        lane = _WORK["denoise"][0]
-        return Bar(lane, wall - zero, 0, _AGAIN, "", f"segment {segment}: begun again, attempt {attempt + 1}")
+        lane, _ = _WORK["denoise"]
+        return Bar(lane, wall - zero, 0, _RETRY, "", f"segment {segment}: begun again, attempt {attempt + 1}")
     return None
 
 
-def _bar(work: str, start_s: float, length_s: float) -> tuple[str, float, float, str]:
-    lane, colour = _WORK[work]
-    return lane, start_s, length_s, colour
+def _values(segments: Sequence[SegmentRecord], name: str, unit: float = 1) -> list[float | None]:
+    """One statistic of every segment, in units; None where a segment has none."""
+    return [None if (value := segment.statistics.get(name)) is None else value / unit for segment in segments]
 
 
-def _timeline(segments: Sequence[ReportedSegment], events: Sequence[Mapping[str, Any]]) -> str:
-    bars = bars_of(segments, events)
-    return f"<h2>Who worked when</h2>{timeline(bars)}" if bars else ""
-
-
-def _seams(segments: Sequence[ReportedSegment]) -> str:
-    scores = [segment.statistics.get("seam_score") for segment in segments]
-    looks = [_look(segment) for segment in segments]
-    known = [look for look in looks if look is not None]
+def _seams(segments: Sequence[SegmentRecord]) -> str:
+    scores = _values(segments, "seam_score")
     parts = []
     if any(score is not None for score in scores):
-        inside = [segment.statistics.get("interior_score") for segment in segments]
-        lines: dict[str, Sequence[float | None]] = {"the join before it": scores}
-        if any(score is not None for score in inside):
-            lines["places inside it"] = inside
+        lines = {"the join before it": scores, "places inside it": _values(segments, "interior_score")}
+        lines = {name: line for name, line in lines.items() if any(value is not None for value in line)}
         parts.append(f"<p>Seam score of each segment; 0 is seamless.</p>{chart(lines, _LINES, '')}")
+    names = (*_CHANNELS, "sharpness")
+    known = [
+        Appearance(*(segment.statistics[name] for name in names))
+        for segment in segments
+        if all(name in segment.statistics for name in names)
+    ]
     if len(known) > 1:
         color, sharp = known[0].drift(known[-1])
         parts.append(
             f"<p>From the first segment to the last, colour drifts by {color:.1f} of 255 grey levels, and sharpness by "
             f"a factor of {2**sharp:.2f}.</p>"
         )
-        channels = {name: [None if look is None else getattr(look, name) for look in looks] for name in _CHANNELS}
-        parts.append(chart(channels, ("#c53030", "#2f855a", "#2b6cb0"), "of 255"))
+        parts.append(chart({name: _values(segments, name) for name in _CHANNELS}, [*_CHANNELS.values()], "of 255"))
     return f"<h2>Joins and drift</h2>{''.join(parts)}" if parts else ""
 
 
-_CHANNELS = ("red", "green", "blue")
-
-
-def _look(segment: ReportedSegment) -> Appearance | None:
-    figures = segment.statistics
-    names = (*_CHANNELS, "sharpness")
-    return Appearance(*(figures[name] for name in names)) if all(name in figures for name in names) else None
-
-
-def _tiers(segments: Sequence[ReportedSegment]) -> str:
-    names = {"host_bytes": "host", "disk_bytes": "disk"}
-    if not any(name in segment.statistics for segment in segments for name in names):
+def _tiers(segments: Sequence[SegmentRecord]) -> str:
+    lines = {tier: _values(segments, f"{tier}_bytes", 2**20) for tier in ("host", "disk")}
+    if all(value is None for line in lines.values() for value in line):
         return ""
-    lines = {
-        tier: [None if (b := segment.statistics.get(name)) is None else b / 2**20 for segment in segments]
-        for name, tier in names.items()
-    }
-    last = segments[-1].statistics
     counts = ", ".join(
-        f"{name.removeprefix('prefetch_')} {value:.0f}" for name, value in last.items() if name.startswith("prefetch_")
+        f"{name.removeprefix('prefetch_')} {value:.0f}"
+        for name, value in segments[-1].statistics.items()
+        if name.startswith("prefetch_")
     )
     read, written = (sum(s.statistics.get(f"entries_{what}", 0) for s in segments) for what in ("read", "written"))
     return (
@@ -165,39 +157,19 @@ def _tiers(segments: Sequence[ReportedSegment]) -> str:
     )
 
 
-_COLUMNS: dict[str, Callable[[ReportedSegment], str]] = {
-    "frames": lambda s: str(s.num_frames),
-    "seed": lambda s: str(s.seed),
-    "denoise": lambda s: _figure(s, "denoise_s", "{:.2f} s"),
-    "decode": lambda s: _figure(s, "decode_s", "{:.2f} s"),
-    "encode": lambda s: _figure(s, "encode_s", "{:.2f} s"),
-    "skipped": lambda s: _skipped(s),
-    "seam": lambda s: _figure(s, "seam_score", "{:.2f}"),
-    "jump": lambda s: _figure(s, "seam_jump", "{:.2f}"),
-    "accel": lambda s: _figure(s, "seam_accel", "{:.2f}"),
-    "color": lambda s: _figure(s, "seam_color", "{:.1f}"),
-    "sharp": lambda s: _figure(s, "seam_sharp", "{:+.2f}"),
-}
-
-
-def _table(segments: Sequence[ReportedSegment]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("segment", *_COLUMNS, "prompt"))
-    rows = "".join(
-        f"<tr><td>{segment.index}</td>{''.join(f'<td>{cell(segment)}</td>' for cell in _COLUMNS.values())}"
-        f"<td>{html.escape(segment.prompt)}</td></tr>"
-        for segment in segments
-    )
-    return f'<h2>Segments</h2><div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
-
-
-def _figure(segment: ReportedSegment, name: str, form: str) -> str:
-    value = segment.statistics.get(name)
-    return "" if value is None else form.format(value)
-
-
-def _skipped(segment: ReportedSegment) -> str:
-    computed, skipped = (segment.statistics.get(f"units_{what}", 0) for what in ("computed", "skipped"))
-    return f"{skipped / (computed + skipped):.0%}" if computed + skipped else ""
+def _table(segments: Sequence[SegmentRecord]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in ("segment", "frames", "seed", *_COLUMNS, "prompt"))
+    rows = []
+    for segment in segments:
+        values = dict(segment.statistics)
+        computed, skipped = (values.get(f"units_{what}", 0) for what in ("computed", "skipped"))
+        if computed + skipped:
+            values["skipped"] = skipped / (computed + skipped)
+        cells = [f"{segment.index}", f"{segment.num_frames}", f"{segment.seed}"]
+        cells += [form.format(values[name]) if name in values else "" for name, form in _COLUMNS.values()]
+        rows.append("".join(f"<td>{cell}</td>" for cell in (*cells, html.escape(segment.prompt))))
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<h2>Segments</h2><div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _decisions(records: Mapping[str, Record]) -> str:
