@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from edit_ray.runs.ids import Count, Seed
 
 TEMPORAL_FACTOR = 4
-"""Frames that one latent stands for; the first latent of a clip stands for a single frame."""
+"""Frames per latent; the first latent of a clip stands for a single frame."""
 
 _ROUNDING = 1e-6
-"""Seconds times frames a second carries binary rounding; this far from a whole frame means on it."""
+"""Tolerance, in frames, for the binary rounding of seconds times frames a second."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class FrameLayout:
         history_latents: latents a segment takes over from its predecessor, 0 where segments stand alone. With k of
             T latents taken over, a later segment adds 4·(T − k) frames; with none every segment adds F.
         fps: frames a second.
+        init_latents: latents of the user's picture or clip that segment 0 continues; they are not part of the video.
+        denoise_needs_frames: whether a segment is denoised from its predecessor's frames.
 
     Raises:
         ValueError: a number out of its range.
@@ -54,43 +56,31 @@ class FrameLayout:
         """Latents of one segment along time, T."""
         return (self.num_frames - 1) // TEMPORAL_FACTOR + 1
 
-    @property
-    def first_frames(self) -> int:
-        """Frames that the first segment adds."""
-        return self.num_frames if self.init_latents == 0 else TEMPORAL_FACTOR * (self.latent_frames - self.init_latents)
-
-    @property
-    def later_frames(self) -> int:
-        """Frames that each segment after the first adds."""
-        if self.history_latents == 0:
-            return self.num_frames
-        return TEMPORAL_FACTOR * (self.latent_frames - self.history_latents)
-
     def frames_of(self, segment_index: int) -> int:
         """Frames that the segment adds to the video."""
-        self._check_index(segment_index)
-        return self.first_frames if segment_index == 0 else self.later_frames
+        _check_index(segment_index)
+        taken_over = self.init_latents if segment_index == 0 else self.history_latents
+        return TEMPORAL_FACTOR * (self.latent_frames - taken_over) if taken_over else self.num_frames
 
     def first_frame(self, segment_index: int) -> int:
         """Index in the video of the first frame that the segment adds."""
-        self._check_index(segment_index)
         return self.total_frames(segment_index)
 
     def first_latent(self, segment_index: int) -> int:
         """Index in the run's latent stream of the first latent that the segment adds."""
-        self._check_index(segment_index)
+        _check_index(segment_index)
         later = self.latent_frames - self.history_latents
         return self.init_latents if segment_index == 0 else self.latent_frames + (segment_index - 1) * later
 
     def total_frames(self, num_segments: int) -> int:
         """Frames of a video of that many segments."""
-        self._check_index(num_segments)
-        return 0 if num_segments == 0 else self.first_frames + (num_segments - 1) * self.later_frames
+        _check_index(num_segments)
+        return self.frames_of(0) + (num_segments - 1) * self.frames_of(1) if num_segments else 0
 
     def segments_for(self, duration_s: float) -> int:
         """The fewest segments, at least one, whose frames last `duration_s` seconds."""
         frames = math.ceil(duration_s * self.fps - _ROUNDING)
-        return 1 + max(0, math.ceil((frames - self.first_frames) / self.later_frames))
+        return 1 + max(0, math.ceil((frames - self.frames_of(0)) / self.frames_of(1)))
 
     def frame_at(self, second: float) -> int:
         """Index of the frame that is shown at that second."""
@@ -100,18 +90,12 @@ class FrameLayout:
         """Index of the segment that adds the frame shown at that second."""
         if second < 0:
             raise ValueError(f"second is {second}; it must be at least 0.")
-        frame = self.frame_at(second)
-        return 0 if frame < self.first_frames else 1 + (frame - self.first_frames) // self.later_frames
-
-    @staticmethod
-    def _check_index(index: int) -> None:
-        if index < 0:
-            raise ValueError(f"a segment's index or number is {index}; it must be at least 0.")
+        return max(0, 1 + (self.frame_at(second) - self.frames_of(0)) // self.frames_of(1))
 
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """One segment: what to denoise, and which frames of the video it emits."""
+    """One segment: what to denoise, and which frames of the video it adds."""
 
     index: int
     take: int
@@ -125,7 +109,7 @@ class SegmentPlan:
 
 @dataclass(frozen=True)
 class Scene:
-    """What holds from segment `start` on, until the next scene. `seed` is the run's own, or one given here."""
+    """The settings from segment `start` on, until the next scene. `seed` is the run's own, or one of the scene."""
 
     start: int
     prompt: str
@@ -150,10 +134,10 @@ class RunPlan:
 
     Args:
         run_id: the run.
-        num_segments: how many segments it has; None: it goes on until it is stopped.
+        num_segments: how many segments it has; None: it continues until it is stopped.
         retries: how often one piece of work may fail without ending the run.
-        incarnation: of the run; work of an earlier one is nobody's any more.
-        max_ahead: how many segments may be denoised beyond what a client has taken; None: any number.
+        incarnation: of the run; work of an earlier one is ignored.
+        max_ahead: how many segments may be denoised beyond what a client has consumed; None: any number.
         frames_first: whether a segment is denoised from its predecessor's frames.
     """
 
@@ -165,21 +149,6 @@ class RunPlan:
     frames_first: bool = False
 
 
-def segment_seed(seed: int, segment_index: int) -> int:
-    """The seed of one segment, in [0, 2**63); segment 0 keeps the run's own, so that a run begins like the library."""
-    return seed if segment_index == 0 else _derived(f"{seed}:{segment_index}")
-
-
-def take_seed(seed: int, take: int) -> int:
-    """The seed of a re-roll for which none was given, in [0, 2**63)."""
-    return _derived(f"{seed}:take:{take}")
-
-
-def take_of(segment_index: int, takes: Sequence[Take]) -> int:
-    """The number of the take that a segment belongs to: the latest that begins at it or before; 0 without any."""
-    return next((take.number for take in reversed(takes) if take.start <= segment_index), 0)
-
-
 @dataclass(frozen=True)
 class Storyboard:
     """Every segment of a run, however many there will be. `scenes` are in order and begin with segment 0."""
@@ -189,7 +158,7 @@ class Storyboard:
     takes: tuple[Take, ...] = ()
 
     def segment(self, index: int) -> SegmentPlan:
-        """What segment `index`, from 0, shows: the scene that holds there, as its newest take has it."""
+        """Segment `index`, from 0: the scene that applies there, changed by its newest take."""
         scene = self.scenes[bisect_right(self.scenes, index, key=lambda scene: scene.start) - 1]
         seed, prompt = scene.seed, scene.prompt
         for take in self.takes:
@@ -207,5 +176,25 @@ class Storyboard:
         )
 
 
+def segment_seed(seed: int, segment_index: int) -> int:
+    """The seed of one segment, in [0, 2**63); segment 0 keeps the run's own, so that a run begins like the library."""
+    return seed if segment_index == 0 else _derived(f"{seed}:{segment_index}")
+
+
+def take_seed(seed: int, take: int) -> int:
+    """The seed of a re-roll that was requested without one, in [0, 2**63)."""
+    return _derived(f"{seed}:take:{take}")
+
+
+def take_of(segment_index: int, takes: Sequence[Take]) -> int:
+    """The number of the take that a segment belongs to: the latest that begins at it or before; 0 without any."""
+    return next((take.number for take in reversed(takes) if take.start <= segment_index), 0)
+
+
 def _derived(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _check_index(index: int) -> None:
+    if index < 0:
+        raise ValueError(f"a segment's index or number is {index}; it must be at least 0.")

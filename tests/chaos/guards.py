@@ -82,8 +82,8 @@ def guards() -> list[Guard]:
         replaced(
             "only events are read",
             "runs/event_log.py",
-            "if _is_event(event):",
-            "if True:",
+            "return event if valid else None",
+            "return event",
             "test_event_log.py -k no_event",
         ),
         replaced(
@@ -106,7 +106,7 @@ def guards() -> list[Guard]:
         replaced(
             "litter must be old",
             "runs/folder.py",
-            "if folder.stat(follow_symlinks=False).st_mtime < before:",
+            "if path.stat(follow_symlinks=False).st_mtime < before:",
             "if True:",
             "test_folder.py -k young",
         ),
@@ -207,7 +207,7 @@ def guards() -> list[Guard]:
         replaced(
             "a line's checksum",
             "runs/manifest_lines.py",
-            "int(head[1], 16) == zlib.crc32(memoryview(content)[begin + _BODY : end])",
+            "int(head[1], 16) == zlib.crc32(view[begin + _BODY : end])",
             "True",
             "test_manifest.py -k changed",
         ),
