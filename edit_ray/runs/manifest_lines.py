@@ -1,8 +1,8 @@
 """The manifest's lines as bytes: one JSON object per line, which begins with a checksum of the rest of it.
 
 A last line that is not whole was never committed, and readers ignore it. Elsewhere torn bytes are damage, unless the
-whole line behind them *vouches*: it has the number of whole lines before it. A writer does so behind torn bytes of another
-writer, which has lost the run.
+whole line behind them *vouches*: it has the number of whole lines before it. A writer does so behind torn bytes of
+another writer, which has lost the run.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from edit_ray.runs.events import (
 from edit_ray.runs.run_plan import RunPlan
 
 LEAD = 2  # segments that may be denoised and not yet committed
+_BEFORE: dict[Stage, Stage] = {"commit": "encode", "encode": "decode", "decode": "denoise"}
 MOST_DEATHS = 10  # of actors during one piece of work; with one more the work is regarded as their cause
 
 
@@ -41,20 +42,14 @@ class ScheduledRun:
     """A run that has not ended. `worker` is its GPU actor, which it keeps unless that one finds no place."""
 
     plan: RunPlan
-    committed: int = 0  # segments 0 … committed-1 are durable
-    denoised: int = 0  # segments 0 … denoised-1 have latents
+    made: dict[Stage, int]  # by stage: of how many segments it is done; its next segment has that index
     worker: int | None = None
     state: RunState = "queued"
-    decoded: int = field(init=False)
-    encoded: int = field(init=False)
     consumed: int = 0  # a client has taken segments 0 … consumed-1
     in_flight: dict[Stage, Work] = field(default_factory=dict)
     failures: defaultdict[tuple[Stage, int | None], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     error: str | None = None
     end: EndState = "cancelled"  # what the run becomes once stopped
-
-    def __post_init__(self) -> None:
-        self.decoded = self.encoded = self.committed
 
     @property
     def shown_state(self) -> RunState:
@@ -64,24 +59,17 @@ class ScheduledRun:
 
     def begin(self) -> list[Work]:
         """All work that can begin now, in the order of what viewers wait for."""
-        return [self._work(stage) for stage in self._ready() if stage not in self.in_flight]
+        return [self._begin(stage) for stage in self._ready() if stage not in self.in_flight]
 
     def done(self, stage: Stage) -> None:
         """The work in flight for this stage has succeeded."""
         del self.in_flight[stage]
-        match stage:
-            case "prepare" if self.state == "preparing":
-                self.state = "running"
-            case "denoise":
-                self.denoised += 1
-            case "decode":
-                self.decoded += 1
-            case "encode":
-                self.encoded += 1
-            case "commit":
-                self.committed += 1
-            case "finalize":
-                self.state, self.end, self.error = "stopping", "done", None
+        if stage in self.made:
+            self.made[stage] += 1
+        elif stage == "finalize":
+            self.state, self.end, self.error = "stopping", "done", None
+        elif self.state == "preparing":
+            self.state = "running"
 
     def failed(self, stage: Stage, error: str, kind: FailureKind) -> str | None:
         """The work in flight for this stage has failed; returns the reason if the run cannot continue.
@@ -92,12 +80,11 @@ class ScheduledRun:
         counts = self.failures[stage, segment_index]
         counts[kind] += 1
         what = stage if segment_index is None else f"{stage} of segment {segment_index}"
-        match kind:
-            case "fatal":
-                return f"{what} failed: {error}"
-            case "death":
-                cause = f"actors died {counts[kind]} times during this work, which may be why (is memory short?)"
-                return f"{what} failed: {cause}: {error}" if counts[kind] > MOST_DEATHS else None
+        if kind == "fatal":
+            return f"{what} failed: {error}"
+        if kind == "death":
+            cause = f"actors died {counts[kind]} times during this work, which may be why (is memory short?)"
+            return f"{what} failed: {cause}: {error}" if counts[kind] > MOST_DEATHS else None
         failures, most = counts["error"] + counts["no place"], self.plan.retries + 1
         return f"{what} failed (attempt {failures} of {most}): {error}" if failures >= most else None
 
@@ -109,42 +96,37 @@ class ScheduledRun:
 
     @property
     def _all_committed(self) -> bool:
-        return self.plan.num_segments is not None and self.committed >= self.plan.num_segments
+        return self.plan.num_segments is not None and self.made["commit"] >= self.plan.num_segments
 
     def _ready(self) -> Iterator[Stage]:
+        if self.state == "running" and self._all_committed:
+            self.state = "finalizing"
         if self.state == "preparing":
             yield "prepare"
-        elif self.state == "running" and self._all_committed:
-            self.state = "finalizing"
-        if self.state == "running":
-            if self.committed < self.encoded:
-                yield "commit"
-            if self.encoded < self.decoded:
-                yield "encode"
-            if self.decoded < self.denoised:
-                yield "decode"
-            if self._may_denoise():
-                yield "denoise"
         elif self.state == "finalizing":
             yield "finalize"
+        elif self.state == "running":
+            for stage, before in _BEFORE.items():
+                if self.made[stage] < self.made[before]:
+                    yield stage
+            if self._may_denoise():
+                yield "denoise"
 
     def _may_denoise(self) -> bool:
-        plan, k = self.plan, self.denoised
+        plan, k = self.plan, self.made["denoise"]
         return (
             (plan.num_segments is None or k < plan.num_segments)
-            and k < self.committed + LEAD
+            and k < self.made["commit"] + LEAD
             and (plan.max_ahead is None or k < self.consumed + plan.max_ahead)
-            and (not plan.frames_first or k <= self.decoded)
+            and (not plan.frames_first or k <= self.made["decode"])
         )
 
-    def _work(self, stage: Stage) -> Work:
-        index = {"denoise": self.denoised, "decode": self.decoded, "encode": self.encoded, "commit": self.committed}
-        segment_index = index.get(stage)
-        attempt = self.failures.get((stage, segment_index), Counter()).total()
+    def _begin(self, stage: Stage) -> Work:
         assert self.worker is not None, f"{stage} of a run that has no GPU actor"
-        self.in_flight[stage] = Work(
-            self.plan.run_id, self.plan.incarnation, stage, segment_index, attempt, self.worker
-        )
+        segment_index = self.made.get(stage)
+        attempt = self.failures.get((stage, segment_index), Counter()).total()
+        run_id, incarnation = self.plan.run_id, self.plan.incarnation
+        self.in_flight[stage] = Work(run_id, incarnation, stage, segment_index, attempt, self.worker)
         return self.in_flight[stage]
 
 
@@ -198,9 +180,9 @@ class SegmentScheduler:
             raise ValueError(f"run {plan.run_id!r} was submitted before, and lives")
         if worker is not None and (worker >= self._workers or worker in self._taken()):
             worker = None
-        self._runs[plan.run_id] = ScheduledRun(
-            plan, submitted.committed, max(submitted.denoised, submitted.committed), worker
-        )
+        made: dict[Stage, int] = dict.fromkeys(("decode", "encode", "commit"), submitted.committed)
+        made["denoise"] = max(submitted.denoised, submitted.committed)
+        self._runs[plan.run_id] = ScheduledRun(plan, made, worker)
         return self._advance()
 
     def _in_flight(self, work: Work) -> bool:

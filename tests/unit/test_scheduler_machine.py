@@ -57,7 +57,7 @@ class ForgetsTheLead(SegmentScheduler):
     class Run(ScheduledRun):
         def _may_denoise(self):
             plan = self.plan
-            return plan.num_segments is None or self.denoised < plan.num_segments
+            return plan.num_segments is None or self.made["denoise"] < plan.num_segments
 
 
 class NeverGivesUp(SegmentScheduler):
@@ -130,16 +130,15 @@ class CommitsBeforeTheMediaAreWhole(SegmentScheduler):
         def done(self, stage):
             super().done(stage)
             if stage == "decode":
-                self.encoded = self.decoded
+                self.made["encode"] = self.made["decode"]
 
 
 class ForgetsWhatWasCommitted(SegmentScheduler):
     """A run that goes on begins with its first segment."""
 
     class Run(ScheduledRun):
-        def __post_init__(self):
-            self.committed = self.denoised = 0
-            super().__post_init__()
+        def __init__(self, plan, made, worker):
+            super().__init__(plan, dict.fromkeys(made, 0), worker)
 
 
 @pytest.mark.parametrize(
