@@ -144,8 +144,8 @@ class Seams:
         series = FrameSeries.of(frames)
         starts = [layout.first_frame(index) for index in range(segments + 1)]
         interior = [place for start, end in pairwise(starts) for place in range(start + RADIUS, end - RADIUS + 1)]
-        first = FrameSeries.of(frames[: starts[1]]).look(0)
-        drifts = [first.drift(FrameSeries.of(frames[start:end]).look(0)) for start, end in pairwise(starts)]
+        first = FrameSeries.of(frames[: starts[1]]).appearance()
+        drifts = [first.drift(FrameSeries.of(frames[start:end]).appearance()) for start, end in pairwise(starts)]
         return cls(
             joins=[series.seam(start).score for start in starts[1:-1]],
             interior=[series.seam(place).score for place in interior],

@@ -132,8 +132,7 @@ def write_videos(
 
     `videos` are those of the points by index, and like `reference` [3, T, H, W] in [0, 1].
     """
-    from edit_ray.video.encode import encode  # here, as tables and plots need no ffmpeg
-    from edit_ray.video.options import OutputOptions
+    from edit_ray.video.encode import OutputOptions, encode  # here, as tables and plots need no ffmpeg
 
     folder.mkdir(parents=True, exist_ok=True)
     for method in dict.fromkeys(point.method for point in points):

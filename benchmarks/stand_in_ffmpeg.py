@@ -10,15 +10,14 @@ import sys
 from pathlib import Path
 
 _BOX = struct.Struct(">I4s")
-_TICKS = 1000  # a frame's duration, as `edit_ray.video.fmp4` has it
+_TICKS = 1000  # a frame's duration
 
 
 def has_ffmpeg() -> bool:
     """Whether the encoder finds a real one, which works."""
     import numpy as np  # here, as the stand-in itself needs neither
 
-    from edit_ray.video.encode import encode
-    from edit_ray.video.options import OutputOptions
+    from edit_ray.video.encode import OutputOptions, encode
 
     try:
         encode(np.zeros((2, 16, 16, 3), np.uint8), fps=8, options=OutputOptions())

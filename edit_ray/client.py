@@ -32,10 +32,9 @@ from edit_ray.errors import (
     UnknownRun,
 )
 from edit_ray.runs.folder import RunFolder
-from edit_ray.runs.ids import check_run_id, check_segment_index, new_run_id
+from edit_ray.runs.ids import check_run_id, check_segment_index, new_run_id, owner_here
 from edit_ray.runs.manifest import SegmentRecord
 from edit_ray.runs.manifest_file import ManifestReader
-from edit_ray.runs.owner import owner_here
 from edit_ray.video.encode import EncodeError, Frames, read_frames
 
 if TYPE_CHECKING:

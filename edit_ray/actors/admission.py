@@ -28,7 +28,7 @@ from edit_ray.runs.event_log import latest_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Extended, Manifest, Opened, Rerolled
 from edit_ray.runs.manifest_file import ManifestFile, ManifestReader
-from edit_ray.runs.run_state import LEAD
+from edit_ray.runs.scheduler import LEAD
 
 LOCK_PATIENCE_S = 10.0  # a process that was killed keeps its locks until the kernel has cleared it away
 

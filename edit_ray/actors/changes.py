@@ -7,9 +7,9 @@ from edit_ray.actors.kept import can_be_made
 from edit_ray.actors.messages import RunSpec
 from edit_ray.config import check_texts
 from edit_ray.errors import ConfigError
+from edit_ray.runs.ids import MAX_SEGMENTS
 from edit_ray.runs.manifest import Extended, Manifest, Rerolled
-from edit_ray.runs.numbers import MAX_SEGMENTS
-from edit_ray.runs.plan import Take, take_seed
+from edit_ray.runs.run_plan import Take, take_seed
 
 
 def extension(segments: int) -> Change:

@@ -27,12 +27,12 @@ from edit_ray.errors import EditRayError, OutOfMemory, SegmentFailed
 from edit_ray.files import digest_of_file, read_bytes, replacing
 from edit_ray.metrics.collect import MetricValues, Snapshot
 from edit_ray.runs.event_log import append_event
-from edit_ray.runs.plan import SegmentPlan
+from edit_ray.runs.run_plan import SegmentPlan
 from edit_ray.tiers.leases import SegmentLeases, Store, reuse_statistics
 from edit_ray.tiers.store_client import PlannedStore
 from edit_ray.video.encode import Frames, Patience, encode, ffmpeg_version, join
-from edit_ray.video.joins import Joins
-from edit_ray.video.stream_files import write_part
+from edit_ray.video.fragments import write_part
+from edit_ray.video.seams import Joins
 
 T = TypeVar("T")
 
@@ -233,12 +233,13 @@ class DenoiserActor:
         encode_at, began = time.time(), time.perf_counter()
         there = read_bytes(spec.folder.init) if spec.folder.init.exists() else None
         fps, options, patience = spec.config.sampling.fps, spec.config.output, self._patience(spec)
-        encoded = encode(frames, fps=fps, options=options, init=there, patience=patience)
-        init, fragment = write_part(spec.folder.path, spec.part(segment), segment.index, encoded)
+        place = {"number": segment.index, "first_frame": segment.first_frame}
+        encoded = encode(frames, fps=fps, options=options, **place, init=there, patience=patience)
+        init, fragment = write_part(spec.folder.path, spec.part(segment), encoded)
         self._frames.pop((spec.key, media, spec.incarnation), None)
         times = {"encode_at": encode_at, "encode_s": time.perf_counter() - began}
-        digests = {"init_xxh3": init, "media_xxh3": fragment}
-        return statistics(media_bytes=media.stat().st_size, **times, **self._seen(spec, segment)) | digests
+        digests, shown = {"init_xxh3": init, "media_xxh3": fragment}, self._appearance(spec, segment, frames)
+        return statistics(media_bytes=media.stat().st_size, **times, **shown) | digests
 
     def finalize_run(self, spec: RunSpec, first: int) -> dict[str, float]:
         """Joins the segments from `first` on, those before being dropped, into `final.mp4`."""
@@ -278,14 +279,13 @@ class DenoiserActor:
         for decoded in [decoded for decoded in self._frames if decoded[0] == spec.key]:
             del self._frames[decoded]
 
-    def _seen(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
-        """What the written segment looks like, and how it joins its predecessor."""
+    def _appearance(self, spec: RunSpec, segment: SegmentPlan, frames: Frames) -> dict[str, float]:
+        """The colour and sharpness of the segment, and how it joins its predecessor."""
         before = spec.part(spec.segment(segment.index - 1)) if segment.index else None
         if before is not None and not (spec.folder.path / before.path).exists():
             before = None  # dropped to make room, before the run was re-rolled from here
-        size = {"height": spec.config.sampling.height, "width": spec.config.sampling.width}
-        patience = self._patience(spec)
-        return self._joins.measure(spec.key, spec.folder.path, spec.part(segment), before, **size, patience=patience)
+        part, patience = spec.part(segment), self._patience(spec)
+        return self._joins.measure(spec.key, spec.folder.path, part, before, frames, patience)
 
     def _ready_engine(self, spec: RunSpec) -> SegmentEngine:
         """The engine of this run's model, with this run's prompts encoded."""

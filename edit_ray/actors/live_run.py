@@ -18,7 +18,7 @@ from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Ended, Line, Manifest
 from edit_ray.runs.manifest_file import ManifestFile
 from edit_ray.runs.retention import KEEP_ALL, Retention
-from edit_ray.video.stream_files import StreamFiles
+from edit_ray.video.hls import StreamFiles
 
 T = TypeVar("T")
 END_ATTEMPTS = 3
@@ -150,9 +150,9 @@ class LiveRun:
         self.unrecorded = ended if failure else None
         return failure
 
-    async def forget_figures(self, first: int, before: int) -> None:
+    async def forget_statistics(self, first: int, before: int) -> None:
         """Lets go of the statistics of segments whose media are gone, which the file alone has from then on."""
-        await self.on_disk(self.file.forget_figures, first, before)
+        await self.on_disk(self.file.forget_statistics, first, before)
 
     async def tell(self) -> None:
         """Wakes up who waits for a change."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from edit_ray.actors.messages import RunSpec
 from edit_ray.engine.model_info import read_model_info
 from edit_ray.errors import ResourcesUnavailable
-from edit_ray.runs.forecast import SegmentSize, bytes_to_come, first_guess, measured, shortage
 from edit_ray.runs.manifest import SegmentRecord
+from edit_ray.runs.retention import SegmentSize, bytes_to_come, first_guess, measured, shortage
 
 _ENDLESS = 100  # segments that a run without an end is asked to have room for
 

@@ -35,10 +35,10 @@ from edit_ray.errors import (
 )
 from edit_ray.runs.events import FailureKind, Work
 from edit_ray.runs.manifest import Committed, Dropped, HardwareChanged, SegmentRecord, Tiled
-from edit_ray.runs.plan import SegmentPlan
 from edit_ray.runs.retention import retention
+from edit_ray.runs.run_plan import SegmentPlan
 from edit_ray.video.encode import EncoderKilled
-from edit_ray.video.stream_files import Part
+from edit_ray.video.fragments import Part
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ class Stages:
         gone += [spec.folder.record(index, spec.segment(index).take) for index in media]
         gone += [spec.latents(index) for index in range(max(first, before.latents_from), after.latents_from)]
         await run.on_disk(spec.folder.remove, gone)
-        await run.forget_figures(media.start, media.stop)
+        await run.forget_statistics(media.start, media.stop)
         run.removed = after
 
     async def _finalize(self, run: LiveRun, work: Work) -> None:

@@ -15,7 +15,7 @@ from edit_ray.cache.records import Record
 from edit_ray.files import write_atomic
 from edit_ray.metrics.catalog import LABELS
 from edit_ray.metrics.collect import MetricValues, SeriesId, Snapshot, series
-from edit_ray.runs.plan import SegmentPlan
+from edit_ray.runs.run_plan import SegmentPlan
 from edit_ray.tiers.service import TierService
 
 _CPU = torch.device("cpu")

@@ -34,7 +34,7 @@ def list_runs(options: argparse.Namespace) -> int:
 def known_runs(client: LongVideoClient) -> Iterator[RunStatus]:
     """The runs on disk, the oldest first, with the segment scheduler's word where it has one; then its others."""
     from edit_ray.actors.messages import RunStatus
-    from edit_ray.runs.browse import folders_in
+    from edit_ray.runs.folder import folders_in
 
     try:
         said = {os.path.realpath(run.path): run for run in client.runs()}

@@ -52,8 +52,7 @@ def _own(client: LongVideoClient) -> Iterator[RunStatus]:
 
 def _remove_all(runs: list[RunStatus], options: argparse.Namespace) -> int:
     """Removes them if whoever asks is sure. A run that cannot be removed keeps none of the others."""
-    from edit_ray.runs.folder import RunFolder
-    from edit_ray.runs.removal import remove_run, size_of
+    from edit_ray.runs.folder import RunFolder, remove_run, size_of
 
     folders = [RunFolder(Path(run.path).parent, run.run_id) for run in runs]
     for run, folder in zip(runs, folders, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,8 +57,8 @@ def _page_of_run(folder: Path) -> str | None:
     Raises ConfigError, and UnknownRun for a run that has nothing to be told yet.
     """
     from edit_ray.config import load_config
-    from edit_ray.page.report import ReportedSegment, RunReport, render_run
-    from edit_ray.page.strip import MOST_SEGMENTS, ends_of, sampled
+    from edit_ray.page.drawing import MOST_SEGMENTS, ends_of, sampled
+    from edit_ray.page.run_page import render_run
     from edit_ray.runs.event_log import read_events
     from edit_ray.runs.folder import RunFolder
     from edit_ray.video.encode import EncodeError
@@ -89,17 +90,13 @@ def _page_of_run(folder: Path) -> str | None:
                 raise ConfigError([f"{part} cannot be read: {error}"]) from None
             pictures.append((segment.index, urls))
     return render_run(
-        RunReport(
-            run_id=folder.name,
-            state=manifest.state,
-            settings=settings.read_text(),
-            segments=[
-                ReportedSegment(s.index, s.prompt, s.seed, s.num_frames, dict(s.statistics)) for s in manifest.segments
-            ],
-            records=_read_records(folder),
-            pictures=pictures,
-            events=read_events(folder / "events.jsonl"),
-        )
+        folder.name,
+        manifest.state,
+        settings.read_text(),
+        [replace(segment, statistics=dict(segment.statistics)) for segment in manifest.segments],
+        records=_read_records(folder),
+        pictures=pictures,
+        events=read_events(folder / "events.jsonl"),
     )
 
 

@@ -12,7 +12,7 @@ from edit_ray.engine.init_file import read_init
 from edit_ray.engine.model_info import ModelInfo, dtype_problem, read_model_info
 from edit_ray.engine.options import ContinuityOptions, frames_of
 from edit_ray.errors import ConfigError, ModelError
-from edit_ray.runs.layout import TEMPORAL_FACTOR
+from edit_ray.runs.run_plan import TEMPORAL_FACTOR
 
 MAX_WORDS_NAMED = 100
 MAX_TEXT = 2000

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from edit_ray.options import Options
-from edit_ray.runs.layout import FrameLayout
-from edit_ray.runs.numbers import MAX_SEGMENTS
+from edit_ray.runs.ids import MAX_SEGMENTS
+from edit_ray.runs.run_plan import FrameLayout
 
 MAX_PROMPTS = 10_000
 VALID_PROMPTS = f"a list of 1 to {MAX_PROMPTS} entries such as {{start: 0s, prompt: …}} or {{segment: 0, prompt: …}}"

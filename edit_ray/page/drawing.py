@@ -1,20 +1,28 @@
-"""SVG for the report: bars on lanes over time, and values over segments. Text in, text out."""
+"""The drawings of a run's page: SVG charts, and strips of small pictures of its video."""
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from edit_ray.video.encode import Frames, read_frames
 
 WIDTH = 900
 _LEFT, _LANE, _CHART, _FOOT = 150, 26, 120, 20
-_SHORTEST_S = 1e-6  # that is drawn to scale: below it, divisions overflow
+_SHORTEST_S = 1e-6  # below it nothing is drawn to scale, as divisions would overflow
+HEIGHT_PX, MOST_SEGMENTS = 96, 40  # of a strip's pictures
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A stretch of work on a lane, in seconds from the start of the drawing; `label` is shown where there is room."""
+    """Work on a lane, in seconds from the start of the drawing; `label` is shown where it fits, `says` on hover."""
 
     lane: str
     start_s: float
@@ -33,7 +41,7 @@ def timeline(bars: Sequence[Bar]) -> str:
     parts = [f'<text x="0" y="{_LANE * row + 17}">{html.escape(lane)}</text>' for row, lane in enumerate(lanes)]
     for bar in bars:
         x, y = _LEFT + bar.start_s * scale, _LANE * lanes.index(bar.lane) + 3
-        width = max(1.0, bar.length_s * scale - 1)  # a gap of 1, so that one is told from the next
+        width = max(1.0, bar.length_s * scale - 1)  # a gap of 1 separates neighbours
         parts.append(
             f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_LANE - 6}" '
             f'fill="{bar.colour}"><title>{html.escape(bar.says)}</title></rect>'
@@ -49,7 +57,7 @@ def timeline(bars: Sequence[Bar]) -> str:
 
 
 def chart(lines: Mapping[str, Sequence[float | None]], colours: Sequence[str], unit: str) -> str:
-    """One line a name over the segments from 0 on, None where a segment has no value; the scale begins at 0."""
+    """One line per name over the segments from 0 on, None where a segment has no value; the scale begins at 0."""
     values = [value for line in lines.values() for value in line if value is not None]
     top = max(values, default=0.0) or 1.0
     count = max(map(len, lines.values()), default=0)
@@ -78,3 +86,34 @@ def nice_step(length: float) -> float:
 
 def _svg(height: int, parts: Sequence[str]) -> str:
     return f'<svg width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">{"".join(parts)}</svg>'
+
+
+def sampled(count: int, most: int) -> list[int]:
+    """At most `most` of the indices below `count`, evenly, with the first and the last."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(index * (count - 1) / (most - 1)) for index in range(most)})
+
+
+def ends_of(part: Path, init: Path, *, height: int, width: int) -> list[str]:
+    """The first and the last frame of a segment as data URLs. Raises EncodeError."""
+    frames = read_frames(part, init=init, height=height, width=width)
+    return [data_url(frames[index]) for index in (0, -1)]
+
+
+def data_url(frame: Frames) -> str:
+    """One frame [H, W, 3] as a small JPEG in a URL."""
+    height, width, _ = frame.shape
+    small = Image.fromarray(frame).resize((max(1, round(width * HEIGHT_PX / height)), HEIGHT_PX))
+    data = io.BytesIO()
+    small.save(data, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def strip(pictures: Sequence[tuple[int, Sequence[str]]]) -> str:
+    """The pictures of segments as HTML: the last of one and the first of the next show a join."""
+    parts = []
+    for segment, urls in pictures:
+        images = "".join(f'<img src="{url}" alt="" height="{HEIGHT_PX}">' for url in urls)
+        parts.append(f"<figure>{images}<figcaption>{segment}</figcaption></figure>")
+    return f'<div class="strip">{"".join(parts)}</div>'

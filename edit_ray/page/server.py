@@ -1,28 +1,96 @@
-"""The page of one run, with its media, for browsers on this machine only."""
+"""An HTTP server for the page and the media of one run, for browsers on this machine only."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import stat
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from edit_ray.errors import EditRayError
-from edit_ray.page.served import byte_range, open_named
+
+_PAGE = "text/html; charset=utf-8"
+_MEDIA = (
+    (re.compile(r"live(-[0-9]{1,6})?\.m3u8"), "application/vnd.apple.mpegurl"),
+    (re.compile(r"(init|stream|final)\.mp4"), "video/mp4"),
+    (re.compile(r"segments/[0-9]{5,9}-t[0-9]{1,9}\.m4s"), "video/iso.segment"),
+    (re.compile(r"report\.html"), _PAGE),
+)
+_STATIC = {
+    "": ("index.html", _PAGE),
+    "page.css": ("page.css", "text/css; charset=utf-8"),
+    "page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "hls.js": ("hls.js", "text/javascript; charset=utf-8"),
+}
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
+_HERE = Path(__file__).parent
+HLS_JS = _HERE / "node_modules" / "hls.js" / "dist" / "hls.light.min.js"
+"""hls.js, where `make page` installs it."""
+
+
+def open_named(run: Path, name: str) -> tuple[int, str] | None:
+    """The file that a URL's path (without its first slash) names, as a descriptor, and its type; None if there is none.
+
+    No name leads out of the run's folder: only known names are opened, and no symbolic link below it is followed.
+    """
+    if name in _STATIC:
+        file, kind = _STATIC[name]
+        path = HLS_JS if file == "hls.js" else _HERE / "static" / file
+        return _opened(path.parent, path.name, kind, links=0)
+    kinds = [kind for pattern, kind in _MEDIA if pattern.fullmatch(name)]
+    return _opened(run, name, kinds[0], links=os.O_NOFOLLOW) if kinds else None
+
+
+def _opened(folder: Path, name: str, kind: str, links: int) -> tuple[int, str] | None:
+    """Opens folder by folder with the flags `links`, so that no link that is created meanwhile can lead elsewhere."""
+    *folders, file = name.split("/")
+    with suppress(OSError), ExitStack() as stack:
+        at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, at)
+        for inner in folders:
+            at = os.open(inner, os.O_RDONLY | os.O_DIRECTORY | links, dir_fd=at)
+            stack.callback(os.close, at)
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | links, dir_fd=at)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor, kind
+        os.close(descriptor)
+    return None
+
+
+def byte_range(header: str | None, size: int) -> range | None:
+    """The bytes of a file of `size` that a Range header asks for; None if the file has none of them.
+
+    All bytes without a header, or with one that is not understood (as RFC 9110 allows).
+    """
+    match = _RANGE.fullmatch(header.strip()) if header is not None else None
+    if match is None or match.group() == "bytes=-":
+        return range(size)
+    first, last = match.groups()
+    if not first:
+        count = min(int(last), size)
+        return range(size - count, size) if count else None
+    if last and int(last) < int(first):
+        return range(size)
+    start, end = int(first), min(int(last) + 1 if last else size, size)
+    return range(start, end) if start < size else None
+
 
 LOOPBACK = "127.0.0.1"
 _CHUNK = 1 << 20
 _HEADERS = {
-    # A run's files change, and the next run that is served here has others under the same names.
+    # A run's files change, and the next run served on this port has other files under the same names.
     "Cache-Control": "no-cache",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
-    # hls.js plays from blobs that it makes, and works in a worker that is one.
+    # hls.js plays from blobs that it creates, and runs in a worker loaded from one.
     "Content-Security-Policy": (
         "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; media-src 'self' blob:; "
         "worker-src 'self' blob:; frame-ancestors 'none'"
@@ -33,9 +101,9 @@ Status = Callable[[], Mapping[str, Any]]
 
 
 class PageServer(ThreadingHTTPServer):
-    """Serves the folder of a run on loopback; `status` gives what the page shows of the run, as JSON.
+    """Serves the folder of a run on loopback; `status` returns the run's status for the page, to be sent as JSON.
 
-    `port` 0 takes a free one; `url` says which. Raises OSError where the port is taken.
+    `port` 0 picks a free one, which `url` contains. Raises OSError where the port is taken.
     """
 
     daemon_threads = True
@@ -50,7 +118,7 @@ class PageServer(ThreadingHTTPServer):
         return f"http://{LOOPBACK}:{self.server_address[1]}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A viewer that left is nothing to tell; anything else is told here, never to the viewer."""
+        """Prints the error here, never to the viewer. A viewer that has disconnected is no error."""
         error = sys.exception()
         if not isinstance(error, ConnectionError | TimeoutError):
             print(f"edit-ray: a request failed: {error!r}", file=sys.stderr)
@@ -73,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, with_body: bool) -> None:
         port = self.server.server_address[1]
-        # A page from elsewhere whose host name was made to mean this machine still says its own name.
+        # Against DNS rebinding: a foreign page whose host name resolves to this machine still sends its own name.
         if self.headers.get("Host") not in (f"{LOOPBACK}:{port}", f"localhost:{port}"):
             return self._refuse(403, "this server answers to its own address only")
         name = unquote(urlsplit(self.path).path).removeprefix("/")
@@ -89,10 +157,10 @@ class _Handler(BaseHTTPRequestHandler):
             if wanted is None:
                 return self._refuse(416, "the file has fewer bytes", {"Content-Range": f"bytes */{size}"})
             part = len(wanted) < size
-            about = {"Content-Type": kind, "Content-Length": str(len(wanted)), "Accept-Ranges": "bytes"}
+            headers = {"Content-Type": kind, "Content-Length": str(len(wanted)), "Accept-Ranges": "bytes"}
             if part:
-                about["Content-Range"] = f"bytes {wanted.start}-{wanted.stop - 1}/{size}"
-            self._head(206 if part else 200, about)
+                headers["Content-Range"] = f"bytes {wanted.start}-{wanted.stop - 1}/{size}"
+            self._head(206 if part else 200, headers)
             if with_body:
                 self._copy(file, wanted)
         return None
@@ -102,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         left = len(wanted)
         while left:
             data = file.read(min(_CHUNK, left))
-            if not data:  # it became shorter; the viewer sees that the connection ends early
+            if not data:  # the file became shorter; the viewer sees the connection end early
                 self.close_connection = True
                 return
             self.wfile.write(data)
@@ -118,15 +186,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
         return None
 
-    def _refuse(self, code: int, says: str, about: Mapping[str, str] | None = None) -> None:
-        body = f"{says}\n".encode()
+    def _refuse(self, code: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        body = f"{message}\n".encode()
         kind = {"Content-Type": "text/plain; charset=utf-8", "Content-Length": str(len(body))}
-        self._head(code, {**kind, **(about or {})})
+        self._head(code, {**kind, **(headers or {})})
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _head(self, code: int, about: Mapping[str, str]) -> None:
+    def _head(self, code: int, headers: Mapping[str, str]) -> None:
         self.send_response(code)
-        for name, value in {**_HEADERS, **about}.items():
+        for name, value in {**_HEADERS, **headers}.items():
             self.send_header(name, value)
         self.end_headers()

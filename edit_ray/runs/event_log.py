@@ -17,10 +17,10 @@ _CHUNK = 1 << 20
 
 
 def append_event(path: Path, event: str, **fields: int | float | str | Mapping[str, float] | None) -> None:
-    """Adds a line with the name of the event, `wall` (seconds since 1970), `monotonic` (seconds, to be compared only
-    with those of one node) and `fields`, in one write, so that lines of several processes do not mix.
+    """Adds a line with the name of the event, `wall` (seconds since 1970), `monotonic` (seconds, comparable only within
+    one node) and `fields`, in one write, so that lines of several processes do not mix.
 
-    What cannot be written is left out: no run fails for its log.
+    An event that cannot be written is omitted: no run fails because of its log.
     """
     text = json.dumps({"event": event, "wall": time.time(), "monotonic": time.monotonic(), **fields}) + "\n"
     with suppress(OSError):
@@ -28,7 +28,7 @@ def append_event(path: Path, event: str, **fields: int | float | str | Mapping[s
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Every event, in order; none where no log can be read. Lines that are torn, or are no events, are left out."""
+    """Every event, in order; none where no log can be read. Lines that are torn, or are no events, are skipped."""
     try:
         lines = files.read_bytes(path).split(b"\n")
     except OSError:
@@ -37,7 +37,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 def latest_events(path: Path, name: str) -> Iterator[dict[str, Any]]:
-    """The events of one name, the latest first. Of the log no more is read than is asked for."""
+    """The events of one name, the latest first. Reads no more of the log than the caller consumes."""
     mark = json.dumps({"event": name})[1:-1].encode()
     with suppress(OSError), files.opened(path) as log:
         end, later = os.fstat(log).st_size, b""  # the end of a line that begins before the bytes that were read
@@ -52,24 +52,17 @@ def latest_events(path: Path, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _event_of(line: bytes) -> dict[str, Any] | None:
-    with suppress(ValueError, RecursionError):
-        event = json.loads(line, parse_constant=_refuse)
-        if _is_event(event):
-            return dict(event)
-    return None
-
-
-def _is_event(value: Any) -> bool:
-    """Whether it has what every event has, and each field that readers rely on is of its type."""
-    if not isinstance(value, dict) or type(value.get("event")) is not str:
-        return False
-    figures = value.get("figures", {})
-    numbers = [value.get("wall"), value.get("monotonic"), *(figures.values() if isinstance(figures, dict) else [None])]
-    counts = [value[name] for name in ("segment", "take", "attempt", "worker") if name in value]
-    return all(type(number) in (int, float) and math.isfinite(number) for number in numbers) and all(
+    """The event of a line, if it has what every event has and its fields have the types that readers rely on."""
+    try:
+        event = json.loads(line, parse_constant=int)  # which refuses NaN and Infinity
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or type(event.get("event")) is not str:
+        return None
+    figures = event.get("figures", {})
+    numbers = [event.get("wall"), event.get("monotonic"), *(figures.values() if isinstance(figures, dict) else [None])]
+    counts = [event[name] for name in ("segment", "take", "attempt", "worker") if name in event]
+    valid = all(type(number) in (int, float) and math.isfinite(number) for number in numbers) and all(
         type(count) is int and count >= 0 for count in counts
     )
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
+    return event if valid else None

@@ -1,7 +1,7 @@
-"""The vocabulary of the segment scheduler: events go in, instructions come out.
+"""The vocabulary of the segment scheduler: events in, instructions out.
 
-A piece of work is told from every other by its run, the run's incarnation, its stage, segment and attempt. What is
-reported of work that was not asked for, or was asked for in another life of the run, is late and changes nothing.
+A piece of work is identified by its run, the run's incarnation, its stage, segment and attempt. A report of work that
+was not requested, or was requested in another incarnation, is late and changes nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from edit_ray.runs.plan import RunPlan
+from edit_ray.runs.run_plan import RunPlan
 
 EndState = Literal["done", "failed", "cancelled"]
 RunState = Literal[
@@ -25,15 +25,19 @@ RunState = Literal[
     "cancelled",
     "open",
 ]
-"""`waiting` is a run that a segment scheduler has taken over from one that died, and that cannot go on yet. `open` is
-what a run's folder says of one whose end is not recorded and of which no segment scheduler knows.
+"""`waiting`: a segment scheduler has taken the run over from one that died, and cannot continue it yet. `open`: the
+run's folder records no end, and no segment scheduler knows the run.
 """
 Stage = Literal["prepare", "denoise", "decode", "encode", "commit", "finalize"]
+FailureKind = Literal["error", "fatal", "death", "no place"]
+"""`error`: the work failed, and may succeed the next time. `fatal`: it would fail the same way again. `death`: an actor
+died, or a process of one. `no place`: the cluster has no place for the GPU actor.
+"""
 
 
 @dataclass(frozen=True)
 class RunSubmitted:
-    """A run begins, or goes on: segments 0 … `committed`-1 are durable and 0 … `denoised`-1 have latents.
+    """A run begins, or continues: segments 0 … `committed`-1 are durable and 0 … `denoised`-1 have latents.
 
     `worker` is the GPU actor that has worked on it before, if one has.
     """
@@ -56,7 +60,7 @@ class WorkersCounted:
 
 @dataclass(frozen=True)
 class Consumed:
-    """Somebody has taken segments 0 … `segments`-1."""
+    """A client has taken segments 0 … `segments`-1."""
 
     run_id: str
     segments: int
@@ -86,27 +90,18 @@ class Work:
 
 @dataclass(frozen=True)
 class WorkDone:
-    """For the stage `commit`: the segment is durable."""
+    """The work has succeeded; that of the stage `commit`: the segment is durable."""
 
     work: Work
-
-
-FailureKind = Literal["error", "fatal", "death", "no place"]
-"""`error`: the work failed, and may succeed the next time. `fatal`: it would fail the same way again. `death`: an actor
-died, or a process of one. `no place`: the cluster has no place for the GPU actor.
-"""
 
 
 @dataclass(frozen=True)
 class WorkFailed:
-    """`error` is one sentence for the user."""
+    """The work has failed; `error` is one sentence for the user."""
 
     work: Work
     error: str
     kind: FailureKind = "error"
-
-
-Event = RunSubmitted | WorkersCounted | Consumed | CancelAsked | WorkDone | WorkFailed
 
 
 @dataclass(frozen=True)
@@ -119,7 +114,7 @@ class StopWork:
 
 @dataclass(frozen=True)
 class CloseRun:
-    """The run is over: record it, free what it holds. No instruction of this run follows.
+    """The run is over: record it, free its resources. No instruction of this run follows.
 
     `worker` is None where no GPU actor has worked on it.
     """
@@ -130,4 +125,5 @@ class CloseRun:
     worker: int | None = None
 
 
+Event = RunSubmitted | WorkersCounted | Consumed | CancelAsked | WorkDone | WorkFailed
 Instruction = Work | StopWork | CloseRun

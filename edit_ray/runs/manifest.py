@@ -1,8 +1,8 @@
-"""The manifest: what a run has made, as the fold of the lines that were appended one after the other.
+"""The manifest: what a run has made, as the fold of the lines that were appended to its file.
 
-Nothing here touches a file. Every line carries the incarnation of the segment scheduler that wrote it. A line of an
-earlier incarnation than the latest `Opened` changes nothing, wherever in the file it stands. Nor does a second `Opened`
-of one incarnation: where a lock was lost, the writer whose line comes first has the run.
+Nothing here touches a file. Every line has the incarnation of the segment scheduler that wrote it. A line of an earlier
+incarnation than the latest `Opened` changes nothing, wherever it is in the file. Nor does a second `Opened` of one
+incarnation: where a lock was lost, the writer whose line comes first owns the run.
 """
 
 from __future__ import annotations
@@ -12,26 +12,21 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, overload
 
 from edit_ray.runs.events import EndState
-from edit_ray.runs.layout import FrameLayout
-from edit_ray.runs.numbers import Count, Frame, Seed, SegmentCount, SegmentFile
-from edit_ray.runs.plan import Take, take_of
+from edit_ray.runs.ids import Count, Frame, Seed, SegmentCount, SegmentFile
+from edit_ray.runs.run_plan import FrameLayout, Take, take_of
 
 SCHEMA = 3
 READABLE = (2, SCHEMA)  # 2: without digests; an extension or a re-roll was a line of its own behind `Opened`
 
-DiskState = Literal["open", "done", "failed", "cancelled"]
-"""What a manifest alone can tell: `open` until an end is recorded, whether anybody works on the run or not."""
-
-_NO_FIGURES: Mapping[str, float] = {}
-
 Provenance = Mapping[str, str | Count]
+"""What the bits of a run depend on beside its configuration: device, versions, threads, digests."""
 
 
 @dataclass(frozen=True)
 class Begun:
-    """The first line. `submission` tells whose run this is when a client must ask again whether it was taken.
+    """The first line. `submission` identifies the request that began the run, so that a client can repeat it.
 
-    `owner` is who submitted the run, and `job` the submission id of the Ray job that did; each is empty if unknown.
+    `owner` submitted the run, through the Ray job with submission id `job`; each is empty if unknown.
     """
 
     run_id: str
@@ -51,9 +46,9 @@ class Begun:
 
 @dataclass(frozen=True)
 class Extended:
-    """The run has so many segments from here on.
+    """The run has `num_segments` segments from here on, whose reuse follows the plan so far.
 
-    What they reuse of earlier ones follows from the plan so far; manifests of earlier versions `replans`.
+    `replans`: it is planned anew, as in manifests of earlier versions.
     """
 
     incarnation: Count
@@ -64,7 +59,7 @@ class Extended:
 
 @dataclass(frozen=True)
 class Rerolled:
-    """From `take.start` on another take is made; what is there of earlier ones is kept, and is no part of the video."""
+    """From `take.start` on another take is made; earlier ones are kept, and are no longer part of the video."""
 
     incarnation: Count
     take: Take
@@ -73,10 +68,10 @@ class Rerolled:
 
 @dataclass(frozen=True)
 class Opened:
-    """Another incarnation works on the run from here on, on this hardware; `change` is what it begins with.
+    """Another incarnation works on the run from here on, on this hardware, beginning with a `change`.
 
-    `replans`: what segments reuse of each other is planned anew, from the first segment that is not committed.
-    `writer` is random: it tells apart two that open the run at once.
+    `replans`: the reuse between segments is planned anew, from the first segment that is not committed.
+    `writer` is random, so that two that open the run at once write different lines.
     """
 
     incarnation: Count
@@ -92,7 +87,7 @@ class SegmentRecord:
     """One committed segment; paths are relative to the run's folder.
 
     `digests` are those of the files that the segment's frames are read from: `latents`, `media` and `init` (init.mp4),
-    each xxh3_64 as 16 hexadecimal digits. Segments of earlier versions have none.
+    each xxh3_64 as 16 hexadecimal digits. Segments made by earlier versions have none.
     """
 
     index: Count
@@ -118,7 +113,7 @@ class Committed:
 
 @dataclass(frozen=True)
 class Tiled:
-    """From segment `start` on latents are decoded in tiles, as the GPU's memory did not do for whole frames."""
+    """From segment `start` on latents are decoded in tiles: the GPU had too little memory for whole frames."""
 
     incarnation: Count
     start: Count
@@ -127,9 +122,7 @@ class Tiled:
 
 @dataclass(frozen=True)
 class HardwareChanged:
-    """Other hardware works on the run from here on; what segments reuse is planned anew from `start`, the first segment
-    that has no latents yet.
-    """
+    """Other hardware works on the run from here on; reuse is planned anew from `start`, which has no latents yet."""
 
     incarnation: Count
     provenance: Provenance
@@ -139,7 +132,7 @@ class HardwareChanged:
 
 @dataclass(frozen=True)
 class Dropped:
-    """The media of all segments before `before` are gone, to make room (`output.keep_segments`)."""
+    """The media of all segments before `before` are removed (`output.keep_segments`)."""
 
     incarnation: Count
     before: Count
@@ -148,7 +141,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Ended:
-    """The run is over; an `Opened` after it goes on."""
+    """The run is over, unless an `Opened` follows."""
 
     incarnation: Count
     state: EndState
@@ -164,7 +157,7 @@ Line = Begun | Opened | Extended | Rerolled | Committed | Tiled | HardwareChange
 class Records(Sequence[SegmentRecord]):
     """Records in order; equal to a tuple of the same.
 
-    One record more costs no copy: the longer sequence shares the list of the shorter one, which keeps its length.
+    Appending copies nothing: the longer sequence shares the list of the shorter one, which keeps its length.
     """
 
     __slots__ = ("_length", "_shared")
@@ -174,18 +167,18 @@ class Records(Sequence[SegmentRecord]):
         self._length = len(self._shared)
 
     def and_then(self, *records: SegmentRecord) -> Records:
-        """These, and behind them the given ones."""
+        """These records and the given ones."""
         longer = object.__new__(Records)
-        # Where another sequence goes on in the shared list already, this one takes its own copy.
+        # Where another sequence has already extended the shared list, this one takes its own copy.
         longer._shared = self._shared if len(self._shared) == self._length else list(self)
         longer._shared.extend(records)
         longer._length = self._length + len(records)
         return longer
 
-    def forget_figures(self, first: int, before: int) -> None:
-        """Lets go of the statistics of records `first` to `before` - 1, in all sequences that share them."""
+    def forget_statistics(self, first: int, before: int) -> None:
+        """Frees the statistics of records `first` to `before` - 1, in all sequences that share them."""
         for index in range(first, min(before, self._length)):
-            self._shared[index] = replace(self._shared[index], statistics=_NO_FIGURES)
+            self._shared[index] = replace(self._shared[index], statistics={})
 
     def __len__(self) -> int:
         return self._length
@@ -202,11 +195,6 @@ class Records(Sequence[SegmentRecord]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Records | tuple) and tuple(self) == tuple(other)
 
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return f"Records({list(self)})"
-
 
 @dataclass(frozen=True)
 class Manifest:
@@ -219,8 +207,8 @@ class Manifest:
     segments: Records = field(default_factory=Records)
     takes: tuple[Take, ...] = ()
     earlier_takes: Records = field(default_factory=Records)
-    planned_from: int = 0  # the segment with which what segments reuse of each other was planned anew
-    replanned: int = 0  # how often that was
+    planned_from: int = 0  # the segment from which the reuse between segments was last planned
+    replanned: int = 0  # how often it was planned anew
     dropped_before: int = 0
     tiled_from: int | None = None  # the segment from which on frames are decoded in tiles
     end: Ended | None = None
@@ -230,7 +218,8 @@ class Manifest:
         return cls(begun, begun.incarnation, begun.provenance, begun.num_segments)
 
     @property
-    def state(self) -> DiskState:
+    def state(self) -> Literal["open", "done", "failed", "cancelled"]:
+        """`open` until an end is recorded, whether a process works on the run or not."""
         return "open" if self.end is None else self.end.state
 
     @property
@@ -243,11 +232,11 @@ class Manifest:
 
     @property
     def num_frames(self) -> int | None:
-        """Frames of the whole video, None where it goes on until it is stopped."""
+        """Frames of the whole video, None where it continues until it is stopped."""
         return None if self.num_segments is None else self.begun.layout.total_frames(self.num_segments)
 
     def after(self, line: Line) -> Manifest:
-        """The manifest with one line more. Raises ValueError where the line cannot follow."""
+        """The manifest after one more line. Raises ValueError where the line cannot follow."""
         if line.incarnation < self.incarnation:
             return self
         match line:
@@ -301,11 +290,11 @@ class Manifest:
         return replace(self, planned_from=start, replanned=self.replanned + 1)
 
     def check_follows(self, segment: SegmentRecord, ahead: int = 0) -> None:
-        """Raises ValueError where the segment cannot be the next one behind `ahead` that are not in here yet."""
+        """Raises ValueError where the segment cannot be next, behind `ahead` segments that are not in here yet."""
         take = take_of(segment.index, self.takes) if self.takes else 0
         if segment.index != len(self.segments) + ahead or segment.take != take:
             raise ValueError(f"segment {segment.index} of take {segment.take} does not follow")
 
     def and_then(self, *segments: SegmentRecord) -> Manifest:
-        """With these segments behind the others."""
+        """The manifest with these segments appended."""
         return replace(self, segments=self.segments.and_then(*segments))

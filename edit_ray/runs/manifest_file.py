@@ -1,8 +1,7 @@
-"""`manifest.jsonl`: lines (`manifest_lines`) that are appended and synced, and never written again.
+"""`manifest.jsonl`: lines (`manifest_lines`) that are appended and synced, and never changed.
 
 A lock keeps it for one writer. Where the lock is lost, as when a lease of NFS ends, the file itself decides: a line
-counts if readers find that it does. So a writer reads what others have added before it writes, and what came in between
-afterwards.
+counts if readers find that it does. So a writer reads what others have added before it writes, and again afterwards.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ from threading import Lock
 from edit_ray import files
 from edit_ray.errors import RunFolderGone, RunLocked
 from edit_ray.runs.manifest import Begun, Line, Manifest
-from edit_ray.runs.manifest_lines import Fold, from_bytes, no_collections, read_back, to_text
+from edit_ray.runs.manifest_lines import Fold, read_back, to_text
 
 _PIECE = 4 << 20
-_TRIES = 3  # of writing a line that torn bytes of others came before
+_TRIES = 3  # of writing a line behind torn bytes of others
 
 
 class ManifestFile:
-    """The manifest of a run that this process works on: no other process can have it open for writing meanwhile."""
+    """The manifest of a run that this process works on, which no other process can have open for writing."""
 
     def __init__(self, path: Path, descriptor: int, fold: Fold) -> None:
         self.path = path
         self._descriptor, self._fold = descriptor, fold
-        self._incarnation = fold.manifest.incarnation  # whose lines count as long as no other one opens the run
-        self._size = fold.size  # of the file: others may have left torn bytes behind the lines
+        self._incarnation = fold.manifest.incarnation  # its lines count as long as no other one opens the run
+        self._size = fold.size  # of the file, which may have torn bytes of others behind the lines
 
     @classmethod
     def create(cls, path: Path, begun: Begun) -> ManifestFile:
@@ -49,7 +48,7 @@ class ManifestFile:
 
     @classmethod
     def open(cls, path: Path, reader: ManifestReader | None = None) -> ManifestFile:
-        """An existing file; a last line that is not whole is cut off. What a `reader` has read is not read again.
+        """An existing file; a last line that is not whole is cut off. A `reader` saves reading again what it has read.
 
         Raises FileNotFoundError, RunLocked where another process works on the run, ManifestUnreadable.
         """
@@ -68,12 +67,12 @@ class ManifestFile:
         return self._fold.manifest
 
     def append(self, line: Line) -> Manifest:
-        """Commits one line; returns the manifest with it. A line that is the last one already is only synced.
+        """Commits one line; returns the manifest with it. If it is the last line already it is only synced.
 
         Raises:
             RunFolderGone: the file was removed or replaced.
             RunLocked: another process has opened the run.
-            OSError: it cannot be written, such as on a full disk; then it does not count.
+            OSError: it cannot be written, such as on a full disk; it does not count then.
             ValueError: it cannot follow.
         """
         self._check_mine()
@@ -82,12 +81,12 @@ class ManifestFile:
         for _ in range(_TRIES):
             fold = self._fold
             text = to_text(line, fold.lines if fold.torn else None)
-            if text == fold.last:  # of a try that has failed, and could not be taken back
+            if text == fold.last:  # from an attempt that failed, and could not be undone
                 files.disk.fsync(self._descriptor)
                 return self.manifest
             followed = self.manifest.after(read_back(text))
             _write(self._descriptor, text, self._size)
-            if self._size_now() == fold.size + len(text):  # nobody else was there
+            if self._size_now() == fold.size + len(text):  # no other process has written
                 fold.accept(followed, text, fold.size + len(text))
                 self._size = fold.size
                 counts = True
@@ -101,16 +100,16 @@ class ManifestFile:
                 return self.manifest
         raise RunLocked(f"{self.path} is being written by other processes; this one leaves the run alone")
 
-    def forget_figures(self, first: int, before: int) -> None:
-        """Lets go of the statistics of segments `first` to `before` - 1, which the file alone has from then on."""
-        self.manifest.segments.forget_figures(first, before)
+    def forget_statistics(self, first: int, before: int) -> None:
+        """Frees the statistics of segments `first` to `before` - 1, which only the file has from then on."""
+        self.manifest.segments.forget_statistics(first, before)
 
     def close(self) -> None:
-        """Another process may have the run."""
+        """Releases the lock: another process may work on the run."""
         files.disk.close(self._descriptor)
 
     def _check_mine(self) -> None:
-        """Raises RunFolderGone, RunLocked. Lines that earlier incarnations have written meanwhile are passed over."""
+        """Raises RunFolderGone, RunLocked. Lines that earlier incarnations have written meanwhile are ignored."""
         mine = os.fstat(self._descriptor)
         try:
             there = os.stat(self.path)
@@ -128,7 +127,7 @@ class ManifestFile:
         return os.fstat(self._descriptor).st_size
 
     def _read_on(self) -> tuple[set[int], bytes]:
-        """Reads what was added to the file: where lines end that count, and the content."""
+        """Reads what was added to the file; returns the ends of those lines that count, and the content."""
         start = self._fold.size
         self._size = self._size_now()
         content = files.read_at(self._descriptor, start, self._size - start)
@@ -140,7 +139,7 @@ class ManifestFile:
 
 
 class ManifestReader:
-    """A manifest that is read again and again: each time only what was added to it."""
+    """Reads a manifest repeatedly, each time only what was added to it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -149,27 +148,27 @@ class ManifestReader:
         self._one_at_a_time = Lock()
 
     def read(self) -> Manifest:
-        """What is committed at this moment. Raises FileNotFoundError, ManifestUnreadable."""
+        """The manifest at this moment. Raises FileNotFoundError, ManifestUnreadable."""
         with files.opened(self._path) as descriptor:
             return self.folded(descriptor).manifest
 
     def folded(self, descriptor: int) -> Fold:
-        """The same of the open file, as it was folded: the next call changes it. Raises ManifestUnreadable."""
+        """The fold of the open file, which the next call changes. Raises ManifestUnreadable."""
         with self._one_at_a_time:
             there = os.fstat(descriptor)
             if self._of != (there.st_ino, there.st_dev):
                 self._of, self._fold = (there.st_ino, there.st_dev), Fold(self._path)
             last = self._fold.last
-            if files.read_at(descriptor, self._fold.size - len(last), len(last)) != last:  # a line was taken back
+            if files.read_at(descriptor, self._fold.size - len(last), len(last)) != last:  # a writer has undone a line
                 self._fold = Fold(self._path)
             self._read_on(descriptor)
             self._fold.whole()
             return self._fold
 
     def _read_on(self, descriptor: int) -> None:
-        """Reads what is new, in pieces that no whole copy of the file is held for."""
+        """Reads what is new, piece by piece, so that the file is never in memory as a whole."""
         fold, piece, start = self._fold, _PIECE, self._fold.size
-        with no_collections():
+        with _no_collections():
             while True:
                 lines, content = fold.lines, files.read_at(descriptor, fold.size, piece)
                 fold.add(content)
@@ -178,12 +177,19 @@ class ManifestReader:
                 if fold.lines == lines:  # a line, or torn bytes, are longer than a piece
                     piece *= 2
         if fold.size - start > _PIECE:
-            gc.freeze()  # three collections would look through all these records now, which are here to stay
+            gc.freeze()  # these records will stay: collections need not visit them
 
 
-def read_manifest(path: Path) -> Manifest:
-    """What is committed at this moment. Raises FileNotFoundError, ManifestUnreadable."""
-    return from_bytes(files.read_bytes(path), path)[0]
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Suspends garbage collection, which would visit all lines so far in vain."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _lock(descriptor: int, path: Path) -> None:
@@ -194,9 +200,9 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _write(descriptor: int, text: bytes, size: int) -> None:
-    """Appends all of it, durable, to a file of `size` bytes. Where that fails it takes back its own bytes alone."""
+    """Appends all of it, durably, to a file of `size` bytes. After a failure it removes its own bytes alone."""
     try:
-        if files.disk.write(descriptor, [text], size) != len(text):  # one write, into which no other one comes
+        if files.disk.write(descriptor, [text], size) != len(text):  # a single write, which no other one interrupts
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         files.disk.fsync(descriptor)
     except BaseException:

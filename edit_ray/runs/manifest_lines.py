@@ -1,18 +1,16 @@
-"""The manifest's lines as bytes: one JSON object a line, which begins with a checksum of the rest of it.
+"""The manifest's lines as bytes: one JSON object per line, which begins with a checksum of the rest of it.
 
-A last line that is not whole was never committed, and readers pass over it. Elsewhere torn bytes are damage, unless the
-whole line behind them *vouches*: it says how many whole lines come before it. A writer does so when a write of somebody
-who has lost the run left torn bytes before its own line.
+A last line that is not whole was never committed, and readers ignore it. Elsewhere torn bytes are damage, unless the
+whole line behind them *vouches*: it has the number of whole lines before it. A writer does so behind torn bytes of
+another writer, which has lost the run.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 import zlib
 from collections.abc import ItemsView, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -25,31 +23,30 @@ from edit_ray.runs.manifest import READABLE, SCHEMA, Begun, Committed, Line, Man
 _HEAD = re.compile(rb'\{"crc": "([0-9a-f]{8})", (?:"behind": ([0-9]{1,18}), )?')
 _STRICT = ConfigDict(strict=True, extra="forbid", cache_strings="keys")  # as every segment has the same keys
 _LINE: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")], config=_STRICT)
-_FIGURES: TypeAdapter[dict[str, float]] = TypeAdapter(
+_NUMBERS: TypeAdapter[dict[str, float]] = TypeAdapter(
     dict[str, Annotated[float, Field(allow_inf_nan=False)]], config=ConfigDict(strict=True)
 )
 _BODY = len('{"crc": "00000000", ')
-_BEGIN = b'{"crc": "'  # begins every line, and stands nowhere else: quotes in texts are escaped
-_STATISTICS = b'"statistics": {'  # stands nowhere else either
+_BEGIN = b'{"crc": "'  # begins every line, and occurs nowhere else: quotes in texts are escaped
+_STATISTICS = b'"statistics": {'  # occurs nowhere else either
 
 
 def to_text(line: Line, behind: int | None = None) -> bytes:
-    """A line as it is written, with its end; one that vouches says how many lines come before it."""
+    """A line with its end, as it is written; `behind` lines come before a line that vouches."""
     vouching = {} if behind is None else {"behind": behind}
     body = json.dumps(vouching | asdict(line), ensure_ascii=False)[1:].encode()
     return b'{"crc": "%08x", %b\n' % (zlib.crc32(body), body)
 
 
-def from_bytes(content: bytes, path: Path) -> tuple[Manifest, int]:
-    """The manifest, and how many bytes of the content are whole lines. Raises ManifestUnreadable."""
-    fold = Fold(path)
-    with no_collections():
-        fold.add(content)
-    return fold.whole(), fold.size
+def read_back(text: bytes) -> Line:
+    """A line of `to_text` as readers will see it. Raises ValueError where they could not read it."""
+    head = _HEAD.match(text)
+    assert head is not None
+    return _parsed(text, head.end(), len(text))
 
 
 class Fold:
-    """The manifest that the lines of a file give. More of the file may be added at any time."""
+    """The manifest that the lines of a file add up to. More of the file may be added at any time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -63,13 +60,13 @@ class Fold:
 
     @property
     def manifest(self) -> Manifest:
-        """What the lines up to `size` give; there must be one."""
+        """The manifest of the lines up to `size`, of which there must be one."""
         assert self._manifest is not None
         return self._manifest
 
     @property
     def torn(self) -> bool:
-        """Whether there are bytes behind `size` of which no line vouches that they are none."""
+        """Whether there are bytes behind `size` that no line vouches for."""
         return self._torn is not None
 
     def whole(self) -> Manifest:
@@ -81,7 +78,7 @@ class Fold:
         return self._manifest
 
     def add(self, content: bytes) -> set[int]:
-        """Adds the bytes of the file from `size` on; returns where those lines end that have changed the manifest.
+        """Adds the bytes of the file from `size` on; returns the ends of those lines that have changed the manifest.
 
         Raises ManifestUnreadable for a whole line that cannot follow.
         """
@@ -90,21 +87,25 @@ class Fold:
         finally:
             self._commit()
 
+    def accept(self, manifest: Manifest, text: bytes, end: int) -> None:
+        """Adds a line that is known to result in this manifest, and ends at byte `end` of the file."""
+        self._manifest = manifest
+        self._count(text, end)
+
     def _add(self, content: bytes) -> set[int]:
-        start, at, number, counting = self.size, 0, self.lines, set[int]()
+        start, at, number, counting, view = self.size, 0, self.lines, set[int](), memoryview(content)
         self._torn = None
         while (end := content.find(b"\n", at)) >= 0:
             begin, number = at, number + 1
-            head = _head_of(content, begin, end)
+            head = _head_of(content, view, begin, end)
             if head is None:  # torn bytes may come before the line
                 begin = max(content.rfind(_BEGIN, at, end), at)
-                head = _head_of(content, begin, end)
-            torn_before, at = begin > at, end + 1
+                head = _head_of(content, view, begin, end)
+            if head is None or begin > at:
+                self._tear(number, last=begin == at)
+            at = end + 1
             if head is None:
-                self._tear(number, last=not torn_before)
                 continue
-            if torn_before:
-                self._tear(number, last=False)
             if self._torn is not None and (head[2] is None or int(head[2]) != self.lines):
                 self._torn_at_end = False
                 continue
@@ -112,16 +113,11 @@ class Fold:
                 if self._changed_by(content, head.end(), end):
                     counting.add(start + at)
             except ValueError as error:
-                raise ManifestUnreadable(self._said(number, str(error))) from None
+                raise ManifestUnreadable(self._located(number, str(error))) from None
             self._count(content[begin:at], start + at)
         if at < len(content) and self.lines:
             self._tear(number + 1, last=True)
         return counting
-
-    def accept(self, manifest: Manifest, text: bytes, end: int) -> None:
-        """The manifest with one line more, which ends at byte `end` of the file."""
-        self._manifest = manifest
-        self._count(text, end)
 
     def _count(self, text: bytes, end: int) -> None:
         self.last, self.size, self._torn = text, end, None
@@ -131,13 +127,13 @@ class Fold:
         self._torn_at_end = last and self._torn is None
         if self._torn is None:
             damage = "the line is damaged (its checksum does not fit), or this is no manifest"
-            self._torn = self._said(number, damage)
+            self._torn = self._located(number, damage)
 
-    def _said(self, number: int, damage: str) -> str:
+    def _located(self, number: int, damage: str) -> str:
         return f"{self._path}, line {number}: {damage}; the run cannot be read from here on"
 
     def _changed_by(self, content: bytes, begin: int, end: int) -> bool:
-        """Takes in a line; returns whether the manifest is another one. Raises ValueError where it cannot follow."""
+        """Adds a line; returns whether the manifest has changed. Raises ValueError where the line cannot follow."""
         before = self._manifest
         if before is None:
             _check_schema(b"{" + content[begin:end])
@@ -161,35 +157,10 @@ class Fold:
             self._committed = []
 
 
-def read_back(text: bytes) -> Line:
-    """What readers will find a line of `to_text` to be. Raises ValueError where they could not read it."""
-    head = _HEAD.match(text)
-    assert head is not None
-    return _parsed(text, head.end(), len(text))
-
-
-def _head_of(content: bytes, begin: int, end: int) -> re.Match[bytes] | None:
-    """The beginning of a line, if its checksum fits."""
-    head = _HEAD.match(content, begin, end)
-    fits = head is not None and int(head[1], 16) == zlib.crc32(memoryview(content)[begin + _BODY : end])
-    return head if fits else None
-
-
-@contextmanager
-def no_collections() -> Iterator[None]:
-    """Collects no garbage meanwhile: each collection would look through all lines so far in vain."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 class Statistics(Mapping[str, float]):
-    """The figures of a segment as its line has them, read each time they are asked for: 100,000 segments would hold
-    200 MB of them otherwise. A run does not need them: where they are no finite numbers, there are none.
+    """The statistics of a segment, parsed from its line on each access: 100,000 segments would hold 200 MB otherwise.
+
+    A run does not depend on them: those that are not finite numbers are treated as missing, all of them.
     """
 
     __slots__ = ("_text",)
@@ -199,7 +170,7 @@ class Statistics(Mapping[str, float]):
 
     def _read(self) -> dict[str, float]:
         try:
-            return _FIGURES.validate_json(self._text)
+            return _NUMBERS.validate_json(self._text)
         except ValidationError:
             return {}
 
@@ -212,22 +183,24 @@ class Statistics(Mapping[str, float]):
     def __len__(self) -> int:
         return len(self._read())
 
-    def items(self) -> ItemsView[str, float]:  # that of `Mapping` reads the text again for each
+    def items(self) -> ItemsView[str, float]:  # that of `Mapping` parses the text again for each
         return self._read().items()
 
-    def __repr__(self) -> str:
-        return repr(self._read())
+
+def _head_of(content: bytes, view: memoryview, begin: int, end: int) -> re.Match[bytes] | None:
+    """The beginning of a line, if its checksum fits."""
+    head = _HEAD.match(content, begin, end)
+    return head if head is not None and int(head[1], 16) == zlib.crc32(view[begin + _BODY : end]) else None
 
 
 def _parsed(content: bytes, begin: int, end: int) -> Line:
     """The line whose members are these bytes. Raises ValueError."""
-    figures = content.find(_STATISTICS, begin, end)
-    if figures < 0:
-        return _validated(b"{" + content[begin:end])
-    inside = figures + len(_STATISTICS)
+    inside = content.find(_STATISTICS, begin, end) + len(_STATISTICS)
+    if inside < len(_STATISTICS):
+        return _validated(b"{%b" % content[begin:end])
     behind = content.find(b"}", inside, end)
-    line = _validated(b"{" + content[begin:inside] + content[behind:end])
-    if isinstance(line, Committed):
+    line = _validated(b"{%b%b" % (content[begin:inside], content[behind:end]))
+    if type(line) is Committed:
         object.__setattr__(line.segment, "statistics", Statistics(content[inside - 1 : behind + 1]))
     return line
 

@@ -1,15 +1,17 @@
-"""Which files of old segments may go (`output.keep_segments`), and which others still need them."""
+"""Disk space: which files of old segments may be removed, and how much a run will still write."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edit_ray.runs.layout import FrameLayout
+from edit_ray.runs.manifest import SegmentRecord
+from edit_ray.runs.run_plan import FrameLayout
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Segments before `media_from` need no media any more, those before `latents_from` no latents."""
+    """The media of segments before `media_from` may be removed, and the latents of those before `latents_from`."""
 
     media_from: int
     latents_from: int
@@ -26,7 +28,7 @@ def retention(
     reuse_window: int = 0,
     planned_from: int = 0,
 ) -> Retention:
-    """What may go of a run once segments 0 … `committed`-1 are durable; `keep_segments` None keeps everything.
+    """What may be removed once segments 0 … `committed`-1 are durable; `keep_segments` None keeps everything.
 
     A segment is made from the last `needed_latents` latents of the stream before it: those that it continues, and
     those from which the decoder's state is rebuilt.
@@ -39,16 +41,70 @@ def retention(
 
 
 def first_made_again(committed: int, reuse_window: int, planned_from: int) -> int:
-    """The first segment that has to be made once `committed` are there, or made again if its residuals are lost.
+    """The first segment that may still have to be made, or made again because its residuals were lost.
 
-    Segments reuse those of their window, back to `planned_from`; one whose residuals others reuse has reused none.
+    Segments reuse residuals of those in their window, back to `planned_from`; a segment that others reuse reuses none.
     """
     return min(committed, max(planned_from, committed - reuse_window))
 
 
 def first_needed(segment_index: int, needed_latents: int, layout: FrameLayout) -> int:
-    """The first segment among whose latents are the last `needed_latents` before a segment."""
+    """The first segment that holds some of the last `needed_latents` latents before a segment."""
     position, first = layout.first_latent(segment_index), segment_index
     while first > 0 and position - layout.first_latent(first) < needed_latents:
         first -= 1
     return first
+
+
+BITS_PER_PIXEL = 0.5
+"""Bits per pixel of H.264 before anything was measured: noisy frames at crf 18 take less, clean ones a tenth of it."""
+
+COPIES_OF_MEDIA = 3
+"""A segment's frames are in its own file, in stream.mp4 and in final.mp4."""
+
+MARGIN_BYTES = 64 << 20
+"""Left free for other users of the file system."""
+
+
+@dataclass(frozen=True)
+class SegmentSize:
+    """Bytes that one segment adds to the run's folder."""
+
+    latents: int
+    media: int
+
+
+def first_guess(frames: int, height: int, width: int, latent_bytes: int) -> SegmentSize:
+    """An estimate before any segment is made."""
+    return SegmentSize(latent_bytes, int(frames * height * width * BITS_PER_PIXEL / 8))
+
+
+def measured(records: Sequence[SegmentRecord], guess: SegmentSize) -> SegmentSize:
+    """A size measured in the latest segments, where there are some."""
+    sizes = [int(record.statistics["media_bytes"]) for record in records[-8:] if "media_bytes" in record.statistics]
+    return SegmentSize(guess.latents, max(sizes)) if sizes else guess
+
+
+def bytes_to_come(segments: int, size: SegmentSize, keep_segments: int | None) -> int:
+    """The bytes that `segments` more segments add, at most `keep_segments` of which are kept at a time."""
+    kept = segments if keep_segments is None else min(segments, keep_segments + 1)
+    return kept * (size.latents + COPIES_OF_MEDIA * size.media)
+
+
+def shortage(needed: int, free: int) -> str | None:
+    """One sentence where the disk has too little space."""
+    if needed + MARGIN_BYTES <= free:
+        return None
+    return (
+        f"what is still to come takes about {_written(needed)} of disk, {_written(MARGIN_BYTES)} besides must stay "
+        f"free, and {_written(free)} are free; free some, choose another --output, or bound what stays with "
+        "output.keep_segments"
+    )
+
+
+def _written(count: int) -> str:
+    """In a unit in which the number is not zero."""
+    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:,.0f} {unit}"
+    return f"{count} bytes"

@@ -1,10 +1,17 @@
-"""What runs next: a plain state machine, no clock, no I/O. Its shell carries the instructions out and reports back.
+"""The segment scheduler: a plain state machine without a clock or I/O. Its shell acts and reports.
 
-Runs get GPU actors in the order of submission, each run one; the others wait. A run keeps its GPU actor while it lives.
-One whose GPU actor has no place in the cluster waits for another.
+Each run gets one GPU actor, in the order of submission, and keeps it until it ends. A run whose GPU actor has no place
+in the cluster waits for another.
+
+Inside a run segments are denoised in order, decoded in order, encoded in order and committed in order. Segment k + 1 is
+denoised while k is decoded and encoded, and never further ahead: denoising k waits until k - 2 is committed.
 """
 
 from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from edit_ray.runs.events import (
     CancelAsked,
@@ -23,7 +30,104 @@ from edit_ray.runs.events import (
     WorkersCounted,
     WorkFailed,
 )
-from edit_ray.runs.run_state import ScheduledRun
+from edit_ray.runs.run_plan import RunPlan
+
+LEAD = 2  # segments that may be denoised and not yet committed
+_BEFORE: dict[Stage, Stage] = {"commit": "encode", "encode": "decode", "decode": "denoise"}
+MOST_DEATHS = 10  # of actors during one piece of work; with one more the work is regarded as their cause
+
+
+@dataclass
+class ScheduledRun:
+    """A run that has not ended. `worker` is its GPU actor, which it keeps unless that one finds no place."""
+
+    plan: RunPlan
+    made: dict[Stage, int]  # by stage: of how many segments it is done; its next segment has that index
+    worker: int | None = None
+    state: RunState = "queued"
+    consumed: int = 0  # a client has taken segments 0 … consumed-1
+    in_flight: dict[Stage, Work] = field(default_factory=dict)
+    failures: defaultdict[tuple[Stage, int | None], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    error: str | None = None
+    end: EndState = "cancelled"  # what the run becomes once stopped
+
+    @property
+    def shown_state(self) -> RunState:
+        """Its state for clients: `paused` where it only waits for one of them."""
+        paused = self.state == "running" and not self.in_flight and not self._all_committed
+        return "paused" if paused else self.state
+
+    def begin(self) -> list[Work]:
+        """All work that can begin now, in the order of what viewers wait for."""
+        return [self._begin(stage) for stage in self._ready() if stage not in self.in_flight]
+
+    def done(self, stage: Stage) -> None:
+        """The work in flight for this stage has succeeded."""
+        del self.in_flight[stage]
+        if stage in self.made:
+            self.made[stage] += 1
+        elif stage == "finalize":
+            self.state, self.end, self.error = "stopping", "done", None
+        elif self.state == "preparing":
+            self.state = "running"
+
+    def failed(self, stage: Stage, error: str, kind: FailureKind) -> str | None:
+        """The work in flight for this stage has failed; returns the reason if the run cannot continue.
+
+        Deaths of actors have a bound of their own: most are not caused by the work that they interrupt.
+        """
+        segment_index = self.in_flight.pop(stage).segment_index
+        counts = self.failures[stage, segment_index]
+        counts[kind] += 1
+        what = stage if segment_index is None else f"{stage} of segment {segment_index}"
+        if kind == "fatal":
+            return f"{what} failed: {error}"
+        if kind == "death":
+            cause = f"actors died {counts[kind]} times during this work, which may be why (is memory short?)"
+            return f"{what} failed: {cause}: {error}" if counts[kind] > MOST_DEATHS else None
+        failures, most = counts["error"] + counts["no place"], self.plan.retries + 1
+        return f"{what} failed (attempt {failures} of {most}): {error}" if failures >= most else None
+
+    def displaced(self, stage: Stage) -> None:
+        """Its GPU actor has no place: the run waits for another one, which begins with the preparation."""
+        for again in {(stage, self.in_flight.pop(stage).segment_index), ("prepare", None)}:
+            self.failures[again]["displaced"] += 1  # so that it counts as another attempt
+        self.state = "queued"
+
+    @property
+    def _all_committed(self) -> bool:
+        return self.plan.num_segments is not None and self.made["commit"] >= self.plan.num_segments
+
+    def _ready(self) -> Iterator[Stage]:
+        if self.state == "running" and self._all_committed:
+            self.state = "finalizing"
+        if self.state == "preparing":
+            yield "prepare"
+        elif self.state == "finalizing":
+            yield "finalize"
+        elif self.state == "running":
+            for stage, before in _BEFORE.items():
+                if self.made[stage] < self.made[before]:
+                    yield stage
+            if self._may_denoise():
+                yield "denoise"
+
+    def _may_denoise(self) -> bool:
+        plan, k = self.plan, self.made["denoise"]
+        return (
+            (plan.num_segments is None or k < plan.num_segments)
+            and k < self.made["commit"] + LEAD
+            and (plan.max_ahead is None or k < self.consumed + plan.max_ahead)
+            and (not plan.frames_first or k <= self.made["decode"])
+        )
+
+    def _begin(self, stage: Stage) -> Work:
+        assert self.worker is not None, f"{stage} of a run that has no GPU actor"
+        segment_index = self.made.get(stage)
+        attempt = self.failures.get((stage, segment_index), Counter()).total()
+        run_id, incarnation = self.plan.run_id, self.plan.incarnation
+        self.in_flight[stage] = Work(run_id, incarnation, stage, segment_index, attempt, self.worker)
+        return self.in_flight[stage]
 
 
 class SegmentScheduler:
@@ -31,13 +135,13 @@ class SegmentScheduler:
 
     def __init__(self, workers: int = 1) -> None:
         self._workers = workers
-        self._lacking: set[int] = set()  # GPU actors that found no place since they were counted last
-        self._runs: dict[str, ScheduledRun] = {}  # those that live, in the order of submission
+        self._lacking: set[int] = set()  # GPU actors without a place in the cluster, when they were last counted
+        self._runs: dict[str, ScheduledRun] = {}  # those that have not ended, in the order of submission
 
     def handle(self, event: Event) -> list[Instruction]:
-        """Applies one event. What is reported of runs and work that are no more changes nothing.
+        """Applies one event. Late reports of runs and work that have ended change nothing.
 
-        Raises ValueError for a run that lives already.
+        Raises ValueError for the submission of a run that has not ended.
         """
         match event:
             case RunSubmitted():
@@ -56,18 +160,18 @@ class SegmentScheduler:
                 return self._failed(work, error, kind) if self._in_flight(work) else []
 
     def state(self, run_id: str) -> RunState | None:
-        """Where a run stands; None once it has ended."""
+        """The state of a run; None once it has ended."""
         run = self._runs.get(run_id)
         return run.shown_state if run else None
 
     def at_work(self, run_id: str) -> tuple[tuple[Stage, int | None], ...]:
-        """The stages in which a run is worked on at this moment, each with its segment."""
+        """The stages of a run that are in flight, each with its segment."""
         run = self._runs.get(run_id)
         return tuple((work.stage, work.segment_index) for work in run.in_flight.values()) if run else ()
 
     @property
     def idle(self) -> bool:
-        """True when no run lives."""
+        """True when every run has ended."""
         return not self._runs
 
     def _submit(self, submitted: RunSubmitted) -> list[Instruction]:
@@ -76,9 +180,9 @@ class SegmentScheduler:
             raise ValueError(f"run {plan.run_id!r} was submitted before, and lives")
         if worker is not None and (worker >= self._workers or worker in self._taken()):
             worker = None
-        self._runs[plan.run_id] = ScheduledRun(
-            plan, submitted.committed, max(submitted.denoised, submitted.committed), worker
-        )
+        made: dict[Stage, int] = dict.fromkeys(("decode", "encode", "commit"), submitted.committed)
+        made["denoise"] = max(submitted.denoised, submitted.committed)
+        self._runs[plan.run_id] = ScheduledRun(plan, made, worker)
         return self._advance()
 
     def _in_flight(self, work: Work) -> bool:
@@ -103,23 +207,22 @@ class SegmentScheduler:
             self._lacking.add(work.worker)
             run.displaced(work.stage)
             return self._advance()
-        why = run.failed(work.stage, error, kind)
+        reason = run.failed(work.stage, error, kind)
         if run.state == "stopping":
             return self._close_if_still(run)
-        return self._advance() if why is None else self._stop(work.run_id, "failed", why)
+        return self._advance() if reason is None else self._stop(work.run_id, "failed", reason)
 
     def _stop(self, run_id: str, end: EndState, error: str | None) -> list[Instruction]:
         run = self._runs.get(run_id)
         if run is None or run.state == "stopping":
             return []
         run.state, run.end, run.error = "stopping", end, error
-        stop: list[Instruction] = []
         if run.in_flight and run.worker is not None:
-            stop.append(StopWork(run_id, run.worker))
-        return stop + self._close_if_still(run)
+            return [StopWork(run_id, run.worker)]
+        return self._close_if_still(run)
 
     def _close_if_still(self, run: ScheduledRun) -> list[Instruction]:
-        """Ends the run once nothing of it is in flight, and lets the next one begin."""
+        """Ends the run once nothing of it is in flight, so that the next one can begin."""
         if run.in_flight:
             return []
         del self._runs[run.plan.run_id]

@@ -13,8 +13,7 @@ from benchmarks.continuity_report import join_strip, verdicts
 from benchmarks.long_videos import Maker, Seams, Task, load
 from edit_ray.engine.options import ContinuityOptions
 from edit_ray.engine.segment import SegmentEngine
-from edit_ray.runs.layout import FrameLayout
-from edit_ray.runs.plan import segment_seed
+from edit_ray.runs.run_plan import FrameLayout, segment_seed
 from edit_ray.testing import save_random_wan
 
 SMALL = Task(prompt="a red circle", seeds=2, segments=3, height=32, width=32, num_frames=33, num_inference_steps=2)

@@ -71,6 +71,6 @@ def remembered():
         mock.patch.object(SegmentEngine, "decode", _decode),
         mock.patch("edit_ray.actors.denoiser.encode", _encode),
         mock.patch("edit_ray.actors.denoiser.join", _join),
-        mock.patch("edit_ray.video.joins.read_frames", _read_frames),
+        mock.patch("edit_ray.video.seams.read_frames", _read_frames),
     ):
         yield

@@ -17,8 +17,8 @@ from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.errors import EditRayError, RunExists
 from edit_ray.runs.folder import RunFolder
-from edit_ray.tiers.disk_tier import LOCK
-from edit_ray.video.stream_files import newest_playlist
+from edit_ray.tiers.entry_folder import LOCK
+from edit_ray.video.hls import newest_playlist
 from tests.chaos.memory import remembered
 from tests.chaos.power_loss import build
 from tests.unit.test_actors_recovery import die

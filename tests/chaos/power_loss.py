@@ -13,7 +13,7 @@ from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.errors import UnknownRun
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
-from edit_ray.video.stream_files import newest_playlist
+from edit_ray.video.hls import newest_playlist
 from tests.chaos.memory import remembered
 from tests.chaos.power import Power, Recorder, Told
 from tests.removal import remove_folder

@@ -34,7 +34,7 @@ from edit_ray.runs.manifest import Manifest
 from edit_ray.testing import save_random_wan
 from edit_ray.tiers.disk_tier import LOCK
 from edit_ray.video.encode import join
-from edit_ray.video.stream_files import newest_playlist
+from edit_ray.video.hls import newest_playlist
 
 WORK = ("prepare_run", "denoise_segment", "decode_segment", "encode_segment", "finalize_run")
 KILLS = ("gpu", "gpu at a step", "store", "node", "scheduler", "cluster")
@@ -327,7 +327,9 @@ def compare(folder: RunFolder, manifest: Manifest, whole: RunFolder, keep: int |
 
 def what_shows(record: Any) -> dict[str, Any]:
     """A record but for times, and for what depends on who was alive."""
-    figures = {name: record.statistics[name] for name in record.statistics if name.startswith(("seam_", "interior"))}
+    # The process that has not made the segment before measures the seam in the encoded files.
+    figures: dict[str, Any] = {name: "measured" for name in record.statistics if name.startswith("seam_")}
+    figures |= {name: record.statistics[name] for name in record.statistics if name.startswith("interior")}
     figures |= {name: record.statistics[name] for name in STATISTICS if name in record.statistics}
     fields = ("index", "take", "prompt", "seed", "first_frame", "num_frames", "latents", "media")
     return {name: getattr(record, name) for name in fields} | figures

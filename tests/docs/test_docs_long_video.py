@@ -8,7 +8,7 @@ import pytest
 from edit_ray.cli.main import parser
 from edit_ray.config import load_config
 from edit_ray.engine.options import CLIPS, PICTURES, ContinuityOptions
-from edit_ray.runs.layout import FrameLayout
+from edit_ray.runs.run_plan import FrameLayout
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "long-video.md").read_text()
 # What is changed so that the code takes seconds on a CPU; everything else runs as it is printed.

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from edit_ray.cli.main import parser
-from edit_ray.video.encode import encode
-from edit_ray.video.joins import Joins
-from edit_ray.video.options import OutputOptions
-from edit_ray.video.seam import LARGEST_SCORE, RADIUS
-from edit_ray.video.stream_files import Part, StreamFiles, write_part
+from edit_ray.video.encode import OutputOptions, encode
+from edit_ray.video.fragments import Part, write_part
+from edit_ray.video.hls import StreamFiles
+from edit_ray.video.seams import LARGEST_SCORE, RADIUS, Joins
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "watching.md").read_text()
@@ -40,9 +39,9 @@ def run(tmp_path_factory):
     parts = [Part(f"segments/{index:05d}-t0.m4s", 16 * index, 16) for index in range(2)]
     for index, part in enumerate(parts):
         frames = np.random.default_rng(index).integers(0, 256, (16, 32, 32, 3), np.uint8)
-        write_part(folder, part, index, encode(frames, fps=16, options=OutputOptions()))
+        write_part(folder, part, encode(frames, fps=16, options=OutputOptions()))
         files.append(part)
-    return folder, Joins().measure("one", folder, parts[1], parts[0], height=32, width=32)
+    return folder, Joins().measure("one", folder, parts[1], parts[0], frames)
 
 
 def test_the_files_are_those_of_a_run(run):

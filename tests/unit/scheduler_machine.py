@@ -22,9 +22,8 @@ from edit_ray.runs.events import (
     WorkersCounted,
     WorkFailed,
 )
-from edit_ray.runs.plan import RunPlan
-from edit_ray.runs.run_state import LEAD, MOST_DEATHS
-from edit_ray.runs.scheduler import SegmentScheduler
+from edit_ray.runs.run_plan import RunPlan
+from edit_ray.runs.scheduler import LEAD, MOST_DEATHS, SegmentScheduler
 
 INDEX = st.integers(0, 63)
 

@@ -10,7 +10,7 @@ from edit_ray.actors.crew import ActorGone
 from edit_ray.actors.local import LocalCrew
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.runs.folder import RunFolder
-from edit_ray.runs.run_state import MOST_DEATHS
+from edit_ray.runs.scheduler import MOST_DEATHS
 from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_clocks import everything

@@ -15,7 +15,7 @@ from edit_ray.engine.model_info import lookback_latents
 from edit_ray.errors import ConfigError, RunLive
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
-from edit_ray.video.stream_files import newest_playlist
+from edit_ray.video.hls import newest_playlist
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_recovery import REUSE, SEGMENTS, die, end_of, make, submit
 

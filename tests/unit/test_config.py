@@ -13,7 +13,7 @@ from edit_ray.config import Config, PromptSegment, VideoOptions, dump_yaml, load
 from edit_ray.config.options import MAX_DURATION_S, format_duration, parse_duration
 from edit_ray.config.strict_yaml import dump, parse
 from edit_ray.engine.options import SamplingOptions
-from edit_ray.runs.plan import segment_seed
+from edit_ray.runs.run_plan import segment_seed
 from edit_ray.tiers.options import StoreOptions
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from edit_ray.engine.loading import choose_device, choose_dtype, load_pipeline, 
 from edit_ray.engine.options import ModelOptions, SamplingOptions
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.errors import ModelError, RunCancelled, SegmentFailed
-from edit_ray.runs.layout import FrameLayout
+from edit_ray.runs.run_plan import FrameLayout
 from edit_ray.testing import save_random_wan
 from tests.decoding import decode_at_once
 

@@ -15,8 +15,7 @@ import pytest
 from edit_ray import files
 from edit_ray.errors import RunExists, RunLocked, UnknownRun
 from edit_ray.files import write_atomic
-from edit_ray.runs.folder import RunFolder
-from edit_ray.runs.removal import remove_run
+from edit_ray.runs.folder import RunFolder, remove_run
 from tests.chaos.power import Power, Recorder
 from tests.unit.test_manifest import BEGUN, LINES
 

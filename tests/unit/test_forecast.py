@@ -9,9 +9,17 @@ from hypothesis import strategies as st
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.space import shortage_after, shortage_before
 from edit_ray.config import Config
-from edit_ray.runs.forecast import MARGIN_BYTES, SegmentSize, bytes_to_come, first_guess, measured, shortage
-from edit_ray.runs.layout import FrameLayout
-from edit_ray.runs.retention import KEEP_ALL, retention
+from edit_ray.runs.retention import (
+    KEEP_ALL,
+    MARGIN_BYTES,
+    SegmentSize,
+    bytes_to_come,
+    first_guess,
+    measured,
+    retention,
+    shortage,
+)
+from edit_ray.runs.run_plan import FrameLayout
 from tests.unit.test_manifest import record
 
 

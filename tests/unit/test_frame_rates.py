@@ -12,10 +12,9 @@ from edit_ray.config import Config, dump_yaml, load_config
 from edit_ray.errors import ConfigError
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Begun
-from edit_ray.video.encode import encode, join
-from edit_ray.video.fmp4 import time_scale
-from edit_ray.video.options import OutputOptions
-from edit_ray.video.stream_files import Part, StreamFiles, write_part
+from edit_ray.video.encode import OutputOptions, encode, join, time_scale
+from edit_ray.video.fragments import Part, write_part
+from edit_ray.video.hls import StreamFiles
 from tests.unit.video_frames import FFMPEG, numbered, shown_by
 
 GIVEN = ["video.num_segments=3", "prompt_segments.0.segment=0", "prompt_segments.0.prompt=a red circle"]
@@ -68,8 +67,9 @@ def test_files_and_playlists_keep_the_rate(tmp_path, fps):
     parts, first = [], 0
     for index, count in enumerate((9, 8, 8)):
         parts.append(Part(f"{index}.m4s", first, count))
-        data = encode(numbered(first, count), fps=fps, options=OutputOptions(preset="ultrafast"))
-        write_part(tmp_path, parts[-1], index, data)
+        place = {"number": index, "first_frame": first}
+        data = encode(numbered(first, count), fps=fps, options=OutputOptions(preset="ultrafast"), **place)
+        write_part(tmp_path, parts[-1], data)
         first += count
     files = StreamFiles(tmp_path, fps=fps, longest=9)
     for part in parts:

@@ -23,10 +23,10 @@ from edit_ray.actors.messages import RunStatus
 from edit_ray.config import load_config
 from edit_ray.errors import ConfigError, ManifestUnreadable
 from edit_ray.page.server import PageServer
-from edit_ray.runs.manifest_file import from_bytes, to_text
-from edit_ray.tiers.disk_tier import EntryFolder
+from edit_ray.runs.manifest_lines import Fold, to_text
 from edit_ray.tiers.entry_file import FileEntry, file_name, header_of, parse_header
-from edit_ray.video.stream_files import Part, StreamFiles, newest_playlist
+from edit_ray.tiers.entry_folder import EntryFolder
+from edit_ray.video.hls import Part, StreamFiles, newest_playlist
 from tests.unit.entry_folder import files_in
 from tests.unit.test_manifest import BEGUN, LINES
 
@@ -166,14 +166,15 @@ def test_manifests(tmp_path, count):
         else:
             content = mutated(chosen, b"".join(whole))
         with within(LONGEST_S, content):
-            problem = None
+            problem, fold = None, Fold(Path("manifest.jsonl"))
             try:
-                manifest, size = from_bytes(content, Path("manifest.jsonl"))
+                fold.add(content)
+                manifest = fold.whole()
             except ManifestUnreadable as error:
                 problem = str(error)
             else:
                 json.dumps(RunStatus.of(tmp_path, manifest).num_frames)
-                assert size <= len(content)
+                assert fold.size <= len(content)
         tally["refused" if problem else "taken"] += 1
         assert problem is None or "\n" not in problem
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.cli.main import main
 from edit_ray.errors import HardwareDiffers, RunDamaged
 from edit_ray.runs.folder import RunFolder
-from edit_ray.runs.manifest_file import read_manifest
+from edit_ray.runs.manifest_file import ManifestReader
 from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_recovery import REUSE, end_of, submit
@@ -218,7 +218,7 @@ def test_a_run_of_an_earlier_version_goes_on(root, undisturbed, capsys):
             values.get("provenance", {}).pop(name, None)
         lines.append(line_of(values | ({"schema": 2} if "schema" in values else {})))
     path.write_bytes(b"".join(lines))
-    assert read_manifest(path).begun.schema == 2
+    assert ManifestReader(path).read().begun.schema == 2
     code, said = verified(root, capsys)
     assert (code, "3 of which an earlier version wrote without digests" in said) == (0, True)
     assert asyncio.run(resumed(root)).state == "done"

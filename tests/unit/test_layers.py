@@ -19,7 +19,7 @@ MODULE_LINES, MEDIAN_LINES, FUNCTION_LINES = 400, 150, 60
 
 
 def name_of(path: Path) -> str:
-    """edit_ray/runs/plan.py -> edit_ray.runs.plan, edit_ray/runs/__init__.py -> edit_ray.runs."""
+    """edit_ray/runs/run_plan.py -> edit_ray.runs.run_plan, edit_ray/runs/__init__.py -> edit_ray.runs."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edit_ray.runs.ids import check_run_id, new_run_id
-from edit_ray.runs.layout import FrameLayout
+from edit_ray.runs.run_plan import FrameLayout
 
 
 @st.composite

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from edit_ray import files
 from edit_ray.errors import ManifestUnreadable, RunFolderGone, RunLocked
-from edit_ray.runs.layout import FrameLayout
 from edit_ray.runs.manifest import (
     SCHEMA,
     Begun,
@@ -27,9 +26,9 @@ from edit_ray.runs.manifest import (
     SegmentRecord,
     Tiled,
 )
-from edit_ray.runs.manifest_file import ManifestFile, ManifestReader, from_bytes, read_manifest, to_text
-from edit_ray.runs.manifest_lines import read_back
-from edit_ray.runs.plan import Take
+from edit_ray.runs.manifest_file import ManifestFile, ManifestReader
+from edit_ray.runs.manifest_lines import Fold, read_back, to_text
+from edit_ray.runs.run_plan import FrameLayout, Take
 
 HARDWARE = {"device": "cpu", "threads": 1}
 BEGUN = Begun("one", "0.1.0", 128, 128, FrameLayout(33, 3, 16), 4, "a submission", HARDWARE)
@@ -65,6 +64,17 @@ def fold(lines):
     for line in lines:
         manifest = manifest.after(line)
     return manifest
+
+
+def folded(content):
+    """The manifest that readers find in these bytes."""
+    found = Fold("manifest.jsonl")
+    found.add(content)
+    return found.whole()
+
+
+def read_manifest(path):
+    return ManifestReader(path).read()
 
 
 def written(path, lines=LINES):
@@ -120,7 +130,7 @@ def test_a_run_that_goes_on_with_a_change_is_one_line(change):
     opened = Opened(3, HARDWARE, change=change)
     assert fold([*before, opened]) == fold([*before, Opened(3, HARDWARE), change])
     content = b"".join(map(to_text, [BEGUN, *before, opened]))
-    assert from_bytes(content, "manifest.jsonl")[0] == fold([*before, opened])
+    assert folded(content) == fold([*before, opened])
 
 
 @pytest.mark.parametrize(
@@ -158,7 +168,7 @@ def test_figures_that_cannot_be_read_are_none_and_the_segment_is_committed(figur
     whole = to_text(Committed(1, replace(record(0), statistics={"a": 1.5})))
     body = whole[len('{"crc": "00000000", ') :].replace(b'{"a": 1.5}', figures.encode())
     content = to_text(BEGUN) + b'{"crc": "%08x", %b' % (zlib.crc32(body[:-1]), body)
-    (segment,) = from_bytes(content, "manifest.jsonl")[0].segments
+    (segment,) = folded(content).segments
     assert segment == replace(record(0), statistics={})
 
 
@@ -192,7 +202,7 @@ def test_a_byte_that_has_changed_is_noticed(at, change):
     at %= len(content)
     content[at] ^= change
     try:
-        manifest, _ = from_bytes(bytes(content), "manifest.jsonl")
+        manifest = folded(bytes(content))
     except ManifestUnreadable:
         return
     assert at >= len(b"".join(map(to_text, [BEGUN, *LINES[:-1]]))), "only a last line may be passed over"
@@ -359,10 +369,10 @@ def test_torn_bytes_that_a_line_vouches_for_hide_no_damage(at, change, length):
     torn = to_text(LINES[1])[:length]
     *before, last = [to_text(BEGUN), to_text(LINES[0]), torn + to_text(LINES[1], 2), to_text(LINES[2])]
     content = bytearray(b"".join(before))
-    assert from_bytes(bytes(content) + last, "manifest.jsonl")[0] == fold(LINES[:3])
+    assert folded(bytes(content) + last) == fold(LINES[:3])
     content[at % len(content)] ^= change
     try:
-        manifest, _ = from_bytes(bytes(content) + last, "manifest.jsonl")
+        manifest = folded(bytes(content) + last)
     except ManifestUnreadable:
         return
     assert manifest == fold(LINES[:3]), "only what is none may be other bytes"

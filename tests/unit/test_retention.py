@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_ray.runs.layout import FrameLayout
 from edit_ray.runs.manifest import Extended, HardwareChanged, Manifest, Opened, Rerolled
-from edit_ray.runs.plan import Take
 from edit_ray.runs.retention import retention
+from edit_ray.runs.run_plan import FrameLayout, Take
 from edit_ray.tiers.reuse_plan import make_reuse_plan
 from tests.unit.test_manifest import BEGUN, HARDWARE, LINES, fold
 

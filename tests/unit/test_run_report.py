@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edit_ray.page.drawing import WIDTH, Bar, chart, nice_step, timeline
-from edit_ray.page.report import ReportedSegment, RunReport, bars_of, render_run
-from edit_ray.page.strip import HEIGHT_PX, data_url, sampled
+from edit_ray.page.drawing import HEIGHT_PX, WIDTH, Bar, chart, data_url, nice_step, sampled, timeline
+from edit_ray.page.run_page import bars_of, render_run
+from edit_ray.runs.manifest import SegmentRecord
 from tests.unit.test_cache_report import RECORD, Page
 
 few = settings(max_examples=60, deadline=None)
@@ -27,9 +27,13 @@ FULL = {
 NASTY = '</pre></title><script src="http://x">&"'
 
 
-def segment(index: int, prompt: str = "a red circle", **changes) -> ReportedSegment:
+def bare(index: int, prompt: str = "a red circle", **statistics) -> SegmentRecord:
+    return SegmentRecord(index, 0, prompt, 7, 24 * index, 24, "", "", statistics)
+
+
+def segment(index: int, prompt: str = "a red circle", **changes) -> SegmentRecord:
     begins = {f"{work}_at": 1000.0 + 2 * index for work in ("denoise", "decode", "encode", "complete", "publish")}
-    return ReportedSegment(index, prompt, 7, 24, FULL | begins | changes)
+    return bare(index, prompt, **(FULL | begins | changes))
 
 
 bars = st.builds(
@@ -92,7 +96,7 @@ def test_the_work_of_all_actors_begins_at_zero():
     assert len(drawn) == 10
     assert min(bar.start_s for bar in drawn) == 0
     assert [(bar.start_s, bar.length_s) for bar in drawn if "denois" in bar.lane] == [(0, 0.5), (1, 3)]
-    assert bars_of([ReportedSegment(0, "", 1, 24, {"denoise_s": 3.0})]) == [], "an older run has no times of day"
+    assert bars_of([bare(0, denoise_s=3.0)]) == [], "an older run has no times of day"
 
 
 def test_what_was_asked_ahead_or_begun_again_is_marked():
@@ -116,7 +120,8 @@ def test_a_page_shows_everything_and_needs_nothing_else():
     picture = data_url(np.zeros((32, 48, 3), np.uint8))
     records = {f"segment {index}": RECORD for index in range(2)}
     segments = [segment(0), segment(1, red=110.0, sharpness=-6.0)]
-    text = render_run(RunReport("one", "done", "sampling: {}", segments, records, [(0, [picture]), (1, [picture])]))
+    pictures = [(0, [picture]), (1, [picture])]
+    text = render_run("one", "done", "sampling: {}", segments, records=records, pictures=pictures)
     page = Page(text)
     assert [attrs["src"] for attrs in page.all("img")] == [picture, picture]
     assert not any(name in attrs for _, attrs in page.elements for name in ("href", "onload", "xlink:href"))
@@ -132,13 +137,13 @@ def test_a_page_shows_everything_and_needs_nothing_else():
 
 
 def test_a_page_leaves_out_what_is_not_known():
-    page = Page(render_run(RunReport("one", "running", "", [ReportedSegment(0, "a prompt", 1, 24, {})])))
+    page = Page(render_run("one", "running", "", [bare(0, "a prompt")], records={}))
     assert [heading in page.text for heading in ("Who worked when", "Joins", "Tiers", "What the cache")] == [False] * 4
     assert "a prompt" in page.text
 
 
 def test_texts_of_the_users_are_text():
-    text = render_run(RunReport(NASTY, NASTY, NASTY, [segment(0, NASTY)], {NASTY: RECORD}))
+    text = render_run(NASTY, NASTY, NASTY, [segment(0, NASTY)], records={NASTY: RECORD})
     page = Page(text)
     assert page.all("script") == []
     assert page.text.count(NASTY) == 6  # title, heading, state, settings, prompt, the record's heading
@@ -146,7 +151,7 @@ def test_texts_of_the_users_are_text():
 
 def test_many_records_are_sampled_and_that_is_said():
     records = {f"segment {index}": RECORD for index in range(100)}
-    page = Page(render_run(RunReport("one", "done", "", [segment(0)], records)))
+    page = Page(render_run("one", "done", "", [segment(0)], records=records))
     assert "What the cache decided of 40 of 100 segments" in page.text
     assert "segment 0" in page.text
     assert "segment 99" in page.text

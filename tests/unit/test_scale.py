@@ -24,9 +24,9 @@ from edit_ray.cli.serve import RunStatusReader
 from edit_ray.client import LongVideoClient
 from edit_ray.config import Config, dump_yaml
 from edit_ray.runs.event_log import append_event
+from edit_ray.runs.ids import MAX_SEGMENTS
 from edit_ray.runs.manifest import Committed
-from edit_ray.runs.manifest_file import to_text
-from edit_ray.runs.numbers import MAX_SEGMENTS
+from edit_ray.runs.manifest_lines import to_text
 from tests.unit.test_manifest import record
 
 FIGURES = {f"a_figure_{number}_s": 1.2345 * number for number in range(30)}  # as many as a segment has

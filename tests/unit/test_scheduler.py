@@ -16,10 +16,8 @@ from edit_ray.runs.events import (
     WorkersCounted,
     WorkFailed,
 )
-from edit_ray.runs.layout import FrameLayout
-from edit_ray.runs.plan import RunPlan, Scene, Storyboard, Take, segment_seed, take_of, take_seed
-from edit_ray.runs.run_state import MOST_DEATHS
-from edit_ray.runs.scheduler import SegmentScheduler
+from edit_ray.runs.run_plan import FrameLayout, RunPlan, Scene, Storyboard, Take, segment_seed, take_of, take_seed
+from edit_ray.runs.scheduler import MOST_DEATHS, SegmentScheduler
 
 
 def plan(run_id: str, segments: int | None, retries: int = 1, **more) -> RunPlan:

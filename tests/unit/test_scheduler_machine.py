@@ -6,10 +6,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from edit_ray.runs import run_state, scheduler
+from edit_ray.runs import scheduler
 from edit_ray.runs.events import CloseRun
-from edit_ray.runs.run_state import ScheduledRun
-from edit_ray.runs.scheduler import SegmentScheduler
+from edit_ray.runs.scheduler import ScheduledRun, SegmentScheduler
 from tests.unit.scheduler_machine import FIRED, AnyOrder
 
 SHORT = settings(
@@ -58,7 +57,7 @@ class ForgetsTheLead(SegmentScheduler):
     class Run(ScheduledRun):
         def _may_denoise(self):
             plan = self.plan
-            return plan.num_segments is None or self.denoised < plan.num_segments
+            return plan.num_segments is None or self.made["denoise"] < plan.num_segments
 
 
 class NeverGivesUp(SegmentScheduler):
@@ -131,16 +130,15 @@ class CommitsBeforeTheMediaAreWhole(SegmentScheduler):
         def done(self, stage):
             super().done(stage)
             if stage == "decode":
-                self.encoded = self.decoded
+                self.made["encode"] = self.made["decode"]
 
 
 class ForgetsWhatWasCommitted(SegmentScheduler):
     """A run that goes on begins with its first segment."""
 
     class Run(ScheduledRun):
-        def __post_init__(self):
-            self.committed = self.denoised = 0
-            super().__post_init__()
+        def __init__(self, plan, made, worker):
+            super().__init__(plan, dict.fromkeys(made, 0), worker)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +159,7 @@ class ForgetsWhatWasCommitted(SegmentScheduler):
     ],
 )
 def test_a_broken_scheduler_is_found(broken, monkeypatch):
-    monkeypatch.setattr(scheduler, "ScheduledRun", getattr(broken, "Run", run_state.ScheduledRun))
+    monkeypatch.setattr(scheduler, "ScheduledRun", getattr(broken, "Run", ScheduledRun))
     # Not the harness's own mistakes: each is an assertion of the model.
     with pytest.raises(AssertionError):
         run(broken, max_examples=400, phases=[Phase.generate], report_multiple_bugs=False)

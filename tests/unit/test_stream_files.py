@@ -24,9 +24,9 @@ from hypothesis.stateful import (
 )
 
 from edit_ray.files import Disk, make_folder, swapped
-from edit_ray.video.encode import encode
-from edit_ray.video.options import OutputOptions
-from edit_ray.video.stream_files import Part, StreamFiles, write_part
+from edit_ray.video.encode import OutputOptions, encode
+from edit_ray.video.fragments import Part, write_part
+from edit_ray.video.hls import StreamFiles
 from tests.chaos.power import Power, Recorder, Told
 from tests.chaos.power_loss import build
 from tests.unit.video_frames import FRAME_BYTES, HEIGHT, WIDTH, numbered, numbers_in, reading, shown_by
@@ -39,7 +39,8 @@ def make_part(folder: Path, index: int, first_frame: int, num_frames: int, take:
     """A segment's fragment whose frames show their numbers."""
     (folder / "segments").mkdir(exist_ok=True)
     part = Part(f"segments/{index:05d}-t{take}.m4s", first_frame, num_frames)
-    write_part(folder, part, index, encode(numbered(first_frame, num_frames), fps=fps, options=OPTIONS))
+    frames, place = numbered(first_frame, num_frames), {"number": index, "first_frame": first_frame}
+    write_part(folder, part, encode(frames, fps=fps, options=OPTIONS, **place))
     return part
 
 
@@ -108,7 +109,7 @@ def test_a_segment_out_of_order_is_refused(files, tmp_path):
 
 def test_a_segment_encoded_in_another_way_is_refused(tmp_path):
     make_part(tmp_path, 0, 0, 9)
-    with pytest.raises(ValueError, match="segment 1 is encoded in another way"):
+    with pytest.raises(ValueError, match=r"00001-t0\.m4s is encoded in another way"):
         make_part(tmp_path, 1, 9, 8, fps=24)
     assert not (tmp_path / "segments" / "00001-t0.m4s").exists()
 
@@ -247,7 +248,7 @@ def test_players_are_told_the_peak_bit_rate_of_all_that_is_there_and_what_it_is(
     first = make_parts(tmp_path, 3)
     noise = np.random.default_rng(0).integers(0, 256, (8, HEIGHT, WIDTH, 3), np.uint8)
     loud = Part("segments/00003-t0.m4s", 25, 8)
-    write_part(tmp_path, loud, 3, encode(noise, fps=16, options=OPTIONS))
+    write_part(tmp_path, loud, encode(noise, fps=16, options=OPTIONS, number=3, first_frame=25))
     quiet = [make_part(tmp_path, index, 33 + 8 * (index - 4), 8) for index in (4, 5, 6)]
     parts = [*first, loud, *quiet]
     rates = [8 * (tmp_path / part.path).stat().st_size * 16 / part.num_frames for part in parts]
@@ -283,7 +284,7 @@ def test_a_damaged_init_keeps_no_segment_from_being_told_of(files, tmp_path, har
     again.append(parts[1])
     assert listed(tmp_path) == [part.path for part in parts]
     assert list(told(tmp_path)) == ["BANDWIDTH", "FRAME-RATE"]
-    with pytest.raises(ValueError, match="segment 2 is encoded in another way"):
+    with pytest.raises(ValueError, match=r"00002-t0\.m4s is encoded in another way"):
         make_part(tmp_path, 2, 17, 8)
     path.write_bytes(whole)
     again.rebuild(parts)

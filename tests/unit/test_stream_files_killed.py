@@ -7,9 +7,8 @@ import sys
 
 import pytest
 
-from edit_ray.video.encode import encode
-from edit_ray.video.fmp4 import read_fragment
-from edit_ray.video.options import OutputOptions
+from edit_ray.video.encode import OutputOptions, encode
+from edit_ray.video.fragments import frames_in
 from tests.unit.test_stream_files import has_ended, listed
 from tests.unit.video_frames import numbered, shown_by
 
@@ -20,9 +19,11 @@ FRAMES = 8
 MAKE = """
 import sys
 from pathlib import Path
-from edit_ray.video.stream_files import Part, StreamFiles, write_part
+from edit_ray.video.fragments import Part, write_part
+from edit_ray.video.hls import StreamFiles
 folder, count, frames = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 encoded = (folder / "encoded").read_bytes()
+time = encoded.index(b"tfdt") + 8
 parts = [Part(f"segments/{index:05d}-t0.m4s", index * frames, frames) for index in range(count)]
 committed = folder / "committed"
 files = StreamFiles(folder, fps=16, longest=frames)
@@ -32,7 +33,8 @@ begin = len(committed.read_text()) if committed.exists() else 0
 files.rebuild(parts[:begin])
 print("ready", flush=True)
 for index in range(begin, count):
-    write_part(folder, parts[index], index, encoded)
+    moved = encoded[:time] + (index * frames * 1000).to_bytes(8, "big") + encoded[time + 8:]
+    write_part(folder, parts[index], moved)
     files.append(parts[index])
     with committed.open("a") as manifest:
         manifest.write("x")
@@ -61,7 +63,7 @@ def kill_again_and_again(folder, count: int, seed: int) -> tuple[int, int]:
             seen = text[: text.index("\n", text.rindex("\nsegments/") + 1)]  # what follows may be half an entry
             assert committed <= len(listed(folder)) <= committed + 1
             for name in listed(folder)[-2:]:
-                assert read_fragment((folder / name).read_bytes()).num_frames == FRAMES
+                assert frames_in((folder / name).read_bytes()) == FRAMES
         if maker.returncode == 0:
             return killed, at_work
         killed += 1

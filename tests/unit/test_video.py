@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edit_ray.video.encode import EncodeError, Patience, encode, join, read_frames
-from edit_ray.video.fmp4 import read_fragment, split
-from edit_ray.video.options import OutputOptions
-from edit_ray.video.stream_files import Part, StreamFiles, write_part
+from edit_ray.video.encode import EncodeError, OutputOptions, Patience, encode, join, read_frames
+from edit_ray.video.fragments import Part, write_part
+from edit_ray.video.hls import StreamFiles
 from tests.unit.video_frames import FFMPEG, numbered, shown_by
 
 OPTIONS = OutputOptions(crf=12)
@@ -34,7 +33,8 @@ def parts_of(folder: Path, *lengths: int) -> list[Path]:
     paths, first = [], 0
     for index, count in enumerate(lengths):
         part = Part(f"it's part {index}.m4s", first, count)
-        write_part(folder, part, index, encode(moving_square(count, first), fps=16, options=OPTIONS))
+        frames = moving_square(count, first)
+        write_part(folder, part, encode(frames, fps=16, options=OPTIONS, number=index, first_frame=first))
         paths.append(folder / part.path)
         first += count
     return paths
@@ -72,7 +72,8 @@ def test_an_ffmpeg_that_hangs_is_killed(tmp_path, monkeypatch, what):
 
 def test_an_ffmpeg_that_works_has_time(tmp_path, monkeypatch):
     """Longer than it may do nothing, and it is heard of meanwhile."""
-    slow = f'i=0; while [ $i -lt 600000 ]; do i=$((i+1)); done; exec "{FFMPEG}" "$@"'
+    busy = "import os, sys, time; end = time.monotonic() + 0.8\nwhile time.monotonic() < end: pass\n"
+    slow = f"exec {sys.executable} -c '{busy}os.execv(sys.argv[1], sys.argv[1:])' {FFMPEG} " + '"$@"'
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", script(tmp_path / "slow", slow))
     heard, began = [], time.monotonic()
     encode(moving_square(9), fps=16, options=OPTIONS, patience=Patience(0.5, lambda: heard.append(1)))
@@ -133,11 +134,11 @@ def test_a_run_that_began_without_colour_tags_goes_on_without_them(tmp_path):
     options = OutputOptions(preset="ultrafast")
     assert not encode(numbered(0, 9), fps=16, options=options).startswith(began)
     data = encode(numbered(0, 9), fps=16, options=options, init=began)
-    write_part(tmp_path, Part("0.m4s", 0, 9), 0, data)
+    write_part(tmp_path, Part("0.m4s", 0, 9), data)
     join(tmp_path / "init.mp4", [tmp_path / "0.m4s"], tmp_path / "final.mp4")
     assert shown_by(tmp_path / "final.mp4") == list(range(9))
     with pytest.raises(ValueError, match="encoded in another way"):
-        write_part(tmp_path, Part("1.m4s", 9, 9), 1, encode(moving_square(9), fps=16, options=options, init=began))
+        write_part(tmp_path, Part("1.m4s", 9, 9), encode(moving_square(9), fps=16, options=options, init=began))
 
 
 def test_an_unreadable_file_is_named(tmp_path):
@@ -188,7 +189,7 @@ def test_a_killed_encoder_is_an_error_and_leaves_nobody():
 ENCODE_NOISE = """
 import numpy as np
 from edit_ray.video.encode import encode
-from edit_ray.video.options import OutputOptions
+from edit_ray.video.encode import OutputOptions
 frames = np.random.default_rng(0).integers(0, 256, (40, 128, 128, 3), np.uint8)
 encode(frames, fps=16, options=OutputOptions(preset="veryslow"))
 """
@@ -220,4 +221,3 @@ def test_a_frame_that_was_not_encoded_is_noticed(monkeypatch, tmp_path):
     (tmp_path / "short.mp4").write_bytes(short[:-100])
     with pytest.raises(EncodeError, match="something else than one fragment"):
         encode(moving_square(4), fps=16, options=OPTIONS)
-    assert read_fragment(split(short)[1]).num_frames == 4

@@ -7,11 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edit_ray.video.encode import encode
-from edit_ray.video.joins import Joins
-from edit_ray.video.options import OutputOptions
-from edit_ray.video.seam import LARGEST_SCORE, FrameSeries, Look
-from edit_ray.video.stream_files import Part, write_part
+from edit_ray.video.encode import OutputOptions, encode
+from edit_ray.video.fragments import Part, write_part
+from edit_ray.video.seams import LARGEST_SCORE, Appearance, FrameSeries, Joins
 
 JOIN, FRAMES = 16, 32
 TIMES = np.arange(FRAMES)
@@ -108,7 +106,7 @@ def test_any_frames_have_a_score_between_nothing_and_the_largest(data):
     series = FrameSeries.of(frames.reshape(count, 4, 4, 3))
     boundary = data.draw(st.integers(3, count - 3))
     assert 0 <= series.seam(boundary).score <= LARGEST_SCORE
-    interior = series.interior_score(0)
+    interior = series.interior_score()
     assert (interior is None) == (count < 16)
 
 
@@ -126,50 +124,53 @@ def test_a_seam_looks_at_eight_frames_on_each_side():
 
 def test_the_interior_is_scored_without_the_seam():
     cut = np.concatenate([scene(TIMES)[:8], scene(np.arange(24), 100)])
-    series = FrameSeries.of(cut)
-    assert series.interior_score(8) == pytest.approx(FrameSeries.of(cut[8:]).interior_score(0))
-    assert series.interior_score(8) < 0.3 < series.seam(8).score
+    assert FrameSeries.of(cut[8:]).interior_score() < 0.3 < FrameSeries.of(cut).seam(8).score
 
 
 def test_drift_is_what_changed_from_the_first_to_the_last():
-    first = Look(100, 90, 80, -5.0)
+    first = Appearance(100, 90, 80, -5.0)
     assert first.drift(first) == (0, 0)
-    assert first.drift(Look(103, 84, 80, -5.5)) == (6, -0.5)
+    assert first.drift(Appearance(103, 84, 80, -5.5)) == (6, -0.5)
     frames = scene(TIMES)
-    early, late = (FrameSeries.of(part).look(0) for part in (frames, from_join(frames, lambda f: f * 1.03)))
+    early, late = (FrameSeries.of(part).appearance() for part in (frames, from_join(frames, lambda f: f * 1.03)))
     color, sharpness = early.drift(late)
     assert color == pytest.approx(3.2, abs=0.3), "half of the frames have become brighter by 6.4"
     assert abs(sharpness) < 0.2
 
 
-def write(folder, frames, lengths):
-    parts, first = [], 0
+def written(folder, frames, lengths):
+    """Segments of these lengths: their fragments and their frames."""
+    parts, of_parts, first = [], [], 0
     for index, count in enumerate(lengths):
         parts.append(Part(f"{index}.m4s", first, count))
-        write_part(
-            folder, parts[-1], index, encode(frames[first : first + count], fps=16, options=OutputOptions(crf=10))
-        )
+        of_parts.append(frames[first : first + count])
+        options = OutputOptions(crf=10)
+        write_part(folder, parts[-1], encode(of_parts[-1], fps=16, options=options, number=index, first_frame=first))
         first += count
-    return parts
+    return parts, of_parts
 
 
-def test_figures_do_not_depend_on_who_made_the_segment_before(tmp_path):
-    parts = write(tmp_path, scene(np.arange(60)), [20, 20, 20])
-    whole, size = Joins(), {"height": 64, "width": 96}
-    figures = [
-        whole.measure("one", tmp_path, part, before, **size)
-        for part, before in zip(parts, [None, *parts], strict=False)
-    ]
-    assert Joins().measure("one", tmp_path, parts[2], parts[1], **size) == figures[2]
-    assert whole.measure("one", tmp_path, parts[1], parts[0], **size) == figures[1], "a segment done again"
-    whole.forget("one")
-    assert whole.measure("one", tmp_path, parts[1], parts[0], **size) == figures[1]
-    assert set(figures[0]) == {"red", "green", "blue", "sharpness", "interior_score"}
-    assert figures[1].keys() - figures[0].keys() == {f"seam_{n}" for n in ("jump", "accel", "color", "sharp", "score")}
-    assert figures[1]["seam_score"] < 1.0, "one scene, cut and joined"
+def test_a_seam_is_measured_in_memory_and_after_a_restart_in_the_files(tmp_path, monkeypatch):
+    parts, frames = written(tmp_path, scene(np.arange(60)), [20, 20, 20])
+    joins = Joins()
+    with monkeypatch.context() as no_files:
+        no_files.setattr("edit_ray.video.seams.read_frames", None)
+        first, second, third = (
+            joins.measure("one", tmp_path, part, before, of_part)
+            for part, before, of_part in zip(parts, [None, *parts[:2]], frames, strict=True)
+        )
+    assert set(first) == {"red", "green", "blue", "sharpness", "interior_score"}
+    seams = {f"seam_{name}" for name in ("jump", "accel", "color", "sharp", "score")}
+    assert second.keys() - first.keys() == seams
+    assert second["seam_score"] < 1.0, "one scene, cut and joined"
+    joins.forget("one")
+    for again in (Joins(), joins):
+        restarted = again.measure("one", tmp_path, parts[2], parts[1], frames[2])
+        assert {name: third[name] for name in first} == {name: restarted[name] for name in first}
+        assert [restarted[name] for name in seams] == pytest.approx([third[name] for name in seams], abs=0.3)
 
 
 def test_short_segments_have_no_seam(tmp_path):
-    parts = write(tmp_path, scene(np.arange(4)), [2, 2])
-    figures = Joins().measure("one", tmp_path, parts[1], parts[0], height=64, width=96)
-    assert set(figures) == {"red", "green", "blue", "sharpness"}
+    parts, frames = written(tmp_path, scene(np.arange(4)), [2, 2])
+    found = Joins().measure("one", tmp_path, parts[1], parts[0], frames[1])
+    assert set(found) == {"red", "green", "blue", "sharpness"}

@@ -1,0 +1,200 @@
+"""What a run will make, known before it starts: its segments, with their frames, prompts and seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edit_ray.runs.ids import Count, Seed
+
+TEMPORAL_FACTOR = 4
+"""Frames per latent; the first latent of a clip stands for a single frame."""
+
+_ROUNDING = 1e-6
+"""Tolerance, in frames, for the binary rounding of seconds times frames a second."""
+
+
+@dataclass(frozen=True)
+class FrameLayout:
+    """The frames that each segment adds to the video.
+
+    Args:
+        num_frames: frames that a segment denoises, F = 4k+1.
+        history_latents: latents a segment takes over from its predecessor, 0 where segments stand alone. With k of
+            T latents taken over, a later segment adds 4·(T − k) frames; with none every segment adds F.
+        fps: frames a second.
+        init_latents: latents of the user's picture or clip that segment 0 continues; they are not part of the video.
+        denoise_needs_frames: whether a segment is denoised from its predecessor's frames.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    num_frames: Count
+    history_latents: Count
+    fps: float
+    init_latents: Count = 0
+    denoise_needs_frames: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_frames < 1 or self.num_frames % TEMPORAL_FACTOR != 1:
+            raise ValueError(f"num_frames is {self.num_frames}; it must be 4k+1, such as 33 or 81.")
+        for name in ("history_latents", "init_latents"):
+            if not 0 <= getattr(self, name) < self.latent_frames:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be at least 0 and less than the "
+                    f"{self.latent_frames} latents of a segment of {self.num_frames} frames."
+                )
+        if not 1 <= self.fps <= 1000:
+            raise ValueError(f"fps is {self.fps}; it must be at least 1 and at most 1000.")
+
+    @property
+    def latent_frames(self) -> int:
+        """Latents of one segment along time, T."""
+        return (self.num_frames - 1) // TEMPORAL_FACTOR + 1
+
+    def frames_of(self, segment_index: int) -> int:
+        """Frames that the segment adds to the video."""
+        _check_index(segment_index)
+        taken_over = self.init_latents if segment_index == 0 else self.history_latents
+        return TEMPORAL_FACTOR * (self.latent_frames - taken_over) if taken_over else self.num_frames
+
+    def first_frame(self, segment_index: int) -> int:
+        """Index in the video of the first frame that the segment adds."""
+        return self.total_frames(segment_index)
+
+    def first_latent(self, segment_index: int) -> int:
+        """Index in the run's latent stream of the first latent that the segment adds."""
+        _check_index(segment_index)
+        later = self.latent_frames - self.history_latents
+        return self.init_latents if segment_index == 0 else self.latent_frames + (segment_index - 1) * later
+
+    def total_frames(self, num_segments: int) -> int:
+        """Frames of a video of that many segments."""
+        _check_index(num_segments)
+        return self.frames_of(0) + (num_segments - 1) * self.frames_of(1) if num_segments else 0
+
+    def segments_for(self, duration_s: float) -> int:
+        """The fewest segments, at least one, whose frames last `duration_s` seconds."""
+        frames = math.ceil(duration_s * self.fps - _ROUNDING)
+        return 1 + max(0, math.ceil((frames - self.frames_of(0)) / self.frames_of(1)))
+
+    def frame_at(self, second: float) -> int:
+        """Index of the frame that is shown at that second."""
+        return math.floor(second * self.fps + _ROUNDING)
+
+    def segment_at(self, second: float) -> int:
+        """Index of the segment that adds the frame shown at that second."""
+        if second < 0:
+            raise ValueError(f"second is {second}; it must be at least 0.")
+        return max(0, 1 + (self.frame_at(second) - self.frames_of(0)) // self.frames_of(1))
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """One segment: what to denoise, and which frames of the video it adds."""
+
+    index: int
+    take: int
+    prompt: str
+    negative_prompt: str
+    guidance_scale: float
+    seed: int
+    first_frame: int
+    num_frames: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The settings from segment `start` on, until the next scene. `seed` is the run's own, or one of the scene."""
+
+    start: int
+    prompt: str
+    negative_prompt: str
+    guidance_scale: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Take:
+    """A re-roll: segments from `start` on are made again with another seed, and with `prompt` where there is one."""
+
+    number: Count
+    start: Count
+    seed: Seed
+    prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run as the segment scheduler sees it.
+
+    Args:
+        run_id: the run.
+        num_segments: how many segments it has; None: it continues until it is stopped.
+        retries: how often one piece of work may fail without ending the run.
+        incarnation: of the run; work of an earlier one is ignored.
+        max_ahead: how many segments may be denoised beyond what a client has consumed; None: any number.
+        frames_first: whether a segment is denoised from its predecessor's frames.
+    """
+
+    run_id: str
+    num_segments: int | None
+    retries: int = 0
+    incarnation: int = 1
+    max_ahead: int | None = None
+    frames_first: bool = False
+
+
+@dataclass(frozen=True)
+class Storyboard:
+    """Every segment of a run, however many there will be. `scenes` are in order and begin with segment 0."""
+
+    scenes: tuple[Scene, ...]
+    layout: FrameLayout
+    takes: tuple[Take, ...] = ()
+
+    def segment(self, index: int) -> SegmentPlan:
+        """Segment `index`, from 0: the scene that applies there, changed by its newest take."""
+        scene = self.scenes[bisect_right(self.scenes, index, key=lambda scene: scene.start) - 1]
+        seed, prompt = scene.seed, scene.prompt
+        for take in self.takes:
+            if take.start <= index:
+                seed, prompt = take.seed, take.prompt if take.prompt is not None else prompt
+        return SegmentPlan(
+            index=index,
+            take=take_of(index, self.takes),
+            prompt=prompt,
+            negative_prompt=scene.negative_prompt,
+            guidance_scale=scene.guidance_scale,
+            seed=segment_seed(seed, index),
+            first_frame=self.layout.first_frame(index),
+            num_frames=self.layout.frames_of(index),
+        )
+
+
+def segment_seed(seed: int, segment_index: int) -> int:
+    """The seed of one segment, in [0, 2**63); segment 0 keeps the run's own, so that a run begins like the library."""
+    return seed if segment_index == 0 else _derived(f"{seed}:{segment_index}")
+
+
+def take_seed(seed: int, take: int) -> int:
+    """The seed of a re-roll that was requested without one, in [0, 2**63)."""
+    return _derived(f"{seed}:take:{take}")
+
+
+def take_of(segment_index: int, takes: Sequence[Take]) -> int:
+    """The number of the take that a segment belongs to: the latest that begins at it or before; 0 without any."""
+    return next((take.number for take in reversed(takes) if take.start <= segment_index), 0)
+
+
+def _derived(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _check_index(index: int) -> None:
+    if index < 0:
+        raise ValueError(f"a segment's index or number is {index}; it must be at least 0.")
