@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from edit_ray import files
-from edit_ray.actors.crew import Crew
 from edit_ray.actors.damage import Damage, damage_of, refusal
 from edit_ray.actors.hardware import Provenance, check_same, differing
 from edit_ray.actors.kept import can_be_made_again
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.places import usable_workers
+from edit_ray.actors.pool import ActorPool
 from edit_ray.actors.space import room_in, shortage_before
 from edit_ray.actors.threads import in_own_thread
 from edit_ray.actors.watchdog import answered
@@ -56,8 +56,8 @@ class Submission:
 class Admission:
     """Opens runs and takes their manifests' locks."""
 
-    def __init__(self, crew: Crew) -> None:
-        self._crew = crew
+    def __init__(self, pool: ActorPool) -> None:
+        self._pool = pool
 
     async def check(self, asked: Submission) -> RunSpec:
         """Everything that would make the run impossible, before anything is written.
@@ -71,7 +71,7 @@ class Admission:
             raise RunExists(f"run id {asked.run_id!r} is taken by {spec.folder.path}; choose another run id")
         if too_little := await asyncio.to_thread(shortage_before, spec):
             raise ResourcesUnavailable(too_little)
-        await self._crew.start(spec, 0)
+        await self._pool.start(spec, 0)
         for who, sees in (
             ("segment scheduler", await asyncio.to_thread(asked.probe.exists)),
             ("GPU actor", await self._sees(spec, asked.probe)),
@@ -150,21 +150,21 @@ class Admission:
 
     async def _start(self, spec: RunSpec, worker: int) -> int:
         """The GPU actor that had the run last, whose number this returns; where it has no place, the first one."""
-        if 0 < worker < await usable_workers(self._crew, spec):
+        if 0 < worker < await usable_workers(self._pool, spec):
             with contextlib.suppress(NoPlace):
-                await self._crew.start(spec, worker)
+                await self._pool.start(spec, worker)
                 return worker
-        await self._crew.start(spec, 0)
+        await self._pool.start(spec, 0)
         return 0
 
     async def _provenance(self, spec: RunSpec, settings: bytes, worker: int = 0) -> Provenance:
         """What the run's bits depend on; `settings` is its run.yaml."""
-        call = self._crew.denoiser(worker, "provenance", spec)
+        call = self._pool.denoiser(worker, "provenance", spec)
         found: Provenance = await answered(call, spec.config.engine.load_timeout_s, "what the GPU actor runs on")
         return {**found, "config": f"{digest_of(settings):016x}"}
 
     async def _sees(self, spec: RunSpec, probe: Path) -> bool:
-        call, timeout_s = self._crew.denoiser(0, "sees", probe), spec.config.engine.answer_timeout_s
+        call, timeout_s = self._pool.denoiser(0, "sees", probe), spec.config.engine.answer_timeout_s
         sees: bool = await answered(call, timeout_s, f"whether the GPU actor sees {spec.root}")
         return sees
 

@@ -29,8 +29,8 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from edit_ray.actors.address import check_address
-from edit_ray.actors.crew import ActorGone, NotStarted, Pointer
 from edit_ray.actors.messages import GROUP_OF, RunSpec, code_version
+from edit_ray.actors.pool import ActorGone, NotStarted, Pointer
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.actors.shells import CacheStoreActor, DenoiserActor
 from edit_ray.actors.threads import in_own_thread
@@ -106,7 +106,7 @@ def segment_scheduler(answer_timeout_s: float) -> Any:
     needs = {SCHEDULER_RESOURCE: 0.001} if SCHEDULER_RESOURCE in ray.cluster_resources() else {}
     actor: Any = ray.remote(num_cpus=0, max_restarts=-1, resources=needs)(SegmentSchedulerActor)
     there = find_segment_scheduler() is not None
-    handle = actor.options(name=SCHEDULER, **_STAYS).remote(RayCrew())
+    handle = actor.options(name=SCHEDULER, **_STAYS).remote(RayPool())
     deadline = time.monotonic() + RESTART_TIMEOUT_S + (answer_timeout_s if there else 0.0)
     check_version(SCHEDULER, _described(SCHEDULER, handle, deadline, answer_timeout_s if there else math.inf))
     return handle
@@ -195,7 +195,7 @@ def _recalled(key: str) -> dict[str, Any]:
     return known
 
 
-class RayCrew:
+class RayPool:
     """GPU actors, each with a CacheStore actor on its node, found or made, as the segment scheduler calls them."""
 
     def __init__(self) -> None:

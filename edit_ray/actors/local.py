@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from edit_ray.actors.cache_store import CacheStoreActor
-from edit_ray.actors.crew import NotStarted, Pointer
 from edit_ray.actors.denoiser import DenoiserActor
 from edit_ray.actors.messages import GROUP_OF, RunSpec
+from edit_ray.actors.pool import NotStarted, Pointer
 
 GROUPS = (*dict.fromkeys(GROUP_OF.values()), "control", "store")
 
@@ -33,8 +33,8 @@ class LocalWorker:
         self.store.close()
 
 
-class LocalCrew:
-    """A crew of as many such workers as are asked for."""
+class LocalPool:
+    """A pool of as many such workers as are asked for."""
 
     def __init__(self) -> None:
         self.workers: dict[int, LocalWorker] = {}

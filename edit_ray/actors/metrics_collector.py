@@ -1,4 +1,4 @@
-"""The metrics of the segment scheduler and of its crew: asks the actors once a second, and lets Prometheus ask here."""
+"""The metrics of the segment scheduler and of its pool: asks the actors once a second, and lets Prometheus ask here."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import edit_ray
 from edit_ray.actors.best_effort import best_effort
-from edit_ray.actors.crew import Crew
 from edit_ray.actors.live_run import LiveRun
+from edit_ray.actors.pool import ActorPool
 from edit_ray.errors import RunCancelled, StaleWork
 from edit_ray.metrics.catalog import Role
 from edit_ray.metrics.collect import ActorMetrics, MetricValues, Snapshot
@@ -33,8 +33,8 @@ class MetricsCollector:
     Only `serve` raises: nothing that is told here may fail a run.
     """
 
-    def __init__(self, crew: Crew, live: Live, waiting: Callable[[], int]) -> None:
-        self._crew, self._live, self._waiting = crew, live, waiting
+    def __init__(self, pool: ActorPool, live: Live, waiting: Callable[[], int]) -> None:
+        self._pool, self._live, self._waiting = pool, live, waiting
         self.values = MetricValues()
         self._runs, self._actors = RunMetrics(self.values), ActorMetrics(self.values)
         self._incarnation, self._ticks = secrets.token_hex(8), 0
@@ -79,12 +79,12 @@ class MetricsCollector:
             writing = asyncio.to_thread(write_targets, root, self._exporter.address)
             path = await asyncio.wait_for(writing, TELL_TIMEOUT_S)
             self._targets[str(path)] = self._exporter.address
-            await self._crew.remember_targets(self._targets)
+            await self._pool.remember_targets(self._targets)
 
     async def forget_earlier(self) -> None:
         """What an incarnation that has died told Prometheus holds no longer, be there runs to go on with or not."""
         with best_effort("remove the metrics targets of the segment scheduler before this one"):
-            for path, address in (await self._crew.recall_targets()).items():
+            for path, address in (await self._pool.recall_targets()).items():
                 await asyncio.wait_for(asyncio.to_thread(remove_targets, Path(path), address), TELL_TIMEOUT_S)
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class MetricsCollector:
 
     async def _ask(self, role: Role, worker: int) -> None:
         """A call that is not answered holds up the next one, and nothing else."""
-        call = self._crew.denoiser if role == "denoiser" else self._crew.store
+        call = self._pool.denoiser if role == "denoiser" else self._pool.store
         while True:
             snapshot: Snapshot | None = None
             with contextlib.suppress(Exception):  # a dead actor, or one that cannot tell

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from edit_ray.actors.best_effort import best_effort
-from edit_ray.actors.crew import Crew
 from edit_ray.actors.messages import RunSpec
+from edit_ray.actors.pool import ActorPool
 
 LOOK_AGAIN_S = 30.0  # at the nodes, while a run waits for a GPU actor
 
 
-async def usable_workers(crew: Crew, spec: RunSpec) -> int:
+async def usable_workers(pool: ActorPool, spec: RunSpec) -> int:
     """At least one: whether that finds a place is seen when it is started."""
     asked, places = spec.config.engine.gpu_actors, None
     if asked > 1:
         with best_effort("count the places for GPU actors"):
-            places = await crew.places(spec)
+            places = await pool.places(spec)
     return asked if places is None else max(1, min(asked, places))
 
 

@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 
 from edit_ray.actors.best_effort import best_effort
-from edit_ray.actors.crew import Crew, Pointer
+from edit_ray.actors.pool import ActorPool, Pointer
 
 
 class Pointers:
-    """Every change is remembered by the crew, the latest one last."""
+    """Every change is remembered by the pool, the latest one last."""
 
-    def __init__(self, crew: Crew) -> None:
-        self._crew = crew
+    def __init__(self, pool: ActorPool) -> None:
+        self._pool = pool
         self._known: dict[str, Pointer] = {}
         self._remembering = asyncio.Lock()
 
@@ -26,14 +26,14 @@ class Pointers:
     async def note(self, run_id: str, pointer: Pointer) -> None:
         self._known[run_id] = pointer
         async with self._remembering:
-            await self._crew.remember(dict(self._known))
+            await self._pool.remember(dict(self._known))
 
     async def forget(self, run_id: str) -> None:
         """Nothing is left to do for a run."""
         self._known.pop(run_id, None)
         with best_effort(f"note that run {run_id} has ended"):
             async with self._remembering:
-                await self._crew.remember(dict(self._known))
+                await self._pool.remember(dict(self._known))
 
     @contextlib.asynccontextmanager
     async def noted(self, run_id: str, pointer: Pointer) -> AsyncIterator[None]:

@@ -17,9 +17,9 @@ from pathlib import Path
 from edit_ray.actors.admission import Admission, Submission
 from edit_ray.actors.best_effort import best_effort
 from edit_ray.actors.closing import release_run
-from edit_ray.actors.crew import Crew, Pointer
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import RunSpec, RunStatus
+from edit_ray.actors.pool import ActorPool, Pointer
 from edit_ray.actors.stages import pause_before
 from edit_ray.actors.watchdog import Watchdog
 from edit_ray.config import load_config
@@ -103,12 +103,12 @@ class Recovery:
 
     def __init__(
         self,
-        crew: Crew,
+        pool: ActorPool,
         admission: Admission,
         come_back: Callable[[LiveRun, WaitingRun], Awaitable[None]],
         forget: Callable[[str], Awaitable[None]],
     ) -> None:
-        self._crew, self._admission = crew, admission
+        self._pool, self._admission = pool, admission
         self._come_back, self._forget = come_back, forget
         self.waiting: dict[str, WaitingRun] = {}
 
@@ -116,7 +116,7 @@ class Recovery:
         """Where the runs are. They cannot be done without, so this is asked until there is an answer."""
         for attempt in itertools.count(1):
             with best_effort("recall which runs were at work"):
-                return await self._crew.recall()
+                return await self._pool.recall()
             await asyncio.sleep(pause_before(attempt))
         raise AssertionError
 
@@ -191,5 +191,5 @@ class Recovery:
             if run.pointer.worker is not None and run.manifest is not None:
                 config = await asyncio.to_thread(load_config, run.folder.run_yaml, (), check_model=False)
                 spec = RunSpec.of(Path(run.pointer.root), config, run.manifest)
-                await self._crew.start(spec, run.pointer.worker)
-                await release_run(self._crew, Watchdog(self._crew), spec, run.pointer.worker)
+                await self._pool.start(spec, run.pointer.worker)
+                await release_run(self._pool, Watchdog(self._pool), spec, run.pointer.worker)

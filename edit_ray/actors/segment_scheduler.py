@@ -17,12 +17,12 @@ from edit_ray.actors.admission import Admission, Change, OnDamage, Submission, c
 from edit_ray.actors.best_effort import best_effort
 from edit_ray.actors.changes import extension, reroll
 from edit_ray.actors.closing import close_run, stop_work
-from edit_ray.actors.crew import Crew, Pointer
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import Progress, RunStatus, StreamReply, code_version
 from edit_ray.actors.metrics_collector import MetricsCollector
 from edit_ray.actors.places import LOOK_AGAIN_S, missing, usable_workers
 from edit_ray.actors.pointers import Pointers
+from edit_ray.actors.pool import ActorPool, Pointer
 from edit_ray.actors.recovery import Recovery, WaitingRun
 from edit_ray.actors.space import is_full
 from edit_ray.actors.stages import Stages, explain
@@ -57,22 +57,22 @@ _log = logging.getLogger(__name__)
 class SegmentSchedulerActor:
     """One event loop: `SegmentScheduler` decides, tasks carry out, their outcome is the next event.
 
-    The truth about every run is in its folder. So an incarnation begins by asking the crew which runs were live, and
+    The truth about every run is in its folder. So an incarnation begins by asking the pool which runs were live, and
     goes on with each from there; whoever calls meanwhile waits.
     """
 
-    def __init__(self, crew: Crew) -> None:
-        self._crew = crew
-        self._admission, self._stages = Admission(crew), Stages(crew)
+    def __init__(self, pool: ActorPool) -> None:
+        self._pool = pool
+        self._admission, self._stages = Admission(pool), Stages(pool)
         self._machine = SegmentScheduler()
         self._runs: dict[str, LiveRun] = {}
-        self._pointers = Pointers(crew)
+        self._pointers = Pointers(pool)
         self._tasks: set[asyncio.Task[None]] = set()
         self._admitting = asyncio.Lock()
         self._last_use = 0
-        self._recovery = Recovery(crew, self._admission, self._come_back, self._forget)
+        self._recovery = Recovery(pool, self._admission, self._come_back, self._forget)
         self._metrics = MetricsCollector(
-            crew,
+            pool,
             lambda: [(run, self._state(run)) for run in self._runs.values() if not run.ended],
             lambda: len(self._recovery.waiting),
         )
@@ -206,7 +206,7 @@ class SegmentSchedulerActor:
         if not run.ended and run.worker is not None:
             # An actor that is being started again says nothing.
             with contextlib.suppress(ConnectionError, TimeoutError):
-                progress = await asyncio.wait_for(self._crew.denoiser(run.worker, "progress"), 1.0)
+                progress = await asyncio.wait_for(self._pool.denoiser(run.worker, "progress"), 1.0)
         mine = progress is not None and progress.run_id == run.spec.run_id
         return self._status_without_progress(run, progress if mine else None)
 
@@ -291,7 +291,7 @@ class SegmentSchedulerActor:
         spec, committed = run.spec, len(run.manifest.segments)
         try:
             denoised = await run.on_disk(denoised_before, spec, committed)
-            usable = await usable_workers(self._crew, spec)
+            usable = await usable_workers(self._pool, spec)
         except BaseException:
             await run.close()
             raise
@@ -310,7 +310,7 @@ class SegmentSchedulerActor:
         while not run.ended:
             await asyncio.sleep(LOOK_AGAIN_S)
             if self._machine.state(run.spec.run_id) == "queued":
-                usable = await usable_workers(self._crew, run.spec)
+                usable = await usable_workers(self._pool, run.spec)
                 run.warnings["cluster"] = missing(run.spec, usable)
                 self._apply(WorkersCounted(usable))
 
@@ -323,7 +323,7 @@ class SegmentSchedulerActor:
                 case Work():
                     self._spawn(self._work(instruction))
                 case StopWork(run_id, worker):
-                    self._spawn(stop_work(self._crew, self._runs[run_id], worker, self._machine))
+                    self._spawn(stop_work(self._pool, self._runs[run_id], worker, self._machine))
                 case CloseRun():
                     self._spawn(self._close(instruction))
 
@@ -364,7 +364,7 @@ class SegmentSchedulerActor:
 
     async def _close(self, close: CloseRun) -> None:
         run = self._runs[close.run_id]
-        await close_run(self._crew, self._stages.watchdog, run, close)
+        await close_run(self._pool, self._stages.watchdog, run, close)
         self._metrics.ended(run)
         await self._forget(close.run_id, run.spec.config.engine.idle_exit_s)
         await run.tell()
@@ -384,7 +384,7 @@ class SegmentSchedulerActor:
         await asyncio.sleep(idle_exit_s)
         if self._idle and use == self._last_use and not self._admitting.locked():
             self._metrics.close()
-            await self._crew.end()
+            await self._pool.end()
 
 
 def _taken(folder: RunFolder) -> RunExists:

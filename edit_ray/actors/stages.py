@@ -12,10 +12,10 @@ from typing import TypeVar
 
 from edit_ray import files
 from edit_ray.actors.best_effort import best_effort
-from edit_ray.actors.crew import ActorGone, Crew
 from edit_ray.actors.hardware import check_same, differing
 from edit_ray.actors.live_run import FolderSilent, LiveRun
 from edit_ray.actors.messages import RunSpec, statistics
+from edit_ray.actors.pool import ActorGone, ActorPool
 from edit_ray.actors.space import is_full, shortage_after
 from edit_ray.actors.watchdog import Watchdog, answered
 from edit_ray.errors import (
@@ -65,9 +65,9 @@ def pause_before(attempt: int) -> float:
 class Stages:
     """Carries out the instructions of the state machine, one call of `carry_out` for each."""
 
-    def __init__(self, crew: Crew) -> None:
-        self._crew = crew
-        self.watchdog = Watchdog(crew)
+    def __init__(self, pool: ActorPool) -> None:
+        self._pool = pool
+        self.watchdog = Watchdog(pool)
 
     async def carry_out(self, run: LiveRun, work: Work) -> None:
         """Returns when the work is done, raises whatever makes it fail."""
@@ -95,10 +95,10 @@ class Stages:
 
         Raises HardwareDiffers where something was made on other hardware, unless the run may move.
         """
-        await self._crew.start(run.spec, work.worker)
+        await self._pool.start(run.spec, work.worker)
         async with run.beginning:
             engine = run.spec.config.engine
-            asked = self._crew.denoiser(work.worker, "provenance", run.spec)
+            asked = self._pool.denoiser(work.worker, "provenance", run.spec)
             here = await answered(asked, engine.load_timeout_s, "what the GPU actor runs on")
             made = max(run.statistics, default=len(run.manifest.segments) - 1) + 1  # segments that have latents
             if made and not run.may_move:
@@ -106,11 +106,11 @@ class Stages:
             if differing(run.manifest.provenance, here):
                 await run.append(HardwareChanged(run.spec.incarnation, here, made))
                 run.spec = RunSpec.of(run.spec.root, run.spec.config, run.manifest)
-            adopted = self._crew.denoiser(work.worker, "adopt_run", run.spec)
+            adopted = self._pool.denoiser(work.worker, "adopt_run", run.spec)
             await answered(adopted, engine.answer_timeout_s, "the adoption of the run")
 
     async def _prepare(self, run: LiveRun, work: Work) -> None:
-        said = await self._watched(run, work, self._crew.denoiser(work.worker, "prepare_run", run.spec))
+        said = await self._watched(run, work, self._pool.denoiser(work.worker, "prepare_run", run.spec))
         run.lookback_latents = int(said["lookback_latents"])
         await self._remake_damaged(run, work)
         first = run.manifest.dropped_before
@@ -132,10 +132,10 @@ class Stages:
             if spec.latents(index) in run.damaged:
                 if spec.config.cache.reuse_window:
                     raise RunDamaged(f"{record.latents} depends on residuals of other segments; {again}")
-                call = self._crew.denoiser(work.worker, "denoise_segment", spec, segment, work.attempt)
+                call = self._pool.denoiser(work.worker, "denoise_segment", spec, segment, work.attempt)
                 figures |= await self._watched(run, work, call)
             if {spec.media(index), spec.folder.init} & run.damaged.keys():
-                call = self._crew.denoiser(work.worker, "encode_segment", spec, segment)
+                call = self._pool.denoiser(work.worker, "encode_segment", spec, segment)
                 figures |= await self._watched(run, work, call)
             made = digests_in(figures)
             if differing := [name for name in made if made[name] != record.digests.get(name, made[name])]:
@@ -144,7 +144,7 @@ class Stages:
 
     async def _denoise(self, run: LiveRun, work: Work) -> None:
         segment = _segment(run, work)
-        call = self._crew.denoiser(work.worker, "denoise_segment", run.spec, segment, work.attempt)
+        call = self._pool.denoiser(work.worker, "denoise_segment", run.spec, segment, work.attempt)
         run.statistics[segment.index] = await self._watched(run, work, call)
 
     async def _decode(self, run: LiveRun, work: Work) -> None:
@@ -162,11 +162,11 @@ class Stages:
         self._note(run, work, figures)
 
     async def _decode_once(self, run: LiveRun, work: Work) -> dict[str, float]:
-        call = self._crew.denoiser(work.worker, "decode_segment", run.spec, _segment(run, work))
+        call = self._pool.denoiser(work.worker, "decode_segment", run.spec, _segment(run, work))
         return await self._watched(run, work, call)
 
     async def _encode(self, run: LiveRun, work: Work) -> None:
-        call = self._crew.denoiser(work.worker, "encode_segment", run.spec, _segment(run, work))
+        call = self._pool.denoiser(work.worker, "encode_segment", run.spec, _segment(run, work))
         self._note(run, work, await self._watched(run, work, call))
 
     async def _watched(self, run: LiveRun, work: Work, call: Awaitable[T]) -> T:
@@ -236,7 +236,7 @@ class Stages:
 
     async def _finalize(self, run: LiveRun, work: Work) -> None:
         await self._clean_up(run)
-        call = self._crew.denoiser(work.worker, "finalize_run", run.spec, run.manifest.dropped_before)
+        call = self._pool.denoiser(work.worker, "finalize_run", run.spec, run.manifest.dropped_before)
         figures = await self._watched(run, work, call)
         run.final_digest = digests_in(figures)["final"]
 

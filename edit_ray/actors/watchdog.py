@@ -8,7 +8,7 @@ from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from edit_ray.actors.crew import Crew, NoAnswer
+from edit_ray.actors.pool import ActorPool, NoAnswer
 from edit_ray.engine.options import EngineOptions
 from edit_ray.errors import SegmentFailed
 
@@ -42,10 +42,10 @@ class _Beat:
 
 
 class Watchdog:
-    """Looks after all work of one crew: its GPU actors and their stores."""
+    """Looks after all work of one pool: its GPU actors and their stores."""
 
-    def __init__(self, crew: Crew) -> None:
-        self._crew = crew
+    def __init__(self, pool: ActorPool) -> None:
+        self._pool = pool
         self._last: dict[int, _Beat] = {}  # by worker
         self._answers_by: dict[int, float] = {}  # worker -> when its store, which is silent now, has to have answered
 
@@ -67,7 +67,7 @@ class Watchdog:
                 if await self._store_is_silent(worker, engine):
                     continue  # the GPU actor may be waiting for it
                 if why := await self._hangs(worker, engine, looks):
-                    await self._crew.restart_denoiser(worker)
+                    await self._pool.restart_denoiser(worker)
                     raise SegmentFailed(f"{why}; it was killed")
         finally:
             if not task.done():
@@ -95,12 +95,12 @@ class Watchdog:
         """Whether the store does not answer now; after `answer_timeout_s` of that it is restarted."""
         now = asyncio.get_running_loop().time()
         try:
-            await asyncio.wait_for(self._crew.store(worker, "describe"), engine.answer_timeout_s / LOOKS)
+            await asyncio.wait_for(self._pool.store(worker, "describe"), engine.answer_timeout_s / LOOKS)
         except TimeoutError:
             if now <= self._answers_by.setdefault(worker, now + engine.answer_timeout_s):
                 return True
             _log.warning("the store %d did not answer for %g s; it is killed", worker, engine.answer_timeout_s)
-            await self._crew.restart_store(worker)
+            await self._pool.restart_store(worker)
             # It takes its time to begin, and the GPU actor's time for a step begins anew.
             self._answers_by[worker] = now + engine.start_timeout_s
             self._last.pop(worker, None)
@@ -116,7 +116,7 @@ class Watchdog:
         last = self._last.setdefault(worker, _Beat(-1, now))
         number = last.number
         try:
-            number = await asyncio.wait_for(self._crew.denoiser(worker, "beat"), looks_s)
+            number = await asyncio.wait_for(self._pool.denoiser(worker, "beat"), looks_s)
         except TimeoutError:
             pass
         except ConnectionError:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from edit_ray.actors import segment_scheduler
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.cache.policies import POLICIES, Always
@@ -51,8 +51,8 @@ def config_for(model, **changes):
     return Config.model_validate(values)
 
 
-class Crew(LocalCrew):
-    """A crew that can lose its GPU actor or its store, and does what an actor's death does: forget everything."""
+class Pool(LocalPool):
+    """A pool that can lose its GPU actor or its store, and does what an actor's death does: forget everything."""
 
     def __init__(self):
         super().__init__()
@@ -69,8 +69,8 @@ class Crew(LocalCrew):
         return await super().denoiser(worker, method, *arguments)
 
 
-class Unlucky(Crew):
-    """A crew whose store can free nothing at the end of a run."""
+class Unlucky(Pool):
+    """A pool whose store can free nothing at the end of a run."""
 
     async def store(self, worker, method, *arguments):
         if method == "drop_run":
@@ -78,16 +78,16 @@ class Unlucky(Crew):
         return await super().store(worker, method, *arguments)
 
 
-async def generate(root, config, run_id="one", crew=None):
-    crew = crew or Crew()
-    scheduler = SegmentSchedulerActor(crew)
+async def generate(root, config, run_id="one", pool=None):
+    pool = pool or Pool()
+    scheduler = SegmentSchedulerActor(pool)
     await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), "")
     index, records = 0, []
     while True:
         reply = await scheduler.wait_segment(run_id, index, 60)
         if reply.record is None:
             assert reply.status.ended
-            return reply.status, records, crew
+            return reply.status, records, pool
         records.append(reply.record)
         index += 1
 
@@ -131,7 +131,7 @@ def test_what_cannot_be_written_or_freed_keeps_no_run_from_its_end(tmp_path, mod
 
     monkeypatch.setattr(segment_scheduler, "append_event", fails_once)
     config = config_for(model, video={"num_segments": 1}, prompt_segments=[{"segment": 0, "prompt": "a red circle"}])
-    status, records, _ = asyncio.run(generate(tmp_path, config, crew=Unlucky()))
+    status, records, _ = asyncio.run(generate(tmp_path, config, pool=Unlucky()))
     assert (status.state, len(records)) == ("done", 1)
     assert failed == ["gpu_actor"]
     said = [event for event in read_events(RunFolder(tmp_path, "one").events) if event["event"] == "gpu_actor"]
@@ -184,11 +184,11 @@ def test_segment_0_equals_the_library(tmp_path, model):
 def test_a_lost_actor_changes_no_frame(tmp_path, model, lost):
     config = config_for(model)
     asyncio.run(generate(tmp_path, config, "whole"))
-    crew = Crew()
-    crew.fail_once = set(lost)
-    status, _, crew = asyncio.run(generate(tmp_path, config, "hurt", crew))
+    pool = Pool()
+    pool.fail_once = set(lost)
+    status, _, pool = asyncio.run(generate(tmp_path, config, "hurt", pool))
     assert status.state == "done", status.error
-    assert crew.fail_once == set(), "every planned failure happened"
+    assert pool.fail_once == set(), "every planned failure happened"
     for index in range(4):
         whole, hurt = (RunFolder(tmp_path, name) for name in ("whole", "hurt"))
         assert torch.equal(load_latents(whole.latents(index)), load_latents(hurt.latents(index)))
@@ -208,13 +208,13 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_in_every_mode_a_lost_actor_changes_no_frame(tmp_path, model, mode):
     config = config_for(model, continuity=MODES[mode] | {"history_latents": 2})
-    crew = Crew()
-    crew.fail_once = {("denoise_segment", 1), ("decode_segment", 2)}
-    for name, its_crew in (("whole", None), ("hurt", crew)):
-        status, records, _ = asyncio.run(generate(tmp_path, config, name, its_crew))
+    pool = Pool()
+    pool.fail_once = {("denoise_segment", 1), ("decode_segment", 2)}
+    for name, its_pool in (("whole", None), ("hurt", pool)):
+        status, records, _ = asyncio.run(generate(tmp_path, config, name, its_pool))
         assert status.state == "done", status.error
         assert sum(record.num_frames for record in records) == config.num_frames_total
-    assert crew.fail_once == set(), "every planned failure happened"
+    assert pool.fail_once == set(), "every planned failure happened"
     assert np.array_equal(frames_of(tmp_path, config, "whole"), frames_of(tmp_path, config, "hurt"))
     for index in range(4):
         whole, hurt = (load_latents(RunFolder(tmp_path, name).latents(index)) for name in ("whole", "hurt"))
@@ -235,14 +235,14 @@ def test_adain_draws_what_a_segment_adds_towards_the_first_segment(tmp_path, mod
 
 
 def test_a_segment_that_always_fails_ends_the_run_with_its_reason(tmp_path, model):
-    class Broken(Crew):
+    class Broken(Pool):
         async def denoiser(self, worker, method, *arguments):
             if method == "decode_segment":
                 raise OSError("no space left")
             return await super().denoiser(worker, method, *arguments)
 
     config = config_for(model, engine={"cpu_threads": 1, "segment_retries": 1})
-    status, records, _ = asyncio.run(generate(tmp_path, config, crew=Broken()))
+    status, records, _ = asyncio.run(generate(tmp_path, config, pool=Broken()))
     assert status.state == "failed"
     assert records == []
     assert status.error == "decode of segment 0 failed (attempt 2 of 2): OSError: no space left"
@@ -253,7 +253,7 @@ def test_a_run_stops_between_two_steps_and_keeps_what_is_committed(tmp_path, mod
     config = config_for(model, sampling={"num_inference_steps": 200})
 
     async def stop_early():
-        scheduler = SegmentSchedulerActor(Crew())
+        scheduler = SegmentSchedulerActor(Pool())
         await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
         async with asyncio.timeout(30):
             while (await scheduler.status("one")).progress is None:
@@ -270,21 +270,21 @@ def test_two_runs_take_turns(tmp_path, model):
     config = config_for(model, video={"num_segments": 1}, prompt_segments=[{"segment": 0, "prompt": "a red circle"}])
 
     async def both():
-        crew = Crew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Pool()
+        scheduler = SegmentSchedulerActor(pool)
         for run_id in ("one", "two"):
             await scheduler.submit(run_id, config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
-        return [await scheduler.wait_segment(run_id, 1, 60) for run_id in ("one", "two")], crew
+        return [await scheduler.wait_segment(run_id, 1, 60) for run_id in ("one", "two")], pool
 
-    replies, crew = asyncio.run(both())
+    replies, pool = asyncio.run(both())
     assert [reply.status.state for reply in replies] == ["done", "done"]
-    assert [method for method, _ in crew.calls].count("prepare_run") == 2
+    assert [method for method, _ in pool.calls].count("prepare_run") == 2
 
 
 def test_the_actors_end_when_idle(tmp_path, model):
     ended = []
 
-    class Ending(Crew):
+    class Ending(Pool):
         async def end(self):
             ended.append(True)
 
@@ -309,7 +309,7 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, model):
     config = config_for(model)
 
     async def submit(values, probe=tmp_path):
-        scheduler = SegmentSchedulerActor(Crew())
+        scheduler = SegmentSchedulerActor(Pool())
         await scheduler.submit("one", values, str(tmp_path / "root"), str(probe), "")
 
     wrong = config.model_dump(mode="json")
@@ -338,7 +338,7 @@ def test_a_policy_is_made_where_it_is_read_where_it_is_admitted_and_for_use(tmp_
     assert made == [1]
 
     async def submit_and_wait():
-        scheduler = SegmentSchedulerActor(Crew())
+        scheduler = SegmentSchedulerActor(Pool())
         where = str(tmp_path / "root")
         await scheduler.submit("one", config.model_dump(mode="json"), where, str(tmp_path), "")
         assert made == [1, 1]
@@ -350,7 +350,7 @@ def test_a_policy_is_made_where_it_is_read_where_it_is_admitted_and_for_use(tmp_
 
 def test_an_unknown_run_is_named():
     async def ask():
-        await SegmentSchedulerActor(LocalCrew()).status("nobody")
+        await SegmentSchedulerActor(LocalPool()).status("nobody")
 
     with pytest.raises(UnknownRun, match="no run 'nobody'"):
         asyncio.run(ask())

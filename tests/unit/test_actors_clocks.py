@@ -63,16 +63,16 @@ def everything(root, name):
 
 async def live_through(root, model, name, clock, deaths):
     """A run under that clock, whose segment scheduler dies after so many calls; the counts must never fall."""
-    crew = Watched(0)
-    crew.clock = clock
-    scheduler = SegmentSchedulerActor(crew)
+    pool = Watched(0)
+    pool.clock = clock
+    scheduler = SegmentSchedulerActor(pool)
     await submit(scheduler, root, name, config_for(model, **(REUSE if name == "reuse" else {}), **SHORT))
     for calls in deaths:
-        crew.left, crew.now = calls, asyncio.Event()
-        await asyncio.wait_for(crew.now.wait(), 60)
+        pool.left, pool.now = calls, asyncio.Event()
+        await asyncio.wait_for(pool.now.wait(), 60)
         await die(scheduler)
         clock.jump("recovery")
-        scheduler = SegmentSchedulerActor(crew)
+        scheduler = SegmentSchedulerActor(pool)
     index, before = 0, dict.fromkeys(COUNTERS, 0.0)
     while (reply := await scheduler.wait_segment(name, index, 60)).record is not None or not reply.status.ended:
         index += reply.record is not None
@@ -84,7 +84,7 @@ async def live_through(root, model, name, clock, deaths):
     samples = await page_of(root)
     records = RunFolder(root, name).read_manifest().segments
     assert samples("edit_ray_segments_total") == len(records) == 3
-    await crew.end()
+    await pool.end()
     for record in records:
         seconds = {key: value for key, value in record.statistics.items() if key.endswith("_s")}
         assert {"denoise_s", "decode_s", "encode_s", "publish_s"} <= set(seconds)

@@ -6,8 +6,8 @@ import pytest
 
 from edit_ray.actors import stages
 from edit_ray.actors.cache_store import CacheStoreActor
-from edit_ray.actors.crew import ActorGone
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
+from edit_ray.actors.pool import ActorGone
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.run_state import MOST_DEATHS
@@ -39,7 +39,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(stages, "LONGEST_RETRY_PAUSE_S", 0.02)
 
 
-class Mortal(LocalCrew):
+class Mortal(LocalPool):
     """Its GPU actor, or its store, dies so many times during each of these calls."""
 
     def __init__(self, who, times, methods):
@@ -61,11 +61,11 @@ class Mortal(LocalCrew):
         raise ActorGone("the actor 'denoiser' is gone")
 
 
-async def run(crew, root, model, **changes):
-    scheduler = SegmentSchedulerActor(crew)
+async def run(pool, root, model, **changes):
+    scheduler = SegmentSchedulerActor(pool)
     await submit(scheduler, root, "one", config_for(model, **SHORT | NO_RETRIES | changes))
     status = await end_of(scheduler, "one")
-    await crew.end()
+    await pool.end()
     return status
 
 
@@ -74,10 +74,10 @@ WORK = ("prepare_run", "denoise_segment", "decode_segment", "encode_segment", "f
 
 @pytest.mark.parametrize(("who", "times"), [("GPU actor", 4), ("store", 4)])
 def test_deaths_of_actors_end_no_run_although_nothing_may_be_tried_again(tmp_path, model, undisturbed, who, times):
-    crew = Mortal(who, times, WORK if who == "GPU actor" else ["denoise_segment"])
-    status = asyncio.run(run(crew, tmp_path, model))
+    pool = Mortal(who, times, WORK if who == "GPU actor" else ["denoise_segment"])
+    status = asyncio.run(run(pool, tmp_path, model))
     assert status.state == "done", status.error
-    assert set(crew.left.values()) == {0}
+    assert set(pool.left.values()) == {0}
     made, whole = everything(tmp_path, "one"), dict(undisturbed)
     assert made.pop("run.yaml") != whole.pop("run.yaml"), "which says how often work is tried again"
     assert {name: made[name] == whole[name] for name in whole} == dict.fromkeys(made, True)
@@ -96,5 +96,5 @@ def test_what_a_client_leaves_that_dies_while_it_submits_goes_with_the_run_s_end
     left, of_another = RunFolder(tmp_path, "one").probe("a"), RunFolder(tmp_path, "one-b").probe("b")
     left.touch()
     of_another.touch()
-    assert asyncio.run(run(LocalCrew(), tmp_path, model)).state == "done"
+    assert asyncio.run(run(LocalPool(), tmp_path, model)).state == "done"
     assert (left.exists(), of_another.exists()) == (False, True)

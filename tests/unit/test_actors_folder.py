@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from edit_ray import files
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.errors import ResourcesUnavailable
 from edit_ray.runs.folder import RunFolder
@@ -74,8 +74,8 @@ def test_a_run_whose_folder_answers_again_goes_on_and_others_have_not_waited(tmp
     disk = Silent(lambda kind, path, data: path.parent == tmp_path / "stuck" and SILENT[what](kind, path, data))
 
     async def run():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "stuck", config_of(model))
         await until(disk.asked)
         await submit(scheduler, tmp_path, "other", config_of(model))
@@ -83,7 +83,7 @@ def test_a_run_whose_folder_answers_again_goes_on_and_others_have_not_waited(tmp
         assert not RunFolder(tmp_path, "stuck").final.exists()
         disk.answers.set()
         stuck = await end_of(scheduler, "stuck")
-        await crew.end()
+        await pool.end()
         return other, stuck
 
     with files.swapped(disk):
@@ -96,8 +96,8 @@ def test_a_run_whose_folder_does_not_answer_ends_in_time_and_may_be_resumed(tmp_
     disk = Silent(lambda kind, path, data: (kind, path) == ("replace", tmp_path / "stuck" / "live.m3u8"))
 
     async def run():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "stuck", config_of(model, retries=0))
         await until(disk.asked)
         began = time.monotonic()
@@ -108,7 +108,7 @@ def test_a_run_whose_folder_does_not_answer_ends_in_time_and_may_be_resumed(tmp_
         resumed = await end_of(scheduler, "stuck")
         await submit(scheduler, tmp_path, "other", config_of(model, retries=0))
         await end_of(scheduler, "other")
-        await crew.end()
+        await pool.end()
         return failed, seconds, resumed
 
     with files.swapped(disk):
@@ -132,7 +132,7 @@ def test_a_folder_of_runs_that_is_busy_is_refused_with_a_sentence(tmp_path, mode
             return super().listdir(path)
 
     async def run():
-        scheduler = SegmentSchedulerActor(LocalCrew())
+        scheduler = SegmentSchedulerActor(LocalPool())
         with pytest.raises(ResourcesUnavailable, match=r"cannot be used \(Device or resource busy\); ask again"):
             await submit(scheduler, tmp_path, "one", config_for(model, **SHORT))
 
@@ -148,8 +148,8 @@ def test_a_folder_of_runs_that_does_not_answer_is_refused_and_holds_up_nobody(tm
     config = config_for(model, engine={"cpu_threads": 1, "idle_exit_s": 3600, "answer_timeout_s": 1.0}, **SHORT)
 
     async def run():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        scheduler = SegmentSchedulerActor(pool)
         refused = asyncio.create_task(submit(scheduler, silent, "one", config))
         await until(disk.asked)
         await submit(scheduler, well, "two", config)
@@ -157,7 +157,7 @@ def test_a_folder_of_runs_that_does_not_answer_is_refused_and_holds_up_nobody(tm
             await refused
         disk.answers.set()
         status = await end_of(scheduler, "two")
-        await crew.end()
+        await pool.end()
         return status
 
     with files.swapped(disk):

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from edit_ray.actors.local import LocalCrew, LocalWorker
+from edit_ray.actors.local import LocalPool, LocalWorker
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.client import LongVideoClient
@@ -31,12 +31,12 @@ def model(tmp_path_factory):
 
 
 @contextlib.asynccontextmanager
-async def scheduler_of(crew=None):
-    crew = crew or LocalCrew()
+async def scheduler_of(pool=None):
+    pool = pool or LocalPool()
     try:
-        yield SegmentSchedulerActor(crew)
+        yield SegmentSchedulerActor(pool)
     finally:
-        await crew.end()
+        await pool.end()
 
 
 def test_a_gpu_actor_does_no_work_of_an_earlier_life_of_a_run(tmp_path):
@@ -126,7 +126,7 @@ def test_no_statistic_of_a_manifest_fails_the_metrics(bad):
 # What may be had again is asked for again.
 
 
-class Busy(LocalCrew):
+class Busy(LocalPool):
     """A cluster that has, at one stage, no place for a while."""
 
     def __init__(self, method):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edit_ray.actors import closing
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.runs.folder import RunFolder
@@ -26,7 +26,7 @@ def model(tmp_path_factory):
     return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
-class Stopped(LocalCrew):
+class Stopped(LocalPool):
     """From a call of `when` on the actor named answers nothing, as after SIGSTOP, until it is killed. Then it is there
     again, or with `for_good` as soon as it is called like that another time stops again.
     """
@@ -77,9 +77,9 @@ async def end_of(scheduler, run_id="hurt", timeout_s=60):
     return status
 
 
-def finish(root, config, crew, run_id="hurt"):
+def finish(root, config, pool, run_id="hurt"):
     async def run():
-        scheduler = SegmentSchedulerActor(crew)
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, root, config, run_id)
         return await end_of(scheduler, run_id)
 
@@ -101,13 +101,13 @@ def finish(root, config, crew, run_id="hurt"):
 )
 def test_whatever_hangs_is_restarted_and_the_run_is_done_with_the_same_frames(tmp_path, model, role, when):
     config = config_for(model, video={"num_segments": 3}, engine=TIMES, **REUSE)
-    assert finish(tmp_path, config, LocalCrew(), "whole").state == "done"
-    crew = Stopped(role, when)
-    status = finish(tmp_path, config, crew)
+    assert finish(tmp_path, config, LocalPool(), "whole").state == "done"
+    pool = Stopped(role, when)
+    status = finish(tmp_path, config, pool)
     assert status.state == "done", status.error
     assert RunFolder(tmp_path, "hurt").read_manifest().state == "done"
     if when not in ("release_run", "describe"):  # with the run's end nobody needs it any more; it may be through before
-        assert crew.restarts == [role], "the one that hung, and no other"
+        assert pool.restarts == [role], "the one that hung, and no other"
     whole, hurt = (RunFolder(tmp_path, run_id) for run_id in ("whole", "hurt"))
     for index in range(3):
         assert torch.equal(load_latents(whole.latents(index)), load_latents(hurt.latents(index)))
@@ -126,14 +126,14 @@ def test_what_hangs_again_and_again_ends_the_run_with_a_sentence(tmp_path, model
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("when", ["prepare_run", "denoise_segment", "finalize_run"])
 def test_a_cancel_that_is_not_obeyed_ends_with_the_actor(tmp_path, model, when):
-    crew = Stopped("denoiser", when)
+    pool = Stopped("denoiser", when)
     config = config_for(model, engine=TIMES | {"step_timeout_s": 3600.0, "load_timeout_s": 3600.0})
 
     async def run():
-        scheduler = SegmentSchedulerActor(crew)
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, config)
         async with asyncio.timeout(60):
-            while crew.killed is None:
+            while pool.killed is None:
                 await asyncio.sleep(0.05)
         began = time.monotonic()
         await scheduler.cancel("hurt")
@@ -142,7 +142,7 @@ def test_a_cancel_that_is_not_obeyed_ends_with_the_actor(tmp_path, model, when):
 
     status, seconds = asyncio.run(run())
     assert status.state == "cancelled"
-    assert crew.restarts == ["denoiser"]
+    assert pool.restarts == ["denoiser"]
     assert seconds < 10, "answer_timeout_s, and what the end takes"
 
 
@@ -153,17 +153,17 @@ def test_a_long_join_that_goes_on_is_not_taken_for_one_that_hangs(tmp_path, mode
     slow.write_text(f'#!/bin/bash\n{wait}\nexec "{imageio_ffmpeg.get_ffmpeg_exe()}" "$@"\n')
     slow.chmod(0o700)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(slow))
-    crew = Stopped("nobody", "never")
+    pool = Stopped("nobody", "never")
     config = config_for(model, video={"num_segments": 3}, engine=TIMES | {"step_timeout_s": 2.0, "segment_retries": 0})
-    status = finish(tmp_path, config, crew)
+    status = finish(tmp_path, config, pool)
     assert status.state == "done", status.error
-    assert crew.restarts == []
+    assert pool.restarts == []
 
 
 def test_a_store_that_takes_long_to_be_there_again_is_told_of_the_end(tmp_path, model, monkeypatch):
     monkeypatch.setattr(closing, "RELEASE_PAUSE_S", 0.01)
 
-    class Away(LocalCrew):
+    class Away(LocalPool):
         left = 50
 
         async def store(self, worker, method, *arguments):
@@ -176,7 +176,7 @@ def test_a_store_that_takes_long_to_be_there_again_is_told_of_the_end(tmp_path, 
     assert not list((tmp_path / ".cache_store").glob("*.safetensors"))
 
 
-class Delayed(LocalCrew):
+class Delayed(LocalPool):
     """Its scheduler is stopped for longer than an actor may hang, in the midst of a step that takes a while."""
 
     restarts = 0
@@ -194,7 +194,7 @@ class Delayed(LocalCrew):
 
 
 def test_a_scheduler_that_was_stopped_itself_takes_no_actor_for_hung(tmp_path, model):
-    crew = Delayed()
+    pool = Delayed()
     config = config_for(model, video={"num_segments": 3}, engine=TIMES | {"step_timeout_s": 2.0})
-    assert finish(tmp_path, config, crew).state == "done"
-    assert crew.restarts == 0
+    assert finish(tmp_path, config, pool).state == "done"
+    assert pool.restarts == 0

@@ -6,14 +6,14 @@ import urllib.request
 
 import pytest
 
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.errors import ConfigError
 from edit_ray.metrics.exporter import TARGETS
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
 from tests.prometheus import samples_of
-from tests.unit.test_actors import Crew, config_for
+from tests.unit.test_actors import Pool, config_for
 from tests.unit.test_actors_recovery import REUSE, Dying, die, end_of, submit
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
@@ -50,9 +50,9 @@ def check(samples, manifest, policy):
 
 def test_the_counts_are_those_of_the_manifest(tmp_path, model):
     async def run():
-        crew = Crew()
-        crew.fail_once = {("denoise_segment", 2)}
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Pool()
+        pool.fail_once = {("denoise_segment", 2)}
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "one", config_for(model, **REUSE))
         assert (await end_of(scheduler, "one")).state == "done"
         samples = await page_of(tmp_path)
@@ -61,7 +61,7 @@ def test_the_counts_are_those_of_the_manifest(tmp_path, model):
         assert samples("edit_ray_reuse_bytes_total", direction="read") > 0
         assert samples("edit_ray_work_failed_total", stage="denoise", trouble="actor_died") == 1
         assert samples("edit_ray_runs_ended_total", outcome="done") == 1
-        await crew.end()
+        await pool.end()
 
     asyncio.run(run())
     assert RunFolder(tmp_path, "one").read_manifest().state == "done"
@@ -71,12 +71,12 @@ def test_a_store_whose_tiers_are_closed_and_made_again_goes_on_counting(tmp_path
     """The same run twice, in one CacheStore actor: every count of it is there twice."""
 
     async def run():
-        crew, told = LocalCrew(), []
-        scheduler = SegmentSchedulerActor(crew)
+        pool, told = LocalPool(), []
+        scheduler = SegmentSchedulerActor(pool)
         for run_id in ("one", "two"):
             await submit(scheduler, tmp_path, run_id, config_for(model, **REUSE))
             assert (await end_of(scheduler, run_id)).state == "done"
-            told.append(await crew.store(0, "metrics"))
+            told.append(await pool.store(0, "metrics"))
         first, second = told
         assert (first.incarnation, first.sequence < second.sequence) == (second.incarnation, True)
         lookups = [of for of in first.counts if of[0] == "edit_ray_tier_lookups_total" and of[1][0] == "host"]
@@ -85,14 +85,14 @@ def test_a_store_whose_tiers_are_closed_and_made_again_goes_on_counting(tmp_path
         assert sum(second.counts[of] for of in lookups) == 2 * reads
         assert all(second.counts[of] >= value for of, value in first.counts.items())
         assert second.gauges == {}, "the tiers are closed"
-        await crew.end()
+        await pool.end()
 
     asyncio.run(run())
 
 
 def test_without_a_cache_every_step_counts_as_computed(tmp_path, model):
     async def run():
-        scheduler = SegmentSchedulerActor(LocalCrew())
+        scheduler = SegmentSchedulerActor(LocalPool())
         await submit(scheduler, tmp_path, "one", config_for(model))
         await end_of(scheduler, "one")
         samples = await page_of(tmp_path)
@@ -104,22 +104,22 @@ def test_without_a_cache_every_step_counts_as_computed(tmp_path, model):
 
 def test_a_segment_scheduler_that_is_started_again_has_the_same_counts(tmp_path, model):
     async def run():
-        crew = Dying(9)
-        first = SegmentSchedulerActor(crew)
+        pool = Dying(9)
+        first = SegmentSchedulerActor(pool)
         await submit(first, tmp_path, "one", config_for(model, **REUSE))
-        await crew.now.wait()
+        await pool.now.wait()
         await die(first)
-        second = SegmentSchedulerActor(crew)
+        second = SegmentSchedulerActor(pool)
         assert (await end_of(second, "one")).state == "done"
         check(await page_of(tmp_path), RunFolder(tmp_path, "one").read_manifest(), "warmstart_reuse")
-        await crew.end()
+        await pool.end()
 
     asyncio.run(run())
 
 
 def test_a_place_that_cannot_be_had_refuses_the_run_and_writes_nothing(tmp_path, model):
     async def run():
-        scheduler = SegmentSchedulerActor(LocalCrew())
+        scheduler = SegmentSchedulerActor(LocalPool())
         config = config_for(model, metrics={"address": "192.0.2.1", "token_file": str(token)})
         with pytest.raises(ConfigError, match=r"metrics\.address"):
             await submit(scheduler, tmp_path, "one", config)
@@ -135,7 +135,7 @@ def test_a_place_that_cannot_be_had_refuses_the_run_and_writes_nothing(tmp_path,
 
 def test_targets_go_when_the_scheduler_ends(tmp_path, model):
     async def run():
-        scheduler = SegmentSchedulerActor(LocalCrew())
+        scheduler = SegmentSchedulerActor(LocalPool())
         await submit(scheduler, tmp_path, "one", config_for(model, video={"num_segments": 1}, prompt_segments=ONE))
         await end_of(scheduler, "one")
         assert (tmp_path / TARGETS).exists()
@@ -146,19 +146,19 @@ def test_targets_go_when_the_scheduler_ends(tmp_path, model):
 
 def test_what_one_that_died_told_prometheus_goes_though_no_run_lives(tmp_path, model):
     async def run():
-        crew, targets = LocalCrew(), tmp_path / TARGETS
-        first = SegmentSchedulerActor(crew)
+        pool, targets = LocalPool(), tmp_path / TARGETS
+        first = SegmentSchedulerActor(pool)
         await submit(first, tmp_path, "one", config_for(model, video={"num_segments": 1}, prompt_segments=ONE))
         await end_of(first, "one")
         await die(first)
         told = targets.read_text()
-        await SegmentSchedulerActor(crew).runs()
+        await SegmentSchedulerActor(pool).runs()
         assert not targets.exists()
         others = told.replace("127.0.0.1", "127.0.0.2")  # of another Ray's segment scheduler
         targets.write_text(others)
-        await SegmentSchedulerActor(crew).runs()
+        await SegmentSchedulerActor(pool).runs()
         assert targets.read_text() == others
-        await crew.end()
+        await pool.end()
 
     asyncio.run(run())
 

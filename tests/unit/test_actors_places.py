@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from edit_ray.actors import segment_scheduler, stages
-from edit_ray.actors.crew import ActorGone
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
+from edit_ray.actors.pool import ActorGone
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.errors import NoPlace
 from edit_ray.testing import save_random_wan
@@ -37,7 +37,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(stages, "LONGEST_RETRY_PAUSE_S", 0.02)
 
 
-class Small(LocalCrew):
+class Small(LocalPool):
     """A cluster with places for so many GPU actors, which it can tell, or finds out when one is to be started."""
 
     def __init__(self, holds, tells=False):
@@ -63,13 +63,13 @@ async def until(scheduler, run_id, there):
 @pytest.mark.parametrize("tells", [True, False])
 def test_runs_beyond_what_the_cluster_holds_wait_and_say_why(tmp_path, model, tells):
     async def run():
-        crew = Small(1, tells)
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Small(1, tells)
+        scheduler = SegmentSchedulerActor(pool)
         for name in ("one", "two"):
             await submit(scheduler, tmp_path, name, config_for(model, **SHORT, **MANY), name)
         waits = await until(scheduler, "two", lambda status: status.state == "queued" and status.warning)
         ends = {name: await end_of(scheduler, name) for name in ("one", "two")}
-        await crew.end()
+        await pool.end()
         return waits, ends
 
     waits, ends = asyncio.run(run())
@@ -84,16 +84,16 @@ def test_runs_beyond_what_the_cluster_holds_wait_and_say_why(tmp_path, model, te
 
 def test_a_run_goes_on_as_soon_as_a_node_comes(tmp_path, model):
     async def run():
-        crew = Small(1, tells=True)
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Small(1, tells=True)
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "endless", config_for(model, **FOREVER), "endless")
         await submit(scheduler, tmp_path, "two", config_for(model, **SHORT, **MANY), "two")
         assert (await scheduler.status("two")).state == "queued"
-        crew.holds = 2
+        pool.holds = 2
         status = await end_of(scheduler, "two")
         await scheduler.cancel("endless")
         await end_of(scheduler, "endless")
-        await crew.end()
+        await pool.end()
         return status
 
     status = asyncio.run(run())
@@ -102,18 +102,18 @@ def test_a_run_goes_on_as_soon_as_a_node_comes(tmp_path, model):
 
 def test_a_run_whose_gpu_actor_has_lost_its_place_is_resumed_on_another(tmp_path, model):
     async def run():
-        crew = Small(2)
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Small(2)
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "endless", config_for(model, **FOREVER), "endless")
         await submit(scheduler, tmp_path, "two", config_for(model, **SHORT, **MANY), "two")
         await until(scheduler, "two", lambda status: status.state == "running")
         for name in ("two", "endless"):
             await scheduler.cancel(name)
             await end_of(scheduler, name)
-        crew.holds = 1
+        pool.holds = 1
         await scheduler.resume("two", str(tmp_path), False)
         status = await end_of(scheduler, "two")
-        await crew.end()
+        await pool.end()
         return status
 
     status = asyncio.run(run())
@@ -132,14 +132,14 @@ def test_a_node_that_is_lost_at_work_hands_its_run_over_to_another(tmp_path, mod
             return await super().denoiser(worker, method, *arguments)
 
     async def run():
-        crew = Shrinking(2)
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Shrinking(2)
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "endless", config_for(model, **FOREVER), "endless")
         await submit(scheduler, tmp_path, "two", config_for(model, **SHORT, **MANY), "two")
         waits = await until(scheduler, "two", lambda status: status.state == "queued" and status.warning)
         await scheduler.cancel("endless")
         status = await end_of(scheduler, "two")
-        await crew.end()
+        await pool.end()
         return waits, status
 
     waits, status = asyncio.run(run())

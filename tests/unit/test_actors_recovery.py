@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from edit_ray.actors import stages
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.actors.stages import LONGEST_RETRY_PAUSE_S, pause_before
 from edit_ray.engine.latent_files import load_latents
@@ -48,12 +48,12 @@ def undisturbed(model, tmp_path_factory):
 
 async def make(root, model, **runs):
     """A run for each of these changes of the configuration, one after the other."""
-    crew = LocalCrew()
-    scheduler = SegmentSchedulerActor(crew)
+    pool = LocalPool()
+    scheduler = SegmentSchedulerActor(pool)
     for name, changes in runs.items():
         await submit(scheduler, root, name, config_for(model, **changes))
         assert (await end_of(scheduler, name)).state == "done"
-    await crew.end()
+    await pool.end()
 
 
 async def submit(scheduler, root, run_id, config, token="mine"):
@@ -67,7 +67,7 @@ async def end_of(scheduler, run_id):
     return status
 
 
-class Dying(LocalCrew):
+class Dying(LocalPool):
     """Says when so many pieces of work were asked for."""
 
     def __init__(self, calls):
@@ -84,12 +84,12 @@ class Dying(LocalCrew):
 
 async def leave_half_made(root, run_id, config):
     """A run that was at work when all its actors died."""
-    crew = Dying(5)
-    scheduler = SegmentSchedulerActor(crew)
+    pool = Dying(5)
+    scheduler = SegmentSchedulerActor(pool)
     await submit(scheduler, root, run_id, config)
-    await crew.now.wait()
+    await pool.now.wait()
     await die(scheduler)
-    await crew.end()
+    await pool.end()
 
 
 def same(one, other, index):
@@ -101,19 +101,19 @@ def same(one, other, index):
 @pytest.mark.parametrize("name", ["plain", "reuse"])
 def test_the_next_segment_scheduler_goes_on_to_the_same_bytes(tmp_path, model, undisturbed, name, calls):
     async def die_and_go_on():
-        crew = Dying(calls)
-        first = SegmentSchedulerActor(crew)
+        pool = Dying(calls)
+        first = SegmentSchedulerActor(pool)
         await submit(first, tmp_path, name, config_for(model, **(REUSE if name == "reuse" else {})))
-        await crew.now.wait()
+        await pool.now.wait()
         await die(first)
-        second = SegmentSchedulerActor(crew)
+        second = SegmentSchedulerActor(pool)
         seen, index = [], 0
         while (reply := await second.wait_segment(name, index, 60)).record is not None:
             seen.append(reply.record.index)
             index += 1
         assert reply.status.state == "done", reply.status.error
-        assert await crew.recall() == {}
-        await crew.end()
+        assert await pool.recall() == {}
+        await pool.end()
         return seen
 
     assert asyncio.run(die_and_go_on()) == list(range(SEGMENTS))
@@ -140,23 +140,23 @@ class Slow(Dying):
 
 def test_a_recovery_that_dies_half_way_forgets_no_run(tmp_path, model, undisturbed):
     async def die_twice():
-        crew = Slow(4)
-        first = SegmentSchedulerActor(crew)
+        pool = Slow(4)
+        first = SegmentSchedulerActor(pool)
         for run_id in ("one", "two"):
             await submit(first, tmp_path, run_id, config_for(model))
-        await crew.now.wait()
+        await pool.now.wait()
         await die(first)
-        crew.slow_run, crew.asked = "two", asyncio.Event()
-        second = SegmentSchedulerActor(crew)
-        await crew.asked.wait()
+        pool.slow_run, pool.asked = "two", asyncio.Event()
+        second = SegmentSchedulerActor(pool)
+        await pool.asked.wait()
         await asyncio.sleep(0)
-        assert set(await crew.recall()) == {"one", "two"}
+        assert set(await pool.recall()) == {"one", "two"}
         second._recovered.cancel()
         await die(second)
-        crew.slow_run = None
-        third = SegmentSchedulerActor(crew)
+        pool.slow_run = None
+        third = SegmentSchedulerActor(pool)
         ends = [await end_of(third, run_id) for run_id in ("one", "two")]
-        await crew.end()
+        await pool.end()
         return [status.state for status in ends]
 
     assert asyncio.run(die_twice()) == ["done", "done"]
@@ -166,20 +166,20 @@ def test_a_recovery_that_dies_half_way_forgets_no_run(tmp_path, model, undisturb
 
 def test_a_submission_that_is_asked_for_again_is_the_same_run(tmp_path, model):
     async def twice():
-        crew = LocalCrew()
-        first = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        first = SegmentSchedulerActor(pool)
         await submit(first, tmp_path, "one", config_for(model))
         await submit(first, tmp_path, "one", config_for(model))
         await die(first)
-        second = SegmentSchedulerActor(crew)
+        second = SegmentSchedulerActor(pool)
         await submit(second, tmp_path, "one", config_for(model))
         assert (await end_of(second, "one")).state == "done"
         await die(second)
-        third = SegmentSchedulerActor(crew)
+        third = SegmentSchedulerActor(pool)
         status = await submit(third, tmp_path, "one", config_for(model))
         assert status.committed == SEGMENTS
         await end_of(third, "one")
-        await crew.end()
+        await pool.end()
 
     asyncio.run(twice())
 
@@ -189,7 +189,7 @@ def test_a_run_goes_on_from_its_folder_alone(tmp_path, model, undisturbed):
 
     async def resume_elsewhere():
         await leave_half_made(tmp_path, "plain", config_for(model))
-        other = LocalCrew()
+        other = LocalPool()
         second = SegmentSchedulerActor(other)
         with pytest.raises(UnknownRun):
             await second.status("plain")
@@ -209,15 +209,15 @@ def test_a_run_goes_on_beside_the_residuals_that_it_has_left(tmp_path, model, un
     """It was on the second GPU actor, and comes to the second one again, though the first is free."""
 
     async def resume_elsewhere():
-        crew = LocalCrew()
-        first = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        first = SegmentSchedulerActor(pool)
         engine = {"engine": {"cpu_threads": 1, "gpu_actors": 2}}
         for run_id, changes in (("other", {}), ("reuse", REUSE)):
             await submit(first, tmp_path, run_id, config_for(model, **changes, **engine))
         await first.wait_segment("reuse", 0, 60)
         await die(first)
-        await crew.end()
-        again = LocalCrew()
+        await pool.end()
+        again = LocalPool()
         second = SegmentSchedulerActor(again)
         await second.resume("reuse", str(tmp_path), False)
         assert (await end_of(second, "reuse")).state == "done"
@@ -234,8 +234,8 @@ def test_a_run_goes_on_beside_the_residuals_that_it_has_left(tmp_path, model, un
 @pytest.mark.parametrize("name", ["plain", "reuse"])
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, model, undisturbed, name):
     async def stop_and_resume():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, name, config_for(model, **(REUSE if name == "reuse" else {})))
         await scheduler.wait_segment(name, 1, 60)
         await scheduler.cancel(name)
@@ -243,7 +243,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, model, undisturbed, n
         before = read_events(folder.events)
         await scheduler.resume(name, str(tmp_path), False)
         assert (await end_of(scheduler, name)).state == "done"
-        await crew.end()
+        await pool.end()
         return before, read_events(folder.events)
 
     folder = RunFolder(tmp_path, name)
@@ -256,7 +256,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, model, undisturbed, n
     assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
 
 
-class OtherHardware(LocalCrew):
+class OtherHardware(LocalPool):
     async def denoiser(self, worker, method, *arguments):
         said = await super().denoiser(worker, method, *arguments)
         return said | {"threads": 64, "device": "an abacus"} if method == "provenance" else said
@@ -311,8 +311,8 @@ def test_a_full_disk_loses_nothing_that_is_committed(tmp_path, model, undisturbe
     disk = FullDisk()
 
     async def fill_and_resume():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        scheduler = SegmentSchedulerActor(pool)
         config = config_for(model, **REUSE, engine={"cpu_threads": 1, "segment_retries": 5})
         disk.left = set()
         await submit(scheduler, tmp_path, "reuse", config)
@@ -326,7 +326,7 @@ def test_a_full_disk_loses_nothing_that_is_committed(tmp_path, model, undisturbe
         await scheduler.resume("reuse", str(tmp_path), False)
         disk.left = set(SYNCED) - {"init.mp4", "live.m3u8"}  # these are there
         done = await end_of(scheduler, "reuse")
-        await crew.end()
+        await pool.end()
         return failed, there, done
 
     monkeypatch.setattr(os, "fsync", disk)

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 
-from edit_ray.actors.local import LocalCrew, LocalWorker
+from edit_ray.actors.local import LocalPool, LocalWorker
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.errors import ConfigError, HardwareDiffers, RunExists
@@ -35,7 +35,7 @@ def config_of(model, segments, window=0, **changes):
     return config_for(model, sampling=sampling, video=video, **reuse, **changes)
 
 
-class Crew(LocalCrew):
+class Pool(LocalPool):
     """Does what is asked for once, before a call of a method for a segment."""
 
     def __init__(self, at=None, strike=None):
@@ -52,26 +52,26 @@ class Crew(LocalCrew):
 
 async def whole(root, config, run_id="one"):
     """An undisturbed run's folder."""
-    crew = LocalCrew()
-    scheduler = SegmentSchedulerActor(crew)
+    pool = LocalPool()
+    scheduler = SegmentSchedulerActor(pool)
     await submit(scheduler, root, run_id, config)
     assert (status := await end_of(scheduler, run_id)).state == "done", status.error
-    await crew.end()
+    await pool.end()
     return RunFolder(root, run_id)
 
 
 async def cancelled(root, config, at, run_id="one"):
-    """A scheduler whose run was cancelled just before a call of its GPU actor, and its crew."""
+    """A scheduler whose run was cancelled just before a call of its GPU actor, and its pool."""
 
-    async def cancel(crew, worker):
+    async def cancel(pool, worker):
         await scheduler.cancel(run_id)
         await asyncio.sleep(0.2)
 
-    crew = Crew(at, cancel)
-    scheduler = SegmentSchedulerActor(crew)
+    pool = Pool(at, cancel)
+    scheduler = SegmentSchedulerActor(pool)
     await submit(scheduler, root, run_id, config)
     assert (await end_of(scheduler, run_id)).state == "cancelled"
-    return scheduler, crew
+    return scheduler, pool
 
 
 def same(one, other, segments):
@@ -90,10 +90,10 @@ def test_a_cancelled_run_that_is_extended_is_one_that_was_as_long_from_the_start
     """Whatever had latents when the cancel came, and whatever was committed."""
 
     async def extend():
-        scheduler, crew = await cancelled(tmp_path, config_of(model, 5, window=2), at)
+        scheduler, pool = await cancelled(tmp_path, config_of(model, 5, window=2), at)
         await scheduler.extend("one", str(tmp_path), 2, False)
         status = await end_of(scheduler, "one")
-        await crew.end()
+        await pool.end()
         return status, await whole(tmp_path / "whole", config_of(model, 7, window=2))
 
     (tmp_path / "whole").mkdir()
@@ -102,11 +102,11 @@ def test_a_cancelled_run_that_is_extended_is_one_that_was_as_long_from_the_start
     assert undisturbed.final.read_bytes() == RunFolder(tmp_path, "one").final.read_bytes()
 
 
-async def lose_the_node(crew, worker):
+async def lose_the_node(pool, worker):
     """Its actors and its disk, all at once."""
-    old, crew.workers[worker] = crew.workers[worker], LocalWorker(worker)
+    old, pool.workers[worker] = pool.workers[worker], LocalWorker(worker)
     old.store.close()
-    for path in crew.root.glob(".cache_store/*.safetensors"):
+    for path in pool.root.glob(".cache_store/*.safetensors"):
         path.unlink()
     raise ConnectionError("the node is lost")
 
@@ -119,15 +119,15 @@ def test_what_is_dropped_is_not_needed_to_make_lost_residuals_again(tmp_path, mo
 
     async def hurt():
         if kind == "cancelled":
-            scheduler, crew = await cancelled(tmp_path, config, ("denoise_segment", 7))
+            scheduler, pool = await cancelled(tmp_path, config, ("denoise_segment", 7))
             await scheduler.resume("one", str(tmp_path), False)
         else:
-            crew = Crew(("denoise_segment", 7), lose_the_node)
-            crew.root = tmp_path
-            scheduler = SegmentSchedulerActor(crew)
+            pool = Pool(("denoise_segment", 7), lose_the_node)
+            pool.root = tmp_path
+            scheduler = SegmentSchedulerActor(pool)
             await submit(scheduler, tmp_path, "one", config)
         status = await end_of(scheduler, "one")
-        await crew.end()
+        await pool.end()
         return status, await whole(tmp_path / "whole", config)
 
     (tmp_path / "whole").mkdir()
@@ -142,16 +142,16 @@ def test_runs_of_one_name_in_two_folders_do_not_read_each_others_residuals(tmp_p
     async def half(name, seed):
         now = asyncio.Event()
 
-        async def stand_still(crew, worker):
+        async def stand_still(pool, worker):
             now.set()
             await asyncio.sleep(3600)
 
-        crew = Crew(("denoise_segment", 2), stand_still)
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Pool(("denoise_segment", 2), stand_still)
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path / name, "one", of(seed), token=name)
         await now.wait()
         await die(scheduler)
-        await crew.end()
+        await pool.end()
 
     def of(seed):
         values = config_of(model, 4, window=3, sampling={"seed": seed}).model_dump(mode="json")
@@ -165,11 +165,11 @@ def test_runs_of_one_name_in_two_folders_do_not_read_each_others_residuals(tmp_p
         await half("bob", 6)
         ended = []
         for name in ("alice", "bob"):
-            crew = LocalCrew()
-            scheduler = SegmentSchedulerActor(crew)
+            pool = LocalPool()
+            scheduler = SegmentSchedulerActor(pool)
             await scheduler.resume("one", str(tmp_path / name), False)
             ended.append((await end_of(scheduler, "one")).state)
-            await crew.end()
+            await pool.end()
         return ended, [await whole(tmp_path / "whole", of(seed), f"seed-{seed}") for seed in (5, 6)]
 
     ended, undisturbed = asyncio.run(both())
@@ -179,7 +179,7 @@ def test_runs_of_one_name_in_two_folders_do_not_read_each_others_residuals(tmp_p
     assert list((tmp_path / "nvme").rglob("*.safetensors")) == []
 
 
-class Nodes(Crew):
+class Nodes(Pool):
     """GPU actors on nodes of some kinds of hardware."""
 
     def __init__(self, *kinds, at=None, strike=None):
@@ -193,15 +193,15 @@ class Nodes(Crew):
 
 @pytest.mark.parametrize("dies", ["at work", "while it rests"])
 def test_a_gpu_actor_that_comes_back_on_other_hardware_is_noticed(tmp_path, model, dies):
-    async def come_back(crew, worker):
-        crew.kinds[worker] = "a sundial"
-        await crew.restart_denoiser(worker)
+    async def come_back(pool, worker):
+        pool.kinds[worker] = "a sundial"
+        await pool.restart_denoiser(worker)
         if dies == "at work":
             raise ConnectionError("the node is lost")
 
     async def move():
-        crew = Nodes("an abacus", at=("denoise_segment", 2), strike=come_back)
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Nodes("an abacus", at=("denoise_segment", 2), strike=come_back)
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "one", config_of(model, 4, window=3))
         failed = await end_of(scheduler, "one")
         with pytest.raises(HardwareDiffers, match="device was 'an abacus' and is 'a sundial'"):
@@ -209,7 +209,7 @@ def test_a_gpu_actor_that_comes_back_on_other_hardware_is_noticed(tmp_path, mode
         before = RunFolder(tmp_path, "one").read_manifest()
         await scheduler.resume("one", str(tmp_path), True)
         done = await end_of(scheduler, "one")
-        await crew.end()
+        await pool.end()
         return failed, before, done
 
     failed, before, done = asyncio.run(move())
@@ -227,8 +227,8 @@ def test_each_run_is_on_the_hardware_that_its_manifest_names(tmp_path, model):
     """Two GPU actors of two kinds: a run that goes on is compared with the one that it comes to."""
 
     async def both():
-        crew = Nodes("an abacus", "a sundial")
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Nodes("an abacus", "a sundial")
+        scheduler = SegmentSchedulerActor(pool)
         config = config_of(model, 3, engine={"gpu_actors": 2})
         for run_id in ("one", "two"):
             await submit(scheduler, tmp_path, run_id, config)
@@ -237,7 +237,7 @@ def test_each_run_is_on_the_hardware_that_its_manifest_names(tmp_path, model):
         ends = [(await end_of(scheduler, run_id)).state for run_id in ("one", "two")]
         await scheduler.resume("two", str(tmp_path), False)
         ends.append((await end_of(scheduler, "two")).state)
-        await crew.end()
+        await pool.end()
         return ends
 
     assert asyncio.run(both()) == ["done", "cancelled", "done"]
@@ -249,8 +249,8 @@ def test_each_run_is_on_the_hardware_that_its_manifest_names(tmp_path, model):
 
 def test_a_run_may_go_on_on_other_hardware_and_reuses_nothing_from_before(tmp_path, model):
     async def move():
-        scheduler, crew = await cancelled(tmp_path, config_of(model, 5, window=4), ("denoise_segment", 3))
-        await crew.end()
+        scheduler, pool = await cancelled(tmp_path, config_of(model, 5, window=4), ("denoise_segment", 3))
+        await pool.end()
         other = Nodes("a sundial")
         scheduler = SegmentSchedulerActor(other)
         await scheduler.resume("one", str(tmp_path), True)
@@ -271,8 +271,8 @@ def test_a_reroll_that_lacks_latents_is_refused_before_anything_is_written(tmp_p
     config = config_of(model, 5, sampling=LONG, output={"keep_segments": 3})
 
     async def reroll():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "one", config)
         assert (await end_of(scheduler, "one")).state == "done"
         before = folder.manifest.read_bytes()
@@ -283,7 +283,7 @@ def test_a_reroll_that_lacks_latents_is_refused_before_anything_is_written(tmp_p
         first = int(str(said.value).split(" from ")[1][0])
         await scheduler.reroll("one", str(tmp_path), first, None, None, False)
         status = await end_of(scheduler, "one")
-        await crew.end()
+        await pool.end()
         return first, status
 
     folder = RunFolder(tmp_path, "one")
@@ -298,13 +298,13 @@ def test_the_first_segment_that_is_there_may_be_made_again(tmp_path, model, keep
     config = config_of(model, 4, continuity={"mode": "none", "history_latents": 1}, output={"keep_segments": keep})
 
     async def reroll():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "one", config)
         assert (await end_of(scheduler, "one")).state == "done"
         await scheduler.reroll("one", str(tmp_path), 4 - keep, None, None, False)
         status = await end_of(scheduler, "one")
-        await crew.end()
+        await pool.end()
         return status
 
     status = asyncio.run(reroll())
@@ -319,26 +319,26 @@ def test_a_removed_run_leaves_nothing_to_the_next_one_of_its_name(tmp_path, mode
     async def again():
         now = asyncio.Event()
 
-        async def stand_still(crew, worker):
+        async def stand_still(pool, worker):
             now.set()
             await asyncio.sleep(3600)
 
-        crew = Crew(("encode_segment", 2), stand_still)  # decoded, and not encoded yet
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Pool(("encode_segment", 2), stand_still)  # decoded, and not encoded yet
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "one", config_of(model, 4, window), token="first")
         await now.wait()
         await die(scheduler)
-        crew.at, now = ("encode_segment", 2), asyncio.Event()
-        scheduler = SegmentSchedulerActor(crew)  # its second incarnation
+        pool.at, now = ("encode_segment", 2), asyncio.Event()
+        scheduler = SegmentSchedulerActor(pool)  # its second incarnation
         await scheduler.runs()
         async with asyncio.timeout(60):
             await now.wait()
         await die(scheduler)
         remove_folder(tmp_path / "one")
-        scheduler = SegmentSchedulerActor(crew)
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "one", config_of(model, 4, window, sampling={"seed": 6}), token="second")
         status = await end_of(scheduler, "one")
-        await crew.end()
+        await pool.end()
         return status, await whole(tmp_path / "whole", config_of(model, 4, window, sampling={"seed": 6}))
 
     (tmp_path / "whole").mkdir()
@@ -356,23 +356,23 @@ def test_a_run_whose_file_system_is_away_keeps_its_name(tmp_path, model):
     async def ask():
         now = asyncio.Event()
 
-        async def stand_still(crew, worker):
+        async def stand_still(pool, worker):
             now.set()
             await asyncio.sleep(3600)
 
-        crew = Crew(("encode_segment", 2), stand_still)
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Pool(("encode_segment", 2), stand_still)
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, mounted, "one", config, token="first")
         await now.wait()
         await die(scheduler)
         mounted.rename(away)
-        scheduler = SegmentSchedulerActor(crew)
+        scheduler = SegmentSchedulerActor(pool)
         assert (await scheduler.status("one")).state == "waiting"
         with pytest.raises(RunExists, match="taken"):
             await submit(scheduler, mounted, "one", config, token="second")
         away.rename(mounted)
         status = await end_of(scheduler, "one")
-        await crew.end()
+        await pool.end()
         return status
 
     status = asyncio.run(ask())

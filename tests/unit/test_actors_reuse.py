@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from edit_ray.actors.cache_store import CacheStoreActor
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.messages import run_key
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.config import Config
@@ -51,7 +51,7 @@ def config_for(model, host=100, granularity="stack", shared_memory="require", la
     )
 
 
-class Crew(LocalCrew):
+class Pool(LocalPool):
     """Loses its GPU actor or its store before some segments, or after one has been made, or has no memory for one."""
 
     def __init__(self, lost=()):
@@ -79,9 +79,9 @@ class Crew(LocalCrew):
         return await super().denoiser(worker, method, *arguments)
 
 
-async def generate(root, config, run_id, crew=None):
-    crew = crew or Crew()
-    scheduler = SegmentSchedulerActor(crew)
+async def generate(root, config, run_id, pool=None):
+    pool = pool or Pool()
+    scheduler = SegmentSchedulerActor(pool)
     await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), "")
     index, records = 0, []
     while (reply := await scheduler.wait_segment(run_id, index, 60)).record is not None:
@@ -91,7 +91,7 @@ async def generate(root, config, run_id, crew=None):
     async with asyncio.timeout(10):  # the run is closed a moment later
         while list((root / ".cache_store").glob("*.safetensors")):
             await asyncio.sleep(0.01)
-    await crew.end()
+    await pool.end()
     return records
 
 
@@ -154,9 +154,9 @@ WITHOUT_SHARED_MEMORY = pytest.param("never", marks=pytest.mark.slow)
 )
 def test_a_lost_actor_or_too_little_memory_changes_no_latents(tmp_path, model, whole, lost, shared_memory):
     config = config_for(model, 2, shared_memory=shared_memory)
-    crew = Crew(lost)
-    asyncio.run(generate(tmp_path, config, "hurt", crew))
-    assert not crew.lost, "every planned loss happened"
+    pool = Pool(lost)
+    asyncio.run(generate(tmp_path, config, "hurt", pool))
+    assert not pool.lost, "every planned loss happened"
     assert torch.equal(latents_of(whole[0], "whole"), latents_of(tmp_path, "hurt"))
 
 
@@ -169,7 +169,7 @@ def test_each_segment_is_asked_for_before_the_one_before_it_ends(tmp_path, model
         assert at["segment_begun", k - 1] < at["prepare_asked", k] < at["segment_made", k - 1]
 
 
-class Damaged(Crew):
+class Damaged(Pool):
     """Turns over the last byte of every entry on disk before some segments are made."""
 
     def __init__(self, root, segments):
@@ -202,7 +202,7 @@ def test_residuals_that_the_disk_has_lost_are_made_again(tmp_path, model, whole,
 def test_a_store_that_finds_nothing_where_it_was_gets_what_it_lacks(tmp_path, model, whole):
     config = config_for(model, 2)
 
-    class Emptied(Crew):
+    class Emptied(Pool):
         async def denoiser(self, worker, method, *arguments):
             if method == "denoise_segment" and arguments[1].index == 2 and "store" in self.lost.get(2, ""):
                 shutil.rmtree(tmp_path / ".cache_store")
@@ -221,11 +221,11 @@ def test_a_segment_that_does_not_come_out_as_it_was_ends_the_run(tmp_path, model
             return await super().denoiser(worker, method, *arguments)
 
     async def submit():
-        crew = Changed(tmp_path, [2])
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Changed(tmp_path, [2])
+        scheduler = SegmentSchedulerActor(pool)
         await scheduler.submit("one", config_for(model, 2).model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
         reply = await scheduler.wait_segment("one", 2, 60)
-        await crew.end()
+        await pool.end()
         return reply.status
 
     status = asyncio.run(submit())
@@ -261,15 +261,15 @@ def test_entries_of_runs_that_have_ended_go_and_those_of_runs_that_have_not_stay
     left.close()
 
     async def submit():
-        crew = Crew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Pool()
+        scheduler = SegmentSchedulerActor(pool)
         await scheduler.submit("one", config_for(model).model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
         await scheduler.wait_segment("one", 0, 60)
-        found = {key[0] for key in crew.workers[0].store._tiers.disk.files.entries()}
+        found = {key[0] for key in pool.workers[0].store._tiers.disk.files.entries()}
         await scheduler.cancel("one")
         while not (await scheduler.wait_segment("one", SEGMENTS, 60)).status.ended:
             pass
-        await crew.end()
+        await pool.end()
         return found
 
     assert asyncio.run(submit()) == stays | {f"{run_key('one', '')}.0"}
@@ -295,11 +295,11 @@ def test_a_store_that_cannot_be_made_ends_the_run_with_a_sentence(tmp_path, mode
     config["store"] |= {key: str(tmp_path / "file") if value == "FILE" else value for key, value in store.items()}
 
     async def submit():
-        crew = Crew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Pool()
+        scheduler = SegmentSchedulerActor(pool)
         await scheduler.submit("one", config, str(tmp_path), str(tmp_path), "")
         reply = await scheduler.wait_segment("one", 0, 60)
-        await crew.end()
+        await pool.end()
         return reply.status
 
     status = asyncio.run(submit())

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from edit_ray.actors.denoiser import DenoiserActor
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.engine.lookback import lookback_latents
@@ -39,8 +39,8 @@ def undisturbed(model, tmp_path_factory):
 @pytest.mark.parametrize("name", ["plain", "reuse"])
 def test_a_run_is_extended_and_rerolled_and_its_old_takes_are_kept(tmp_path, model, name):
     async def change():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, name, config_for(model, **(REUSE if name == "reuse" else {})))
         with pytest.raises(RunLive, match="is at work; wait for its end"):
             await scheduler.extend(name, str(tmp_path), 2, False)
@@ -57,7 +57,7 @@ def test_a_run_is_extended_and_rerolled_and_its_old_takes_are_kept(tmp_path, mod
             await scheduler.extend(name, str(tmp_path), 0, False)
         await scheduler.reroll(name, str(tmp_path), 4, 99, "a blue square", False)
         assert (await end_of(scheduler, name)).state == "done"
-        await crew.end()
+        await pool.end()
         return extended
 
     folder = RunFolder(tmp_path, name)
@@ -94,13 +94,13 @@ def listed(records):
 
 def test_an_extended_run_is_the_run_that_was_as_long_from_the_start(tmp_path, model, undisturbed):
     async def extend():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "plain", config_for(model, video={"num_segments": SEGMENTS - 1}))
         await end_of(scheduler, "plain")
         await scheduler.extend("plain", str(tmp_path), 1, False)
         assert (await end_of(scheduler, "plain")).state == "done"
-        await crew.end()
+        await pool.end()
 
     asyncio.run(extend())
     assert RunFolder(tmp_path, "plain").final.read_bytes() == RunFolder(undisturbed, "plain").final.read_bytes()
@@ -110,14 +110,14 @@ def test_a_reroll_with_the_same_seed_makes_the_same_segments(tmp_path, model, un
     """Another take of all segments with the run's own seed: nothing but its name tells it from the first."""
 
     async def again():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        scheduler = SegmentSchedulerActor(pool)
         config = config_for(model)
         await submit(scheduler, tmp_path, "plain", config)
         await end_of(scheduler, "plain")
         await scheduler.reroll("plain", str(tmp_path), 1, config.sampling.seed, None, False)
         assert (await end_of(scheduler, "plain")).state == "done"
-        await crew.end()
+        await pool.end()
 
     asyncio.run(again())
     folder, whole = RunFolder(tmp_path, "plain"), RunFolder(undisturbed, "plain")
@@ -125,7 +125,7 @@ def test_a_reroll_with_the_same_seed_makes_the_same_segments(tmp_path, model, un
         assert torch.equal(load_latents(folder.latents(index, 1)), load_latents(whole.latents(index, 0)))
 
 
-class Hanging(LocalCrew):
+class Hanging(LocalPool):
     """Its GPU actor hangs in the first attempt at segment 1, until it is restarted."""
 
     def __init__(self):
@@ -144,12 +144,12 @@ class Hanging(LocalCrew):
 
 def test_an_actor_that_makes_no_step_is_restarted(tmp_path, model, undisturbed):
     async def hang():
-        crew = Hanging()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Hanging()
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "plain", config_for(model, engine={"cpu_threads": 1, "step_timeout_s": 2.0}))
         status = await end_of(scheduler, "plain")
-        await crew.end()
-        return status, crew.killed
+        await pool.end()
+        return status, pool.killed
 
     status, killed = asyncio.run(hang())
     assert (status.state, killed) == ("done", 1), status.error
@@ -169,17 +169,17 @@ def test_latents_that_are_not_finite_are_tried_again_and_never_written(tmp_path,
             finally:
                 weight.copy_(whole)
 
-    class Crew(LocalCrew):
+    class Pool(LocalPool):
         async def start(self, spec, worker):
             await super().start(spec, worker)
             self.workers[worker].denoiser.__class__ = NotFinite
 
     async def generate():
-        crew = Crew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Pool()
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "one", config_for(model, engine={"cpu_threads": 1, "segment_retries": 1}))
         status = await end_of(scheduler, "one")
-        await crew.end()
+        await pool.end()
         return status
 
     status = asyncio.run(generate())
@@ -192,7 +192,7 @@ def test_latents_that_are_not_finite_are_tried_again_and_never_written(tmp_path,
     assert not folder.media(1).exists()
 
 
-class Crowded(LocalCrew):
+class Crowded(LocalPool):
     """Its GPU has no memory left the first `times` that segment 1 is denoised, or decoded. Its tiles are small."""
 
     def __init__(self, times, crowded="denoise_segment"):
@@ -219,11 +219,11 @@ class Crowded(LocalCrew):
 @pytest.mark.parametrize("times", [1, 2])
 def test_memory_that_does_not_do_is_tried_once_more_then_named(tmp_path, model, undisturbed, times):
     async def crowd():
-        crew = Crowded(times)
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Crowded(times)
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "plain", config_for(model))
         status = await end_of(scheduler, "plain")
-        await crew.end()
+        await pool.end()
         return status
 
     status = asyncio.run(crowd())
@@ -239,15 +239,15 @@ def test_memory_that_does_not_do_for_decoding_does_for_tiles_and_stays_so(tmp_pa
     config = config_for(model, video={"num_segments": 3})
 
     async def crowd():
-        crew = Crowded(1, "decode_segment")
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Crowded(1, "decode_segment")
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "whole", config)
         ended = [await end_of(scheduler, "whole")]
-        crew.times = 1
+        pool.times = 1
         await submit(scheduler, tmp_path, "hurt", config)
         await scheduler.wait_segment("hurt", 1, 60)
         await die(scheduler)
-        await crew.end()
+        await pool.end()
         other = Crowded(0)
         again = SegmentSchedulerActor(other)
         await again.resume("hurt", str(tmp_path), False)
@@ -267,12 +267,12 @@ def test_memory_that_does_not_do_for_decoding_does_for_tiles_and_stays_so(tmp_pa
 @pytest.mark.parametrize(("tiled_decode", "times"), [("auto", 2), ("always", 1), ("never", 1)])
 def test_memory_that_does_not_even_do_for_tiles_is_named(tmp_path, model, tiled_decode, times):
     async def crowd():
-        crew = Crowded(times, "decode_segment")
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Crowded(times, "decode_segment")
+        scheduler = SegmentSchedulerActor(pool)
         engine = {"cpu_threads": 1, "tiled_decode": tiled_decode}
         await submit(scheduler, tmp_path, "one", config_for(model, engine=engine, video={"num_segments": 3}))
         status = await end_of(scheduler, "one")
-        await crew.end()
+        await pool.end()
         return status
 
     status = asyncio.run(crowd())
@@ -282,13 +282,13 @@ def test_memory_that_does_not_even_do_for_tiles_is_named(tmp_path, model, tiled_
 
 def test_what_a_killed_actor_had_begun_to_write_goes_with_the_end_of_the_run(tmp_path, model):
     async def leave_a_draft():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "plain", config_for(model))
         draft = tmp_path / "plain" / "segments" / ".00000-t0.m4s.1.part"
         draft.write_bytes(b"half a segm")
         assert (await end_of(scheduler, "plain")).state == "done"
-        await crew.end()
+        await pool.end()
         return draft
 
     assert not asyncio.run(leave_a_draft()).exists()
@@ -296,13 +296,13 @@ def test_what_a_killed_actor_had_begun_to_write_goes_with_the_end_of_the_run(tmp
 
 def test_a_removed_folder_ends_the_run_with_a_sentence(tmp_path, model):
     async def remove():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "one", config_for(model))
         await scheduler.wait_segment("one", 0, 60)
         (tmp_path / "one").rename(tmp_path / "elsewhere")
         status = await end_of(scheduler, "one")
-        await crew.end()
+        await pool.end()
         return status
 
     status = asyncio.run(remove())
@@ -322,8 +322,8 @@ def test_an_endless_run_keeps_a_bounded_number_of_files(tmp_path, model):
     )
 
     async def run_for_a_while():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "one", config)
         for index in range(14):
             await scheduler.wait_segment("one", index, 60)
@@ -336,7 +336,7 @@ def test_an_endless_run_keeps_a_bounded_number_of_files(tmp_path, model):
         await scheduler.wait_segment("one", status.committed, 60)
         await scheduler.cancel("one")
         status = await end_of(scheduler, "one")
-        await crew.end()
+        await pool.end()
         return status
 
     status = asyncio.run(run_for_a_while())
@@ -356,8 +356,8 @@ def test_an_endless_run_keeps_a_bounded_number_of_files(tmp_path, model):
 
 def test_a_run_pauses_until_a_client_takes_segments(tmp_path, model):
     async def pause():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        scheduler = SegmentSchedulerActor(pool)
         await submit(scheduler, tmp_path, "one", config_for(model, engine={"cpu_threads": 1, "max_ahead": 1}))
         async with asyncio.timeout(60):
             while (await scheduler.status("one")).state != "paused":
@@ -365,22 +365,22 @@ def test_a_run_pauses_until_a_client_takes_segments(tmp_path, model):
         assert (await scheduler.status("one")).committed == 1
         assert (await scheduler.wait_segment("one", 1, 60)).record.index == 1
         assert (await end_of(scheduler, "one")).state == "done"
-        await crew.end()
+        await pool.end()
 
     asyncio.run(pause())
 
 
 def test_two_gpu_actors_make_two_runs_at_once(tmp_path, model, undisturbed):
     async def both():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        scheduler = SegmentSchedulerActor(pool)
         config = config_for(model, engine={"cpu_threads": 1, "gpu_actors": 2})
         await submit(scheduler, tmp_path, "one", config)
         await submit(scheduler, tmp_path, "two", config)
         assert [status.state for status in await scheduler.runs()] == ["preparing", "preparing"]
         ends = [await end_of(scheduler, run_id) for run_id in ("one", "two")]
-        await crew.end()
-        return ends, sorted(crew.workers)
+        await pool.end()
+        return ends, sorted(pool.workers)
 
     ends, workers = asyncio.run(both())
     assert [status.state for status in ends] == ["done", "done"]

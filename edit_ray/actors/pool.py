@@ -33,7 +33,7 @@ class NoAnswer(ConnectionError):
     """An actor did not answer in time. It may be there, and hang."""
 
 
-class Crew(Protocol):
+class ActorPool(Protocol):
     """GPU actors, numbered from 0, each with a CacheStore actor beside it.
 
     A call to an actor that is not there raises ActorGone, to one that nobody asked for NotStarted: both are a
