@@ -8,8 +8,7 @@ import pytest
 import ray
 
 from edit_ray import LongVideoClient
-from edit_ray.actors.launch import StoreCalls
-from edit_ray.actors.shells import CacheStoreActor
+from edit_ray.actors import launch
 from edit_ray.runs.event_log import read_events
 from tests.ray.conftest import pids, wait_until
 from tests.unit.entry_folder import files_in
@@ -68,10 +67,10 @@ def test_without_shared_memory_the_frames_are_the_same(ray_head, config, tmp_pat
 
 
 def test_every_dtype_comes_back_bit_for_bit_through_ray_calls(ray_head, tmp_path):
-    handle = ray.remote(num_cpus=0, max_concurrency=4)(CacheStoreActor).remote()
+    handle = ray.remote(num_cpus=0, max_concurrency=4)(launch.lazy_actor(launch.CACHE_STORE)).remote()
     for dtype in DTYPES:
         for shape in ((1, 8, 24), (1, 1025, 64), (1, 0, 8)):  # the second is large enough for the object store
-            leases = leases_on(StoreCalls(handle), tmp_path, "never", dtype, shape, host_bytes=1 << 20)
+            leases = leases_on(launch.StoreCalls(handle), tmp_path, "never", dtype, shape, host_bytes=1 << 20)
             assert sum(make_segment(leases, segment)[0] for segment in range(4)) == 3 * 8
             leases.close()
             ray.get(handle.call.remote("drop_run", RUN))

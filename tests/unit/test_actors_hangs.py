@@ -7,7 +7,7 @@ import imageio_ffmpeg
 import pytest
 import torch
 
-from edit_ray.actors import closing
+from edit_ray.actors import stages
 from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.engine.latent_files import load_latents
@@ -161,7 +161,7 @@ def test_a_long_join_that_goes_on_is_not_taken_for_one_that_hangs(tmp_path, mode
 
 
 def test_a_store_that_takes_long_to_be_there_again_is_told_of_the_end(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(closing, "RELEASE_PAUSE_S", 0.01)
+    monkeypatch.setattr(stages, "RELEASE_PAUSE_S", 0.01)
 
     class Away(LocalPool):
         left = 50

@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(segment_scheduler, "LOOK_AGAIN_S", 0.1)
+    monkeypatch.setattr(segment_scheduler, "COUNT_PLACES_S", 0.1)
     monkeypatch.setattr(stages, "RETRY_PAUSE_S", 0.01)
     monkeypatch.setattr(stages, "LONGEST_RETRY_PAUSE_S", 0.02)
 

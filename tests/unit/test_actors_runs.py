@@ -231,7 +231,7 @@ def test_memory_that_does_not_do_is_tried_once_more_then_named(tmp_path, model, 
         assert status.state == "done", status.error
         assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
     else:
-        assert status.error.startswith("denoise of segment 1 failed: the GPU's memory does not do (CUDA out of memory.")
+        assert status.error.startswith("denoise of segment 1 failed: out of GPU memory (CUDA out of memory.")
 
 
 def test_memory_that_does_not_do_for_decoding_does_for_tiles_and_stays_so(tmp_path, model, undisturbed):
@@ -276,7 +276,7 @@ def test_memory_that_does_not_even_do_for_tiles_is_named(tmp_path, model, tiled_
         return status
 
     status = asyncio.run(crowd())
-    assert status.error.startswith("decode of segment 1 failed: the GPU's memory does not do (CUDA out of memory.")
+    assert status.error.startswith("decode of segment 1 failed: out of GPU memory (CUDA out of memory.")
     assert RunFolder(tmp_path, "one").read_manifest().tiled_from == (1 if tiled_decode == "auto" else None)
 
 
