@@ -23,15 +23,7 @@ from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.errors import ConfigError, RunExists, UnknownRun
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
-from edit_ray.testing import save_random_wan
 from edit_ray.video.encode import read_frames
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 def config_for(model, **changes):
@@ -97,9 +89,9 @@ def frames_of(root, config, run_id="one"):
     return read_frames(path, height=config.sampling.height, width=config.sampling.width)
 
 
-def test_a_run_makes_exactly_the_promised_frames(tmp_path, model):
+async def test_a_run_makes_exactly_the_promised_frames(tmp_path, model):
     config = config_for(model)
-    status, records, _ = asyncio.run(generate(tmp_path, config))
+    status, records, _ = await generate(tmp_path, config)
     assert status.state == "done", status.error
     assert [record.index for record in records] == [0, 1, 2, 3]
     assert [record.prompt for record in records] == ["a red circle"] * 2 + ["a blue square"] * 2
@@ -120,7 +112,7 @@ def test_a_run_makes_exactly_the_promised_frames(tmp_path, model):
     assert left == [], "nothing half-written stays"
 
 
-def test_what_cannot_be_written_or_freed_keeps_no_run_from_its_end(tmp_path, model, monkeypatch):
+async def test_what_cannot_be_written_or_freed_keeps_no_run_from_its_end(tmp_path, model, monkeypatch):
     append, failed = segment_scheduler.append_event, []
 
     def fails_once(path, event, **fields):
@@ -131,29 +123,29 @@ def test_what_cannot_be_written_or_freed_keeps_no_run_from_its_end(tmp_path, mod
 
     monkeypatch.setattr(segment_scheduler, "append_event", fails_once)
     config = config_for(model, video={"num_segments": 1}, prompt_segments=[{"segment": 0, "prompt": "a red circle"}])
-    status, records, _ = asyncio.run(generate(tmp_path, config, pool=Unlucky()))
+    status, records, _ = await generate(tmp_path, config, pool=Unlucky())
     assert (status.state, len(records)) == ("done", 1)
     assert failed == ["gpu_actor"]
     said = [event for event in read_events(RunFolder(tmp_path, "one").events) if event["event"] == "gpu_actor"]
     assert [event["worker"] for event in said] == [0], "who goes on with the run is told where it was"
 
 
-def test_segments_that_stand_alone(tmp_path, model):
+async def test_segments_that_stand_alone(tmp_path, model):
     config = config_for(
         model,
         continuity={"mode": "none"},
         video={"num_segments": 2},
         prompt_segments=[{"segment": 0, "prompt": "a red circle"}],
     )
-    status, _, _ = asyncio.run(generate(tmp_path, config))
+    status, _, _ = await generate(tmp_path, config)
     assert status.state == "done", status.error
     assert len(frames_of(tmp_path, config)) == 2 * 9
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_segment_0_equals_the_library(tmp_path, model):
+async def test_segment_0_equals_the_library(tmp_path, model):
     config = config_for(model, video={"num_segments": 1}, prompt_segments=[{"segment": 0, "prompt": "a red circle"}])
-    asyncio.run(generate(tmp_path, config))
+    await generate(tmp_path, config)
     pipe = EditWanPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     sampling = config.sampling
@@ -181,12 +173,12 @@ def test_segment_0_equals_the_library(tmp_path, model):
         {("decode_segment", 1), ("finalize_run", None)},
     ],
 )
-def test_a_lost_actor_changes_no_frame(tmp_path, model, lost):
+async def test_a_lost_actor_changes_no_frame(tmp_path, model, lost):
     config = config_for(model)
-    asyncio.run(generate(tmp_path, config, "whole"))
+    await generate(tmp_path, config, "whole")
     pool = Pool()
     pool.fail_once = set(lost)
-    status, _, pool = asyncio.run(generate(tmp_path, config, "hurt", pool))
+    status, _, pool = await generate(tmp_path, config, "hurt", pool)
     assert status.state == "done", status.error
     assert pool.fail_once == set(), "every planned failure happened"
     for index in range(4):
@@ -206,12 +198,12 @@ MODES = {
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("mode", MODES)
-def test_in_every_mode_a_lost_actor_changes_no_frame(tmp_path, model, mode):
+async def test_in_every_mode_a_lost_actor_changes_no_frame(tmp_path, model, mode):
     config = config_for(model, continuity=MODES[mode] | {"history_latents": 2})
     pool = Pool()
     pool.fail_once = {("denoise_segment", 1), ("decode_segment", 2)}
     for name, its_pool in (("whole", None), ("hurt", pool)):
-        status, records, _ = asyncio.run(generate(tmp_path, config, name, its_pool))
+        status, records, _ = await generate(tmp_path, config, name, its_pool)
         assert status.state == "done", status.error
         assert sum(record.num_frames for record in records) == config.num_frames_total
     assert pool.fail_once == set(), "every planned failure happened"
@@ -221,11 +213,11 @@ def test_in_every_mode_a_lost_actor_changes_no_frame(tmp_path, model, mode):
         assert torch.equal(whole, hurt)
 
 
-def test_adain_draws_what_a_segment_adds_towards_the_first_segment(tmp_path, model):
+async def test_adain_draws_what_a_segment_adds_towards_the_first_segment(tmp_path, model):
     latents = {}
     for factor in (0.0, 0.25):
         config = config_for(model, continuity={"mode": "history", "adain": factor}, video={"num_segments": 3})
-        asyncio.run(generate(tmp_path, config, f"run{factor:g}".replace(".", "-")))
+        await generate(tmp_path, config, f"run{factor:g}".replace(".", "-"))
         folder = RunFolder(tmp_path, f"run{factor:g}".replace(".", "-"))
         latents[factor] = [load_latents(folder.latents(index)) for index in range(3)]
     plain, drawn = latents.values()
@@ -234,7 +226,7 @@ def test_adain_draws_what_a_segment_adds_towards_the_first_segment(tmp_path, mod
     assert not torch.equal(drawn[2], match_statistics(plain[2], plain[0], 0.25)), "it continues what was drawn"
 
 
-def test_a_segment_that_always_fails_ends_the_run_with_its_reason(tmp_path, model):
+async def test_a_segment_that_always_fails_ends_the_run_with_its_reason(tmp_path, model):
     class Broken(Pool):
         async def denoiser(self, worker, method, *arguments):
             if method == "decode_segment":
@@ -242,46 +234,40 @@ def test_a_segment_that_always_fails_ends_the_run_with_its_reason(tmp_path, mode
             return await super().denoiser(worker, method, *arguments)
 
     config = config_for(model, engine={"cpu_threads": 1, "segment_retries": 1})
-    status, records, _ = asyncio.run(generate(tmp_path, config, pool=Broken()))
+    status, records, _ = await generate(tmp_path, config, pool=Broken())
     assert status.state == "failed"
     assert records == []
     assert status.error == "decode of segment 0 failed (attempt 2 of 2): OSError: no space left"
     assert RunFolder(tmp_path, "one").read_manifest().error == status.error
 
 
-def test_a_run_stops_between_two_steps_and_keeps_what_is_committed(tmp_path, model):
+async def test_a_run_stops_between_two_steps_and_keeps_what_is_committed(start, tmp_path, model):
     config = config_for(model, sampling={"num_inference_steps": 200})
 
-    async def stop_early():
-        scheduler = SegmentSchedulerActor(Pool())
-        await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
-        async with asyncio.timeout(30):
-            while (await scheduler.status("one")).progress is None:
-                await asyncio.sleep(0.01)
-        await scheduler.cancel("one")
-        return await scheduler.wait_segment("one", 0, 20)
-
-    reply = asyncio.run(stop_early())
+    scheduler = start(Pool())
+    await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
+    async with asyncio.timeout(30):
+        while (await scheduler.status("one")).progress is None:
+            await asyncio.sleep(0.01)
+    await scheduler.cancel("one")
+    reply = await scheduler.wait_segment("one", 0, 20)
     assert reply.status.state == "cancelled"
     assert RunFolder(tmp_path, "one").read_manifest().state == "cancelled"
 
 
-def test_two_runs_take_turns(tmp_path, model):
+async def test_two_runs_take_turns(start, tmp_path, model):
     config = config_for(model, video={"num_segments": 1}, prompt_segments=[{"segment": 0, "prompt": "a red circle"}])
 
-    async def both():
-        pool = Pool()
-        scheduler = SegmentSchedulerActor(pool)
-        for run_id in ("one", "two"):
-            await scheduler.submit(run_id, config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
-        return [await scheduler.wait_segment(run_id, 1, 60) for run_id in ("one", "two")], pool
-
-    replies, pool = asyncio.run(both())
+    pool = Pool()
+    scheduler = start(pool)
+    for run_id in ("one", "two"):
+        await scheduler.submit(run_id, config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
+    replies, pool = [await scheduler.wait_segment(run_id, 1, 60) for run_id in ("one", "two")], pool
     assert [reply.status.state for reply in replies] == ["done", "done"]
     assert [method for method, _ in pool.calls].count("prepare_run") == 2
 
 
-def test_the_actors_end_when_idle(tmp_path, model):
+async def test_the_actors_end_when_idle(start, tmp_path, model):
     ended = []
 
     class Ending(Pool):
@@ -295,36 +281,33 @@ def test_the_actors_end_when_idle(tmp_path, model):
         prompt_segments=[{"segment": 0, "prompt": "a red circle"}],
     )
 
-    async def run_and_wait():
-        scheduler = SegmentSchedulerActor(Ending())
-        await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
-        await scheduler.wait_segment("one", 1, 60)
-        await asyncio.sleep(0.5)
-
-    asyncio.run(run_and_wait())
+    scheduler = start(Ending())
+    await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
+    await scheduler.wait_segment("one", 1, 60)
+    await asyncio.sleep(0.5)
     assert ended == [True]
 
 
-def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, model):
+async def test_what_cannot_run_is_refused_before_anything_is_written(start, tmp_path, model):
     config = config_for(model)
 
     async def submit(values, probe=tmp_path):
-        scheduler = SegmentSchedulerActor(Pool())
+        scheduler = start(Pool())
         await scheduler.submit("one", values, str(tmp_path / "root"), str(probe), "")
 
     wrong = config.model_dump(mode="json")
     wrong["sampling"]["height"] = 40
     with pytest.raises(ConfigError, match=r"sampling\.height"):
-        asyncio.run(submit(wrong))
+        await submit(wrong)
     with pytest.raises(ConfigError, match=r"does not see .*root; choose a folder that all nodes"):
-        asyncio.run(submit(config.model_dump(mode="json"), tmp_path / "only on another node"))
+        await submit(config.model_dump(mode="json"), tmp_path / "only on another node")
     assert not (tmp_path / "root").exists()
     (tmp_path / "root" / "one").mkdir(parents=True)
     with pytest.raises(RunExists, match="'one' is taken"):
-        asyncio.run(submit(config.model_dump(mode="json")))
+        await submit(config.model_dump(mode="json"))
 
 
-def test_a_policy_is_made_where_it_is_read_where_it_is_admitted_and_for_use(tmp_path, model, monkeypatch):
+async def test_a_policy_is_made_where_it_is_read_where_it_is_admitted_and_for_use(start, tmp_path, model, monkeypatch):
     made = []
 
     class Counted(Always):
@@ -337,23 +320,17 @@ def test_a_policy_is_made_where_it_is_read_where_it_is_admitted_and_for_use(tmp_
     config = load_config(tmp_path / "run.yaml")
     assert made == [1]
 
-    async def submit_and_wait():
-        scheduler = SegmentSchedulerActor(Pool())
-        where = str(tmp_path / "root")
-        await scheduler.submit("one", config.model_dump(mode="json"), where, str(tmp_path), "")
-        assert made == [1, 1]
-        await scheduler.wait_segment("one", 2, 60)
-
-    asyncio.run(submit_and_wait())
+    scheduler = start(Pool())
+    where = str(tmp_path / "root")
+    await scheduler.submit("one", config.model_dump(mode="json"), where, str(tmp_path), "")
+    assert made == [1, 1]
+    await scheduler.wait_segment("one", 2, 60)
     assert made == [1, 1, 1]
 
 
-def test_an_unknown_run_is_named():
-    async def ask():
-        await SegmentSchedulerActor(LocalPool()).status("nobody")
-
+async def test_an_unknown_run_is_named(start):
     with pytest.raises(UnknownRun, match="no run 'nobody'"):
-        asyncio.run(ask())
+        await start().status("nobody")
 
 
 def test_a_spec_survives_the_way_between_processes(tmp_path, model):

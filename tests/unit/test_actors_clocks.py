@@ -11,12 +11,9 @@ import pytest
 
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.runs.folder import RunFolder
-from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_metrics import page_of
 from tests.unit.test_actors_recovery import REUSE, Dying, die, make, submit
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 
 JUMPS = (-3600.0, -0.001, 0.001, 3600.0)  # seconds
 SHORT = {"video": {"num_segments": 3}}
@@ -92,11 +89,6 @@ async def live_through(root, model, name, clock, deaths):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
-
-
-@pytest.fixture(scope="module")
 def undisturbed(model, tmp_path_factory):
     root = tmp_path_factory.mktemp("undisturbed")
     asyncio.run(make(root, model, plain=SHORT, reuse=REUSE | SHORT))
@@ -105,11 +97,11 @@ def undisturbed(model, tmp_path_factory):
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize(("seed", "name", "deaths"), [(1, "plain", ()), (2, "reuse", (5,)), (3, "plain", (2, 4))])
-def test_whatever_the_wall_clock_says_the_bytes_are_the_same(
+async def test_whatever_the_wall_clock_says_the_bytes_are_the_same(
     tmp_path, model, undisturbed, monkeypatch, seed, name, deaths
 ):
     clock = WallClock(seed)
     monkeypatch.setattr(time, "time", clock)
-    asyncio.run(live_through(tmp_path, model, name, clock, deaths))
+    await live_through(tmp_path, model, name, clock, deaths)
     assert everything(tmp_path, name) == undisturbed[name]
     assert clock.hit["at a look"] >= 3 * 3, "each segment looks at it when it is denoised, encoded and committed"

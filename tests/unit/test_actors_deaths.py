@@ -11,20 +11,12 @@ from edit_ray.actors.pool import ActorGone
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.run_state import MOST_DEATHS
-from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_clocks import everything
 from tests.unit.test_actors_recovery import REUSE, end_of, make, submit
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
-
 SHORT = REUSE | {"video": {"num_segments": 3}}
 NO_RETRIES = {"engine": {"cpu_threads": 1, "segment_retries": 0}}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +65,11 @@ WORK = ("prepare_run", "denoise_segment", "decode_segment", "encode_segment", "f
 
 
 @pytest.mark.parametrize(("who", "times"), [("GPU actor", 4), ("store", 4)])
-def test_deaths_of_actors_end_no_run_although_nothing_may_be_tried_again(tmp_path, model, undisturbed, who, times):
+async def test_deaths_of_actors_end_no_run_although_nothing_may_be_tried_again(
+    tmp_path, model, undisturbed, who, times
+):
     pool = Mortal(who, times, WORK if who == "GPU actor" else ["denoise_segment"])
-    status = asyncio.run(run(pool, tmp_path, model))
+    status = await run(pool, tmp_path, model)
     assert status.state == "done", status.error
     assert set(pool.left.values()) == {0}
     made, whole = everything(tmp_path, "one"), dict(undisturbed)
@@ -83,8 +77,8 @@ def test_deaths_of_actors_end_no_run_although_nothing_may_be_tried_again(tmp_pat
     assert {name: made[name] == whole[name] for name in whole} == dict.fromkeys(made, True)
 
 
-def test_work_that_kills_its_actor_each_time_ends_the_run_and_says_how_often(tmp_path, model):
-    status = asyncio.run(run(Mortal("GPU actor", 10**6, ["denoise_segment"]), tmp_path, model))
+async def test_work_that_kills_its_actor_each_time_ends_the_run_and_says_how_often(tmp_path, model):
+    status = await run(Mortal("GPU actor", 10**6, ["denoise_segment"]), tmp_path, model)
     assert status.state == "failed"
     assert status.error == (
         f"denoise of segment 0 failed: actors died {MOST_DEATHS + 1} times during this work, which may be why "
@@ -92,9 +86,9 @@ def test_work_that_kills_its_actor_each_time_ends_the_run_and_says_how_often(tmp
     )
 
 
-def test_what_a_client_leaves_that_dies_while_it_submits_goes_with_the_run_s_end(tmp_path, model):
+async def test_what_a_client_leaves_that_dies_while_it_submits_goes_with_the_run_s_end(tmp_path, model):
     left, of_another = RunFolder(tmp_path, "one").probe("a"), RunFolder(tmp_path, "one-b").probe("b")
     left.touch()
     of_another.touch()
-    assert asyncio.run(run(LocalPool(), tmp_path, model)).state == "done"
+    assert (await run(LocalPool(), tmp_path, model)).state == "done"
     assert (left.exists(), of_another.exists()) == (False, True)

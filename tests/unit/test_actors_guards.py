@@ -17,17 +17,9 @@ from edit_ray.errors import ConfigError, ResourcesUnavailable, StaleWork
 from edit_ray.metrics.collect import MetricValues
 from edit_ray.metrics.run_metrics import RunMetrics
 from edit_ray.runs.folder import RunFolder
-from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_recovery import end_of, submit
 from tests.unit.test_run_metrics import Segment
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 @contextlib.asynccontextmanager
@@ -87,17 +79,14 @@ def is_manifest_with_dropped(descriptor):
         ("fsync", is_manifest_with_dropped, errno.ENOSPC),
     ],
 )
-def test_what_fails_after_the_manifests_line_fails_no_commit(
+async def test_what_fails_after_the_manifests_line_fails_no_commit(
     tmp_path, model, monkeypatch, name, concerns, number, times
 ):
-    async def run():
-        async with scheduler_of() as scheduler:
-            await submit(scheduler, tmp_path, "one", config_for(model, output={"keep_segments": 1}))
-            await scheduler.wait_segment("one", 0, 60)
-            monkeypatch.setattr(os, name, failing := Failing(name, concerns, number, times))
-            return await end_of(scheduler, "one"), failing.left
-
-    status, left = asyncio.run(run())
+    async with scheduler_of() as scheduler:
+        await submit(scheduler, tmp_path, "one", config_for(model, output={"keep_segments": 1}))
+        await scheduler.wait_segment("one", 0, 60)
+        monkeypatch.setattr(os, name, failing := Failing(name, concerns, number, times))
+        status, left = await end_of(scheduler, "one"), failing.left
     assert (status.state, status.committed, status.error) == ("done", 4, None)
     assert left < times, "it was hit"
     media = sorted(path.name for path in (tmp_path / "one" / "segments").iterdir())
@@ -141,13 +130,10 @@ class Busy(LocalPool):
 
 
 @pytest.mark.parametrize("method", ["prepare_run", "denoise_segment"])
-def test_a_cluster_that_lacks_resources_for_a_while_fails_no_run(tmp_path, model, method):
-    async def run():
-        async with scheduler_of(Busy(method)) as scheduler:
-            await submit(scheduler, tmp_path, "one", config_for(model))
-            return await end_of(scheduler, "one")
-
-    status = asyncio.run(run())
+async def test_a_cluster_that_lacks_resources_for_a_while_fails_no_run(tmp_path, model, method):
+    async with scheduler_of(Busy(method)) as scheduler:
+        await submit(scheduler, tmp_path, "one", config_for(model))
+        status = await end_of(scheduler, "one")
     assert status.state == "done", status.error
 
 
@@ -155,33 +141,27 @@ def test_a_cluster_that_lacks_resources_for_a_while_fails_no_run(tmp_path, model
 
 
 @pytest.mark.parametrize("index", [-1, 1.5, "0", True, None])
-def test_a_segment_that_cannot_be_is_refused_in_a_sentence(tmp_path, model, index):
-    async def run():
-        async with scheduler_of() as scheduler:
-            await submit(scheduler, tmp_path, "one", config_for(model))
-            with pytest.raises(ConfigError, match=r"index is .*; it must be a whole number of at least 0"):
-                await scheduler.wait_segment("one", index, 0.1)
-            await scheduler.cancel("one")
-            await end_of(scheduler, "one")
-
-    asyncio.run(run())
+async def test_a_segment_that_cannot_be_is_refused_in_a_sentence(tmp_path, model, index):
+    async with scheduler_of() as scheduler:
+        await submit(scheduler, tmp_path, "one", config_for(model))
+        with pytest.raises(ConfigError, match=r"index is .*; it must be a whole number of at least 0"):
+            await scheduler.wait_segment("one", index, 0.1)
+        await scheduler.cancel("one")
+        await end_of(scheduler, "one")
     with pytest.raises(ConfigError, match="whole number of at least 0"):
         LongVideoClient(output=tmp_path, connect=False).wait_segment("one", index)
 
 
-def test_a_question_for_a_far_segment_takes_only_what_is_there(tmp_path, model):
+async def test_a_question_for_a_far_segment_takes_only_what_is_there(tmp_path, model):
     """Nobody has taken what was not made: once the client has gone the run pauses again."""
 
-    async def run():
-        async with scheduler_of() as scheduler:
-            await submit(scheduler, tmp_path, "one", config_for(model, engine={"max_ahead": 1, "cpu_threads": 1}))
-            await scheduler.wait_segment("one", 10**6, 0.01)
-            async with asyncio.timeout(60):
-                while (status := await scheduler.status("one")).state not in ("paused", "done"):
-                    await asyncio.sleep(0.01)
-            assert (status.state, status.committed) == ("paused", 1)
-            reply = await scheduler.wait_segment("one", 3, 60)  # who waits for the last one takes those before it
-            assert reply.record is not None
-            assert (await end_of(scheduler, "one")).state == "done"
-
-    asyncio.run(run())
+    async with scheduler_of() as scheduler:
+        await submit(scheduler, tmp_path, "one", config_for(model, engine={"max_ahead": 1, "cpu_threads": 1}))
+        await scheduler.wait_segment("one", 10**6, 0.01)
+        async with asyncio.timeout(60):
+            while (status := await scheduler.status("one")).state not in ("paused", "done"):
+                await asyncio.sleep(0.01)
+        assert (status.state, status.committed) == ("paused", 1)
+        reply = await scheduler.wait_segment("one", 3, 60)  # who waits for the last one takes those before it
+        assert reply.record is not None
+        assert (await end_of(scheduler, "one")).state == "done"

@@ -12,18 +12,11 @@ from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.runs.folder import RunFolder
-from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 TIMES = {"cpu_threads": 1, "idle_exit_s": 3600, "step_timeout_s": 4.0, "load_timeout_s": 60.0, "answer_timeout_s": 2.0}
 WARM = {"policy": "warmstart_reuse", "inner": "fbcache", "rel_l1_thresh": 0.2, "warm_steps": 2, "reuse_window": 2}
 REUSE = {"cache": WARM, "store": {"host_bytes": 4 * 4096, "allow_tmpfs": True}}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 class Stopped(LocalPool):
@@ -125,22 +118,19 @@ def test_what_hangs_again_and_again_ends_the_run_with_a_sentence(tmp_path, model
 
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("when", ["prepare_run", "denoise_segment", "finalize_run"])
-def test_a_cancel_that_is_not_obeyed_ends_with_the_actor(tmp_path, model, when):
+async def test_a_cancel_that_is_not_obeyed_ends_with_the_actor(start, tmp_path, model, when):
     pool = Stopped("denoiser", when)
     config = config_for(model, engine=TIMES | {"step_timeout_s": 3600.0, "load_timeout_s": 3600.0})
 
-    async def run():
-        scheduler = SegmentSchedulerActor(pool)
-        await submit(scheduler, tmp_path, config)
-        async with asyncio.timeout(60):
-            while pool.killed is None:
-                await asyncio.sleep(0.05)
-        began = time.monotonic()
-        await scheduler.cancel("hurt")
-        status = await end_of(scheduler)
-        return status, time.monotonic() - began
-
-    status, seconds = asyncio.run(run())
+    scheduler = start(pool)
+    await submit(scheduler, tmp_path, config)
+    async with asyncio.timeout(60):
+        while pool.killed is None:
+            await asyncio.sleep(0.05)
+    began = time.monotonic()
+    await scheduler.cancel("hurt")
+    status = await end_of(scheduler)
+    seconds = time.monotonic() - began
     assert status.state == "cancelled"
     assert pool.restarts == ["denoiser"]
     assert seconds < 10, "answer_timeout_s, and what the end takes"

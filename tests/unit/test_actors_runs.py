@@ -9,22 +9,13 @@ from diffusers import AutoencoderKLWan
 
 from edit_ray.actors.denoiser import DenoiserActor
 from edit_ray.actors.local import LocalPool
-from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.engine.lookback import lookback_latents
 from edit_ray.errors import ConfigError, RunLive
 from edit_ray.runs.folder import RunFolder
-from edit_ray.testing import save_random_wan
 from edit_ray.video.stream_files import newest_playlist
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_recovery import REUSE, SEGMENTS, die, end_of, make, submit
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 @pytest.fixture(scope="module")
@@ -37,31 +28,25 @@ def undisturbed(model, tmp_path_factory):
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["plain", "reuse"])
-def test_a_run_is_extended_and_rerolled_and_its_old_takes_are_kept(tmp_path, model, name):
-    async def change():
-        pool = LocalPool()
-        scheduler = SegmentSchedulerActor(pool)
-        await submit(scheduler, tmp_path, name, config_for(model, **(REUSE if name == "reuse" else {})))
-        with pytest.raises(RunLive, match="is at work; wait for its end"):
-            await scheduler.extend(name, str(tmp_path), 2, False)
-        await end_of(scheduler, name)
-        before = folder.read_manifest()
-        assert (await scheduler.extend(name, str(tmp_path), 2, False)).num_segments == SEGMENTS + 2
-        assert (await end_of(scheduler, name)).state == "done"
-        extended = folder.read_manifest()
-        assert extended.segments[:SEGMENTS] == before.segments
-        for start, words in ((-1, "--from is -1"), (6, "from 0 to 5")):
-            with pytest.raises(ConfigError, match=words):
-                await scheduler.reroll(name, str(tmp_path), start, None, None, False)
-        with pytest.raises(ConfigError, match="--segments is 0"):
-            await scheduler.extend(name, str(tmp_path), 0, False)
-        await scheduler.reroll(name, str(tmp_path), 4, 99, "a blue square", False)
-        assert (await end_of(scheduler, name)).state == "done"
-        await pool.end()
-        return extended
-
+async def test_a_run_is_extended_and_rerolled_and_its_old_takes_are_kept(start, tmp_path, model, name):
     folder = RunFolder(tmp_path, name)
-    extended = asyncio.run(change())
+    scheduler = start()
+    await submit(scheduler, tmp_path, name, config_for(model, **(REUSE if name == "reuse" else {})))
+    with pytest.raises(RunLive, match="is at work; wait for its end"):
+        await scheduler.extend(name, str(tmp_path), 2, False)
+    await end_of(scheduler, name)
+    before = folder.read_manifest()
+    assert (await scheduler.extend(name, str(tmp_path), 2, False)).num_segments == SEGMENTS + 2
+    assert (await end_of(scheduler, name)).state == "done"
+    extended = folder.read_manifest()
+    assert extended.segments[:SEGMENTS] == before.segments
+    for start, words in ((-1, "--from is -1"), (6, "from 0 to 5")):
+        with pytest.raises(ConfigError, match=words):
+            await scheduler.reroll(name, str(tmp_path), start, None, None, False)
+    with pytest.raises(ConfigError, match="--segments is 0"):
+        await scheduler.extend(name, str(tmp_path), 0, False)
+    await scheduler.reroll(name, str(tmp_path), 4, 99, "a blue square", False)
+    assert (await end_of(scheduler, name)).state == "done"
     manifest = folder.read_manifest()
     assert [record.take for record in manifest.segments] == [0, 0, 0, 0, 1, 1]
     assert manifest.earlier_takes == extended.segments[4:]
@@ -92,34 +77,24 @@ def listed(records):
     return [(record.media, record.num_frames) for record in records]
 
 
-def test_an_extended_run_is_the_run_that_was_as_long_from_the_start(tmp_path, model, undisturbed):
-    async def extend():
-        pool = LocalPool()
-        scheduler = SegmentSchedulerActor(pool)
-        await submit(scheduler, tmp_path, "plain", config_for(model, video={"num_segments": SEGMENTS - 1}))
-        await end_of(scheduler, "plain")
-        await scheduler.extend("plain", str(tmp_path), 1, False)
-        assert (await end_of(scheduler, "plain")).state == "done"
-        await pool.end()
-
-    asyncio.run(extend())
+async def test_an_extended_run_is_the_run_that_was_as_long_from_the_start(start, tmp_path, model, undisturbed):
+    scheduler = start()
+    await submit(scheduler, tmp_path, "plain", config_for(model, video={"num_segments": SEGMENTS - 1}))
+    await end_of(scheduler, "plain")
+    await scheduler.extend("plain", str(tmp_path), 1, False)
+    assert (await end_of(scheduler, "plain")).state == "done"
     assert RunFolder(tmp_path, "plain").final.read_bytes() == RunFolder(undisturbed, "plain").final.read_bytes()
 
 
-def test_a_reroll_with_the_same_seed_makes_the_same_segments(tmp_path, model, undisturbed):
+async def test_a_reroll_with_the_same_seed_makes_the_same_segments(start, tmp_path, model, undisturbed):
     """Another take of all segments with the run's own seed: nothing but its name tells it from the first."""
 
-    async def again():
-        pool = LocalPool()
-        scheduler = SegmentSchedulerActor(pool)
-        config = config_for(model)
-        await submit(scheduler, tmp_path, "plain", config)
-        await end_of(scheduler, "plain")
-        await scheduler.reroll("plain", str(tmp_path), 1, config.sampling.seed, None, False)
-        assert (await end_of(scheduler, "plain")).state == "done"
-        await pool.end()
-
-    asyncio.run(again())
+    scheduler = start()
+    config = config_for(model)
+    await submit(scheduler, tmp_path, "plain", config)
+    await end_of(scheduler, "plain")
+    await scheduler.reroll("plain", str(tmp_path), 1, config.sampling.seed, None, False)
+    assert (await end_of(scheduler, "plain")).state == "done"
     folder, whole = RunFolder(tmp_path, "plain"), RunFolder(undisturbed, "plain")
     for index in range(1, SEGMENTS):
         assert torch.equal(load_latents(folder.latents(index, 1)), load_latents(whole.latents(index, 0)))
@@ -142,21 +117,17 @@ class Hanging(LocalPool):
         await super().restart_denoiser(worker)
 
 
-def test_an_actor_that_makes_no_step_is_restarted(tmp_path, model, undisturbed):
-    async def hang():
-        pool = Hanging()
-        scheduler = SegmentSchedulerActor(pool)
-        await submit(scheduler, tmp_path, "plain", config_for(model, engine={"cpu_threads": 1, "step_timeout_s": 2.0}))
-        status = await end_of(scheduler, "plain")
-        await pool.end()
-        return status, pool.killed
-
-    status, killed = asyncio.run(hang())
+async def test_an_actor_that_makes_no_step_is_restarted(start, tmp_path, model, undisturbed):
+    pool = Hanging()
+    scheduler = start(pool)
+    await submit(scheduler, tmp_path, "plain", config_for(model, engine={"cpu_threads": 1, "step_timeout_s": 2.0}))
+    status = await end_of(scheduler, "plain")
+    killed = pool.killed
     assert (status.state, killed) == ("done", 1), status.error
     assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
 
 
-def test_latents_that_are_not_finite_are_tried_again_and_never_written(tmp_path, model):
+async def test_latents_that_are_not_finite_are_tried_again_and_never_written(start, tmp_path, model):
     class NotFinite(DenoiserActor):
         def denoise_segment(self, spec, segment, attempt):
             if segment.index != 1:
@@ -174,15 +145,10 @@ def test_latents_that_are_not_finite_are_tried_again_and_never_written(tmp_path,
             await super().start(spec, worker)
             self.workers[worker].denoiser.__class__ = NotFinite
 
-    async def generate():
-        pool = Pool()
-        scheduler = SegmentSchedulerActor(pool)
-        await submit(scheduler, tmp_path, "one", config_for(model, engine={"cpu_threads": 1, "segment_retries": 1}))
-        status = await end_of(scheduler, "one")
-        await pool.end()
-        return status
-
-    status = asyncio.run(generate())
+    pool = Pool()
+    scheduler = start(pool)
+    await submit(scheduler, tmp_path, "one", config_for(model, engine={"cpu_threads": 1, "segment_retries": 1}))
+    status = await end_of(scheduler, "one")
     assert status.state == "failed"
     assert "denoise of segment 1 failed (attempt 2 of 2)" in status.error
     assert "not finite" in status.error
@@ -217,16 +183,11 @@ class Crowded(LocalPool):
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_memory_that_does_not_do_is_tried_once_more_then_named(tmp_path, model, undisturbed, times):
-    async def crowd():
-        pool = Crowded(times)
-        scheduler = SegmentSchedulerActor(pool)
-        await submit(scheduler, tmp_path, "plain", config_for(model))
-        status = await end_of(scheduler, "plain")
-        await pool.end()
-        return status
-
-    status = asyncio.run(crowd())
+async def test_memory_that_does_not_do_is_tried_once_more_then_named(start, tmp_path, model, undisturbed, times):
+    pool = Crowded(times)
+    scheduler = start(pool)
+    await submit(scheduler, tmp_path, "plain", config_for(model))
+    status = await end_of(scheduler, "plain")
     if times == 1:
         assert status.state == "done", status.error
         assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
@@ -234,28 +195,24 @@ def test_memory_that_does_not_do_is_tried_once_more_then_named(tmp_path, model, 
         assert status.error.startswith("denoise of segment 1 failed: out of GPU memory (CUDA out of memory.")
 
 
-def test_memory_that_does_not_do_for_decoding_does_for_tiles_and_stays_so(tmp_path, model, undisturbed):
+async def test_memory_that_does_not_do_for_decoding_does_for_tiles_and_stays_so(start, tmp_path, model, undisturbed):
     """What is resumed by other actors, which have memory enough, is decoded as it would have been."""
     config = config_for(model, video={"num_segments": 3})
 
-    async def crowd():
-        pool = Crowded(1, "decode_segment")
-        scheduler = SegmentSchedulerActor(pool)
-        await submit(scheduler, tmp_path, "whole", config)
-        ended = [await end_of(scheduler, "whole")]
-        pool.times = 1
-        await submit(scheduler, tmp_path, "hurt", config)
-        await scheduler.wait_segment("hurt", 1, 60)
-        await die(scheduler)
-        await pool.end()
-        other = Crowded(0)
-        again = SegmentSchedulerActor(other)
-        await again.resume("hurt", str(tmp_path), False)
-        ended.append(await end_of(again, "hurt"))
-        await other.end()
-        return ended
-
-    assert [status.state for status in asyncio.run(crowd())] == ["done", "done"]
+    pool = Crowded(1, "decode_segment")
+    scheduler = start(pool)
+    await submit(scheduler, tmp_path, "whole", config)
+    ended = [await end_of(scheduler, "whole")]
+    pool.times = 1
+    await submit(scheduler, tmp_path, "hurt", config)
+    await scheduler.wait_segment("hurt", 1, 60)
+    await die(scheduler)
+    await pool.end()
+    other = Crowded(0)
+    again = start(other)
+    await again.resume("hurt", str(tmp_path), False)
+    ended.append(await end_of(again, "hurt"))
+    assert [status.state for status in ended] == ["done", "done"]
     before, whole, hurt = (RunFolder(*of) for of in ((undisturbed, "plain"), (tmp_path, "whole"), (tmp_path, "hurt")))
     assert whole.read_manifest().tiled_from == hurt.read_manifest().tiled_from == 1
     assert [record.statistics["decode_tiled"] for record in hurt.read_manifest().segments] == [0, 1, 1]
@@ -265,53 +222,37 @@ def test_memory_that_does_not_do_for_decoding_does_for_tiles_and_stays_so(tmp_pa
 
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize(("tiled_decode", "times"), [("auto", 2), ("always", 1), ("never", 1)])
-def test_memory_that_does_not_even_do_for_tiles_is_named(tmp_path, model, tiled_decode, times):
-    async def crowd():
-        pool = Crowded(times, "decode_segment")
-        scheduler = SegmentSchedulerActor(pool)
-        engine = {"cpu_threads": 1, "tiled_decode": tiled_decode}
-        await submit(scheduler, tmp_path, "one", config_for(model, engine=engine, video={"num_segments": 3}))
-        status = await end_of(scheduler, "one")
-        await pool.end()
-        return status
-
-    status = asyncio.run(crowd())
+async def test_memory_that_does_not_even_do_for_tiles_is_named(start, tmp_path, model, tiled_decode, times):
+    pool = Crowded(times, "decode_segment")
+    scheduler = start(pool)
+    engine = {"cpu_threads": 1, "tiled_decode": tiled_decode}
+    await submit(scheduler, tmp_path, "one", config_for(model, engine=engine, video={"num_segments": 3}))
+    status = await end_of(scheduler, "one")
     assert status.error.startswith("decode of segment 1 failed: out of GPU memory (CUDA out of memory.")
     assert RunFolder(tmp_path, "one").read_manifest().tiled_from == (1 if tiled_decode == "auto" else None)
 
 
-def test_what_a_killed_actor_had_begun_to_write_goes_with_the_end_of_the_run(tmp_path, model):
-    async def leave_a_draft():
-        pool = LocalPool()
-        scheduler = SegmentSchedulerActor(pool)
-        await submit(scheduler, tmp_path, "plain", config_for(model))
-        draft = tmp_path / "plain" / "segments" / ".00000-t0.m4s.1.part"
-        draft.write_bytes(b"half a segm")
-        assert (await end_of(scheduler, "plain")).state == "done"
-        await pool.end()
-        return draft
-
-    assert not asyncio.run(leave_a_draft()).exists()
+async def test_what_a_killed_actor_had_begun_to_write_goes_with_the_end_of_the_run(start, tmp_path, model):
+    scheduler = start()
+    await submit(scheduler, tmp_path, "plain", config_for(model))
+    draft = tmp_path / "plain" / "segments" / ".00000-t0.m4s.1.part"
+    draft.write_bytes(b"half a segm")
+    assert (await end_of(scheduler, "plain")).state == "done"
+    assert not draft.exists()
 
 
-def test_a_removed_folder_ends_the_run_with_a_sentence(tmp_path, model):
-    async def remove():
-        pool = LocalPool()
-        scheduler = SegmentSchedulerActor(pool)
-        await submit(scheduler, tmp_path, "one", config_for(model))
-        await scheduler.wait_segment("one", 0, 60)
-        (tmp_path / "one").rename(tmp_path / "elsewhere")
-        status = await end_of(scheduler, "one")
-        await pool.end()
-        return status
-
-    status = asyncio.run(remove())
+async def test_a_removed_folder_ends_the_run_with_a_sentence(start, tmp_path, model):
+    scheduler = start()
+    await submit(scheduler, tmp_path, "one", config_for(model))
+    await scheduler.wait_segment("one", 0, 60)
+    (tmp_path / "one").rename(tmp_path / "elsewhere")
+    status = await end_of(scheduler, "one")
     assert status.state == "failed"
     assert f"the run's folder {tmp_path / 'one'} was removed" in status.error
     assert RunFolder(tmp_path, "elsewhere").path.exists()
 
 
-def test_an_endless_run_keeps_a_bounded_number_of_files(tmp_path, model):
+async def test_an_endless_run_keeps_a_bounded_number_of_files(start, tmp_path, model):
     config = config_for(
         model,
         sampling={"num_frames": 17},
@@ -321,25 +262,19 @@ def test_an_endless_run_keeps_a_bounded_number_of_files(tmp_path, model):
         cache={"policy": "always"},
     )
 
-    async def run_for_a_while():
-        pool = LocalPool()
-        scheduler = SegmentSchedulerActor(pool)
-        await submit(scheduler, tmp_path, "one", config)
-        for index in range(14):
-            await scheduler.wait_segment("one", index, 60)
-        await scheduler.cancel("one")
-        status = await end_of(scheduler, "one")
-        in_memory = [(await scheduler.wait_segment("one", index, 1)).record for index in range(status.committed)]
-        assert [bool(record.statistics) for record in in_memory[-3:]] == [False, True, True]
-        assert not any(record.statistics for record in in_memory[:-2])
-        await scheduler.resume("one", str(tmp_path), False)
-        await scheduler.wait_segment("one", status.committed, 60)
-        await scheduler.cancel("one")
-        status = await end_of(scheduler, "one")
-        await pool.end()
-        return status
-
-    status = asyncio.run(run_for_a_while())
+    scheduler = start()
+    await submit(scheduler, tmp_path, "one", config)
+    for index in range(14):
+        await scheduler.wait_segment("one", index, 60)
+    await scheduler.cancel("one")
+    status = await end_of(scheduler, "one")
+    in_memory = [(await scheduler.wait_segment("one", index, 1)).record for index in range(status.committed)]
+    assert [bool(record.statistics) for record in in_memory[-3:]] == [False, True, True]
+    assert not any(record.statistics for record in in_memory[:-2])
+    await scheduler.resume("one", str(tmp_path), False)
+    await scheduler.wait_segment("one", status.committed, 60)
+    await scheduler.cancel("one")
+    status = await end_of(scheduler, "one")
     folder = RunFolder(tmp_path, "one")
     assert status.state == "cancelled"
     assert (status.num_segments, status.num_frames) == (None, None)
@@ -354,35 +289,26 @@ def test_an_endless_run_keeps_a_bounded_number_of_files(tmp_path, model):
     assert -(-needed // 3) <= latents <= -(-needed // 3) + 2, "each segment adds three"
 
 
-def test_a_run_pauses_until_a_client_takes_segments(tmp_path, model):
-    async def pause():
-        pool = LocalPool()
-        scheduler = SegmentSchedulerActor(pool)
-        await submit(scheduler, tmp_path, "one", config_for(model, engine={"cpu_threads": 1, "max_ahead": 1}))
-        async with asyncio.timeout(60):
-            while (await scheduler.status("one")).state != "paused":
-                await asyncio.sleep(0.01)
-        assert (await scheduler.status("one")).committed == 1
-        assert (await scheduler.wait_segment("one", 1, 60)).record.index == 1
-        assert (await end_of(scheduler, "one")).state == "done"
-        await pool.end()
-
-    asyncio.run(pause())
+async def test_a_run_pauses_until_a_client_takes_segments(start, tmp_path, model):
+    scheduler = start()
+    await submit(scheduler, tmp_path, "one", config_for(model, engine={"cpu_threads": 1, "max_ahead": 1}))
+    async with asyncio.timeout(60):
+        while (await scheduler.status("one")).state != "paused":
+            await asyncio.sleep(0.01)
+    assert (await scheduler.status("one")).committed == 1
+    assert (await scheduler.wait_segment("one", 1, 60)).record.index == 1
+    assert (await end_of(scheduler, "one")).state == "done"
 
 
-def test_two_gpu_actors_make_two_runs_at_once(tmp_path, model, undisturbed):
-    async def both():
-        pool = LocalPool()
-        scheduler = SegmentSchedulerActor(pool)
-        config = config_for(model, engine={"cpu_threads": 1, "gpu_actors": 2})
-        await submit(scheduler, tmp_path, "one", config)
-        await submit(scheduler, tmp_path, "two", config)
-        assert [status.state for status in await scheduler.runs()] == ["preparing", "preparing"]
-        ends = [await end_of(scheduler, run_id) for run_id in ("one", "two")]
-        await pool.end()
-        return ends, sorted(pool.workers)
-
-    ends, workers = asyncio.run(both())
+async def test_two_gpu_actors_make_two_runs_at_once(start, tmp_path, model, undisturbed):
+    pool = LocalPool()
+    scheduler = start(pool)
+    config = config_for(model, engine={"cpu_threads": 1, "gpu_actors": 2})
+    await submit(scheduler, tmp_path, "one", config)
+    await submit(scheduler, tmp_path, "two", config)
+    assert [status.state for status in await scheduler.runs()] == ["preparing", "preparing"]
+    ends = [await end_of(scheduler, run_id) for run_id in ("one", "two")]
+    workers = sorted(pool.workers)
     assert [status.state for status in ends] == ["done", "done"]
     assert workers == [0, 1]
     for run_id in ("one", "two"):

@@ -12,13 +12,7 @@ from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.errors import ConfigError
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.owner import Owner, owner_here
-from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 @pytest.fixture
