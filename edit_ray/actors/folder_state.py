@@ -204,14 +204,15 @@ def _is_joined(path: Path, parts: Sequence[Path]) -> bool:
     """Whether a file holds the bytes of the parts, one after the other."""
     try:
         with path.open("rb") as whole:
-            for part in parts:
-                with part.open("rb") as file:
-                    while data := file.read(_CHUNK):
-                        if whole.read(len(data)) != data:
-                            return False
-            return not whole.read(1)
+            chunks = (chunk for part in parts for chunk in _chunks(part))
+            return all(whole.read(len(chunk)) == chunk for chunk in chunks) and not whole.read(1)
     except OSError:
         return False
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from iter(lambda: file.read(_CHUNK), b"")
 
 
 def _wrong_of(

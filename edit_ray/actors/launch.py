@@ -55,7 +55,7 @@ def segment_scheduler(answer_timeout_s: float) -> Any:
     actor: Any = ray.remote(num_cpus=0, max_restarts=-1, resources=needs)(SegmentSchedulerActor)
     handle = actor.options(name=SCHEDULER, **_DETACHED).remote(RayPool())
     deadline = time.monotonic() + RESTART_TIMEOUT_S + (patience_s if patience_s < math.inf else 0.0)
-    _check_version(SCHEDULER, _described(SCHEDULER, handle, deadline, patience_s))
+    _described(SCHEDULER, handle, deadline, patience_s)
     return handle
 
 
@@ -230,7 +230,6 @@ class RayPool:
             name = name_of(role, worker)
             patience_s = spec.config.engine.answer_timeout_s if name in alive else math.inf
             description = _described(name, handle, deadline, patience_s)
-            _check_version(name, description)
         if gpus > int(description["gpus"]):
             raise ResourcesUnavailable(
                 f"this run asks for {gpus} GPUs (model.device, engine.cfg_parallel), and the living GPU actor has "
@@ -285,24 +284,21 @@ def _read_note(note: str) -> dict[str, Any]:
     return values
 
 
-def _check_version(name: str, description: dict[str, Any]) -> None:
-    """Raises ActorVersionMismatch if a living actor runs other code than this process."""
-    if description["version"] != code_version():
-        raise ActorVersionMismatch(
-            f"the living actor {name!r} runs edit_ray {description['version']}, this process {code_version()}; "
-            "end the old actors with `edit-ray down`, then start again"
-        )
-
-
 def _described(name: str, handle: Any, deadline: float, patience_s: float) -> dict[str, Any]:
     """The actor's description of itself, waited for while it starts or restarts, until `deadline` (monotonic seconds).
 
-    An actor that is alive and answers nothing for `patience_s` is killed and restarted. Raises ResourcesUnavailable.
+    An actor that is alive and answers nothing for `patience_s` is killed and restarted. Raises ResourcesUnavailable,
+    and ActorVersionMismatch if the actor runs other code than this process.
     """
     while (left := deadline - time.monotonic()) > 0:
         try:
             description: dict[str, Any] = ray.get(handle.describe.remote(), timeout=min(left, patience_s))
-            return description
+            if description["version"] == code_version():
+                return description
+            raise ActorVersionMismatch(
+                f"the living actor {name!r} runs edit_ray {description['version']}, this process {code_version()}; "
+                "end the old actors with `edit-ray down`, then start again"
+            )
         except ray.exceptions.ActorUnavailableError:
             time.sleep(0.2)
         except ray.exceptions.GetTimeoutError:

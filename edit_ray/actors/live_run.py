@@ -29,7 +29,28 @@ class FolderSilent(SegmentFailed):
 
 
 @dataclass
-class LiveRun:
+class Watched:
+    """What clients wait for a change of."""
+
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition, kw_only=True)
+
+    async def notify(self) -> None:
+        """Wake all who wait for a change."""
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def wait(self, there: Callable[[], bool], timeout_s: float) -> bool:
+        """Whether a condition came true in time."""
+        async with self.changed:
+            try:
+                await asyncio.wait_for(self.changed.wait_for(there), timeout_s)
+            except TimeoutError:
+                return False
+        return True
+
+
+@dataclass
+class LiveRun(Watched):
     """A run that this segment scheduler works on or worked on. It holds its manifest's lock until it has ended."""
 
     spec: RunSpec
@@ -45,14 +66,17 @@ class LiveRun:
     warnings: dict[str, str | None] = field(default_factory=dict)  # by subject: what will fail without intervention
     removed: Retention = KEEP_ALL  # up to which segments this incarnation has removed old files
     stats: dict[int, dict[str, float]] = field(default_factory=dict)  # of segments that are not committed
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     beginning: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while its GPU actor is prepared
     _disk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "folder"))
     _parts_written: int = 0  # of the stream's files, which shows that a long write makes progress
 
     def __post_init__(self) -> None:
         self.stream = self.spec.stream_files()
-        self.stream.part_written = self._part_written
+
+        def part_written() -> None:
+            self._parts_written += 1
+
+        self.stream.part_written = part_written
 
     @property
     def folder(self) -> RunFolder:
@@ -94,9 +118,6 @@ class LiveRun:
             return done.result()
         finally:
             done.cancel()
-
-    def _part_written(self) -> None:
-        self._parts_written += 1
 
     async def is_gone(self) -> bool:
         """Whether the run's folder was removed; False if the file system does not answer."""
@@ -142,17 +163,3 @@ class LiveRun:
                     failure = error
         self.unrecorded = ended if failure else None
         return failure
-
-    async def notify(self) -> None:
-        """Wake all who wait for a change."""
-        async with self.changed:
-            self.changed.notify_all()
-
-    async def wait(self, there: Callable[[], bool], timeout_s: float) -> bool:
-        """Whether a condition came true in time."""
-        async with self.changed:
-            try:
-                await asyncio.wait_for(self.changed.wait_for(there), timeout_s)
-            except TimeoutError:
-                return False
-        return True

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edit_ray.actors.admission import Admission, Submission
-from edit_ray.actors.live_run import LiveRun
+from edit_ray.actors.live_run import LiveRun, Watched
 from edit_ray.actors.messages import RunSpec, RunStatus
 from edit_ray.actors.pool import ActorPool, Pointer
 from edit_ray.actors.stages import Stages, pause_before
@@ -80,7 +80,7 @@ class Pointers:
 
 
 @dataclass
-class WaitingRun:
+class WaitingRun(Watched):
     """A run that cannot go on yet, and why. `manifest` is what was read of it last."""
 
     run_id: str
@@ -95,7 +95,6 @@ class WaitingRun:
     begun: int = 0  # the number of the latest try
     tried: int = 0  # the number of the latest try that is over
     wanted: asyncio.Event = field(default_factory=asyncio.Event)
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def __post_init__(self) -> None:
         self.reader = ManifestReader(self.folder.manifest)
@@ -121,12 +120,6 @@ class WaitingRun:
         segments = () if self.manifest is None else self.manifest.segments
         return segments[segment_index] if segment_index < len(segments) else None
 
-    async def until(self, there: Callable[[], bool], timeout_s: float) -> None:
-        """Wait until the condition is true or the wait is over, at most `timeout_s`."""
-        async with self.changed:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.changed.wait_for(lambda: self.over or there()), timeout_s)
-
     def cancel(self) -> None:
         self.cancelled = True
         self.wanted.set()
@@ -135,7 +128,7 @@ class WaitingRun:
         """Wait for a try that begins after this call."""
         asked = self.begun + 1
         self.wanted.set()
-        await self.until(lambda: self.tried >= asked, ASKED_TRY_S)
+        await self.wait(lambda: self.over or self.tried >= asked, ASKED_TRY_S)
 
 
 class Recovery:
@@ -163,7 +156,7 @@ class Recovery:
         deadline = loop.time() + FIRST_TRIES_S
         for run in [self.waiting[run_id] for run_id in pointers]:  # one by one: they are queued in this order
             spawn(self._recover(run))
-            await run.until(lambda run=run: run.tried > 0, max(0.0, deadline - loop.time()))  # type: ignore[misc]
+            await run.wait(lambda run=run: run.tried > 0, max(0.0, deadline - loop.time()))  # type: ignore[misc]
 
     async def give_up_removed(self, asked: Submission) -> None:
         """Free the run id of a submission if the run that waits under it was removed.
@@ -190,8 +183,7 @@ class Recovery:
             run.tried = run.begun
             if run.over:
                 del self.waiting[run.run_id]
-            async with run.changed:
-                run.changed.notify_all()
+            await run.notify()
             if not run.over:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(run.wanted.wait(), pause_before(run.tried))

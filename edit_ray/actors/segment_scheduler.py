@@ -133,13 +133,16 @@ class SegmentSchedulerActor:
 
     async def status(self, run_id: str) -> RunStatus:
         run = await self._find(run_id)
-        return run.status if isinstance(run, WaitingRun) else await self._status(run)
+        progress: Progress | None = None
+        if isinstance(run, LiveRun) and not run.ended and run.worker is not None:
+            with contextlib.suppress(ConnectionError, TimeoutError):  # an actor that is being restarted
+                progress = await asyncio.wait_for(self._pool.denoiser(run.worker, "progress"), 1.0)
+        return self._status(run, progress)
 
     async def runs(self) -> list[RunStatus]:
         """All known runs, in the order of submission."""
         await self._recovered
-        runs = self._recovery.waiting | self._runs
-        return [self._status_without_progress(run) if isinstance(run, LiveRun) else run.status for run in runs.values()]
+        return [self._status(run) for run in (self._recovery.waiting | self._runs).values()]
 
     async def cancel(self, run_id: str) -> None:
         """Stop a run between two steps; its committed segments stay. An ended run stays as it is."""
@@ -157,7 +160,7 @@ class SegmentSchedulerActor:
         run = await self._find(run_id)
         if isinstance(run, WaitingRun):
             waiting = run
-            await waiting.until(lambda: waiting.record(segment_index) is not None, timeout_s)
+            await waiting.wait(lambda: waiting.over or waiting.record(segment_index) is not None, timeout_s)
             if not waiting.over:
                 return StreamReply(waiting.record(segment_index), waiting.status)
             run = self._known(run_id)
@@ -172,7 +175,7 @@ class SegmentSchedulerActor:
             await run.wait(there, timeout_s)
         segments = run.manifest.segments
         record = segments[segment_index] if segment_index < len(segments) else None
-        return StreamReply(record, self._status_without_progress(run))
+        return StreamReply(record, self._status(run))
 
     async def _find(self, run_id: str) -> LiveRun | WaitingRun:
         await self._recovered
@@ -189,18 +192,14 @@ class SegmentSchedulerActor:
             raise UnknownRun(f"no run {run_id!r} here; the latest are: {known}")
         return self._runs[run_id]
 
-    def _status_without_progress(self, run: LiveRun, progress: Progress | None = None) -> RunStatus:
+    def _status(self, run: LiveRun | WaitingRun, progress: Progress | None = None) -> RunStatus:
+        if isinstance(run, WaitingRun):
+            return run.status
+        if progress is not None and progress.run_id != run.spec.run_id:
+            progress = None
         status = RunStatus.of(run.spec.folder.path, run.manifest, self._state(run), progress)
         error = status.error if run.unrecorded is None else run.unrecorded.error
         return replace(status, error=error, warning=run.warning, at_work=self._machine.at_work(run.spec.run_id))
-
-    async def _status(self, run: LiveRun) -> RunStatus:
-        progress: Progress | None = None
-        if not run.ended and run.worker is not None:
-            with contextlib.suppress(ConnectionError, TimeoutError):  # an actor that is being restarted
-                progress = await asyncio.wait_for(self._pool.denoiser(run.worker, "progress"), 1.0)
-        mine = progress is not None and progress.run_id == run.spec.run_id
-        return self._status_without_progress(run, progress if mine else None)
 
     def _state(self, run: LiveRun) -> RunState:
         """The state machine's state, except that an end is reported only once it is durable."""
@@ -257,12 +256,13 @@ class SegmentSchedulerActor:
 
     async def _join(self, run: LiveRun | WaitingRun) -> RunStatus:
         """The status of a run that is alive. One that waits is tried now; raises what keeps it from going on."""
-        if isinstance(run, LiveRun):
-            return await self._status(run)
-        await run.try_now()
-        if not run.over and run.error is not None:
-            raise run.error
-        return self._status_without_progress(self._known(run.run_id)) if run.over else run.status
+        if isinstance(run, WaitingRun):
+            await run.try_now()
+            if not run.over and run.error is not None:
+                raise run.error
+            if run.over:
+                run = self._known(run.run_id)
+        return self._status(run)
 
     @contextlib.asynccontextmanager
     async def _admission_of(self, root: Path, engine: EngineOptions) -> AsyncIterator[None]:
@@ -294,7 +294,7 @@ class SegmentSchedulerActor:
         self._apply(WorkersCounted(usable))
         self._apply(RunSubmitted(spec.plan, committed, committed + len(denoised), run.worked_on))
         self._spawn(self._count_again(run))
-        return self._status_without_progress(run)
+        return self._status(run)
 
     async def _count_again(self, run: LiveRun) -> None:
         """Count the places anew while the run waits for a GPU actor: nodes may be added."""

@@ -173,13 +173,9 @@ class Stages:
         await run.on_disk(run.stream.append, spec.part(segment))
         published = rounded(publish_at=publish_at, publish_s=time.perf_counter() - began)
         stats = run.stats.get(segment.index, {})
+        names = ("index", "take", "prompt", "seed", "first_frame", "num_frames")
         record = SegmentRecord(
-            index=segment.index,
-            take=segment.take,
-            prompt=segment.prompt,
-            seed=segment.seed,
-            first_frame=segment.first_frame,
-            num_frames=segment.num_frames,
+            **{name: getattr(segment, name) for name in names},
             latents=spec.folder.relative(spec.latents(segment.index)),
             media=spec.folder.relative(spec.media(segment.index)),
             statistics={name: value for name, value in stats.items() if not name.endswith(_DIGEST)} | published,

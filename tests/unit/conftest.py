@@ -38,3 +38,16 @@ def start():
     yield start
     for pool in set(pools):
         asyncio.run(pool.end())
+
+
+@pytest.fixture
+def finish(start, tmp_path):
+    """Makes a run of the segment scheduler's class from its submission to its end; returns its status."""
+    from tests.unit.test_actors_recovery import end_of, submit
+
+    async def finish(config, run_id="one", pool=None, root=tmp_path):
+        scheduler = start(pool)
+        await submit(scheduler, root, run_id, config)
+        return await end_of(scheduler, run_id)
+
+    return finish

@@ -40,12 +40,10 @@ def check(samples, manifest, policy):
         assert told == sum(of.get(f"reuse_{direction}_bytes", 0) for of in figures)
 
 
-async def test_the_counts_are_those_of_the_manifest(start, tmp_path, model):
+async def test_the_counts_are_those_of_the_manifest(finish, tmp_path, model):
     pool = Pool()
     pool.fail_once = {("denoise_segment", 2)}
-    scheduler = start(pool)
-    await submit(scheduler, tmp_path, "one", config_for(model, **REUSE))
-    assert (await end_of(scheduler, "one")).state == "done"
+    assert (await finish(config_for(model, **REUSE), "one", pool)).state == "done"
     samples = await page_of(tmp_path)
     check(samples, RunFolder(tmp_path, "one").read_manifest(), "warmstart_reuse")
     assert samples("edit_ray_steps_total", policy="warmstart_reuse", branch="cond", decision="skipped") > 0

@@ -117,17 +117,15 @@ class Hanging(LocalPool):
         await super().restart_denoiser(worker)
 
 
-async def test_an_actor_that_makes_no_step_is_restarted(start, tmp_path, model, undisturbed):
+async def test_an_actor_that_makes_no_step_is_restarted(finish, tmp_path, model, undisturbed):
     pool = Hanging()
-    scheduler = start(pool)
-    await submit(scheduler, tmp_path, "plain", config_for(model, engine={"cpu_threads": 1, "step_timeout_s": 2.0}))
-    status = await end_of(scheduler, "plain")
+    status = await finish(config_for(model, engine={"cpu_threads": 1, "step_timeout_s": 2.0}), "plain", pool)
     killed = pool.killed
     assert (status.state, killed) == ("done", 1), status.error
     assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
 
 
-async def test_latents_that_are_not_finite_are_tried_again_and_never_written(start, tmp_path, model):
+async def test_latents_that_are_not_finite_are_tried_again_and_never_written(finish, start, tmp_path, model):
     class NotFinite(DenoiserActor):
         def denoise_segment(self, spec, segment, attempt):
             if segment.index != 1:
@@ -145,10 +143,7 @@ async def test_latents_that_are_not_finite_are_tried_again_and_never_written(sta
             await super().start(spec, worker)
             self.workers[worker].denoiser.__class__ = NotFinite
 
-    pool = Pool()
-    scheduler = start(pool)
-    await submit(scheduler, tmp_path, "one", config_for(model, engine={"cpu_threads": 1, "segment_retries": 1}))
-    status = await end_of(scheduler, "one")
+    status = await finish(config_for(model, engine={"cpu_threads": 1, "segment_retries": 1}), "one", Pool())
     assert status.state == "failed"
     assert "denoise of segment 1 failed (attempt 2 of 2)" in status.error
     assert "not finite" in status.error
@@ -183,11 +178,8 @@ class Crowded(LocalPool):
 
 
 @pytest.mark.parametrize("times", [1, 2])
-async def test_memory_that_does_not_do_is_tried_once_more_then_named(start, tmp_path, model, undisturbed, times):
-    pool = Crowded(times)
-    scheduler = start(pool)
-    await submit(scheduler, tmp_path, "plain", config_for(model))
-    status = await end_of(scheduler, "plain")
+async def test_memory_that_does_not_do_is_tried_once_more_then_named(finish, tmp_path, model, undisturbed, times):
+    status = await finish(config_for(model), "plain", Crowded(times))
     if times == 1:
         assert status.state == "done", status.error
         assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
@@ -222,12 +214,11 @@ async def test_memory_that_does_not_do_for_decoding_does_for_tiles_and_stays_so(
 
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize(("tiled_decode", "times"), [("auto", 2), ("always", 1), ("never", 1)])
-async def test_memory_that_does_not_even_do_for_tiles_is_named(start, tmp_path, model, tiled_decode, times):
-    pool = Crowded(times, "decode_segment")
-    scheduler = start(pool)
+async def test_memory_that_does_not_even_do_for_tiles_is_named(finish, tmp_path, model, tiled_decode, times):
     engine = {"cpu_threads": 1, "tiled_decode": tiled_decode}
-    await submit(scheduler, tmp_path, "one", config_for(model, engine=engine, video={"num_segments": 3}))
-    status = await end_of(scheduler, "one")
+    status = await finish(
+        config_for(model, engine=engine, video={"num_segments": 3}), "one", Crowded(times, "decode_segment")
+    )
     assert status.error.startswith("decode of segment 1 failed: out of GPU memory (CUDA out of memory.")
     assert RunFolder(tmp_path, "one").read_manifest().tiled_from == (1 if tiled_decode == "auto" else None)
 
