@@ -43,45 +43,39 @@ def config_for(model, **changes):
     return Config.model_validate(values)
 
 
-class Pool(LocalPool):
-    """A pool that can lose its GPU actor or its store, and does what an actor's death does: forget everything."""
+ONE = {"video": {"num_segments": 1}, "prompt_segments": [{"segment": 0, "prompt": "a red circle"}]}
 
-    def __init__(self):
+
+class Pool(LocalPool):
+    """Before a call of a method for a segment (None: of a run) it awaits what `strikes` has for them, once."""
+
+    def __init__(self, strikes=()):
         super().__init__()
-        self.fail_once = set()
-        self.calls = []
+        self.strikes, self.calls = dict(strikes), []
 
     async def denoiser(self, worker, method, *arguments):
         segment = getattr(arguments[1], "index", None) if len(arguments) > 1 else None
         self.calls.append((method, segment))
-        if (method, segment) in self.fail_once:
-            self.fail_once.remove((method, segment))
-            await self.restart_denoiser(worker)
-            raise ConnectionError("the actor died")
+        if strike := self.strikes.pop((method, segment), None):
+            await strike(self, worker, *arguments)
         return await super().denoiser(worker, method, *arguments)
 
 
-class Unlucky(Pool):
-    """A pool whose store can free nothing at the end of a run."""
-
-    async def store(self, worker, method, *arguments):
-        if method == "drop_run":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return await super().store(worker, method, *arguments)
+async def lose_the_gpu_actor(pool, worker, *_):
+    """As an actor's death does: everything is forgotten."""
+    await pool.restart_denoiser(worker)
+    raise ConnectionError("the actor died")
 
 
 async def generate(root, config, run_id="one", pool=None):
     pool = pool or Pool()
     scheduler = SegmentSchedulerActor(pool)
     await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), "")
-    index, records = 0, []
-    while True:
-        reply = await scheduler.wait_segment(run_id, index, 60)
-        if reply.record is None:
-            assert reply.status.ended
-            return reply.status, records, pool
+    records = []
+    while (reply := await scheduler.wait_segment(run_id, len(records), 60)).record is not None:
         records.append(reply.record)
-        index += 1
+    assert reply.status.ended
+    return reply.status, records, pool
 
 
 def frames_of(root, config, run_id="one"):
@@ -121,9 +115,14 @@ async def test_what_cannot_be_written_or_freed_keeps_no_run_from_its_end(tmp_pat
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         append(path, event, **fields)
 
+    class Unlucky(Pool):
+        async def store(self, worker, method, *arguments):
+            if method == "drop_run":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return await super().store(worker, method, *arguments)
+
     monkeypatch.setattr(segment_scheduler, "append_event", fails_once)
-    config = config_for(model, video={"num_segments": 1}, prompt_segments=[{"segment": 0, "prompt": "a red circle"}])
-    status, records, _ = await generate(tmp_path, config, pool=Unlucky())
+    status, records, _ = await generate(tmp_path, config_for(model, **ONE), pool=Unlucky())
     assert (status.state, len(records)) == ("done", 1)
     assert failed == ["gpu_actor"]
     said = [event for event in read_events(RunFolder(tmp_path, "one").events) if event["event"] == "gpu_actor"]
@@ -131,12 +130,7 @@ async def test_what_cannot_be_written_or_freed_keeps_no_run_from_its_end(tmp_pat
 
 
 async def test_segments_that_stand_alone(tmp_path, model):
-    config = config_for(
-        model,
-        continuity={"mode": "none"},
-        video={"num_segments": 2},
-        prompt_segments=[{"segment": 0, "prompt": "a red circle"}],
-    )
+    config = config_for(model, **ONE | {"video": {"num_segments": 2}}, continuity={"mode": "none"})
     status, _, _ = await generate(tmp_path, config)
     assert status.state == "done", status.error
     assert len(frames_of(tmp_path, config)) == 2 * 9
@@ -144,48 +138,15 @@ async def test_segments_that_stand_alone(tmp_path, model):
 
 @pytest.mark.usefixtures("one_thread")
 async def test_segment_0_equals_the_library(tmp_path, model):
-    config = config_for(model, video={"num_segments": 1}, prompt_segments=[{"segment": 0, "prompt": "a red circle"}])
+    config = config_for(model, **ONE)
     await generate(tmp_path, config)
     pipe = EditWanPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
-    sampling = config.sampling
-    expected = pipe(
-        "a red circle",
-        sampling.negative_prompt,
-        height=sampling.height,
-        width=sampling.width,
-        num_frames=sampling.num_frames,
-        num_inference_steps=sampling.num_inference_steps,
-        guidance_scale=sampling.guidance_scale,
-        generator=torch.Generator().manual_seed(sampling.seed),
-        output_type="latent",
-    ).frames
+    names = ("negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+    sampling = {name: getattr(config.sampling, name) for name in names}
+    seeded = torch.Generator().manual_seed(config.sampling.seed)
+    expected = pipe("a red circle", **sampling, generator=seeded, output_type="latent").frames
     assert torch.equal(load_latents(RunFolder(tmp_path, "one").latents(0)), expected)
-
-
-@pytest.mark.one_in(4)
-@pytest.mark.parametrize(
-    "lost",
-    [
-        {("prepare_run", None)},
-        {("denoise_segment", 0)},
-        {("denoise_segment", 2), ("decode_segment", 2)},
-        {("decode_segment", 1), ("finalize_run", None)},
-    ],
-)
-async def test_a_lost_actor_changes_no_frame(tmp_path, model, lost):
-    config = config_for(model)
-    await generate(tmp_path, config, "whole")
-    pool = Pool()
-    pool.fail_once = set(lost)
-    status, _, pool = await generate(tmp_path, config, "hurt", pool)
-    assert status.state == "done", status.error
-    assert pool.fail_once == set(), "every planned failure happened"
-    for index in range(4):
-        whole, hurt = (RunFolder(tmp_path, name) for name in ("whole", "hurt"))
-        assert torch.equal(load_latents(whole.latents(index)), load_latents(hurt.latents(index)))
-        assert whole.media(index).read_bytes() == hurt.media(index).read_bytes()
-    assert np.array_equal(frames_of(tmp_path, config, "whole"), frames_of(tmp_path, config, "hurt"))
 
 
 MODES = {
@@ -193,34 +154,41 @@ MODES = {
     "hybrid": {"mode": "overlap", "overlap_source": "hybrid", "adain": 0.1},
     "latent": {"mode": "overlap", "overlap_source": "latent"},
     "reencode": {"mode": "overlap", "overlap_source": "reencode"},
+    "history": {"mode": "history"},
 }
+SOME = [("denoise_segment", 1), ("decode_segment", 2)]
+LOST = [
+    *((mode, SOME) for mode in MODES),
+    ("history", [("prepare_run", None)]),
+    ("history", [("denoise_segment", 0)]),
+    ("history", [("denoise_segment", 2), ("decode_segment", 2)]),
+    ("history", [("decode_segment", 1), ("finalize_run", None)]),
+]
 
 
-@pytest.mark.one_in(2)
-@pytest.mark.parametrize("mode", MODES)
-async def test_in_every_mode_a_lost_actor_changes_no_frame(tmp_path, model, mode):
+@pytest.mark.one_in(4)
+@pytest.mark.parametrize(("mode", "lost"), LOST)
+async def test_a_lost_actor_changes_no_frame(tmp_path, model, mode, lost):
     config = config_for(model, continuity=MODES[mode] | {"history_latents": 2})
-    pool = Pool()
-    pool.fail_once = {("denoise_segment", 1), ("decode_segment", 2)}
-    for name, its_pool in (("whole", None), ("hurt", pool)):
-        status, records, _ = await generate(tmp_path, config, name, its_pool)
+    for name, strikes in (("whole", ()), ("hurt", dict.fromkeys(lost, lose_the_gpu_actor))):
+        status, records, pool = await generate(tmp_path, config, name, Pool(strikes))
         assert status.state == "done", status.error
         assert sum(record.num_frames for record in records) == config.num_frames_total
-    assert pool.fail_once == set(), "every planned failure happened"
-    assert np.array_equal(frames_of(tmp_path, config, "whole"), frames_of(tmp_path, config, "hurt"))
+        assert pool.strikes == {}, "every planned failure happened"
+    whole, hurt = (RunFolder(tmp_path, name) for name in ("whole", "hurt"))
     for index in range(4):
-        whole, hurt = (load_latents(RunFolder(tmp_path, name).latents(index)) for name in ("whole", "hurt"))
-        assert torch.equal(whole, hurt)
+        assert torch.equal(load_latents(whole.latents(index)), load_latents(hurt.latents(index)))
+        assert whole.media(index).read_bytes() == hurt.media(index).read_bytes()
+    assert np.array_equal(frames_of(tmp_path, config, "whole"), frames_of(tmp_path, config, "hurt"))
 
 
 async def test_adain_draws_what_a_segment_adds_towards_the_first_segment(tmp_path, model):
-    latents = {}
-    for factor in (0.0, 0.25):
+    async def latents(run_id, factor):
         config = config_for(model, continuity={"mode": "history", "adain": factor}, video={"num_segments": 3})
-        await generate(tmp_path, config, f"run{factor:g}".replace(".", "-"))
-        folder = RunFolder(tmp_path, f"run{factor:g}".replace(".", "-"))
-        latents[factor] = [load_latents(folder.latents(index)) for index in range(3)]
-    plain, drawn = latents.values()
+        await generate(tmp_path, config, run_id)
+        return [load_latents(RunFolder(tmp_path, run_id).latents(index)) for index in range(3)]
+
+    plain, drawn = await latents("plain", 0.0), await latents("drawn", 0.25)
     assert torch.equal(drawn[0], plain[0])
     assert torch.equal(drawn[1], match_statistics(plain[1], plain[0], 0.25))
     assert not torch.equal(drawn[2], match_statistics(plain[2], plain[0], 0.25)), "it continues what was drawn"
@@ -243,7 +211,6 @@ async def test_a_segment_that_always_fails_ends_the_run_with_its_reason(tmp_path
 
 async def test_a_run_stops_between_two_steps_and_keeps_what_is_committed(start, tmp_path, model):
     config = config_for(model, sampling={"num_inference_steps": 200})
-
     scheduler = start(Pool())
     await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
     async with asyncio.timeout(30):
@@ -256,13 +223,11 @@ async def test_a_run_stops_between_two_steps_and_keeps_what_is_committed(start, 
 
 
 async def test_two_runs_take_turns(start, tmp_path, model):
-    config = config_for(model, video={"num_segments": 1}, prompt_segments=[{"segment": 0, "prompt": "a red circle"}])
-
-    pool = Pool()
+    config, pool = config_for(model, **ONE), Pool()
     scheduler = start(pool)
     for run_id in ("one", "two"):
         await scheduler.submit(run_id, config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
-    replies, pool = [await scheduler.wait_segment(run_id, 1, 60) for run_id in ("one", "two")], pool
+    replies = [await scheduler.wait_segment(run_id, 1, 60) for run_id in ("one", "two")]
     assert [reply.status.state for reply in replies] == ["done", "done"]
     assert [method for method, _ in pool.calls].count("prepare_run") == 2
 
@@ -274,13 +239,7 @@ async def test_the_actors_end_when_idle(start, tmp_path, model):
         async def end(self):
             ended.append(True)
 
-    config = config_for(
-        model,
-        engine={"cpu_threads": 1, "idle_exit_s": 0.05},
-        video={"num_segments": 1},
-        prompt_segments=[{"segment": 0, "prompt": "a red circle"}],
-    )
-
+    config = config_for(model, engine={"cpu_threads": 1, "idle_exit_s": 0.05}, **ONE)
     scheduler = start(Ending())
     await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
     await scheduler.wait_segment("one", 1, 60)
@@ -319,7 +278,6 @@ async def test_a_policy_is_made_where_it_is_read_where_it_is_admitted_and_for_us
     (tmp_path / "run.yaml").write_text(json.dumps(values))
     config = load_config(tmp_path / "run.yaml")
     assert made == [1]
-
     scheduler = start(Pool())
     where = str(tmp_path / "root")
     await scheduler.submit("one", config.model_dump(mode="json"), where, str(tmp_path), "")

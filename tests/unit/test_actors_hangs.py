@@ -85,8 +85,8 @@ class Stopped(LocalPool):
 @pytest.mark.parametrize(
     ("role", "when"),
     [
-        ("denoiser", "prepare_run"),
         ("denoiser", "denoise_segment"),
+        ("denoiser", "prepare_run"),
         pytest.param("denoiser", "encode_segment", marks=pytest.mark.slow),
         ("denoiser", "finalize_run"),
         pytest.param("denoiser", "release_run", marks=pytest.mark.slow),

@@ -12,7 +12,7 @@ from edit_ray.errors import ConfigError
 from edit_ray.metrics.exporter import TARGETS
 from edit_ray.runs.folder import RunFolder
 from tests.prometheus import samples_of
-from tests.unit.test_actors import Pool, config_for
+from tests.unit.test_actors import ONE, Pool, config_for, lose_the_gpu_actor
 from tests.unit.test_actors_recovery import REUSE, Dying, die, end_of, submit
 
 
@@ -41,8 +41,7 @@ def check(samples, manifest, policy):
 
 
 async def test_the_counts_are_those_of_the_manifest(finish, tmp_path, model):
-    pool = Pool()
-    pool.fail_once = {("denoise_segment", 2)}
+    pool = Pool({("denoise_segment", 2): lose_the_gpu_actor})
     assert (await finish(config_for(model, **REUSE), "one", pool)).state == "done"
     samples = await page_of(tmp_path)
     check(samples, RunFolder(tmp_path, "one").read_manifest(), "warmstart_reuse")
@@ -55,7 +54,6 @@ async def test_the_counts_are_those_of_the_manifest(finish, tmp_path, model):
 
 async def test_a_store_whose_tiers_are_closed_and_made_again_goes_on_counting(start, tmp_path, model):
     """The same run twice, in one CacheStore actor: every count of it is there twice."""
-
     pool, told = LocalPool(), []
     scheduler = start(pool)
     for run_id in ("one", "two"):
@@ -72,10 +70,8 @@ async def test_a_store_whose_tiers_are_closed_and_made_again_goes_on_counting(st
     assert second.gauges == {}, "the tiers are closed"
 
 
-async def test_without_a_cache_every_step_counts_as_computed(start, tmp_path, model):
-    scheduler = start()
-    await submit(scheduler, tmp_path, "one", config_for(model))
-    await end_of(scheduler, "one")
+async def test_without_a_cache_every_step_counts_as_computed(finish, tmp_path, model):
+    await finish(config_for(model))
     samples = await page_of(tmp_path)
     check(samples, RunFolder(tmp_path, "one").read_manifest(), "none")
     assert samples("edit_ray_steps_total", policy="none", branch="uncond", decision="computed") == 4 * 3
@@ -108,7 +104,7 @@ async def test_a_place_that_cannot_be_had_refuses_the_run_and_writes_nothing(sta
 def test_targets_go_when_the_scheduler_ends(tmp_path, model):
     async def run():
         scheduler = SegmentSchedulerActor(LocalPool())
-        await submit(scheduler, tmp_path, "one", config_for(model, video={"num_segments": 1}, prompt_segments=ONE))
+        await submit(scheduler, tmp_path, "one", config_for(model, **ONE))
         await end_of(scheduler, "one")
         assert (tmp_path / TARGETS).exists()
 
@@ -119,7 +115,7 @@ def test_targets_go_when_the_scheduler_ends(tmp_path, model):
 async def test_what_one_that_died_told_prometheus_goes_though_no_run_lives(start, tmp_path, model):
     pool, targets = LocalPool(), tmp_path / TARGETS
     first = start(pool)
-    await submit(first, tmp_path, "one", config_for(model, video={"num_segments": 1}, prompt_segments=ONE))
+    await submit(first, tmp_path, "one", config_for(model, **ONE))
     await end_of(first, "one")
     await die(first)
     told = targets.read_text()
@@ -129,6 +125,3 @@ async def test_what_one_that_died_told_prometheus_goes_though_no_run_lives(start
     targets.write_text(others)
     await start(pool).runs()
     assert targets.read_text() == others
-
-
-ONE = [{"segment": 0, "prompt": "a red circle"}]

@@ -166,7 +166,6 @@ async def test_a_submission_that_is_asked_for_again_is_the_same_run(start, tmp_p
 
 async def test_a_run_goes_on_from_its_folder_alone(start, tmp_path, model, undisturbed):
     """As after the loss of the whole cluster: other actors, and nobody who remembers."""
-
     await leave_half_made(tmp_path, "plain", config_for(model))
     other = LocalPool()
     second = start(other)
@@ -183,7 +182,6 @@ async def test_a_run_goes_on_from_its_folder_alone(start, tmp_path, model, undis
 
 async def test_a_run_goes_on_beside_the_residuals_that_it_has_left(start, tmp_path, model, undisturbed):
     """It was on the second GPU actor, and comes to the second one again, though the first is free."""
-
     pool = LocalPool()
     first = start(pool)
     engine = {"engine": {"cpu_threads": 1, "gpu_actors": 2}}

@@ -12,7 +12,7 @@ from edit_ray.errors import ConfigError, HardwareDiffers, RunExists
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
 from tests.removal import remove_folder
-from tests.unit.test_actors import config_for
+from tests.unit.test_actors import Pool, config_for
 from tests.unit.test_actors_recovery import die, end_of, submit
 
 WARM = {"policy": "warmstart_reuse", "inner": "fbcache", "rel_l1_thresh": 0.2, "warm_steps": 1}
@@ -28,21 +28,6 @@ def config_of(model, segments, window=0, **changes):
     return config_for(model, sampling=sampling, video=video, **reuse, **changes)
 
 
-class Pool(LocalPool):
-    """Does what is asked for once, before a call of a method for a segment."""
-
-    def __init__(self, at=None, strike=None):
-        super().__init__()
-        self.at, self.strike = at, strike
-
-    async def denoiser(self, worker, method, *arguments):
-        segment = getattr(arguments[1], "index", None) if len(arguments) > 1 else None
-        if (method, segment) == self.at:
-            self.at = None
-            await self.strike(self, worker)
-        return await super().denoiser(worker, method, *arguments)
-
-
 async def whole(root, config, run_id="one"):
     """An undisturbed run's folder."""
     pool = LocalPool()
@@ -56,11 +41,11 @@ async def whole(root, config, run_id="one"):
 async def cancelled(root, config, at, run_id="one"):
     """A scheduler whose run was cancelled just before a call of its GPU actor, and its pool."""
 
-    async def cancel(pool, worker):
+    async def cancel(*_):
         await scheduler.cancel(run_id)
         await asyncio.sleep(0.2)
 
-    pool = Pool(at, cancel)
+    pool = Pool({at: cancel})
     scheduler = SegmentSchedulerActor(pool)
     await submit(scheduler, root, run_id, config)
     assert (await end_of(scheduler, run_id)).state == "cancelled"
@@ -81,7 +66,6 @@ def same(one, other, segments):
 )
 async def test_a_cancelled_run_that_is_extended_is_one_that_was_as_long_from_the_start(tmp_path, model, at):
     """Whatever had latents when the cancel came, and whatever was committed."""
-
     (tmp_path / "whole").mkdir()
     scheduler, pool = await cancelled(tmp_path, config_of(model, 5, window=2), at)
     await scheduler.extend("one", str(tmp_path), 2, False)
@@ -92,7 +76,7 @@ async def test_a_cancelled_run_that_is_extended_is_one_that_was_as_long_from_the
     assert undisturbed.final.read_bytes() == RunFolder(tmp_path, "one").final.read_bytes()
 
 
-async def lose_the_node(pool, worker):
+async def lose_the_node(pool, worker, *_):
     """Its actors and its disk, all at once."""
     old, pool.workers[worker] = pool.workers[worker], LocalWorker(worker)
     old.store.close()
@@ -112,7 +96,7 @@ async def test_what_is_dropped_is_not_needed_to_make_lost_residuals_again(start,
         scheduler, pool = await cancelled(tmp_path, config, ("denoise_segment", 7))
         await scheduler.resume("one", str(tmp_path), False)
     else:
-        pool = Pool(("denoise_segment", 7), lose_the_node)
+        pool = Pool({("denoise_segment", 7): lose_the_node})
         pool.root = tmp_path
         scheduler = start(pool)
         await submit(scheduler, tmp_path, "one", config)
@@ -128,11 +112,11 @@ async def test_runs_of_one_name_in_two_folders_do_not_read_each_others_residuals
     async def half(name, seed):
         now = asyncio.Event()
 
-        async def stand_still(pool, worker):
+        async def stand_still(*_):
             now.set()
             await asyncio.sleep(3600)
 
-        pool = Pool(("denoise_segment", 2), stand_still)
+        pool = Pool({("denoise_segment", 2): stand_still})
         scheduler = start(pool)
         await submit(scheduler, tmp_path / name, "one", of(seed), token=name)
         await now.wait()
@@ -165,8 +149,8 @@ async def test_runs_of_one_name_in_two_folders_do_not_read_each_others_residuals
 class Nodes(Pool):
     """GPU actors on nodes of some kinds of hardware."""
 
-    def __init__(self, *kinds, at=None, strike=None):
-        super().__init__(at, strike)
+    def __init__(self, *kinds, strikes=()):
+        super().__init__(strikes)
         self.kinds = list(kinds)
 
     async def denoiser(self, worker, method, *arguments):
@@ -176,13 +160,13 @@ class Nodes(Pool):
 
 @pytest.mark.parametrize("dies", ["at work", "while it rests"])
 async def test_a_gpu_actor_that_comes_back_on_other_hardware_is_noticed(start, tmp_path, model, dies):
-    async def come_back(pool, worker):
+    async def come_back(pool, worker, *_):
         pool.kinds[worker] = "a sundial"
         await pool.restart_denoiser(worker)
         if dies == "at work":
             raise ConnectionError("the node is lost")
 
-    pool = Nodes("an abacus", at=("denoise_segment", 2), strike=come_back)
+    pool = Nodes("an abacus", strikes={("denoise_segment", 2): come_back})
     scheduler = start(pool)
     await submit(scheduler, tmp_path, "one", config_of(model, 4, window=3))
     failed = await end_of(scheduler, "one")
@@ -203,7 +187,6 @@ async def test_a_gpu_actor_that_comes_back_on_other_hardware_is_noticed(start, t
 
 async def test_each_run_is_on_the_hardware_that_its_manifest_names(start, tmp_path, model):
     """Two GPU actors of two kinds: a run that goes on is compared with the one that it comes to."""
-
     pool = Nodes("an abacus", "a sundial")
     scheduler = start(pool)
     config = config_of(model, 3, engine={"gpu_actors": 2})
@@ -272,20 +255,19 @@ async def test_the_first_segment_that_is_there_may_be_made_again(start, tmp_path
 @pytest.mark.parametrize("window", [0, 2])
 async def test_a_removed_run_leaves_nothing_to_the_next_one_of_its_name(start, tmp_path, model, window):
     """Its scheduler was dead when its folder was removed, so that nobody told the other actors."""
-
     (tmp_path / "whole").mkdir()
     now = asyncio.Event()
 
-    async def stand_still(pool, worker):
+    async def stand_still(*_):
         now.set()
         await asyncio.sleep(3600)
 
-    pool = Pool(("encode_segment", 2), stand_still)  # decoded, and not encoded yet
+    pool = Pool({("encode_segment", 2): stand_still})  # decoded, and not encoded yet
     scheduler = start(pool)
     await submit(scheduler, tmp_path, "one", config_of(model, 4, window), token="first")
     await now.wait()
     await die(scheduler)
-    pool.at, now = ("encode_segment", 2), asyncio.Event()
+    pool.strikes[("encode_segment", 2)], now = stand_still, asyncio.Event()
     scheduler = start(pool)  # its second incarnation
     await scheduler.runs()
     async with asyncio.timeout(60):
@@ -308,11 +290,11 @@ async def test_a_run_whose_file_system_is_away_keeps_its_name(start, tmp_path, m
 
     now = asyncio.Event()
 
-    async def stand_still(pool, worker):
+    async def stand_still(*_):
         now.set()
         await asyncio.sleep(3600)
 
-    pool = Pool(("encode_segment", 2), stand_still)
+    pool = Pool({("encode_segment", 2): stand_still})
     scheduler = start(pool)
     await submit(scheduler, mounted, "one", config, token="first")
     await now.wait()

@@ -14,7 +14,7 @@ from edit_ray.engine.lookback import lookback_latents
 from edit_ray.errors import ConfigError, RunLive
 from edit_ray.runs.folder import RunFolder
 from edit_ray.video.stream_files import newest_playlist
-from tests.unit.test_actors import config_for
+from tests.unit.test_actors import Pool, config_for
 from tests.unit.test_actors_recovery import REUSE, SEGMENTS, die, end_of, make, submit
 
 
@@ -88,7 +88,6 @@ async def test_an_extended_run_is_the_run_that_was_as_long_from_the_start(start,
 
 async def test_a_reroll_with_the_same_seed_makes_the_same_segments(start, tmp_path, model, undisturbed):
     """Another take of all segments with the run's own seed: nothing but its name tells it from the first."""
-
     scheduler = start()
     config = config_for(model)
     await submit(scheduler, tmp_path, "plain", config)
@@ -100,28 +99,13 @@ async def test_a_reroll_with_the_same_seed_makes_the_same_segments(start, tmp_pa
         assert torch.equal(load_latents(folder.latents(index, 1)), load_latents(whole.latents(index, 0)))
 
 
-class Hanging(LocalPool):
-    """Its GPU actor hangs in the first attempt at segment 1, until it is restarted."""
+async def test_an_actor_that_answers_and_makes_no_step_is_restarted(finish, tmp_path, model, undisturbed):
+    async def hang(*_):
+        await asyncio.Event().wait()
 
-    def __init__(self):
-        super().__init__()
-        self.killed = 0
-
-    async def denoiser(self, worker, method, *arguments):
-        if method == "denoise_segment" and arguments[1].index == 1 and not self.killed:
-            await asyncio.Event().wait()
-        return await super().denoiser(worker, method, *arguments)
-
-    async def restart_denoiser(self, worker):
-        self.killed += 1
-        await super().restart_denoiser(worker)
-
-
-async def test_an_actor_that_makes_no_step_is_restarted(finish, tmp_path, model, undisturbed):
-    pool = Hanging()
+    pool = Pool({("denoise_segment", 1): hang})
     status = await finish(config_for(model, engine={"cpu_threads": 1, "step_timeout_s": 2.0}), "plain", pool)
-    killed = pool.killed
-    assert (status.state, killed) == ("done", 1), status.error
+    assert (status.state, pool.calls.count(("denoise_segment", 1))) == ("done", 2), status.error
     assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
 
 
@@ -138,12 +122,12 @@ async def test_latents_that_are_not_finite_are_tried_again_and_never_written(fin
             finally:
                 weight.copy_(whole)
 
-    class Pool(LocalPool):
+    class Spoilt(LocalPool):
         async def start(self, spec, worker):
             await super().start(spec, worker)
             self.workers[worker].denoiser.__class__ = NotFinite
 
-    status = await finish(config_for(model, engine={"cpu_threads": 1, "segment_retries": 1}), "one", Pool())
+    status = await finish(config_for(model, engine={"cpu_threads": 1, "segment_retries": 1}), "one", Spoilt())
     assert status.state == "failed"
     assert "denoise of segment 1 failed (attempt 2 of 2)" in status.error
     assert "not finite" in status.error
@@ -244,15 +228,8 @@ async def test_a_removed_folder_ends_the_run_with_a_sentence(start, tmp_path, mo
 
 
 async def test_an_endless_run_keeps_a_bounded_number_of_files(start, tmp_path, model):
-    config = config_for(
-        model,
-        sampling={"num_frames": 17},
-        video={"num_segments": None},
-        output={"keep_segments": 2},
-        continuity={"history_latents": 2},
-        cache={"policy": "always"},
-    )
-
+    endless = {"sampling": {"num_frames": 17}, "video": {"num_segments": None}, "cache": {"policy": "always"}}
+    config = config_for(model, **endless, output={"keep_segments": 2}, continuity={"history_latents": 2})
     scheduler = start()
     await submit(scheduler, tmp_path, "one", config)
     for index in range(14):
@@ -280,27 +257,14 @@ async def test_an_endless_run_keeps_a_bounded_number_of_files(start, tmp_path, m
     assert -(-needed // 3) <= latents <= -(-needed // 3) + 2, "each segment adds three"
 
 
-async def test_a_run_pauses_until_a_client_takes_segments(start, tmp_path, model):
-    scheduler = start()
-    await submit(scheduler, tmp_path, "one", config_for(model, engine={"cpu_threads": 1, "max_ahead": 1}))
-    async with asyncio.timeout(60):
-        while (await scheduler.status("one")).state != "paused":
-            await asyncio.sleep(0.01)
-    assert (await scheduler.status("one")).committed == 1
-    assert (await scheduler.wait_segment("one", 1, 60)).record.index == 1
-    assert (await end_of(scheduler, "one")).state == "done"
-
-
 async def test_two_gpu_actors_make_two_runs_at_once(start, tmp_path, model, undisturbed):
-    pool = LocalPool()
-    scheduler = start(pool)
+    scheduler = start(pool := LocalPool())
     config = config_for(model, engine={"cpu_threads": 1, "gpu_actors": 2})
     await submit(scheduler, tmp_path, "one", config)
     await submit(scheduler, tmp_path, "two", config)
     assert [status.state for status in await scheduler.runs()] == ["preparing", "preparing"]
     ends = [await end_of(scheduler, run_id) for run_id in ("one", "two")]
-    workers = sorted(pool.workers)
     assert [status.state for status in ends] == ["done", "done"]
-    assert workers == [0, 1]
+    assert sorted(pool.workers) == [0, 1]
     for run_id in ("one", "two"):
         assert RunFolder(tmp_path, run_id).final.read_bytes() == RunFolder(undisturbed, "plain").final.read_bytes()

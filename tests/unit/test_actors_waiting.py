@@ -121,7 +121,6 @@ async def test_a_lock_that_a_dead_node_holds_for_a_while_costs_only_that_while(
     start, tmp_path, model, undisturbed, monkeypatch
 ):
     """As NFS does until the lease is over. The other run is served, and the committed segments of this one too."""
-
     monkeypatch.setattr("edit_ray.actors.admission.LOCK_PATIENCE_S", 0.5)
     async with died_at_work(tmp_path, model, "plain", "other", calls=9, **TWO_ACTORS) as pool:
         manifest = RunFolder(tmp_path, "plain").read_manifest()
@@ -208,7 +207,6 @@ async def test_a_run_that_waits_is_tried_at_once_when_that_is_asked_for(start, t
 
 async def test_what_fails_after_a_run_was_opened_leaves_it_unlocked(start, tmp_path, model):
     """Metrics that cannot be served refuse to resume, and the run can be resumed all the same afterwards."""
-
     token, words = tmp_path / "token", "a token of many characters"
     token.write_text(words)
     async with died_at_work(tmp_path, model, "plain", metrics={"token_file": str(token)}) as pool:
