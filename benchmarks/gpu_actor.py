@@ -26,7 +26,7 @@ class ReadyDenoiser(DenoiserActor):
 
     def __init__(self, store: Store, engine: SegmentEngine, config: Config) -> None:
         super().__init__(store)
-        self._engine, self._loaded_for = engine, (config.model, config.engine.cfg_parallel)
+        self._model.engine, self._model.loaded_for = engine, (config.model, config.engine.cfg_parallel)
 
 
 class DeviceDenoiser(ReadyDenoiser):

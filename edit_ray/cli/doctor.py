@@ -75,7 +75,7 @@ def ffmpeg() -> Finding:
 
 def ray_ports(address: str | None) -> Finding:
     """Whether the Ray that would be joined answers; where there is none, whether one could be started."""
-    from edit_ray.actors.address import check_address
+    from edit_ray.actors.connection import check_address
 
     try:
         known = check_address(address)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 def down(options: argparse.Namespace) -> int:
     """Ends every actor of ours. Runs at work are named, and end only if that is what the user wants."""
-    from edit_ray.actors import launch
+    from edit_ray.actors import connection, launch
 
-    if not launch.connect_if_running(options.address):
+    if not connection.connect_if_running(options.address):
         print("no Ray is running")
         return 0
     if not options.force:
@@ -76,11 +76,11 @@ def reroll(options: argparse.Namespace) -> int:
 
 def _going_on(options: argparse.Namespace) -> LongVideoClient:
     """A client in a Ray that outlives this command. Raises NotYourRun, ResourcesUnavailable."""
-    from edit_ray.actors import launch
+    from edit_ray.actors.connection import connect_if_running
 
     client = client_of(options)
     client.check_mine(client.status(options.run_id), options.force)
-    if not launch.connect_if_running(options.address):
+    if not connect_if_running(options.address):
         raise ResourcesUnavailable(
             "no Ray is running: start one with `ray start --head`, or go on with "
             f"`python jobs/long_video.py --run-id {options.run_id} --resume`"

@@ -10,7 +10,7 @@ from edit_ray.errors import ConfigError, ManifestUnreadable
 
 def verify(options: argparse.Namespace) -> int:
     """Prints each damaged file of a run and returns 1, or one line that all is well."""
-    from edit_ray.actors.damage import all_damage_of
+    from edit_ray.actors.folder_state import all_damage_of
     from edit_ray.config import output_root
     from edit_ray.runs.folder import RunFolder
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from edit_ray.actors.stats import show_memory
+from edit_ray.actors.gpu_work import show_memory
 from edit_ray.engine.loading import second_gpu
 from edit_ray.engine.options import ModelOptions
 from edit_ray.engine.segment import SegmentEngine

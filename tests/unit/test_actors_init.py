@@ -16,17 +16,12 @@ from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.engine.vae_stream import encode_video, to_video
 from edit_ray.errors import ConfigError
-from edit_ray.testing import save_random_wan
-from edit_ray.video.encode import OutputOptions, encode, read_frames
+from edit_ray.video.encode import encode, read_frames
+from edit_ray.video.options import OutputOptions
 
 SEGMENTS, SIZE = 3, {"height": 32, "width": 48}
 SHOWN = ("first_frame", "still")
 FRAMES_OF = {"picture": [17, 12, 12], "clip": [12, 12, 12]}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.records import Record
@@ -158,7 +158,7 @@ def run_two_segments(root, run_id, folder, cache):
     )
 
     async def finish():
-        scheduler = SegmentSchedulerActor(LocalCrew())
+        scheduler = SegmentSchedulerActor(LocalPool())
         await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), "")
         while not (reply := await scheduler.wait_segment(run_id, 2, 60)).status.ended:
             pass
