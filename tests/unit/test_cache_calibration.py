@@ -451,9 +451,9 @@ def test_the_command_can_watch_the_other_signal(config):
     ("given_", "words"),
     [
         ({"prompts": "none.txt"}, "none.txt cannot be read"),
-        ({"prompts": "empty.txt"}, "holds no prompt; there must be one a line"),
+        ({"prompts": "empty.txt"}, "holds no prompt; it must have one per line"),
         ({"prompts": "bytes.txt"}, "bytes.txt cannot be read"),
-        ({"file": "none/new.json"}, "is no folder"),
+        ({"file": "none/new.json"}, "is not a folder"),
         ({"file": "empty.txt"}, "empty.txt is no calibration"),
         ({"set": "sampling.num_inference_steps=0"}, "num_inference_steps is 0"),
         ({"set": "sampling.num_inference_steps=1"}, "made one step a call"),

@@ -155,4 +155,4 @@ def test_what_cannot_be_tuned_ends_with_code_2_and_a_sentence(command, arguments
 def test_one_video_is_not_enough(command, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     assert main([*command, "--psnr", "30"]) == 2
-    assert "one video says nothing of others" in capsys.readouterr().err
+    assert "one video is not enough to generalize from" in capsys.readouterr().err
