@@ -20,7 +20,7 @@ from edit_ray.cache.policies import POLICIES
 from edit_ray.cache.policies.option_types import option_schema
 from edit_ray.cli import main
 from edit_ray.config import Config
-from edit_ray.config.options import PromptSegment
+from edit_ray.config.model import PromptSegment
 from edit_ray.config.strict_yaml import dump
 from edit_ray.options import Options, describe
 from edit_ray.tiers.options import NODE_VARIABLES

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edit_ray.config import Config, PromptSegment, VideoOptions, dump_yaml, load_config
-from edit_ray.config.options import MAX_DURATION_S, format_duration, parse_duration
+from edit_ray.config.model import MAX_DURATION_S, format_duration, parse_duration
 from edit_ray.config.strict_yaml import dump, parse
 from edit_ray.engine.options import SamplingOptions
 from edit_ray.runs.plan import segment_seed
