@@ -14,8 +14,7 @@ from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.client import LongVideoClient
 from edit_ray.errors import ConfigError, ResourcesUnavailable, StaleWork
-from edit_ray.metrics.collect import MetricValues
-from edit_ray.metrics.run_metrics import RunMetrics
+from edit_ray.metrics.collect import MetricValues, RunMetrics
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
