@@ -78,7 +78,7 @@ def generated() -> dict[str, str]:
         "docs/configuration.md": configuration_page(),
         "docs/sizing.md": sizing_page(),
         "docs/policies.md": _filled("docs/policies.md", "front", best_below_half()),
-        "README.md": _filled("README.md", "measured", measured()),
+        "docs/comparison.md": _filled("docs/comparison.md", "measured", measured()),
     }
 
 
@@ -198,7 +198,7 @@ def measured() -> str:
     ]
     lines = ["| figure | on | result |", "|---|---|---|"]
     for said, result, file in rows:
-        lines.append(f"| {said} | {result['device']} | [{result['date'][:10]}](benchmarks/results/{file}) |")
+        lines.append(f"| {said} | {result['device']} | [{result['date'][:10]}](../benchmarks/results/{file}) |")
     return "\n".join(lines)
 
 

@@ -66,7 +66,7 @@ def estimate_reuse(config: Config) -> ReuseEstimate:
         ModelError: the model cannot be read.
         ValueError: the model has fewer blocks than a group of the granularity.
     """
-    run = _Run(config)
+    run = _ReuseNumbers(config)
     shares = run.shares(config.cache.granularity)
     planned, whole = run.plan(config.store.disk_bytes), run.plan(None)
 
@@ -99,7 +99,7 @@ def what_does_not_fit(config: Config) -> str | None:
     capacity = config.store.disk_bytes
     if not config.cache.reuse_window or capacity is None:
         return None
-    plan = _Run(config).plan(capacity)
+    plan = _ReuseNumbers(config).plan(capacity)
     if not plan.computed:
         return None
     return (
@@ -108,7 +108,7 @@ def what_does_not_fit(config: Config) -> str | None:
     )
 
 
-class _Run:
+class _ReuseNumbers:
     """The numbers that the reuse of a configured run depends on."""
 
     def __init__(self, config: Config) -> None:
