@@ -12,8 +12,7 @@ from edit_ray.actors.local import LocalWorker
 from edit_ray.actors.messages import RunSpec
 from edit_ray.client import LongVideoClient
 from edit_ray.errors import ConfigError, ResourcesUnavailable, StaleWork
-from edit_ray.metrics.collect import MetricValues
-from edit_ray.metrics.run_metrics import RunMetrics
+from edit_ray.metrics.collect import MetricValues, RunMetrics
 from edit_ray.runs.folder import RunFolder
 from tests.unit.test_actors import Pool, config_for
 from tests.unit.test_actors_recovery import end_of, submit

@@ -12,7 +12,7 @@ import pytest
 from edit_ray.actors.launch import RayPool
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.cli.runs import line_of
+from edit_ray.cli.run_commands import line_of
 from edit_ray.errors import ConfigError, ResourcesUnavailable, RunExists, RunLive
 from edit_ray.runs.folder import RunFolder
 from tests.unit.test_actors import config_for

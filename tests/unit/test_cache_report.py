@@ -245,7 +245,7 @@ def test_the_report_of_a_run_has_a_section_a_segment(run, by, capsys):
     assert capsys.readouterr().out == f"{run.path / 'report.html'}\n"
     page = Page((run.path / "report.html").read_text())
     assert len(page.all("h2")) == 2
-    assert "What the cache did in one" in page.text
+    assert "Cache decisions of one" in page.text
     assert page.text.index("segment 0") < page.text.index("segment 1")
 
 

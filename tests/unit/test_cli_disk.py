@@ -131,7 +131,7 @@ def test_watching_waits_for_a_run_that_is_about_to_begin(tmp_path, capsys):
     code, out, err = told(capsys, "watch", "late", "--wait", "60")
     job.join()
     assert (code, out.splitlines()[-1].startswith("late  done")) == (0, True)
-    assert "waiting 60 s for it to begin" in err
+    assert "waiting 60 s for it to start" in err
 
 
 @pytest.mark.parametrize("state", ["failed", None])

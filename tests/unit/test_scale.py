@@ -20,7 +20,7 @@ from edit_ray.actors.local import LocalPool
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.pool import Pointer
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.cli.serve import RunStatusReader
+from edit_ray.cli.follow_run import RunStatusReader
 from edit_ray.client import LongVideoClient
 from edit_ray.config import Config, dump_yaml
 from edit_ray.runs.event_log import append_event

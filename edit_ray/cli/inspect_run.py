@@ -1,4 +1,4 @@
-"""`edit-ray report`: a run, or a record of a cache's decisions, as one HTML page."""
+"""`edit-ray report` and `edit-ray verify`: commands that read a run's folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edit_ray.errors import ConfigError, UnknownRun
+from edit_ray.errors import ConfigError, ManifestUnreadable, UnknownRun
 from edit_ray.runs.ids import RUN_ID_PATTERN
 
 if TYPE_CHECKING:
@@ -18,8 +18,34 @@ if TYPE_CHECKING:
 _SEGMENT = re.compile(r"([0-9]+)(?:-t([0-9]+))?")
 
 
+def verify(options: argparse.Namespace) -> int:
+    """Prints each damaged file of a run and returns 1, or one line if every file is intact."""
+    from edit_ray.actors.damage import all_damage_of
+    from edit_ray.config import output_root
+    from edit_ray.runs.folder import RunFolder
+
+    try:
+        folder = RunFolder(output_root(options.output, os.environ), options.run_id)
+        manifest = folder.read_manifest()
+    except ManifestUnreadable as error:
+        print(error)
+        return 1
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+    damaged = all_damage_of(folder, manifest)
+    for problem in damaged:
+        print(problem)
+    if damaged:
+        print(f"{len(damaged)} of {options.run_id} are damaged; `edit-ray resume {options.run_id} --remake-damaged`")
+        return 1
+    undigested = sum(not record.digests for record in manifest.segments)
+    rest = f", {undigested} of which an earlier version wrote without digests" if undigested else ""
+    print(f"{options.run_id} is as it was written: {len(manifest.segments)} segments{rest}")
+    return 0
+
+
 def report(options: argparse.Namespace) -> int:
-    """Writes the page of a record, of a folder or of a run."""
+    """Writes the HTML page of a cache record or of a run."""
     from edit_ray.config import output_root
 
     source = Path(options.source)
@@ -40,21 +66,20 @@ def report(options: argparse.Namespace) -> int:
 def _page_of(source: Path) -> str:
     from edit_ray.cache.records import render_report
 
-    run = _page_of_run(source) if source.is_dir() else None
-    if run is not None:
-        return run
+    if source.is_dir() and (page := _page_of_run(source)) is not None:
+        return page
     records = _read_records(source)
     if not records:
         raise UnknownRun(
             f"{source} is no record and no run with records; a run has some if its cache.policy is not none"
         )
-    return render_report(records, f"What the cache did in {source.stem}")
+    return render_report(records, f"Cache decisions of {source.stem}")
 
 
 def _page_of_run(folder: Path) -> str | None:
-    """The page of a run with committed segments; None where records are all that is there.
+    """The page of a run with committed segments; None for a folder that has only records.
 
-    Raises ConfigError, and UnknownRun for a run that has nothing to be told yet.
+    Raises ConfigError, and UnknownRun for a run without committed segments.
     """
     from edit_ray.config import load_config
     from edit_ray.page.drawing import MOST_SEGMENTS, ends_of, sampled
@@ -76,16 +101,16 @@ def _page_of_run(folder: Path) -> str | None:
             return None
         raise UnknownRun(
             f"run {folder.name!r} has committed no segment yet (its state: {manifest.state}); "
-            "there is a report from the first one on"
+            "a report needs at least one"
         )
     settings = folder / "run.yaml"
     sampling = load_config(settings, check_model=False).sampling
     pictures = []
     for segment in (manifest.segments[index] for index in sampled(len(manifest.segments), MOST_SEGMENTS)):
-        part, init = folder / segment.media, folder / "init.mp4"
+        part = folder / segment.media
         if part.is_file():  # `output.keep_segments` may have dropped it
             try:
-                urls = ends_of(part, init, height=sampling.height, width=sampling.width)
+                urls = ends_of(part, folder / "init.mp4", height=sampling.height, width=sampling.width)
             except EncodeError as error:
                 raise ConfigError([f"{part} cannot be read: {error}"]) from None
             pictures.append((segment.index, urls))
@@ -101,7 +126,7 @@ def _page_of_run(folder: Path) -> str | None:
 
 
 def _read_records(source: Path) -> dict[str, Record]:
-    """The records of a run's folder by segment, or the one in a file. Raises ConfigError."""
+    """The records of a run's folder by segment, or the record in a file. Raises ConfigError."""
     from edit_ray.cache.records import Record
 
     files = sorted((source / "records").glob("*.json")) if source.is_dir() else [source]

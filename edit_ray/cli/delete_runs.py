@@ -1,4 +1,4 @@
-"""`edit-ray delete` and `edit-ray prune`: runs that nobody wants any more, with all that they have left on disk."""
+"""`edit-ray delete` and `edit-ray prune`: remove runs and their files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edit_ray.cli.look import known_runs, reader_of
-from edit_ray.cli.runs import confirmed, line_of
+from edit_ray.cli.run_commands import confirmed, known_runs, line_of, reader_of
 from edit_ray.errors import ConfigError, EditRayError, RunLive
 
 if TYPE_CHECKING:
     from edit_ray.actors.messages import RunStatus
-    from edit_ray.client import LongVideoClient
     from edit_ray.runs.folder import RunFolder
 
 _AGE = re.compile(r"([0-9]{1,6})([smhdw])")
@@ -26,7 +24,7 @@ _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def delete(options: argparse.Namespace) -> int:
-    """Removes one run that nobody works on."""
+    """Removes one inactive run."""
     from edit_ray.runs.ids import check_run_id
 
     client = reader_of(options)
@@ -38,21 +36,29 @@ def delete(options: argparse.Namespace) -> int:
 
 
 def prune(options: argparse.Namespace) -> int:
-    """Removes one's own runs in which nothing has changed for a while."""
-    age_s = _seconds_of(options.older_than)
-    client, states = reader_of(options), set(options.state)
-    return _remove_all([run for run in _own(client) if run.state in states and _idle_s(run) >= age_s], options)
-
-
-def _own(client: LongVideoClient) -> Iterator[RunStatus]:
-    for run in known_runs(client):
-        if client.owner.owns(run.owner) and Path(run.path).parent.samefile(client.output):
-            yield run
+    """Removes the user's own runs whose manifest has not changed for some time."""
+    age = _AGE.fullmatch(options.older_than.strip())
+    if age is None:
+        problem = f"--older-than is {options.older_than!r}; it must be a whole number with a unit: 30d, 12h or 2w"
+        raise ConfigError([problem])
+    before, client = time.time() - int(age[1]) * _UNIT_S[age[2]], reader_of(options)
+    return _remove_all(
+        [
+            run
+            for run in known_runs(client)
+            if client.owner.owns(run.owner)
+            and Path(run.path).parent.samefile(client.output)
+            and run.state in options.state
+            and os.stat(Path(run.path) / "manifest.jsonl").st_mtime <= before
+        ],
+        options,
+    )
 
 
 def _remove_all(runs: list[RunStatus], options: argparse.Namespace) -> int:
-    """Removes them if whoever asks is sure. A run that cannot be removed keeps none of the others."""
-    from edit_ray.runs.folder import RunFolder, remove_run, size_of
+    """Removes the runs after confirmation. A run that cannot be removed does not keep the others."""
+    from edit_ray.runs.folder import RunFolder
+    from edit_ray.runs.removal import remove_run, size_of
 
     folders = [RunFolder(Path(run.path).parent, run.run_id) for run in runs]
     for run, folder in zip(runs, folders, strict=True):
@@ -67,7 +73,7 @@ def _remove_all(runs: list[RunStatus], options: argparse.Namespace) -> int:
     for folder in folders:
         try:
             residuals: list[Path] = []
-            with suppress(ConfigError):  # of another version, say: stores remove what belongs to no run
+            with suppress(ConfigError):  # an unreadable configuration: stores remove entries that belong to no run
                 residuals = list(_residuals_of(folder))
             remove_run(folder)
             for path in residuals:
@@ -80,27 +86,12 @@ def _remove_all(runs: list[RunStatus], options: argparse.Namespace) -> int:
 
 
 def _residuals_of(folder: RunFolder) -> Iterator[Path]:
-    """The files that the run's segments reuse, which stay in the store's directory where a cluster was lost."""
+    """The run's entries on disk, which stay in the store's directory after the loss of a cluster."""
     from edit_ray.actors.messages import RunSpec
     from edit_ray.config import load_config
 
-    config = load_config(folder.run_yaml, check_model=False)
-    spec = RunSpec.of(folder.path.parent, config, folder.read_manifest())
-    store = Path(os.path.expandvars(spec.residuals_directory))
-    files = list(store.rglob("*.safetensors"))
-    if files:
+    spec = RunSpec.of(folder.path.parent, load_config(folder.run_yaml, check_model=False), folder.read_manifest())
+    if files := list(Path(os.path.expandvars(spec.residuals_directory)).rglob("*.safetensors")):
         from edit_ray.tiers.entry_file import read_key
 
         yield from (path for path in files if (key := read_key(path)) and str(key[0]).startswith(f"{spec.key}."))
-
-
-def _idle_s(run: RunStatus) -> float:
-    """Seconds since the run's last line was written."""
-    return time.time() - os.stat(Path(run.path) / "manifest.jsonl").st_mtime
-
-
-def _seconds_of(age: str) -> float:
-    match = _AGE.fullmatch(age.strip())
-    if match is None:
-        raise ConfigError([f"--older-than is {age!r}; it must be a whole number with a unit, such as 30d, 12h or 2w"])
-    return int(match[1]) * _UNIT_S[match[2]]

@@ -1,4 +1,4 @@
-"""Commands that measure a model: what its policies have to know of it, and which of them suits it."""
+"""`edit-ray calibrate` and `edit-ray tune`: fit a policy to a model, or find the best policy for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def calibrate(options: argparse.Namespace) -> int:
-    """Measures a model for a policy and writes what fits it. What can be wrong is seen before torch is imported."""
+    """Measures a model and writes the policy's fitted options. Checks all input before it imports torch."""
     if options.batch_size < 1:
         raise ConfigError([f"--batch-size is {options.batch_size}; it must be a whole number from 1"])
     config, prompts = _uncached_config(options), _read_prompts(options.prompts)
@@ -50,16 +50,16 @@ def calibrate(options: argparse.Namespace) -> int:
 
 
 def tune(options: argparse.Namespace) -> int:
-    """Prints the policy that computes least at the likeness that is asked for. Checks as `calibrate` does."""
+    """Prints the policy with the least computation at the given PSNR. Checks all input before it imports torch."""
     if not 0 < options.psnr < 100:
         raise ConfigError([f"--psnr is {options.psnr:g}; it must be above 0 and below 100"])
     if options.seeds < 1:
         raise ConfigError([f"--seeds is {options.seeds}; it must be a whole number from 1"])
     config, prompts = _uncached_config(options), _read_prompts(options.prompts)
     if len(prompts) * options.seeds < 2:
-        raise ConfigError(["one video says nothing of others: give more --prompts or --seeds"])
-    from edit_ray.tuning.tune import TUNABLE, Videos, best
-    from edit_ray.tuning.tune import tune as trials_of
+        raise ConfigError(["one video is not enough to generalize from: give more --prompts or --seeds"])
+    from edit_ray.engine.tune import TUNABLE, Videos, best
+    from edit_ray.engine.tune import tune as trials_of
 
     policies = list(TUNABLE) if options.policies is None else [name.strip() for name in options.policies.split(",")]
     if unknown := [name for name in policies if name not in TUNABLE]:
@@ -87,20 +87,20 @@ def tune(options: argparse.Namespace) -> int:
 def _load(config: Config) -> EditWanPipeline:
     from edit_ray.engine.loading import load_pipeline, with_flow_shift
 
-    pipe = load_pipeline(config.model.model_copy(update={"offload": "none"}))  # prompts come one by one
+    pipe = load_pipeline(config.model.model_copy(update={"offload": "none"}))  # prompts run one at a time
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = with_flow_shift(pipe.scheduler, config.sampling.flow_shift)
     return pipe
 
 
 def _call(config: Config) -> dict[str, Any]:
-    """The pipeline's arguments but prompt and seed."""
+    """The pipeline's arguments except prompt and seed."""
     names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt")
     return {name: getattr(config.sampling, name) for name in names}
 
 
 def _rank(measure: SkipMeasure) -> dict[str, Any]:
-    """The options of `ranked` for a model; says on stderr how far it is, as this takes long.
+    """The options of `ranked` for a model; prints its progress to stderr.
 
     Raises ConfigError.
     """
@@ -109,7 +109,7 @@ def _rank(measure: SkipMeasure) -> dict[str, Any]:
 
     slots, owners = measure.slots(), measure.owners()
     if not slots:
-        raise ConfigError(["sampling.num_inference_steps is 1: there is no step that could be skipped"])
+        raise ConfigError(["sampling.num_inference_steps is 1: no step can be skipped"])
     forwards = measure.num_steps * len(measure.branches)
     order: tuple[tuple[str, int], ...] = ()
     for done in rank_skips(measure, slots, int(forwards * MOST_SKIPPED)):
@@ -119,7 +119,7 @@ def _rank(measure: SkipMeasure) -> dict[str, Any]:
 
 
 def _uncached_config(options: argparse.Namespace) -> Config:
-    """The configuration without its cache, which may lack the very calibration that is to come. Raises ConfigError."""
+    """The configuration without its cache section, which may need the missing calibration. Raises ConfigError."""
     from edit_ray.cache.options import CacheOptions
     from edit_ray.config import check_config, load_config
 
@@ -131,7 +131,7 @@ def _uncached_config(options: argparse.Namespace) -> Config:
 
 
 def _check_calibration(path: Path) -> None:
-    """Raises ConfigError, before anything is measured, if the calibration could not be written to this file."""
+    """Raises ConfigError if the calibration cannot be written to this file."""
     from edit_ray.engine.calibration import read_calibration
 
     try:
@@ -139,15 +139,15 @@ def _check_calibration(path: Path) -> None:
     except ValueError as error:
         raise ConfigError([f"--file: {error}"]) from None
     if not path.parent.is_dir():
-        raise ConfigError([f"--file is {path}, and {path.parent} is no folder"])
+        raise ConfigError([f"--file is {path}, and {path.parent} is not a folder"])
 
 
 def _read_prompts(path: Path) -> list[str]:
-    """One prompt a line, blank lines left out. Raises ConfigError."""
+    """The non-blank lines of a text file. Raises ConfigError."""
     try:
         prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"--prompts {path} cannot be read: {error}"]) from None
     if not prompts:
-        raise ConfigError([f"--prompts {path} holds no prompt; there must be one a line"])
+        raise ConfigError([f"--prompts {path} holds no prompt; it must have one per line"])
     return prompts
