@@ -360,6 +360,6 @@ def _pause(deadline: float | None) -> float:
 
 
 def _load_latents(path: Path) -> torch.Tensor:
-    from edit_ray.engine.latent_files import load_latents  # here, because most clients need no torch
+    from edit_ray.engine.continuity import load_latents
 
     return load_latents(path)

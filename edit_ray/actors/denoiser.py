@@ -25,12 +25,11 @@ from edit_ray.actors.gpu_work import (
     tiled_position,
 )
 from edit_ray.actors.messages import Progress, RunSpec, code_version, rounded
-from edit_ray.engine.latent_files import load_latents, save_latents
-from edit_ray.engine.loading import choose_device
-from edit_ray.engine.lookback import lookback_latents
-from edit_ray.engine.model_digest import model_digest
-from edit_ray.engine.provenance import provenance_of
-from edit_ray.engine.segment import SegmentEngine, usable_cores
+from edit_ray.engine.continuity import load_latents, save_latents
+from edit_ray.engine.loading import choose_device, provenance_of, usable_cores
+from edit_ray.engine.model_files import model_digest
+from edit_ray.engine.model_info import lookback_latents
+from edit_ray.engine.segment import SegmentEngine
 from edit_ray.errors import EditRayError, OutOfMemory, SegmentFailed
 from edit_ray.files import digest_of_file, read_bytes, replacing
 from edit_ray.metrics.collect import MetricValues, Snapshot
@@ -230,12 +229,14 @@ class DenoiserActor:
         encode_at, began = time.time(), time.perf_counter()
         known_init = read_bytes(spec.folder.init) if spec.folder.init.exists() else None
         fps, options, patience = spec.config.sampling.fps, spec.config.output, self._patience(spec)
-        encoded = encode(frames, fps=fps, options=options, init=known_init, patience=patience)
-        init, fragment = write_part(spec.folder.path, spec.part(segment), segment.index, encoded)
+        place = {"number": segment.index, "first_frame": segment.first_frame}
+        encoded = encode(frames, fps=fps, options=options, **place, init=known_init, patience=patience)
+        init, fragment = write_part(spec.folder.path, spec.part(segment), encoded)
         self._frames.pop((spec.key, media, spec.incarnation), None)
         times = {"encode_at": encode_at, "encode_s": time.perf_counter() - began}
         digests = {"init_xxh3": init, "media_xxh3": fragment}
-        return rounded(media_bytes=media.stat().st_size, **times, **self._measure_join(spec, segment)) | digests
+        seen = self._measure_frames(spec, segment, frames)
+        return rounded(media_bytes=media.stat().st_size, **times, **seen) | digests
 
     def finalize_run(self, spec: RunSpec, first: int) -> dict[str, float]:
         """Join the segments from `first` on, those before being dropped, into `final.mp4`."""
@@ -275,14 +276,13 @@ class DenoiserActor:
         for decoded in [decoded for decoded in self._frames if decoded[0] == spec.key]:
             del self._frames[decoded]
 
-    def _measure_join(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
-        """How visible the join of a written segment to its predecessor is."""
+    def _measure_frames(self, spec: RunSpec, segment: SegmentPlan, frames: Frames) -> dict[str, float]:
+        """The colour and sharpness of the segment, and how visible its join to its predecessor is."""
         before = spec.part(spec.segment(segment.index - 1)) if segment.index else None
         if before is not None and not (spec.folder.path / before.path).exists():
             before = None  # dropped before the run was re-rolled from here
-        size = {"height": spec.config.sampling.height, "width": spec.config.sampling.width}
-        patience = self._patience(spec)
-        return self._joins.measure(spec.key, spec.folder.path, spec.part(segment), before, **size, patience=patience)
+        part, patience = spec.part(segment), self._patience(spec)
+        return self._joins.measure(spec.key, spec.folder.path, part, before, frames, patience)
 
     def _ready_engine(self, spec: RunSpec) -> SegmentEngine:
         self._count_beat()

@@ -15,12 +15,19 @@ from edit_ray.errors import ConfigError, HardwareDiffers, ResourcesUnavailable
 from edit_ray.files import digest_of_file
 from edit_ray.runs.event_log import latest_events
 from edit_ray.runs.folder import RunFolder
-from edit_ray.runs.forecast import SegmentSize, bytes_to_come, first_guess, measured, shortage
+from edit_ray.runs.ids import MAX_SEGMENTS
 from edit_ray.runs.manifest import Extended, Manifest, Rerolled, SegmentRecord
-from edit_ray.runs.numbers import MAX_SEGMENTS
-from edit_ray.runs.plan import Take, take_seed
-from edit_ray.runs.retention import first_made_again, first_needed
-from edit_ray.runs.run_state import LEAD
+from edit_ray.runs.retention import (
+    SegmentSize,
+    bytes_to_come,
+    first_guess,
+    first_made_again,
+    first_needed,
+    measured,
+    shortage,
+)
+from edit_ray.runs.run_plan import Take, take_seed
+from edit_ray.runs.scheduler import LEAD
 
 Provenance = Mapping[str, str | int]
 """What a run's bits depend on: hardware, versions, digests of its configuration and model."""

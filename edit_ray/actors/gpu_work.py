@@ -12,15 +12,15 @@ import torch
 
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache.records import Record
-from edit_ray.engine.continuity import match_statistics
-from edit_ray.engine.latent_files import latent_tail, load_latents
-from edit_ray.engine.model_digest import model_digest
-from edit_ray.engine.segment import SegmentEngine, usable_cores
-from edit_ray.engine.stream import Preceding
+from edit_ray.engine.continuity import latent_tail, load_latents, match_statistics
+from edit_ray.engine.loading import usable_cores
+from edit_ray.engine.model_files import model_digest
+from edit_ray.engine.segment import SegmentEngine
+from edit_ray.engine.vae_stream import Preceding
 from edit_ray.errors import NotAdopted, RunCancelled, StaleWork
 from edit_ray.files import write_atomic
 from edit_ray.metrics.collect import MetricValues
-from edit_ray.runs.plan import SegmentPlan
+from edit_ray.runs.run_plan import SegmentPlan
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from edit_ray.config import Config
 from edit_ray.runs.events import RunState, Stage
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Begun, Manifest, SegmentRecord
-from edit_ray.runs.plan import RunPlan, SegmentPlan, Storyboard, Take
+from edit_ray.runs.run_plan import FrameLayout, RunPlan, SegmentPlan, Storyboard, Take
 from edit_ray.tiers.options import ReusingRun
 from edit_ray.video.fragments import Part
 from edit_ray.video.hls import StreamFiles

@@ -34,8 +34,8 @@ from edit_ray.errors import (
 )
 from edit_ray.runs.events import CloseRun, FailureKind, StopWork, Work
 from edit_ray.runs.manifest import Committed, Dropped, Ended, HardwareChanged, SegmentRecord, Tiled
-from edit_ray.runs.plan import SegmentPlan
 from edit_ray.runs.retention import retention
+from edit_ray.runs.run_plan import SegmentPlan
 from edit_ray.runs.scheduler import SegmentScheduler
 from edit_ray.video.encode import EncoderKilled
 from edit_ray.video.fragments import Part
@@ -211,7 +211,7 @@ class Stages:
         gone += [spec.folder.record(index, spec.segment(index).take) for index in media]
         gone += [spec.latents(index) for index in range(max(first, before.latents_from), after.latents_from)]
         await run.on_disk(spec.folder.remove, gone)
-        await run.on_disk(run.file.forget_figures, media.start, media.stop)
+        await run.on_disk(run.file.forget_statistics, media.start, media.stop)
         run.removed = after
 
     async def _finalize(self, run: LiveRun, work: Work) -> None:

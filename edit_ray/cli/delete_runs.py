@@ -57,8 +57,7 @@ def prune(options: argparse.Namespace) -> int:
 
 def _remove_all(runs: list[RunStatus], options: argparse.Namespace) -> int:
     """Removes the runs after confirmation. A run that cannot be removed does not keep the others."""
-    from edit_ray.runs.folder import RunFolder
-    from edit_ray.runs.removal import remove_run, size_of
+    from edit_ray.runs.folder import RunFolder, remove_run, size_of
 
     folders = [RunFolder(Path(run.path).parent, run.run_id) for run in runs]
     for run, folder in zip(runs, folders, strict=True):

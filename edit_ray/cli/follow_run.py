@@ -102,8 +102,7 @@ def description_of(status: RunStatus) -> str:
 def serve(options: argparse.Namespace) -> int:
     """Serves a run's page until it is interrupted."""
     from edit_ray.config import load_config, output_root
-    from edit_ray.page.served import HLS_JS
-    from edit_ray.page.server import PageServer
+    from edit_ray.page.server import HLS_JS, PageServer
     from edit_ray.runs.folder import RunFolder
 
     if not 0 <= options.port <= 65535:
@@ -144,7 +143,7 @@ class RunStatusReader:
 
     def __call__(self) -> dict[str, Any]:
         """Raises the errors of `RunFolder.read_manifest`."""
-        from edit_ray.video.stream_files import newest_playlist
+        from edit_ray.video.hls import newest_playlist
 
         with self._lock:
             manifest = self._folder.read_manifest(self._reader)

@@ -58,8 +58,8 @@ def tune(options: argparse.Namespace) -> int:
     config, prompts = _uncached_config(options), _read_prompts(options.prompts)
     if len(prompts) * options.seeds < 2:
         raise ConfigError(["one video is not enough to generalize from: give more --prompts or --seeds"])
-    from edit_ray.engine.tune import TUNABLE, Videos, best
-    from edit_ray.engine.tune import tune as trials_of
+    from edit_ray.tuning.tune import TUNABLE, Videos, best
+    from edit_ray.tuning.tune import tune as trials_of
 
     policies = list(TUNABLE) if options.policies is None else [name.strip() for name in options.policies.split(",")]
     if unknown := [name for name in policies if name not in TUNABLE]:
@@ -105,7 +105,7 @@ def _rank(measure: SkipMeasure) -> dict[str, Any]:
     Raises ConfigError.
     """
     from edit_ray.cache.policies.schedule import ranks_of
-    from edit_ray.engine.ranking import MOST_SKIPPED, rank_skips
+    from edit_ray.tuning.rank import MOST_SKIPPED, rank_skips
 
     slots, owners = measure.slots(), measure.owners()
     if not slots:

@@ -32,7 +32,7 @@ def list_runs(options: argparse.Namespace) -> int:
 def known_runs(client: LongVideoClient) -> Iterator[RunStatus]:
     """The runs on disk, oldest first, then those elsewhere; the segment scheduler's status wins over the folder's."""
     from edit_ray.actors.messages import RunStatus
-    from edit_ray.runs.browse import folders_in
+    from edit_ray.runs.folder import folders_in
 
     try:
         active = {os.path.realpath(run.path): run for run in client.runs()}
@@ -61,9 +61,9 @@ def status(options: argparse.Namespace) -> int:
 
 def down(options: argparse.Namespace) -> int:
     """Ends every edit_ray actor. Asks first while runs are active."""
-    from edit_ray.actors import launch
+    from edit_ray.actors import connection, launch
 
-    if not launch.connect_if_running(options.address):
+    if not connection.connect_if_running(options.address):
         print("no Ray is running")
         return 0
     if not options.force:
@@ -126,11 +126,11 @@ def _allowed(options: argparse.Namespace) -> dict[str, bool]:
 
 def _lasting_client(options: argparse.Namespace) -> LongVideoClient:
     """A client of a Ray cluster that outlives this command. Raises NotYourRun, ResourcesUnavailable."""
-    from edit_ray.actors import launch
+    from edit_ray.actors import connection
 
     client = client_of(options)
     client.check_mine(client.status(options.run_id), options.force)
-    if not launch.connect_if_running(options.address):
+    if not connection.connect_if_running(options.address):
         raise ResourcesUnavailable(
             "no Ray is running: start one with `ray start --head`, or continue with "
             f"`python jobs/long_video.py --run-id {options.run_id} --resume`"

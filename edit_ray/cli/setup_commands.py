@@ -67,7 +67,7 @@ def _ffmpeg() -> Finding:
 
 def _ray(address: str | None) -> Finding:
     """Whether the Ray cluster to join answers; without one, whether its ports are free."""
-    from edit_ray.actors.address import check_address
+    from edit_ray.actors.connection import check_address
 
     try:
         known = check_address(address)

@@ -7,8 +7,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from edit_ray.config.mistakes import KeyPath, Mistake, mistake_at
-from edit_ray.runs.layout import TEMPORAL_FACTOR, FrameLayout
-from edit_ray.runs.numbers import MAX_SEGMENTS
+from edit_ray.runs.ids import MAX_SEGMENTS
+from edit_ray.runs.run_plan import TEMPORAL_FACTOR, FrameLayout
 
 if TYPE_CHECKING:
     from edit_ray.config.model import Config, PromptSegment

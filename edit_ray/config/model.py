@@ -12,9 +12,8 @@ from edit_ray.config.strict_yaml import dump
 from edit_ray.engine.options import ContinuityOptions, EngineOptions, ModelOptions, SamplingOptions
 from edit_ray.metrics.options import MetricsOptions
 from edit_ray.options import Options
-from edit_ray.runs.layout import FrameLayout
-from edit_ray.runs.numbers import MAX_SEGMENTS
-from edit_ray.runs.plan import Scene, Storyboard
+from edit_ray.runs.ids import MAX_SEGMENTS
+from edit_ray.runs.run_plan import FrameLayout, Scene, Storyboard
 from edit_ray.tiers.options import StoreOptions
 from edit_ray.video.encode import OutputOptions
 

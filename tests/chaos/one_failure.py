@@ -17,7 +17,7 @@ from edit_ray.actors.pool import Pointer
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.errors import EditRayError, RunExists
 from edit_ray.runs.folder import RunFolder
-from edit_ray.tiers.entry_folder import LOCK
+from edit_ray.tiers.disk_tier import LOCK
 from edit_ray.video.hls import newest_playlist
 from tests.chaos.memory import remembered
 from tests.chaos.power_loss import build

@@ -11,7 +11,7 @@ from edit_ray.actors.cache_store import CacheStoreActor
 from edit_ray.actors.local import LocalPool
 from edit_ray.actors.pool import ActorGone
 from edit_ray.runs.folder import RunFolder
-from edit_ray.runs.run_state import MOST_DEATHS
+from edit_ray.runs.scheduler import MOST_DEATHS
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_clocks import everything
 from tests.unit.test_actors_recovery import REUSE, end_of, make, submit

@@ -16,8 +16,7 @@ from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.engine.vae_stream import encode_video, to_video
 from edit_ray.errors import ConfigError
-from edit_ray.video.encode import encode, read_frames
-from edit_ray.video.options import OutputOptions
+from edit_ray.video.encode import OutputOptions, encode, read_frames
 
 SEGMENTS, SIZE = 3, {"height": 32, "width": 48}
 SHOWN = ("first_frame", "still")

@@ -9,11 +9,11 @@ from diffusers import AutoencoderKLWan
 
 from edit_ray.actors.denoiser import DenoiserActor
 from edit_ray.actors.local import LocalPool
-from edit_ray.engine.latent_files import load_latents
-from edit_ray.engine.lookback import lookback_latents
+from edit_ray.engine.continuity import load_latents
+from edit_ray.engine.model_info import lookback_latents
 from edit_ray.errors import ConfigError, RunLive
 from edit_ray.runs.folder import RunFolder
-from edit_ray.video.stream_files import newest_playlist
+from edit_ray.video.hls import newest_playlist
 from tests.unit.test_actors import Pool, config_for
 from tests.unit.test_actors_recovery import REUSE, SEGMENTS, die, end_of, make, submit
 

@@ -11,7 +11,7 @@ from edit_ray.actors.messages import RunStatus
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.errors import ConfigError
 from edit_ray.runs.folder import RunFolder
-from edit_ray.runs.owner import Owner, owner_here
+from edit_ray.runs.ids import Owner, owner_here
 from tests.unit.test_actors import config_for
 
 

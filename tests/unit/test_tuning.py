@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edit_ray import EditWanPipeline
 from edit_ray.cache import relative_l1
-from edit_ray.cache.policies.ranked import ranks_of
+from edit_ray.cache.policies.schedule import ranks_of
 from edit_ray.cli import main
 from edit_ray.engine.calibration import FILE_NAME, read_calibration
 from edit_ray.engine.loading import with_flow_shift
