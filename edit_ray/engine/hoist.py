@@ -1,7 +1,7 @@
 """What a Wan transformer computes from sizes, timesteps and prompts alone, computed once and not in every forward.
 
-That are RoPE, the text projection and the time embeddings. They come from the transformer's own modules, given what
-these would be given in the loop, so that every bit stays as it is.
+RoPE, the projections of text and image, and the time embeddings. The transformer's own modules compute them, from the
+inputs that the loop would give them, so every bit stays as it is.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from diffusers import WanTransformer3DModel
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from torch import Tensor, nn
 
 _KEPT_TEXTS = 4  # both branches, and what a callback has just replaced
@@ -24,7 +24,7 @@ class Hoisted:
     tensor that was changed in place is another one. Whether weights or modules have changed, `refresh` looks.
     """
 
-    def __init__(self, transformer: WanTransformer3DModel) -> None:
+    def __init__(self, transformer: WanTransformer3DModel | WanVACETransformer3DModel) -> None:
         self.transformer = transformer
         self._rope_module, self._embedder = transformer.rope, transformer.condition_embedder
         self._rope, self._embed = self._rope_module.forward, self._embedder.forward
@@ -32,7 +32,7 @@ class Hoisted:
         self._weights: object = None
         self._schedule: object = None
         self._ropes: dict[Key, tuple[Tensor, Tensor]] = {}
-        self._texts: dict[Key, tuple[Tensor, Tensor]] = {}  # given, projected
+        self._texts: dict[Key, tuple[Tensor, Tensor | None, Tensor, Tensor | None]] = {}  # text, image; both projected
         self._times: dict[Key, tuple[Tensor, Tensor, Tensor]] = {}  # timestep, temb, timestep_proj
 
     @contextmanager
@@ -87,29 +87,27 @@ class Hoisted:
         encoder_hidden_states_image: Tensor | None = None,
         timestep_seq_len: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        text = encoder_hidden_states
-        known_kind = self._plain and encoder_hidden_states_image is None
-        if not known_kind or timestep.is_inference() or text.is_inference():
-            return self._embed(timestep, text, encoder_hidden_states_image, timestep_seq_len)  # type: ignore[no-any-return]
-        time_key, text_key = _key(timestep, text.dtype), _key(text)
+        text, image = encoder_hidden_states, encoder_hidden_states_image
+        if not self._plain or timestep.is_inference() or text.is_inference():
+            return self._embed(timestep, text, image, timestep_seq_len)  # type: ignore[no-any-return]
+        time_key, text_key = _key(timestep, text.dtype), _key(text, *([] if image is None else _key(image)))
         time, known = self._times.get(time_key), self._texts.get(text_key)
         if time is not None and known is not None:
-            return time[1], time[2], known[1], None
-        temb, projected_time, projected, _ = self._embed(
-            timestep, text if known is None else text[:, :1], None, timestep_seq_len
-        )
+            return time[1], time[2], known[2], known[3]
+        shown = (text, image) if known is None else (text[:, :1], None)
+        temb, projected_time, projected, projected_image = self._embed(timestep, *shown, timestep_seq_len)
         if time is None and self._schedule is None:
             # Of timesteps for each token there is much: the branches of one step share it.
             self._times = {time_key: (timestep, temb, projected_time)}
         elif time is not None:
             _, temb, projected_time = time
         if known is None:
-            self._texts[text_key] = (text, projected)
+            self._texts[text_key] = (text, image, projected, projected_image)
             if len(self._texts) > _KEPT_TEXTS:
                 del self._texts[next(iter(self._texts))]
         else:
-            projected = known[1]
-        return temb, projected_time, projected, None
+            projected, projected_image = known[2:]
+        return temb, projected_time, projected, projected_image
 
 
 def can_hoist(transformer: nn.Module) -> bool:
@@ -117,9 +115,11 @@ def can_hoist(transformer: nn.Module) -> bool:
 
     Adapters (LoRA) and offloading change what a module computes without a change of its weights.
     """
-    if not isinstance(transformer, WanTransformer3DModel) or transformer._compiled_call_impl is not None:
+    if not isinstance(transformer, WanTransformer3DModel | WanVACETransformer3DModel):
         return False
-    parts = (transformer.rope, transformer.condition_embedder)
+    if transformer._compiled_call_impl is not None:
+        return False
+    parts: tuple[nn.Module, ...] = (transformer.rope, transformer.condition_embedder)
     return all(has_own_forward(part) and _are_plain(part) for part in parts)
 
 

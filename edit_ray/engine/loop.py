@@ -1,7 +1,7 @@
-"""The denoising loop of Wan text-to-video, open on one page.
+"""The denoising loop of Wan, open on one page.
 
 Shapes: B videos (prompts times videos per prompt), C latent channels, T latent frames, h x w latent pixels, L text
-tokens of width D. It takes the same steps in the same order of arithmetic as diffusers' `WanPipeline`, so its latents
+tokens of width D. It takes the same steps in the same order of arithmetic as diffusers' Wan pipelines, so its latents
 are bit-equal to those of diffusers.
 """
 
@@ -15,6 +15,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
 from edit_ray.engine.caching import expert_name
+from edit_ray.engine.conditioning import Conditions
 from edit_ray.engine.continuity import Held, hold
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
@@ -24,7 +25,7 @@ StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 class Request:
     """What one call of the loop denoises, and under whose eyes."""
 
-    latents: Tensor  # [B, C, T, h, w] float32 noise
+    conditions: Conditions  # the latents [B, C, T, h, w] to begin with, and what the transformer gets beside them
     prompt_embeds: Tensor  # [B, L, D] in the transformer's dtype
     negative_prompt_embeds: Tensor | None  # [B, L, D], needed where there is guidance
     num_inference_steps: int
@@ -38,35 +39,40 @@ class Request:
 
 
 def denoise(pipe: Any, request: Request) -> Tensor:
-    """Denoise `request.latents` with the transformers and the noise scheduler of `pipe`; returns [B, C, T, h, w].
+    """Denoise a request with the transformers and the noise scheduler of `pipe`; returns latents [B, C, T, h, w].
 
     The first k slots stay what `held` says, at the noise level of every step. Whatever the callback changes on `pipe`
     (`_interrupt`, `_guidance_scale`, `scheduler`, …) acts from the next step on.
     """
     cond, uncond = request.prompt_embeds, request.negative_prompt_embeds  # [B, L, D]
-    x, held = request.latents, request.held  # [B, C, T, h, w]
+    x, held, conditions = request.conditions.latents, request.held, request.conditions  # x: [B, C, T, h, w]
     clean = clean_tokens(x, held) if pipe.config.expand_timesteps else None
 
     pipe.scheduler.set_timesteps(request.num_inference_steps, device=x.device)
-    timesteps = pipe.scheduler.timesteps  # [S], from high noise to low
-    warmup = len(timesteps) - request.num_inference_steps * pipe.scheduler.order
-    pipe.scheduler.set_begin_index(0)
+    begin, order = conditions.begin_index, pipe.scheduler.order
+    timesteps = pipe.scheduler.timesteps[begin:]  # [S], from high noise to low
+    num_inference_steps = request.num_inference_steps - begin // order
+    warmup = len(timesteps) - num_inference_steps * order
+    pipe.scheduler.set_begin_index(begin)
     pipe._num_timesteps = len(timesteps)
 
     ahead = pipe.ahead.loop(pipe, x, cond)
-    cached = pipe.cached_call(request.reset_cache, request.prefetch_reuse)
-    with ahead as schedule, cached, pipe.progress_bar(total=request.num_inference_steps) as bar:
-        x = hold(x, held, schedule.sigma(pipe.scheduler, 0))
+    cached = pipe.cached_call(request.reset_cache, request.prefetch_reuse, begin)
+    with ahead as schedule, cached, pipe.progress_bar(total=num_inference_steps) as bar:
+        x = hold(x, held, schedule.sigma(pipe.scheduler, begin))
         for i, t in enumerate(timesteps):
             if pipe.interrupt:
                 continue
             pipe._current_timestep = t
-            model, scale = expert_at(pipe, schedule.timestep(i), request)
+            model, scale = expert_at(pipe, schedule.timestep(begin + i), request)
             timestep = t.expand(len(x)) if clean is None else (clean * t)[None].expand(len(x), -1)  # [B] or [B, tokens]
-            inputs = {"hidden_states": x.to(request.prompt_embeds.dtype), "timestep": timestep}  # x: [B, C, T, h, w]
-            inputs |= {"attention_kwargs": pipe.attention_kwargs, "return_dict": False}
+            joined = (
+                x if conditions.channels is None else torch.cat([x, conditions.channels], dim=1)
+            )  # [B, C+M, T, h, w]
+            inputs = {"hidden_states": joined.to(request.prompt_embeds.dtype), "timestep": timestep}
+            inputs |= {**conditions.arguments, "attention_kwargs": pipe.attention_kwargs, "return_dict": False}
             where: dict[str, Any] = {"step_index": i, "num_inference_steps": len(timesteps)}
-            where["sigma"] = schedule.sigma(pipe.scheduler, i)
+            where["sigma"] = schedule.sigma(pipe.scheduler, begin + i)
 
             guided = pipe.do_classifier_free_guidance
             beside = pipe.cfg_parallel.forward(model, uncond, inputs, where) if guided and pipe.cfg_parallel else None
@@ -81,7 +87,7 @@ def denoise(pipe: Any, request: Request) -> Tensor:
                 noise_pred = noise_uncond + scale * (noise_pred - noise_uncond)
 
             x = pipe.scheduler.step(noise_pred, t, x, return_dict=False)[0]  # [B, C, T, h, w]
-            sigma = schedule.sigma(pipe.scheduler, i + 1)
+            sigma = schedule.sigma(pipe.scheduler, begin + i + 1)
             x = hold(x, held, sigma)
 
             if request.callback is not None:
@@ -92,7 +98,7 @@ def denoise(pipe: Any, request: Request) -> Tensor:
                 cond = changed.pop("prompt_embeds", cond)
                 uncond = changed.pop("negative_prompt_embeds", uncond)
                 pipe.ahead.refresh()
-            if i == len(timesteps) - 1 or (i >= warmup and (i + 1) % pipe.scheduler.order == 0):
+            if i == len(timesteps) - 1 or (i >= warmup and (i + 1) % order == 0):
                 bar.update()
     pipe._current_timestep = None
     return x
