@@ -129,14 +129,14 @@ class CacheControl:
             self.cache.remove()
         self._cache = None
 
-    def cached_call(self, reset_cache: bool, prefetch_reuse: bool) -> AbstractContextManager[None]:
-        """Surrounds one denoising loop, once the scheduler's steps are set."""
+    def cached_call(self, reset_cache: bool, prefetch_reuse: bool, begin: int = 0) -> AbstractContextManager[None]:
+        """Surrounds one denoising loop from the scheduler's timestep `begin`, once its steps are set."""
         pipe: Any = self
         if self.cache is None:
             return nullcontext()
         for expert in experts_of(self).values():
             check_not_compiled(expert)
-        steps = loop_steps(self, pipe.scheduler)
+        steps = loop_steps(self, pipe.scheduler)[begin:]
         if self._target_steps not in (None, len(steps)):
             raise ValueError(
                 f"The cache's target_speedup was reached for a loop of {self._target_steps} steps, and this one has "

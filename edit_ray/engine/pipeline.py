@@ -1,5 +1,6 @@
 """`EditWanPipeline`: diffusers' `WanPipeline` with an explicit denoising loop, and segments that continue others."""
 
+import json
 import logging
 import shutil
 import threading
@@ -12,19 +13,23 @@ from typing import Any, ClassVar, ParamSpec, Self, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel, WanVACETransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import get_module_execution_device
 from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Generator, Tensor
+from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers.image_processing_utils import BaseImageProcessor
 
 from edit_ray.cache.install import check_steps
 from edit_ray.engine.caching import CacheControl, experts_of
 from edit_ray.engine.calibration import FILE_NAME
 from edit_ray.engine.cfg_parallel import CfgControl, check_device
+from edit_ray.engine.conditioning import SAVED_AS, Kind, Window, check_given, kind_of, prepare
 from edit_ray.engine.continuity import ContextLatents, check_context
 from edit_ray.engine.decode import denormalise
 from edit_ray.engine.fast_transformer import check_mode
@@ -82,15 +87,39 @@ class EditWanOutput(WanPipelineOutput):  # type: ignore[misc]  # diffusers ships
 
 
 class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[misc]
-    """Wan text-to-video with diffusers' components, arguments and results, and one loop that can be read and edited.
+    """Wan with diffusers' components, arguments and results, and one loop that can be read and edited.
+
+    It loads text-to-video, image-to-video (Wan2.1, Wan2.2), text- and image-to-video (TI2V) and VACE models, and takes
+    what diffusers' `WanPipeline`, `WanImageToVideoPipeline`, `WanVideoToVideoPipeline` and `WanVACEPipeline` take.
 
     Examples:
         >>> pipe = EditWanPipeline.from_pretrained("builtin:tiny_wan")
         >>> video = pipe("a red circle bouncing on a black background", height=128, width=128, num_frames=33)[0]
     """
 
-    # A pipeline that is given embeddings needs neither.
-    _optional_components: ClassVar = [*WanPipeline._optional_components, "text_encoder", "tokenizer"]
+    # A pipeline that is given embeddings needs neither text encoder nor tokenizer.
+    _optional_components: ClassVar = [
+        *WanPipeline._optional_components, "text_encoder", "tokenizer", "image_encoder", "image_processor"
+    ]  # fmt: skip
+    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->vae"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        text_encoder: UMT5EncoderModel | None,
+        vae: AutoencoderKLWan,
+        scheduler: SchedulerMixin,
+        transformer: WanTransformer3DModel | WanVACETransformer3DModel | None = None,
+        transformer_2: WanTransformer3DModel | WanVACETransformer3DModel | None = None,
+        boundary_ratio: float | None = None,
+        expand_timesteps: bool = False,
+        image_processor: BaseImageProcessor | None = None,
+        image_encoder: CLIPVisionModel | None = None,
+    ) -> None:
+        super().__init__(
+            tokenizer, text_encoder, vae, scheduler, transformer, transformer_2, boundary_ratio, expand_timesteps
+        )
+        self.register_modules(image_processor=image_processor, image_encoder=image_encoder)
 
     @classmethod
     def from_pretrained(
@@ -118,7 +147,7 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         return pipe if device is None else pipe.to(device)
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers' `WanPipeline`, with the model's cache calibration."""
+        """Save as diffusers' pipeline for this kind of model, with the model's cache calibration."""
         super().save_pretrained(save_directory, *args, **kwargs)
         source, target = self.calibration, Path(save_directory, FILE_NAME)
         if source is not None and not (target.exists() and source.samefile(target)):
@@ -126,8 +155,12 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
 
     def to_json_string(self) -> str:
         """The configuration as `save_pretrained` writes it."""
-        text = str(super().to_json_string())
-        return text.replace(f'"_class_name": "{type(self).__name__}"', '"_class_name": "WanPipeline"', 1)
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = SAVED_AS[self._kind]
+        unknown = {"image": (), "vace": ("image_encoder", "image_processor", "expand_timesteps")}
+        for name in unknown.get(self._kind, ("image_encoder", "image_processor")):
+            config.pop(name, None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @one_call_at_a_time
     @torch.no_grad()
@@ -153,6 +186,14 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' default, never changed)
         max_sequence_length: int = 512,
         *,
+        image: Image | Tensor | None = None,
+        last_image: Image | Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        video: list[Image] | Tensor | None = None,
+        strength: float | None = None,
+        mask: list[Image] | None = None,
+        reference_images: Image | list[Image] | list[list[Image]] | None = None,
+        conditioning_scale: float | list[float] | Tensor | None = None,
         history: Tensor | None = None,
         overlap: Tensor | None = None,
         reset_cache: bool = True,
@@ -160,6 +201,9 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
     ) -> EditWanOutput | tuple[Any]:
         """Generate videos; the arguments up to `max_sequence_length` mean what they mean in `diffusers.WanPipeline`.
 
+        `image`, `last_image` and `image_embeds` mean what they mean in `WanImageToVideoPipeline`; with a text-to-video
+        model `video` and `strength` (0.8) what in `WanVideoToVideoPipeline`, whose video has its own number of frames;
+        with a VACE model `video`, `mask`, `reference_images` and `conditioning_scale` (1) what in `WanVACEPipeline`.
         `history` or `overlap` [B, C, k, h, w]: normalised latents that the first k of T are held to, clean (for models
         with `expand_timesteps`) or as noisy as the rest. With a cache, `reset_cache=False` keeps what earlier calls
         stored, and `prefetch_reuse` prefetches it. Returns `EditWanOutput`, whose `[0]` is the first video and whose
@@ -169,26 +213,32 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         embeds = prompt_embeds, negative_prompt_embeds
         self.check_inputs(prompt, negative_prompt, height, width, *embeds, names, guidance_scale_2)
-        size = (self._denoiser.config.in_channels, *self._fit(height, width, num_frames))
+        given = {
+            "image": image, "last_image": last_image, "image_embeds": image_embeds, "video": video,
+            "strength": strength, "mask": mask, "reference_images": reference_images,
+            "conditioning_scale": conditioning_scale, "latents": latents, "history": history, "overlap": overlap,
+        }  # fmt: skip
+        check_given(self._kind, given)
+        size = self._fit(height, width, num_frames)
         self._begin_call(num_inference_steps, guidance_scale, guidance_scale_2, attention_kwargs)
         videos = num_videos_per_prompt or 1
         cond, uncond = self._embed(prompt, negative_prompt, videos, *embeds, max_sequence_length)
         batch = len(cond) * (1 if prompt is not None else videos)  # diffusers does not repeat given embeddings
-        noise = self.prepare_latents(batch, *size, torch.float32, self._execution_device, generator, latents)
+        conditions = prepare(self, self._kind, given, Window(batch, *size, num_inference_steps), generator)
         request = Request(
-            latents=noise,
+            conditions=conditions,
             prompt_embeds=cond,
             negative_prompt_embeds=uncond,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             guidance_scale_2=self._guidance_scale_2,
-            context=self._context(history, overlap, noise),
+            context=self._context(conditions.history if history is None else history, overlap, conditions.latents),
             callback=callback_on_step_end,
             callback_tensor_inputs=tuple(names),
             reset_cache=reset_cache,
             prefetch_reuse=prefetch_reuse,
         )
-        output = EditWanOutput(frames=self._decode(denoise(self, request), output_type))
+        output = EditWanOutput(frames=self._decode(denoise(self, request), output_type, conditions.references))
         self.maybe_free_model_hooks()
         return output if return_dict else (output.frames,)
 
@@ -218,7 +268,7 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
 
     def _fit(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
         """The next lower size that the VAE and the patches divide, as diffusers chooses it."""
-        factor, (_, patch_height, patch_width) = self.vae_scale_factor_temporal, self._denoiser.config.patch_size
+        factor, (_, patch_height, patch_width) = self.vae_scale_factor_temporal, self.denoiser.config.patch_size
         row, column = self.vae_scale_factor_spatial * patch_height, self.vae_scale_factor_spatial * patch_width
         frames = num_frames if num_frames % factor == 1 else num_frames // factor * factor + 1
         fitted = (height // row * row, width // column * column, max(frames, 1))
@@ -230,13 +280,23 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         return fitted
 
     @property
-    def _denoiser(self) -> WanTransformer3DModel:
+    def components(self) -> dict[str, Any]:
+        """The parts by name, for another pipeline's constructor; what only image-to-video has, where it is there."""
+        parts: dict[str, Any] = super().components
+        return {name: part for name, part in parts.items() if part is not None or not name.startswith("image_")}
+
+    @property
+    def _kind(self) -> Kind:
+        return kind_of(self.denoiser, self.config.expand_timesteps)
+
+    @property
+    def denoiser(self) -> WanTransformer3DModel | WanVACETransformer3DModel:
         """The transformer whose shapes and types count; a pipeline may lack either of the two experts."""
         return next(iter(experts_of(self).values()))
 
     def _embed(self, prompt: Any, negative_prompt: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         """Embeddings [B, L, D] of both branches in the transformer's dtype; the second is `None` without guidance."""
-        guided, device, dtype = self.do_classifier_free_guidance, self._execution_device, self._denoiser.dtype
+        guided, device, dtype = self.do_classifier_free_guidance, self._execution_device, self.denoiser.dtype
         cond, uncond = self.encode_prompt(prompt, negative_prompt, guided, *arguments, device)
         return cond.to(dtype), None if uncond is None else uncond.to(dtype)
 
@@ -263,11 +323,14 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
             )
         return ContextLatents(check_context("history", history, noise))
 
-    def _decode(self, latents: Tensor, output_type: str | None) -> Frames:
-        """Latents [B, C, T, h, w] as `output_type`; with "latent" they are the output."""
+    def _decode(self, latents: Tensor, output_type: str | None, references: int) -> Frames:
+        """Latents [B, C, T, h, w] as `output_type`, without the references in front; with "latent" they are the output.
+
+        As in diffusers, latents that are the output still have their references.
+        """
         if output_type == "latent":
             return latents
-        latents = latents.to(get_module_execution_device(self.vae), dtype=self.vae.dtype)
+        latents = latents[:, :, references:].to(get_module_execution_device(self.vae), dtype=self.vae.dtype)
         video = self.vae.decode(denormalise(latents, self.vae.config), return_dict=False)[0]
         frames: Frames = self.video_processor.postprocess_video(video, output_type=output_type)
         return frames

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from torch import Tensor, nn
 
 from edit_ray.engine.caching import experts_of
@@ -125,7 +125,7 @@ class Conditions:
     alive, so its address is not used again. Changes of weights and modules are found by `refresh`.
     """
 
-    def __init__(self, transformer: WanTransformer3DModel) -> None:
+    def __init__(self, transformer: WanTransformer3DModel | WanVACETransformer3DModel) -> None:
         self.transformer = transformer
         self._rope_module, self._embedder = transformer.rope, transformer.condition_embedder
         self._rope, self._embed = self._rope_module.forward, self._embedder.forward
@@ -133,7 +133,7 @@ class Conditions:
         self._weights: object = None
         self._schedule: object = None
         self._ropes: dict[Key, tuple[Tensor, Tensor]] = {}
-        self._texts: dict[Key, tuple[Tensor, Tensor]] = {}  # given, projected
+        self._texts: dict[Key, tuple[Tensor, Tensor | None, Tensor, Tensor | None]] = {}  # text, image; both projected
         self._times: dict[Key, tuple[Tensor, Tensor, Tensor]] = {}  # timestep, temb, timestep_proj
 
     @contextmanager
@@ -190,23 +190,22 @@ class Conditions:
         timestep_seq_len: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         text, image = encoder_hidden_states, encoder_hidden_states_image
-        if not self._plain or image is not None or timestep.is_inference() or text.is_inference():
+        if not self._plain or timestep.is_inference() or text.is_inference():
             return self._embed(timestep, text, image, timestep_seq_len)  # type: ignore[no-any-return]
-        time_key, text_key = _key(timestep, text.dtype), _key(text)
+        time_key, text_key = _key(timestep, text.dtype), _key(text, *([] if image is None else _key(image)))
         time, known = self._times.get(time_key), self._texts.get(text_key)
         if time is None or known is None:
-            temb, timestep_proj, projected, _ = self._embed(
-                timestep, text if known is None else text[:, :1], None, timestep_seq_len
-            )
+            shown = (text, image) if known is None else (text[:, :1], None)
+            temb, timestep_proj, *projected = self._embed(timestep, *shown, timestep_seq_len)
             if time is None:
                 time = (timestep, temb, timestep_proj)
                 if self._schedule is None:  # embeddings of each token are large: only the branches of a step share them
                     self._times = {time_key: time}
             if known is None:
-                known = self._texts[text_key] = (text, projected)
+                known = self._texts[text_key] = (text, image, *projected)
                 if len(self._texts) > KEPT_TEXTS:
                     del self._texts[next(iter(self._texts))]
-        return time[1], time[2], known[1], None
+        return time[1], time[2], known[2], known[3]
 
 
 def can_precompute(transformer: nn.Module) -> bool:
@@ -214,7 +213,9 @@ def can_precompute(transformer: nn.Module) -> bool:
 
     Adapters (LoRA) and offloading change what a module computes without a change of its weights.
     """
-    if not isinstance(transformer, WanTransformer3DModel) or transformer._compiled_call_impl is not None:
+    if not isinstance(transformer, WanTransformer3DModel | WanVACETransformer3DModel):
+        return False
+    if transformer._compiled_call_impl is not None:
         return False
     return all(
         is_unmodified(module)
