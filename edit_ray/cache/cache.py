@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from edit_ray.cache.blocks import BlockRunner, Expert, Unit, check_not_compiled
+from edit_ray.cache.loop_position import LoopStep, Position, StepCounter
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, StepSignals, UnitState
 from edit_ray.cache.records import Counts, Reason, Record
 from edit_ray.cache.residuals import (
@@ -29,14 +30,6 @@ from edit_ray.tiers.reuse_plan import Key
 BRANCHES = ("cond", "uncond")
 
 
-class LoopStep(NamedTuple):
-    """A denoising step as it is known before the loop: its expert, timestep [] and sigma."""
-
-    expert: str
-    timestep: Tensor
-    sigma: float | None = None
-
-
 class KnownDecision(NamedTuple):
     """A decision made before the loop, with the values that the policy compared."""
 
@@ -44,14 +37,6 @@ class KnownDecision(NamedTuple):
     signal: float | None
     accumulated: float | None
     threshold: float | None
-
-
-class Position(NamedTuple):
-    """A forward's place in the loop, from its `cache_context`."""
-
-    branch: str
-    step: int
-    sigma: float | None
 
 
 class _Forward(threading.local):
@@ -88,6 +73,7 @@ class Cache:
         self._states: dict[UnitId, UnitState] = {}
         self._mask: dict[UnitId, list[KnownDecision | None]] = {}  # by step; None where another expert runs
         self._here = _Forward()
+        self._counter = StepCounter()
         self._in_call = False
         self._latest: list[tuple[str, str, int]] = []  # (expert, branch, step) of the forwards of the latest step
 
@@ -223,20 +209,15 @@ class Cache:
 
     @contextmanager
     def context(self, branch: str, step_index: int | None, total: int | None, sigma: float | None) -> Iterator[None]:
-        """A forward's `cache_context`. Raises ValueError where the step is missing, or not one of the loop."""
-        if step_index is None:
-            raise ValueError(
-                f"cache_context({branch!r}) says no step_index: the cache needs cache_context(name, step_index=…, "
-                "num_inference_steps=…) around each forward, as WanPipeline and EditWanPipeline have it."
-            )
+        """A forward's `cache_context`; without a step it is counted. Raises ValueError for a step beyond the loop."""
         if total is not None and self._in_call and total != self.num_steps:
             raise ValueError(f"cache_context({branch!r}) says {total} steps, in a loop of {self.num_steps}.")
         self._follow(self.num_steps if total is None else total)
-        if not 0 <= step_index < self.num_steps:
+        if step_index is not None and not 0 <= step_index < self.num_steps:
             raise ValueError(
                 f"cache_context({branch!r}) says step_index {step_index}; the cache expects 0 to {self.num_steps - 1}."
             )
-        self._here.position = Position(branch, int(step_index), sigma)
+        self._here.position = Position(branch, step_index, sigma)
         try:
             yield
         finally:
@@ -251,12 +232,15 @@ class Cache:
             )
         check_not_compiled(expert.transformer)
         position, self._here.runner = self._here.position, None
-        self._account(expert, position)
         latents, timestep = expert.adapter.inputs(args, kwargs)
+        step = position.step
+        if step is None:
+            step = self._counter.step(position.branch, float(timestep.max()), self.num_steps)
+        self._account((expert.name, position.branch, step))
         signals = expert.signals(timestep, latents, position.sigma)
 
         def context(unit: Unit) -> PolicyContext:
-            return self._make_context(expert, position.branch, unit, position.step, signals, latents)
+            return self._make_context(expert, position.branch, unit, step, signals, latents)
 
         runner = self._here.runner = BlockRunner(self, expert.adapter, expert.units, context)
         try:
@@ -375,15 +359,15 @@ class Cache:
         self.reset(clear_store)
         self._index.forget(self._index.generation)
 
-    def _account(self, expert: Expert, position: Position) -> None:
+    def _account(self, this: tuple[str, str, int]) -> None:
         """Outside of `call`, a new call begins where a step does not continue the steps before it."""
         if self._in_call:
             return
-        this = (expert.name, position.branch, position.step)
+        step = this[2]
         last = self._latest[-1][2] if self._latest else None
-        if last is None or this in self._latest or position.step not in (last, last + 1):
+        if last is None or this in self._latest or step not in (last, last + 1):
             self._begin(clear_store=False)
-        if self._latest and self._latest[-1][2] != position.step:
+        if self._latest and self._latest[-1][2] != step:
             self._latest.clear()
         self._latest.append(this)
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from edit_ray.cache.adapters import adapter_of
 from edit_ray.cache.blocks import Expert, check_not_compiled, split_blocks
-from edit_ray.cache.cache import Cache, LoopStep
+from edit_ray.cache.cache import Cache
+from edit_ray.cache.loop_position import LoopStep
 from edit_ray.cache.policies import check_granularity, make_policy
 from edit_ray.cache.policies.policy import CachePolicy
 from edit_ray.cache.stores.base import CacheStore

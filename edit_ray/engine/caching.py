@@ -11,8 +11,9 @@ from diffusers import WanPipeline
 from torch import Tensor
 
 from edit_ray.cache.blocks import check_not_compiled
-from edit_ray.cache.cache import Cache, LoopStep
+from edit_ray.cache.cache import Cache
 from edit_ray.cache.install import apply_cache_on_transformer, cache_on, check_steps
+from edit_ray.cache.loop_position import LoopStep
 from edit_ray.cache.policies import CachePolicy, make_policy
 from edit_ray.cache.stores.base import CacheStore
 from edit_ray.engine.calibration import FILE_NAME, THRESHOLD_OF, calibrated_options, check_target, threshold_for

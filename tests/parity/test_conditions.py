@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from edit_ray import EditWanPipeline
+from edit_ray.cache import apply_cache_on_transformer
+from edit_ray.cache.loop_position import StepCounter
 from edit_ray.testing import save_random_wan
 from tests.parity.test_cache_matrix import OPTIONS, VALUES
 
@@ -133,6 +137,54 @@ def test_a_picture_is_embedded_once(pair):
     finally:
         type(embedder).forward = original
     assert len(calls) == 2  # for each branch: the text is another
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("case", ["image, Wan2.2", "image, Wan2.1", "control, mask and references"])
+def test_steps_are_counted_where_diffusers_pipelines_do_not_say_them(pair, case, guidance_scale):
+    stock, ours = pair(case)
+    mask = [True, False, True, False, True, True]
+    ours.enable_cache("schedule", STEPS, mask=mask)
+    try:
+        expected = latents(ours, case, guidance_scale=guidance_scale)
+    finally:
+        ours.disable_cache()
+    experts = {name: part for name, part in stock.components.items() if part and name.startswith("transformer")}
+    cache = apply_cache_on_transformer(experts, "schedule", STEPS, mask=mask)
+    try:
+        for _ in range(2):
+            assert torch.equal(latents(stock, case, guidance_scale=guidance_scale), expected)
+            assert (cache.stats["cond"].computed, cache.stats["cond"].skipped) == (4, 2)
+        with pytest.raises(ValueError, match="more steps than the 6"):
+            latents(stock, case, num_inference_steps=STEPS + 1)
+    finally:
+        cache.remove()
+
+
+def test_a_pipeline_that_names_no_branch_cannot_be_cached(pair):
+    stock, _ = pair("video")
+    cache = apply_cache_on_transformer(stock.transformer, "always", STEPS)
+    try:
+        with pytest.raises(ValueError, match="outside of a cache_context: branch and step are not known"):
+            latents(stock, "video")
+    finally:
+        cache.remove()
+
+
+@given(
+    steps=st.integers(1, 12),
+    order=st.integers(1, 2),
+    branches=st.sampled_from([1, 2]),
+    stops=st.lists(st.integers(1, 20)),
+)
+def test_every_loop_is_counted_from_0(steps, order, branches, stops):
+    counter = StepCounter()
+    # As Heun's scheduler, each noise level but the first comes `order` times; some loops are interrupted.
+    timesteps = [float(1000 - index) for index in range(steps) for _ in range(order if index else 1)]
+    for stop in [*stops, len(timesteps)]:
+        for step, timestep in enumerate(timesteps[:stop]):
+            for branch in ("cond", "uncond")[:branches]:
+                assert counter.step(branch, timestep, len(timesteps)) == step
 
 
 @pytest.mark.parametrize("stock", [I2V, V2V, VACE])
