@@ -52,7 +52,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Conditions:
+class Conditioning:
     """What the loop begins with, and what the transformer gets beside the latents in every step.
 
     B videos, C latent channels, M channels of conditions, T latent frames, h x w latent pixels.
@@ -100,7 +100,7 @@ def check_given(kind: Kind, given: Mapping[str, Any]) -> None:
 
 def prepare(
     pipe: Any, kind: Kind, given: Mapping[str, Any], window: Window, generator: Generator | list[Generator] | None
-) -> Conditions:
+) -> Conditioning:
     """Encode what `check_given` found right, and draw the noise; `pipe` is an `EditWanPipeline`.
 
     Raises:
@@ -113,7 +113,7 @@ def prepare(
         return _image(pipe, kind, given, window, generator)
     if given.get("video") is not None:
         return _video(pipe, given, window, generator)
-    return Conditions(_noise(pipe, window, window.num_frames, generator, given.get("latents")))
+    return Conditioning(_noise(pipe, window, window.num_frames, generator, given.get("latents")))
 
 
 def _noise(
@@ -126,7 +126,7 @@ def _noise(
 
 def _image(
     pipe: Any, kind: Kind, given: Mapping[str, Any], window: Window, generator: Generator | list[Generator] | None
-) -> Conditions:
+) -> Conditioning:
     """Image to video, and first and last frame: a mask and the encoded frames, and of Wan2.1 also CLIP's features."""
     from diffusers import WanImageToVideoPipeline  # imports CLIP's image processor, which logs where torchvision lacks
 
@@ -149,13 +149,13 @@ def _image(
         generator, given.get("latents"), last,
     )  # fmt: skip
     if kind == "first frame":
-        return Conditions(prepared[0], history=prepared[1])
-    return Conditions(prepared[0], channels=prepared[1], arguments=arguments)
+        return Conditioning(prepared[0], history=prepared[1])
+    return Conditioning(prepared[0], channels=prepared[1], arguments=arguments)
 
 
 def _video(
     pipe: Any, given: Mapping[str, Any], window: Window, generator: Generator | list[Generator] | None
-) -> Conditions:
+) -> Conditioning:
     """Video to video: noise that covers the video as far as `strength` says, and the steps from there."""
     device, scheduler, steps = pipe._execution_device, pipe.scheduler, window.num_inference_steps
     strength = 0.8 if given.get("strength") is None else given["strength"]
@@ -170,12 +170,12 @@ def _video(
     latents = WanVideoToVideoPipeline.prepare_latents(
         pipe, video, window.batch, channels, *size, torch.float32, device, generator, None, timestep
     )
-    return Conditions(latents, begin_index=begin)
+    return Conditioning(latents, begin_index=begin)
 
 
 def _vace(
     pipe: Any, given: Mapping[str, Any], window: Window, generator: Generator | list[Generator] | None
-) -> Conditions:
+) -> Conditioning:
     """VACE: what stays of a video, what is made anew, and where, for the control blocks; references in front."""
     device, transformer = pipe._execution_device, pipe.denoiser
     video, mask, references = WanVACEPipeline.preprocess_conditions(
@@ -192,7 +192,7 @@ def _vace(
         "control_hidden_states": torch.cat([control, masks], dim=1).to(transformer.dtype),
         "control_hidden_states_scale": _scales(transformer, given.get("conditioning_scale"), device),
     }
-    return Conditions(latents, arguments=arguments, references=number)
+    return Conditioning(latents, arguments=arguments, references=number)
 
 
 def _scales(transformer: Any, scale: float | list[float] | Tensor | None, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
 from edit_ray.engine.caching import expert_name
-from edit_ray.engine.conditioning import Conditions
+from edit_ray.engine.conditioning import Conditioning
 from edit_ray.engine.continuity import ContextLatents, hold
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
@@ -24,7 +24,7 @@ StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 class Request:
     """What one call of the loop denoises, and who observes it."""
 
-    conditions: Conditions  # the latents [B, C, T, h, w] to begin with, and what the transformer gets beside them
+    conditions: Conditioning  # the latents [B, C, T, h, w] to begin with, and what the transformer gets beside them
     prompt_embeds: Tensor  # [B, L, D] in the transformer's dtype
     negative_prompt_embeds: Tensor | None  # [B, L, D], needed with guidance
     num_inference_steps: int

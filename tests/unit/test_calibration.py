@@ -76,7 +76,7 @@ INNER = {"inner": make_policy("always", {})}
         ("warmstart_reuse", {"inner": "magcache"}, {"inner": "magcache", **MEASURED}),
         ("warmstart_reuse", INNER, INNER),
     ],
-    ids=str,
+    ids=lambda value: "an inner policy" if value is INNER else str(value),
 )
 def test_what_is_given_wins_over_what_was_measured(tmp_path, policy, options, filled):
     """Coefficients fit one signal only, so one given option of them excludes the measured ones."""
