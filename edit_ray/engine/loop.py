@@ -59,6 +59,7 @@ def denoise(pipe: Any, request: Request) -> Tensor:
     precomputed = pipe.precompute.loop(pipe, x, cond)
     cached = pipe.cached_call(request.reset_cache, request.prefetch_reuse, begin)
     with precomputed as schedule, cached, pipe.progress_bar(total=num_inference_steps) as bar:
+        pipe.announce_blocks(begin)
         x = hold(x, context, schedule.sigma(pipe.scheduler, begin))
         for i, t in enumerate(timesteps):
             if pipe.interrupt:
