@@ -23,7 +23,7 @@ def test_the_call_has_every_parameter_and_default_of_diffusers():
     same, extras = ours[: len(stock)], ours[len(stock) :]
     assert [(p.name, p.default, p.kind) for p in same] == [(p.name, p.default, p.kind) for p in stock]
     names = {"image", "last_image", "image_embeds", "video", "strength", "mask", "reference_images"}
-    names |= {"conditioning_scale", "history", "overlap"}
+    names |= {"conditioning_scale", "sigmas", "history", "overlap"}
     defaults = dict.fromkeys(names) | {"reset_cache": True, "prefetch_reuse": False}
     assert {p.name: p.default for p in extras} == defaults
     assert all(p.kind is p.KEYWORD_ONLY for p in extras)
