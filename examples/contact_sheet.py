@@ -1,10 +1,10 @@
-"""A streaming client: a picture of the run that gets a row more as each segment is committed.
+"""A streaming client: a contact sheet of the run that grows by a row with each committed segment.
 
     python examples/contact_sheet.py
     python examples/contact_sheet.py --run RUN --every 4
 
-The first line makes a short run, on the Ray that is running, else on one of its own. The second follows a run that is
-there already, from its first segment, whether it is at work or has ended.
+The first line makes a short run, on the running Ray or on its own. The second follows an existing run from its first
+segment, active or ended.
 """
 
 import argparse
