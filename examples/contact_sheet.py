@@ -25,7 +25,7 @@ SHORT_RUN = {
 def main() -> None:
     parser = argparse.ArgumentParser(description="A contact sheet of a run, while it grows.")
     parser.add_argument("--run", help="the run to follow (default: a short one is made)")
-    parser.add_argument("--every", type=int, default=6, help="one picture of so many frames")
+    parser.add_argument("--every", type=int, default=6, help="frames per picture")
     given = parser.parse_args()
     client = LongVideoClient()
     rows: list[np.ndarray] = []
