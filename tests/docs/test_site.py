@@ -43,6 +43,10 @@ def test_links_lead_somewhere(page):
             assert heading in anchors(other), target
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text()) <= 6500
+
+
 def test_every_page_has_its_place_in_the_site():
     said = yaml.safe_load((ROOT / "mkdocs.yml").read_text().split("hooks:")[0]) | {
         "nav": yaml.safe_load((ROOT / "mkdocs.yml").read_text().split("\nnav:")[1])
