@@ -243,10 +243,10 @@ class Histories(RuleBasedStateMachine):
             return
         self.calls.next, self.hung = None, {}
         self.tiers.drop_run(RUN)
-        while self.tiers.statistics()["orphans"]:
-            time.sleep(0.001)
-        while (figures := self.tiers.statistics())["bytes"]["host"]:
-            time.sleep(0.001)  # what is being loaded keeps its slot until then
+        deadline = time.monotonic() + 60
+        while (figures := self.tiers.statistics())["orphans"] or figures["bytes"]["host"]:
+            time.sleep(0.001)  # an entry that is being loaded keeps its slot until then
+            assert time.monotonic() < deadline, "a slot is lost"
         counts = figures["counts"]
         ended = sum(number for name, number in counts.items() if name[0] == "prefetches")
         assert (figures["entries_in"]["disk"], counts["prefetches_requested",]) == (0, ended)
