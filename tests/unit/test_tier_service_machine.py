@@ -254,7 +254,8 @@ class Histories(RuleBasedStateMachine):
         ended = sum(number for name, number in counts.items() if name[0] == "prefetches")
         assert (figures["entries_in"]["disk"], counts["prefetches_requested",]) == (0, ended)
         self.tiers.close()
-        assert files_in(self.folder / "disk") == [], "what is dropped leaves no file"
+        unread = self.tiers.disk.files.faults["read"]  # at the start such a file is not known, and stays
+        assert unread or files_in(self.folder / "disk") == [], "what is dropped leaves no file"
 
 
 EVERYTHING = {"write", "read", "lost", "complete", "complete, failed", "ahead", "fault", "damage"}
