@@ -279,9 +279,9 @@ class SegmentEngine:
         return [encode(prompt)[0].cpu() for prompt in prompts]
 
 
-def _step_callback(on_step: Callable[[int, int], None], total: int) -> Callable[..., dict[str, Tensor]]:
-    def after_step(_pipe: object, step_index: int, _timestep: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _step_callback(on_step: Callable[[int, int], None], total: int) -> Callable[..., dict[str, Any]]:
+    def after_step(_pipe: object, step_index: int, *_: object) -> dict[str, Any]:
         on_step(step_index + 1, total)
-        return tensors
+        return {}
 
     return after_step
