@@ -8,17 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property, wraps
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, ParamSpec, Self, TypeAlias, TypeVar
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
-import numpy as np
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils.torch_utils import get_module_execution_device
-from numpy.typing import NDArray
-from PIL.Image import Image
 from torch import Generator, Tensor
 
 from edit_ray.cache.install import check_steps
@@ -33,7 +30,6 @@ from edit_ray.engine.model_files import BUILTIN_PREFIX, locate_model
 from edit_ray.engine.options import Mode
 from edit_ray.engine.precompute import Precompute
 
-Frames: TypeAlias = NDArray[np.float32] | Tensor | list[list[Image]]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -263,11 +259,10 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
             )
         return ContextLatents(check_context("history", history, noise))
 
-    def _decode(self, latents: Tensor, output_type: str | None) -> Frames:
+    def _decode(self, latents: Tensor, output_type: str | None) -> Any:
         """Latents [B, C, T, h, w] as `output_type`; with "latent" they are the output."""
         if output_type == "latent":
             return latents
         latents = latents.to(get_module_execution_device(self.vae), dtype=self.vae.dtype)
         video = self.vae.decode(denormalise(latents, self.vae.config), return_dict=False)[0]
-        frames: Frames = self.video_processor.postprocess_video(video, output_type=output_type)
-        return frames
+        return self.video_processor.postprocess_video(video, output_type=output_type)
