@@ -187,29 +187,14 @@ def test_what_is_no_usable_wan_model_is_one_sentence(model: Path, damage: Change
         assert word in problem
 
 
-@pytest.mark.parametrize(
-    ("path", "words"),
-    [
-        ("no such thing", "neither a folder nor a hub id like org/name"),
-        ("builtin:huge_wan", "known are: builtin:tiny_wan"),
-        ("/no/such/folder", "neither a folder nor a hub id like org/name"),
-    ],
-)
-def test_a_path_that_means_nothing_is_one_sentence(path: str, words: str) -> None:
-    (problem,) = problems_of(path)
-    assert f"model.path: {path!r}" in problem
-    assert words in problem
+def test_a_path_that_means_nothing_is_one_sentence() -> None:
+    (problem,) = problems_of("no such thing")
+    assert "model.path: 'no such thing' is neither a folder nor a hub id like org/name" in problem
 
 
 @pytest.mark.parametrize(
     ("torch_dtype", "device", "runs"),
-    [
-        ("float16", "cpu", False),
-        ("bfloat16", "cpu", True),
-        ("float32", "cpu", True),
-        ("float16", "cuda", True),
-        ("float16", "auto", True),
-    ],
+    [("float16", "cpu", False), ("bfloat16", "cpu", True), ("float16", "cuda", True), ("float16", "auto", True)],
 )
 def test_only_half_precision_on_the_cpu_is_refused(torch_dtype: str, device: str, runs: bool) -> None:
     assert (dtype_problem(torch_dtype, device) is None) is runs

@@ -131,13 +131,6 @@ def frames_at_once(engine, latents):
     return to_uint8(decode_at_once(engine.pipe.vae, latents))
 
 
-def test_a_run_is_decoded_as_one_stream(engine, stream):
-    parts, whole = stream
-    decoded = [engine.decode("run", new, position=position) for position, new in parts]
-    assert [len(frames) for frames in decoded] == [9, 8, 8, 8]
-    assert torch.equal(torch.cat(decoded), frames_at_once(engine, whole))
-
-
 def test_a_lost_or_misplaced_decoder_is_rebuilt(engine, stream):
     parts, whole = stream
     expected = frames_at_once(engine, whole)
