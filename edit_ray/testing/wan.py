@@ -55,31 +55,15 @@ def save_random_wan(
 
 def random_vae(**config: object) -> AutoencoderKLWan:
     """A Wan VAE with random weights, 4 latent channels and a few thousand parameters; `config` overrides its config."""
-    defaults: dict[str, Any] = {
-        "base_dim": 4,
-        "z_dim": Z_DIM,
-        "dim_mult": [1, 2, 2, 2],
-        "num_res_blocks": 1,
-        "temperal_downsample": [False, True, True],
-        "latents_mean": [0.1, -0.2, 0.3, -0.4],
-        "latents_std": [0.9, 1.1, 1.3, 0.7],
-    }
+    defaults: dict[str, Any] = {"base_dim": 4, "z_dim": Z_DIM, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
+    defaults |= {"latents_mean": [0.1, -0.2, 0.3, -0.4], "latents_std": [0.9, 1.1, 1.3, 0.7]}
     return AutoencoderKLWan(**(defaults | config)).eval()
 
 
 def _transformer(num_layers: int) -> WanTransformer3DModel:
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=Z_DIM,
-        out_channels=Z_DIM,
-        text_dim=TEXT_DIM,
-        freq_dim=32,
-        ffn_dim=48,
-        num_layers=num_layers,
-        rope_max_seq_len=64,
-    ).eval()
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 48, "freq_dim": 32, "text_dim": TEXT_DIM}
+    sizes |= {"in_channels": Z_DIM, "out_channels": Z_DIM, "num_layers": num_layers, "rope_max_seq_len": 64}
+    return WanTransformer3DModel(**sizes).eval()
 
 
 def _word_tokenizer() -> PreTrainedTokenizerFast:
