@@ -41,7 +41,7 @@ def engine(loaded):
 
 def by_library(loaded, sampling=SAMPLING, *, prompt=PROMPTS[0], seed=3, **kwargs):
     """What a user of the library gets for the same words and numbers."""
-    arguments = sampling.model_dump(include={"height", "width", "num_frames", "num_inference_steps", "guidance_scale"})
+    arguments = sampling.model_dump(include=segment.ARGUMENTS)
     pipe = copy.deepcopy(loaded)
     pipe.scheduler = with_flow_shift(pipe.scheduler, sampling.flow_shift)
     generator = torch.Generator().manual_seed(seed)
