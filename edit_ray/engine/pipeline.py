@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property, wraps
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, ParamSpec, Self, TypeAlias, TypeVar
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel, WanVACETransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -19,8 +18,6 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import get_module_execution_device
-from numpy.typing import NDArray
-from PIL.Image import Image
 from torch import Generator, Tensor
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -38,7 +35,6 @@ from edit_ray.engine.offload import OffloadControl
 from edit_ray.engine.options import Mode
 from edit_ray.engine.precompute import Precompute
 
-Frames: TypeAlias = NDArray[np.float32] | Tensor | list[list[Image]]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -327,14 +323,10 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
             )
         return ContextLatents(check_context("history", history, noise))
 
-    def _decode(self, latents: Tensor, output_type: str | None, references: int) -> Frames:
-        """Latents [B, C, T, h, w] as `output_type`, without the references in front; with "latent" they are the output.
-
-        As in diffusers, latents that are the output still have their references.
-        """
+    def _decode(self, latents: Tensor, output_type: str | None) -> Any:
+        """Latents [B, C, T, h, w] as `output_type`; with "latent" they are the output."""
         if output_type == "latent":
             return latents
         latents = latents[:, :, references:].to(get_module_execution_device(self.vae), dtype=self.vae.dtype)
         video = self.vae.decode(denormalise(latents, self.vae.config), return_dict=False)[0]
-        frames: Frames = self.video_processor.postprocess_video(video, output_type=output_type)
-        return frames
+        return self.video_processor.postprocess_video(video, output_type=output_type)
