@@ -57,6 +57,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
 
 
+class Unsynced(files.Disk):
+    """A disk that syncs nothing: tests with hundreds of histories would otherwise wait for a busy one."""
+
+    def fsync(self, descriptor: int) -> None:
+        pass
+
+
+@pytest.fixture
+def unsynced() -> Iterator[None]:
+    with files.swapped(Unsynced()):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_ray_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test without the marker `ray` that starts Ray, be it by accident, fails with a sentence that says so."""

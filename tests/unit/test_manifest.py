@@ -172,7 +172,8 @@ def test_figures_that_cannot_be_read_are_none_and_the_segment_is_committed(figur
     assert segment == replace(record(0), statistics={})
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.usefixtures("unsynced")
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 4000))
 def test_a_file_that_is_cut_anywhere_loses_no_whole_line(tmp_path_factory, at):
     content = b"".join(map(to_text, [BEGUN, *LINES]))
