@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -174,7 +174,7 @@ def ffmpeg(*arguments: str, subject: str, given: Iterable[bytes] = (), patience:
 
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-nostdin", "-y", *arguments]
     # Its output is kept in memory files, so that nothing has to be read while its input is written.
-    with _memory_file() as output, _memory_file() as log:
+    with open(os.memfd_create("stdout"), "w+b") as output, open(os.memfd_create("stderr"), "w+b") as log:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=log) as process:
             assert process.stdin is not None
             with watched(process, subject, patience):
@@ -234,10 +234,6 @@ def _activity_of(pid: int) -> bytes:
         return b" ".join([*times, (folder / "io").read_bytes()])
     except OSError:
         return str(time.monotonic()).encode()
-
-
-def _memory_file() -> BinaryIO:
-    return open(os.memfd_create("ffmpeg"), "w+b")
 
 
 def _check(code: int, log: bytes, subject: str) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from edit_ray.engine import init_file
 from edit_ray.engine.init_file import read_init
 from edit_ray.errors import ConfigError
-from edit_ray.video.encode import OutputOptions, encode
+from edit_ray.video.encode import OutputOptions, Patience, encode
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -138,3 +138,12 @@ def test_a_clip_without_pictures(tmp_path):
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-f", "lavfi", "-i", "anullsrc", "-t", "1"]
     subprocess.run([*command, str(path)], check=True)
     assert "cannot be read as a clip" in problem_of(path)
+
+
+def test_an_ffmpeg_that_hangs_on_a_clip_is_killed(tmp_path, monkeypatch):
+    path, program = clip(tmp_path / "a.mp4"), tmp_path / "hangs"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o700)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    monkeypatch.setattr(init_file, "_PATIENCE", Patience(0.5))
+    assert "cannot be read as a clip (ffmpeg did nothing for 0.5 s" in problem_of(path)

@@ -99,23 +99,16 @@ def test_the_lines_add_up():
 
 def test_what_is_appended_is_read_back(tmp_path):
     path = tmp_path / "manifest.jsonl"
-    file = ManifestFile.create(path, BEGUN)
-    for count, line in enumerate(LINES, 1):
-        assert file.append(line) == read_manifest(path) == fold(LINES[:count])
-    file.close()
-    assert ManifestFile.open(path).manifest == fold(LINES)
-    assert all(json.loads(line)["kind"] for line in path.read_text().splitlines())
-
-
-def test_it_is_appended_to_and_never_written_again(tmp_path):
-    path = tmp_path / "manifest.jsonl"
     file, before = ManifestFile.create(path, BEGUN), path.read_bytes()
     inode = path.stat().st_ino
-    for line in LINES:
-        file.append(line)
+    for count, line in enumerate(LINES, 1):
+        assert file.append(line) == read_manifest(path) == fold(LINES[:count])
         assert path.read_bytes().startswith(before)
         before = path.read_bytes()
-    assert path.stat().st_ino == inode
+    file.close()
+    assert path.stat().st_ino == inode, "it is never written again"
+    assert ManifestFile.open(path).manifest == fold(LINES)
+    assert all(json.loads(line)["kind"] for line in path.read_text().splitlines())
 
 
 def test_lines_of_an_earlier_incarnation_are_fenced_off():
@@ -421,9 +414,10 @@ HUGE = [10**9, 10**18, 10**30, -1, 1.5, True, "9" * 5000, float("inf")]
 
 
 @pytest.mark.parametrize("number", HUGE, ids=lambda number: f"{number}"[:8])
-@pytest.mark.parametrize("line", [BEGUN, *LINES], ids=lambda line: line.kind)
-def test_a_number_out_of_its_range_is_one_clear_error(line, number, tmp_path):
-    """Whoever reads a manifest loops over its numbers, and adds them up."""
+@pytest.mark.parametrize("at", [0, 1, 3, 8, 10, 13, 14], ids=lambda at: [BEGUN, *LINES][at].kind)
+def test_a_number_out_of_its_range_is_one_clear_error(at, number, tmp_path):
+    """Readers of a manifest loop over its numbers, and add them up."""
+    line = [BEGUN, *LINES][at]
     values = json.loads(to_text(line))
     del values["crc"]
     places = [(values, key) for key in values]

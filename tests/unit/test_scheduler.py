@@ -1,7 +1,5 @@
 """The segment scheduler step by step; `test_scheduler_machine` tries everything in any order."""
 
-from dataclasses import replace
-
 import pytest
 
 from edit_ray.runs.events import (
@@ -41,7 +39,7 @@ def run_to_end(scheduler: SegmentScheduler, instructions: list) -> list:
     return seen
 
 
-def test_a_run_goes_its_way():
+def test_a_run_makes_its_segments_stage_by_stage():
     scheduler = SegmentScheduler()
     seen = run_to_end(scheduler, scheduler.handle(RunSubmitted(plan("a", 3))))
     stages = [(work.stage, work.segment_index) for work in seen if isinstance(work, Work)]
@@ -51,26 +49,6 @@ def test_a_run_goes_its_way():
         assert [index for name, index in stages if name == stage] == [0, 1, 2]
     assert seen[-1] == CloseRun("a", "done", None, 0)
     assert scheduler.idle
-
-
-def test_denoising_leads_by_no_more_than_is_allowed():
-    scheduler = SegmentScheduler()
-    (prepare,) = scheduler.handle(RunSubmitted(plan("a", 5)))
-    (first,) = scheduler.handle(done(prepare))
-    after_first = scheduler.handle(done(first))
-    assert {(work.stage, work.segment_index) for work in after_first} == {("denoise", 1), ("decode", 0)}
-    second = next(work for work in after_first if work.stage == "denoise")
-    assert scheduler.handle(done(second)) == [], "segment 2 waits until segment 0 is committed"
-
-
-def test_a_second_run_waits_for_the_first():
-    scheduler = SegmentScheduler()
-    first = scheduler.handle(RunSubmitted(plan("a", 1)))
-    assert scheduler.handle(RunSubmitted(plan("b", 1))) == []
-    seen = run_to_end(scheduler, first)
-    assert seen.index(CloseRun("a", "done", None, 0)) < next(
-        i for i, x in enumerate(seen) if getattr(x, "run_id", "") == "b"
-    )
 
 
 def test_a_segment_that_fails_too_often_ends_its_run_and_says_why():
@@ -152,21 +130,6 @@ def test_a_run_that_loses_its_place_at_work_is_prepared_on_another_gpu_actor_whe
     assert seen[-1] == CloseRun("a", "done", None, 1)
 
 
-def test_a_stopped_run_closes_when_its_work_has_ended():
-    scheduler = SegmentScheduler()
-    (prepare,) = scheduler.handle(RunSubmitted(plan("a", 2)))
-    assert scheduler.handle(CancelAsked("a")) == [StopWork("a", 0)]
-    assert scheduler.handle(CancelAsked("a")) == []
-    assert scheduler.handle(failed(prepare)) == [CloseRun("a", "cancelled", None, 0)]
-
-
-def test_a_queued_run_can_be_cancelled():
-    scheduler = SegmentScheduler()
-    scheduler.handle(RunSubmitted(plan("a", 1)))
-    scheduler.handle(RunSubmitted(plan("b", 1)))
-    assert scheduler.handle(CancelAsked("b")) == [CloseRun("b", "cancelled", None)]
-
-
 def test_a_run_lives_once_at_a_time():
     scheduler = SegmentScheduler()
     first = scheduler.handle(RunSubmitted(plan("a", 1)))
@@ -176,24 +139,6 @@ def test_a_run_lives_once_at_a_time():
     assert scheduler.state("a") is None
     again = run_to_end(scheduler, scheduler.handle(RunSubmitted(plan("a", 3, incarnation=2), committed=1)))
     assert [work.segment_index for work in again if getattr(work, "stage", "") == "commit"] == [1, 2]
-
-
-def test_a_run_that_goes_on_makes_nothing_again_that_has_latents():
-    scheduler = SegmentScheduler()
-    seen = run_to_end(scheduler, scheduler.handle(RunSubmitted(plan("a", 5), committed=2, denoised=3)))
-    made = {stage: [work.segment_index for work in seen if getattr(work, "stage", "") == stage] for stage in STAGES}
-    assert made == {"denoise": [3, 4], "decode": [2, 3, 4], "encode": [2, 3, 4], "commit": [2, 3, 4]}
-
-
-STAGES = ("denoise", "decode", "encode", "commit")
-
-
-def test_late_reports_of_another_life_change_nothing():
-    scheduler = SegmentScheduler()
-    (work,) = scheduler.handle(RunSubmitted(plan("a", 1, incarnation=2)))
-    assert scheduler.handle(WorkDone(replace(work, incarnation=1))) == []
-    assert scheduler.handle(WorkDone(replace(work, attempt=1))) == []
-    assert scheduler.handle(WorkDone(work)) != []
 
 
 def test_runs_spread_over_gpu_actors_and_stay_there():
