@@ -16,6 +16,7 @@ from hypothesis import settings
 
 from edit_ray import files
 from jobs.demo import private_ray
+from tests.faults import faulty
 
 TESTS = Path(__file__).parent
 
@@ -57,16 +58,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
 
 
-class Unsynced(files.Disk):
-    """A disk that syncs nothing: tests with hundreds of histories would otherwise wait for a busy one."""
-
-    def fsync(self, descriptor: int) -> None:
-        pass
-
-
 @pytest.fixture
 def unsynced() -> Iterator[None]:
-    with files.swapped(Unsynced()):
+    """Nothing is synced: tests with hundreds of histories would otherwise wait for a busy disk."""
+    with files.swapped(faulty(fsync=lambda fsync, descriptor: None)):
         yield
 
 

@@ -1,7 +1,6 @@
 """A run's folder is there whole or not at all, and only its owner's."""
 
 import contextlib
-import errno
 import os
 import random
 import subprocess
@@ -17,6 +16,7 @@ from edit_ray.errors import RunExists, RunLocked, UnknownRun
 from edit_ray.files import write_atomic
 from edit_ray.runs.folder import RunFolder, remove_run
 from tests.chaos.power import Power, Recorder
+from tests.faults import broken, faulty, first_bytes
 from tests.unit.test_manifest import BEGUN, LINES
 
 
@@ -123,27 +123,22 @@ def test_a_folder_with_what_is_not_ours_stays(tmp_path):
 
 
 def test_what_another_process_is_making_stays(tmp_path):
-    class Slow(files.Disk):
+    def replace(call, source, target):
         """While one submission renames its folder another one comes."""
+        if target.name == "one":
+            RunFolder(tmp_path, "two").create("", BEGUN).close()
+        call(source, target)
 
-        def replace(self, source, target):
-            if target.name == "one":
-                RunFolder(tmp_path, "two").create("", BEGUN).close()
-            super().replace(source, target)
-
-    with files.swapped(Slow()):
+    with files.swapped(faulty(replace=replace)):
         RunFolder(tmp_path, "one").create("", BEGUN).close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
 def test_a_folder_that_could_not_be_made_durable_is_not_there(tmp_path):
-    class Broken(files.Disk):
-        def fsync(self, descriptor):
-            if os.readlink(f"/proc/self/fd/{descriptor}") == str(tmp_path):
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            super().fsync(descriptor)
+    def fsync(call, descriptor):
+        (broken if os.readlink(f"/proc/self/fd/{descriptor}") == str(tmp_path) else call)(descriptor)
 
-    with files.swapped(Broken()), pytest.raises(OSError, match="Input/output"):
+    with files.swapped(faulty(fsync=fsync)), pytest.raises(OSError, match="Input/output"):
         RunFolder(tmp_path, "one").create("", BEGUN)
     assert list(tmp_path.iterdir()) == []
     RunFolder(tmp_path, "one").create("", BEGUN).close()
@@ -222,13 +217,9 @@ def test_what_is_made_and_removed_is_durable(tmp_path):
 
 
 def test_reads_of_some_bytes_at_a_time_are_continued(tmp_path):
-    class Bits(files.Disk):
-        def read(self, descriptor, parts, offset):
-            return super().read(descriptor, [memoryview(parts[0])[:7]], offset)
-
     folder = RunFolder(tmp_path, "one")
     folder.create("some: text\n", BEGUN).close()
-    with files.swapped(Bits()):
+    with files.swapped(faulty(read=first_bytes)):
         folder.open().close()
         assert files.read_bytes(folder.run_yaml) == b"some: text\n"
 

@@ -29,6 +29,7 @@ from edit_ray.runs.manifest import (
 from edit_ray.runs.manifest_file import ManifestFile, ManifestReader
 from edit_ray.runs.manifest_lines import Fold, read_back, to_text
 from edit_ray.runs.run_plan import FrameLayout, Take
+from tests.faults import faulty
 
 HARDWARE = {"device": "cpu", "threads": 1}
 BEGUN = Begun("one", "0.1.0", 128, 128, FrameLayout(33, 3, 16), 4, "a submission", HARDWARE)
@@ -246,22 +247,16 @@ def test_a_second_writer_is_refused(tmp_path):
     ManifestFile.open(file.path).close()
 
 
-class WithoutLocks(files.Disk):
-    def lock(self, descriptor):
-        pass
+def meanwhile(what):
+    """A disk on which something happens after all reads of the file, before the first write."""
+    todo = [what]
 
+    def write(call, *arguments):
+        if todo:
+            todo.pop()()
+        return call(*arguments)
 
-class Meanwhile(files.Disk):
-    """Does something at an instant that nobody can choose: after all looks at the file, before the first write."""
-
-    def __init__(self, what):
-        self.what = what
-
-    def write(self, descriptor, parts, offset):
-        what, self.what = self.what, None
-        if what is not None:
-            what()
-        return super().write(descriptor, parts, offset)
+    return faulty(write=write)
 
 
 class Failing(files.Disk):
@@ -291,7 +286,7 @@ class Failing(files.Disk):
 def two(tmp_path):
     """Two that have one manifest open, as the first has lost its lock: a server gave that to the second."""
     first = written(tmp_path / "manifest.jsonl", LINES[:2])
-    with files.swapped(WithoutLocks()):
+    with files.swapped(faulty(lock=lambda lock, descriptor: None)):
         second = ManifestFile.open(first.path)
     yield first, second
     first.close()
@@ -312,8 +307,8 @@ def test_who_has_lost_the_lock_changes_nothing(two):
 @pytest.mark.parametrize("late", [Tiled(1, 2), Committed(1, record(2)), Ended(1, "failed", "late")])
 def test_a_late_line_lands_behind_those_of_the_new_writer_and_is_none(two, late):
     first, second = two
-    meanwhile = Meanwhile(lambda: [second.append(Opened(2, HARDWARE)), second.append(Tiled(2, 3))])
-    with files.swapped(meanwhile), pytest.raises(RunLocked):
+    opens = meanwhile(lambda: [second.append(Opened(2, HARDWARE)), second.append(Tiled(2, 3))])
+    with files.swapped(opens), pytest.raises(RunLocked):
         first.append(late)
     assert second.append(Committed(2, record(2))) == read_manifest(second.path)
     assert read_manifest(second.path) == fold([*LINES[:2], Opened(2, HARDWARE), Tiled(2, 3), Committed(2, record(2))])
@@ -321,7 +316,7 @@ def test_a_late_line_lands_behind_those_of_the_new_writer_and_is_none(two, late)
 
 def test_a_line_that_comes_just_before_another_opens_the_run_counts_for_both(two):
     first, second = two
-    with files.swapped(Meanwhile(lambda: first.append(Committed(1, record(2))))):
+    with files.swapped(meanwhile(lambda: first.append(Committed(1, record(2))))):
         manifest = second.append(Opened(2, HARDWARE))
     assert manifest == read_manifest(first.path) == fold([*LINES[:2], Committed(1, record(2)), Opened(2, HARDWARE)])
     assert second.append(Committed(2, record(3))) == read_manifest(first.path)
@@ -329,8 +324,7 @@ def test_a_line_that_comes_just_before_another_opens_the_run_counts_for_both(two
 
 def test_of_two_that_open_the_run_at_once_one_has_it(two):
     first, second = two
-    meanwhile = Meanwhile(lambda: second.append(Opened(2, HARDWARE)))
-    with files.swapped(meanwhile), pytest.raises(RunLocked):
+    with files.swapped(meanwhile(lambda: second.append(Opened(2, HARDWARE)))), pytest.raises(RunLocked):
         first.append(Opened(2, HARDWARE, writer="first"))
     with pytest.raises(RunLocked):
         first.append(Committed(2, record(2)))
@@ -349,7 +343,7 @@ def test_a_late_write_that_is_torn_damages_no_line(two, length, at_the_last_inst
     line = Tiled(second.manifest.incarnation, length + 2)
     if not at_the_last_instant:
         os.write(late, torn)
-    with files.swapped(Meanwhile(lambda: os.write(late, torn)) if at_the_last_instant else files.Disk()):
+    with files.swapped(meanwhile(lambda: os.write(late, torn)) if at_the_last_instant else files.Disk()):
         assert second.append(line) == read_manifest(second.path)
     os.close(late)
     assert read_manifest(second.path).tiled_from == length + 2

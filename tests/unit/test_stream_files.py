@@ -22,12 +22,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from edit_ray.files import Disk, make_folder, swapped
+from edit_ray.files import make_folder, swapped
 from edit_ray.video.encode import OutputOptions, encode
 from edit_ray.video.fragments import Part, write_part
 from edit_ray.video.hls import StreamFiles
 from tests.chaos.power import Power, Recorder, Told
 from tests.chaos.power_loss import build
+from tests.faults import faulty
 from tests.unit.video_frames import HEIGHT, WIDTH, numbered, shown_by
 
 OPTIONS = OutputOptions(preset="ultrafast")
@@ -135,16 +136,15 @@ def test_a_reader_in_the_midst_of_an_append_sees_the_segments_before(files, tmp_
     """`done` bytes of the fragment's rest are written when somebody reads, or all of them."""
     parts, seen = make_parts(tmp_path, 3), []
 
-    class InTwo(Disk):
-        def write(self, descriptor, parts, offset):
-            if not seen and os.readlink(f"/proc/self/fd/{descriptor}").endswith("/stream.mp4"):
-                if done != 0:
-                    super().write(descriptor, [parts[0][:done]], offset)
-                seen.append(shown_by(tmp_path / "stream.mp4"))
-            return super().write(descriptor, parts, offset)
+    def in_two(write, descriptor, parts, offset):
+        if not seen and os.readlink(f"/proc/self/fd/{descriptor}").endswith("/stream.mp4"):
+            if done != 0:
+                write(descriptor, [parts[0][:done]], offset)
+            seen.append(shown_by(tmp_path / "stream.mp4"))
+        return write(descriptor, parts, offset)
 
     files.append(parts[0])
-    with swapped(InTwo()):
+    with swapped(faulty(write=in_two)):
         files.append(parts[1])
     files.append(parts[2])
     assert seen == [frames_of(parts[0])]
@@ -167,22 +167,19 @@ def test_a_reader_in_the_midst_of_an_append_finds_whole_entries_in_the_playlist(
     """`done` bytes of the entry are written when somebody reads, or all but what is written last; or it ends there."""
     parts, seen = make_parts(tmp_path, 4), []
 
-    class InTwo(Disk):
-        def write(self, descriptor, parts, offset):
-            if not seen and os.readlink(f"/proc/self/fd/{descriptor}").endswith(".m3u8"):
-                count = super().write(descriptor, [parts[0][:done]], offset) if done != 0 else 0
-                seen.append(listed(tmp_path))
-                if broken:
-                    raise OSError(errno.EIO, "broken")
-                if done is not None:
-                    return count or super().write(descriptor, parts, offset)
-                return count
-            return super().write(descriptor, parts, offset)
+    def in_two(write, descriptor, parts, offset):
+        if seen or not os.readlink(f"/proc/self/fd/{descriptor}").endswith(".m3u8"):
+            return write(descriptor, parts, offset)
+        count = write(descriptor, [parts[0][:done]], offset) if done != 0 else 0
+        seen.append(listed(tmp_path))
+        if broken:
+            raise OSError(errno.EIO, "broken")
+        return count if done is None else count or write(descriptor, parts, offset)
 
     for part in parts[:2]:
         files.append(part)
     told = media_playlist(tmp_path).read_bytes()
-    with swapped(InTwo()):
+    with swapped(faulty(write=in_two)):
         for _ in range(1 + broken):
             with contextlib.suppress(OSError):
                 files.append(parts[2])
