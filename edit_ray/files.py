@@ -1,7 +1,7 @@
 """The one layer through which files become durable: a write is synced, and so is the folder that names the file.
 
-Everything a run or a disk tier keeps is opened, read, written, renamed and removed through `disk`. An experiment puts
-its own in that place (`swapped`), which records every operation or lets one fail.
+All files of a run or a disk tier are opened, read, written, renamed and removed through `disk`. An experiment replaces
+it (`swapped`) by one that records every operation or makes one fail.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 DRAFT = ".part"
 _CHUNK = 4 << 20
 NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL  # and O_EXCL follows no link
-"""How a file is opened that must not be there yet, not even as a link."""
+"""Flags that open a new file: it must not exist yet, not even as a link."""
 
 
 class Disk:
     """The calls that reach the file system. All raise OSError."""
 
     def open(self, path: Path, flags: int) -> int:
-        """A descriptor; a new file is its owner's alone."""
+        """A descriptor. Only the owner has access to a new file."""
         return os.open(path, flags, 0o600)
 
     def close(self, descriptor: int) -> None:
@@ -48,7 +48,7 @@ class Disk:
         os.fsync(descriptor)
 
     def lock(self, descriptor: int) -> None:
-        """Raises BlockingIOError where another process holds the file's lock. The kernel frees a dead process's."""
+        """Raises BlockingIOError where another process holds the lock. The kernel frees that of a dead process."""
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def replace(self, source: Path, target: Path) -> None:
@@ -68,12 +68,12 @@ class Disk:
 
 
 disk = Disk()
-"""What every function here and every other module calls."""
+"""The disk that all modules use."""
 
 
 @contextlib.contextmanager
 def swapped(other: Disk) -> Iterator[None]:
-    """Everything goes through another disk meanwhile, in all threads of this process."""
+    """Replaces the disk inside it, in all threads of this process."""
     global disk
     before, disk = disk, other
     try:
@@ -83,7 +83,7 @@ def swapped(other: Disk) -> Iterator[None]:
 
 
 class Draft:
-    """A new file that takes its place when it is whole. Its name is random: no other process writes to it."""
+    """A new file that is renamed when it is whole. Its name is random: no other process writes to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.with_name(f".{path.name}.{secrets.token_hex(8)}{DRAFT}")
@@ -135,16 +135,11 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 def read_bytes(path: Path) -> bytes:
     """All of a file."""
     with opened(path) as descriptor:
-        return read_all(descriptor)
-
-
-def read_all(descriptor: int) -> bytes:
-    """All of an open file."""
-    return read_at(descriptor, 0, os.fstat(descriptor).st_size)
+        return read_at(descriptor, 0, os.fstat(descriptor).st_size)
 
 
 def read_at(descriptor: int, offset: int, size: int) -> bytes:
-    """`size` bytes of an open file from `offset` on; fewer where it ends before."""
+    """`size` bytes of an open file from `offset` on; fewer where it ends earlier."""
     content, done = bytearray(size), 0
     while done < size and (count := disk.read(descriptor, [memoryview(content)[done:]], offset + done)):
         done += count
@@ -152,12 +147,12 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
 
 
 def digest_of(data: bytes) -> int:
-    """xxh3_64 of the bytes, by which a file is known to be as it was written."""
+    """xxh3_64 of the bytes, with which a later change of a file is detected."""
     return xxh3_64_intdigest(data)
 
 
 def digest_of_file(path: Path, working: Callable[[], None] = lambda: None) -> int:
-    """The same of all that a file holds; `working` is called after each part of it."""
+    """The same of a whole file; `working` is called after each part of it."""
     digest, size = xxh3_64(), _CHUNK
     with opened(path) as descriptor:
         for offset in itertools.count(0, size):
@@ -169,7 +164,7 @@ def digest_of_file(path: Path, working: Callable[[], None] = lambda: None) -> in
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Appends a line in one write, to a new file if there is none. Not synced; what is torn there gets an end first."""
+    """Appends a line in one write, not synced. Creates the file if needed, and terminates a torn last line first."""
     with opened(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as descriptor:
         size = os.fstat(descriptor).st_size
         torn = size > 0 and read_at(descriptor, size - 1, 1) != b"\n"
@@ -177,7 +172,7 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def write_all(descriptor: int, data: bytes, offset: int) -> int:
-    """Writes all of `data`, in as many calls as it takes; where it ends in the file."""
+    """Writes all of `data`, in as many calls as necessary; returns the offset of its end."""
     done = 0
     while done < len(data):
         count = disk.write(descriptor, [memoryview(data)[done:]], offset + done)
@@ -188,19 +183,19 @@ def write_all(descriptor: int, data: bytes, offset: int) -> int:
 
 
 def sync(path: Path) -> None:
-    """Makes durable what a file holds, or what was created in, renamed into or removed from a folder."""
+    """Makes the content of a file durable, or all that was created in, renamed into or removed from a folder."""
     with opened(path) as descriptor:
         disk.fsync(descriptor)
 
 
 def remove(path: Path) -> None:
-    """Removes a file; one that is gone already is no error."""
+    """Removes a file, if it is there."""
     with contextlib.suppress(FileNotFoundError):
         disk.unlink(path)
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it that are missing, durably. Raises FileExistsError where there is a file."""
+    """Creates a folder and its missing parents, durably. Raises FileExistsError where there is a file."""
     if path.is_dir():
         return
     if path.parent != path:
@@ -214,10 +209,10 @@ def make_folder(path: Path) -> None:
 
 
 def remove_drafts(folder: Path, of: str = "") -> None:
-    """Removes the drafts in a folder, those of one file name if given; what cannot be removed stays.
+    """Removes the drafts in a folder, or those of one file name; ignores what cannot be removed.
 
-    Only for the one who may write there, such as the holder of the manifest's lock. A writer that lost its place and
-    is still alive then cannot publish any more.
+    Only for the process that may write there, such as the holder of the manifest's lock. Another writer that is still
+    alive cannot publish its draft afterwards.
     """
     with contextlib.suppress(OSError):
         for name in disk.listdir(folder):

@@ -16,6 +16,7 @@ from hypothesis import settings
 
 from edit_ray import files
 from jobs.demo import private_ray
+from tests.faults import faulty
 
 TESTS = Path(__file__).parent
 
@@ -59,6 +60,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for name in MARKERS_OF_FOLDER.get(folder, ()):
                 item.add_marker(name)
     items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+
+
+@pytest.fixture
+def unsynced() -> Iterator[None]:
+    """Nothing is synced: tests with hundreds of histories would otherwise wait for a busy disk."""
+    with files.swapped(faulty(fsync=lambda fsync, descriptor: None)):
+        yield
 
 
 @pytest.fixture(autouse=True)

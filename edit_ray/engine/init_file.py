@@ -13,9 +13,11 @@ from PIL import Image, ImageOps
 
 from edit_ray.engine.options import is_clip
 from edit_ray.errors import ConfigError
+from edit_ray.video.encode import EncodeError, Patience, watched
 
 MAX_PIXELS = 2**26  # of a picture, or of a frame of a clip
 MAX_CLIP_FRAMES = 100_000
+_PATIENCE = Patience()
 
 Frames = npt.NDArray[np.uint8]
 
@@ -67,10 +69,14 @@ def _read_clip(path: str, frames: int, height: int, width: int) -> Frames:
     size, count, last = height * width * 3, 0, deque[bytes](maxlen=frames)
     with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as process:
         assert process.stdout is not None
-        while len(frame := process.stdout.read(size)) == size:
-            last.append(frame)
-            count += 1
-        process.wait()
+        try:
+            with watched(process, "the clip", _PATIENCE):
+                while len(frame := process.stdout.read(size)) == size:
+                    last.append(frame)
+                    count += 1
+                process.wait()
+        except EncodeError as hung:
+            raise _unusable(path, f"cannot be read as a clip ({hung})") from None
         said.seek(0)
         words = said.read(10_000).decode(errors="replace").strip().splitlines()
     if process.returncode or not count:

@@ -22,14 +22,14 @@ HEIGHT_PX, MOST_SEGMENTS = 96, 40  # of a strip's pictures
 
 @dataclass(frozen=True)
 class Bar:
-    """Work on a lane, in seconds from the start of the drawing; `label` is shown where it fits, `says` on hover."""
+    """Work on a lane, in seconds from the start of the drawing; `label` is shown where it fits, `tooltip` on hover."""
 
     lane: str
     start_s: float
     length_s: float
     colour: str
     label: str
-    says: str
+    tooltip: str
 
 
 def timeline(bars: Sequence[Bar]) -> str:
@@ -44,7 +44,7 @@ def timeline(bars: Sequence[Bar]) -> str:
         width = max(1.0, bar.length_s * scale - 1)  # a gap of 1 separates neighbours
         parts.append(
             f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_LANE - 6}" '
-            f'fill="{bar.colour}"><title>{html.escape(bar.says)}</title></rect>'
+            f'fill="{bar.colour}"><title>{html.escape(bar.tooltip)}</title></rect>'
         )
         if width > 10 * len(bar.label):
             parts.append(f'<text x="{x + 4:.2f}" y="{y + 14}" style="fill:#fff">{html.escape(bar.label)}</text>')

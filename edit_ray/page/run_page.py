@@ -59,7 +59,7 @@ def render_run(
 
     Args:
         run_id: the run.
-        state: how it stands.
+        state: its state.
         settings: its run.yaml.
         segments: those that are committed.
         records: what the cache decided, by the heading of each record.

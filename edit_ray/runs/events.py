@@ -106,7 +106,7 @@ class WorkFailed:
 
 @dataclass(frozen=True)
 class StopWork:
-    """Whatever is in flight for this run should end soon, in success or failure."""
+    """All work in flight for this run should end soon, in success or failure."""
 
     run_id: str
     worker: int

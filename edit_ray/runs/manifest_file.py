@@ -37,9 +37,7 @@ class ManifestFile:
     @classmethod
     def create(cls, path: Path, begun: Begun) -> ManifestFile:
         """A new file with its first line, synced."""
-        descriptor = files.disk.open(path, files.NEW | os.O_APPEND)
-        with _closed_on_error(descriptor):
-            _lock(descriptor, path)
+        with _locked(path, files.NEW | os.O_APPEND) as descriptor:
             text = to_text(begun)
             _write(descriptor, text, 0)
             fold = Fold(path)
@@ -52,9 +50,7 @@ class ManifestFile:
 
         Raises FileNotFoundError, RunLocked where another process works on the run, ManifestUnreadable.
         """
-        descriptor = files.disk.open(path, os.O_RDWR | os.O_APPEND)
-        with _closed_on_error(descriptor):
-            _lock(descriptor, path)
+        with _locked(path, os.O_RDWR | os.O_APPEND) as descriptor:
             fold = copy((reader or ManifestReader(path)).folded(descriptor))
             if fold.size < os.fstat(descriptor).st_size:
                 files.disk.truncate(descriptor, fold.size)
@@ -86,7 +82,7 @@ class ManifestFile:
                 return self.manifest
             followed = self.manifest.after(read_back(text))
             _write(self._descriptor, text, self._size)
-            if self._size_now() == fold.size + len(text):  # no other process has written
+            if os.fstat(self._descriptor).st_size == fold.size + len(text):  # no other process has written
                 fold.accept(followed, text, fold.size + len(text))
                 self._size = fold.size
                 counts = True
@@ -123,13 +119,9 @@ class ManifestFile:
             self._read_on()
         self._check_incarnation()
 
-    def _size_now(self) -> int:
-        return os.fstat(self._descriptor).st_size
-
     def _read_on(self) -> tuple[set[int], bytes]:
         """Reads what was added to the file; returns the ends of those lines that count, and the content."""
-        start = self._fold.size
-        self._size = self._size_now()
+        start, self._size = self._fold.size, os.fstat(self._descriptor).st_size
         content = files.read_at(self._descriptor, start, self._size - start)
         return self._fold.add(content), content
 
@@ -192,11 +184,19 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _lock(descriptor: int, path: Path) -> None:
+@contextlib.contextmanager
+def _locked(path: Path, flags: int) -> Iterator[int]:
+    """An open manifest with its lock, which an error inside closes. Raises RunLocked."""
+    descriptor = files.disk.open(path, flags)
     try:
-        files.disk.lock(descriptor)
-    except BlockingIOError:
-        raise RunLocked(f"another process is at work on the run in {path.parent}") from None
+        try:
+            files.disk.lock(descriptor)
+        except BlockingIOError:
+            raise RunLocked(f"another process is at work on the run in {path.parent}") from None
+        yield descriptor
+    except BaseException:
+        files.disk.close(descriptor)
+        raise
 
 
 def _write(descriptor: int, text: bytes, size: int) -> None:
@@ -210,13 +210,4 @@ def _write(descriptor: int, text: bytes, size: int) -> None:
             written = files.read_at(descriptor, size, len(text) + 1)
             if written and text.startswith(written):
                 files.disk.truncate(descriptor, size)
-        raise
-
-
-@contextlib.contextmanager
-def _closed_on_error(descriptor: int) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        files.disk.close(descriptor)
         raise

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -98,7 +98,7 @@ def encode(
     """`frames` [F, H, W, 3] as fragment `number` (from 0) of an MP4, behind an init that is the same for all of them.
 
     `first_frame` is the position in the video of the first of them. No B-frames and a closed group of pictures. `init`
-    is the init that earlier fragments have: runs begun before primaries and transfer were tagged go on without tags.
+    is the init that earlier fragments have: runs begun before primaries and transfer were tagged continue without tags.
     Raises EncodeError, also when ffmpeg dies, hangs or loses a frame: its incomplete output is never returned.
     """
     count, height, width, _ = frames.shape
@@ -109,10 +109,10 @@ def encode(
             *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{second}/{frame}", "-i", "-"),
             *("-an", "-vf", f"{_TO_BT709},setpts=PTS+{first_frame}", "-pix_fmt", "yuv420p", *_BT709),
             *("-c:v", "libx264", *tags, "-preset", options.preset, "-crf", str(options.crf), "-bf", "0"),
-            # x264 describes a video of key frames alone otherwise, and the init must not depend on the frame count.
+            # x264 describes a video of key frames only otherwise, and the init must not depend on the frame count.
             *("-g", str(max(count, 2)), "-sc_threshold", "0", "-video_track_timescale", str(second)),
             *(*_REPRODUCIBLE, "-fragment_index", str(number + 1), *_FRAGMENT, "-"),
-            given=[raw],
+            stdin=[raw],
             subject=f"{count} frames",
             patience=patience,
         )
@@ -139,7 +139,7 @@ def join(init: Path, parts: Sequence[Path], path: Path, *, comment: str = "", pa
         ffmpeg(
             *("-i", "-", "-f", "ffmetadata", "-i", metadata.name, "-map", "0", "-map_metadata", "1", "-c", "copy"),
             *("-fflags", "+bitexact", "-movflags", "+faststart", "-f", "mp4", str(path)),
-            given=(read_bytes(file) for file in (init, *parts)),
+            stdin=(read_bytes(file) for file in (init, *parts)),
             subject=path.name,
             patience=patience,
         )
@@ -150,8 +150,8 @@ def read_frames(
 ) -> Frames:
     """All frames of a video as uint8 [F, H, W, 3]; a fragment alone is read behind its `init`. Raises EncodeError."""
     decode = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-fps_mode", "passthrough", "-")
-    source, given = (str(path), []) if init is None else ("-", [init.read_bytes(), path.read_bytes()])
-    raw = ffmpeg("-i", source, *decode, given=given, subject=path.name, patience=patience)
+    source, stdin = (str(path), []) if init is None else ("-", [init.read_bytes(), path.read_bytes()])
+    raw = ffmpeg("-i", source, *decode, stdin=stdin, subject=path.name, patience=patience)
     return np.frombuffer(raw, dtype=np.uint8).reshape(-1, height, width, 3)
 
 
@@ -165,8 +165,8 @@ def ffmpeg_version() -> str:
     return match[1].decode(errors="replace") if match else "unknown"
 
 
-def ffmpeg(*arguments: str, subject: str, given: Iterable[bytes] = (), patience: Patience = PATIENCE) -> bytes:
-    """Runs ffmpeg on the concatenation of `given`, its standard input; returns its standard output.
+def ffmpeg(*arguments: str, subject: str, stdin: Iterable[bytes] = (), patience: Patience = PATIENCE) -> bytes:
+    """Runs ffmpeg with these pieces as its standard input; returns its standard output.
 
     Raises EncodeError with `subject` in the message, EncoderKilled, OSError where the disk is full.
     """
@@ -174,13 +174,13 @@ def ffmpeg(*arguments: str, subject: str, given: Iterable[bytes] = (), patience:
 
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-nostdin", "-y", *arguments]
     # Its output is kept in memory files, so that nothing has to be read while its input is written.
-    with _memory_file() as output, _memory_file() as log:
+    with open(os.memfd_create("stdout"), "w+b") as output, open(os.memfd_create("stderr"), "w+b") as log:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=log) as process:
             assert process.stdin is not None
             with watched(process, subject, patience):
                 try:
                     with contextlib.suppress(BrokenPipeError):  # it has ended, and its exit code says why
-                        for data in given:
+                        for data in stdin:
                             process.stdin.write(data)
                 except BaseException:
                     process.kill()
@@ -234,10 +234,6 @@ def _activity_of(pid: int) -> bytes:
         return b" ".join([*times, (folder / "io").read_bytes()])
     except OSError:
         return str(time.monotonic()).encode()
-
-
-def _memory_file() -> BinaryIO:
-    return open(os.memfd_create("ffmpeg"), "w+b")
 
 
 def _check(code: int, log: bytes, subject: str) -> None:

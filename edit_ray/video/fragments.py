@@ -49,7 +49,7 @@ def split(encoded: bytes) -> tuple[bytes, bytes]:
 
 
 def frames_in(fragment: bytes) -> int:
-    """How many frames a fragment says that it holds; 0 where it does not say."""
+    """The number of frames that a fragment declares; 0 where it declares none."""
     count = re.search(rb"trun.{4}(.{4})", fragment, re.DOTALL)
     return int.from_bytes(count[1], "big") if count else 0
 

@@ -116,7 +116,7 @@ class StreamFiles:
         self._peak = 0  # the highest bit rate of a segment
 
     def rebuild(self, parts: Sequence[Part], first: int = 0, *, anew: bool = False) -> None:
-        """Starts from exactly these segments, `parts[0]` being segment `first`, whatever the files hold.
+        """Starts from exactly these segments, `parts[0]` being segment `first`, regardless of what the files hold.
 
         A playlist that already lists more stays as it is until another segment than it lists is appended. A
         `stream.mp4` that ends with the last of these segments is taken to hold them all, unless it is to be made
@@ -230,7 +230,7 @@ class StreamFiles:
         if not is_listed:
             uri = lines.index("\n") + 1
             with files.opened(self._folder / name, os.O_RDWR) as playlist:
-                # The URI is a comment until all of it is there: whoever reads in between sees what there was.
+                # The URI is a comment until all of it is there: readers in between see what there was.
                 files.write_all(playlist, f"{lines[:uri]}#{lines[uri + 1 :]}".encode(), self._listed)
                 files.write_all(playlist, lines[uri].encode(), self._listed + uri)
         self._listed, self._beyond = self._listed + len(lines), self._beyond[len(lines) :]

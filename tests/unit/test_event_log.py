@@ -1,10 +1,12 @@
 import errno
 import os
+from functools import partial
 
 import pytest
 
 from edit_ray import files
 from edit_ray.runs.event_log import append_event, read_events
+from tests.faults import broken, faulty, first_bytes
 
 
 def test_events_come_back_in_order_with_their_times(tmp_path):
@@ -57,11 +59,7 @@ def test_a_line_cut_short_by_a_full_disk_takes_no_other_with_it(tmp_path, taken)
 
 
 def test_a_write_that_takes_only_some_bytes_is_continued(tmp_path):
-    class Bits(files.Disk):
-        def write(self, descriptor, parts, offset):
-            return super().write(descriptor, [parts[0][:7]], offset)
-
-    with files.swapped(Bits()):
+    with files.swapped(faulty(write=first_bytes)):
         append_event(tmp_path / "events.jsonl", "one", words="some more words")
     assert [event["words"] for event in read_events(tmp_path / "events.jsonl")] == ["some more words"]
 
@@ -91,10 +89,6 @@ def test_what_is_no_event_is_left_out(tmp_path, line):
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
 def test_a_log_that_cannot_be_used_fails_nobody(tmp_path, number):
-    class Broken(files.Disk):
-        def open(self, path, flags):
-            raise OSError(number, os.strerror(number))
-
-    with files.swapped(Broken()):
+    with files.swapped(faulty(open=partial(broken, number=number))):
         append_event(tmp_path / "events.jsonl", "one")
         assert read_events(tmp_path / "events.jsonl") == []

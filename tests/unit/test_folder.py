@@ -1,7 +1,6 @@
 """A run's folder is there whole or not at all, and only its owner's."""
 
 import contextlib
-import errno
 import os
 import random
 import subprocess
@@ -17,31 +16,24 @@ from edit_ray.errors import RunExists, RunLocked, UnknownRun
 from edit_ray.files import write_atomic
 from edit_ray.runs.folder import RunFolder, remove_run
 from tests.chaos.power import Power, Recorder
+from tests.faults import broken, faulty, first_bytes
 from tests.unit.test_manifest import BEGUN, LINES
 
 
-def test_a_folder_is_made_whole(tmp_path):
+def test_a_folder_is_made_whole_or_is_not_there(tmp_path):
     folder = RunFolder(tmp_path, "one")
+    with pytest.raises(AttributeError):
+        folder.create(None, BEGUN)
+    assert list(tmp_path.iterdir()) == []
     manifest = folder.create("sampling: {}\n", BEGUN)
     assert folder.read_manifest() == manifest.manifest
     assert folder.run_yaml.read_text() == "sampling: {}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
 
 
-def test_a_folder_that_cannot_be_made_whole_is_not_there(tmp_path):
-    with pytest.raises(AttributeError):
-        RunFolder(tmp_path, "one").create(None, BEGUN)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_not_even_an_empty_folder_is_overwritten(tmp_path):
-    (tmp_path / "one").mkdir()
-    with pytest.raises(RunExists, match="'one' is taken"):
-        RunFolder(tmp_path, "one").create("", BEGUN)
-
-
-def test_nothing_is_overwritten(tmp_path):
-    RunFolder(tmp_path, "one").create("", BEGUN).close()
+@pytest.mark.parametrize("make", [os.mkdir, lambda path: RunFolder(path.parent, "one").create("", BEGUN).close()])
+def test_nothing_is_overwritten(tmp_path, make):
+    make(tmp_path / "one")
     with pytest.raises(RunExists, match="'one' is taken"):
         RunFolder(tmp_path, "one").create("", BEGUN)
 
@@ -131,27 +123,22 @@ def test_a_folder_with_what_is_not_ours_stays(tmp_path):
 
 
 def test_what_another_process_is_making_stays(tmp_path):
-    class Slow(files.Disk):
+    def replace(call, source, target):
         """While one submission renames its folder another one comes."""
+        if target.name == "one":
+            RunFolder(tmp_path, "two").create("", BEGUN).close()
+        call(source, target)
 
-        def replace(self, source, target):
-            if target.name == "one":
-                RunFolder(tmp_path, "two").create("", BEGUN).close()
-            super().replace(source, target)
-
-    with files.swapped(Slow()):
+    with files.swapped(faulty(replace=replace)):
         RunFolder(tmp_path, "one").create("", BEGUN).close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
 def test_a_folder_that_could_not_be_made_durable_is_not_there(tmp_path):
-    class Broken(files.Disk):
-        def fsync(self, descriptor):
-            if os.readlink(f"/proc/self/fd/{descriptor}") == str(tmp_path):
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            super().fsync(descriptor)
+    def fsync(call, descriptor):
+        (broken if os.readlink(f"/proc/self/fd/{descriptor}") == str(tmp_path) else call)(descriptor)
 
-    with files.swapped(Broken()), pytest.raises(OSError, match="Input/output"):
+    with files.swapped(faulty(fsync=fsync)), pytest.raises(OSError, match="Input/output"):
         RunFolder(tmp_path, "one").create("", BEGUN)
     assert list(tmp_path.iterdir()) == []
     RunFolder(tmp_path, "one").create("", BEGUN).close()
@@ -201,20 +188,14 @@ def test_a_link_in_the_place_of_a_draft_is_not_followed(tmp_path):
     assert (victim.read_text(), link.read_text(), link.is_symlink()) == ("whole", "new", False)
 
 
-def test_an_old_probe_of_a_killed_client_goes(tmp_path):
-    old, young = tmp_path / ".probe-a1b2c3", tmp_path / ".probe-d4e5f6"
-    for probe in (old, young):
-        probe.touch()
+@pytest.mark.parametrize(("name", "make"), [(".probe-{}", Path.touch), (".one-0123456789{}", Path.mkdir)])
+def test_old_litter_goes_and_what_is_young_may_be_another_processs(tmp_path, name, make):
+    old, young = (tmp_path / name.format(token) for token in ("a1b2c3", "d4e5f6"))
+    for path in (old, young):
+        make(path)
     os.utime(old, (0, 0))
     RunFolder(tmp_path, "two").create("", BEGUN).close()
     assert (old.exists(), young.exists()) == (False, True)
-
-
-def test_a_young_draft_without_a_manifest_may_be_another_processs(tmp_path):
-    draft = tmp_path / ".one-0123456789abcdef"
-    draft.mkdir()
-    RunFolder(tmp_path, "two").create("", BEGUN).close()
-    assert draft.is_dir()
 
 
 def test_what_is_made_and_removed_is_durable(tmp_path):
@@ -236,13 +217,9 @@ def test_what_is_made_and_removed_is_durable(tmp_path):
 
 
 def test_reads_of_some_bytes_at_a_time_are_continued(tmp_path):
-    class Bits(files.Disk):
-        def read(self, descriptor, parts, offset):
-            return super().read(descriptor, [memoryview(parts[0])[:7]], offset)
-
     folder = RunFolder(tmp_path, "one")
     folder.create("some: text\n", BEGUN).close()
-    with files.swapped(Bits()):
+    with files.swapped(faulty(read=first_bytes)):
         folder.open().close()
         assert files.read_bytes(folder.run_yaml) == b"some: text\n"
 

@@ -28,11 +28,14 @@ async def watch(root, config):
         await asyncio.sleep(0.01)
     command = reading(root / "one" / "live.m3u8", "-live_start_index", "0")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as follower:
-        seen = asyncio.create_task(asyncio.to_thread(follower.communicate, timeout=60))
-        counts = []
-        while not made.done():
-            counts.append(len(await asyncio.to_thread(read_frames, root / "one" / "stream.mp4", **SIZE)))
-        raw, complaints = await seen
+        try:
+            seen = asyncio.create_task(asyncio.to_thread(follower.communicate, timeout=60))
+            counts = []
+            while not made.done():
+                counts.append(len(await asyncio.to_thread(read_frames, root / "one" / "stream.mp4", **SIZE)))
+            raw, complaints = await seen
+        finally:
+            follower.kill()  # it would follow a playlist without an end for ever
     assert (complaints, follower.returncode) == (b"", 0)
     status, _, _ = await made
     assert status.state == "done", status.error

@@ -43,7 +43,7 @@ bars = st.builds(
     length_s=st.floats(0, 1e4),
     colour=st.just("#000"),
     label=st.sampled_from(["0", "1999", "<i>"]),
-    says=st.text(max_size=10),
+    tooltip=st.text(max_size=10),
 )
 
 
@@ -109,7 +109,7 @@ def test_what_was_asked_ahead_or_begun_again_is_marked():
         {"event": "prepare_asked", "wall": "then"},
     ]
     marks = bars_of([segment(0), segment(1)], events)[10:]
-    assert [(bar.lane, bar.start_s, bar.says) for bar in marks] == [
+    assert [(bar.lane, bar.start_s, bar.tooltip) for bar in marks] == [
         ("CacheStore actor", 0.5, "segment 1 is asked for"),
         ("GPU actor, denoising", 3.0, "segment 1: begun again, attempt 2"),
     ]

@@ -5,6 +5,7 @@ The short forms compare bytes after few segments and after many. `-m slow -s` me
 
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -59,6 +60,7 @@ def run_of(root, count):
             made = {"event": "segment_made", "wall": 1.0, "monotonic": 1.0, "segment": index, "take": 0, "attempt": 0}
             events.write(json.dumps(made | {"plan": spec.residuals_id, "figures": FIGURES}).encode() + b"\n")
             spec.media(index).write_bytes(FRAGMENT)
+        os.fsync(manifest.fileno())  # as each line of a real run was
     stream = spec.stream_files()
     stream.rebuild([spec.part(spec.segment(index)) for index in range(count)])
     return spec

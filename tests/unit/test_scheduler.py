@@ -1,19 +1,13 @@
-"""The segment scheduler step by step; `test_scheduler_machine` tries everything in any order."""
-
-from dataclasses import replace
+"""The segment scheduler's sentences, seeds and takes; `test_scheduler_machine` tries everything in any order."""
 
 import pytest
 
 from edit_ray.runs.events import (
-    CancelAsked,
     CloseRun,
-    Consumed,
     FailureKind,
     RunSubmitted,
-    StopWork,
     Work,
     WorkDone,
-    WorkersCounted,
     WorkFailed,
 )
 from edit_ray.runs.run_plan import FrameLayout, RunPlan, Scene, Storyboard, Take, segment_seed, take_of, take_seed
@@ -41,7 +35,7 @@ def run_to_end(scheduler: SegmentScheduler, instructions: list) -> list:
     return seen
 
 
-def test_a_run_goes_its_way():
+def test_a_run_makes_its_segments_stage_by_stage():
     scheduler = SegmentScheduler()
     seen = run_to_end(scheduler, scheduler.handle(RunSubmitted(plan("a", 3))))
     stages = [(work.stage, work.segment_index) for work in seen if isinstance(work, Work)]
@@ -51,26 +45,6 @@ def test_a_run_goes_its_way():
         assert [index for name, index in stages if name == stage] == [0, 1, 2]
     assert seen[-1] == CloseRun("a", "done", None, 0)
     assert scheduler.idle
-
-
-def test_denoising_leads_by_no_more_than_is_allowed():
-    scheduler = SegmentScheduler()
-    (prepare,) = scheduler.handle(RunSubmitted(plan("a", 5)))
-    (first,) = scheduler.handle(done(prepare))
-    after_first = scheduler.handle(done(first))
-    assert {(work.stage, work.segment_index) for work in after_first} == {("denoise", 1), ("decode", 0)}
-    second = next(work for work in after_first if work.stage == "denoise")
-    assert scheduler.handle(done(second)) == [], "segment 2 waits until segment 0 is committed"
-
-
-def test_a_second_run_waits_for_the_first():
-    scheduler = SegmentScheduler()
-    first = scheduler.handle(RunSubmitted(plan("a", 1)))
-    assert scheduler.handle(RunSubmitted(plan("b", 1))) == []
-    seen = run_to_end(scheduler, first)
-    assert seen.index(CloseRun("a", "done", None, 0)) < next(
-        i for i, x in enumerate(seen) if getattr(x, "run_id", "") == "b"
-    )
 
 
 def test_a_segment_that_fails_too_often_ends_its_run_and_says_why():
@@ -109,27 +83,6 @@ def test_deaths_of_actors_are_no_failures_of_the_segment_and_have_a_bound_of_the
     )
 
 
-def test_a_run_whose_gpu_actor_has_no_place_waits_for_another():
-    scheduler = SegmentScheduler(2)
-    (one,) = scheduler.handle(RunSubmitted(plan("a", 1)))
-    (two,) = scheduler.handle(RunSubmitted(plan("b", 1, retries=0)))
-    assert scheduler.handle(failed(two, "no place")) == []
-    assert scheduler.state("b") == "queued"
-    assert scheduler.handle(RunSubmitted(plan("c", 1))) == [], "nor is it given to others"
-    seen = run_to_end(scheduler, [one])
-    assert {x.worker for x in seen if isinstance(x, Work)} == {0}
-    assert [x.run_id for x in seen if isinstance(x, CloseRun)] == ["a", "b", "c"]
-
-
-def test_a_gpu_actor_without_a_place_is_tried_again_once_they_are_counted_anew():
-    scheduler = SegmentScheduler(2)
-    scheduler.handle(RunSubmitted(plan("a", 1)))
-    (two,) = scheduler.handle(RunSubmitted(plan("b", 1)))
-    assert scheduler.handle(failed(two, "no place")) == []
-    (again,) = scheduler.handle(WorkersCounted(1))
-    assert (again.stage, again.worker, again != two) == ("prepare", 1, True)
-
-
 def test_where_no_gpu_actor_has_a_place_that_is_a_failure():
     scheduler = SegmentScheduler(2)
     (work,) = scheduler.handle(RunSubmitted(plan("a", 1, retries=1)))
@@ -138,33 +91,6 @@ def test_where_no_gpu_actor_has_a_place_that_is_a_failure():
     (work,) = scheduler.handle(failed(work, "no place"))
     (close,) = scheduler.handle(failed(work, "no place"))
     assert close.error == "prepare failed (attempt 2 of 2): it broke"
-
-
-def test_a_run_that_loses_its_place_at_work_is_prepared_on_another_gpu_actor_when_all_it_had_begun_has_ended():
-    scheduler = SegmentScheduler(2)
-    (work,) = scheduler.handle(RunSubmitted(plan("a", 2)))
-    (work,) = scheduler.handle(done(work))
-    one, two = scheduler.handle(done(work))
-    assert scheduler.handle(failed(one, "no place")) == []
-    (prepare,) = scheduler.handle(failed(two, "death"))
-    assert (prepare.stage, prepare.worker) == ("prepare", 1)
-    seen = run_to_end(scheduler, [prepare])
-    assert seen[-1] == CloseRun("a", "done", None, 1)
-
-
-def test_a_stopped_run_closes_when_its_work_has_ended():
-    scheduler = SegmentScheduler()
-    (prepare,) = scheduler.handle(RunSubmitted(plan("a", 2)))
-    assert scheduler.handle(CancelAsked("a")) == [StopWork("a", 0)]
-    assert scheduler.handle(CancelAsked("a")) == []
-    assert scheduler.handle(failed(prepare)) == [CloseRun("a", "cancelled", None, 0)]
-
-
-def test_a_queued_run_can_be_cancelled():
-    scheduler = SegmentScheduler()
-    scheduler.handle(RunSubmitted(plan("a", 1)))
-    scheduler.handle(RunSubmitted(plan("b", 1)))
-    assert scheduler.handle(CancelAsked("b")) == [CloseRun("b", "cancelled", None)]
 
 
 def test_a_run_lives_once_at_a_time():
@@ -176,68 +102,6 @@ def test_a_run_lives_once_at_a_time():
     assert scheduler.state("a") is None
     again = run_to_end(scheduler, scheduler.handle(RunSubmitted(plan("a", 3, incarnation=2), committed=1)))
     assert [work.segment_index for work in again if getattr(work, "stage", "") == "commit"] == [1, 2]
-
-
-def test_a_run_that_goes_on_makes_nothing_again_that_has_latents():
-    scheduler = SegmentScheduler()
-    seen = run_to_end(scheduler, scheduler.handle(RunSubmitted(plan("a", 5), committed=2, denoised=3)))
-    made = {stage: [work.segment_index for work in seen if getattr(work, "stage", "") == stage] for stage in STAGES}
-    assert made == {"denoise": [3, 4], "decode": [2, 3, 4], "encode": [2, 3, 4], "commit": [2, 3, 4]}
-
-
-STAGES = ("denoise", "decode", "encode", "commit")
-
-
-def test_late_reports_of_another_life_change_nothing():
-    scheduler = SegmentScheduler()
-    (work,) = scheduler.handle(RunSubmitted(plan("a", 1, incarnation=2)))
-    assert scheduler.handle(WorkDone(replace(work, incarnation=1))) == []
-    assert scheduler.handle(WorkDone(replace(work, attempt=1))) == []
-    assert scheduler.handle(WorkDone(work)) != []
-
-
-def test_runs_spread_over_gpu_actors_and_stay_there():
-    scheduler = SegmentScheduler()
-    (one,) = scheduler.handle(RunSubmitted(plan("a", 2)))
-    assert scheduler.handle(RunSubmitted(plan("b", 1))) == []
-    (two,) = scheduler.handle(WorkersCounted(2))
-    assert (one.worker, two.worker) == (0, 1)
-    assert scheduler.handle(RunSubmitted(plan("c", 1), worker=1)) == [], "its old place is taken"
-    seen = run_to_end(scheduler, [one, two])
-    workers = {run: {x.worker for x in seen if isinstance(x, Work) and x.run_id == run} for run in "abc"}
-    assert all(len(of_run) == 1 for of_run in workers.values())
-    assert scheduler.idle
-
-
-def test_a_run_pauses_where_no_client_keeps_up():
-    scheduler = SegmentScheduler()
-    seen = run_to_end(scheduler, scheduler.handle(RunSubmitted(plan("a", 3, max_ahead=1))))
-    assert [work.segment_index for work in seen if work.stage == "commit"] == [0]
-    assert scheduler.state("a") == "paused"
-    assert scheduler.handle(Consumed("a", 0)) == []
-    run_to_end(scheduler, scheduler.handle(Consumed("a", 1)))
-    assert scheduler.state("a") == "paused"
-    run_to_end(scheduler, scheduler.handle(Consumed("a", 2)))
-    assert scheduler.idle
-
-
-def test_a_segment_that_needs_its_predecessors_frames_waits_for_them():
-    scheduler = SegmentScheduler()
-    (prepare,) = scheduler.handle(RunSubmitted(plan("a", 2, frames_first=True)))
-    (first,) = scheduler.handle(done(prepare))
-    (decode,) = scheduler.handle(done(first))
-    assert decode.stage == "decode"
-    assert {work.stage for work in scheduler.handle(done(decode))} == {"encode", "denoise"}
-
-
-def test_a_run_without_a_number_of_segments_goes_on_until_it_is_stopped():
-    scheduler = SegmentScheduler()
-    seen = list(scheduler.handle(RunSubmitted(plan("a", None))))
-    for instruction in seen:
-        if isinstance(instruction, Work) and instruction.segment_index != 50:
-            seen.extend(scheduler.handle(done(instruction)))
-    assert scheduler.state("a") == "running"
-    assert scheduler.handle(CancelAsked("a")) == [StopWork("a", 0)]
 
 
 def test_takes_change_seed_and_prompt_from_their_segment_on():

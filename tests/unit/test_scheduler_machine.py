@@ -12,7 +12,7 @@ from edit_ray.runs.scheduler import ScheduledRun, SegmentScheduler
 from tests.unit.scheduler_machine import FIRED, AnyOrder
 
 SHORT = settings(
-    max_examples=600,
+    max_examples=250,
     stateful_step_count=25,
     derandomize=True,
     database=None,

@@ -2,12 +2,11 @@
 
 import contextlib
 import errno
+import functools
 import math
 import os
 import random
 import re
-import subprocess
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -23,33 +22,54 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from edit_ray.files import Disk, make_folder, swapped
+from edit_ray.files import make_folder, swapped
 from edit_ray.video.encode import OutputOptions, encode
 from edit_ray.video.fragments import Part, write_part
 from edit_ray.video.hls import StreamFiles
 from tests.chaos.power import Power, Recorder, Told
 from tests.chaos.power_loss import build
-from tests.unit.video_frames import FRAME_BYTES, HEIGHT, WIDTH, numbered, numbers_in, reading, shown_by
+from tests.faults import faulty
+from tests.unit.video_frames import HEIGHT, WIDTH, numbered, shown_by
 
 OPTIONS = OutputOptions(preset="ultrafast")
 LONGEST = 9
+
+
+@functools.cache
+def encoded(index: int, first_frame: int, num_frames: int, fps: float) -> bytes:
+    frames = numbered(first_frame, num_frames)
+    return encode(frames, fps=fps, options=OPTIONS, number=index, first_frame=first_frame)
 
 
 def make_part(folder: Path, index: int, first_frame: int, num_frames: int, take: int = 0, fps: int = 16) -> Part:
     """A segment's fragment whose frames show their numbers."""
     (folder / "segments").mkdir(exist_ok=True)
     part = Part(f"segments/{index:05d}-t{take}.m4s", first_frame, num_frames)
-    frames, place = numbered(first_frame, num_frames), {"number": index, "first_frame": first_frame}
-    write_part(folder, part, encode(frames, fps=fps, options=OPTIONS, **place))
+    write_part(folder, part, encoded(index, first_frame, num_frames, fps))
     return part
 
 
-def make_parts(folder: Path, count: int, **options) -> list[Part]:
+def make_parts(folder: Path, count: int, files: StreamFiles | None = None) -> list[Part]:
+    """Segments in order, appended to `files` if there are any."""
     parts, first = [], 0
     for index in range(count):
-        parts.append(make_part(folder, index, first, LONGEST if index == 0 else 8, **options))
+        parts.append(make_part(folder, index, first, LONGEST if index == 0 else 8))
         first += parts[-1].num_frames
+        if files is not None:
+            files.append(parts[-1])
     return parts
+
+
+def files_of(folder: Path, keep: int | None = None) -> StreamFiles:
+    return StreamFiles(folder, fps=16, longest=LONGEST, keep=keep)
+
+
+def pieces_of(folder: Path, parts: list[Part]) -> bytes:
+    return b"".join((folder / name).read_bytes() for name in ("init.mp4", *(part.path for part in parts)))
+
+
+def paths(parts: list[Part]) -> list[str]:
+    return [part.path for part in parts]
 
 
 def frames_of(*parts: Part) -> list[int]:
@@ -70,41 +90,25 @@ def has_ended(folder: Path) -> bool:
 
 @pytest.fixture
 def files(tmp_path):
-    return StreamFiles(tmp_path, fps=16, longest=LONGEST)
-
-
-def test_nothing_is_there_before_the_first_segment(files, tmp_path):
-    files.end()
-    assert list(tmp_path.iterdir()) == []
+    return files_of(tmp_path)
 
 
 def test_the_stream_plays_after_every_segment_with_exactly_its_frames(files, tmp_path):
+    files.end()
+    assert list(tmp_path.iterdir()) == [], "nothing is there before the first segment"
     parts = make_parts(tmp_path, 5)
     for count, part in enumerate(parts, 1):
-        files.append(part)
+        for _ in range(2):  # the second time changes nothing
+            files.append(part)
+        for wrong in parts[count + 1 :]:
+            with pytest.raises(ValueError, match=f"begins at frame {wrong.first_frame}, the next one is frame"):
+                files.append(wrong)
         assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts[:count])
-        assert listed(tmp_path) == [part.path for part in parts[:count]]
+        assert listed(tmp_path) == paths(parts[:count])
     files.end()
     assert has_ended(tmp_path)
     assert shown_by(tmp_path / "live.m3u8") == frames_of(*parts)
     assert [path.name for path in tmp_path.rglob(".*")] == []
-
-
-def test_the_same_segment_twice_is_there_once(files, tmp_path):
-    parts = make_parts(tmp_path, 2)
-    for part in (parts[0], parts[0], parts[1], parts[1]):
-        files.append(part)
-    assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts)
-    assert listed(tmp_path) == [part.path for part in parts]
-
-
-def test_a_segment_out_of_order_is_refused(files, tmp_path):
-    parts = make_parts(tmp_path, 3)
-    files.append(parts[0])
-    with pytest.raises(ValueError, match="begins at frame 17, the next one is frame 9"):
-        files.append(parts[2])
-    files.append(parts[1])
-    assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts[:2])
 
 
 def test_a_segment_encoded_in_another_way_is_refused(tmp_path):
@@ -120,8 +124,7 @@ def test_a_torn_write_is_mended_by_the_next_one(files, tmp_path):
     with (tmp_path / "stream.mp4").open("ab") as stream:
         stream.write((tmp_path / parts[1].path).read_bytes() * 2 + b"and more")
     files.append(parts[1])
-    pieces = [tmp_path / name for name in ("init.mp4", parts[0].path, parts[1].path)]
-    assert (tmp_path / "stream.mp4").read_bytes() == b"".join(piece.read_bytes() for piece in pieces)
+    assert (tmp_path / "stream.mp4").read_bytes() == pieces_of(tmp_path, parts[:2])
     assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts[:2])
     (tmp_path / "stream.mp4").unlink()
     files.append(parts[2])
@@ -133,16 +136,15 @@ def test_a_reader_in_the_midst_of_an_append_sees_the_segments_before(files, tmp_
     """`done` bytes of the fragment's rest are written when somebody reads, or all of them."""
     parts, seen = make_parts(tmp_path, 3), []
 
-    class InTwo(Disk):
-        def write(self, descriptor, parts, offset):
-            if not seen and os.readlink(f"/proc/self/fd/{descriptor}").endswith("/stream.mp4"):
-                if done != 0:
-                    super().write(descriptor, [parts[0][:done]], offset)
-                seen.append(shown_by(tmp_path / "stream.mp4"))
-            return super().write(descriptor, parts, offset)
+    def in_two(write, descriptor, parts, offset):
+        if not seen and os.readlink(f"/proc/self/fd/{descriptor}").endswith("/stream.mp4"):
+            if done != 0:
+                write(descriptor, [parts[0][:done]], offset)
+            seen.append(shown_by(tmp_path / "stream.mp4"))
+        return write(descriptor, parts, offset)
 
     files.append(parts[0])
-    with swapped(InTwo()):
+    with swapped(faulty(write=in_two)):
         files.append(parts[1])
     files.append(parts[2])
     assert seen == [frames_of(parts[0])]
@@ -155,7 +157,7 @@ def test_a_playlist_that_somebody_has_cut_is_whole_after_the_next_segment(files,
         files.append(part)
     os.truncate(media_playlist(tmp_path), 20)
     files.append(parts[2])
-    assert listed(tmp_path) == [part.path for part in parts]
+    assert listed(tmp_path) == paths(parts)
 
 
 @pytest.mark.one_in(3)
@@ -165,43 +167,38 @@ def test_a_reader_in_the_midst_of_an_append_finds_whole_entries_in_the_playlist(
     """`done` bytes of the entry are written when somebody reads, or all but what is written last; or it ends there."""
     parts, seen = make_parts(tmp_path, 4), []
 
-    class InTwo(Disk):
-        def write(self, descriptor, parts, offset):
-            if not seen and os.readlink(f"/proc/self/fd/{descriptor}").endswith(".m3u8"):
-                count = super().write(descriptor, [parts[0][:done]], offset) if done != 0 else 0
-                seen.append(listed(tmp_path))
-                if broken:
-                    raise OSError(errno.EIO, "broken")
-                if done is not None:
-                    return count or super().write(descriptor, parts, offset)
-                return count
-            return super().write(descriptor, parts, offset)
+    def in_two(write, descriptor, parts, offset):
+        if seen or not os.readlink(f"/proc/self/fd/{descriptor}").endswith(".m3u8"):
+            return write(descriptor, parts, offset)
+        count = write(descriptor, [parts[0][:done]], offset) if done != 0 else 0
+        seen.append(listed(tmp_path))
+        if broken:
+            raise OSError(errno.EIO, "broken")
+        return count if done is None else count or write(descriptor, parts, offset)
 
     for part in parts[:2]:
         files.append(part)
     told = media_playlist(tmp_path).read_bytes()
-    with swapped(InTwo()):
+    with swapped(faulty(write=in_two)):
         for _ in range(1 + broken):
             with contextlib.suppress(OSError):
                 files.append(parts[2])
     files.append(parts[3])
-    assert seen == [[part.path for part in parts[:2]]]
-    assert listed(tmp_path) == [part.path for part in parts]
+    assert seen == [paths(parts[:2])]
+    assert listed(tmp_path) == paths(parts)
     assert media_playlist(tmp_path).read_bytes().startswith(told)
     assert media_playlist(tmp_path).name == "live-0.m3u8", "nobody has read what was not whole"
-    again = StreamFiles(tmp_path, fps=16, longest=LONGEST)
+    again = files_of(tmp_path)
     again.rebuild(parts)
     again.end()
     assert media_playlist(tmp_path).name == "live-0.m3u8"
 
 
 def test_a_folder_that_is_whole_is_not_copied_when_its_run_goes_on(files, tmp_path):
-    parts = make_parts(tmp_path, 4)
-    for part in parts:
-        files.append(part)
+    parts = make_parts(tmp_path, 4, files)
     stream = tmp_path / "stream.mp4"
     inode, content = stream.stat().st_ino, stream.read_bytes()
-    again = StreamFiles(tmp_path, fps=16, longest=LONGEST)
+    again = files_of(tmp_path)
     again.rebuild(parts[:3])
     assert shown_by(stream) == frames_of(*parts[:3])
     again.append(parts[3])
@@ -216,7 +213,7 @@ def test_a_folder_that_is_whole_is_not_copied_when_its_run_goes_on(files, tmp_pa
 
 @pytest.mark.parametrize("keep", [None, 2])
 def test_a_full_disk_changes_nothing_that_was_told(tmp_path, monkeypatch, keep):
-    files = StreamFiles(tmp_path, fps=16, longest=LONGEST, keep=keep)
+    files = files_of(tmp_path, keep)
     parts = make_parts(tmp_path, 4)
     files.rebuild(parts[:2])
     real = os.fsync
@@ -227,14 +224,14 @@ def test_a_full_disk_changes_nothing_that_was_told(tmp_path, monkeypatch, keep):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
         files.append(parts[2])
-    assert listed(tmp_path) == [part.path for part in parts[:2]]
+    assert listed(tmp_path) == paths(parts[:2])
     assert [path.name for path in tmp_path.rglob(".*")] == [], "no draft stays"
     monkeypatch.setattr(os, "fsync", real)
     for part in parts[2:]:
         files.append(part)
     kept = parts if keep is None else parts[-keep:]
     assert shown_by(tmp_path / "stream.mp4") == frames_of(*kept)
-    assert listed(tmp_path) == [part.path for part in kept]
+    assert listed(tmp_path) == paths(kept)
 
 
 def told(folder: Path) -> dict[str, str]:
@@ -254,13 +251,13 @@ def test_players_are_told_the_peak_bit_rate_of_all_that_is_there_and_what_it_is(
     rates = [8 * (tmp_path / part.path).stat().st_size * 16 / part.num_frames for part in parts]
     assert rates[3] > 2 * rates[0]
 
-    files = StreamFiles(tmp_path, fps=16, longest=LONGEST, keep=keep)
+    files = files_of(tmp_path, keep)
     for index, part in enumerate(parts):
         files.append(part)
         assert int(told(tmp_path)["BANDWIDTH"]) == math.ceil(max(rates[: index + 1]))
     files.end()
     undisturbed = (tmp_path / "live.m3u8").read_text()
-    again = StreamFiles(tmp_path, fps=16, longest=LONGEST, keep=keep)
+    again = files_of(tmp_path, keep)
     again.rebuild(parts if keep is None else parts[-keep:], 0 if keep is None else len(parts) - keep)
     again.end()
     assert (tmp_path / "live.m3u8").read_text() == undisturbed
@@ -279,10 +276,10 @@ def test_a_damaged_init_keeps_no_segment_from_being_told_of(files, tmp_path, har
     files.append(parts[0])
     whole, said = path.read_bytes(), told(tmp_path)
     path.write_bytes(harm(whole))
-    again = StreamFiles(tmp_path, fps=16, longest=LONGEST)
+    again = files_of(tmp_path)
     again.rebuild(parts[:1])
     again.append(parts[1])
-    assert listed(tmp_path) == [part.path for part in parts]
+    assert listed(tmp_path) == paths(parts)
     assert list(told(tmp_path)) == ["BANDWIDTH", "FRAME-RATE"]
     with pytest.raises(ValueError, match=r"00002-t0\.m4s is encoded in another way"):
         make_part(tmp_path, 2, 17, 8)
@@ -293,11 +290,9 @@ def test_a_damaged_init_keeps_no_segment_from_being_told_of(files, tmp_path, har
 
 def test_after_a_crash_the_playlist_never_shrinks(files, tmp_path):
     """Killed between the playlist and the manifest: a viewer has seen a segment that the manifest does not know."""
-    parts = make_parts(tmp_path, 3)
-    for part in parts:
-        files.append(part)
+    parts = make_parts(tmp_path, 3, files)
     told = media_playlist(tmp_path).read_bytes()
-    again = StreamFiles(tmp_path, fps=16, longest=LONGEST)
+    again = files_of(tmp_path)
     again.rebuild(parts[:2])
     assert media_playlist(tmp_path).read_bytes() == told
     assert shown_by(tmp_path / "stream.mp4") == frames_of(*parts[:2])
@@ -308,9 +303,7 @@ def test_after_a_crash_the_playlist_never_shrinks(files, tmp_path):
 
 
 def test_a_reroll_and_an_extension_begin_a_new_playlist_and_keep_the_old(files, tmp_path):
-    parts = make_parts(tmp_path, 3)
-    for part in parts:
-        files.append(part)
+    parts = make_parts(tmp_path, 3, files)
     files.end()
     old = media_playlist(tmp_path).read_bytes()
     files.rebuild(parts[:1])
@@ -332,20 +325,20 @@ def test_a_reroll_and_an_extension_begin_a_new_playlist_and_keep_the_old(files, 
 
 
 def test_the_latest_segments_of_an_endless_video(tmp_path):
-    files = StreamFiles(tmp_path, fps=16, longest=LONGEST, keep=3)
+    files = files_of(tmp_path, 3)
     files.rebuild([])
     parts = make_parts(tmp_path, 6)
     for count, part in enumerate(parts, 1):
         files.append(part)
         kept = parts[max(0, count - 3) : count]
-        assert listed(tmp_path) == [part.path for part in kept]
+        assert listed(tmp_path) == paths(kept)
         assert f"#EXT-X-MEDIA-SEQUENCE:{count - len(kept)}\n" in media_playlist(tmp_path).read_text()
         assert shown_by(tmp_path / "stream.mp4") == frames_of(*kept)
-    again = StreamFiles(tmp_path, fps=16, longest=LONGEST, keep=3)
+    again = files_of(tmp_path, 3)
     again.rebuild(parts[3:5], first=3)
     again.append(parts[5])
     again.end()
-    assert listed(tmp_path) == [part.path for part in parts[3:]]
+    assert listed(tmp_path) == paths(parts[3:])
     assert shown_by(tmp_path / "live.m3u8") == frames_of(*parts[3:])
     assert media_playlist(tmp_path).name == "live-0.m3u8"
 
@@ -368,7 +361,7 @@ class Histories(RuleBasedStateMachine):
         self.start([])
 
     def start(self, parts):
-        self.files = StreamFiles(self.folder, fps=16, longest=LONGEST)
+        self.files = files_of(self.folder)
         self.files.rebuild(parts)
         self.told = list(parts)
 
@@ -377,7 +370,7 @@ class Histories(RuleBasedStateMachine):
     def next_segment(self):
         self.told.append(self.parts[len(self.told), self.take])
         self.files.append(self.told[-1])
-        assert listed(self.folder)[: len(self.told)] == [part.path for part in self.told]
+        assert listed(self.folder)[: len(self.told)] == paths(self.told)
 
     @precondition(lambda self: self.told)
     @rule()
@@ -399,7 +392,7 @@ class Histories(RuleBasedStateMachine):
         self.files.end()
         if self.told:
             assert has_ended(self.folder)
-            assert listed(self.folder) == [part.path for part in self.told]
+            assert listed(self.folder) == paths(self.told)
         self.ended.append(len(self.told))
 
     @invariant()
@@ -415,10 +408,10 @@ class Histories(RuleBasedStateMachine):
         if not self.told:
             assert not stream.exists()
         else:
-            names = ["init.mp4", *(part.path for part in self.told)]
-            assert stream.read_bytes() == b"".join((self.folder / name).read_bytes() for name in names)
+            assert stream.read_bytes() == pieces_of(self.folder, self.told)
 
 
+@pytest.mark.usefixtures("unsynced")
 def test_any_history_leaves_files_that_agree(tmp_path):
     parts = {}
     for take in range(3):
@@ -432,50 +425,12 @@ def test_any_history_leaves_files_that_agree(tmp_path):
     assert set(ended) == {0, 1, 2, 3, 4}
 
 
-def follow(folder: Path, fps: int, lengths: list[int], timeout_s: float) -> list[int]:
-    """What ffmpeg shows that follows `live.m3u8` from its first segment to its end, each segment made while it reads.
-
-    A segment is told only when frames of the last but one have arrived: ffmpeg looks into two before it shows one.
-    """
-    files = StreamFiles(folder, fps=fps, longest=max(lengths))
-    files.rebuild([])
-    starts = [sum(lengths[:index]) for index in range(len(lengths))]
-    parts = [make_part(folder, *segment, fps=fps) for segment in zip(range(len(lengths)), starts, lengths, strict=True)]
-    files.append(parts[0])
-    command = reading(folder / "live.m3u8", "-live_start_index", "0", "-fpsprobesize", "0")
-    complaints = folder / "complaints"
-    with complaints.open("w") as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as follower:
-        late = threading.Timer(timeout_s, follower.kill)
-        late.start()
-        seen = b""
-        for part, before in zip(parts[1:], starts, strict=False):
-            files.append(part)
-            seen += follower.stdout.read((before + 1) * FRAME_BYTES - len(seen))
-        files.end()
-        seen += follower.stdout.read()
-        follower.wait()
-        late.cancel()
-    assert (complaints.read_text(), follower.returncode) == ("", 0)
-    return numbers_in(seen)
-
-
-@pytest.mark.parametrize("fps", [16, 24])
-def test_ffmpeg_follows_the_growing_playlist_and_shows_every_frame_once(tmp_path, fps):
-    assert follow(tmp_path, fps, [9, 8, 8, 8], timeout_s=30) == list(range(33))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fps", [16, 24])
-def test_ffmpeg_follows_a_long_video_to_its_end(tmp_path, fps):
-    assert follow(tmp_path, fps, [33, *[24] * 39], timeout_s=300) == list(range(33 + 39 * 24))
-
-
 @pytest.mark.parametrize("not_committed", [0, 1])
 @pytest.mark.parametrize("keep", [None, 2])
 def test_what_has_ended_is_whole_after_a_loss_of_power(tmp_path, keep, not_committed):
     recorder, power = Recorder(tmp_path), Power()
     with swapped(recorder):
-        files = StreamFiles(tmp_path, fps=16, longest=LONGEST, keep=keep)
+        files = files_of(tmp_path, keep)
         make_folder(tmp_path / "segments")
         parts = make_parts(tmp_path, 4)
         files.rebuild([])
@@ -492,6 +447,7 @@ def test_what_has_ended_is_whole_after_a_loss_of_power(tmp_path, keep, not_commi
     assert there[media_playlist(tmp_path).name].endswith(b"#EXT-X-ENDLIST\n")
 
 
+@pytest.mark.usefixtures("unsynced")
 def test_whatever_a_loss_of_power_leaves_goes_on_as_it_was(tmp_path):
     """The playlist too: what nobody can have read whole begins no other one."""
     (tmp_path / "made").mkdir()
@@ -499,12 +455,10 @@ def test_whatever_a_loss_of_power_leaves_goes_on_as_it_was(tmp_path):
     with swapped(recorder):
         make_folder(tmp_path / "made" / "segments")
         parts = make_parts(tmp_path / "made", 4)
-        files = StreamFiles(tmp_path / "made", fps=16, longest=LONGEST)
+        files = files_of(tmp_path / "made")
         for count, part in enumerate(parts, 1):
             files.append(part)
             recorder.tell(count)
-    names = ["init.mp4", *(part.path for part in parts)]
-    pieces = [(tmp_path / "made" / name).read_bytes() for name in names]
     for operation in recorder.operations:
         power.follow(operation)
         if isinstance(operation, Told):
@@ -512,8 +466,8 @@ def test_whatever_a_loss_of_power_leaves_goes_on_as_it_was(tmp_path):
         for _ in range(6 if told else 0):
             folder = tmp_path / "lost"
             build(folder, power.lost(luck)[1])
-            again = StreamFiles(folder, fps=16, longest=LONGEST)
+            again = files_of(folder)
             again.rebuild(parts[:told])
-            assert (folder / "stream.mp4").read_bytes() == b"".join(pieces[: told + 1])
-            assert listed(folder)[:told] == [part.path for part in parts[:told]]
+            assert (folder / "stream.mp4").read_bytes() == pieces_of(tmp_path / "made", parts[:told])
+            assert listed(folder)[:told] == paths(parts[:told])
             assert media_playlist(folder).name == "live-0.m3u8"
