@@ -56,7 +56,7 @@ class AdoptedRuns:
         """Raises NotAdopted, StaleWork or RunCancelled if nobody waits for this run's work."""
         known = self._adopted.get(spec.run_id)
         if known is None:
-            raise NotAdopted(f"this GPU actor was not told of the run {spec.run_id}")
+            raise NotAdopted(f"this GPU actor has not adopted the run {spec.run_id}")
         if known.key != spec.key:
             raise StaleWork(f"the run id {spec.run_id} belongs to another run now")
         if known.incarnation > spec.incarnation:
