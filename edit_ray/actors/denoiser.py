@@ -313,11 +313,22 @@ class DenoiserActor:
     ) -> tuple[T, float, float]:
         """The result of the work, when it began (in unix seconds), and its seconds.
 
+        On a CPU one thread does all of torch's work, unless torch has one thread only. OpenMP keeps a team of threads
+        for each thread that calls it, and once two teams have more threads than there are cores, both sleep where they
+        would spin: half the speed.
+
         If GPU memory runs out, all state that can be rebuilt is freed: the first time another attempt may succeed, and
         this raises SegmentFailed; the second time, or where `again` is False, OutOfMemory.
         """
+
+        def timed() -> tuple[T, float, float]:
+            torch.set_num_threads(self._model.threads)  # of this thread, if it has called torch before
+            began, started = time.time(), time.perf_counter()
+            return work(), began, time.perf_counter() - started
+
+        one_by_one = engine.device.type == "cpu" and self._model.threads > 1
         try:
-            return self._model.timed(engine, work)
+            return self._model.thread.submit(timed).result() if one_by_one else timed()
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold the work's tensors
             for _, leases in list(self._leases.values()):

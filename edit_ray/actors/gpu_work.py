@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import torch
 
@@ -21,8 +19,6 @@ from edit_ray.errors import NotAdopted, RunCancelled, StaleWork
 from edit_ray.files import write_atomic
 from edit_ray.metrics.collect import MetricValues
 from edit_ray.runs.run_plan import SegmentPlan
-
-T = TypeVar("T")
 
 
 class AdoptedRuns:
@@ -56,7 +52,7 @@ class AdoptedRuns:
         """Raises NotAdopted, StaleWork or RunCancelled if nobody waits for this run's work."""
         known = self._adopted.get(spec.run_id)
         if known is None:
-            raise NotAdopted(f"this GPU actor was not told of the run {spec.run_id}")
+            raise NotAdopted(f"this GPU actor has not adopted the run {spec.run_id}")
         if known.key != spec.key:
             raise StaleWork(f"the run id {spec.run_id} belongs to another run now")
         if known.incarnation > spec.incarnation:
@@ -74,7 +70,7 @@ class LoadedModel:
         self.loading = False
         self.thread = ThreadPoolExecutor(1, "torch")
         self._weights: str | None = None  # the digest of the loaded files
-        self._threads = 0  # of torch
+        self.threads = 0  # of torch
 
     def forget_replaced(self, spec: RunSpec) -> None:
         """Have the model loaded anew if the files at its path are no longer those that were loaded."""
@@ -87,38 +83,22 @@ class LoadedModel:
 
     def _load_for(self, spec: RunSpec) -> SegmentEngine:
         config = spec.config
-        self._threads = config.engine.cpu_threads or usable_cores()  # Ray would leave one
+        self.threads = config.engine.cpu_threads or usable_cores()  # Ray would leave one
         wanted = config.model, config.engine.cfg_parallel
         self.loading = True
         try:
             if self.engine is None or self.loaded_for != wanted:
                 self.engine = None  # frees the last model before the next one is loaded
                 weights = model_digest(config.model.path)
-                self.engine = SegmentEngine.load(config.model, self._threads, cfg_parallel=config.engine.cfg_parallel)
+                self.engine = SegmentEngine.load(config.model, self.threads, cfg_parallel=config.engine.cfg_parallel)
                 self.loaded_for, self._weights = wanted, weights
-            torch.set_num_threads(self._threads)
+            torch.set_num_threads(self.threads)
             self.engine.max_live_decoders = config.engine.max_live_decoders
             self.engine.use_mode(config.engine.mode, fp8=config.engine.fp8)
             self.engine.encode_prompts(spec.texts)  # thousands of prompts take as long as a model
         finally:
             self.loading = False
         return self.engine
-
-    def timed(self, engine: SegmentEngine, work: Callable[[], T]) -> tuple[T, float, float]:
-        """The result of the work, when it began (in unix seconds), and its seconds.
-
-        On a CPU one thread does all of torch's work, unless torch has one thread only. OpenMP keeps a team of threads
-        for each thread that calls it, and once two teams have more threads than there are cores, both sleep where they
-        would spin: half the speed.
-        """
-
-        def timed() -> tuple[T, float, float]:
-            torch.set_num_threads(self._threads)  # of this thread, if it has called torch before
-            began, started = time.time(), time.perf_counter()
-            return work(), began, time.perf_counter() - started
-
-        one_by_one = engine.device.type == "cpu" and self._threads > 1
-        return self.thread.submit(timed).result() if one_by_one else timed()
 
 
 # What a segment takes from those before it and adds to the run's stream, from committed files alone.
