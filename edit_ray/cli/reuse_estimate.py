@@ -15,7 +15,7 @@ from edit_ray.cache.stores.simulate import Simulated, accesses_of, simulate
 from edit_ray.config import Config
 from edit_ray.engine.calibration import policy_of
 from edit_ray.engine.model_info import read_model_info
-from edit_ray.engine.reuse_numbers import branches_of, plan_from_numbers, residual_shape
+from edit_ray.engine.reuse import branches_of, plan_from_numbers, residual_shape
 from edit_ray.errors import ModelError
 from edit_ray.tiers.reuse_plan import CacheKey, ReusePlan, make_reuse_plan
 from edit_ray.tiers.slots import slot_bytes

@@ -18,6 +18,7 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import get_module_execution_device
+from PIL.Image import Image
 from torch import Generator, Tensor
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -323,8 +324,11 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
             )
         return ContextLatents(check_context("history", history, noise))
 
-    def _decode(self, latents: Tensor, output_type: str | None) -> Any:
-        """Latents [B, C, T, h, w] as `output_type`; with "latent" they are the output."""
+    def _decode(self, latents: Tensor, output_type: str | None, references: int) -> Any:
+        """Latents [B, C, T, h, w] as `output_type`, without the references in front; with "latent" they are the output.
+
+        As in diffusers, latents that are the output still have their references.
+        """
         if output_type == "latent":
             return latents
         latents = latents[:, :, references:].to(get_module_execution_device(self.vae), dtype=self.vae.dtype)

@@ -70,10 +70,29 @@ def random_vae(**config: object) -> AutoencoderKLWan:
     return AutoencoderKLWan(**(defaults | config)).eval()
 
 
-def _transformer(num_layers: int) -> WanTransformer3DModel:
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 48, "freq_dim": 32, "text_dim": TEXT_DIM}
-    sizes |= {"in_channels": Z_DIM, "out_channels": Z_DIM, "num_layers": num_layers, "rope_max_seq_len": 64}
+def _transformer(num_layers: int, layout: Layout) -> WanTransformer3DModel | WanVACETransformer3DModel:
+    sizes: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 48, "freq_dim": 32}
+    sizes |= {"text_dim": TEXT_DIM, "num_layers": num_layers, "rope_max_seq_len": 64}
+    sizes |= {"in_channels": Z_DIM if layout in ("text", "vace") else 2 * Z_DIM + 4, "out_channels": Z_DIM}
+    if layout == "vace":
+        # Wan's control: both halves of a video, and a mask of 8 x 8 pixels for each place.
+        return WanVACETransformer3DModel(**sizes, vace_layers=[0], vace_in_channels=2 * Z_DIM + 64).eval()
+    if layout.endswith("clip"):
+        sizes |= {"image_dim": CLIP_DIM, "added_kv_proj_dim": 24}
+    if layout == "first_last_clip":
+        sizes["pos_embed_seq_len"] = 2 * CLIP_TOKENS
     return WanTransformer3DModel(**sizes).eval()
+
+
+def _image_processor() -> Any:
+    # transformers 5 keeps the processor that needs no torchvision under a name of its own.
+    name = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else "CLIPImageProcessor"
+    return getattr(transformers, name)(size={"shortest_edge": 16}, crop_size=16)
+
+
+def _image_encoder() -> CLIPVisionModel:
+    sizes = {"hidden_size": CLIP_DIM, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=16, patch_size=8)).eval()
 
 
 def _word_tokenizer() -> PreTrainedTokenizerFast:

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edit_ray.video.encode import encode
-from edit_ray.video.joins import Joins
-from edit_ray.video.options import OutputOptions
-from edit_ray.video.seam import LARGEST_SCORE, RADIUS
-from edit_ray.video.stream_files import Part, StreamFiles, write_part
+from edit_ray.video.encode import OutputOptions, encode
+from edit_ray.video.fragments import Part, write_part
+from edit_ray.video.hls import StreamFiles
+from edit_ray.video.seams import LARGEST_SCORE, RADIUS, Joins
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "watching.md").read_text()

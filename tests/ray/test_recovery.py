@@ -15,7 +15,7 @@ from edit_ray import LongVideoClient
 from edit_ray.actors import launch
 from edit_ray.cli.main import main
 from edit_ray.config import load_config
-from edit_ray.engine.latent_files import load_latents
+from edit_ray.engine.continuity import load_latents
 from edit_ray.errors import ConfigError, SegmentFailed
 from jobs.long_video import check_resumable
 from tests.ray.conftest import REPOSITORY, manifest_of, pids, wait_until

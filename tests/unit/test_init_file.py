@@ -10,7 +10,7 @@ from PIL import Image
 from edit_ray.engine import init_file
 from edit_ray.engine.init_file import read_init
 from edit_ray.errors import ConfigError
-from edit_ray.video.encode import OutputOptions, Patience, encode
+from edit_ray.video.encode import OutputOptions, encode
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
