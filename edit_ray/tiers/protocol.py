@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,11 +65,30 @@ def table_bytes(num_ops: int) -> int:
     return 2 * num_ops * _WORD.itemsize
 
 
+class _Fence(threading.local):
+    """A memory fence: other CPUs see this thread's accesses before a call before those after it.
+
+    x86 keeps the order of loads and that of stores by itself; Arm does so only around locks that are released and
+    acquired.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def __call__(self) -> None:
+        self._lock.release()
+        self._lock.acquire()
+
+
+fence = _Fence()
+
+
 class OpTable:
     """The words of a segment's ops, over memory of at least `table_bytes`.
 
     A word is written by one side only, and is whole as it is aligned. The store writes a place when its bytes are
-    there; the segment writes DONE when it is through with them.
+    there; the segment writes DONE when it is through with them. A fence stands before each write and after each read.
     """
 
     def __init__(self, memory: memoryview, num_ops: int) -> None:
@@ -84,21 +104,26 @@ class OpTable:
 
     def give(self, index: int, offset: int | None) -> None:
         """The place of an op; None if it has none: a read that was lost, a write that nobody keeps."""
+        fence()
         self._places[index] = NONE if offset is None else offset + 1
 
     def states(self) -> NDArray[np.int64]:
         """A copy of every op's state."""
-        return self._states.copy()
+        states = self._states.copy()
+        fence()
+        return states
 
     # The segment's side.
 
     def place(self, index: int) -> int | None:
         """The offset of an op, or WAITING - 1 while it has none yet; None if it never will."""
         word = int(self._places[index])
+        fence()
         return None if word == NONE else word - 1
 
     def mark(self, index: int, state: int) -> None:
         """Say what has become of an op."""
+        fence()
         self._states[index] = state
 
 
