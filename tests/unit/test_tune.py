@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from edit_ray import EditWanPipeline
 from edit_ray.cli import main
-from edit_ray.engine.tune import TUNABLE, Videos, best, psnr_of, tune
+from edit_ray.engine.tune import TUNABLE, PolicyUnfit, Videos, best, psnr_of, tune
 from edit_ray.testing import save_random_wan
 
 CALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 5, "guidance_scale": 3.0}
@@ -77,12 +77,21 @@ def test_a_policy_that_cannot_work_here_is_left_out():
 
     def measure(policy, options):
         if policy == "teacache":
-            raise ValueError("no coefficients")
-        if policy == "ranked":
-            raise TypeError("no ranks")
+            raise PolicyUnfit("no coefficients")
         yield from good(policy, options)
 
-    assert {trial.policy for trial in tune(measure, 30)} == set(TUNABLE) - {"teacache", "ranked"}
+    assert {trial.policy for trial in tune(measure, 30)} == set(TUNABLE) - {"teacache"}
+
+
+def test_what_fails_in_a_video_is_said_and_is_no_policy_that_cannot_work_here(folder, monkeypatch):
+    pipe = EditWanPipeline.from_pretrained(folder, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    videos = Videos(pipe, PROMPTS[:1], 5, CALL)
+    assert [trial.policy for trial in tune(videos, 30, ["teacache"])] == [], "nobody has calibrated the model"
+    monkeypatch.setattr(pipe.vae, "decode", lambda *_, **__: int("no number"))
+    with pytest.raises(ValueError, match="no number"):
+        list(tune(videos, 30, ["seacache"]))
+    assert pipe.cache is None
 
 
 def test_nothing_holds_where_nothing_can():
