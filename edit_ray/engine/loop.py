@@ -40,8 +40,9 @@ class Request:
 def denoise(pipe: Any, request: Request) -> Tensor:
     """Denoise `request.latents` with the transformers and the noise scheduler of `pipe`; returns [B, C, T, h, w].
 
-    The first k slots stay what `held` says, at the noise level of every step. Whatever the callback changes on `pipe`
-    (`_interrupt`, `_guidance_scale`, `scheduler`, …) acts from the next step on.
+    The first k slots stay what `held` says, at the noise level of every step. What the callback changes on `pipe`
+    (`_interrupt`, `scheduler`, …) acts from the next step on; of `_guidance_scale`, as in diffusers, only whether it is
+    above 1.
     """
     cond, uncond = request.prompt_embeds, request.negative_prompt_embeds  # [B, L, D]
     x, held = request.latents, request.held  # [B, C, T, h, w]
