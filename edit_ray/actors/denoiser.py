@@ -23,7 +23,7 @@ from edit_ray.engine.loading import choose_device
 from edit_ray.engine.lookback import lookback_latents
 from edit_ray.engine.model_digest import model_digest
 from edit_ray.engine.provenance import provenance_of
-from edit_ray.engine.segment import SegmentEngine, usable_cores
+from edit_ray.engine.segment import KEPT_PROMPTS, SegmentEngine, usable_cores
 from edit_ray.errors import EditRayError, OutOfMemory, SegmentFailed
 from edit_ray.files import digest_of_file, read_bytes, replacing
 from edit_ray.metrics.collect import MetricValues, Snapshot
@@ -102,7 +102,7 @@ class DenoiserActor:
         self._adoption.adopt(spec)
 
     def prepare_run(self, spec: RunSpec) -> dict[str, int]:
-        """Loads the model if another one is loaded, encodes every prompt of the run, frees the text encoder's place.
+        """Loads the model if another one is loaded, encodes the run's prompts, frees the text encoder's place.
 
         What the run begins from is encoded, and made durable. Returns how many latents before a segment it and its
         decoding may need. Raises ConfigError for a file that cannot be used.
@@ -124,7 +124,7 @@ class DenoiserActor:
         when the latents are not finite, EntryLost when what it should reuse is gone, OutOfMemory.
         """
         self._adoption.check(spec)
-        engine = self._ready_engine(spec)
+        engine = self._ready_engine(spec, segment.index)
         leases = self._leases_of(spec, engine)
         append_event(spec.folder.events, "segment_begun", segment=segment.index, attempt=attempt)
         reusing = segment.index - spec.planned_from  # its number among those that reuse each other's residuals
@@ -288,12 +288,12 @@ class DenoiserActor:
         patience = self._patience(spec)
         return self._joins.measure(spec.key, spec.folder.path, spec.part(segment), before, **size, patience=patience)
 
-    def _ready_engine(self, spec: RunSpec) -> SegmentEngine:
-        """The engine of this run's model, with this run's prompts encoded."""
+    def _ready_engine(self, spec: RunSpec, index: int = 0) -> SegmentEngine:
+        """The engine of this run's model, with the prompts encoded of this run, or of the segments around this one."""
         self._beat += 1
-        return self._thread.submit(self._load_for, spec).result()
+        return self._thread.submit(self._load_for, spec, index).result()
 
-    def _load_for(self, spec: RunSpec) -> SegmentEngine:
+    def _load_for(self, spec: RunSpec, index: int) -> SegmentEngine:
         config = spec.config
         threads = config.engine.cpu_threads or usable_cores()  # Ray would leave one
         wanted = config.model, config.engine.cfg_parallel
@@ -309,9 +309,9 @@ class DenoiserActor:
         self._threads = threads
         self._engine.max_live_decoders = config.engine.max_live_decoders
         self._engine.use_mode(config.engine.mode, fp8=config.engine.fp8)
-        self._loading = True  # thousands of prompts take as long as a model
+        self._loading = True  # hundreds of prompts take as long as a model
         try:
-            self._engine.encode_prompts(spec.texts)
+            self._engine.encode_prompts(spec.texts(index, KEPT_PROMPTS))
         finally:
             self._loading = False
         return self._engine
@@ -330,7 +330,7 @@ class DenoiserActor:
             )
 
         with self._decoding:  # from the call on: the next segment's denoising is asked for at the same moment
-            engine = self._ready_engine(spec)
+            engine = self._ready_engine(spec, segment.index)
             latents = load_latents(spec.latents(segment.index))
             frames, decode_at, decode_s = self._compute(engine, work, again=again)
         assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"

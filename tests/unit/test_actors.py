@@ -97,6 +97,34 @@ def frames_of(root, config, run_id="one"):
     return read_frames(path, height=config.sampling.height, width=config.sampling.width)
 
 
+def test_of_very_many_prompts_those_of_the_next_segments_are_encoded_and_kept(tmp_path, model, monkeypatch):
+    """At Wan's size ten thousand would take 40 GB, and a long while before segment 0."""
+    scenes = [f"a {colour} {shape}" for colour in ("red", "green", "blue", "white") for shape in ("circle", "square")]
+    changes = {"video": {"num_segments": 8}, "sampling": {"num_inference_steps": 1}}
+    changes["prompt_segments"] = [{"segment": k, "prompt": prompt} for k, prompt in enumerate(scenes)]
+    latents, kept = [], []
+
+    class Watching(Crew):
+        async def denoiser(self, worker, method, *arguments):
+            reply = await super().denoiser(worker, method, *arguments)
+            if engine := self.workers[worker].denoiser._engine:
+                kept.append((method, len(engine._embeds)))
+            return reply
+
+    for most in (256, 4):
+        kept.clear()
+        monkeypatch.setattr("edit_ray.actors.denoiser.KEPT_PROMPTS", most)
+        monkeypatch.setattr("edit_ray.engine.segment.KEPT_PROMPTS", most)
+        config = config_for(model, **changes)
+        status, _, crew = asyncio.run(generate(tmp_path, config, f"kept-{most}", Watching()))
+        assert status.state == "done", status.error
+        latents.append([load_latents(RunFolder(tmp_path, f"kept-{most}").latents(k)) for k in range(8)])
+        asyncio.run(crew.end())
+    assert dict(kept)["prepare_run"] < 4
+    assert max(number for _, number in kept) <= 4
+    assert all(map(torch.equal, *latents))
+
+
 def test_a_run_makes_exactly_the_promised_frames(tmp_path, model):
     config = config_for(model)
     status, records, _ = asyncio.run(generate(tmp_path, config))
