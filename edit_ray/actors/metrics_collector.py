@@ -160,7 +160,7 @@ class MetricsCollector:
         call = self._crew.denoiser if role == "denoiser" else self._crew.store
         while True:
             snapshot: Snapshot | None = None
-            with contextlib.suppress(Exception):  # a dead actor, or one that cannot tell
+            with best_effort("ask an actor for its metrics"), contextlib.suppress(ConnectionError):  # a dead actor
                 snapshot = await call(worker, "metrics")
             with self._on_our_account():
                 self._actors.take(role, worker, snapshot)

@@ -48,6 +48,25 @@ def check(samples, manifest, policy):
         assert told == sum(of.get(f"reuse_{direction}_bytes", 0) for of in figures)
 
 
+def test_an_actor_that_cannot_say_its_metrics_is_named_and_costs_no_run(tmp_path, model, caplog):
+    class Mute(LocalCrew):
+        async def denoiser(self, worker, method, *arguments):
+            if method == "metrics":
+                raise ZeroDivisionError("division by zero")
+            return await super().denoiser(worker, method, *arguments)
+
+    async def run():
+        crew = Mute()
+        scheduler = SegmentSchedulerActor(crew)
+        await submit(scheduler, tmp_path, "one", config_for(model))
+        status = await end_of(scheduler, "one")
+        await crew.end()
+        return status
+
+    assert asyncio.run(run()).state == "done"
+    assert "could not ask an actor for its metrics: ZeroDivisionError: division by zero" in caplog.text
+
+
 def test_the_counts_are_those_of_the_manifest(tmp_path, model):
     async def run():
         crew = Crew()
