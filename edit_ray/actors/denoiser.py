@@ -8,7 +8,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +17,7 @@ from edit_ray.actors.adoption import Adoption
 from edit_ray.actors.continuing import added_by, context_of, preceding_of, tiled_position
 from edit_ray.actors.messages import Progress, RunSpec, code_version, statistics
 from edit_ray.actors.stats import StepTimes, cache_statistics, show_memory
+from edit_ray.actors.threads import OneThread
 from edit_ray.engine.latent_files import load_latents, save_latents
 from edit_ray.engine.loading import choose_device
 from edit_ray.engine.lookback import lookback_latents
@@ -51,7 +51,7 @@ class DenoiserActor:
         self._loaded_for: object = None
         self._weights: str | None = None  # the digest of what was loaded
         self._threads = 0  # of torch
-        self._thread = ThreadPoolExecutor(1, "torch")
+        self._thread = OneThread("torch")
         self._decoding = threading.Lock()
         self._adoption = Adoption()
         self._progress: Progress | None = None
@@ -184,12 +184,11 @@ class DenoiserActor:
         return self._compute(engine, work, denoises=True)
 
     def _let_decoding_go_first(self, engine: SegmentEngine) -> None:
-        """On a GPU a step begins when no decoding is at work. Either fills the GPU: at once they take as long as one by
-        one, and frames would come later that somebody waits for.
-        """
+        """A step begins when no decoding is at work: at once they take as long as one by one, and frames come later."""
         if engine.device.type == "cuda":
             with self._decoding:
                 return
+        self._thread.give_way()
 
     def _make_lost_again(
         self, spec: RunSpec, engine: SegmentEngine, leases: SegmentLeases, reusing: int, attempt: int
@@ -291,7 +290,7 @@ class DenoiserActor:
     def _ready_engine(self, spec: RunSpec, index: int = 0) -> SegmentEngine:
         """The engine of this run's model, with the prompts encoded of this run, or of the segments around this one."""
         self._beat += 1
-        return self._thread.submit(self._load_for, spec, index).result()
+        return self._thread.submit_first(lambda: self._load_for(spec, index)).result()
 
     def _load_for(self, spec: RunSpec, index: int) -> SegmentEngine:
         config = spec.config
@@ -355,7 +354,8 @@ class DenoiserActor:
 
         one_by_one = engine.device.type == "cpu" and self._threads > 1
         try:
-            return self._thread.submit(timed).result() if one_by_one else timed()
+            submit = self._thread.submit if denoises else self._thread.submit_first
+            return submit(timed).result() if one_by_one else timed()
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold what the work had reached
             for _, leases in list(self._leases.values()):

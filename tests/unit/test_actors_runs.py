@@ -2,13 +2,16 @@
 
 import asyncio
 import re
+import threading
+import time
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
 from edit_ray.actors.denoiser import DenoiserActor
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalCrew, LocalWorker
+from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.engine.latent_files import load_latents
 from edit_ray.engine.lookback import lookback_latents
@@ -140,6 +143,37 @@ class Hanging(LocalCrew):
     async def restart_denoiser(self, worker):
         self.killed += 1
         await super().restart_denoiser(worker)
+
+
+@pytest.mark.parametrize("cpu_threads", [1, 2])
+def test_a_segment_is_decoded_while_the_next_one_is_denoised(tmp_path, model, cpu_threads):
+    """Whoever waits for its frames does not wait for the next ones: also where torch's work is done one by one."""
+    decoded = threading.Event()
+
+    class Held(DenoiserActor):
+        """Denoises no step after the second one of segment 1 before segment 0 is decoded."""
+
+        def _let_decoding_go_first(self, engine):
+            deadline = time.monotonic() + 20
+            while self._progress and (self._progress.segment_index, self._progress.step) == (1, 2):
+                super()._let_decoding_go_first(engine)
+                if decoded.wait(0.01) or time.monotonic() > deadline:
+                    break
+
+    spec = RunSpec("one", tmp_path, config_for(model, engine={"cpu_threads": cpu_threads}), 4)
+    spec.folder.create("", spec.begun("", {})).close()
+    denoiser = Held(LocalWorker())
+    denoiser.prepare_run(spec)
+    denoiser.denoise_segment(spec, spec.segment(0), 0)
+    denoising = threading.Thread(target=denoiser.denoise_segment, args=(spec, spec.segment(1), 0))
+    denoising.start()
+    while (at := denoiser.progress()) is None or (at.segment_index, at.step) != (1, 2):
+        time.sleep(0.001)
+    denoiser.decode_segment(spec, spec.segment(0))
+    assert denoiser.progress().step == 2
+    decoded.set()
+    denoising.join()
+    denoiser.decode_segment(spec, spec.segment(1))
 
 
 def test_an_actor_that_makes_no_step_is_restarted(tmp_path, model, undisturbed):
