@@ -47,3 +47,9 @@ def test_a_mistake_ends_with_code_2_and_a_sentence(arguments, words):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert lines
     assert all(any(word in line for line in lines) for word in words), done.stderr
+
+
+def test_nothing_that_others_wrote_is_obeyed_by_a_terminal():
+    done = job("--set", "sampling.height\x1b]0;owned\x07=64")
+    assert "\\x1b]0;owned\\x07" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
