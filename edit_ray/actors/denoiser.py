@@ -185,6 +185,7 @@ class DenoiserActor:
         if engine.device.type == "cuda":
             with self._decoding:
                 return
+        self._thread.give_way()
 
     def _make_lost_again(
         self, spec: RunSpec, engine: SegmentEngine, leases: SegmentLeases, reusing: int, attempt: int

@@ -89,7 +89,7 @@ class ResidualIndex:
     def bytes_by_branch(self) -> dict[str, int]:
         """Bytes put and not dropped, by branch."""
         total: dict[str, int] = {}
-        for entry in self._entries.values():
+        for entry in list(self._entries.values()):  # the other branch's thread may store meanwhile
             branch = str(entry.key[2])
             total[branch] = total.get(branch, 0) + entry.bytes
         return total

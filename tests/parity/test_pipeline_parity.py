@@ -142,6 +142,20 @@ class CutGuidance(PipelineCallback):
         return callback_kwargs
 
 
+class RaiseGuidance(PipelineCallback):
+    """The scale is the call's from its first step to its last."""
+
+    tensor_inputs = ("latents",)
+
+    def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+        pipeline._guidance_scale = 9.0
+        return callback_kwargs
+
+
+def test_a_callback_does_not_change_the_guidance_scale(pair):
+    assert torch.equal(assert_equal_latents(pair, callback_on_step_end=RaiseGuidance()), generate(pair.ours))
+
+
 class Double(PipelineCallback):
     tensor_inputs = ("latents", "prompt_embeds")
 

@@ -127,7 +127,8 @@ def test_without_a_ray_nothing_is_started_or_stopped(tmp_path, capsys):
 def test_watching_waits_for_a_run_that_is_about_to_begin(tmp_path, capsys):
     code, _, err = told(capsys, "watch", "late", "--wait", "0")
     assert (code, "no run 'late'" in err) == (2, True)
-    job = threading.Timer(1.0, run_on_disk, (tmp_path / "runs", "late"))
+    run = run_on_disk(tmp_path / "elsewhere", "late").path
+    job = threading.Timer(1.0, run.rename, [tmp_path / "runs" / "late"])  # at once, as it is never seen half made
     job.start()
     code, out, err = told(capsys, "watch", "late", "--wait", "60")
     job.join()
