@@ -123,7 +123,7 @@ class DenoiserActor:
         when the latents are not finite, EntryLost when what it should reuse is gone, OutOfMemory.
         """
         self._adopted.check(spec)
-        engine = self._ready_engine(spec)
+        engine = self._ready_engine(spec, segment.index)
         leases = self._leases_of(spec, engine)
         append_event(spec.folder.events, "segment_begun", segment=segment.index, attempt=attempt)
         reusing = segment.index - spec.planned_from  # its number in the reuse plan
@@ -178,14 +178,14 @@ class DenoiserActor:
         return self._compute(engine, work, denoises=True)
 
     def _let_decoding_go_first(self, engine: SegmentEngine) -> None:
-        """On a GPU, a step begins when no decoding is in progress.
+        """A step begins when no decoding waits or is in progress.
 
-        Each fills the GPU: at the same time they take as long as one by one, and a client gets its frames later.
+        At the same time they take as long as one by one, and a client gets its frames later.
         """
         if engine.device.type == "cuda":
             with self._decoding:
                 return
-        self._thread.give_way()
+        self._model.thread.yield_to_urgent()
 
     def _make_lost_again(
         self, spec: RunSpec, engine: SegmentEngine, leases: SegmentLeases, reusing: int, attempt: int
@@ -285,9 +285,9 @@ class DenoiserActor:
         part, patience = spec.part(segment), self._patience(spec)
         return self._joins.measure(spec.key, spec.folder.path, part, before, frames, patience)
 
-    def _ready_engine(self, spec: RunSpec) -> SegmentEngine:
+    def _ready_engine(self, spec: RunSpec, segment_index: int = 0) -> SegmentEngine:
         self._count_beat()
-        return self._model.ready(spec)
+        return self._model.ready(spec, segment_index)
 
     def _decode(self, spec: RunSpec, segment: SegmentPlan, *, again: bool = True) -> tuple[Frames, float, float]:
         """The segment's frames, uint8 [F, H, W, 3], when their decoding began, and its seconds."""
@@ -303,7 +303,7 @@ class DenoiserActor:
             )
 
         with self._decoding:  # from the call on: the next segment's denoising is requested at the same moment
-            engine = self._ready_engine(spec)
+            engine = self._ready_engine(spec, segment.index)
             latents = load_latents(spec.latents(segment.index))
             frames, decode_at, decode_s = self._compute(engine, work, again=again)
         assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
@@ -329,7 +329,8 @@ class DenoiserActor:
 
         one_by_one = engine.device.type == "cpu" and self._model.threads > 1
         try:
-            return self._model.thread.submit(timed).result() if one_by_one else timed()
+            submit = self._model.thread.submit if denoises else self._model.thread.submit_urgent
+            return submit(timed).result() if one_by_one else timed()
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold the work's tensors
             for _, leases in list(self._leases.values()):

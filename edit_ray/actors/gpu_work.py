@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,12 +16,14 @@ from edit_ray.cache.records import Record
 from edit_ray.engine.continuity import latent_tail, load_latents, match_statistics
 from edit_ray.engine.loading import usable_cores
 from edit_ray.engine.model_files import model_digest
-from edit_ray.engine.segment import SegmentEngine
+from edit_ray.engine.segment import KEPT_PROMPTS, SegmentEngine
 from edit_ray.engine.vae_stream import Preceding
 from edit_ray.errors import NotAdopted, RunCancelled, StaleWork
 from edit_ray.files import write_atomic
 from edit_ray.metrics.collect import MetricValues
 from edit_ray.runs.run_plan import SegmentPlan
+
+T = TypeVar("T")
 
 
 class AdoptedRuns:
@@ -61,6 +66,34 @@ class AdoptedRuns:
             raise RunCancelled(f"run {spec.run_id} was stopped")
 
 
+class OneThread(ThreadPoolExecutor):
+    """A thread that does one piece of work after the other; urgent work is done between two steps of the others."""
+
+    def __init__(self, name: str) -> None:
+        self._urgent: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._ident = 0
+        super().__init__(1, name, self._begin)
+
+    def _begin(self) -> None:
+        self._ident = threading.get_ident()
+
+    def submit_urgent(self, work: Callable[[], T]) -> Future[T]:
+        """Have `work` done at the next `yield_to_urgent`, or in its turn."""
+        future: Future[T] = Future()
+        self._urgent.append((future, work))
+        self.submit(self.yield_to_urgent)
+        return future
+
+    def yield_to_urgent(self) -> None:
+        """Between two steps: do the urgent work. Nothing happens in another thread."""
+        while self._urgent and threading.get_ident() == self._ident:
+            future, work = self._urgent.popleft()
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+
 class LoadedModel:
     """The engine of the last model that was loaded, and the thread that runs torch on a CPU."""
 
@@ -68,7 +101,7 @@ class LoadedModel:
         self.engine: SegmentEngine | None = None
         self.loaded_for: object = None
         self.loading = False
-        self.thread = ThreadPoolExecutor(1, "torch")
+        self.thread = OneThread("torch")
         self._weights: str | None = None  # the digest of the loaded files
         self.threads = 0  # of torch
 
@@ -77,11 +110,11 @@ class LoadedModel:
         if self._weights != model_digest(spec.config.model.path):
             self.loaded_for = None
 
-    def ready(self, spec: RunSpec) -> SegmentEngine:
-        """The engine of this run's model, with the run's prompts encoded."""
-        return self.thread.submit(self._load_for, spec).result()
+    def ready(self, spec: RunSpec, segment_index: int = 0) -> SegmentEngine:
+        """The engine of this run's model, with the run's prompts encoded, or of very many those around this segment."""
+        return self.thread.submit_urgent(lambda: self._load_for(spec, segment_index)).result()
 
-    def _load_for(self, spec: RunSpec) -> SegmentEngine:
+    def _load_for(self, spec: RunSpec, segment_index: int) -> SegmentEngine:
         config = spec.config
         self.threads = config.engine.cpu_threads or usable_cores()  # Ray would leave one
         wanted = config.model, config.engine.cfg_parallel
@@ -95,7 +128,8 @@ class LoadedModel:
             torch.set_num_threads(self.threads)
             self.engine.max_live_decoders = config.engine.max_live_decoders
             self.engine.use_mode(config.engine.mode, fp8=config.engine.fp8)
-            self.engine.encode_prompts(spec.texts)  # thousands of prompts take as long as a model
+            texts = spec.texts(segment_index, KEPT_PROMPTS)
+            self.engine.encode_prompts(texts)  # hundreds of prompts take as long as a model
         finally:
             self.loading = False
         return self.engine

@@ -152,7 +152,7 @@ class MetricsCollector:
         call = self._pool.denoiser if role == "denoiser" else self._pool.store
         while True:
             snapshot: Snapshot | None = None
-            with contextlib.suppress(Exception):  # a dead actor, or an error of its own
+            with best_effort("ask an actor for its metrics"), contextlib.suppress(ConnectionError):  # a dead actor
                 snapshot = await call(worker, "metrics")
             with self._counting_cpu():
                 self._actors.take(role, worker, snapshot)

@@ -75,7 +75,7 @@ class ResidualIndex:
 
     def entries(self) -> list[StoredResidual]:
         """Every stored residual, with the tier that holds it."""
-        located = [(entry, self._tier_of(entry.key)) for entry in self._entries.values()]
+        located = [(entry, self._tier_of(entry.key)) for entry in list(self._entries.values())]
         return [replace(entry, tier=tier) for entry, tier in located if tier is not None]
 
     def _tier_of(self, key: Key) -> str | None:

@@ -42,7 +42,8 @@ def denoise(pipe: Any, request: Request) -> Tensor:
     """Denoise a request with the transformers and the noise scheduler of `pipe`; returns latents [B, C, T, h, w].
 
     The first k slots are held to the request's context, at the noise level of every step. What the callback changes on
-    `pipe` (`_interrupt`, `_guidance_scale`, `scheduler`, …) acts from the next step on.
+    `pipe` (`_interrupt`, `scheduler`, …) acts from the next step on; of `_guidance_scale`, as in diffusers, only
+    whether it is above 1.
     """
     cond, uncond = request.prompt_embeds, request.negative_prompt_embeds  # [B, L, D]
     conditions, context = request.conditions, request.context

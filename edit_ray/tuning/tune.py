@@ -76,7 +76,7 @@ def tune(measure: Measure, psnr: float, policies: Sequence[str] = tuple(TUNABLE)
             tried.add(value)
             try:
                 trial = _try(measure, policy, {option: value}, psnr, least)
-            except (ValueError, TypeError):  # the policy needs a calibration that the model lacks
+            except PolicyUnfit:
                 break
             yield trial
             if trial.verdict == "holds":
