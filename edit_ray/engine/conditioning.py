@@ -45,7 +45,7 @@ _TOGETHER = ({"image", "latents"}, {"latents", "history"}, {"latents", "overlap"
 
 
 @dataclass(frozen=True)
-class Schedule:
+class StepSchedule:
     """The steps of a loop: a number of them, which the noise scheduler chooses, or given noise levels.
 
     Raises:
@@ -84,7 +84,7 @@ class Window:
     height: int
     width: int
     num_frames: int
-    schedule: Schedule
+    schedule: StepSchedule
 
 
 @dataclass(frozen=True)

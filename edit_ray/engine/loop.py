@@ -14,7 +14,7 @@ from diffusers import FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel
 from torch import Generator, Tensor
 
 from edit_ray.engine.caching import expert_name
-from edit_ray.engine.conditioning import Conditioning, Schedule
+from edit_ray.engine.conditioning import Conditioning, StepSchedule
 from edit_ray.engine.continuity import ContextLatents, hold
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
@@ -27,7 +27,7 @@ class Request:
     conditions: Conditioning  # the latents [B, C, T, h, w] to begin with, and what the transformer gets beside them
     prompt_embeds: Tensor  # [B, L, D] in the transformer's dtype
     negative_prompt_embeds: Tensor | None  # [B, L, D], needed with guidance
-    schedule: Schedule
+    schedule: StepSchedule
     guidance_scale: float
     guidance_scale_2: float | None = None  # of the low-noise expert
     generator: Generator | list[Generator] | None = None  # for noise schedulers that draw in each step
@@ -69,26 +69,13 @@ def denoise(pipe: Any, request: Request) -> Tensor:
             pipe._current_timestep = t
             model, scale = expert_at(pipe, schedule.timestep(begin + i), request)
             timestep = t.expand(len(x)) if clean is None else (clean * t)[None].expand(len(x), -1)  # [B] or [B, tokens]
-            joined = (
-                x if conditions.channels is None else torch.cat([x, conditions.channels], dim=1)
-            )  # [B, C+M, T, h, w]
-            inputs = {"hidden_states": joined.to(request.prompt_embeds.dtype), "timestep": timestep}
+            shown = x if conditions.channels is None else torch.cat([x, conditions.channels], 1)  # [B, C + M, T, h, w]
+            inputs = {"hidden_states": shown.to(request.prompt_embeds.dtype), "timestep": timestep}
             inputs |= {**conditions.arguments, "attention_kwargs": pipe.attention_kwargs, "return_dict": False}
             where: dict[str, Any] = {"step_index": i, "num_inference_steps": len(timesteps)}
             where["sigma"] = schedule.sigma(pipe.scheduler, begin + i)
 
-            guided = pipe.do_classifier_free_guidance
-            beside = pipe.cfg_parallel.forward(model, uncond, inputs, where) if guided and pipe.cfg_parallel else None
-            with beside or nullcontext() as begun, model.cache_context("cond", **where):
-                noise_pred = model(encoder_hidden_states=cond, **inputs)[0]  # [B, C, T, h, w]
-            if begun is not None:
-                noise_uncond = begun.result().to(x.device, non_blocking=True)  # [B, C, T, h, w]
-            elif guided:
-                with model.cache_context("uncond", **where):
-                    noise_uncond = model(encoder_hidden_states=uncond, **inputs)[0]  # [B, C, T, h, w]
-            if guided:
-                noise_pred = noise_uncond + scale * (noise_pred - noise_uncond)
-
+            noise_pred = predict_noise(pipe, model, scale, cond, uncond, inputs, where)  # [B, C, T, h, w]
             drawn = {"generator": request.generator} if isinstance(pipe.scheduler, FlowMatchLCMScheduler) else {}
             x = pipe.scheduler.step(noise_pred, t, x, **drawn, return_dict=False)[0]  # [B, C, T, h, w]
             sigma = schedule.sigma(pipe.scheduler, begin + i + 1)
@@ -106,6 +93,34 @@ def denoise(pipe: Any, request: Request) -> Tensor:
                 bar.update()
     pipe._current_timestep = None
     return x
+
+
+def predict_noise(
+    pipe: Any,
+    model: Any,
+    scale: float | None,
+    cond: Tensor,
+    uncond: Tensor | None,
+    inputs: dict[str, Any],
+    where: dict[str, Any],
+) -> Tensor:
+    """The noise prediction [B, C, T, h, w] of one step: of the branch "cond", and with guidance of both.
+
+    `inputs` are the forward's arguments beside the text, `where` those of its `cache_context`.
+    """
+    guided = pipe.do_classifier_free_guidance
+    beside = pipe.cfg_parallel.forward(model, uncond, inputs, where) if guided and pipe.cfg_parallel else None
+    with beside or nullcontext() as begun, model.cache_context("cond", **where):
+        noise_pred: Tensor = model(encoder_hidden_states=cond, **inputs)[0]
+    if not guided:
+        return noise_pred
+    if begun is not None:
+        noise_uncond = begun.result().to(noise_pred.device, non_blocking=True)
+    else:
+        with model.cache_context("uncond", **where):
+            noise_uncond = model(encoder_hidden_states=uncond, **inputs)[0]
+    guided_pred: Tensor = noise_uncond + scale * (noise_pred - noise_uncond)
+    return guided_pred
 
 
 def check_changed(changed: object) -> None:

@@ -29,7 +29,7 @@ ALIGNMENT = 256  # bytes, of each tensor in a block's memory
 Block = tuple[str, int]  # the expert, the position in its stack
 
 
-class Load(NamedTuple):
+class BlockLoad(NamedTuple):
     """A copy of a block's weights into a slot, which may begin once `after` uses have ended."""
 
     after: int
@@ -42,7 +42,7 @@ class LoadPlan:
     """Where each use finds its block, and the copies that bring it there, in the order in which they begin."""
 
     slots: tuple[int, ...]
-    loads: tuple[Load, ...]
+    loads: tuple[BlockLoad, ...]
 
 
 def plan_loads(uses: Sequence[Block], contents: Sequence[Block | None], ahead: int = AHEAD) -> LoadPlan:
@@ -65,7 +65,7 @@ def plan_loads(uses: Sequence[Block], contents: Sequence[Block | None], ahead: i
         if block not in held:
             free = [slot for slot in range(len(held)) if last_used[slot] < index - ahead]
             slot = max(free, key=lambda slot: next_use(slot, index))
-            loads.append(Load(max(last_used[slot] + 1, index - ahead, 0), slot, block))
+            loads.append(BlockLoad(max(last_used[slot] + 1, index - ahead, 0), slot, block))
             held[slot] = block
         slot = held.index(block)
         last_used[slot] = index

@@ -26,7 +26,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from edit_ray.engine.caching import CacheControl, experts_of
 from edit_ray.engine.calibration import FILE_NAME
 from edit_ray.engine.cfg_parallel import CfgControl, check_device
-from edit_ray.engine.conditioning import SAVED_AS, Kind, Schedule, Window, check_given, kind_of, prepare
+from edit_ray.engine.conditioning import SAVED_AS, Kind, StepSchedule, Window, check_given, kind_of, prepare
 from edit_ray.engine.continuity import ContextLatents, check_context
 from edit_ray.engine.decode import denormalise
 from edit_ray.engine.fast_transformer import check_mode
@@ -86,8 +86,21 @@ class EditWanOutput(WanPipelineOutput):  # type: ignore[misc]  # diffusers ships
 class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  # type: ignore[misc]
     """Wan with diffusers' components, arguments and results, and one loop that can be read and edited.
 
-    It loads text-to-video, image-to-video (Wan2.1, Wan2.2), text- and image-to-video (TI2V) and VACE models, and takes
-    what diffusers' `WanPipeline`, `WanImageToVideoPipeline`, `WanVideoToVideoPipeline` and `WanVACEPipeline` take.
+    It loads text-to-video, image-to-video (Wan2.1, Wan2.2), text- and image-to-video (TI2V) and VACE models. A call's
+    arguments up to `max_sequence_length` mean what they mean in `diffusers.WanPipeline`; `image`, `last_image` and
+    `image_embeds` what in `WanImageToVideoPipeline`; with a text-to-video model `video` and `strength` (0.8) what in
+    `WanVideoToVideoPipeline`, whose video has its own number of frames; with a VACE model `video`, `mask`,
+    `reference_images` and `conditioning_scale` (1) what in `WanVACEPipeline`.
+
+    `sigmas`, in place of `num_inference_steps`, are noise levels for the noise scheduler's `set_timesteps`. A scheduler
+    that draws noise in each step (`FlowMatchLCMScheduler`) draws it from `generator`. `history` or `overlap`
+    [B, C, k, h, w] are normalised latents that the first k of T are held to, clean (for models with `expand_timesteps`)
+    or as noisy as the rest. With a cache, `reset_cache=False` keeps what earlier calls stored, and `prefetch_reuse`
+    prefetches it.
+
+    A call returns `EditWanOutput`, whose `[0]` is the first video and whose `.frames` is the batch, or with
+    `return_dict=False` as diffusers `(batch,)`, whose `[0]` is the batch: "np" [B, F, H, W, 3], "pt" [B, F, 3, H, W],
+    "pil" lists of images, "latent" [B, C, T, h, w].
 
     Examples:
         >>> pipe = EditWanPipeline.from_pretrained("builtin:tiny_wan")
@@ -197,52 +210,28 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
         reset_cache: bool = True,
         prefetch_reuse: bool = False,
     ) -> EditWanOutput | tuple[Any]:
-        """Generate videos; the arguments up to `max_sequence_length` mean what they mean in `diffusers.WanPipeline`.
-
-        `image`, `last_image` and `image_embeds` mean what they mean in `WanImageToVideoPipeline`; with a text-to-video
-        model `video` and `strength` (0.8) what in `WanVideoToVideoPipeline`, whose video has its own number of frames;
-        with a VACE model `video`, `mask`, `reference_images` and `conditioning_scale` (1) what in `WanVACEPipeline`.
-        `sigmas`, in place of `num_inference_steps`, are noise levels for the noise scheduler's `set_timesteps`. A
-        scheduler that draws noise in each step (`FlowMatchLCMScheduler`) draws it from `generator`.
-        `history` or `overlap` [B, C, k, h, w]: normalised latents that the first k of T are held to, clean (for models
-        with `expand_timesteps`) or as noisy as the rest. With a cache, `reset_cache=False` keeps what earlier calls
-        stored, and `prefetch_reuse` prefetches it. Returns `EditWanOutput`, whose `[0]` is the first video and whose
-        `.frames` is the batch, or with `return_dict=False` as diffusers `(batch,)`, whose `[0]` is the batch: "np"
-        [B, F, H, W, 3], "pt" [B, F, 3, H, W], "pil" lists of images, "latent" [B, C, T, h, w].
-        """
+        """Generate videos; the class says what the arguments and the result are."""
         names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        embeds = prompt_embeds, negative_prompt_embeds
+        embeds, videos = (prompt_embeds, negative_prompt_embeds), num_videos_per_prompt or 1
         self.check_inputs(prompt, negative_prompt, height, width, *embeds, names, guidance_scale_2)
-        given = {
-            "image": image, "last_image": last_image, "image_embeds": image_embeds, "video": video,
-            "strength": strength, "mask": mask, "reference_images": reference_images,
-            "conditioning_scale": conditioning_scale, "latents": latents, "history": history, "overlap": overlap,
-        }  # fmt: skip
+        given: dict[str, Any] = {"image": image, "last_image": last_image, "image_embeds": image_embeds}
+        given |= {"video": video, "strength": strength, "mask": mask, "reference_images": reference_images}
+        given |= {"conditioning_scale": conditioning_scale, "latents": latents, "history": history, "overlap": overlap}
         check_given(self._kind, given)
+        schedule = StepSchedule(num_inference_steps if sigmas is None else len(sigmas), sigmas)
         size = self._fit(height, width, num_frames)
-        schedule = Schedule(num_inference_steps if sigmas is None else len(sigmas), sigmas)
         self._begin_call(guidance_scale, guidance_scale_2, attention_kwargs)
-        videos = num_videos_per_prompt or 1
         cond, uncond = self._embed(prompt, negative_prompt, videos, *embeds, max_sequence_length)
         batch = len(cond) * (1 if prompt is not None else videos)  # diffusers does not repeat given embeddings
         conditions = prepare(self, self._kind, given, Window(batch, *size, schedule), generator)
+        context = self._context(conditions.history if history is None else history, overlap, conditions.latents)
         request = Request(
-            conditions=conditions,
-            prompt_embeds=cond,
-            negative_prompt_embeds=uncond,
-            schedule=schedule,
-            generator=generator,
-            guidance_scale=guidance_scale,
-            guidance_scale_2=self._guidance_scale_2,
-            context=self._context(conditions.history if history is None else history, overlap, conditions.latents),
-            callback=callback_on_step_end,
-            callback_tensor_inputs=tuple(names),
-            reset_cache=reset_cache,
-            prefetch_reuse=prefetch_reuse,
-        )
-        output = EditWanOutput(frames=self._decode(denoise(self, request), output_type, conditions.references))
+            conditions, cond, uncond, schedule, guidance_scale, self._guidance_scale_2, generator, context,
+            callback_on_step_end, tuple(names), reset_cache, prefetch_reuse,
+        )  # fmt: skip
+        frames = self._decode(denoise(self, request), output_type, conditions.references)
         self.maybe_free_model_hooks()
-        return output if return_dict else (output.frames,)
+        return EditWanOutput(frames=frames) if return_dict else (frames,)
 
     def use_mode(self, mode: Mode, *, fp8: bool = False) -> None:
         """From the next call on, compute the bits of diffusers (`exact`) or faster ones (`fast`).

@@ -2,8 +2,6 @@
 
 import asyncio
 import re
-import threading
-import time
 
 import pytest
 import torch

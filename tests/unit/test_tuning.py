@@ -19,7 +19,7 @@ from edit_ray.engine.loading import with_flow_shift
 from edit_ray.testing import save_random_wan
 from edit_ray.tuning.calibrate import Measured, fit_magcache, fit_teacache, observe, plot_fit
 from edit_ray.tuning.rank import SkipMeasure, rank_skips
-from edit_ray.tuning.tune import TUNABLE, Videos, best, psnr_of, tune
+from edit_ray.tuning.tune import TUNABLE, PolicyUnfit, Videos, best, psnr_of, tune
 
 STEPS = 5
 CALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": STEPS, "guidance_scale": 4.0}
@@ -318,7 +318,7 @@ def test_a_policy_that_cannot_work_here_is_left_out_and_nothing_may_hold():
 
     def measure(policy, options):
         if policy in ("teacache", "ranked"):
-            raise {"teacache": ValueError, "ranked": TypeError}[policy]("not calibrated")
+            raise PolicyUnfit("not calibrated")
         yield from good(policy, options)
 
     assert {trial.policy for trial in tune(measure, 30)} == set(TUNABLE) - {"teacache", "ranked"}
@@ -427,9 +427,9 @@ TEACACHE = ("calibrate", "--policy", "teacache")
     ("arguments", "files", "words"),
     [
         (TEACACHE, {"prompts": "none.txt"}, "none.txt cannot be read"),
-        (TEACACHE, {"prompts": "empty.txt"}, "holds no prompt; there must be one a line"),
+        (TEACACHE, {"prompts": "empty.txt"}, "holds no prompt; it must have one per line"),
         (TEACACHE, {"prompts": "bytes.txt"}, "bytes.txt cannot be read"),
-        (TEACACHE, {"file": "none/new.json"}, "is no folder"),
+        (TEACACHE, {"file": "none/new.json"}, "is not a folder"),
         (TEACACHE, {"file": "empty.txt"}, "empty.txt is no calibration"),
         ((*TEACACHE, "--set", "sampling.num_inference_steps=0"), {}, "num_inference_steps is 0"),
         ((*TEACACHE, "--set", "sampling.num_inference_steps=1"), {}, "made one step a call"),
@@ -440,7 +440,7 @@ TEACACHE = ("calibrate", "--policy", "teacache")
         (("tune", "--psnr", "nan"), {}, "--psnr is nan"),
         (("tune", "--psnr", "30", "--seeds", "0"), {}, "--seeds is 0"),
         (("tune", "--psnr", "30", "--policies", "dicache,best"), {}, "--policies has best; valid are ranked, dicache"),
-        (("tune", "--psnr", "30"), {"prompts": "one.txt"}, "one video says nothing of others"),
+        (("tune", "--psnr", "30"), {"prompts": "one.txt"}, "one video is not enough to generalize from"),
     ],
     ids=str,
 )
