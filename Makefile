@@ -59,8 +59,8 @@ $(DOCS): $(INSTALLED)
 test: check ## everything that must hold before a commit: check, then the tests, in two halves at a time
 	@$(HALVES)
 
-# On Ray a test mostly waits for processes to start and for one thread's work: the other half takes what that leaves,
-# which it does at a niceness of no less than 15, Ray's for its actors. MARKED chooses by marker.
+# On Ray a test mostly waits for processes to start and for one thread's work: the other half takes what that leaves, at
+# a niceness above that of Ray's actors (10, tests/conftest.py). MARKED chooses by marker.
 MARKED ?=
 HALVES := echo "Two halves of the tests run side by side; each tells all that it has to tell at its end." && \
   $(MAKE) --no-print-directory --jobs 2 --output-sync=target test-units test-ray

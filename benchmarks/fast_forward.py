@@ -31,7 +31,7 @@ from benchmarks.real_size import compiled_graphs  # noqa: E402
 from edit_ray.cache import apply_cache_on_transformer  # noqa: E402
 from edit_ray.engine import fast_block, fast_vae  # noqa: E402
 from edit_ray.engine.decode import StreamingDecoder  # noqa: E402
-from edit_ray.engine.fast import FastTransformer, compiled  # noqa: E402
+from edit_ray.engine.fast_transformer import FastTransformer, compiled  # noqa: E402
 from edit_ray.engine.fast_vae import fast_decoder  # noqa: E402
 from edit_ray.testing import fill_random  # noqa: E402
 
@@ -120,13 +120,13 @@ def loops(bench: Bench, model: Model) -> None:
         return
     for fp8 in (False, True):
         name = "fast, fp8" if fp8 else "fast"
-        model.pipe.ahead.mode, model.pipe.ahead.fp8 = "fast", fp8
+        model.pipe.precompute.mode, model.pipe.precompute.fp8 = "fast", fp8
         bench.part(f"loop, {name}, first", lambda: model.loop(2) is not None, 10)
         graphs = compiled_graphs()
         bench.part(f"loop, {name}", partial(timed, name), 9)
         bench.part(f"loop, {name}, {twenty} skipped", partial(timed, f"{name} skip", twenty), 4)
         bench.part(f"loop, {name}, compilations after the first", partial(_graphs_since, graphs))
-    model.pipe.ahead.mode, model.pipe.ahead.fp8 = "exact", False
+    model.pipe.precompute.mode, model.pipe.precompute.fp8 = "exact", False
 
 
 def _graphs_since(before: int) -> Row:

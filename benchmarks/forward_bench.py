@@ -13,7 +13,7 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from edit_ray import EditWanPipeline
-from edit_ray.engine.hoist import Hoisted
+from edit_ray.engine.precompute import Conditions
 from edit_ray.testing import Variant, random_transformer
 
 QUICK = Variant(
@@ -144,7 +144,7 @@ class Model:
     @contextmanager
     def known(self) -> Iterator[None]:
         """As inside a loop: what is constant is known."""
-        hoisted = Hoisted(self.transformer)
+        hoisted = Conditions(self.transformer)
         with hoisted.installed():
             hoisted.embed_times([self.timestep], [500.0], self.texts[0])
             yield

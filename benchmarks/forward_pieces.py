@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.forward_bench import Bench, Model, Row, deviation, kernels
 from edit_ray.engine import fast_block
-from edit_ray.engine.fast import FastTransformer, Functions, compiled
+from edit_ray.engine.fast_transformer import FastTransformer, Functions, compiled
 
 
 def products(bench: Bench, model: Model) -> None:

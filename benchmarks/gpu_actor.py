@@ -15,8 +15,8 @@ from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.stores.memory import GPUStore
 from edit_ray.config import Config
 from edit_ray.engine.segment import SegmentEngine
+from edit_ray.tiers.arena import Op
 from edit_ray.tiers.leases import Reuse, SegmentLeases, Store
-from edit_ray.tiers.protocol import Op
 from edit_ray.tiers.reuse_plan import Key
 from edit_ray.tiers.store_client import Waits
 
@@ -26,7 +26,7 @@ class ReadyDenoiser(DenoiserActor):
 
     def __init__(self, store: Store, engine: SegmentEngine, config: Config) -> None:
         super().__init__(store)
-        self._engine, self._loaded_for = engine, (config.model, config.engine.cfg_parallel)
+        self._model.engine, self._model.loaded_for = engine, (config.model, config.engine.cfg_parallel)
 
 
 class DeviceDenoiser(ReadyDenoiser):

@@ -32,7 +32,7 @@ from benchmarks.store_process import AnyStore, RayStore, StoreProcess
 from edit_ray.cache.options import CacheOptions
 from edit_ray.engine.reuse import residual_form
 from edit_ray.engine.segment import SegmentEngine
-from edit_ray.tiers.protocol import EntryForm
+from edit_ray.tiers.arena import EntryForm
 from edit_ray.tiers.slots import slot_bytes
 
 WINDOW = 4
@@ -88,7 +88,7 @@ class Bench:
         finally:
             actor.release_run(spec.run_id)
             store.call("drop_run", spec.residuals_id)()
-            self.engine.make_room(of_cache=True)
+            self.engine.free_memory(of_cache=True)
             shutil.rmtree(self.folder / "tiers", ignore_errors=True)
 
     def _segment(self, actor: ReadyDenoiser, spec: Any, index: int) -> dict[str, Any]:

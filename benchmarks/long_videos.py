@@ -14,7 +14,7 @@ from edit_ray import EditWanPipeline
 from edit_ray.config.model import layout_of
 from edit_ray.engine.continuity import match_statistics
 from edit_ray.engine.options import ContinuityOptions, SamplingOptions
-from edit_ray.engine.stream import RunStream
+from edit_ray.engine.vae_stream import RunStream
 from edit_ray.runs.run_plan import FrameLayout, segment_seed
 from edit_ray.video.seams import RADIUS, FrameSeries
 

@@ -29,8 +29,9 @@ from edit_ray.actors.messages import RunSpec
 from edit_ray.cache.options import CacheOptions
 from edit_ray.client import LongVideoClient
 from edit_ray.config import Config
-from edit_ray.engine.latent_files import load_latents, save_latents
-from edit_ray.engine.segment import SegmentEngine, usable_cores
+from edit_ray.engine.continuity import load_latents, save_latents
+from edit_ray.engine.loading import usable_cores
+from edit_ray.engine.segment import SegmentEngine
 from edit_ray.files import write_atomic
 from edit_ray.video.encode import encode
 

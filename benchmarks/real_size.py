@@ -16,8 +16,7 @@ from edit_ray import EditWanPipeline
 from edit_ray.engine.fast_vae import fast_decoder
 from edit_ray.engine.options import SamplingOptions
 from edit_ray.testing import VARIANTS, Variant, fill_random, make_model, random_transformer
-from edit_ray.testing.made_model import byte_tokenizer
-from edit_ray.testing.variants import TextEncoder
+from edit_ray.testing.made_model import TextEncoder, byte_tokenizer
 
 PROMPT = "a red circle bouncing on a black background"
 SEED = 7
@@ -162,7 +161,7 @@ MODES = ("exact", "fast", "fp8")  # the last is `fast` with linear layers in 8 b
 
 def use(pipe: EditWanPipeline, mode: str) -> None:
     """From now on the pipeline works in this mode."""
-    pipe.ahead.mode, pipe.ahead.fp8 = "exact" if mode == "exact" else "fast", mode == "fp8"
+    pipe.precompute.mode, pipe.precompute.fp8 = "exact" if mode == "exact" else "fast", mode == "fp8"
 
 
 def decoding(pipe: EditWanPipeline, mode: str) -> AbstractContextManager[None]:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a file, from anywhere
 
 from benchmarks.provenance import provenance  # noqa: E402
-from edit_ray.actors.local import LocalCrew  # noqa: E402
+from edit_ray.actors.local import LocalPool  # noqa: E402
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor  # noqa: E402
 from edit_ray.config import Config  # noqa: E402
 from edit_ray.metrics.exporter import TARGETS  # noqa: E402
@@ -61,7 +61,7 @@ def scrape(root: Path) -> str:
 
 async def record(root: Path, config: Config, scrapes: int, every_s: float) -> list[dict[str, Any]]:
     """Pages and readings while a run is denoised, which is stopped then."""
-    crew = LocalCrew()
+    crew = LocalPool()
     scheduler = SegmentSchedulerActor(crew)
     with tempfile.NamedTemporaryFile(dir=root) as probe:
         await scheduler.submit("recorded", config.model_dump(mode="json"), str(root), probe.name, "token")

@@ -27,7 +27,7 @@ from benchmarks.real_size import Task, embeds, generate, make_pipe, save_model, 
 from edit_ray.cache.options import CacheOptions
 from edit_ray.client import LongVideoClient
 from edit_ray.config import Config
-from edit_ray.engine.segment import usable_cores
+from edit_ray.engine.loading import usable_cores
 
 ALONE, TOGETHER = "one run on one GPU", "two runs on two GPUs"
 ONE, BOTH = "a segment, guidance on one GPU", "a segment, guidance on two GPUs"

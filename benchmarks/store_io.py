@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def disk_figures(folder: Path, arena: Arena, shape: tuple[int, ...], pairs: int,
     for index in range(ENTRIES):
         arena.tensor(index * size, torch.bfloat16, shape).normal_()
     paths = [folder / f"bare-{index}" for index in range(ENTRIES)]
-    with DiskTier(folder / "entries", num_threads=threads) as tier, ThreadPoolExecutor(threads) as pool:
+    with closing(DiskTier(folder / "entries", num_threads=threads)) as tier, ThreadPoolExecutor(threads) as pool:
         written: list[int] = []
 
         def bare(call: Callable[[int, list[memoryview], int], int], flags: int) -> float:

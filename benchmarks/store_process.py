@@ -73,16 +73,15 @@ class RayStore:
     def __init__(self) -> None:
         import ray  # here, as the other one needs none
 
-        from edit_ray.actors import shells
-        from edit_ray.actors.launch import StoreCalls
+        from edit_ray.actors import launch
 
         self._ray = ray
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 4}
-        actor: Any = ray.remote(**options)(shells.CacheStoreActor)
+        actor: Any = ray.remote(**options)(launch.lazy_actor(launch.CACHE_STORE))
         self._actor = actor.remote()
         self.pid: int = ray.get(self._actor.describe.remote())["pid"]
-        self._calls = StoreCalls(self._actor)
+        self._calls = launch.StoreCalls(self._actor)
 
     def call(self, method: str, *arguments: Any) -> Reply:
         """Under way at once; what is returned waits for the answer."""

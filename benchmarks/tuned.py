@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from benchmarks.measure import mean_interval  # noqa: E402
 from benchmarks.provenance import provenance  # noqa: E402
 from edit_ray import EditWanPipeline  # noqa: E402
-from edit_ray.engine.tune import TUNABLE, Trial, Videos, best, tune  # noqa: E402
+from edit_ray.tuning.tune import TUNABLE, Trial, Videos, best, tune  # noqa: E402
 from training.evaluate import scenes_of  # noqa: E402
 
 SEEN, UNSEEN = 55_000, 66_000  # seeds of scenes, and of noise: neither the front's nor the calibration's

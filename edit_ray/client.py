@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from edit_ray import files
-from edit_ray.actors import launch
+from edit_ray.actors import connection, launch
 from edit_ray.actors.messages import RunStatus, StreamReply
 from edit_ray.config import Config, check_config, config_of, load_config, output_root
 from edit_ray.engine.options import EngineOptions
@@ -40,17 +40,17 @@ from edit_ray.video.encode import EncodeError, Frames, read_frames
 if TYPE_CHECKING:
     import torch
 
-POLL_S = 10.0  # how long one question for the next segment may stay open
-RETRY_S = 0.2  # between two questions to a segment scheduler that is being started again
+POLL_S = 10.0  # for one call that waits for the next segment
+RETRY_S = 0.2  # between two calls to a segment scheduler that is being restarted
 
 
 @dataclass(frozen=True)
 class Segment:
     """One committed segment.
 
-    `frames` are uint8 [F, H, W, 3], decoded from the fragment at `path` (it plays behind the run's `init.mp4`), so that
-    every reader at any time sees the same;
-    `latents` float32 [1, C, t, h, w], normalised, the lossless source. Each is None unless it was asked for.
+    `frames` are uint8 [F, H, W, 3], decoded from the fragment at `path`, which plays after the run's `init.mp4`: every
+    reader gets the same at any time. `latents` are float32 [1, C, t, h, w], normalised, the lossless source. Each is
+    None unless it was requested.
     """
 
     index: int
@@ -66,15 +66,15 @@ class Segment:
 
 
 class LongVideoClient:
-    """Talks to the actors in the Ray at `address` (None: the one that Ray itself finds).
+    """A client of the actors in the Ray at `address` (None: the one that Ray itself finds).
 
-    `output` is the folder that holds runs: else $EDIT_RAY_OUTPUT, else ~/edit_ray_outputs. A segment scheduler that is
-    being started again is waited for, and one that answers nothing for `answer_timeout_s` is killed and started again.
-    Where no Ray runs, runs are read from their folders, and the first run that
-    begins or goes on starts a local Ray. `connect=False` reads folders alone.
+    `output` is the folder that holds runs: else $EDIT_RAY_OUTPUT, else ~/edit_ray_outputs. The client waits for a
+    segment scheduler that is being restarted, and restarts one that answers nothing for `answer_timeout_s`. Without a
+    running Ray, runs are read from their folders, and the first run that begins or goes on starts a local Ray.
+    `connect=False` only reads folders.
 
-    A run is named by `output` and its id, and belongs to its owner, `$EDIT_RAY_OWNER` or the login name. What changes a
-    run of another owner raises NotYourRun unless `force` is given.
+    A run is identified by `output` and its id, and belongs to its owner, `$EDIT_RAY_OWNER` or the login name. Changing
+    a run of another owner raises NotYourRun unless `force` is given.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class LongVideoClient:
         self._answer_timeout_s = answer_timeout_s
         self._latest: tuple[str, ManifestReader] | None = None  # the run that is streamed from its folder
         if connect:
-            launch.connect_if_running(address)
+            connection.connect_if_running(address)
 
     def close(self) -> None:
-        """Ends the actors if this client has started their Ray, which is about to end: else nobody tells Prometheus.
+        """End the actors if this client started their Ray, which ends with this process: Prometheus must forget them.
 
-        A process that exits does so by itself; only `os._exit` leaves that to its caller.
+        A process that exits does so by itself; a caller of `os._exit` must do it.
         """
         if self._started_ray:
             self._started_ray = False
@@ -105,10 +105,10 @@ class LongVideoClient:
     def submit(
         self, config: Config | Mapping[str, Any] | str | Path, *, run_id: str | None = None, checked: bool = False
     ) -> str:
-        """Starts a run (and the actors, if need be); returns its id.
+        """Start a run, and the actors if there are none; returns the run's id.
 
         `config` is a `Config`, the same as a mapping, or the path of a YAML file. It is checked against its model here,
-        unless the caller says that it is `checked`, as what `load_config` returns is.
+        unless it is already `checked`, as what `load_config` returns is.
 
         Raises ConfigError, ModelError, RunExists, ResourcesUnavailable, ActorVersionMismatch.
         """
@@ -119,7 +119,7 @@ class LongVideoClient:
         elif not checked and (problems := check_config(config)):
             raise ConfigError(problems)
         run_id = check_run_id(run_id) if run_id is not None else new_run_id(datetime.now(UTC), secrets.token_hex(2))
-        token = secrets.token_hex(8)  # so that asking again does not meet one's own run as another's
+        token = secrets.token_hex(8)  # by which a repeated call recognises its own run
         probe = RunFolder(self.output, run_id).probe(token)
         probe.touch(0o600)
         try:
@@ -137,10 +137,10 @@ class LongVideoClient:
         remake_damaged: bool = False,
         force: bool = False,
     ) -> RunStatus:
-        """Goes on with a run at its first segment that is not committed; one that lives or is done is left as it is.
+        """Go on with a run at its first segment that is not committed; a live or done run stays as it is.
 
-        With `remake_damaged`, committed files that are not as they were written are made again first, of a run that is
-        done as well. Raises UnknownRun, NotYourRun, RunExists, RunLocked, ManifestUnreadable, ConfigError,
+        With `remake_damaged`, committed files that are not as they were written are made again first, also of a done
+        run. Raises UnknownRun, NotYourRun, RunExists, RunLocked, ManifestUnreadable, ConfigError,
         HardwareDiffers, RunDamaged, ResourcesUnavailable, ActorVersionMismatch.
         """
         return self._go_on("resume", run_id, force, allow_different_hardware, remake_damaged)
@@ -148,7 +148,7 @@ class LongVideoClient:
     def extend(
         self, run_id: str, segments: int, *, allow_different_hardware: bool = False, force: bool = False
     ) -> RunStatus:
-        """Gives a run that has ended `segments` more. Raises as `resume`, and RunLive."""
+        """Add `segments` to an ended run. Raises as `resume`, and RunLive."""
         return self._go_on("extend", run_id, force, segments, allow_different_hardware)
 
     def reroll(
@@ -161,25 +161,26 @@ class LongVideoClient:
         allow_different_hardware: bool = False,
         force: bool = False,
     ) -> RunStatus:
-        """Makes the segments of an ended run from `start` on again, with another seed (derived where none is given).
+        """Make an ended run's segments from `start` on again, with another seed (derived if None).
 
-        What there was of them is kept in the run's folder. Raises as `extend`.
+        The old segments stay in the run's folder. Raises as `extend`.
         """
         return self._go_on("reroll", run_id, force, start, seed, prompt, allow_different_hardware)
 
     def status(self, run_id: str) -> RunStatus:
-        """Where the run stands: from the segment scheduler, or from the run's folder if that has forgotten it."""
-        return self._at_work(run_id) or self._status_on_disk(run_id)
+        """The run's status: from the segment scheduler, or from the run's folder if that does not know the run."""
+        status: RunStatus | None = self._ask_if_known("status", run_id)
+        return status if status is not None and self._is_meant(status) else self._status_on_disk(run_id)
 
     def runs(self) -> list[RunStatus]:
-        """The runs that the segment scheduler remembers, in the order of submission; none where none lives."""
+        """The runs that the segment scheduler knows, in the order of submission; none if there is no scheduler."""
         return list(self._ask_if_known("runs") or [])
 
     def cancel(self, run_id: str, timeout_s: float | None = None, *, force: bool = False) -> None:
-        """Asks the run to stop; what is committed stays. A run that has ended is left as it is.
+        """Stop a run; what is committed stays. An ended run stays as it is.
 
-        Raises UnknownRun where nobody works on the run, NotYourRun. With a `timeout_s` in seconds the run is stopped
-        without a look at its owner and folder, for which there may be no time.
+        Raises UnknownRun if the run is not at work, NotYourRun. With a `timeout_s` in seconds its owner and folder are
+        not checked, for which there may be no time.
         """
         if timeout_s is None:
             status = self.status(run_id)
@@ -188,8 +189,7 @@ class LongVideoClient:
                 return
             if status.state == "open":
                 raise UnknownRun(f"nobody works on run {run_id!r}; what is committed lies in {status.path}")
-        if not self._ask("cancel", run_id, timeout_s=timeout_s).lives:
-            raise UnknownRun(f"run {run_id!r} is not running: no segment scheduler lives in this Ray")
+        self._ask("cancel", run_id, timeout_s=timeout_s)
 
     def check_mine(self, status: RunStatus, force: bool = False) -> None:
         """Raises NotYourRun if the run belongs to another owner and `force` is not given."""
@@ -200,17 +200,17 @@ class LongVideoClient:
             )
 
     def stream(self, run_id: str, start: int = 0, *, frames: bool = True, latents: bool = False) -> SegmentStream:
-        """Each segment from `start` on as soon as it is committed, with `for` or `async for`; ends with the run.
+        """Iterate over the segments from `start` on as they are committed, with `for` or `async for`, to the run's end.
 
-        What is slow here makes nobody else slow. Iterating raises UnknownRun, SegmentGone, SegmentFailed when the run
-        failed, RunCancelled when it was stopped: after the last committed segment.
+        A slow reader slows no other. Iterating raises UnknownRun, SegmentGone, and after the last committed segment
+        SegmentFailed if the run failed, RunCancelled if it was stopped.
         """
         return SegmentStream(self, run_id, start, frames, latents)
 
     def wait_segment(self, run_id: str, index: int) -> StreamReply:
-        """The segment as soon as it is committed, or after a while nothing: then see whether the run has ended.
+        """The segment when it is committed, or after some time None: then check whether the run has ended.
 
-        Raises ConfigError for an index below 0, UnknownRun, SegmentFailed where nobody works on the run.
+        Raises ConfigError for an index below 0, UnknownRun, SegmentFailed if the run is not at work.
         """
         check_segment_index(index)
         reply: StreamReply | None = self._ask_if_known("wait_segment", run_id, index, POLL_S)
@@ -227,13 +227,8 @@ class LongVideoClient:
             raise SegmentFailed(f"nobody works on run {run_id!r}; go on with `edit-ray resume {run_id}`")
         return StreamReply(record, status)
 
-    def _at_work(self, run_id: str) -> RunStatus | None:
-        """The segment scheduler's word on the run; None where it has none, or knows another run by this id."""
-        status: RunStatus | None = self._ask_if_known("status", run_id)
-        return status if status is not None and self._is_meant(status) else None
-
     def _is_meant(self, status: RunStatus) -> bool:
-        """Whether it is the run of its id in `output`, or where there is none another that is at work or there."""
+        """Whether it is the run of its id in `output`; if there is none, another that is at work or still exists."""
         own = self.output / status.run_id
         if own.exists():
             return os.path.realpath(own) == os.path.realpath(status.path)
@@ -248,29 +243,29 @@ class LongVideoClient:
         return RunStatus.of(folder.path, folder.read_manifest())
 
     def _ask_if_known(self, method: str, *arguments: Any) -> Any:
-        """The answer; None where no segment scheduler lives, or it does not know the run."""
+        """The answer; None if there is no segment scheduler, or it does not know the run."""
         try:
-            return self._ask(method, *arguments).answer
+            return self._ask(method, *arguments)
         except UnknownRun:
             return None
 
-    def _ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> _Said:
-        """Asks the living segment scheduler, again and again while it is being restarted."""
-        if not (self._connect and ray.is_initialized()):
-            return _Said(False, None)
-        deadline: float | None = None if timeout_s is None else time.monotonic() + timeout_s
-        while (scheduler := launch.find_segment_scheduler()) is not None:
-            try:
-                return _Said(True, self._call(scheduler, method, *arguments, timeout_s=timeout_s))
-            except ray.exceptions.RayActorError:
-                deadline = _pause(deadline)
-        return _Said(False, None)
+    def _ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
+        """Call the living segment scheduler, again while it is being restarted. Raises UnknownRun if there is none."""
+        if self._connect and ray.is_initialized():
+            deadline: float | None = None if timeout_s is None else time.monotonic() + timeout_s
+            while (scheduler := launch.find_segment_scheduler()) is not None:
+                try:
+                    return self._call(scheduler, method, *arguments, timeout_s=timeout_s)
+                except ray.exceptions.RayActorError:
+                    deadline = _pause(deadline)
+        which = f"run {arguments[0]!r}" if arguments else "no run"
+        raise UnknownRun(f"{which} is not running: no segment scheduler lives in this Ray")
 
     def _admit(self, method: str, *arguments: Any) -> RunStatus:
-        """Asks for a run to begin or to go on, of a new segment scheduler where none lives."""
-        if launch.connect(self._address):
+        """Have the segment scheduler begin a run or go on with it. Starts a scheduler if there is none."""
+        if connection.connect(self._address):
             self._started_ray = True
-            atexit.register(self.close)  # before Ray's own, which was registered when it was imported
+            atexit.register(self.close)  # before Ray's own handler, which was registered when Ray was imported
         deadline: float | None = None
         while True:
             try:
@@ -285,7 +280,7 @@ class LongVideoClient:
                 deadline = _pause(deadline)
 
     def _call(self, handle: Any, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
-        """One call to the segment scheduler; errors of ours arrive as they were raised, without Ray's wrapping."""
+        """One call to the segment scheduler. Errors of ours are raised without Ray's wrapping."""
         call = getattr(handle, method).remote(*arguments)
         try:
             if timeout_s is not None:
@@ -298,14 +293,8 @@ class LongVideoClient:
             raise
 
 
-@dataclass(frozen=True)
-class _Said:
-    lives: bool
-    answer: Any
-
-
 class SegmentStream(Iterator[Segment], AsyncIterator[Segment]):
-    """The segments of one run as they come; see `LongVideoClient.stream`."""
+    """The segments of one run, as `LongVideoClient.stream` returns them."""
 
     def __init__(self, client: LongVideoClient, run_id: str, start: int, frames: bool, latents: bool) -> None:
         self._client, self._run_id, self._index = client, run_id, start
@@ -353,22 +342,13 @@ class SegmentStream(Iterator[Segment], AsyncIterator[Segment]):
                 f"segment {record.index} of run {self._run_id!r} is dropped (output.keep_segments); "
                 f"the first that is there is {self._client.status(self._run_id).dropped_before}"
             ) from None
-        return Segment(
-            index=record.index,
-            prompt=record.prompt,
-            seed=record.seed,
-            first_frame=record.first_frame,
-            num_frames=record.num_frames,
-            fps=status.fps,
-            path=path,
-            statistics=dict(record.statistics),
-            frames=frames,
-            latents=latents,
-        )
+        known = {name: getattr(record, name) for name in ("index", "prompt", "seed", "first_frame", "num_frames")}
+        statistics = dict(record.statistics)
+        return Segment(fps=status.fps, path=path, statistics=statistics, frames=frames, latents=latents, **known)
 
 
 def _pause(deadline: float | None) -> float:
-    """Waits before a segment scheduler that is being started again is asked anew; returns until when it is."""
+    """Wait before the next call to a segment scheduler that is being restarted; returns the deadline of the calls."""
     deadline = time.monotonic() + launch.RESTART_TIMEOUT_S if deadline is None else deadline
     if time.monotonic() > deadline:
         raise ResourcesUnavailable(
@@ -380,6 +360,6 @@ def _pause(deadline: float | None) -> float:
 
 
 def _load_latents(path: Path) -> torch.Tensor:
-    from edit_ray.engine.latent_files import load_latents  # here, because most clients need none of torch
+    from edit_ray.engine.continuity import load_latents
 
     return load_latents(path)

@@ -1,29 +1,29 @@
-"""Every error that users can meet, each with one clear sentence.
+"""All errors that edit_ray raises on purpose, each with one clear sentence.
 
 EditRayError
-├── ConfigError            (also ValueError)   the configuration is wrong: every mistake at once
-├── ModelError             (also ValueError)   a path that is no usable Wan model
-├── RunExists              (also ValueError)   a run id that is taken
-├── RunLive                (also ValueError)   a run that must have ended first
+├── ConfigError            (also ValueError)   the configuration is wrong; lists every mistake
+├── ModelError             (also ValueError)   a path that is not a usable Wan model
+├── RunExists              (also ValueError)   the run id is taken
+├── RunLive                (also ValueError)   the run must end first
 ├── NotYourRun             (also ValueError)   a run of another owner
-├── RunLocked              (also ValueError)   a run that another process works on
-├── ManifestUnreadable     (also ValueError)   a manifest that is damaged, or of another version
-├── HardwareDiffers        (also ValueError)   a run that would go on with other bits
-├── RunDamaged             (also ValueError)   a run whose committed files are not as they were written
-├── UnknownRun             (also LookupError)  a run id that nobody knows
-├── RunFolderGone                              a run's folder vanished while it was at work
-├── SegmentGone            (also LookupError)  a segment whose files were dropped to make room
-├── ResourcesUnavailable                       the cluster lacks what the actors need
+├── RunLocked              (also ValueError)   another process works on the run
+├── ManifestUnreadable     (also ValueError)   a manifest that is damaged or of another version
+├── HardwareDiffers        (also ValueError)   the run would continue with other bits
+├── RunDamaged             (also ValueError)   committed files are damaged or missing
+├── UnknownRun             (also LookupError)  no run has the id
+├── RunFolderGone                              the folder of an active run vanished
+├── SegmentGone            (also LookupError)  the files of a segment were dropped to save space
+├── ResourcesUnavailable                       the cluster lacks resources for the actors
 │   ├── HostMemoryShort                        a node has too little memory for the host tier
-│   └── NoPlace                                no node has what a GPU actor needs
+│   └── NoPlace                                no node has the resources of a GPU actor
 ├── ActorVersionMismatch                       living actors run other code than the caller
-├── SegmentFailed                              a segment failed more often than it may
-├── OutOfMemory                                the GPU's memory does not do, even when all else has left it
-├── EntryLost                                  a stored residual that the plan promised is gone
-│   └── StoreDied                              the store that had it is no more
-├── StaleLease                                 a lease of a store, or of a holder, that is no more
-├── StaleWork                                  work for a life of a run that is over
-├── NotAdopted                                 work for a run of which a GPU actor was not told
+├── SegmentFailed                              a segment used up its retries
+├── OutOfMemory                                out of GPU memory, after everything else was freed
+├── EntryLost                                  a stored residual that the plan promised is lost
+│   └── StoreDied                              its store died
+├── StaleLease                                 a lease of a store or a holder that is gone
+├── StaleWork                                  work for a past life of a run
+├── NotAdopted                                 work for a run that the GPU actor does not know
 └── RunCancelled                               the run was stopped on request
 """
 
@@ -31,11 +31,11 @@ from collections.abc import Sequence
 
 
 class EditRayError(Exception):
-    """The root of all errors that edit_ray raises on purpose."""
+    """The base class of all errors of edit_ray."""
 
 
 class ConfigError(EditRayError, ValueError):
-    """One or more mistakes in a configuration; `problems` holds one sentence per mistake."""
+    """Mistakes in a configuration; `problems` holds one sentence per mistake."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
@@ -54,11 +54,11 @@ class RunExists(EditRayError, ValueError):
 
 
 class RunLive(EditRayError, ValueError):
-    """The run is at work, and what was asked for needs one that has ended."""
+    """The run is active, and the request needs an ended one."""
 
 
 class NotYourRun(EditRayError, ValueError):
-    """The run belongs to another owner; `force` acts on it anyway."""
+    """The run belongs to another owner; `force` overrides."""
 
 
 class RunLocked(EditRayError, ValueError):
@@ -66,19 +66,19 @@ class RunLocked(EditRayError, ValueError):
 
 
 class ManifestUnreadable(EditRayError, ValueError):
-    """A manifest is damaged, cut off at its beginning, or of a version that is not known here."""
+    """A manifest is damaged, truncated at its start, or of an unknown version."""
 
 
 class HardwareDiffers(EditRayError, ValueError):
-    """A run would go on where its bits would be others: another device, library, thread count or mode."""
+    """The run would continue with other bits: another device, library, thread count or mode."""
 
 
 class RunDamaged(EditRayError, ValueError):
-    """Committed files of a run are missing, or are not as they were written."""
+    """Committed files of a run are damaged or missing."""
 
 
 class RunFolderGone(EditRayError):
-    """A run's folder was removed or replaced while the run was at work."""
+    """The folder of an active run was removed or replaced."""
 
 
 class UnknownRun(EditRayError, LookupError):
@@ -86,19 +86,19 @@ class UnknownRun(EditRayError, LookupError):
 
 
 class SegmentGone(EditRayError, LookupError):
-    """The segment was made, and its files were dropped to make room."""
+    """The segment's files were dropped to save space."""
 
 
 class ResourcesUnavailable(EditRayError):
-    """The Ray cluster does not have, or does not free in time, what the actors ask for."""
+    """The Ray cluster lacks resources for the actors, or does not free them in time."""
 
 
 class HostMemoryShort(ResourcesUnavailable):
-    """A node has too little memory for `store.host_bytes`; another attempt would find no more."""
+    """A node has too little memory for `store.host_bytes`; a retry would not help."""
 
 
 class NoPlace(ResourcesUnavailable):
-    """No node of the cluster has free what a GPU actor needs."""
+    """No node of the cluster has free resources for a GPU actor."""
 
 
 class ActorVersionMismatch(EditRayError):
@@ -110,27 +110,27 @@ class SegmentFailed(EditRayError):
 
 
 class OutOfMemory(EditRayError):
-    """The GPU's memory does not do for a segment, even when everything else has left it."""
+    """Out of GPU memory for a segment, after everything else was freed."""
 
 
 class EntryLost(EditRayError):
-    """A residual that the reuse plan promised to a segment cannot be had."""
+    """A residual that the reuse plan promised to a segment is lost."""
 
 
 class StoreDied(EntryLost):
-    """The store died that was to bring residuals, or to keep them."""
+    """The store of the residuals died."""
 
 
 class StaleLease(EditRayError):
-    """Someone speaks of a segment that was given to another, or by a store that lives no more."""
+    """The lease of a segment belongs to another holder, or to a store that is gone."""
 
 
 class StaleWork(EditRayError):
-    """Work was asked for by a segment scheduler that lives no more."""
+    """The segment scheduler that requested the work is gone."""
 
 
 class NotAdopted(EditRayError):
-    """A GPU actor was started again, and nobody has told it of the run yet."""
+    """A restarted GPU actor does not know the run yet."""
 
 
 class RunCancelled(EditRayError):

@@ -1,6 +1,6 @@
-"""The base of every options section, and what its JSON schema says is valid.
+"""The base class of every options section, and descriptions of valid values from its JSON schema.
 
-Each field's declaration is the only place that says what is valid: messages and documents read it from the schema.
+Messages and documents take valid values from the schema, so each field's declaration is their only source.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,16 +12,16 @@ Schema = Mapping[str, Any]
 
 
 class Options(BaseModel):
-    """A frozen section of a configuration: each layer has its own, `edit_ray.config` composes them.
+    """A frozen section of a configuration. Each layer has its own; `edit_ray.config` composes them.
 
-    It is strict about names and types, so that a typo never becomes a default.
+    Unknown names and wrong types are errors, so that a typo never becomes a default.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), strict=True)
 
 
 def node_at(path: Sequence[str | int], schema: Schema) -> Schema:
-    """The schema of the value at `path`; empty where the schema says nothing about it."""
+    """The schema of the value at `path`; empty if there is none."""
     node = schema
     for part in path:
         others = node.get("additionalProperties")
@@ -32,7 +32,7 @@ def node_at(path: Sequence[str | int], schema: Schema) -> Schema:
 
 
 def describe(node: Schema, schema: Schema) -> str:
-    """What a schema's node takes, to follow on "it must be"."""
+    """The valid values of a node, in words that follow "it must be"."""
     node = _resolved(node, schema)
     if "valid" in node:
         return str(node["valid"])
@@ -57,7 +57,7 @@ def describe(node: Schema, schema: Schema) -> str:
 
 
 def _resolved(node: Schema, schema: Schema) -> Schema:
-    """The node behind a reference; of a key that may be left empty the other choice: null is not what was meant."""
+    """The node behind a reference; for an optional key the choice that is not null."""
     if "$ref" in node:
         target: Schema = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
         return target

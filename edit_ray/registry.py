@@ -1,4 +1,4 @@
-"""Things chosen by name: what is built in, what a module registers, what an installed package offers."""
+"""Classes by name: built in, registered by a module, or offered by an installed package."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Classes by name. `group` is the entry-point group in which installed packages offer more of them."""
+    """Classes by name. Installed packages offer more of them in the entry-point group `group`."""
 
     def __init__(self, kind: str, group: str) -> None:
         self.kind, self.group = kind, group
         self._classes: dict[str, type[T]] = {}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """A decorator that gives a class its name.
+        """A decorator that registers a class under a name.
 
         Raises:
-            ValueError: a class of another name has it. The same class, defined anew in a notebook, replaces itself.
+            ValueError: another class has the name. A class redefined in a notebook replaces itself.
         """
 
         def give_name(cls: type[T]) -> type[T]:
@@ -37,14 +37,14 @@ class Registry(Generic[T]):
         return sorted({*self._classes, *entry_points(group=self.group).names})
 
     def registered(self, name: str) -> bool:
-        """Whether a module of this process has registered the name; looks at no installed package."""
+        """Whether a module of this process has registered the name; ignores installed packages."""
         return name in self._classes
 
     def find(self, name: str) -> type[T]:
         """The class of a name.
 
         Raises:
-            ValueError: nothing has this name; says which there are.
+            ValueError: no class has the name; the message lists the names.
         """
         if name not in self._classes:
             for entry_point in entry_points(group=self.group, name=name):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # the code beside the job, also where the package is not installed
 
-from edit_ray.cli.terminal import escaping  # noqa: E402
+from edit_ray.cli.main import escaping  # noqa: E402
 from edit_ray.config import Config, dump_yaml, load_config, output_root  # noqa: E402
 from edit_ray.errors import ConfigError, EditRayError, RunCancelled  # noqa: E402
 from edit_ray.runs.ids import check_run_id  # noqa: E402
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(config: Config, root: Path, options: argparse.Namespace) -> int:
-    from edit_ray.cli.plan import what_does_not_fit
+    from edit_ray.cli.reuse_estimate import what_does_not_fit
     from edit_ray.client import LongVideoClient
 
     print(f"output: {root}", flush=True)

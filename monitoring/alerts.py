@@ -1,4 +1,4 @@
-"""What is worth waking somebody up for, with what it looks like when it is so and when it is not."""
+"""Alerts, each with samples for which it fires and samples for which it does not."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Samples = dict[str, str]
-"""Values by series, in the notation of `promtool test rules`: one a scrape."""
+"""Values by series, one per scrape, in the notation of `promtool test rules`."""
 
 
 @dataclass(frozen=True)
 class Durations:
-    """All times of rules and alerts in seconds, in one place; `scaled` ones make the alerts fire in a test's time."""
+    """All times of rules and alerts, in seconds; tests use `scaled` ones."""
 
     scrape: float = 5
     window: float = 300  # of rates
@@ -28,11 +28,11 @@ class Durations:
 
 @dataclass(frozen=True)
 class Alert:
-    """`expr` may name the durations as `{window}`. In `broken` it fires for `labels`, in `healthy` it does not."""
+    """`expr` may use durations as `{window}`. It fires for `labels` with `broken`, and not with `healthy`."""
 
     name: str
     expr: str
-    lasts: str  # the duration for which it must hold, "" for none
+    lasts: str  # the name of the duration for which it must hold, or ""
     severity: Literal["critical", "warning"]
     summary: str
     description: str
@@ -41,8 +41,39 @@ class Alert:
     labels: dict[str, str] = field(default_factory=dict)
 
 
-_AT = 'job="edit_ray",instance="one"'
 _WHERE = {"job": "edit_ray", "instance": "one"}
+
+
+def _series(name: str, values: str, **labels: str) -> Samples:
+    """The values of one series of the test's instance."""
+    chosen = ",".join(f'{label}="{value}"' for label, value in (_WHERE | labels).items())
+    return {f"{name}{{{chosen}}}": values}
+
+
+def _disk(filled: int) -> Samples:
+    """A disk tier filled to a percentage."""
+    return _series("edit_ray_tier_bytes", f"{filled}x200", tier="disk") | _series(
+        "edit_ray_tier_budget_bytes", "100x200", tier="disk"
+    )
+
+
+def _prefetches(useful: int, late: int) -> Samples:
+    """Prefetches per scrape by outcome."""
+    return _series("edit_ray_prefetches_total", f"0+{useful}x200", prefetch="useful") | _series(
+        "edit_ray_prefetches_total", f"0+{late}x200", prefetch="late"
+    )
+
+
+def _running(steps: str, segments: str) -> Samples:
+    """A running run with the counts of its steps and segments."""
+    return (
+        _series("edit_ray_runs", "1x200", state="running")
+        | _series("edit_ray_step_seconds_count", steps, decision="computed")
+        | _series("edit_ray_segments_total", segments)
+    )
+
+
+_RESTARTS, _FAILED = "edit_ray_actor_restarts_total", "edit_ray_work_failed_total"
 
 ALERTS = (
     Alert(
@@ -51,10 +82,10 @@ ALERTS = (
         lasts="down",
         severity="critical",
         summary="No metrics from {instance}",
-        description="Prometheus cannot scrape the segment scheduler. `edit-ray list` says whether it lives; its "
-        "target goes when it ends, by itself or by `edit-ray down`.",
-        broken={f"up{{{_AT}}}": "1x4 0x200"},
-        healthy={f"up{{{_AT}}}": "1x4 0x2 1x200"},
+        description="Prometheus cannot scrape the segment scheduler. `edit-ray list` shows whether it is alive; its "
+        "target is removed when it ends by itself or by `edit-ray down`.",
+        broken=_series("up", "1x4 0x200"),
+        healthy=_series("up", "1x4 0x2 1x200"),
         labels=_WHERE,
     ),
     Alert(
@@ -65,18 +96,10 @@ ALERTS = (
         lasts="stalled",
         severity="critical",
         summary="A run makes no progress on {instance}",
-        description="A run is at work, and neither a denoising step nor a segment has been finished. `edit-ray list` "
-        "names the run; `engine.step_timeout_s` ends actors that hang.",
-        broken={
-            f'edit_ray_runs{{{_AT},state="running"}}': "1x200",
-            f'edit_ray_step_seconds_count{{{_AT},decision="computed"}}': "0+30x4 120x200",
-            f"edit_ray_segments_total{{{_AT}}}": "0+1x4 4x200",
-        },
-        healthy={
-            f'edit_ray_runs{{{_AT},state="running"}}': "1x200",
-            f'edit_ray_step_seconds_count{{{_AT},decision="computed"}}': "0+1x200",
-            f"edit_ray_segments_total{{{_AT}}}": "4x200",
-        },
+        description="A run is active, but no denoising step and no segment has finished. `edit-ray list` shows the "
+        "run; `engine.step_timeout_s` ends actors that hang.",
+        broken=_running("0+30x4 120x200", "0+1x4 4x200"),
+        healthy=_running("0+1x200", "4x200"),
         labels=_WHERE,
     ),
     Alert(
@@ -84,11 +107,11 @@ ALERTS = (
         expr="increase(edit_ray_actor_restarts_total[{restarts}]) > 2",
         lasts="",
         severity="warning",
-        summary="The {actor} on {instance} starts again and again",
-        description="It was started anew at least three times of late; its work began again each time. The actor's log "
-        "in Ray's dashboard says why; it is often memory.",
-        broken={f'edit_ray_actor_restarts_total{{{_AT},actor="denoiser"}}': "0x4 1x4 2x4 3x4 4x200"},
-        healthy={f'edit_ray_actor_restarts_total{{{_AT},actor="denoiser"}}': "0x4 1x200"},
+        summary="The {actor} on {instance} restarts repeatedly",
+        description="It was restarted at least three times recently, and its work started again each time. The actor's "
+        "log in Ray's dashboard shows why; often it runs out of memory.",
+        broken=_series(_RESTARTS, "0x4 1x4 2x4 3x4 4x200", actor="denoiser"),
+        healthy=_series(_RESTARTS, "0x4 1x200", actor="denoiser"),
         labels={**_WHERE, "actor": "denoiser"},
     ),
     Alert(
@@ -98,13 +121,11 @@ ALERTS = (
         lasts="",
         severity="warning",
         summary="The stage {stage} fails on {instance}",
-        description="At least three attempts came to nothing of late. A run fails when its retries are used up "
-        "(engine.segment_retries); the segment scheduler's log names the errors.",
-        broken={f'edit_ray_work_failed_total{{{_AT},stage="denoise",trouble="error"}}': "0x4 2x4 4x200"},
-        healthy={
-            f'edit_ray_work_failed_total{{{_AT},stage="denoise",trouble="error"}}': "0x4 1x200",
-            f'edit_ray_work_failed_total{{{_AT},stage="denoise",trouble="stopped"}}': "0+1x200",
-        },
+        description="At least three attempts failed recently. A run fails when its retries are used up "
+        "(engine.segment_retries); the segment scheduler's log has the errors.",
+        broken=_series(_FAILED, "0x4 2x4 4x200", stage="denoise", trouble="error"),
+        healthy=_series(_FAILED, "0x4 1x200", stage="denoise", trouble="error")
+        | _series(_FAILED, "0+1x200", stage="denoise", trouble="stopped"),
         labels={**_WHERE, "stage": "denoise"},
     ),
     Alert(
@@ -113,18 +134,12 @@ ALERTS = (
         lasts="full",
         severity="warning",
         summary="The {tier} tier on {instance} is nearly full",
-        description="Entries that do not fit are dropped and computed anew. `edit-ray plan` says what a run needs; "
-        "give store.disk_bytes more, or reuse_window less. The host tier is full by design and never meant here.",
-        broken={
-            f'edit_ray_tier_bytes{{{_AT},tier="disk"}}': "95x200",
-            f'edit_ray_tier_budget_bytes{{{_AT},tier="disk"}}': "100x200",
-        },
-        healthy={
-            f'edit_ray_tier_bytes{{{_AT},tier="disk"}}': "50x200",
-            f'edit_ray_tier_budget_bytes{{{_AT},tier="disk"}}': "100x200",
-            f'edit_ray_tier_bytes{{{_AT},tier="host"}}': "100x200",
-            f'edit_ray_tier_budget_bytes{{{_AT},tier="host"}}': "100x200",
-        },
+        description="Entries that do not fit are dropped and recomputed. `edit-ray plan` estimates what a run needs; "
+        "raise store.disk_bytes, or lower cache.reuse_window. The host tier is full by design and never alerts.",
+        broken=_disk(95),
+        healthy=_disk(50)
+        | _series("edit_ray_tier_bytes", "100x200", tier="host")
+        | _series("edit_ray_tier_budget_bytes", "100x200", tier="host"),
         labels={**_WHERE, "tier": "disk"},
     ),
     Alert(
@@ -132,17 +147,11 @@ ALERTS = (
         expr="edit_ray:prefetches_late:ratio_rate > 0.2",
         lasts="late",
         severity="warning",
-        summary="Residuals come late on {instance}",
-        description="More than a fifth of what is brought ahead of its use is waited for: the disk is too slow for "
-        "what the run reads. Give store.host_bytes more, or put store.directory on a faster disk.",
-        broken={
-            f'edit_ray_prefetches_total{{{_AT},prefetch="useful"}}': "0+10x200",
-            f'edit_ray_prefetches_total{{{_AT},prefetch="late"}}': "0+10x200",
-        },
-        healthy={
-            f'edit_ray_prefetches_total{{{_AT},prefetch="useful"}}': "0+100x200",
-            f'edit_ray_prefetches_total{{{_AT},prefetch="late"}}': "0+10x200",
-        },
+        summary="Prefetches are late on {instance}",
+        description="More than a fifth of the prefetches end after their read: the disk is too slow for the run. "
+        "Raise store.host_bytes, or put store.directory on a faster disk.",
+        broken=_prefetches(10, 10),
+        healthy=_prefetches(100, 10),
         labels=_WHERE,
     ),
 )

@@ -8,37 +8,40 @@ from monitoring.rules import RECORDED
 
 _HEAD = f"""# Metrics
 
-Made from `edit_ray/metrics/catalog.py` and `monitoring/` by `edit-ray dashboards`; do not edit.
-[How to look at them](../monitoring/README.md).
+Generated from `edit_ray/metrics/catalog.py` and `monitoring/` by `edit-ray dashboards`; do not edit.
+[Prometheus and Grafana](../monitoring/README.md) are set up there.
 
-The segment scheduler tells all metrics at `/metrics`, from the first run on; the section `metrics` of the configuration
-says where. Once a second it asks the other actors for what they have counted; a scrape asks nobody.
+The segment scheduler exports all metrics at `/metrics` from the first run on. The section `metrics` of the
+configuration sets the address. Once a second it collects snapshots from the other actors; a scrape calls no actor.
 
-- Counters only grow while a segment scheduler lives. Those of committed segments advance with the line in the manifest
-  that commits a segment, and a segment scheduler that is started again takes them from the manifests of its live runs.
-- What was counted by an actor that has died is kept up to its last snapshot. Work that came to nothing is counted in
-  `edit_ray_work_failed_total` and `edit_ray_work_lost_seconds_total` alone.
-- A gauge that an actor tells of itself has no value until the actor is heard of, and none when it has said nothing for
-  15 seconds.
-- A label has the values listed below. One that this version does not know, from an actor of a newer one, counts as
-  `{OTHER}`.
+- Counters only grow while a segment scheduler lives. Counters of committed segments grow with the manifest line that
+  commits a segment. A restarted segment scheduler restores them from the manifests of its live runs.
+- Counts of a dead actor are kept up to its last snapshot. Failed work is counted only in
+  `edit_ray_work_failed_total` and `edit_ray_work_lost_seconds_total`.
+- A gauge of an actor has no value before the first snapshot, and none once the last snapshot is older than 15 seconds.
+- A label has the values listed below. An unknown value, from an actor of a newer version, counts as `{OTHER}`.
+- `edit_ray_run_info` has one series for each live run. The other metrics have no run label: with several live runs
+  they are sums, and selecting a run in a dashboard shows the times at which it was live.
 """
+
+
+_OPEN = {"version": "one: the version of the exporting process", "run_id": "the ids of live runs"}
 
 
 def metrics_page() -> str:
     """docs/metrics.md."""
     rows = "\n".join(_row(metric) for metric in CATALOG.values())
     labels = "\n".join(
-        f"| `{label}` | {', '.join(f'`{value}`' for value in values) or 'one: that of the exporting process'} |"
+        f"| `{label}` | {', '.join(f'`{value}`' for value in values) or _OPEN[label]} |"
         for label, values in LABELS.items()
     )
     recorded = "\n".join(f"- `{name}`" for name in RECORDED)
     alerts = "\n".join(f"| `{alert.name}` | {alert.severity} | {alert.description} |" for alert in ALERTS)
     return (
-        f"{_HEAD}\n## All metrics\n\n| metric | type | labels | what it is |\n|---|---|---|---|\n{rows}\n\n"
+        f"{_HEAD}\n## All metrics\n\n| metric | type | labels | meaning |\n|---|---|---|---|\n{rows}\n\n"
         f"## Labels\n\n| label | values |\n|---|---|\n{labels}\n\n"
         f"## Recorded by Prometheus\n\n{recorded}\n\n"
-        f"## Alerts\n\n| alert | severity | what it means |\n|---|---|---|\n{alerts}\n"
+        f"## Alerts\n\n| alert | severity | meaning |\n|---|---|---|\n{alerts}\n"
     )
 
 

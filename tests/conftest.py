@@ -33,6 +33,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Ray reads these when it is imported or started, so they are set before any test module is.
 os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray's own 15 is next to the niceness of the tests that `make test` runs beside: actors would start at half the speed.
+os.environ.setdefault("RAY_worker_niceness", "10")
+# Else every driver that joins has Ray start workers ahead of any use.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 # Otherwise an actor without GPUs makes Ray warn about how it will set CUDA_VISIBLE_DEVICES one day.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 

@@ -1,10 +1,12 @@
-"""The CacheStore actor: host memory and disk, and what of a run's residuals is where."""
+"""The CacheStore actor: the host and disk tiers of residuals, for all runs of one GPU actor."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from itertools import count
@@ -12,44 +14,66 @@ from pathlib import Path
 from typing import Any
 
 from edit_ray.actors.messages import code_version, run_key
-from edit_ray.actors.stats import TierStats
 from edit_ray.errors import ConfigError, EditRayError, StaleLease
-from edit_ray.metrics.collect import Snapshot
+from edit_ray.metrics.catalog import LABELS
+from edit_ray.metrics.collect import SeriesId, Snapshot, series
 from edit_ray.runs.folder import RunFolder
-from edit_ray.tiers.arena import make_arena, remove_stale
-from edit_ray.tiers.disk_tier import DiskTier
-from edit_ray.tiers.entry_folder import EntryFolder, FolderTaken, FolderUnusable
+from edit_ray.tiers.arena import Lease, Op, make_arena, remove_stale
+from edit_ray.tiers.disk_tier import DiskTier, EntryFolder, FolderTaken, FolderUnusable
 from edit_ray.tiers.options import StoreOptions, on_this_node
-from edit_ray.tiers.protocol import Lease, Op
 from edit_ray.tiers.reuse_plan import Key, Uses
 from edit_ray.tiers.service import TABLES_BYTES, TierService
 from edit_ray.tiers.slots import divide
 
-CLEANING_PAUSES_S = (0.02, 0.1)  # before another try
+CLEANING_PAUSES_S = (0.02, 0.1)  # before each retry
 
 
 class CacheStoreActor:
-    """Owns the arena and the disk tier, from the first run that reuses anything until its end. Knows keys and bytes,
-    of runs their ids, and whether one that is not at work has ended. It never holds a CUDA context.
+    """Owns the arena and the disk tier, from the first run that reuses residuals until its end.
+
+    It knows keys and bytes, and of runs their ids and whether they have ended. It never holds a CUDA context.
     """
 
     def __init__(self, worker: int = 0) -> None:
-        """`worker` is the number of the GPU actor beside it: each has a folder of its own for its disk tier."""
+        """`worker` is the number of the GPU actor beside it. Each has its own folder for its disk tier."""
         self._worker = worker
         self._tiers: TierService | None = None
         self._made_for: tuple[StoreOptions, Path, dict[int, int]] | None = None
         self._root: Path | None = None  # of the runs
         self._runs: set[str] = set()
-        self._stats = TierStats()
+        self._life, self._sequence = secrets.token_hex(8), 0  # of this actor's snapshots
+        self._counts: Counter[SeriesId] = Counter()  # of the tiers, as read last
+        self._earlier: Counter[SeriesId] = Counter()  # of tiers that are closed, and of the actor itself
         self._lock = threading.Lock()
 
     def describe(self) -> dict[str, str | int]:
         return {"version": code_version(), "pid": os.getpid()}
 
     def metrics(self) -> Snapshot:
-        """What this actor has counted, and what its tiers hold now."""
+        """All counts since the actor's start, and what its tiers hold now."""
         with self._lock:
-            return self._stats.snapshot(self._tiers)
+            gauges = self._read_stats()
+            self._sequence += 1
+            return Snapshot(self._life, self._sequence, self._earlier + self._counts, gauges)
+
+    def _read_stats(self) -> dict[SeriesId, float]:
+        """Read the tiers' counts; returns their gauges. Failed tiers hold nothing."""
+        if self._tiers is None or self._tiers.failed:
+            return {}
+        stats = self._tiers.statistics()
+        counts = {**stats["counts"], ("refusals", "stale_lease"): stats["stale_leases"]}
+        counts |= {("tier_move_seconds", move): seconds for move, seconds in stats["move_seconds"].items()}
+        counts |= {("disk_faults", fault): number for fault, number in stats["faults"].items()}
+        self._counts = Counter(
+            {(f"edit_ray_{name}_total", tuple(labels), ""): value for (name, *labels), value in counts.items()}
+        )
+        names = {"bytes": "bytes", "budget_bytes": "budget_bytes", "peak_bytes": "peak_bytes", "entries_in": "entries"}
+        gauges = {
+            series(f"edit_ray_tier_{name}", tier=tier): stats[key].get(tier, 0)
+            for key, name in names.items()
+            for tier in LABELS["tier"]
+        }
+        return {of: value for of, value in gauges.items() if value is not None}
 
     def follow(
         self,
@@ -61,21 +85,21 @@ class CacheStoreActor:
         directory: Path,
         root: Path,
     ) -> None:
-        """A run begins, or goes on with `segment`. The tiers are made where they are not there, or are others.
+        """Begin a run, or go on with it at `segment`. Creates the tiers if there are none for these options.
 
-        Entries that are found on disk of runs that have ended are dropped.
+        Entries of ended runs that are found on disk are dropped.
 
         Args:
-            run_id: Under which its entries are kept.
+            run_id: The run's name in the keys of its entries.
             uses: Which segments read which entries, and in which order.
             demand: How many entries of each size, in bytes, a segment works on.
-            segment: The run's next one.
-            options: How large the tiers are.
-            directory: The disk tier's; every CacheStore actor but the first takes a folder inside it.
-            root: The runs' folders are in it.
+            segment: The run's next segment.
+            options: The sizes of the tiers.
+            directory: The folder of the disk tier; every CacheStore actor but the first has a folder inside it.
+            root: The folder that holds the runs' folders.
 
         Raises:
-            ConfigError: the tiers cannot be made.
+            ConfigError: the tiers cannot be created.
             HostMemoryShort: there is too little memory.
         """
         slots = divide(options.host_bytes, demand) if demand else {}
@@ -93,33 +117,35 @@ class CacheStoreActor:
             self._runs.add(run_id)
 
     def prepare(self, run_id: str, segment: int, attempt: int, holder: str, ops: Sequence[Op]) -> Lease:
-        """See `TierService.prepare`. Raises StaleLease where this incarnation was not told of the run."""
+        """`TierService.prepare`. Raises StaleLease if this incarnation does not follow the run."""
         return self._of(run_id).prepare(run_id, segment, attempt, holder, ops)
 
     def complete(self, run_id: str, segment: int, attempt: int, holder: str, store: str) -> dict[str, Any]:
-        """See `TierService.complete`; returns its statistics."""
+        """`TierService.complete`; returns the tiers' statistics."""
         tiers = self._of(run_id)
         try:
             tiers.complete(run_id, segment, attempt, holder, store)
         except OSError as error:
-            if error.filename is not None and self._made_for is not None:  # a record shows what was configured
+            if (
+                error.filename is not None and self._made_for is not None
+            ):  # the configured folder is the same for every run
                 error.filename, error.filename2 = str(self._made_for[1]), None
             raise
         return tiers.statistics()
 
     def missing(self, run_id: str, keys: Sequence[Key]) -> list[Key]:
-        """See `TierService.missing`."""
+        """`TierService.missing`."""
         return self._of(run_id).missing(keys)
 
     def give_up(self, run_id: str, holder: str) -> None:
-        """See `TierService.give_up`; an unknown run is none."""
+        """`TierService.give_up`; an unknown run holds nothing."""
         with suppress(StaleLease):
             self._of(run_id).give_up(run_id, holder)
 
     def drop_run(self, run_id: str, directory: Path | None = None) -> None:
-        """Forget all of a run; an unknown one is none. With the last one the memory is given back.
+        """Drop all entries of a run, if it is known. After the last run the memory is released.
 
-        `directory` is the disk tier's. A run that began beside another CacheStore actor has left entries in its folder.
+        `directory` is the disk tier's, in which a run that began with another CacheStore actor has left entries.
         """
         with self._lock:
             if self._tiers is not None and self._tiers.failed:
@@ -133,16 +159,16 @@ class CacheStoreActor:
                 if self._tiers is not None:
                     self._drop_ended(self._tiers, followed=run_id)
                 self._close()
-                with suppress(OSError):  # of an incarnation that was killed, after which no other had one
+                with suppress(OSError):  # arenas of killed incarnations
                     remove_stale()
 
     def close(self) -> None:
-        """Give the memory back; what is on disk stays."""
+        """Release the memory; entries on disk stay."""
         with self._lock:
             self._close()
 
     def _folders(self, directory: Path) -> Iterator[Path]:
-        """Where this actor's disk tier may be on this node: of these, each store has the first that it finds free."""
+        """The folders that this actor's disk tier may have on this node. It takes the first that no store has open."""
         here = on_this_node(directory)
         own = here / f"worker-{self._worker}" if self._worker else here
         yield own
@@ -166,17 +192,17 @@ class CacheStoreActor:
             raise
 
     def _drop_ended(self, tiers: TierService, followed: str) -> None:
-        """Drop the entries of runs that have ended, such as one that moved to another CacheStore actor."""
+        """Drop the entries of ended runs, such as one that moved to another CacheStore actor."""
         for name in _runs_in(tiers.disk.files):
             if name != followed and self._root is not None and not _goes_on(self._root, name, followed):
                 tiers.drop_run(name)
 
     def _remove_left(self, directory: Path, unwanted: Callable[[str], bool]) -> None:
         """Remove the entries of unwanted runs from this node's folders that no store has open."""
-        with suppress(ValueError, OSError):  # no folder on this node, or none that can be read
+        with suppress(ValueError, OSError):  # there is no such folder on this node, or it cannot be read
             here = on_this_node(directory)
             folders = [*here.glob("worker-*/other-*"), *here.glob("worker-*"), *here.glob("other-*"), here]
-            for pause_s in (*CLEANING_PAUSES_S, None):  # a read may fail once, or another actor clean up as well
+            for pause_s in (*CLEANING_PAUSES_S, None):  # a read may fail once, or another actor clean up too
                 folders = [folder for folder in folders if folder.is_dir() and not _cleaned(folder, unwanted)]
                 if not folders or pause_s is None:
                     return
@@ -185,28 +211,30 @@ class CacheStoreActor:
     def _of(self, run_id: str) -> TierService:
         with self._lock:
             if self._tiers is None or self._tiers.failed or run_id not in self._runs:
-                self._stats.refuse("stale_lease")
+                self._earlier[series("edit_ray_refusals_total", refusal="stale_lease")] += 1
                 raise StaleLease(f"This CacheStore actor was not told of the run {run_id!r}.")
             return self._tiers
 
     def _close(self) -> None:
+        with suppress(StaleLease):  # the tiers' thread has failed meanwhile
+            self._read_stats()
+        self._earlier.update(self._counts)  # adds them
+        self._counts = Counter()
         tiers, self._tiers, self._made_for = self._tiers, None, None
         self._runs.clear()
         if tiers is not None:
-            with suppress(StaleLease):  # its thread has failed meanwhile
-                self._stats.look(tiers)
             tiers.close()
 
 
 def _first_free(folders: Iterator[Path], allow_tmpfs: bool) -> DiskTier:
-    """A disk tier in the first folder that no other store has open, as one of another cluster may have."""
+    """A disk tier in the first folder that no other store has open, such as one of another cluster."""
     while True:
         with suppress(FolderTaken):
             return DiskTier(next(folders), allow_tmpfs=allow_tmpfs)
 
 
 def _cleaned(folder: Path, unwanted: Callable[[str], bool]) -> bool:
-    """Remove the entries of unwanted runs; False if a file stays, or a store has the folder open."""
+    """Remove the entries of unwanted runs; False if a file stays or a store has the folder open."""
     try:
         with closing(EntryFolder(folder, allow_tmpfs=True)) as files:
             names = set(filter(unwanted, _runs_in(files)))
@@ -222,7 +250,7 @@ def _runs_in(files: EntryFolder) -> set[str]:
 
 
 def _goes_on(root: Path, residuals_id: str, followed: str) -> bool:
-    """Whether a run (`RunSpec.residuals_id`) that is not the one followed has not ended: it may be resumed."""
+    """Whether another run than the one followed may be resumed: it has not ended. Both are `RunSpec.residuals_id`."""
     run_id = _id_of(residuals_id)
     if run_id == _id_of(followed):
         return False  # an earlier run of that name, or an earlier plan
@@ -234,5 +262,5 @@ def _goes_on(root: Path, residuals_id: str, followed: str) -> bool:
 
 
 def _id_of(residuals_id: str) -> str:
-    """The id of the run in the name of one of its plans; ids have no dots."""
+    """The run id in a `RunSpec.residuals_id`; ids have no dots."""
     return residuals_id.partition(".")[0]

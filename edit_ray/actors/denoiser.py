@@ -8,22 +8,28 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from edit_ray.actors.adoption import Adoption
-from edit_ray.actors.continuing import added_by, context_of, preceding_of, tiled_position
-from edit_ray.actors.messages import Progress, RunSpec, code_version, statistics
-from edit_ray.actors.stats import StepTimes, cache_statistics, show_memory
-from edit_ray.engine.latent_files import load_latents, save_latents
-from edit_ray.engine.loading import choose_device
-from edit_ray.engine.lookback import lookback_latents
-from edit_ray.engine.model_digest import model_digest
-from edit_ray.engine.provenance import provenance_of
-from edit_ray.engine.segment import SegmentEngine, usable_cores
+from edit_ray.actors.gpu_work import (
+    AdoptedRuns,
+    LoadedModel,
+    StepTimes,
+    added_by,
+    cache_stats,
+    context_of,
+    preceding_of,
+    show_memory,
+    tiled_position,
+)
+from edit_ray.actors.messages import Progress, RunSpec, code_version, rounded
+from edit_ray.engine.continuity import load_latents, save_latents
+from edit_ray.engine.loading import choose_device, provenance_of, usable_cores
+from edit_ray.engine.model_files import model_digest
+from edit_ray.engine.model_info import lookback_latents
+from edit_ray.engine.segment import SegmentEngine
 from edit_ray.errors import EditRayError, OutOfMemory, SegmentFailed
 from edit_ray.files import digest_of_file, read_bytes, replacing
 from edit_ray.metrics.collect import MetricValues, Snapshot
@@ -39,27 +45,23 @@ T = TypeVar("T")
 
 
 class DenoiserActor:
-    """Carries out one piece of work per call; between calls it only remembers what could be had again.
+    """Carries out one piece of work per call. Between calls it holds only state that can be rebuilt.
 
-    Every call names its whole run, so that a restarted actor goes on where the last one died: the model is loaded, the
-    prompts are encoded and the decoder's state is rebuilt from committed latents whenever they are not at hand.
+    Every call names its whole run, so a restarted actor goes on where the last one died: it loads the model, encodes
+    the prompts and rebuilds the decoder's state from committed latents when it does not have them.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._engine: SegmentEngine | None = None
-        self._loaded_for: object = None
-        self._weights: str | None = None  # the digest of what was loaded
-        self._threads = 0  # of torch
-        self._thread = ThreadPoolExecutor(1, "torch")
+        self._model = LoadedModel()
         self._decoding = threading.Lock()
-        self._adoption = Adoption()
+        self._adopted = AdoptedRuns()
         self._progress: Progress | None = None
         self._joins = Joins()
         self._values, self._life = MetricValues(), secrets.token_hex(8)
-        self._beat, self._loading = 0, False
-        self._short_of_memory = False  # whether the work before this has run out of it
-        self._leases: dict[str, tuple[object, SegmentLeases | None]] = {}  # by run, with what they are for
+        self._beats = 0
+        self._short_of_memory = False  # whether the last work ran out of it
+        self._leases: dict[str, tuple[object, SegmentLeases | None]] = {}  # by run, with the plan that they are for
         self._frames: dict[tuple[str, Path, int], Frames] = {}  # decoded, and not encoded yet
 
     def describe(self) -> dict[str, str | int]:
@@ -78,38 +80,35 @@ class DenoiserActor:
         return self._progress
 
     def metrics(self) -> Snapshot:
-        """What this actor has counted, and what it holds of the device's memory."""
-        if self._engine is not None:
-            show_memory(self._values, self._engine.device)
+        """The counters of this actor, and the device memory that it holds."""
+        if self._model.engine is not None:
+            show_memory(self._values, self._model.engine.device)
         return self._values.snapshot(self._life)
 
     def beat(self) -> int | None:
         """Another number after each step and each piece of work; None while a model is loaded."""
-        return None if self._loading else self._beat
+        return None if self._model.loading else self._beats
 
     def sees(self, path: Path) -> bool:
         """Whether a file of the caller's is visible on this node."""
         return path.exists()
 
     def adopt_run(self, spec: RunSpec) -> None:
-        """From now on the run is worked on for this incarnation; what is at work for an earlier one ends soon.
+        """Work for this incarnation of the run from now on; work in flight for an earlier one ends soon.
 
         What is kept for another run of the same id, whose folder was removed, is freed.
         """
-        known = self._adoption.of(spec.run_id)
-        if known is not None and known.key != spec.key:
-            self.release_run(spec.run_id)
-        self._adoption.adopt(spec)
+        if replaced := self._adopted.adopt(spec):
+            self._free(replaced)
 
     def prepare_run(self, spec: RunSpec) -> dict[str, int]:
-        """Loads the model if another one is loaded, encodes every prompt of the run, frees the text encoder's place.
+        """Load the model if another one is loaded, encode all prompts of the run, free the text encoder's memory.
 
-        What the run begins from is encoded, and made durable. Returns how many latents before a segment it and its
+        Encodes what the run begins from and makes it durable. Returns how many latents before a segment it and its
         decoding may need. Raises ConfigError for a file that cannot be used.
         """
         self.adopt_run(spec)
-        if self._weights != model_digest(spec.config.model.path):
-            self._loaded_for = None  # other weights lie at the path than those that are loaded
+        self._model.forget_replaced(spec)
         engine, config = self._ready_engine(spec), spec.config
         if config.continuity.init is not None and not spec.folder.init_latents.exists():
             latents, _, _ = self._compute(engine, lambda: engine.encode_init(config.continuity, config.sampling))
@@ -118,16 +117,16 @@ class DenoiserActor:
         return {"lookback_latents": lookback + spec.layout.history_latents}
 
     def denoise_segment(self, spec: RunSpec, segment: SegmentPlan, attempt: int) -> dict[str, float]:
-        """Denoises one segment and makes its latents durable, and what others reuse of it.
+        """Denoise one segment; make its latents and the residuals that others reuse durable. Returns its statistics.
 
         Raises RunCancelled when the run is stopped meanwhile, StaleWork when another incarnation has it, SegmentFailed
         when the latents are not finite, EntryLost when what it should reuse is gone, OutOfMemory.
         """
-        self._adoption.check(spec)
+        self._adopted.check(spec)
         engine = self._ready_engine(spec)
         leases = self._leases_of(spec, engine)
         append_event(spec.folder.events, "segment_begun", segment=segment.index, attempt=attempt)
-        reusing = segment.index - spec.planned_from  # its number among those that reuse each other's residuals
+        reusing = segment.index - spec.planned_from  # its number in the reuse plan
         made_again = 0 if leases is None else self._make_lost_again(spec, engine, leases, reusing, attempt)
         store = None if leases is None else leases.begin(reusing, attempt, engine.history_len)
         if store is not None and segment.index + 1 < (spec.num_segments or 0):
@@ -141,29 +140,24 @@ class DenoiserActor:
             complete_s = time.perf_counter() - began
             reused |= {"complete_at": complete_at, "complete_s": complete_s, "segments_made_again": made_again}
         self._short_of_memory = False
-        figures = statistics(
-            denoise_at=denoise_at, denoise_s=denoise_s, **cache_statistics(engine.record, spec, segment), **reused
-        )
-        figures |= {"latents_xxh3": digest}
+        cached = cache_stats(engine.record, spec, segment)
+        stats = rounded(denoise_at=denoise_at, denoise_s=denoise_s, **cached, **reused) | {"latents_xxh3": digest}
         of = {"segment": segment.index, "take": segment.take, "attempt": attempt}
-        append_event(spec.folder.events, "segment_made", **of, plan=spec.residuals_id, figures=figures)
-        return figures
+        append_event(spec.folder.events, "segment_made", **of, plan=spec.residuals_id, figures=stats)
+        return stats
 
     def _denoise(
         self, spec: RunSpec, engine: SegmentEngine, segment: SegmentPlan, store: PlannedStore | None
     ) -> tuple[torch.Tensor, float, float]:
         """The latents that a segment adds, when that began, and its seconds."""
-        sampling = spec.config.sampling.model_copy(
-            update={"negative_prompt": segment.negative_prompt, "guidance_scale": segment.guidance_scale}
-        )
-
-        times = StepTimes(self._values)
+        own = {"negative_prompt": segment.negative_prompt, "guidance_scale": segment.guidance_scale}
+        sampling, times = spec.config.sampling.model_copy(update=own), StepTimes(self._values)
 
         def on_step(step: int, num_steps: int) -> None:
             times.step(engine.record)
             self._progress = Progress(spec.run_id, segment.index, step, num_steps)
-            self._beat += 1
-            self._adoption.check(spec)
+            self._beats += 1
+            self._adopted.check(spec)
             self._let_decoding_go_first(engine)
 
         def work() -> torch.Tensor:
@@ -184,8 +178,9 @@ class DenoiserActor:
         return self._compute(engine, work, denoises=True)
 
     def _let_decoding_go_first(self, engine: SegmentEngine) -> None:
-        """On a GPU a step begins when no decoding is at work. Either fills the GPU: at once they take as long as one by
-        one, and frames would come later that somebody waits for.
+        """On a GPU, a step begins when no decoding is in progress.
+
+        Each fills the GPU: at the same time they take as long as one by one, and a client gets its frames later.
         """
         if engine.device.type == "cuda":
             with self._decoding:
@@ -194,10 +189,10 @@ class DenoiserActor:
     def _make_lost_again(
         self, spec: RunSpec, engine: SegmentEngine, leases: SegmentLeases, reusing: int, attempt: int
     ) -> int:
-        """Makes earlier segments again for residuals that the store has lost; how many. Their latents stay.
+        """Denoise earlier segments again for residuals that the store has lost; returns how many.
 
-        The same config, seed and hardware give the same bits, which is checked. A segment before which others are lost
-        waits for those; that ends at the latest with the first one, which reads nothing.
+        The same config, seed and hardware give the same bits, which is checked. A segment that itself reuses lost
+        residuals comes after the segments of those; the first segment reuses none.
         """
         lost, again = leases.lost(reusing, attempt), max(attempt, 1)
         made = 0
@@ -218,103 +213,80 @@ class DenoiserActor:
         return made
 
     def decode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
-        """Decodes one segment's new latents; the frames wait here to be encoded. Raises OutOfMemory at once."""
-        self._adoption.check(spec)
+        """Decode one segment's new latents; the frames wait here to be encoded. Raises OutOfMemory at once."""
+        self._adopted.check(spec)
         frames, decode_at, decode_s = self._decode(spec, segment, again=False)
         self._frames[spec.key, spec.media(segment.index), spec.incarnation] = frames
-        return statistics(decode_at=decode_at, decode_s=decode_s, decode_tiled=spec.tiled(segment.index))
+        return rounded(decode_at=decode_at, decode_s=decode_s, decode_tiled=spec.tiled(segment.index))
 
     def encode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
-        """Encodes one segment's frames into its media file; where they are not at hand they are decoded again."""
-        self._adoption.check(spec)
+        """Encode one segment's frames into its media file; frames that are gone are decoded again."""
+        self._adopted.check(spec)
         media = spec.media(segment.index)
         frames = self._frames.get((spec.key, media, spec.incarnation))
         if frames is None:
             frames, _, _ = self._decode(spec, segment)
         encode_at, began = time.time(), time.perf_counter()
-        there = read_bytes(spec.folder.init) if spec.folder.init.exists() else None
+        known_init = read_bytes(spec.folder.init) if spec.folder.init.exists() else None
         fps, options, patience = spec.config.sampling.fps, spec.config.output, self._patience(spec)
         place = {"number": segment.index, "first_frame": segment.first_frame}
-        encoded = encode(frames, fps=fps, options=options, **place, init=there, patience=patience)
+        encoded = encode(frames, fps=fps, options=options, **place, init=known_init, patience=patience)
         init, fragment = write_part(spec.folder.path, spec.part(segment), encoded)
         self._frames.pop((spec.key, media, spec.incarnation), None)
         times = {"encode_at": encode_at, "encode_s": time.perf_counter() - began}
-        digests, shown = {"init_xxh3": init, "media_xxh3": fragment}, self._appearance(spec, segment, frames)
-        return statistics(media_bytes=media.stat().st_size, **times, **shown) | digests
+        digests = {"init_xxh3": init, "media_xxh3": fragment}
+        seen = self._measure_frames(spec, segment, frames)
+        return rounded(media_bytes=media.stat().st_size, **times, **seen) | digests
 
     def finalize_run(self, spec: RunSpec, first: int) -> dict[str, float]:
-        """Joins the segments from `first` on, those before being dropped, into `final.mp4`."""
-        self._adoption.check(spec)
+        """Join the segments from `first` on, those before being dropped, into `final.mp4`."""
+        self._adopted.check(spec)
         assert spec.num_segments is not None, "a run without an end has no final video"
         started = time.perf_counter()
         media = [spec.media(index) for index in range(first, spec.num_segments)]
         with replacing(spec.folder.final) as draft:
             join(spec.folder.init, media, draft.path, comment=spec.settings, patience=self._patience(spec))
-            digest = digest_of_file(draft.path, self._work_on)
-        return statistics(finalize_s=time.perf_counter() - started) | {"final_xxh3": digest}
+            digest = digest_of_file(draft.path, self._count_beat)
+        return rounded(finalize_s=time.perf_counter() - started) | {"final_xxh3": digest}
 
     def _patience(self, spec: RunSpec) -> Patience:
         """Half of a step's time: an encoder that hangs ends before the watchdog finds that this actor hangs."""
-        return Patience(spec.config.engine.step_timeout_s / 2, self._work_on)
+        return Patience(spec.config.engine.step_timeout_s / 2, self._count_beat)
 
-    def _work_on(self) -> None:
-        self._beat += 1
+    def _count_beat(self) -> None:
+        self._beats += 1
 
     def stop_run(self, run_id: str) -> None:
-        """What runs for this run ends at its next step."""
-        self._adoption.stop(run_id)
+        """End the run's work in flight at its next step."""
+        self._adopted.stop(run_id)
 
     def release_run(self, run_id: str) -> None:
-        """Frees what is kept for an ended run; the model stays loaded."""
-        spec = self._adoption.of(run_id)
-        self._adoption.forget(run_id)
+        """Free what is kept for an ended run; the model stays loaded."""
+        if spec := self._adopted.forget(run_id):
+            self._free(spec)
+
+    def _free(self, spec: RunSpec) -> None:
         self._progress = None
-        if spec is None:
-            return
         self._joins.forget(spec.key)
         _, leases = self._leases.pop(spec.key, (None, None))
         if leases is not None:
             leases.close()
-        if self._engine is not None:
-            self._engine.release(spec.key)
+        if self._model.engine is not None:
+            self._model.engine.release(spec.key)
         for decoded in [decoded for decoded in self._frames if decoded[0] == spec.key]:
             del self._frames[decoded]
 
-    def _appearance(self, spec: RunSpec, segment: SegmentPlan, frames: Frames) -> dict[str, float]:
-        """The colour and sharpness of the segment, and how it joins its predecessor."""
+    def _measure_frames(self, spec: RunSpec, segment: SegmentPlan, frames: Frames) -> dict[str, float]:
+        """The colour and sharpness of the segment, and how visible its join to its predecessor is."""
         before = spec.part(spec.segment(segment.index - 1)) if segment.index else None
         if before is not None and not (spec.folder.path / before.path).exists():
-            before = None  # dropped to make room, before the run was re-rolled from here
+            before = None  # dropped before the run was re-rolled from here
         part, patience = spec.part(segment), self._patience(spec)
         return self._joins.measure(spec.key, spec.folder.path, part, before, frames, patience)
 
     def _ready_engine(self, spec: RunSpec) -> SegmentEngine:
-        """The engine of this run's model, with this run's prompts encoded."""
-        self._beat += 1
-        return self._thread.submit(self._load_for, spec).result()
-
-    def _load_for(self, spec: RunSpec) -> SegmentEngine:
-        config = spec.config
-        threads = config.engine.cpu_threads or usable_cores()  # Ray would leave one
-        wanted = config.model, config.engine.cfg_parallel
-        if self._engine is None or self._loaded_for != wanted:
-            self._engine, self._loading = None, True  # the last model goes before the next one comes
-            try:
-                weights = model_digest(config.model.path)
-                engine = SegmentEngine.load(config.model, threads, cfg_parallel=config.engine.cfg_parallel)
-                self._engine, self._loaded_for, self._weights = engine, wanted, weights
-            finally:
-                self._loading = False
-        torch.set_num_threads(threads)
-        self._threads = threads
-        self._engine.max_live_decoders = config.engine.max_live_decoders
-        self._engine.use_mode(config.engine.mode, fp8=config.engine.fp8)
-        self._loading = True  # thousands of prompts take as long as a model
-        try:
-            self._engine.encode_prompts(spec.texts)
-        finally:
-            self._loading = False
-        return self._engine
+        self._count_beat()
+        return self._model.ready(spec)
 
     def _decode(self, spec: RunSpec, segment: SegmentPlan, *, again: bool = True) -> tuple[Frames, float, float]:
         """The segment's frames, uint8 [F, H, W, 3], when their decoding began, and its seconds."""
@@ -329,7 +301,7 @@ class DenoiserActor:
                 tiled_from=tiled_position(spec),
             )
 
-        with self._decoding:  # from the call on: the next segment's denoising is asked for at the same moment
+        with self._decoding:  # from the call on: the next segment's denoising is requested at the same moment
             engine = self._ready_engine(spec)
             latents = load_latents(spec.latents(segment.index))
             frames, decode_at, decode_s = self._compute(engine, work, again=again)
@@ -339,43 +311,32 @@ class DenoiserActor:
     def _compute(
         self, engine: SegmentEngine, work: Callable[[], T], *, denoises: bool = False, again: bool = True
     ) -> tuple[T, float, float]:
-        """What the work gives, when it began (in unix seconds), and its seconds.
+        """The result of the work, when it began (in unix seconds), and its seconds.
 
-        On a CPU one thread does all of torch's work, unless torch has one thread only. OpenMP keeps a team of threads
-        for each thread that calls it, and as soon as two teams are more threads than cores, both wait asleep instead of
-        spinning: half the speed.
-
-        Where the GPU's memory does not do, what can be had again leaves it; `again` says whether the same may do then.
+        If GPU memory runs out, all state that can be rebuilt is freed: the first time another attempt may succeed, and
+        this raises SegmentFailed; the second time, or where `again` is False, OutOfMemory.
         """
-
-        def timed() -> tuple[T, float, float]:
-            torch.set_num_threads(self._threads)  # of this thread, if it has called torch before
-            began, started = time.time(), time.perf_counter()
-            return work(), began, time.perf_counter() - started
-
-        one_by_one = engine.device.type == "cpu" and self._threads > 1
         try:
-            return self._thread.submit(timed).result() if one_by_one else timed()
+            return self._model.timed(engine, work)
         except torch.OutOfMemoryError as error:
-            traceback.clear_frames(error.__traceback__)  # they hold what the work had reached
+            traceback.clear_frames(error.__traceback__)  # they hold the work's tensors
             for _, leases in list(self._leases.values()):
                 if denoises and leases is not None:
                     leases.free_device()
-            engine.make_room(of_cache=denoises)
+            engine.free_memory(of_cache=denoises)
             raise self._out_of_memory(error, again) from None
 
     def _out_of_memory(self, error: torch.OutOfMemoryError, again: bool) -> EditRayError:
-        """The first time another attempt may do, the second time none will."""
         if self._short_of_memory or not again:
             return OutOfMemory(
-                f"the GPU's memory does not do ({str(error).splitlines()[0]}); lower sampling.height, width or "
+                f"out of GPU memory ({str(error).splitlines()[0]}); lower sampling.height, width or "
                 "num_frames, or take a smaller torch_dtype"
             )
         self._short_of_memory = True
-        return SegmentFailed("the GPU's memory did not do; what can be had again has left it")
+        return SegmentFailed("out of GPU memory; all state that can be rebuilt was freed")
 
     def _leases_of(self, spec: RunSpec, engine: SegmentEngine) -> SegmentLeases | None:
-        """The run's leases; those of an earlier incarnation are given up, and the store is told of the run anew."""
+        """The run's leases. Those of an earlier incarnation are closed, and the store is told of the run anew."""
         wanted = spec.incarnation, spec.replanned
         known, leases = self._leases.get(spec.key, (None, None))
         if known == wanted:
@@ -387,8 +348,8 @@ class DenoiserActor:
         return leases
 
     def _plan_leases(self, spec: RunSpec, engine: SegmentEngine) -> SegmentLeases | None:
-        assert spec.num_segments is not None, "what segments reuse is planned for all of them"
-        planned = self._thread.submit(
+        assert spec.num_segments is not None, "the reuse plan covers all segments"
+        planned = self._model.thread.submit(
             engine.plan_reuse,
             spec.residuals_id,
             spec.num_segments - spec.planned_from,

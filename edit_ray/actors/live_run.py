@@ -1,4 +1,4 @@
-"""One run in the segment scheduler: what it is, what is committed of it, and who waits for that."""
+"""One run in the segment scheduler: what it is, what is committed of it, and which clients wait for that."""
 
 from __future__ import annotations
 
@@ -10,55 +10,73 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from edit_ray.actors.best_effort import best_effort
-from edit_ray.actors.damage import Damage
+from edit_ray.actors.folder_state import Damage
 from edit_ray.actors.messages import RunSpec
+from edit_ray.actors.watchdog import best_effort
 from edit_ray.errors import SegmentFailed
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Ended, Line, Manifest
 from edit_ray.runs.manifest_file import ManifestFile
 from edit_ray.runs.retention import KEEP_ALL, Retention
-from edit_ray.video.hls import StreamFiles
 
 T = TypeVar("T")
 END_ATTEMPTS = 3
-CLOSE_S = 1.0  # that an end waits for the manifest's lock to be free
+CLOSE_S = 1.0  # that an end waits for the manifest's lock to be released
 
 
 class FolderSilent(SegmentFailed):
-    """The run's folder did not answer in time, such as on a file server that is away."""
+    """The run's folder did not answer in time, such as one on a file server that is away."""
 
 
 @dataclass
-class LiveRun:
-    """A run that this segment scheduler works on or has worked on. Its manifest's lock is held until it has ended."""
+class Watched:
+    """What clients wait for a change of."""
+
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition, kw_only=True)
+
+    async def notify(self) -> None:
+        """Wake all who wait for a change."""
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def wait(self, there: Callable[[], bool], timeout_s: float) -> bool:
+        """Whether a condition came true in time."""
+        async with self.changed:
+            try:
+                await asyncio.wait_for(self.changed.wait_for(there), timeout_s)
+            except TimeoutError:
+                return False
+        return True
+
+
+@dataclass
+class LiveRun(Watched):
+    """A run that this segment scheduler works on or worked on. It holds its manifest's lock until it has ended."""
 
     spec: RunSpec
     file: ManifestFile
-    stream: StreamFiles
     worker: int | None = None  # its GPU actor
-    worked_on: int | None = None  # which GPU actor had it in an earlier life: beside it lies what its segments reuse
+    worked_on: int | None = None  # its GPU actor in an earlier life: the residuals that it reuses are on that node
     may_move: bool = False  # to other hardware (--allow-different-hardware)
-    remakes: bool = False  # what is damaged (--remake-damaged)
-    damaged: Damage = field(default_factory=dict)  # committed files that are to be made again
-    final_digest: str | None = None  # of final.mp4, once it is there
-    unrecorded: Ended | None = None  # its end, where that could not be written
+    remakes: bool = False  # damaged files (--remake-damaged)
+    damaged: Damage = field(default_factory=dict)  # committed files to make again
+    final_digest: str | None = None  # of final.mp4, once it exists
+    unrecorded: Ended | None = None  # its end, if that could not be written
     lookback_latents: int = 0  # before a segment, that its decoding may need
-    warnings: dict[str, str | None] = field(default_factory=dict)  # by subject: what goes wrong if nobody does anything
+    warnings: dict[str, str | None] = field(default_factory=dict)  # by subject: what will fail without intervention
     removed: Retention = KEEP_ALL  # up to which segments this incarnation has removed old files
-    statistics: dict[int, dict[str, float]] = field(default_factory=dict)  # of segments that are not committed
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
-    beginning: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while its GPU actor is made ready
+    stats: dict[int, dict[str, float]] = field(default_factory=dict)  # of segments that are not committed
+    beginning: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while its GPU actor is prepared
     _disk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "folder"))
-    _parts_written: int = 0  # of what plays, however long all of it takes
+    _parts_written: int = 0  # of the stream's files, which shows that a long write makes progress
 
     def __post_init__(self) -> None:
-        self.stream.part_written = self._part_written
+        self.stream = self.spec.stream_files()
 
-    @classmethod
-    def of(cls, spec: RunSpec, file: ManifestFile) -> LiveRun:
-        """The run, with what plays of it as its folder has it."""
-        return cls(spec, file, spec.stream_files())
+        def part_written() -> None:
+            self._parts_written += 1
+
+        self.stream.part_written = part_written
 
     @property
     def folder(self) -> RunFolder:
@@ -69,25 +87,24 @@ class LiveRun:
         return self.file.manifest
 
     @property
-    def ended(self) -> bool:
-        """Whether its end is told: it is recorded, if that is possible at all."""
-        return self.end is not None
-
-    @property
     def end(self) -> Ended | None:
-        """How it has ended; None while it has not."""
+        """How it has ended: as recorded, if that was possible; None while it has not."""
         return self.manifest.end or self.unrecorded
 
     @property
+    def ended(self) -> bool:
+        return self.end is not None
+
+    @property
     def warning(self) -> str | None:
-        """All that a client is to be warned of, in one line."""
+        """All warnings for a client, in one line."""
         return "; ".join(said for said in self.warnings.values() if said) or None
 
     async def on_disk(self, work: Callable[..., T], *arguments: object) -> T:
-        """What work on the run's folder returns, one piece at a time, or raises.
+        """The result of work on the run's folder, which is done one piece at a time.
 
-        Raises FolderSilent after `step_timeout_s` without progress. Work that had begun then goes on as soon as the
-        folder answers, and later work waits for it; work that had not begun is dropped.
+        Raises FolderSilent after `step_timeout_s` without progress. Work in progress continues when the folder answers
+        again, and later work waits for it; work that had not started is dropped.
         """
         timeout_s = self.spec.config.engine.step_timeout_s
         done = asyncio.wrap_future(self._disk.submit(work, *arguments))
@@ -102,33 +119,30 @@ class LiveRun:
         finally:
             done.cancel()
 
-    def _part_written(self) -> None:
-        self._parts_written += 1
-
     async def is_gone(self) -> bool:
-        """Whether the run's folder is gone; False where it does not say."""
+        """Whether the run's folder was removed; False if the file system does not answer."""
         try:
             return not await self.on_disk(os.path.isdir, self.folder.path)
         except FolderSilent:
             return False
 
     async def close(self) -> None:
-        """Frees the manifest's lock, at the latest when the folder answers again."""
+        """Release the manifest's lock, at the latest when the folder answers again."""
         closing = self._disk.submit(self.file.close)
         self._disk.shutdown(wait=False)
         with best_effort(f"close the manifest of run {self.spec.run_id}"):
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(closing)), CLOSE_S)
 
     async def append(self, line: Line) -> None:
-        """Commits a line, and only then lets anybody see it. Raises FolderSilent, and as `ManifestFile.append`."""
+        """Commit a line, then notify clients. Raises FolderSilent, and as `ManifestFile.append`."""
         await self.on_disk(self.file.append, line)
-        await self.tell()
+        await self.notify()
 
     async def record_end(self, ended: Ended) -> Exception | None:
-        """Completes what plays, removes the drafts of actors that were killed, and commits the end.
+        """Complete the stream's files, remove the drafts of killed actors, and commit the end.
 
-        Each is tried several times, and left where it cannot be done: an end must be told even where nothing can be
-        written, or the folder does not answer. Returns what kept the end from being committed.
+        Each step is tried several times and then skipped: clients must learn of an end even if the folder refuses
+        writes or does not answer. Returns what kept the end from being committed.
         """
         steps: tuple[Callable[[], object], ...] = (
             self.stream.end,
@@ -149,21 +163,3 @@ class LiveRun:
                     failure = error
         self.unrecorded = ended if failure else None
         return failure
-
-    async def forget_statistics(self, first: int, before: int) -> None:
-        """Lets go of the statistics of segments whose media are gone, which the file alone has from then on."""
-        await self.on_disk(self.file.forget_statistics, first, before)
-
-    async def tell(self) -> None:
-        """Wakes up who waits for a change."""
-        async with self.changed:
-            self.changed.notify_all()
-
-    async def wait(self, there: Callable[[], bool], timeout_s: float) -> bool:
-        """Whether it came true in time."""
-        async with self.changed:
-            try:
-                await asyncio.wait_for(self.changed.wait_for(there), timeout_s)
-            except TimeoutError:
-                return False
-        return True

@@ -1,4 +1,4 @@
-"""The actors' plain classes in one process, without Ray: for the library's users, for tests, for comparison."""
+"""The actors' plain classes in one process, without Ray: for users of the library, for tests, for comparison."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from edit_ray.actors.cache_store import CacheStoreActor
-from edit_ray.actors.crew import NotStarted, Pointer
 from edit_ray.actors.denoiser import DenoiserActor
 from edit_ray.actors.messages import GROUP_OF, RunSpec
-
-GROUPS = (*dict.fromkeys(GROUP_OF.values()), "control", "store")
+from edit_ray.actors.pool import LIVE_RUNS, NotStarted
 
 
 class LocalWorker:
@@ -20,11 +18,11 @@ class LocalWorker:
 
     def __init__(self, number: int = 0) -> None:
         self.store = CacheStoreActor(number)
-        self.threads = {group: ThreadPoolExecutor(1, group) for group in GROUPS}
+        self.threads = {group: ThreadPoolExecutor(1, group) for group in {*GROUP_OF.values(), "control", "store"}}
         self.denoiser = DenoiserActor(self)
 
     def call(self, method: str, *arguments: Any) -> Callable[[], Any]:
-        """The store as the GPU actor calls it."""
+        """Call the store as the GPU actor does."""
         return self.threads["store"].submit(getattr(self.store, method), *arguments).result
 
     def end(self) -> None:
@@ -33,13 +31,12 @@ class LocalWorker:
         self.store.close()
 
 
-class LocalCrew:
-    """A crew of as many such workers as are asked for."""
+class LocalPool:
+    """An `ActorPool` of local workers, each created when it is first started."""
 
     def __init__(self) -> None:
         self.workers: dict[int, LocalWorker] = {}
-        self._live: dict[str, Pointer] = {}
-        self._targets: dict[str, str] = {}
+        self._notes: dict[str, dict[str, Any]] = {}
 
     async def start(self, spec: RunSpec, worker: int) -> None:
         if worker not in self.workers:
@@ -57,24 +54,18 @@ class LocalCrew:
         return await asyncio.to_thread(getattr(self._worker(worker).store, method), *arguments)
 
     async def restart_denoiser(self, worker: int) -> None:
-        """What a thread is at cannot be killed: it goes on, and nobody waits for it."""
+        """Replace the GPU actor. A thread cannot be killed: it continues, and its result is dropped."""
         self.workers[worker].denoiser = DenoiserActor(self.workers[worker])
 
     async def restart_store(self, worker: int) -> None:
-        """As for the GPU actor: the calls of the old one go on."""
+        """Replace the store. Calls to the old one continue."""
         self.workers[worker].store = CacheStoreActor(worker)
 
-    async def remember(self, live: Mapping[str, Pointer]) -> None:
-        self._live = dict(live)
+    async def remember(self, values: Mapping[str, Any], note: str = LIVE_RUNS) -> None:
+        self._notes[note] = dict(values)
 
-    async def recall(self) -> dict[str, Pointer]:
-        return self._live
-
-    async def remember_targets(self, targets: Mapping[str, str]) -> None:
-        self._targets = dict(targets)
-
-    async def recall_targets(self) -> dict[str, str]:
-        return self._targets
+    async def recall(self, note: str = LIVE_RUNS) -> dict[str, Any]:
+        return self._notes.get(note, {})
 
     async def end(self) -> None:
         for worker in self.workers.values():

@@ -1,4 +1,4 @@
-"""What the actors say to each other and to the client; tensors are not among it."""
+"""What the actors and the client send each other. No tensors are among it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from edit_ray.config import Config
 from edit_ray.runs.events import RunState, Stage
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Begun, Manifest, SegmentRecord
-from edit_ray.runs.retention import first_needed
 from edit_ray.runs.run_plan import FrameLayout, RunPlan, SegmentPlan, Storyboard, Take
 from edit_ray.tiers.options import ReusingRun
 from edit_ray.video.fragments import Part
@@ -28,16 +27,16 @@ GROUP_OF = {
     "encode_segment": "encode",
     "finalize_run": "encode",
 }
-"""Which calls of the GPU actor wait for each other; what is not named here is answered at once."""
+"""The concurrency groups of the GPU actor: calls of one group wait for each other, all others are answered at once."""
 
 
 @dataclass(frozen=True)
 class RunSpec:
     """One run as every actor sees it: its id, the folder that holds runs, its configuration, and where it stands.
 
-    `submission` tells it from others of the same name. `incarnation` is one higher in each of its lives. What segments
-    reuse of each other was planned with the segment `planned_from`, `replanned` times before. From the segment
-    `tiled_from` on the manifest has frames in tiles.
+    `submission` tells it from others of the same id. `incarnation` is one higher in each of its lives. The reuse plan
+    starts with the segment `planned_from` and replaces `replanned` earlier ones. From the segment `tiled_from` on,
+    frames are decoded in tiles.
     """
 
     run_id: str
@@ -53,19 +52,10 @@ class RunSpec:
 
     @classmethod
     def of(cls, root: Path, config: Config, manifest: Manifest) -> RunSpec:
-        """The run as its manifest has it at this moment."""
-        return cls(
-            run_id=manifest.begun.run_id,
-            root=root,
-            config=config,
-            num_segments=manifest.num_segments,
-            incarnation=manifest.incarnation,
-            takes=manifest.takes,
-            planned_from=manifest.planned_from,
-            tiled_from=manifest.tiled_from,
-            submission=manifest.begun.submission,
-            replanned=manifest.replanned,
-        )
+        """The run as its manifest describes it now."""
+        names = ("num_segments", "incarnation", "takes", "planned_from", "tiled_from", "replanned")
+        begun, standing = manifest.begun, {name: getattr(manifest, name) for name in names}
+        return cls(begun.run_id, root, config, submission=begun.submission, **standing)
 
     @cached_property
     def folder(self) -> RunFolder:
@@ -94,20 +84,20 @@ class RunSpec:
 
     @property
     def texts(self) -> list[str]:
-        """Every text that a segment is denoised with."""
+        """All prompts and negative prompts."""
         of_takes = [take.prompt for take in self.takes if take.prompt is not None]
         return [text for scene in self.storyboard.scenes for text in (scene.prompt, scene.negative_prompt)] + of_takes
 
     @property
     def key(self) -> str:
-        """The run's name among all runs that ever had its id, in whichever folder."""
+        """The run's name, unique among all runs that ever had its id, in any folder."""
         return run_key(self.run_id, self.submission)
 
     @property
     def residuals_id(self) -> str:
-        """What the CacheStore knows the run by: another name for each plan of what segments reuse.
+        """The run's name in the CacheStore, another one for each reuse plan.
 
-        As other hardware makes another plan, it also tells which latents are those that this run would make now.
+        Other hardware makes another plan, so the name also tells which latents are those that the run would make now.
         """
         return f"{self.key}.{self.replanned}"
 
@@ -116,54 +106,46 @@ class RunSpec:
 
     @property
     def first_tiled(self) -> int | None:
-        """The segment from which on frames are decoded in tiles; None: none is."""
+        """The first segment whose frames are decoded in tiles; None if none is."""
         return 0 if self.config.engine.tiled_decode == "always" else self.tiled_from
 
     def tiled(self, index: int) -> bool:
         """Whether a segment's frames are decoded in tiles."""
         return self.first_tiled is not None and index >= self.first_tiled
 
-    def may_be_tiled(self, index: int) -> bool:
-        """Whether a segment that is decoded as a whole may be decoded in tiles instead."""
-        return not self.tiled(index) and self.config.engine.tiled_decode != "never"
-
     def latents(self, index: int) -> Path:
         """The file of a segment's latents, in its newest take."""
         return self.folder.latents(index, self.segment(index).take)
-
-    def context(self, index: int, needed_latents: int) -> list[Path]:
-        """The files of the last `needed_latents` latents before a segment."""
-        return [self.latents(before) for before in range(first_needed(index, needed_latents, self.layout), index)]
 
     def media(self, index: int) -> Path:
         """The file of a segment's frames, in its newest take."""
         return self.folder.media(index, self.segment(index).take)
 
     def part(self, segment: SegmentPlan) -> Part:
-        """Where the segment's frames lie, and which of the video's they are."""
+        """The segment's media file, and which of the video's frames it holds."""
         return Part(self.folder.relative(self.media(segment.index)), segment.first_frame, segment.num_frames)
 
     @property
     def residuals_directory(self) -> Path:
-        """Of the CacheStore actors' disk tiers."""
+        """The folder of the CacheStore actors' disk tiers."""
         directory = self.config.store.directory
         return Path(directory) if directory else self.root / ".cache_store"
 
     @property
     def reusing(self) -> ReusingRun:
-        """What the leases of its residuals need to know."""
+        """The run as the leases of its residuals know it."""
         config = self.config
         timeout_s = config.engine.step_timeout_s
         return ReusingRun(self.residuals_id, config.store, self.residuals_directory, self.root, timeout_s)
 
     def stream_files(self) -> StreamFiles:
-        """The run's playing files; they begin with what `rebuild` is told."""
+        """The files by which the video plays while it grows."""
         sampling, keep = self.config.sampling, self.config.output.keep_segments
         return StreamFiles(self.folder.path, fps=sampling.fps, longest=sampling.num_frames, keep=keep)
 
     @property
     def settings(self) -> str:
-        """What the frames follow from, as JSON; the same for every run of the same configuration."""
+        """What determines the frames, as JSON; the same for every run of the same configuration."""
         said = self.config.model_dump(mode="json", include={"model", "sampling", "continuity", "cache"})
         every = [self.segment(index) for index in range(self.num_segments or 0)]
         segments = [{"prompt": segment.prompt, "seed": segment.seed} for segment in every]
@@ -187,7 +169,7 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the GPU actor stands: `step` of `num_steps` denoising steps of one segment are done."""
+    """A GPU actor's progress: `step` of `num_steps` denoising steps of one segment are done."""
 
     run_id: str
     segment_index: int
@@ -197,67 +179,61 @@ class Progress:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run as the segment scheduler knows it, or as its folder at `path` has it.
+    """A run as the segment scheduler knows it, or as its folder at `path` describes it.
 
-    `num_segments` and `num_frames` are None where it goes on until it is stopped.
+    `num_segments` and `num_frames` are None if it goes on until it is stopped.
     """
 
     run_id: str
     state: RunState
     path: str
-    committed: int
-    num_segments: int | None
-    num_frames: int | None
-    height: int
-    width: int
-    fps: float
+    committed: int = 0
+    num_segments: int | None = None
+    num_frames: int | None = None
+    height: int = 0
+    width: int = 0
+    fps: float = 0
     dropped_before: int = 0  # the media of segments before this one are gone
-    at_work: tuple[tuple[Stage, int | None], ...] = ()  # the stages that it is in, each with its segment
+    at_work: tuple[tuple[Stage, int | None], ...] = ()  # the stages in progress, each with its segment
     error: str | None = None
-    warning: str | None = None  # what will go wrong if nobody does anything
+    warning: str | None = None  # what will fail without intervention
     progress: Progress | None = None
-    owner: str = ""  # who submitted it; empty where that was not recorded
+    owner: str = ""  # who submitted it; empty if that was not recorded
     job: str = ""  # the submission id of the Ray job that did
 
     @classmethod
     def of(
         cls, path: Path, manifest: Manifest, state: RunState | None = None, progress: Progress | None = None
     ) -> RunStatus:
-        """`state` is the segment scheduler's word, None where it has none."""
-        begun = manifest.begun
+        """`state` is the segment scheduler's, None if it does not know the run."""
+        of_begun = {name: getattr(manifest.begun, name) for name in ("run_id", "height", "width", "owner", "job")}
+        names = ("num_segments", "num_frames", "dropped_before", "error")
         return cls(
-            run_id=begun.run_id,
             state=state or manifest.state,
             path=str(path),
             committed=len(manifest.segments),
-            num_segments=manifest.num_segments,
-            num_frames=manifest.num_frames,
-            height=begun.height,
-            width=begun.width,
-            fps=begun.layout.fps,
-            dropped_before=manifest.dropped_before,
-            error=manifest.error,
+            fps=manifest.begun.layout.fps,
             progress=progress,
-            owner=begun.owner,
-            job=begun.job,
+            **of_begun,
+            **{name: getattr(manifest, name) for name in names},
         )
 
     @property
     def ended(self) -> bool:
-        """Whether it is done, failed or cancelled. One that is not may still wait, `paused` or `open`."""
+        """Whether it is done, failed or cancelled."""
         return self.state in ("done", "failed", "cancelled")
 
 
 @dataclass(frozen=True)
 class StreamReply:
-    """The segment that was waited for, or None: then look at the state, and ask again unless the run has ended."""
+    """The requested segment, or None: then check the state, and ask again unless the run has ended."""
 
     record: SegmentRecord | None
     status: RunStatus
 
 
 def run_key(run_id: str, submission: str) -> str:
-    """See `RunSpec.key`."""
+    """The name of a run among all that ever had its id (`RunSpec.key`)."""
     return f"{run_id}.{hashlib.blake2b(submission.encode(), digest_size=8).hexdigest()}"
 
 
@@ -271,6 +247,6 @@ def code_version() -> str:
     return f"{edit_ray.__version__}+{digest.hexdigest()}"
 
 
-def statistics(**values: Any) -> dict[str, float]:
-    """Figures of a piece of work, rounded to what can be meant."""
+def rounded(**values: Any) -> dict[str, float]:
+    """Statistics of a piece of work, rounded to four decimals."""
     return {name: round(float(value), 4) for name, value in values.items()}

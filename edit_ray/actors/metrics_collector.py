@@ -1,4 +1,4 @@
-"""The metrics of the segment scheduler and of its crew: asks the actors once a second, and lets Prometheus ask here."""
+"""The metrics of the segment scheduler and its pool: polls the actors once a second and serves Prometheus."""
 
 from __future__ import annotations
 
@@ -10,54 +10,53 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import edit_ray
-from edit_ray.actors.best_effort import best_effort
-from edit_ray.actors.crew import Crew
 from edit_ray.actors.live_run import LiveRun
+from edit_ray.actors.pool import TARGETS, ActorPool
+from edit_ray.actors.watchdog import best_effort
 from edit_ray.errors import RunCancelled, StaleWork
 from edit_ray.metrics.catalog import Role
-from edit_ray.metrics.collect import ActorMetrics, MetricValues, Snapshot
+from edit_ray.metrics.collect import ActorMetrics, MetricValues, RunMetrics, Snapshot, Standing
 from edit_ray.metrics.exporter import Exporter, remove_targets, write_targets
 from edit_ray.metrics.options import MetricsOptions
-from edit_ray.metrics.run_metrics import RunMetrics, Standing
 from edit_ray.runs.events import RunState, Work
 
-ASK_S = 1.0
-TELL_TIMEOUT_S = 15.0  # for a folder to take or give up the file that Prometheus reads
+POLL_S = 1.0
+TARGETS_TIMEOUT_S = 15.0  # for a folder to write or remove the file that Prometheus reads
 Live = Callable[[], Iterable[tuple[LiveRun, RunState]]]
-"""The runs that have not ended, and where they stand."""
+"""The runs that have not ended, and their states."""
 
 
 class MetricsCollector:
-    """Told of what the segment scheduler does, it keeps the totals. All in the event loop, but for scrapes.
+    """Counts what the segment scheduler does. All in the event loop, except for scrapes.
 
-    Only `serve` raises: nothing that is told here may fail a run.
+    Only `serve` raises: no count may fail a run.
     """
 
-    def __init__(self, crew: Crew, live: Live, waiting: Callable[[], int]) -> None:
-        self._crew, self._live, self._waiting = crew, live, waiting
+    def __init__(self, pool: ActorPool, live: Live, waiting: Callable[[], int]) -> None:
+        self._pool, self._live, self._waiting = pool, live, waiting
         self.values = MetricValues()
         self._runs, self._actors = RunMetrics(self.values), ActorMetrics(self.values)
         self._incarnation, self._ticks = secrets.token_hex(8), 0
-        self._taken: dict[str, int] = {}  # by run: segments that a client has taken
+        self._taken: dict[str, int] = {}  # by run: segments that a client has consumed
         self._exporter: Exporter | None = None
         self._serving: MetricsOptions | None = None
         self._beginning = asyncio.Lock()
-        self._targets: dict[str, str] = {}  # the address that each file tells
+        self._targets: dict[str, str] = {}  # the address in each file of targets
         self._tasks: dict[tuple[Role, int], asyncio.Task[None]] = {}
         self.values.set("edit_ray_build_info", 1, version=edit_ray.__version__)
 
     async def serve(self, options: MetricsOptions, root: Path) -> None:
-        """Lets Prometheus know in `root` where to ask. Where it asks stays as it is while any run lives.
+        """Serve Prometheus, and write into `root` where. The address stays the same while any run is live.
 
-        Raises ConfigError where that place cannot be had.
+        Raises ConfigError if the address cannot be used.
         """
         async with self._beginning:
             await self._serve(options, root)
 
     async def serve_again(self, runs: Sequence[LiveRun]) -> None:
-        """The same for runs that have come back, as far as it is possible; others have their turn meanwhile.
+        """Serve Prometheus for recovered runs, as far as possible; other tasks run in between.
 
-        Nobody is served before all their segments are counted: what Prometheus sees must not go back.
+        All their segments are counted first: the counters that Prometheus sees must not fall.
         """
         async with self._beginning:
             for run in runs:
@@ -75,20 +74,20 @@ class MetricsCollector:
             self._exporter = await asyncio.to_thread(Exporter, self.values, self._actors, options)
             self._serving = options
             self._begin("segment_scheduler", 0)
-        with best_effort("tell Prometheus where to ask"):
+        with best_effort("write the targets for Prometheus"):
             writing = asyncio.to_thread(write_targets, root, self._exporter.address)
-            path = await asyncio.wait_for(writing, TELL_TIMEOUT_S)
+            path = await asyncio.wait_for(writing, TARGETS_TIMEOUT_S)
             self._targets[str(path)] = self._exporter.address
-            await self._crew.remember_targets(self._targets)
+            await self._pool.remember(self._targets, TARGETS)
 
     async def forget_earlier(self) -> None:
-        """What an incarnation that has died told Prometheus holds no longer, be there runs to go on with or not."""
+        """Remove the targets that an earlier incarnation wrote, whether there are runs to go on with or not."""
         with best_effort("remove the metrics targets of the segment scheduler before this one"):
-            for path, address in (await self._crew.recall_targets()).items():
-                await asyncio.wait_for(asyncio.to_thread(remove_targets, Path(path), address), TELL_TIMEOUT_S)
+            for path, address in (await self._pool.recall(TARGETS)).items():
+                await asyncio.wait_for(asyncio.to_thread(remove_targets, Path(path), address), TARGETS_TIMEOUT_S)
 
     def close(self) -> None:
-        """Nobody asks here any more."""
+        """Stop serving."""
         for task in self._tasks.values():
             task.cancel()
         self._tasks.clear()
@@ -100,7 +99,7 @@ class MetricsCollector:
         self._exporter = self._serving = None
 
     def opened(self, run: LiveRun, *, recovered: bool) -> None:
-        """A run begins or goes on. `serve_again` counts what an earlier segment scheduler has committed of it."""
+        """A run begins or goes on. Of a recovered run `serve_again` counts the committed segments."""
         manifest = run.manifest
         known = len(manifest.segments) + len(manifest.earlier_takes)
         is_new = manifest.incarnation == 1 and not recovered
@@ -115,14 +114,14 @@ class MetricsCollector:
 
     @contextlib.contextmanager
     def work(self, run: LiveRun, work: Work) -> Iterator[None]:
-        """What is carried out meanwhile, and what came of it."""
+        """Time the block, which carries out a piece of work, and count its outcome."""
         which = (work.run_id, work.stage, work.segment_index)
         with best_effort("count work"):
             if self._exporter is not None:
                 self._begin("denoiser", work.worker)
                 self._begin("cache_store", work.worker)
             self._runs.began(*which)
-        trouble: str | None = "stopped"
+        trouble: str | None = "stopped"  # where a BaseException cancels the task
         try:
             yield
             trouble = None
@@ -135,47 +134,46 @@ class MetricsCollector:
             self._committed(run)
 
     def consumer(self) -> contextlib.AbstractContextManager[None]:
-        """A client waits for a segment meanwhile."""
+        """A client waits for a segment during the block."""
         return self._runs.consumer()
 
     def taken(self, run_id: str, segments: int) -> None:
-        """Clients have taken so many segments."""
+        """Clients have consumed the first `segments` segments."""
         self._taken[run_id] = max(segments, self._taken.get(run_id, 0))
 
     def _committed(self, run: LiveRun) -> bool:
-        """Returns whether there are more to count."""
+        """Count committed segments; returns whether there are more."""
         with best_effort("count segments"):
             return self._runs.committed(run.spec.run_id, run.manifest.segments, run.manifest.earlier_takes)
         return False
 
     def _begin(self, role: Role, worker: int) -> None:
-        """Begins to ask an actor, if that is not done already; it ends with the event loop."""
+        """Begin to poll an actor, unless it is polled already, until the event loop ends."""
         if (role, worker) not in self._tasks:
-            loop = asyncio.get_running_loop()
-            task = loop.create_task(self._look() if role == "segment_scheduler" else self._ask(role, worker))
-            self._tasks[role, worker] = task
+            polling = self._poll_runs() if role == "segment_scheduler" else self._poll(role, worker)
+            self._tasks[role, worker] = asyncio.get_running_loop().create_task(polling)
 
-    async def _ask(self, role: Role, worker: int) -> None:
-        """A call that is not answered holds up the next one, and nothing else."""
-        call = self._crew.denoiser if role == "denoiser" else self._crew.store
+    async def _poll(self, role: Role, worker: int) -> None:
+        """An actor that does not answer delays only its own next poll."""
+        call = self._pool.denoiser if role == "denoiser" else self._pool.store
         while True:
             snapshot: Snapshot | None = None
-            with contextlib.suppress(Exception):  # a dead actor, or one that cannot tell
+            with contextlib.suppress(Exception):  # a dead actor, or an error of its own
                 snapshot = await call(worker, "metrics")
-            with self._on_our_account():
+            with self._counting_cpu():
                 self._actors.take(role, worker, snapshot)
-            await asyncio.sleep(ASK_S)
+            await asyncio.sleep(POLL_S)
 
-    async def _look(self) -> None:
-        """Where the runs stand."""
+    async def _poll_runs(self) -> None:
+        """Show the states of the runs."""
         try:
             while True:
-                with self._on_our_account():
+                with self._counting_cpu():
                     waiting = [Standing("waiting", 0, 0)] * self._waiting()
                     self._runs.standing(waiting + [self._standing(run, state) for run, state in self._live()])
                     self._ticks += 1
                     self._actors.take("segment_scheduler", 0, Snapshot(self._incarnation, self._ticks))
-                await asyncio.sleep(ASK_S)
+                await asyncio.sleep(POLL_S)
         finally:
             if self._exporter is not None and asyncio.current_task() in self._tasks.values():
                 self.close()  # the event loop ends
@@ -186,9 +184,9 @@ class MetricsCollector:
         return Standing(state, remaining, max(0, committed - self._taken.get(run.spec.run_id, 0)))
 
     @contextlib.contextmanager
-    def _on_our_account(self) -> Iterator[None]:
+    def _counting_cpu(self) -> Iterator[None]:
         began = time.thread_time()
-        with best_effort("keep the metrics"):
+        with best_effort("update the metrics"):
             yield
         self.values.inc("edit_ray_metrics_cpu_seconds_total", time.thread_time() - began)
 

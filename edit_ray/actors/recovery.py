@@ -1,7 +1,7 @@
-"""Runs that an earlier segment scheduler was at work on, until they are at work again.
+"""Runs that an earlier segment scheduler worked on, until this one works on them.
 
-Each run is tried alone, again and again with a growing pause. So a lock that a dead node still holds, an actor that is
-being started, or a file system that is away for a while loses no run.
+Each run is tried by itself, again and again with a growing pause. So a lock that a dead node still holds, an actor that
+is being restarted, or a file system that is away for a while loses no run.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edit_ray.actors.admission import Admission, Submission
-from edit_ray.actors.best_effort import best_effort
-from edit_ray.actors.closing import release_run
-from edit_ray.actors.crew import Crew, Pointer
-from edit_ray.actors.live_run import LiveRun
+from edit_ray.actors.live_run import LiveRun, Watched
 from edit_ray.actors.messages import RunSpec, RunStatus
-from edit_ray.actors.stages import pause_before
-from edit_ray.actors.watchdog import Watchdog
+from edit_ray.actors.pool import ActorPool, Pointer
+from edit_ray.actors.stages import Stages, pause_before
+from edit_ray.actors.watchdog import best_effort
 from edit_ray.config import load_config
 from edit_ray.errors import UnknownRun
 from edit_ray.runs.events import RunState
@@ -35,9 +33,55 @@ ASKED_TRY_S = 60.0  # that a client waits for a try that it has asked for
 _log = logging.getLogger(__name__)
 
 
+class Pointers:
+    """Where the live runs are, for the segment scheduler's next incarnation. Each change is written to the pool."""
+
+    def __init__(self, pool: ActorPool) -> None:
+        self._pool = pool
+        self._known: dict[str, Pointer] = {}
+        self._writing = asyncio.Lock()
+
+    async def recall(self) -> dict[str, Pointer]:
+        """The pointers of the last incarnation, kept until each run is forgotten: this one may die meanwhile, too.
+
+        The scheduler cannot begin without them, so this is retried until the pool answers.
+        """
+        for attempt in itertools.count(1):
+            with best_effort("recall which runs were at work"):
+                self._known |= {run_id: Pointer(*value) for run_id, value in (await self._pool.recall()).items()}
+                break
+            await asyncio.sleep(pause_before(attempt))
+        return dict(self._known)
+
+    async def note(self, run_id: str, pointer: Pointer) -> None:
+        self._known[run_id] = pointer
+        async with self._writing:
+            await self._pool.remember(dict(self._known))
+
+    async def forget(self, run_id: str) -> None:
+        """Remove the pointer of a run that needs no more work."""
+        self._known.pop(run_id, None)
+        with best_effort(f"note that run {run_id} has ended"):
+            async with self._writing:
+                await self._pool.remember(dict(self._known))
+
+    @contextlib.asynccontextmanager
+    async def noted(self, run_id: str, pointer: Pointer) -> AsyncIterator[None]:
+        """Write the pointer before the block creates or opens the run's folder; forget it if the block fails."""
+        try:
+            await self.note(run_id, pointer)
+            yield
+        except BaseException:
+            await self.forget(run_id)
+            raise
+        if not pointer.begun:
+            with best_effort(f"note that run {run_id} has begun"):
+                await self.note(run_id, self._known[run_id]._replace(begun=True))
+
+
 @dataclass
-class WaitingRun:
-    """A run that cannot go on yet, and why. `manifest` is what was last read of it."""
+class WaitingRun(Watched):
+    """A run that cannot go on yet, and why. `manifest` is what was read of it last."""
 
     run_id: str
     pointer: Pointer
@@ -46,12 +90,11 @@ class WaitingRun:
     reader: ManifestReader = field(init=False)
     different_hardware: bool = False
     cancelled: bool = False
-    removed: bool = False  # its folder, for good, while the folder that held it is there
-    over: bool = False  # the wait, not the run: it is at work, has ended, or was never begun
-    begun: int = 0  # the number of the latest try, and of the latest one that is over
-    tried: int = 0
+    removed: bool = False  # its folder, although the file system that held it answers
+    over: bool = False  # the wait, not the run: it works, has ended, or was never begun
+    begun: int = 0  # the number of the latest try
+    tried: int = 0  # the number of the latest try that is over
     wanted: asyncio.Event = field(default_factory=asyncio.Event)
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def __post_init__(self) -> None:
         self.reader = ManifestReader(self.folder.manifest)
@@ -62,77 +105,63 @@ class WaitingRun:
 
     @property
     def status(self) -> RunStatus:
-        """The reason is the `warning`. Numbers that stand in an unreadable manifest are 0."""
+        """The reason is the `warning`. Numbers of an unreadable manifest are 0."""
         state: RunState = "stopping" if self.cancelled else "waiting"
         reason = "the segment scheduler was started again and has not opened the run yet"
         if self.error is not None:
             sentence = (str(self.error).strip() or type(self.error).__name__).splitlines()[0]
             reason = f"the run cannot go on at the moment and is tried again and again: {sentence}"
-        if self.manifest is not None:
-            return replace(RunStatus.of(self.folder.path, self.manifest, state), warning=reason)
-        path = str(self.folder.path)
-        return RunStatus(self.run_id, state, path, 0, None, None, height=0, width=0, fps=0, warning=reason)
+        if self.manifest is None:
+            return RunStatus(self.run_id, state, str(self.folder.path), warning=reason)
+        return replace(RunStatus.of(self.folder.path, self.manifest, state), warning=reason)
 
     def record(self, segment_index: int) -> SegmentRecord | None:
         """The segment, if it is known to be committed."""
         segments = () if self.manifest is None else self.manifest.segments
         return segments[segment_index] if segment_index < len(segments) else None
 
-    async def until(self, there: Callable[[], bool], timeout_s: float) -> None:
-        """Waits until it is true or the wait is over, and no longer than `timeout_s`."""
-        async with self.changed:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.changed.wait_for(lambda: self.over or there()), timeout_s)
-
     def cancel(self) -> None:
         self.cancelled = True
         self.wanted.set()
 
     async def try_now(self) -> None:
-        """Waits for a try that begins after this call."""
+        """Wait for a try that begins after this call."""
         asked = self.begun + 1
         self.wanted.set()
-        await self.until(lambda: self.tried >= asked, ASKED_TRY_S)
+        await self.wait(lambda: self.over or self.tried >= asked, ASKED_TRY_S)
 
 
 class Recovery:
     """Owns the runs that wait.
 
-    `come_back` takes over a run that can go on, `forget` one of which nothing is left to do.
+    `come_back` takes over a run that can go on, `forget` one that needs no more work.
     """
 
     def __init__(
         self,
-        crew: Crew,
+        pool: ActorPool,
         admission: Admission,
+        stages: Stages,
         come_back: Callable[[LiveRun, WaitingRun], Awaitable[None]],
         forget: Callable[[str], Awaitable[None]],
     ) -> None:
-        self._crew, self._admission = crew, admission
+        self._pool, self._admission, self._stages = pool, admission, stages
         self._come_back, self._forget = come_back, forget
         self.waiting: dict[str, WaitingRun] = {}
 
-    async def recall(self) -> dict[str, Pointer]:
-        """Where the runs are. They cannot be done without, so this is asked until there is an answer."""
-        for attempt in itertools.count(1):
-            with best_effort("recall which runs were at work"):
-                return await self._crew.recall()
-            await asyncio.sleep(pause_before(attempt))
-        raise AssertionError
-
-    async def begin(self, pointers: Mapping[str, Pointer], spawn: Callable[[Awaitable[None]], None]) -> None:
-        """Starts to bring the runs back. Returns when each was tried, after `FIRST_TRIES_S` in any case."""
+    async def begin(self, pointers: dict[str, Pointer], spawn: Callable[[Awaitable[None]], None]) -> None:
+        """Start to recover the runs. Returns when each was tried, after `FIRST_TRIES_S` in any case."""
         self.waiting |= {run_id: WaitingRun(run_id, pointer) for run_id, pointer in pointers.items()}
         loop = asyncio.get_running_loop()
         deadline = loop.time() + FIRST_TRIES_S
-        for run in [self.waiting[run_id] for run_id in pointers]:  # one after the other: in this order they are queued
-            spawn(self._bring_back(run))
-            await run.until(lambda run=run: run.tried > 0, max(0.0, deadline - loop.time()))  # type: ignore[misc]
+        for run in [self.waiting[run_id] for run_id in pointers]:  # one by one: they are queued in this order
+            spawn(self._recover(run))
+            await run.wait(lambda run=run: run.tried > 0, max(0.0, deadline - loop.time()))  # type: ignore[misc]
 
     async def give_up_removed(self, asked: Submission) -> None:
-        """Frees the run id that is asked for where the run that waits under it was removed.
+        """Free the run id of a submission if the run that waits under it was removed.
 
-        The probe says that the file system is there: what is missing now does not come back with it.
+        The probe shows that the file system is there: a folder that is missing now will not reappear with it.
         """
         run = self.waiting.get(asked.run_id)
         if run is None or run.folder.path.parent != asked.root:
@@ -141,21 +170,20 @@ class Recovery:
             run.removed = True
             await run.try_now()
 
-    async def _bring_back(self, run: WaitingRun) -> None:
+    async def _recover(self, run: WaitingRun) -> None:
         while not run.over:
             run.wanted.clear()
             run.begun += 1
             try:
                 await self._try(run)
                 run.over = True
-            except Exception as error:  # whatever it is, it may pass
+            except Exception as error:  # any error may be temporary
                 _log.warning("run %s cannot go on yet: %s: %s", run.run_id, type(error).__name__, error)
                 run.error = error
             run.tried = run.begun
             if run.over:
                 del self.waiting[run.run_id]
-            async with run.changed:
-                run.changed.notify_all()
+            await run.notify()
             if not run.over:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(run.wanted.wait(), pause_before(run.tried))
@@ -165,7 +193,7 @@ class Recovery:
             run.manifest = await asyncio.to_thread(run.folder.read_manifest, run.reader)
         except UnknownRun:
             if run.pointer.begun and not run.cancelled and not run.removed:
-                raise  # the folder was there: its file system may be away
+                raise  # the folder existed: its file system may be away
             return await self._forget(run.run_id)  # its client asks again
         if run.manifest.end is None:
             if not run.cancelled:
@@ -180,7 +208,7 @@ class Recovery:
         return await self._forget(run.run_id)
 
     async def _cancel(self, run: WaitingRun) -> None:
-        """Records the end. Where that cannot be done either, the run is left to who resumes it."""
+        """Record the end. If that fails, the run can still be resumed."""
         with best_effort(f"record the end of run {run.run_id}"):
             file = await self._admission.open(run.folder, run.reader)
             try:
@@ -191,5 +219,5 @@ class Recovery:
             if run.pointer.worker is not None and run.manifest is not None:
                 config = await asyncio.to_thread(load_config, run.folder.run_yaml, (), check_model=False)
                 spec = RunSpec.of(Path(run.pointer.root), config, run.manifest)
-                await self._crew.start(spec, run.pointer.worker)
-                await release_run(self._crew, Watchdog(self._crew), spec, run.pointer.worker)
+                await self._pool.start(spec, run.pointer.worker)
+                await self._stages.release(spec, run.pointer.worker)

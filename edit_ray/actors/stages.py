@@ -1,23 +1,22 @@
-"""How each piece of work is carried out: by which call to which actor, and what becomes durable by it."""
+"""Carries out the state machine's instructions: which actor each stage calls, and what it makes durable."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any
 
 from edit_ray import files
-from edit_ray.actors.best_effort import best_effort
-from edit_ray.actors.crew import ActorGone, Crew
-from edit_ray.actors.hardware import check_same, differing
+from edit_ray.actors.folder_state import check_same, differing, is_full, shortage_after
 from edit_ray.actors.live_run import FolderSilent, LiveRun
-from edit_ray.actors.messages import RunSpec, statistics
-from edit_ray.actors.space import is_full, shortage_after
-from edit_ray.actors.watchdog import Watchdog, answered
+from edit_ray.actors.messages import RunSpec, rounded
+from edit_ray.actors.pool import ActorGone, ActorPool, NoAnswer, NotStarted
+from edit_ray.actors.watchdog import Watchdog, answered, best_effort
 from edit_ray.errors import (
     EditRayError,
     EntryLost,
@@ -33,185 +32,166 @@ from edit_ray.errors import (
     StaleWork,
     StoreDied,
 )
-from edit_ray.runs.events import FailureKind, Work
-from edit_ray.runs.manifest import Committed, Dropped, HardwareChanged, SegmentRecord, Tiled
+from edit_ray.runs.events import CloseRun, FailureKind, StopWork, Work
+from edit_ray.runs.manifest import Committed, Dropped, Ended, HardwareChanged, SegmentRecord, Tiled
 from edit_ray.runs.retention import retention
 from edit_ray.runs.run_plan import SegmentPlan
+from edit_ray.runs.scheduler import SegmentScheduler
 from edit_ray.video.encode import EncoderKilled
 from edit_ray.video.fragments import Part
 
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_DIGEST = "_xxh3"  # ends the names of figures that are digests of files
+_DIGEST = "_xxh3"  # ends the names of statistics that are digests of files
 
 # Errors of ours that another attempt may not meet again.
 _REPEATABLE = (SegmentFailed, RunCancelled, EntryLost, StaleLease, StaleWork, NotAdopted, ResourcesUnavailable)
 
-# What comes of the death of an actor, or of the encoder.
+# What the death of an actor, or of the encoder, leads to.
 _DEATHS = (ActorGone, StoreDied, StaleLease, NotAdopted, EncoderKilled)
 
-RETRY_PAUSE_S, LONGEST_RETRY_PAUSE_S = 1.0, 30.0  # the first pause, and what doubling it leads to
+RETRY_PAUSE_S, LONGEST_RETRY_PAUSE_S = 1.0, 30.0  # the first pause, and the limit of doubling it
+RELEASE_PAUSE_S = 1.0  # between two calls to a store that is being restarted
 
 
 def pause_before(attempt: int) -> float:
-    """Seconds to wait before a piece of work is tried again (attempt 1 is the first repetition).
+    """Seconds to wait before a retry (attempt 1 is the first).
 
-    What made it fail may take a while to end: actors outlive the node that died under them, by up to a second or two,
-    and answer meanwhile.
+    What made the work fail may last: actors outlive their dead node by up to two seconds, and answer meanwhile.
     """
     return min(RETRY_PAUSE_S * 2.0 ** min(attempt - 1, 10), LONGEST_RETRY_PAUSE_S) if attempt else 0.0
 
 
 class Stages:
-    """Carries out the instructions of the state machine, one call of `carry_out` for each."""
+    """Carries out each instruction of the state machine by one call of `carry_out`, `stop` or `close`."""
 
-    def __init__(self, crew: Crew) -> None:
-        self._crew = crew
-        self.watchdog = Watchdog(crew)
+    def __init__(self, pool: ActorPool) -> None:
+        self._pool = pool
+        self._watchdog = Watchdog(pool)
 
     async def carry_out(self, run: LiveRun, work: Work) -> None:
-        """Returns when the work is done, raises whatever makes it fail."""
+        """Returns when the work is done; raises whatever makes it fail."""
         await asyncio.sleep(pause_before(work.attempt))
         if work.attempt:
-            await run.on_disk(lambda: None)  # what failed may have been a folder that did not answer, and go on there
+            await run.on_disk(lambda: None)  # a folder that did not answer may still be at the failed work
         if work.attempt or work.stage == "prepare":
-            await self._begin(run, work)  # what failed may have been an actor's death
-        stages: dict[str, Callable[[LiveRun, Work], Awaitable[None]]] = {
-            "prepare": self._prepare,
-            "denoise": self._denoise,
-            "decode": self._decode,
-            "encode": self._encode,
-            "commit": self._commit,
-            "finalize": self._finalize,
-        }
+            await self._begin(run, work)  # the failure may have been an actor's death
+        stage = getattr(self, f"_{work.stage}")
         try:
-            await stages[work.stage](run, work)
-        except NotAdopted:  # its actor was started again while nothing was asked of it
+            await stage(run, work)
+        except NotAdopted:  # its actor was restarted between two calls
             await self._begin(run, work)
-            await stages[work.stage](run, work)
+            await stage(run, work)
 
     async def _begin(self, run: LiveRun, work: Work) -> None:
-        """The run's actors are there, on the hardware that its manifest names, and know the run.
+        """Ensure that the run's actors are alive, on the hardware that its manifest names, and have adopted the run.
 
-        Raises HardwareDiffers where something was made on other hardware, unless the run may move.
+        Raises HardwareDiffers if segments were made on other hardware, unless the run may move.
         """
-        await self._crew.start(run.spec, work.worker)
+        await self._pool.start(run.spec, work.worker)
         async with run.beginning:
             engine = run.spec.config.engine
-            asked = self._crew.denoiser(work.worker, "provenance", run.spec)
+            asked = self._pool.denoiser(work.worker, "provenance", run.spec)
             here = await answered(asked, engine.load_timeout_s, "what the GPU actor runs on")
-            made = max(run.statistics, default=len(run.manifest.segments) - 1) + 1  # segments that have latents
+            made = max(run.stats, default=len(run.manifest.segments) - 1) + 1  # segments that have latents
             if made and not run.may_move:
                 check_same(run.spec.run_id, run.manifest.provenance, here)
             if differing(run.manifest.provenance, here):
                 await run.append(HardwareChanged(run.spec.incarnation, here, made))
                 run.spec = RunSpec.of(run.spec.root, run.spec.config, run.manifest)
-            adopted = self._crew.denoiser(work.worker, "adopt_run", run.spec)
+            adopted = self._pool.denoiser(work.worker, "adopt_run", run.spec)
             await answered(adopted, engine.answer_timeout_s, "the adoption of the run")
 
+    async def _ask(self, run: LiveRun, work: Work, method: str, *arguments: Any) -> dict[str, float]:
+        """Have the GPU actor do a piece of work; returns its statistics."""
+        call = self._pool.denoiser(work.worker, method, run.spec, *arguments)
+        stats: dict[str, float] = await self._watchdog.watch(work.worker, call, run.spec.config.engine)
+        return stats
+
     async def _prepare(self, run: LiveRun, work: Work) -> None:
-        said = await self._watched(run, work, self._crew.denoiser(work.worker, "prepare_run", run.spec))
-        run.lookback_latents = int(said["lookback_latents"])
+        run.lookback_latents = int((await self._ask(run, work, "prepare_run"))["lookback_latents"])
         await self._remake_damaged(run, work)
         first = run.manifest.dropped_before
         parts = [Part(at.media, at.first_frame, at.num_frames) for at in run.manifest.segments[first:]]
         await run.on_disk(partial(run.stream.rebuild, anew=run.remakes), parts, first)
 
     async def _remake_damaged(self, run: LiveRun, work: Work) -> None:
-        """Makes damaged files of committed segments again, whose bytes must be those that were committed.
+        """Make damaged files of committed segments again; their bytes must be those that were committed.
 
-        Raises RunDamaged where they are not, or the latents were made with residuals of others.
+        Raises RunDamaged if they are not, or if the latents depend on residuals of other segments.
         """
         spec = run.spec
         if spec.folder.init in run.damaged:
             await run.on_disk(files.remove, spec.folder.init)  # the segment that needs it writes it
         for index in sorted({index for index, _ in run.damaged.values()}):
             segment, record = spec.segment(index), run.manifest.segments[index]
-            figures: dict[str, float] = {}
+            stats: dict[str, float] = {}
             again = f"`edit-ray reroll {spec.run_id} --from {index}` makes it and what follows anew"
             if spec.latents(index) in run.damaged:
                 if spec.config.cache.reuse_window:
                     raise RunDamaged(f"{record.latents} depends on residuals of other segments; {again}")
-                call = self._crew.denoiser(work.worker, "denoise_segment", spec, segment, work.attempt)
-                figures |= await self._watched(run, work, call)
+                stats |= await self._ask(run, work, "denoise_segment", segment, work.attempt)
             if {spec.media(index), spec.folder.init} & run.damaged.keys():
-                call = self._crew.denoiser(work.worker, "encode_segment", spec, segment)
-                figures |= await self._watched(run, work, call)
-            made = digests_in(figures)
-            if differing := [name for name in made if made[name] != record.digests.get(name, made[name])]:
-                raise RunDamaged(f"segment {index} was made again, and has other {' and '.join(differing)}; {again}")
+                stats |= await self._ask(run, work, "encode_segment", segment)
+            made = digests_in(stats)
+            if changed := [name for name in made if made[name] != record.digests.get(name, made[name])]:
+                raise RunDamaged(f"segment {index} was made again, and has other {' and '.join(changed)}; {again}")
         run.damaged = {}
 
     async def _denoise(self, run: LiveRun, work: Work) -> None:
         segment = _segment(run, work)
-        call = self._crew.denoiser(work.worker, "denoise_segment", run.spec, segment, work.attempt)
-        run.statistics[segment.index] = await self._watched(run, work, call)
+        run.stats[segment.index] = await self._ask(run, work, "denoise_segment", segment, work.attempt)
 
     async def _decode(self, run: LiveRun, work: Work) -> None:
-        """Once more in tiles where the GPU's memory does not do. Before any frame is made so, that is durable."""
+        """Decode; if GPU memory runs out, once more in tiles, after the manifest says that the run is tiled."""
+        segment = _segment(run, work)
         try:
-            figures = await self._decode_once(run, work)
+            stats = await self._ask(run, work, "decode_segment", segment)
         except OutOfMemory:
-            segment_index, spec = _segment(run, work).index, run.spec
-            if not spec.may_be_tiled(segment_index):
+            spec, index = run.spec, segment.index
+            if spec.tiled(index) or spec.config.engine.tiled_decode == "never":
                 raise
-            _log.warning("run %s is decoded in tiles from segment %d on", spec.run_id, segment_index)
-            await run.append(Tiled(spec.incarnation, segment_index))
-            run.spec = replace(spec, tiled_from=segment_index)
-            figures = await self._decode_once(run, work)
-        self._note(run, work, figures)
-
-    async def _decode_once(self, run: LiveRun, work: Work) -> dict[str, float]:
-        call = self._crew.denoiser(work.worker, "decode_segment", run.spec, _segment(run, work))
-        return await self._watched(run, work, call)
+            _log.warning("run %s is decoded in tiles from segment %d on", spec.run_id, index)
+            await run.append(Tiled(spec.incarnation, index))
+            run.spec = replace(spec, tiled_from=index)
+            stats = await self._ask(run, work, "decode_segment", segment)
+        _add_stats(run, segment, stats)
 
     async def _encode(self, run: LiveRun, work: Work) -> None:
-        call = self._crew.denoiser(work.worker, "encode_segment", run.spec, _segment(run, work))
-        self._note(run, work, await self._watched(run, work, call))
-
-    async def _watched(self, run: LiveRun, work: Work, call: Awaitable[T]) -> T:
-        return await self.watchdog.watch(work.worker, call, run.spec.config.engine)
-
-    def _note(self, run: LiveRun, work: Work, figures: dict[str, float]) -> None:
-        assert work.segment_index is not None
-        run.statistics[work.segment_index] = run.statistics.get(work.segment_index, {}) | figures
+        segment = _segment(run, work)
+        _add_stats(run, segment, await self._ask(run, work, "encode_segment", segment))
 
     async def _commit(self, run: LiveRun, work: Work) -> None:
-        """Latents and media are durable already: now what plays, then the manifest's line, which ends the commit."""
+        """Latents and media are durable: now the stream's files, then the manifest's line, which is the commit."""
         segment = _segment(run, work)
-        if segment.index == len(run.manifest.segments):  # else it is the repetition of a commit whose line is there
+        if segment.index == len(run.manifest.segments):  # else this repeats a commit whose line was written
             await self._append(run, segment)
-        run.statistics.pop(segment.index, None)
+        run.stats.pop(segment.index, None)
         await self._clean_up(run)
 
     async def _append(self, run: LiveRun, segment: SegmentPlan) -> None:
         spec, publish_at, began = run.spec, time.time(), time.perf_counter()
         await run.on_disk(run.stream.append, spec.part(segment))
-        published = statistics(publish_at=publish_at, publish_s=time.perf_counter() - began)
-        figures = run.statistics.get(segment.index, {})
+        published = rounded(publish_at=publish_at, publish_s=time.perf_counter() - began)
+        stats = run.stats.get(segment.index, {})
+        names = ("index", "take", "prompt", "seed", "first_frame", "num_frames")
         record = SegmentRecord(
-            index=segment.index,
-            take=segment.take,
-            prompt=segment.prompt,
-            seed=segment.seed,
-            first_frame=segment.first_frame,
-            num_frames=segment.num_frames,
+            **{name: getattr(segment, name) for name in names},
             latents=spec.folder.relative(spec.latents(segment.index)),
             media=spec.folder.relative(spec.media(segment.index)),
-            statistics={name: of for name, of in figures.items() if not name.endswith(_DIGEST)} | published,
-            digests=digests_in(figures),
+            statistics={name: value for name, value in stats.items() if not name.endswith(_DIGEST)} | published,
+            digests=digests_in(stats),
         )
         await run.append(Committed(spec.incarnation, record))
 
     async def _clean_up(self, run: LiveRun) -> None:
-        """Makes room, and looks how much there is. What fails here is done after the next commit."""
+        """Remove old files, and forecast the disk space. What fails here is repeated after the next commit."""
         with best_effort(f"drop old segments of run {run.spec.run_id}"):
             await self._drop_old_segments(run)
-        with best_effort(f"foresee the disk space of run {run.spec.run_id}"):
+        with best_effort(f"forecast the disk space of run {run.spec.run_id}"):
             run.warnings["disk"] = await run.on_disk(shortage_after, run.spec, run.manifest.segments)
 
     async def _drop_old_segments(self, run: LiveRun) -> None:
-        """Says first that they are gone, then removes them: nobody looks for what is not there."""
+        """Commit the line that drops media, then remove the files: no reader looks for what is missing."""
         spec, manifest, before = run.spec, run.manifest, run.removed
         after = retention(
             len(manifest.segments),
@@ -225,31 +205,72 @@ class Stages:
             return
         if after.media_from > manifest.dropped_before:
             await run.append(Dropped(spec.incarnation, after.media_from))
-        first = 1 if spec.config.continuity.adain else 0  # the colours of every segment follow the first's
+        first = 1 if spec.config.continuity.adain else 0  # all segments follow the first one's colours
         media = range(before.media_from, after.media_from)
         gone = [spec.media(index) for index in media]
         gone += [spec.folder.record(index, spec.segment(index).take) for index in media]
         gone += [spec.latents(index) for index in range(max(first, before.latents_from), after.latents_from)]
         await run.on_disk(spec.folder.remove, gone)
-        await run.forget_statistics(media.start, media.stop)
+        await run.on_disk(run.file.forget_statistics, media.start, media.stop)
         run.removed = after
 
     async def _finalize(self, run: LiveRun, work: Work) -> None:
         await self._clean_up(run)
-        call = self._crew.denoiser(work.worker, "finalize_run", run.spec, run.manifest.dropped_before)
-        figures = await self._watched(run, work, call)
-        run.final_digest = digests_in(figures)["final"]
+        stats = await self._ask(run, work, "finalize_run", run.manifest.dropped_before)
+        run.final_digest = digests_in(stats)["final"]
+
+    async def stop(self, run: LiveRun, stop: StopWork, machine: SegmentScheduler) -> None:
+        """Ask the GPU actor to end the run's work in flight; if it goes on for `answer_timeout_s`, kill the actor."""
+        run_id, engine, loop = stop.run_id, run.spec.config.engine, asyncio.get_running_loop()
+        until = loop.time() + engine.answer_timeout_s
+        with contextlib.suppress(ConnectionError):  # a dead actor fails the work itself
+            await answered(self._pool.denoiser(stop.worker, "stop_run", run_id), engine.answer_timeout_s, "a cancel")
+        if not await run.wait(lambda: run.ended or not machine.at_work(run_id), max(0.1, until - loop.time())):
+            _log.warning("run %s did not stop within %g s; its GPU actor is killed", run_id, engine.answer_timeout_s)
+            await self._pool.restart_denoiser(stop.worker)
+
+    async def close(self, run: LiveRun, close: CloseRun) -> None:
+        """End a run that has no work in flight: free what it holds, record its end, release its lock."""
+        spec = run.spec
+        # Before clients are notified: whoever waits for the end may end the actors, and nothing may be left over then.
+        with best_effort(f"free what run {close.run_id} has left in memory and on disk"):
+            if close.worker is not None:
+                await self.release(spec, close.worker)
+        final = spec.folder.relative(spec.folder.final) if close.state == "done" else None
+        digest = run.final_digest if final else None
+        if failure := await run.record_end(Ended(spec.incarnation, close.state, close.error, final, digest)):
+            _log.error("the end of run %s cannot be recorded: %s", close.run_id, failure)
+        await run.close()
+
+    async def release(self, spec: RunSpec, worker: int) -> None:
+        """Free what the actors hold for a run. If it goes on later, segments with lost residuals are made again.
+
+        Raises NoAnswer if the store is alive and its disk does not answer.
+        """
+        engine, loop = spec.config.engine, asyncio.get_running_loop()
+        with contextlib.suppress(ConnectionError):  # a dead actor holds nothing
+            released = self._pool.denoiser(worker, "release_run", spec.run_id)
+            await answered(released, engine.answer_timeout_s, "the end of a run")
+        until = loop.time() + engine.start_timeout_s
+        while loop.time() < until:
+            try:
+                call = self._pool.store(worker, "drop_run", spec.residuals_id, spec.residuals_directory)
+                return await self._watchdog.watch_store(worker, call, engine)
+            except NoAnswer:
+                raise
+            except NotStarted:
+                return
+            except ConnectionError:  # the next store finds on disk what this one has left
+                await asyncio.sleep(RELEASE_PAUSE_S)
 
 
-def digests_in(figures: Mapping[str, float]) -> dict[str, str]:
-    """The digests of files among the figures of a piece of work, as a record holds them."""
-    return {
-        name.removesuffix(_DIGEST): f"{int(value):016x}" for name, value in figures.items() if name.endswith(_DIGEST)
-    }
+def digests_in(stats: Mapping[str, float]) -> dict[str, str]:
+    """The digests of files among the statistics of a piece of work, as a record holds them."""
+    return {name.removesuffix(_DIGEST): f"{int(value):016x}" for name, value in stats.items() if name.endswith(_DIGEST)}
 
 
 async def explain(error: Exception, run: LiveRun) -> tuple[str, FailureKind]:
-    """One sentence for the user, and what kind of failure it is."""
+    """One sentence for the user, and the kind of failure."""
     cause = getattr(error, "cause", None) or error
     path = run.spec.folder.path
     if not isinstance(error, FolderSilent) and await run.is_gone():
@@ -269,3 +290,7 @@ async def explain(error: Exception, run: LiveRun) -> tuple[str, FailureKind]:
 def _segment(run: LiveRun, work: Work) -> SegmentPlan:
     assert work.segment_index is not None, f"{work.stage} without a segment"
     return run.spec.segment(work.segment_index)
+
+
+def _add_stats(run: LiveRun, segment: SegmentPlan, stats: Mapping[str, float]) -> None:
+    run.stats[segment.index] = run.stats.get(segment.index, {}) | dict(stats)

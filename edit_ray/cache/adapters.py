@@ -1,4 +1,4 @@
-"""What differs between models: where the blocks are, their arguments, and how a timestep is embedded."""
+"""The differences between models: the blocks, their arguments, and the embedding of a timestep."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ModelAdapter(Protocol):
 
 
 def argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Any:
-    """An argument, however it was passed; None if it was not."""
+    """An argument, passed by position or by name; None if it was not passed."""
     return args[position] if position < len(args) else kwargs.get(name)
 
 
@@ -71,15 +71,11 @@ class WanAdapter:
 
 @register_adapter("WanVACETransformer3DModel")
 class WanVACEAdapter(WanAdapter):
-    """Wan VACE: its control blocks run at every step, and their hints are added between the blocks that are cached."""
+    """Wan VACE: its control blocks run at every step, and their hints are added between the cached blocks."""
 
 
 def adapter_of(transformer: nn.Module) -> ModelAdapter:
-    """The adapter that is registered for the class of a transformer, or for one of its bases.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The adapter registered for the class of a transformer, or for one of its bases. Raises ValueError."""
     names = [cls.__name__ for cls in type(transformer).__mro__]
     for name in names:
         if ADAPTERS.registered(name):

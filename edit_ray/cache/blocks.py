@@ -1,4 +1,4 @@
-"""Units, the slices of the block stack that one cache decision covers, and what runs or skips their blocks."""
+"""Units, the slices of the block stack that one cache decision covers, and the runner that skips their blocks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edit_ray.cache.policies.policy import PolicyContext, StepSignals
+
 if TYPE_CHECKING:  # units are counted without torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from edit_ray.cache.adapters import ModelAdapter
     from edit_ray.cache.cache import Cache
-    from edit_ray.cache.policies.policy import PolicyContext
 
 RunBlock = Callable[..., Any]
 
@@ -43,11 +44,37 @@ def split_blocks(num_blocks: int, granularity: str | int) -> tuple[Unit, ...]:
     return tuple(Unit(i, first, min(first + size, num_blocks) - 1) for i, first in enumerate(firsts))
 
 
+@dataclass(frozen=True)
+class Expert:
+    """One transformer under a cache."""
+
+    name: str
+    transformer: nn.Module
+    adapter: ModelAdapter
+    units: tuple[Unit, ...]
+
+    def signals(self, timestep: Tensor, latents: Tensor | None, sigma: float | None) -> StepSignals:
+        """The policies' view of a forward at `timestep`, [B] or [B, tokens]."""
+        # The last token never belongs to clean context latents, whose timestep is 0.
+        return StepSignals(
+            lambda: self.adapter.embed_timestep(self.transformer, timestep.flatten()[-1:]), latents, sigma
+        )
+
+
+def check_not_compiled(transformer: nn.Module) -> None:
+    """Raises ValueError for a transformer that is compiled as a whole; its blocks may be."""
+    if getattr(transformer, "_orig_mod", None) is not None or transformer._compiled_call_impl is not None:
+        raise ValueError(
+            f"This {type(transformer).__name__} is compiled as a whole, which freezes every decision: compile its "
+            "blocks instead (transformer.compile_repeated_blocks())."
+        )
+
+
 class BlockRunner:
     """One forward of a transformer: called in place of every block, in the order of the stack.
 
-    On the compute path a unit's output is its blocks' own. A model may change the hidden states between two blocks (Wan
-    VACE adds its hints there): a residual excludes such changes, since the model makes them on a skip as well.
+    A computed unit's output is its blocks' own. A model may change the hidden states between two blocks (Wan VACE adds
+    its hints there): a residual excludes such changes, since the model makes them on a skip as well.
     """
 
     def __init__(
@@ -59,7 +86,7 @@ class BlockRunner:
         self._reused = False
         self._ctx: PolicyContext | None = None
         self._before: Tensor | None = None  # output of the previous block
-        self._between: Tensor | None = None  # what the model has added between the unit's blocks
+        self._between: Tensor | None = None  # added by the model between the unit's blocks
 
     def block(self, position: int, run: RunBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The output of a block; while its unit is skipped, of the whole unit."""
@@ -74,7 +101,7 @@ class BlockRunner:
         return self._computed(unit, position, run(*args, **kwargs))
 
     def check_complete(self, units: Sequence[Unit], name: str) -> None:
-        """Raises RuntimeError if a unit was not asked: a cache that does nothing must not go unnoticed."""
+        """Raises RuntimeError if a unit was not asked: a cache without effect is an error."""
         if self._num_entered != len(units):
             raise RuntimeError(
                 f"The cache of {name} was asked for {self._num_entered} of {len(units)} units in one forward: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,8 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from edit_ray.cache.blocks import BlockRunner, Unit
-from edit_ray.cache.known_mask import BRANCHES, Expert, KnownMask, LoopStep, check_not_compiled, known_mask
+from edit_ray.cache.blocks import BlockRunner, Expert, Unit, check_not_compiled
+from edit_ray.cache.loop_position import LoopStep, Position, StepCounter
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, StepSignals, UnitState
 from edit_ray.cache.records import Counts, Reason, Record
 from edit_ray.cache.residuals import (
@@ -26,27 +27,30 @@ from edit_ray.cache.residuals import (
 from edit_ray.cache.stores.base import CacheStore
 from edit_ray.tiers.reuse_plan import Key
 
+BRANCHES = ("cond", "uncond")
 
-class Position(NamedTuple):
-    """Where in the loop a forward is, as its `cache_context` says."""
 
-    branch: str
-    step: int
-    sigma: float | None
+class KnownDecision(NamedTuple):
+    """A decision made before the loop, with the values that the policy compared."""
+
+    compute: bool
+    signal: float | None
+    accumulated: float | None
+    threshold: float | None
 
 
 class _Forward(threading.local):
-    """The present forward of a thread: the branches of one step may be computed in two threads."""
+    """The current forward of a thread: the branches of one step may be computed in two threads."""
 
     position: Position | None = None
     runner: BlockRunner | None = None
-    edits: Sequence[Edit] = ()  # by the hooks of the present unit
+    edits: Sequence[Edit] = ()  # by the hooks of the current unit
 
 
 class Cache:
-    """What `enable_cache` returns and `pipe.cache` is: see, steer and edit a cache while it runs.
+    """The cache of a pipeline, `pipe.cache`, also returned by `enable_cache`: see, steer and edit it while it runs.
 
-    One call of the pipeline is one generation; nothing but stored residuals outlives it. Not thread-safe.
+    One call of the pipeline is one generation; only stored residuals outlive it. Not thread-safe.
     """
 
     def __init__(
@@ -67,8 +71,9 @@ class Cache:
         self._schedule = schedule
         self._hooks: list[UnitHook] = []
         self._states: dict[UnitId, UnitState] = {}
-        self._mask: KnownMask = {}
+        self._mask: dict[UnitId, list[KnownDecision | None]] = {}  # by step; None where another expert runs
         self._here = _Forward()
+        self._counter = StepCounter()
         self._in_call = False
         self._latest: list[tuple[str, str, int]] = []  # (expert, branch, step) of the forwards of the latest step
 
@@ -82,12 +87,12 @@ class Cache:
 
     @property
     def store(self) -> CacheStore:
-        """Where the residuals are."""
+        """The store of the residuals."""
         return self._index.store
 
     @property
     def history_len(self) -> int:
-        """Latest residuals that each unit keeps."""
+        """The number of latest residuals that each unit keeps."""
         return self._index.history_len
 
     @property
@@ -105,13 +110,13 @@ class Cache:
         return {(str(expert), str(branch), int(unit)): count for (expert, branch, unit), count in counts.items()}
 
     def entries(self) -> list[StoredResidual]:
-        """Every residual that is stored now: key, tier, shape, bytes."""
+        """Every stored residual: key, tier, shape, bytes."""
         return self._index.entries()
 
     def plan(self, steps: Sequence[LoopStep] | None = None) -> dict[UnitId, tuple[bool | None, ...]] | None:
         """Per (expert, branch, unit) the mask of a loop, True where it will compute, None where another expert runs.
 
-        None for a policy that decides by what it sees in the loop. `steps` are the pipeline's own unless given.
+        None for a policy that depends on values of the loop. `steps` are the pipeline's own unless given.
         """
         if not self.policy.timestep_only:
             return None
@@ -129,14 +134,14 @@ class Cache:
         of `ctx.hidden`, added to the unit's input in place of what it would have computed; a function that receives
         the unit's residual [B, N, D], computed or reused, and returns what is added instead; or None, to change
         nothing. The function may change its argument in place: it is a copy. Stored residuals are never edited, so an
-        edit acts only on the step at which it is returned. A hook that raises, or returns anything else, ends the call
-        and removes the cache.
+        edit acts only on its own step. A hook that raises, or returns anything else, ends the call and removes the
+        cache.
         """
         self._hooks.append(hook)
         return lambda: self._hooks.remove(hook)
 
     def set_generation(self, generation: int) -> None:
-        """The number under which the next call stores residuals, such as that of a segment."""
+        """Set the number under which the next call stores residuals, such as a segment's."""
         if isinstance(generation, bool) or not isinstance(generation, int) or generation < 0:
             raise ValueError(f"generation is {generation!r}; valid is a whole number from 0.")
         self._index.generation = generation
@@ -146,11 +151,11 @@ class Cache:
         self._index.adopt(store, stored)
 
     def set_reuse_window(self, generations: Iterable[int]) -> None:
-        """The earlier generations whose residuals the next call may read; those before all of them are dropped."""
+        """Set the earlier generations whose residuals the next call may read; still earlier ones are dropped."""
         self._index.set_window(generations)
 
     def reset(self, clear_store: bool = True) -> None:
-        """Forget the last call; with `clear_store` also every residual that this cache has stored."""
+        """Forget the last call; with `clear_store` also drop every residual that this cache has stored."""
         self._states.clear()
         self._mask.clear()
         self._latest.clear()
@@ -159,11 +164,11 @@ class Cache:
             self._index.clear()
 
     def prefetch_reuse(self) -> None:
-        """Prefetch what the next call may read from the reuse window, in the order of use."""
+        """Prefetch the residuals that the next call may read from the reuse window, in the order of use."""
         self._index.store.prefetch(self._index.window_keys(self.policy.keeps))
 
     def remove(self) -> None:
-        """Take the cache off every transformer, and leave them as they were before."""
+        """Take the cache off every transformer, and restore them."""
         self.reset()
         while self.on_remove:
             self.on_remove.pop()()
@@ -204,20 +209,15 @@ class Cache:
 
     @contextmanager
     def context(self, branch: str, step_index: int | None, total: int | None, sigma: float | None) -> Iterator[None]:
-        """A forward's `cache_context`. Raises ValueError where it does not say the step, or not one of the loop."""
-        if step_index is None:
-            raise ValueError(
-                f"cache_context({branch!r}) says no step_index: the cache needs cache_context(name, step_index=…, "
-                "num_inference_steps=…) around each forward, as WanPipeline and EditWanPipeline have it."
-            )
+        """A forward's `cache_context`; without a step it is counted. Raises ValueError for a step beyond the loop."""
         if total is not None and self._in_call and total != self.num_steps:
             raise ValueError(f"cache_context({branch!r}) says {total} steps, in a loop of {self.num_steps}.")
         self._follow(self.num_steps if total is None else total)
-        if not 0 <= step_index < self.num_steps:
+        if step_index is not None and not 0 <= step_index < self.num_steps:
             raise ValueError(
                 f"cache_context({branch!r}) says step_index {step_index}; the cache expects 0 to {self.num_steps - 1}."
             )
-        self._here.position = Position(branch, int(step_index), sigma)
+        self._here.position = Position(branch, step_index, sigma)
         try:
             yield
         finally:
@@ -232,12 +232,15 @@ class Cache:
             )
         check_not_compiled(expert.transformer)
         position, self._here.runner = self._here.position, None
-        self._account(expert, position)
         latents, timestep = expert.adapter.inputs(args, kwargs)
+        step = position.step
+        if step is None:
+            step = self._counter.step(position.branch, float(timestep.max()), self.num_steps)
+        self._account((expert.name, position.branch, step))
         signals = expert.signals(timestep, latents, position.sigma)
 
         def context(unit: Unit) -> PolicyContext:
-            return self._make_context(expert, position.branch, unit, position.step, signals, latents)
+            return self._make_context(expert, position.branch, unit, step, signals, latents)
 
         runner = self._here.runner = BlockRunner(self, expert.adapter, expert.units, context)
         try:
@@ -249,7 +252,7 @@ class Cache:
             self._here.runner = None
 
     def block(self, position: int, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One call of a block; outside of a forward the block runs as without a cache."""
+        """One call of a block; outside a forward it runs as without a cache."""
         runner = self._here.runner
         return run(*args, **kwargs) if runner is None else runner.block(position, run, args, kwargs)
 
@@ -321,13 +324,26 @@ class Cache:
             ),
         )
 
-    def _make_mask(self, steps: Sequence[LoopStep], branches: Sequence[str]) -> KnownMask:
-        """Run the policy ahead of the loop, on separate states."""
+    def _make_mask(
+        self, steps: Sequence[LoopStep], branches: Sequence[str]
+    ) -> dict[UnitId, list[KnownDecision | None]]:
+        """Ask the policy for every unit at every step ahead of the loop, on separate states."""
         self.policy.check(len(steps))
-        before = self._states, self.num_steps
+        before, mask = (self._states, self.num_steps), dict[UnitId, list[KnownDecision | None]]()
         self._states, self.num_steps = {}, len(steps)
         try:
-            return known_mask(self.policy, self.experts, steps, branches, self._make_context)
+            for step, at in enumerate(steps):
+                expert = self.experts[at.expert]
+                device = next(expert.transformer.parameters()).device
+                signals = expert.signals(at.timestep.reshape(1).to(device), None, at.sigma)
+                for branch, unit in itertools.product(branches, expert.units):
+                    ctx = self._make_context(expert, branch, unit, step, signals, None)
+                    compute = bool(self.policy.should_compute(ctx))
+                    if compute:
+                        ctx.state.computed_steps.append(step)
+                    decisions = mask.setdefault((expert.name, branch, unit.index), [None] * len(steps))
+                    decisions[step] = KnownDecision(compute, ctx.signal, ctx.accumulated, ctx.threshold)
+            return mask
         finally:
             self._states, self.num_steps = before
 
@@ -339,25 +355,25 @@ class Cache:
             self._begin(clear_store=True)
 
     def _begin(self, clear_store: bool) -> None:
-        """Forget everything but the stored residuals of other generations."""
+        """Forget everything except the stored residuals of other generations."""
         self.reset(clear_store)
         self._index.forget(self._index.generation)
 
-    def _account(self, expert: Expert, position: Position) -> None:
-        """Outside of `call`, a new call begins where the steps do not continue those before."""
+    def _account(self, this: tuple[str, str, int]) -> None:
+        """Outside of `call`, a new call begins where a step does not continue the steps before it."""
         if self._in_call:
             return
-        this = (expert.name, position.branch, position.step)
+        step = this[2]
         last = self._latest[-1][2] if self._latest else None
-        if last is None or this in self._latest or position.step not in (last, last + 1):
+        if last is None or this in self._latest or step not in (last, last + 1):
             self._begin(clear_store=False)
-        if self._latest and self._latest[-1][2] != position.step:
+        if self._latest and self._latest[-1][2] != step:
             self._latest.clear()
         self._latest.append(this)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Around code of a policy, a hook or a store: if it fails, the model is left usable and uncached."""
+        """Runs code of a policy, a hook or a store: if it fails, the model stays usable and is uncached."""
         try:
             yield
         except Exception as error:

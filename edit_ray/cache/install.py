@@ -1,4 +1,4 @@
-"""Putting a cache on a transformer and taking it off again.
+"""Install a cache on a transformer and remove it.
 
 Transformer and blocks get a subclass of their own class that intercepts their calls: parameters, buffers, hooks and
 `state_dict` stay as they are, LoRA loading finds the same names, a compiled block stays compiled (the cache acts
@@ -16,9 +16,9 @@ from typing import Any, SupportsIndex
 from torch import nn
 
 from edit_ray.cache.adapters import adapter_of
-from edit_ray.cache.blocks import split_blocks
+from edit_ray.cache.blocks import Expert, check_not_compiled, split_blocks
 from edit_ray.cache.cache import Cache
-from edit_ray.cache.known_mask import Expert, LoopStep, check_not_compiled
+from edit_ray.cache.loop_position import LoopStep
 from edit_ray.cache.policies import check_granularity, make_policy
 from edit_ray.cache.policies.policy import CachePolicy
 from edit_ray.cache.stores.base import CacheStore
@@ -44,15 +44,15 @@ def apply_cache_on_transformer(
         transformer: A diffusers transformer; or several that share the steps of one loop, by the name of the expert
             ("transformer", "transformer_2").
         policy: When to recompute: a registered name with its options in `policy_kwargs`, or a policy.
-        num_inference_steps: Steps of the loop as it counts them: for a noise scheduler such as Heun's twice the call's
-            number less one. A later call may have another number if the policy can serve it.
+        num_inference_steps: Steps of the loop: for a noise scheduler such as Heun's twice the call's number less one. A
+            later call may have another number if the policy supports it.
         granularity: What one decision covers: "stack", "per_block", or the number of blocks in a group.
-        store: Where residuals live; by default on the device.
-        history_len: Computed residuals kept of each unit, at least as many as the policy reads.
+        store: Of the residuals; by default a `GPUStore`.
+        history_len: The number of computed residuals kept of each unit, at least as many as the policy reads.
         copies: Copies of these transformers on another device, by the same names: they count as the same expert.
 
     Raises:
-        ValueError, TypeError: unknown or incomplete policy, bad options or granularity, a model that it cannot cache.
+        ValueError, TypeError: unknown or incomplete policy, wrong options or granularity, an unsupported model.
     """
     transformers = {"transformer": transformer} if isinstance(transformer, nn.Module) else dict(transformer)
     if not transformers:
@@ -90,20 +90,20 @@ def check_steps(num_inference_steps: int) -> None:
 
 
 def cache_on(transformer: nn.Module) -> Cache | None:
-    """The cache of a transformer, also if it was compiled later; None without one."""
+    """The cache of a transformer, also if it was compiled later; None without a cache."""
     link = getattr(transformer, _LINK, None)
     return None if link is None else link[0]
 
 
 def remove_cache_from_transformer(transformer: nn.Module) -> None:
-    """Take the cache off, if there is one. Transformers that share a cache lose it together."""
+    """Remove the cache, if there is one, from all transformers that share it."""
     cache = cache_on(transformer)
     if cache is not None:
         cache.remove()
 
 
 def _expert(name: str, transformer: nn.Module, granularity: str | int) -> Expert:
-    """A transformer as the cache sees it.
+    """A transformer with its adapter and units.
 
     Raises:
         ValueError: it cannot be cached, or is cached already.
@@ -167,9 +167,8 @@ def _listening_transformer(cls: Any) -> Any:
 
 
 class _Listening(type):
-    """Classes that equal their base class: diffusers compares a component's class with those that it knows.
-
-    Otherwise `from_pipe` would leave out a transformer that has a cache.
+    """Classes that equal their base class: diffusers compares a component's class with the known ones, and `from_pipe`
+    would otherwise leave out a transformer with a cache.
     """
 
     def __eq__(cls, other: object) -> bool:

@@ -18,7 +18,7 @@ def _granularity(value: object) -> str | int:
 class CacheOptions(Options):
     """When residuals are reused: `none` computes every step of every segment.
 
-    Keys that are not named here are the policy's own options, such as `rel_l1_thresh`.
+    Further keys are the policy's own options, such as `rel_l1_thresh`.
     """
 
     model_config = ConfigDict(extra="allow")

@@ -1,4 +1,4 @@
-"""The residuals that a cache has stored: how units read earlier ones, and how unit hooks edit the present one."""
+"""The stored residuals of a cache, which units read, and the hooks that edit a unit's current one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StoredResidual:
 
 
 class ResidualIndex:
-    """Puts residuals into a store, and knows what was put there: a store may evict anything at any time.
+    """Puts residuals into a store and records which: a store may evict anything at any time.
 
     The branches of a step may be computed in two threads; only one at a time calls the store.
     """
@@ -61,12 +61,12 @@ class ResidualIndex:
             self._drop((self.generation, *unit, steps[-1 - self.history_len]))
 
     def get(self, key: Key) -> Tensor | None:
-        """What the store has under the key."""
+        """The residual of a key, None if the store has evicted it."""
         with self._store_lock:
             return self.store.get(key)
 
     def adopt(self, store: CacheStore, stored: Iterable[Key]) -> None:
-        """Use another store from now on, with what earlier generations have `stored` there, in the order of steps."""
+        """Use another store from now on. Earlier generations have `stored` residuals there, in the order of steps."""
         self.store = store
         self._steps, self._layouts, self._entries = {}, {}, {}
         for generation, expert, branch, unit, step in stored:
@@ -74,12 +74,12 @@ class ResidualIndex:
             self._steps.setdefault((int(generation or 0), unit_id), []).append(int(step or 0))
 
     def entries(self) -> list[StoredResidual]:
-        """What is stored now, with the tier that holds it."""
+        """Every stored residual, with the tier that holds it."""
         located = [(entry, self._tier_of(entry.key)) for entry in self._entries.values()]
         return [replace(entry, tier=tier) for entry, tier in located if tier is not None]
 
     def _tier_of(self, key: Key) -> str | None:
-        """As the store says; a store that does not say has one tier, and is read to find the entry."""
+        """The store's `tier_of`; a store without one has a single tier, and is read to find the entry."""
         if hasattr(self.store, "tier_of"):
             found: str | None = self.store.tier_of(key)
             return found
@@ -104,7 +104,7 @@ class ResidualIndex:
         return stored is None or layout is None or stored == layout
 
     def window_keys(self, keeps: Callable[[int], bool]) -> list[Key]:
-        """What may be read from the reuse window, in the order of use: by step, then by unit."""
+        """The keys that may be read from the reuse window, in the order of use: by step, then by unit."""
         keys = [
             (generation, *unit, step)
             for (generation, unit), steps in self._steps.items()
@@ -115,7 +115,7 @@ class ResidualIndex:
         return sorted(keys, key=lambda key: (key[-1], key[3], key[1:3], key[0]))
 
     def set_window(self, generations: Iterable[int]) -> None:
-        """Read from these generations; those before all of them are dropped, as windows only move forward."""
+        """Read from these generations; still earlier ones are dropped, as windows only move forward."""
         self.window = tuple(sorted({int(generation) for generation in generations}))
         oldest = min(self.window, default=self.generation)
         for generation in {generation for generation, _ in self._steps}:
@@ -123,14 +123,14 @@ class ResidualIndex:
                 self.forget(generation)
 
     def forget(self, generation: int) -> None:
-        """Drop all that a generation stored."""
+        """Drop every residual of a generation."""
         for key in [key for key in self._entries if key[0] == generation]:
             self._drop(key)
         self._steps = {which: steps for which, steps in self._steps.items() if which[0] != generation}
         self._layouts = {which: layout for which, layout in self._layouts.items() if which[0] != generation}
 
     def clear(self) -> None:
-        """Drop everything that was put here; what others keep in the same store stays."""
+        """Drop every residual of this index; other entries of the store stay."""
         for key in list(self._entries):
             self._drop(key)
         self._steps.clear()
@@ -168,7 +168,7 @@ class UnitResiduals:
         return [residual for residual in read if residual is not None]
 
     def _window(self, step: int | None) -> list[tuple[int, int]]:
-        """(generation, step) of what was computed in the window; without `step`, each generation's last."""
+        """(generation, step) of the residuals of `step` in the window; for None, the last step of each generation."""
         found = []
         for generation in self.index.window:
             steps = self.index.steps(generation, self.unit)
@@ -183,7 +183,7 @@ class UnitResiduals:
 
 @dataclass
 class HookAnswers:
-    """What the hooks of a unit want: to compute or not, a tensor [B, N, D] to add, edits of the residual."""
+    """The answers of a unit's hooks: whether to compute, a tensor [B, N, D] to add, edits of the residual."""
 
     compute: bool | None = None
     replaced: Tensor | None = None
@@ -191,10 +191,10 @@ class HookAnswers:
 
 
 def ask_hooks(hooks: Sequence[UnitHook], ctx: PolicyContext, compute: bool) -> HookAnswers:
-    """Call each hook, which sees in `ctx.decision` what the policy and the hooks before it have decided.
+    """Call each hook, with the decision of the policy and the hooks before it in `ctx.decision`.
 
     Raises:
-        TypeError, ValueError: a hook returned something else than `Cache.on_unit` allows.
+        TypeError, ValueError: a hook returned something that `Cache.on_unit` does not allow.
     """
     answers = HookAnswers()
     for hook in list(hooks):
@@ -215,10 +215,10 @@ def ask_hooks(hooks: Sequence[UnitHook], ctx: PolicyContext, compute: bool) -> H
 
 
 def checked(given: object, like: Tensor, source: str) -> Tensor:
-    """`given`, if it is a tensor of the shape, dtype and device of `like`; broadcasting would hide a mistake.
+    """`given`, if it is a tensor of the shape, dtype and device of `like`: broadcasting would hide a mistake.
 
     Raises:
-        TypeError, ValueError: anything else; names what `source` returned and what is valid.
+        TypeError, ValueError: anything else; names the value that `source` returned and the valid ones.
     """
     valid = f"{list(like.shape)} of {like.dtype} on {like.device}, as the unit's input"
     if not isinstance(given, Tensor):
@@ -233,9 +233,9 @@ def checked(given: object, like: Tensor, source: str) -> Tensor:
 
 
 def with_edits(output: Tensor, residual: Tensor, edits: Sequence[Edit]) -> Tensor:
-    """The unit's output [B, N, D] with its residual as the edits change it, each given what the previous one returned.
+    """The unit's output [B, N, D] with its residual changed by the edits, one after the other.
 
-    `residual` stays as it is, even if an edit works in place; edits that change nothing change no bit.
+    `residual` stays unchanged, even if an edit works in place; edits that change nothing change no bit.
     """
     if not edits:
         return output

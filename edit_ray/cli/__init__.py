@@ -1,4 +1,4 @@
-"""`edit-ray`: a look at the runs and at what their cache did, measurements of a model, and an end to the actors."""
+"""`edit-ray`: commands for runs, models, monitoring files and this machine's setup."""
 
 from edit_ray.cli.main import main
 

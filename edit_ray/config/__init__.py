@@ -1,10 +1,8 @@
 """Configurations: from YAML and options to a frozen model, or to every mistake at once."""
 
-from edit_ray.config.load import config_of, load_config
-from edit_ray.config.model import Config, dump_yaml
+from edit_ray.config.load import config_of, load_config, output_root
+from edit_ray.config.model import Config, PromptSegment, VideoOptions, dump_yaml
 from edit_ray.config.model_checks import check_config, check_texts
-from edit_ray.config.options import PromptSegment, VideoOptions
-from edit_ray.config.output import output_root
 
 __all__ = [
     "Config",

@@ -1,4 +1,4 @@
-"""Cross-field checks: what must hold between keys that are valid one by one; nothing here needs the model."""
+"""Cross-field checks: conditions between keys that are each valid alone. None of them needs the model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from edit_ray.config.mistakes import KeyPath, Mistake, mistake_at
-from edit_ray.config.options import PromptSegment, format_duration
 from edit_ray.runs.ids import MAX_SEGMENTS
 from edit_ray.runs.run_plan import TEMPORAL_FACTOR, FrameLayout
 
 if TYPE_CHECKING:
-    from edit_ray.config.model import Config
+    from edit_ray.config.model import Config, PromptSegment
 
 MAX_SEGMENT_PIXELS = 2**31
 MAX_VIDEO_FRAMES = 10_000_000
@@ -20,8 +19,8 @@ MAX_VIDEO_FRAMES = 10_000_000
 _LAYOUT_KEYS = ("sampling.num_frames", "sampling.fps", "continuity")
 
 
-def mistakes_between(config: Config) -> Iterator[Mistake]:
-    """Every mistake; those that need the video's length only if its segments are valid."""
+def cross_field_mistakes(config: Config) -> Iterator[Mistake]:
+    """Every mistake; those of the video's length only if its segments are valid."""
     of_segments = [*_shape(config), *_continuity(config)]
     yield from of_segments or _length_and_storyboard(config)
     yield from _reuse(config)
@@ -80,7 +79,7 @@ def _continuity(config: Config) -> Iterator[Mistake]:
 
 
 def _length_and_storyboard(config: Config) -> Iterator[Mistake]:
-    layout, video, entries = config.layout, config.video, config.prompt_segments
+    layout, entries = config.layout, config.prompt_segments
     if entries[0].segment or entries[0].start:
         yield mistake_at(*_start(0, entries[0], "; the first prompt must start at 0s or at segment 0."))
     for index, (before, entry) in enumerate(pairwise(entries), start=1):
@@ -89,21 +88,17 @@ def _length_and_storyboard(config: Config) -> Iterator[Mistake]:
     if num_segments is None:
         return
     total = layout.total_frames(num_segments)
-    key, given = (
-        ("num_segments", str(num_segments)) if video.duration is None else ("duration", format_duration(video.duration))
-    )
-    if num_segments > MAX_SEGMENTS:
-        too_much = f"takes {num_segments} segments; there must be at most {MAX_SEGMENTS}"
-        yield mistake_at(f"video.{key}", f"is {given}, which {too_much}.", *_LAYOUT_KEYS)
-    elif total > MAX_VIDEO_FRAMES:
-        too_much = f"gives {total} frames; there must be at most {MAX_VIDEO_FRAMES}"
-        yield mistake_at(f"video.{key}", f"is {given}, which {too_much}.", *_LAYOUT_KEYS)
+    ((key, given),) = config.video.model_dump(exclude_none=True).items()
+    for count, most, gives in (
+        (num_segments, MAX_SEGMENTS, f"takes {num_segments} segments"),
+        (total, MAX_VIDEO_FRAMES, f"gives {total} frames"),
+    ):
+        if count > most:
+            yield mistake_at(f"video.{key}", f"is {given}, which {gives}; there must be at most {most}.", *_LAYOUT_KEYS)
+            break
     for index, entry in enumerate(entries):
-        if (
-            entry.first_segment(layout) >= num_segments
-            if entry.start is None
-            else layout.frame_at(entry.start) >= total
-        ):
+        beyond = layout.frame_at(entry.start) >= total if entry.start is not None else None
+        if entry.first_segment(layout) >= num_segments if beyond is None else beyond:
             lasts = f"it has {num_segments} segments that last {total / layout.fps:g}s"
             where = _start(index, entry, f", beyond the end of the video; {lasts}.")
             yield mistake_at(*where, "video", *_LAYOUT_KEYS)
@@ -112,33 +107,25 @@ def _length_and_storyboard(config: Config) -> Iterator[Mistake]:
 def _order(index: int, before: PromptSegment, entry: PromptSegment, layout: FrameLayout) -> Iterator[Mistake]:
     segment_before, segment = before.first_segment(layout), entry.first_segment(layout)
     alike = (before.start is None) == (entry.start is None)
-    # Two starts of one kind are compared as they are: that says something even if the segments' shape is wrong.
+    # Two starts of one kind are compared directly, which is meaningful even if the segments' shape is wrong.
     in_seconds = alike and entry.start is not None
     if (entry.start or 0) < (before.start or 0) if in_seconds else segment < segment_before:
-        above = f"before the {_given(before)} of the prompt above it; prompts must be in order."
+        above = f"before the {before.position} of the prompt above it; prompts must be in order."
         yield mistake_at(*_start(index, entry, f", {above}"), *(() if alike else _LAYOUT_KEYS))
     elif segment == segment_before:
         ends = layout.first_frame(segment + 1) / layout.fps
-        where = _start(
-            index,
-            entry,
-            f", in segment {segment} as the prompt above it; each prompt must begin in a segment of its own (segment "
-            f"{segment} ends at {ends:g}s).",
-        )
+        own = f"each prompt must begin in a segment of its own (segment {segment} ends at {ends:g}s)"
+        where = _start(index, entry, f", in segment {segment} as the prompt above it; {own}.")
         yield mistake_at(*where, *(() if entry == before else _LAYOUT_KEYS))
 
 
-def _given(entry: PromptSegment) -> str:
-    return f"segment {entry.segment}" if entry.start is None else format_duration(entry.start)
-
-
 def _start(index: int, entry: PromptSegment, says: str) -> tuple[KeyPath, str]:
-    """The key that says where an entry begins, and what is said of its value."""
-    return ("prompt_segments", index, "segment" if entry.start is None else "start"), f"is {_given(entry)}{says}"
+    """The key of an entry's start, and a sentence that begins with its value."""
+    return ("prompt_segments", index, "segment" if entry.start is None else "start"), f"is {entry.position}{says}"
 
 
 def _reuse(config: Config) -> Iterator[Mistake]:
-    """Segments that reuse each other's residuals: that is planned for the whole run before it begins."""
+    """Reuse between segments is planned for the whole run before it starts."""
     window, guidance = config.cache.reuse_window, config.sampling.guidance_scale
     if not window:
         return

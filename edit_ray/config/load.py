@@ -1,8 +1,11 @@
-"""From a YAML file and `--set` options to a configuration, or to every mistake in them at once."""
+"""Loading a configuration from a YAML file and `--set` options, or every mistake in them; and the folder of runs."""
 
+import os
 import stat
+import tempfile
 from collections.abc import Mapping, Sequence, Set
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,20 +20,25 @@ from edit_ray.options import Schema
 
 MAX_FILE_BYTES = 2**20
 MAX_PROBLEMS = 100
+OUTPUT_VARIABLE = "EDIT_RAY_OUTPUT"
+DEFAULT_OUTPUT = "~/edit_ray_outputs"
+
+# Ray unpacks a job's files below such a folder, and deletes it with the job.
+_RAY_JOB_PARTS = ("runtime_resources", "working_dir_files")
 _SWITCHED_OFF = (["cache", "policy"], "none")  # this override also removes the policy's options
 _STAND_INS: dict[str, Any] = {"video": {"num_segments": 1}, "prompt_segments": [{"segment": 0, "prompt": "-"}]}
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = (), *, check_model: bool = True) -> Config:
-    """The configuration of a YAML file, with `overrides` such as `sampling.seed=7` written over it.
+    """The configuration of a YAML file with `overrides` such as `sampling.seed=7`.
 
     Args:
         path: the file, at most 1 MiB of UTF-8; None for defaults alone.
-        overrides: dotted key and YAML scalar; a later one of the same key wins.
-        check_model: also check what depends on the model, from its JSON files: sizes, words, precision.
+        overrides: dotted key and YAML scalar; the last one of a key wins.
+        check_model: also check the sizes, words and precision against the model's JSON files.
 
     Raises:
-        ConfigError: one sentence for every mistake, each with the file and line, or the option, that it is in.
+        ConfigError: one sentence per mistake, with its file and line or its option.
     """
     source = Source(path, overrides)
     if source.data is None:
@@ -44,11 +52,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), *, check_model
 
 
 def config_of(data: Mapping[str, Any]) -> Config:
-    """The configuration that a mapping holds, with the keys and values that a YAML file would have; checked like one.
-
-    Raises:
-        ConfigError: one sentence for every mistake.
-    """
+    """The configuration of a mapping with the keys and values of a YAML file; checked like one. Raises ConfigError."""
     config, mistakes = _validate(dict(data), check_model=True)
     if config is None or mistakes:
         raise ConfigError([printable(mistake.text) for mistake in mistakes])
@@ -56,10 +60,10 @@ def config_of(data: Mapping[str, Any]) -> Config:
 
 
 def _validate(data: Any, check_model: bool) -> tuple[Config | None, list[Mistake]]:
-    """The configuration and every mistake; stand-ins replace wrong values in the configuration.
+    """The configuration and every mistake.
 
-    Wrong values are replaced and everything is checked again, so that cross-field checks run as well. Mistakes that
-    derive from a replaced value are dropped.
+    Wrong values are replaced by stand-ins and everything is checked again, so that cross-field checks run as well.
+    Mistakes that derive from a replaced value are dropped.
     """
     found: list[Mistake] = []
     wrong = WrongKeys()
@@ -75,7 +79,7 @@ def _validate(data: Any, check_model: bool) -> tuple[Config | None, list[Mistake
         for path in new or [mistake.path[:1] for mistake in mistakes]:
             wrong.add(path)
     if config is not None and check_model and not wrong.touch(("model", "path")):
-        # The words of a prompt that is out of order are known all the same.
+        # The words of a prompt are checked even if its start is out of order.
         known = WrongKeys(mistake.path for mistake in found)
         found += [mistake for mistake in model_mistakes(config, list(texts_in(data))) if not known.spoil(mistake)]
     return config, found
@@ -83,7 +87,7 @@ def _validate(data: Any, check_model: bool) -> tuple[Config | None, list[Mistake
 
 def _without(wrong: Set[KeyPath], value: Any, path: KeyPath = ()) -> Any:
     """The value at `path` without the wrong values below it; required ones are replaced."""
-    if path in wrong:  # nothing at all is right
+    if path in wrong:  # the whole document
         return _STAND_INS
     if isinstance(value, list):
         return [_without(wrong, entry, (*path, index)) for index, entry in enumerate(value)]
@@ -100,12 +104,7 @@ def _schema() -> Schema:
 
 
 class Source:
-    """A YAML file with options written over it. `data` is None if the file cannot be read.
-
-    Args:
-        path: the file, None for no file.
-        overrides: dotted key and YAML scalar, such as `sampling.seed=7`; a later one of the same key wins.
-    """
+    """A YAML file, or none, with overrides applied. `data` is None if the file cannot be read."""
 
     def __init__(self, path: Path | None, overrides: Sequence[str]) -> None:
         document = read_file(path) if path else Document(data={})
@@ -113,13 +112,13 @@ class Source:
         self._name = str(path) if path else "(no file)"
         self.problems = [f"{self._name}{f':{line}' if line else ''}: {text}" for line, text in document.mistakes]
         self._places = {key: f"{self._name}:{line}" for key, line in document.lines.items()}
-        # The form of the options is checked even if the file cannot be read.
+        # The syntax of the overrides is checked even if the file cannot be read.
         root = self.data if isinstance(self.data, dict) else {}
         for override in overrides:
             self._apply(override, f"--set {override if len(override) <= 100 else override[:99] + '…'}", root)
 
     def add(self, path: KeyPath, text: str) -> None:
-        """Notes a mistake at a key, with the nearest place: of the key, of one above it, of an option below it."""
+        """Records a mistake with the nearest place: the key, one above it, or an override below it."""
         place = next((at for n in range(len(path), 0, -1) if (at := self._places.get(path[:n]))), None)
         if place is None:
             below = [at for key, at in self._places.items() if path and path == key[: len(path)]]
@@ -127,7 +126,7 @@ class Source:
         self.problems.append(f"{place}: {text}")
 
     def stop(self) -> NoReturn:
-        """Raises ConfigError with every problem; each is one line that any terminal can print."""
+        """Raises ConfigError with every problem as one printable line."""
         lines = [printable(problem) for problem in self.problems]
         if len(lines) > MAX_PROBLEMS:
             lines[MAX_PROBLEMS:] = [f"{self._name}: there are {len(lines) - MAX_PROBLEMS} more mistakes."]
@@ -148,7 +147,7 @@ class Source:
 
 
 def read_file(path: Path) -> Document:
-    """The document in a file; if the file cannot be read, the document has that mistake."""
+    """The document in a file; an unreadable file is a mistake in the document."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISREG(mode):
@@ -171,7 +170,7 @@ def read_file(path: Path) -> Document:
 
 
 def _put(root: dict[str, Any], parts: Sequence[str], value: object) -> KeyPath:
-    """Write the value at the dotted key, creating mappings and lists above it; returns the key's path."""
+    """Writes a value at a dotted key, with mappings and lists above it as needed; returns the key's path."""
     path: list[str | int] = []
     container: Any = root
     for part, following in zip(parts, [*parts[1:], None], strict=True):
@@ -197,3 +196,47 @@ def _key(container: object, part: str, above: KeyPath) -> str | int:
     if not part.isdecimal() or len(part) > 6 or int(part) > len(container):
         raise ValueError(f"{dotted(above)} is a list; below it comes the number of an entry, 0 to {len(container)}")
     return int(part)
+
+
+def output_root(option: str | None, environ: Mapping[str, str]) -> Path:
+    """The absolute folder of runs: `option`, else `$EDIT_RAY_OUTPUT`, else `~/edit_ray_outputs`.
+
+    Creates the folder if needed, and checks that it can be written.
+
+    Raises:
+        ConfigError: it is a file, cannot be created or written, or lies in a Ray job's unpacked folder.
+    """
+    if option is not None:
+        name, given = "--output", option
+    elif environ.get(OUTPUT_VARIABLE):
+        name, given = f"${OUTPUT_VARIABLE}", environ[OUTPUT_VARIABLE]
+    else:
+        name, given = "the default output folder", DEFAULT_OUTPUT
+    if not given.strip():
+        raise ConfigError([f"{name} is empty; it must be a folder that can be written."])
+    try:
+        home = environ.get("HOME")
+        from_home = bool(home) and (given == "~" or given.startswith("~/"))
+        root = Path(os.path.abspath(Path(home or "", given[2:]) if from_home else Path(given).expanduser()))
+        if any(_in_ray_job(place.parts) for place in (root, Path(os.path.realpath(root)))):
+            wrong = f"which is {root}, inside a Ray job's unpacked files, and those are deleted"
+            raise ConfigError([f"{name} is {given!r}, {wrong}; it must be an absolute path elsewhere."])
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+        return root
+    except ConfigError:
+        raise
+    except (FileExistsError, NotADirectoryError) as error:
+        what = "a file" if isinstance(error, FileExistsError) else "below a file"
+        text = f"{what}; it must be a folder that can be written"
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        text = f"which cannot be written ({reason}); it must be a folder that can be"
+    except (ValueError, RuntimeError) as error:
+        text = f"which is no path ({error}); it must be a folder"
+    raise ConfigError([f"{name} is {given!r}, {text}."])
+
+
+def _in_ray_job(parts: tuple[str, ...]) -> bool:
+    return _RAY_JOB_PARTS in pairwise(parts)

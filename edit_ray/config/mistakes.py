@@ -1,4 +1,4 @@
-"""Mistakes in a configuration: where each one is, and the sentence that says it."""
+"""Mistakes in a configuration: the key of each, and a sentence about it."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Mistake:
-    """`text` is a whole sentence. `needs` are the other keys it was derived from: it is meaningless if one is wrong."""
+    """`text` is a sentence. It derives from the keys `needs` too, and is dropped if one of them is wrong."""
 
     path: KeyPath
     text: str
@@ -21,7 +21,7 @@ class Mistake:
 
 
 class Mistakes(ValueError):
-    """Mistakes between keys that are valid one by one."""
+    """Mistakes between keys that are each valid alone."""
 
     def __init__(self, mistakes: Sequence[Mistake]) -> None:
         self.mistakes = tuple(mistakes)
@@ -29,7 +29,7 @@ class Mistakes(ValueError):
 
 
 class WrongKeys:
-    """Keys that are known to be wrong, to filter out mistakes that derive from them."""
+    """The wrong keys, to drop mistakes that derive from them."""
 
     def __init__(self, paths: Iterable[KeyPath] = ()) -> None:
         self.paths: set[KeyPath] = set()
@@ -42,22 +42,22 @@ class WrongKeys:
         self._above.update(_upwards(path))
 
     def touch(self, path: KeyPath) -> bool:
-        """Whether the key, a part of it or one above it is wrong."""
+        """Whether the key, one below it or one above it is wrong."""
         return path in self._above or any(above in self.paths for above in _upwards(path))
 
     def spoil(self, mistake: Mistake) -> bool:
-        """Whether the mistake is meaningless, because its key or one that it was derived from is wrong already."""
+        """Whether the mistake derives from a wrong key."""
         return any(self.touch(path) for path in (mistake.path, *mistake.needs))
 
 
 def mistake_at(key: str | KeyPath, says: str, *needs: str) -> Mistake:
-    """A mistake at a key; the sentence is the dotted key and `says`. `needs` are dotted keys."""
+    """A mistake whose sentence is the dotted key and `says`. `needs` are dotted keys."""
     path = tuple(key.split(".")) if isinstance(key, str) else key
     return Mistake(path, f"{dotted(path)} {says}", tuple(tuple(need.split(".")) for need in needs))
 
 
 def dotted(path: KeyPath) -> str:
-    """The path as `--set` takes it: `prompt_segments.1.prompt`."""
+    """The path in the syntax of `--set`: `prompt_segments.1.prompt`."""
     return ".".join(map(str, path))
 
 
@@ -74,7 +74,7 @@ def mistakes_of(error: ValidationError, schema: Schema) -> list[Mistake]:
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, Mistakes):
             found += cause.mistakes
-        # A list whose entries are wrong is also called too short, because pydantic counts the right ones.
+        # Pydantic also calls a list with wrong entries too short, because it counts the right ones.
         elif item["type"] != "too_short" or not any(path == other[: len(path)] != other for other in paths):
             found.append(Mistake(path, _sentence(item["type"], path, item["input"], cause, schema)))
     return found
@@ -93,7 +93,7 @@ def _sentence(kind: str, path: KeyPath, given: object, cause: object, schema: Sc
 
 
 def show(value: object) -> str:
-    """A given value in a few characters, as YAML would have it."""
+    """A value in a few characters, in YAML's notation."""
     if value is None:
         return "empty (null)"
     if isinstance(value, bool):
@@ -107,7 +107,7 @@ def show(value: object) -> str:
 
 
 def nearest_key(path: KeyPath, schema: Schema) -> str | None:
-    """The known key, dotted, that the last part of `path` was most likely meant to be."""
+    """The dotted key that the last part of `path` most likely means."""
     name, siblings = str(path[-1]), list(_properties(path[:-1], schema))
     elsewhere = {
         leaf: f"{section}.{leaf}" for section in schema["properties"] for leaf in _properties((section,), schema)
@@ -129,7 +129,7 @@ def _properties(path: KeyPath, schema: Schema) -> Mapping[str, Schema]:
 
 
 def printable(text: str) -> str:
-    """The text as one line that any terminal can print."""
+    """The text as one line, with unprintable characters escaped."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )

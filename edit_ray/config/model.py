@@ -1,35 +1,157 @@
 """The configuration of a run: every layer's options in one frozen model, and what follows from them."""
 
-from typing import Annotated, Self
+import re
+from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from edit_ray.cache.options import CacheOptions
-from edit_ray.config.cross_checks import mistakes_between
+from edit_ray.config.cross_checks import cross_field_mistakes
 from edit_ray.config.mistakes import Mistakes
-from edit_ray.config.options import MAX_PROMPTS, VALID_PROMPTS, PromptSegment, VideoOptions
 from edit_ray.config.strict_yaml import dump
 from edit_ray.engine.options import ContinuityOptions, EngineOptions, ModelOptions, SamplingOptions
 from edit_ray.metrics.options import MetricsOptions
 from edit_ray.options import Options
+from edit_ray.runs.ids import MAX_SEGMENTS
 from edit_ray.runs.run_plan import FrameLayout, Scene, Storyboard
 from edit_ray.tiers.options import StoreOptions
 from edit_ray.video.encode import OutputOptions
 
+MAX_PROMPTS = 10_000
+VALID_PROMPTS = f"a list of 1 to {MAX_PROMPTS} entries such as {{start: 0s, prompt: …}} or {{segment: 0, prompt: …}}"
+MAX_DURATION_S = 7 * 86400.0
+
+_NUMBER = r"[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE]-[0-9]{1,3})?"
+_DURATION = re.compile(rf"(?:({_NUMBER})h)?(?:({_NUMBER})m)?(?:({_NUMBER})s)?")
+
+
+def parse_duration(value: str) -> float:
+    """Seconds of a duration such as `6.5s` or `1m30s`. Raises ValueError."""
+    match = _DURATION.fullmatch(value.strip())
+    if match is None or not any(match.groups()):
+        raise ValueError(f"{value!r} is no duration such as 6.5s or 2m")
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    total = hours * 3600 + minutes * 60 + seconds
+    if total > MAX_DURATION_S:
+        raise ValueError(f"{value!r} is beyond the {MAX_DURATION_S:.0f} seconds that a duration may have")
+    return total
+
+
+def format_duration(seconds: float) -> str:
+    """The text that `parse_duration` reads back exactly."""
+    return f"{int(seconds)}s" if seconds.is_integer() else f"{seconds!r}s"
+
+
+def _seconds(value: object) -> float:
+    # A number without a unit is refused, as it could mean seconds or frames; 0 is the same in both.
+    return 0.0 if type(value) in (int, float) and value == 0 else parse_duration(str(value))
+
+
+def _positive_seconds(value: object) -> float:
+    seconds = _seconds(value)
+    if seconds <= 0:
+        raise ValueError("the duration must be above 0s")
+    return seconds
+
+
+def _schema(least: str) -> dict[str, Any]:
+    return {"type": "string", "valid": f"a duration with its unit, such as 6.5s or 2m, {least} and at most 7 days"}
+
+
+_AS_TEXT = PlainSerializer(format_duration, return_type=str)
+
+Instant = Annotated[float, BeforeValidator(_seconds), _AS_TEXT, WithJsonSchema(_schema("at least 0s"))]
+"""Seconds from the start of the video; in files text with a unit."""
+
+Duration = Annotated[float, BeforeValidator(_positive_seconds), _AS_TEXT, WithJsonSchema(_schema("above 0s"))]
+"""A length in seconds; in files text with a unit."""
+
+Prompt = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=2000,
+        pattern=r"\S",
+        json_schema_extra={"valid": "text of 1 to 2000 characters that is not blank"},
+    ),
+]
+
+
+class VideoOptions(Options):
+    """The length of the video: a number of segments, or a duration that they cover.
+
+    With `num_segments: null` and no duration the run continues until it is stopped.
+    """
+
+    num_segments: int | None = Field(default=None, ge=1, le=MAX_SEGMENTS)
+    duration: Duration | None = None
+
+    @model_validator(mode="after")
+    def _check_one_is_given(self) -> Self:
+        if self.num_segments is not None and self.duration is not None:
+            raise ValueError(
+                "has both num_segments and duration; it must have one of them "
+                "(--set video.num_segments=null removes one)."
+            )
+        if self.num_segments is None and self.duration is None and "num_segments" not in self.model_fields_set:
+            raise ValueError(
+                "has neither num_segments nor duration; it must have one of them "
+                "(num_segments: null runs until it is stopped)."
+            )
+        return self
+
+    @property
+    def endless(self) -> bool:
+        """Whether the run continues until it is stopped."""
+        return self.num_segments is None and self.duration is None
+
+
+class PromptSegment(Options):
+    """A prompt and its start, in seconds or as a segment. It holds until the next entry starts.
+
+    The other values hold as long; their defaults are those of `sampling`.
+    """
+
+    start: Instant | None = None
+    segment: int | None = Field(default=None, ge=0, lt=MAX_SEGMENTS)
+    prompt: Prompt
+    negative_prompt: str | None = Field(default=None, max_length=2000)
+    guidance_scale: float | None = Field(default=None, ge=0, le=100)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _check_one_is_given(self) -> Self:
+        if (self.start is None) == (self.segment is None):
+            many = "neither" if self.start is None else "both"
+            joint = "nor" if self.start is None else "and"
+            raise ValueError(
+                f"has {many} start {joint} segment; it must have one of them, such as start: 0s or segment: 0."
+            )
+        return self
+
+    def first_segment(self, layout: FrameLayout) -> int:
+        """The segment that contains the prompt's start."""
+        return layout.segment_at(self.start) if self.start is not None else self.segment or 0
+
+    @property
+    def position(self) -> str:
+        """Where the prompt starts, such as `6.5s` or `segment 3`."""
+        return f"segment {self.segment}" if self.start is None else format_duration(self.start)
+
 
 class Config(Options):
-    """Everything that determines a run's video, and how it is made.
+    """Everything that determines a run's video and how it is made.
 
-    `config.model_dump(mode="json")` and `Config.model_validate` are inverse to each other.
+    `Config.model_validate` reads what `config.model_dump(mode="json")` returns.
 
     Raises:
-        ValueError: as pydantic's ValidationError, naming every mistake; `load_config` says the same in sentences.
+        ValueError: pydantic's ValidationError with every mistake; `load_config` turns it into sentences.
     """
 
     model: ModelOptions = Field(default_factory=ModelOptions)
     sampling: SamplingOptions = Field(default_factory=SamplingOptions)
     video: VideoOptions
-    # A list is as good as a tuple here: YAML and JSON know no tuples.
+    # Not strict: YAML and JSON have lists in place of tuples.
     prompt_segments: tuple[PromptSegment, ...] = Field(
         min_length=1, max_length=MAX_PROMPTS, strict=False, json_schema_extra={"valid": VALID_PROMPTS}
     )
@@ -45,7 +167,7 @@ class Config(Options):
 
     @model_validator(mode="after")
     def _check_across(self) -> Self:
-        if mistakes := list(mistakes_between(self)):
+        if mistakes := list(cross_field_mistakes(self)):
             raise Mistakes(mistakes)
         return self
 
@@ -56,30 +178,31 @@ class Config(Options):
 
     @property
     def num_segments(self) -> int | None:
-        """Segments of the run, the fewest that cover `video.duration`; None if it continues until it is stopped."""
+        """Segments of the run, the fewest that cover `video.duration`; None for an endless run."""
         duration = self.video.duration
         return self.video.num_segments if duration is None else self.layout.segments_for(duration)
 
     @property
     def num_frames_total(self) -> int | None:
-        """Frames of the whole video; with `video.duration` they cover it and may last a little longer."""
+        """Frames of the whole video, None for an endless run; with `video.duration` they may last a little longer."""
         return None if self.num_segments is None else self.layout.total_frames(self.num_segments)
 
     @property
     def storyboard(self) -> Storyboard:
-        """What each segment shows: an entry holds from the segment that contains its start, until the next one's."""
-        layout, sampling = self.layout, self.sampling
-        scenes = tuple(
-            Scene(
-                start=entry.first_segment(layout),
-                prompt=entry.prompt,
-                negative_prompt=sampling.negative_prompt if entry.negative_prompt is None else entry.negative_prompt,
-                guidance_scale=sampling.guidance_scale if entry.guidance_scale is None else entry.guidance_scale,
-                seed=sampling.seed if entry.seed is None else entry.seed,
-            )
-            for entry in self.prompt_segments
+        """The scene of each segment: an entry holds from the segment of its start until the next entry's."""
+        layout, names = self.layout, ("negative_prompt", "guidance_scale", "seed")
+        defaults = {name: getattr(self.sampling, name) for name in names}
+        return Storyboard(
+            tuple(
+                Scene(
+                    start=entry.first_segment(layout),
+                    prompt=entry.prompt,
+                    **defaults | {name: own for name in names if (own := getattr(entry, name)) is not None},
+                )
+                for entry in self.prompt_segments
+            ),
+            layout,
         )
-        return Storyboard(scenes, layout)
 
 
 def layout_of(sampling: SamplingOptions, continuity: ContinuityOptions) -> FrameLayout:
@@ -98,9 +221,9 @@ def layout_of(sampling: SamplingOptions, continuity: ContinuityOptions) -> Frame
 
 
 def dump_yaml(config: Config, *, empty: bool = False) -> str:
-    """The configuration as YAML that `load_config` reads back to an equal one; with the `empty` options, or without."""
+    """The configuration as YAML that `load_config` reads back to an equal one; with `empty`, unset options as null."""
     values = config.model_dump(mode="json", exclude_none=True)
-    if empty:  # but a scene and the length have only what was given
+    if empty:  # except in scenes and the length, which have either of two keys
         values = config.model_dump(mode="json") | {name: values[name] for name in ("video", "prompt_segments")}
     if config.video.endless:
         values["video"] = {"num_segments": None}  # null differs from a missing key here

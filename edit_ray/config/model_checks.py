@@ -1,4 +1,4 @@
-"""What a configuration and its model must have in common; only the model's JSON files are read."""
+"""Checks of a configuration against its model, from the model's JSON files."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -7,31 +7,30 @@ from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.policies import POLICIES, OptionError, check_granularity
 from edit_ray.config.mistakes import KeyPath, Mistake, mistake_at
 from edit_ray.config.model import Config
-from edit_ray.engine.calibration import policy_of
+from edit_ray.engine.calibration import check_target, policy_of
 from edit_ray.engine.init_file import read_init
 from edit_ray.engine.model_info import ModelInfo, dtype_problem, read_model_info
 from edit_ray.engine.options import ContinuityOptions, frames_of
-from edit_ray.engine.targets import check_target
 from edit_ray.errors import ConfigError, ModelError
 from edit_ray.runs.run_plan import TEMPORAL_FACTOR
 
 MAX_WORDS_NAMED = 100
 MAX_TEXT = 2000
-REUSING = "warmstart_reuse"  # the policy that reads other segments' residuals
+REUSING = "warmstart_reuse"  # the policy that reuses residuals of other segments
 
 Text = tuple[KeyPath, str]
 
 
 def check_config(config: Config) -> list[str]:
-    """One sentence for everything about the configuration that its model, or the device, cannot do.
+    """One sentence for everything that the model or the device does not support. Loads no weights.
 
-    Loads no weights; `load_config` has made this check unless it was told not to.
+    `load_config` includes this check unless `check_model` is False.
     """
     return [mistake.text for mistake in model_mistakes(config, texts_in(config.model_dump(mode="json")))]
 
 
 def check_texts(config: Config, texts: Mapping[str, str]) -> list[str]:
-    """One sentence for each text, named as in `texts`, that is blank, too long or has words unknown to the model."""
+    """One sentence per text, named by its key, that is blank, too long or has words unknown to the model."""
     problems = [
         f"{name} has {len(text)} characters; it must have 1 to {MAX_TEXT} and not be blank."
         for name, text in texts.items()
@@ -44,7 +43,7 @@ def check_texts(config: Config, texts: Mapping[str, str]) -> list[str]:
 
 
 def texts_in(data: Any) -> Iterator[Text]:
-    """Every text in a configuration's raw data that the model's tokenizer will see; wrong types are left out."""
+    """Every prompt in a configuration's raw data; values of wrong types are left out."""
     if not isinstance(data, dict):
         return
     entries, sampling = data.get("prompt_segments"), data.get("sampling")
@@ -58,7 +57,7 @@ def texts_in(data: Any) -> Iterator[Text]:
 
 
 def model_mistakes(config: Config, texts: Iterable[Text]) -> list[Mistake]:
-    """What the model or the device cannot do; `texts` are the prompts with their keys."""
+    """Everything that the model or the device does not support; `texts` are the prompts with their keys."""
     steps, model = config.sampling.num_inference_steps, config.model
     mistakes = [*_init(config.continuity), *_cache(config.cache, steps, model.path)]
     if problem := dtype_problem(model.torch_dtype, model.device):
@@ -71,7 +70,7 @@ def model_mistakes(config: Config, texts: Iterable[Text]) -> list[Mistake]:
 
 
 def _init(continuity: ContinuityOptions) -> Iterator[Mistake]:
-    """Reads the user's file as the run will, only smaller."""
+    """Reads the init file as the run does, at a smaller size."""
     if continuity.init is None:
         return
     try:
@@ -121,7 +120,7 @@ def _listed(words: list[str], most: int) -> str:
 
 
 def _cache(cache: CacheOptions, num_inference_steps: int, model_path: str) -> Iterator[Mistake]:
-    """Everything that is wrong with the section, for the model at `model_path`, whose calibration may complete it."""
+    """Mistakes in the section; the calibration of the model at `model_path` may complete it."""
     options = cache.policy_options
     if cache.policy == "none":
         of_policy = {"target_speedup": cache.target_speedup is not None, "reuse_window": cache.reuse_window > 0}

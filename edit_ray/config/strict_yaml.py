@@ -1,7 +1,7 @@
 """A strict subset of YAML: plain mappings, lists and scalars, each key once, of bounded depth and size.
 
-Plain scalars follow YAML 1.2's core schema, so `no` and `1:30` are text and `1e6` is a number. Tags, anchors, aliases
-and a second document are mistakes; reading continues to find the next one.
+Plain scalars follow YAML 1.2's core schema: `no` and `1:30` are text, `1e6` is a number. Tags, anchors, aliases and a
+second document are mistakes; reading continues, to find all of them.
 """
 
 import re
@@ -24,14 +24,14 @@ _SPECIAL = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 
 @dataclass
 class Document:
-    """The data (None if there is none), the line of every key, and the mistakes with their lines."""
+    """The data (None if empty or invalid), the line of every key, and the mistakes with their lines."""
 
     data: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
     mistakes: list[tuple[int | None, str]] = field(default_factory=list)
 
     def note(self, at: Any, text: str) -> None:
-        """Notes a mistake at an event or a node of PyYAML."""
+        """Records a mistake at an event or a node of PyYAML."""
         self.mistakes.append((at.start_mark.line + 1, text))
 
 
@@ -40,7 +40,7 @@ class _TooMuch(Exception):
 
 
 def parse(text: str) -> Document:
-    """Reads one document; never raises, every mistake is in the result."""
+    """Reads one document. Never raises: every mistake is in the result."""
     document = Document()
     try:
         composer: Any = _Composer(text, document)  # raises for characters that YAML forbids
@@ -66,7 +66,7 @@ def parse(text: str) -> Document:
 
 
 def parse_scalar(text: str) -> Any:
-    """The value of one scalar on a command line: text if quoted, else as a plain scalar."""
+    """The value of a scalar on the command line: text if quoted, else a plain scalar. Raises ValueError."""
     if text[:1] in ("'", '"'):
         document = parse(text)
         if document.mistakes or not isinstance(document.data, str):
@@ -93,7 +93,7 @@ def dump(data: dict[str, Any]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that `resolve` would read as another type."""
+    """Quotes text that would be read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -109,7 +109,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 class _Composer(yaml.SafeLoader):
-    """Composes nodes, and notes each key's line and what is not allowed; an alias becomes an empty value."""
+    """Composes nodes and records each key's line and everything not allowed; an alias becomes an empty value."""
 
     def __init__(self, text: str, document: Document) -> None:
         super().__init__(text)

@@ -1,4 +1,4 @@
-"""The cache of a pipeline: turned on and off, and told of the loop's steps before they are made."""
+"""The cache of a pipeline: enabled, disabled, and given the loop's steps before they run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from diffusers import WanPipeline
 from torch import Tensor
 
+from edit_ray.cache.blocks import check_not_compiled
 from edit_ray.cache.cache import Cache
 from edit_ray.cache.install import apply_cache_on_transformer, cache_on, check_steps
-from edit_ray.cache.known_mask import LoopStep, check_not_compiled
+from edit_ray.cache.loop_position import LoopStep
 from edit_ray.cache.policies import CachePolicy, make_policy
 from edit_ray.cache.stores.base import CacheStore
-from edit_ray.engine.calibration import FILE_NAME, calibrated_options
-from edit_ray.engine.targets import THRESHOLD_OF, check_target, option_for
+from edit_ray.engine.calibration import FILE_NAME, THRESHOLD_OF, calibrated_options, check_target, threshold_for
 
 
 class CacheControl:
@@ -27,30 +27,26 @@ class CacheControl:
 
     @property
     def cache(self) -> Cache | None:
-        """The cache that was enabled here, or that the transformers came with, to see and to edit; or None."""
+        """The cache that was enabled here or came with the transformers, to see and to edit; None without one."""
         if self._cache is not None and self._cache.experts:
             return self._cache
-        return next((cache for expert in self._experts().values() if (cache := cache_on(expert)) is not None), None)
+        return next((cache for expert in experts_of(self).values() if (cache := cache_on(expert)) is not None), None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy or a pickle, whose transformers have no cache."""
+        """The state of a copy or a pickle, whose transformers have no cache."""
         return {**self.__dict__, "_cache": None}
 
     @property
     def calibration(self) -> Path | None:
-        """The file in the model's folder that holds what policies have to know of it; None without one.
+        """The calibration file in the model's folder; None without one.
 
-        The folder is the one that the transformer was loaded from, by itself or with its pipeline, else the pipeline's.
+        The folder is that of the transformer, loaded alone or with its pipeline, else the pipeline's.
         """
-        loaded_from = [expert.config.get("_name_or_path") for expert in self._experts().values()]
+        loaded_from = [expert.config.get("_name_or_path") for expert in experts_of(self).values()]
         folders = [folder for name in loaded_from if name for folder in (Path(name), Path(name).parent)]
         of_pipe = getattr(self, "config", {}).get("_name_or_path")
         folders += [Path(of_pipe)] if of_pipe else []
         return next((folder / FILE_NAME for folder in folders if (folder / FILE_NAME).is_file()), None)
-
-    def _experts(self) -> dict[str, Any]:
-        names = ("transformer", "transformer_2")
-        return {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
 
     def enable_cache(
         self,
@@ -62,20 +58,20 @@ class CacheControl:
         target_speedup: float | None = None,
         **policy_kwargs: Any,
     ) -> Cache:
-        """Skip what a policy says need not be computed again, in all later calls.
+        """Skip, in all later calls, what a policy says need not be computed again.
 
         Args:
             policy: "always", "teacache", "magcache", "taylorseer", "ranked", "schedule", "fbcache", "dicache",
                 "seacache", "warmstart_reuse", another registered name, or a `CachePolicy`; docs/caching.md tells when
                 each computes.
-            num_inference_steps: As the calls are given it. A call with another number is followed where the policy can
-                serve it; one with a mask, ranks or a `target_speedup` is for one number.
-            granularity: What one decision covers: "stack", "per_block", or groups of so many blocks.
-            store: Where residuals live; on the device unless given.
-            history_len: How many computed residuals of a unit are kept, at least as many as the policy reads.
-            target_speedup: Of 2, say, chooses the threshold at which half of the forwards are computed, for policies
+            num_inference_steps: That of the calls. A call with another number is followed if the policy can serve it;
+                a mask, ranks or a `target_speedup` are for one number.
+            granularity: What one decision covers: "stack", "per_block", or the number of blocks in a group.
+            store: Where residuals are stored; on the device unless given.
+            history_len: How many computed residuals of a unit are stored, at least as many as the policy reads.
+            target_speedup: 2, say, chooses the threshold at which half of the forwards are computed, for policies
                 whose mask is known beforehand.
-            policy_kwargs: The policy's own options. What it has to know of the model is taken from the model's own
+            policy_kwargs: The policy's own options. What it needs to know of the model comes from the model's
                 calibration, if there is one, unless it is given.
 
         Raises:
@@ -94,15 +90,15 @@ class CacheControl:
                 policy_kwargs[option] = value
         elif target_speedup is not None:
             raise ValueError("target_speedup needs the name of a policy, whose threshold it then chooses.")
-        num_steps = len(_steps_ahead(pipe, num_inference_steps))
+        num_steps = len(planned_steps(pipe, num_inference_steps))
         cache = self._cache = apply_cache_on_transformer(
-            self._experts(),
+            experts_of(self),
             policy,
             num_steps,
             granularity,
             store,
             history_len,
-            lambda: _steps_ahead(pipe, num_inference_steps),
+            lambda: planned_steps(pipe, num_inference_steps),
             None if pipe.cfg_parallel is None else pipe.cfg_parallel.transformers,
             **policy_kwargs,
         )
@@ -112,7 +108,7 @@ class CacheControl:
     def _threshold(
         self, policy: str, num_inference_steps: int, target_speedup: float, options: dict[str, Any]
     ) -> tuple[str, Any]:
-        """The option and the value that make a policy compute one forward in `target_speedup`."""
+        """The option and its value at which a policy computes one forward in `target_speedup`."""
         check_target(policy, make_policy(policy, options), options)
         option = THRESHOLD_OF[policy]
 
@@ -126,7 +122,7 @@ class CacheControl:
             decisions = [compute for mask in masks for compute in mask if compute is not None]
             return sum(decisions) / len(decisions)
 
-        return option, option_for(option, target_speedup, computed_share)
+        return option, threshold_for(option, target_speedup, computed_share)
 
     def disable_cache(self) -> None:
         """Compute everything again; without a cache, nothing happens."""
@@ -134,14 +130,14 @@ class CacheControl:
             self.cache.remove()
         self._cache = None
 
-    def cached_call(self, reset_cache: bool, prefetch_reuse: bool) -> AbstractContextManager[None]:
-        """What surrounds one denoising loop, once the scheduler's steps are set."""
+    def cached_call(self, reset_cache: bool, prefetch_reuse: bool, begin: int = 0) -> AbstractContextManager[None]:
+        """Surrounds one denoising loop from the scheduler's timestep `begin`, once its steps are set."""
         pipe: Any = self
         if self.cache is None:
             return nullcontext()
-        for expert in self._experts().values():
+        for expert in experts_of(self).values():
             check_not_compiled(expert)
-        steps = loop_steps(self, pipe.scheduler)
+        steps = loop_steps(self, pipe.scheduler)[begin:]
         if self._target_steps not in (None, len(steps)):
             raise ValueError(
                 f"The cache's target_speedup was reached for a loop of {self._target_steps} steps, and this one has "
@@ -153,8 +149,14 @@ class CacheControl:
         return self.cache.call(steps, branches=branches, clear_store=reset_cache)
 
 
+def experts_of(pipe: Any) -> dict[str, Any]:
+    """The transformers that a pipeline has, by name."""
+    found = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2")}
+    return {name: transformer for name, transformer in found.items() if transformer is not None}
+
+
 def loop_steps(pipe: Any, scheduler: Any) -> list[LoopStep]:
-    """What is known of a loop before it: the expert, timestep and sigma of each step of a scheduler that is set."""
+    """The expert, timestep and sigma of each step of a scheduler whose timesteps are set."""
     return [LoopStep(expert_name(pipe, t), t, float(scheduler.sigmas[i])) for i, t in enumerate(scheduler.timesteps)]
 
 
@@ -165,7 +167,8 @@ def expert_name(pipe: WanPipeline, t: Tensor) -> str:
     return "transformer" if high else "transformer_2"
 
 
-def _steps_ahead(pipe: Any, num_inference_steps: int) -> list[LoopStep]:
+def planned_steps(pipe: Any, num_inference_steps: int) -> list[LoopStep]:
+    """The steps of a loop of this length; the pipeline's scheduler stays as it is."""
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(num_inference_steps)
     return loop_steps(pipe, scheduler)

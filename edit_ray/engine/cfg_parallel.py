@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit_ray.engine.alone import check_device
+from edit_ray.engine.caching import experts_of
+from edit_ray.errors import ModelError
 
 
 class CfgParallel:
-    """Copies of a pipeline's transformers on another device, on which the branch "uncond" is computed.
+    """Copies of a pipeline's transformers on another device, which compute the branch "uncond".
 
-    One thread asks for its forwards, so that while one device is told what to compute the other one computes. On
-    devices of one kind every bit is what it is on one device, since each branch is computed as it is there.
+    One thread asks for their forwards, so both devices compute at the same time. On devices of one kind every bit is
+    that of one device, since each branch is computed as it is there.
     """
 
     def __init__(self, transformers: Mapping[str, nn.Module], device: torch.device) -> None:
-        """The copies share no weights with the originals: what is changed there later (LoRA, say) is not seen here."""
+        """The copies share no weights with the originals: later changes there (LoRA, say) have no effect here."""
         self.device = device
         self.transformers = {name: _copied(transformer, device) for name, transformer in transformers.items()}
         self._copy_of = {transformers[name]: copied for name, copied in self.transformers.items()}
@@ -32,11 +33,11 @@ class CfgParallel:
     def forward(
         self, transformer: nn.Module, encoder_hidden_states: Tensor, inputs: Mapping[str, Any], where: Mapping[str, Any]
     ) -> Iterator[Future[Tensor]]:
-        """A forward of the transformer's copy, made while this is open; it is over when this is left.
+        """Start a forward of the transformer's copy; it has ended when the context ends.
 
-        Its result is the noise prediction [B, C, T, h, w], on the copy's device. `inputs` are the forward's other
-        arguments, `where` those of its `cache_context`. The arguments are copied here, after what the caller has
-        computed. Raises ValueError for a transformer that is not one of the originals.
+        The future's result is the noise prediction [B, C, T, h, w], on the copy's device. `inputs` are the forward's
+        other arguments, `where` those of its `cache_context`. Tensors are copied in the caller's thread, in order with
+        its own work. Raises ValueError for a transformer that is not one of the originals.
         """
         model: Any = self._copy_of.get(transformer)
         if model is None:
@@ -75,8 +76,8 @@ class CfgControl:
     def enable_cfg_parallel(self, device: str | torch.device) -> None:
         """Compute the branch "uncond" on another device, at the same time as "cond", in all later calls.
 
-        Takes as much of that device's memory as the transformers take. LoRA and other changes of weights come before
-        it, a cache after it; what a cache's hooks and policy are asked then comes from two threads.
+        Takes as much of that device's memory as the transformers take. Change weights (LoRA, say) before it and enable
+        a cache after it; two threads then call the cache's hooks and policy.
 
         Raises:
             ValueError: it is enabled already, or a cache is.
@@ -87,12 +88,10 @@ class CfgControl:
             raise ValueError("cfg_parallel is enabled already; call disable_cfg_parallel() first.")
         if pipe.cache is not None:
             raise ValueError("A cache is enabled; call disable_cache() first, and enable_cache() after this.")
-        names = ("transformer", "transformer_2")
-        experts = {name: getattr(pipe, name) for name in names if getattr(pipe, name, None) is not None}
-        self.cfg_parallel = CfgParallel(experts, check_device(device))
+        self.cfg_parallel = CfgParallel(experts_of(pipe), check_device(device))
 
     def disable_cfg_parallel(self) -> None:
-        """Compute both branches on one device again, and free the other one; where it is not enabled, nothing happens.
+        """Compute both branches on one device again and free the other; does nothing if it is not enabled.
 
         Raises:
             ValueError: a cache is enabled.
@@ -106,13 +105,28 @@ class CfgControl:
         self.cfg_parallel = None
 
 
+def check_device(device: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ModelError: torch knows no such name, or sees no such CUDA device.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"device is {device!r}; valid are 'cpu', 'cuda', and 'cuda:0' for the first GPU.") from None
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        there = f"'cpu' and 'cuda:0' to 'cuda:{count - 1}'" if count else "'cpu'"
+        raise ModelError(f"device is {str(found)!r}, and torch sees {count} CUDA devices here; valid is {there}.")
+    return found
+
+
 def _copied(module: nn.Module, device: torch.device) -> nn.Module:
-    """A copy on another device, without one in between: the first device may have no room for two."""
-    tensors = [*module.parameters(), *module.buffers()]
-    moved: dict[int, Any] = {id(tensor): _moved(tensor, device) for tensor in tensors}
-    return copy.deepcopy(module, moved)
+    """A copy on another device, made without a second one on the first, which may lack the memory."""
 
+    def moved(tensor: Tensor) -> Tensor:
+        copied = tensor.detach().to(device, copy=True)
+        return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    there = tensor.detach().to(device, copy=True)
-    return nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
+    return copy.deepcopy(module, {id(tensor): moved(tensor) for tensor in (*module.parameters(), *module.buffers())})

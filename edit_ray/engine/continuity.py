@@ -1,19 +1,29 @@
-"""How a segment continues its predecessor: what fills the first k of its T latent slots, its context, at every step.
+"""How a segment continues its predecessor: what the first k of its T latent slots are held to, and latents on disk.
 
 `history` shows the context clean, at timestep 0, to models with per-token timesteps. `overlap` shows it at the noise
-level of each step, as any text-to-video model knows it, so that the other slots fit to it: inpainting along time, after
+level of each step, which any text-to-video model knows, so the other slots fit to it: inpainting along time, after
 A. Lugmayr et al., "RePaint: Inpainting using Denoising Diffusion Probabilistic Models" (2022), for flow matching and
-without its resampling. Which frames that makes is `edit_ray.runs.run_plan`'s arithmetic.
+without its resampling. Which frames that makes is the arithmetic of `edit_ray.runs.layout`.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from torch import Tensor, cat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from edit_ray.errors import EditRayError
+from edit_ray.files import digest_of, read_bytes, write_atomic
 
 
 @dataclass(frozen=True)
-class Held:
-    """What the first k slots of a segment are while it is denoised.
+class ContextLatents:
+    """What the first k slots of a segment are held to while it is denoised.
 
     `context` [B, C, k, h, w] are clean latents. With `noise` of the same shape they are mixed with it as sigma says;
     without, they stay clean and see timestep 0.
@@ -32,9 +42,9 @@ class Held:
         return self.context if self.noise is None else (1 - sigma) * self.context + sigma * self.noise
 
 
-def hold(latents: Tensor, held: Held | None, sigma: float) -> Tensor:
-    """`latents` [B, C, T, h, w] with what is held in their first k slots, at this noise level; unchanged without it."""
-    return latents if held is None else cat([held.at(sigma), latents[:, :, held.slots :]], dim=2)
+def hold(latents: Tensor, context: ContextLatents | None, sigma: float) -> Tensor:
+    """`latents` [B, C, T, h, w] with the context in their first k slots, at this noise level; unchanged without one."""
+    return latents if context is None else torch.cat([context.at(sigma), latents[:, :, context.slots :]], dim=2)
 
 
 def check_context(name: str, context: Tensor, latents: Tensor) -> Tensor:
@@ -58,7 +68,7 @@ def check_context(name: str, context: Tensor, latents: Tensor) -> Tensor:
 
 
 def match_statistics(latents: Tensor, reference: Tensor, factor: float) -> Tensor:
-    """`latents` [B, C, n, h, w], moved by `factor` (0 to 1) towards the mean and deviation of each reference channel.
+    """`latents` [B, C, n, h, w], moved by `factor` (0 to 1) towards the mean and deviation of the reference's channels.
 
     Source: X. Huang, S. Belongie, "Arbitrary Style Transfer in Real-time with Adaptive Instance Normalization" (2017);
     here statistics are over time as well.
@@ -68,3 +78,36 @@ def match_statistics(latents: Tensor, reference: Tensor, factor: float) -> Tenso
     moved = (latents - latents.mean(dims, keepdim=True)) / deviation
     moved = moved * reference.std(dims, keepdim=True) + reference.mean(dims, keepdim=True)
     return latents + factor * (moved - latents)
+
+
+def save_latents(path: Path, latents: Tensor) -> int:
+    """Writes [1, C, t, h, w], float32, so that a reader sees all of it or nothing; returns the file's digest."""
+    data = save({"latents": latents.detach().to("cpu", torch.float32).contiguous()})
+    write_atomic(path, data)
+    return digest_of(data)
+
+
+def load_latents(path: Path) -> Tensor:
+    """[1, C, t, h, w], float32, on the CPU.
+
+    Raises EditRayError if the file is missing or not what `save_latents` writes, another OSError if it cannot be read
+    now.
+    """
+    try:
+        latents = load(read_bytes(path))["latents"]
+    except (FileNotFoundError, KeyError, SafetensorError) as broken:
+        raise EditRayError(f"cannot read the latents in {path}: {broken}") from None
+    if latents.ndim != 5 or latents.shape[0] != 1 or latents.dtype != torch.float32:
+        raise EditRayError(f"{path} holds {latents.dtype} {list(latents.shape)}, not float32 [1, C, t, h, w] latents")
+    return latents
+
+
+def latent_tail(paths: Sequence[Path], count: int) -> Tensor:
+    """The last `count` latents [1, C, count, h, w] of the stream in the files `paths`; fewer if it is shorter."""
+    tail: list[Tensor] = []
+    for path in reversed(paths):
+        tail.insert(0, load_latents(path)[:, :, -count:])
+        count -= tail[0].shape[2]
+        if count <= 0:
+            break
+    return torch.cat(tail, dim=2)

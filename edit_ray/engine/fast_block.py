@@ -1,8 +1,8 @@
-"""A Wan block as one function of tensors, made to be compiled once for all blocks of a transformer.
+"""A Wan block as one function of tensors, compiled once for all blocks of a transformer.
 
 It computes what diffusers' `WanTransformerBlock` computes, in another order of arithmetic: one product for query, key
-and value, RoPE in real numbers without rounding between it and the norm before, keys and values of the text given. It
-sees no module, so that neither a cache on the blocks nor another block compiles it again.
+and value, RoPE in real numbers without rounding between it and the norm before, keys and values of the text computed
+before. It sees no module, so neither a cache on the blocks nor another block compiles it again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Layer(NamedTuple):
 
 
 class BlockWeights(NamedTuple):
-    """What one block is made of."""
+    """The weights of one block."""
 
     table: Tensor  # [1, 6, D] float32
     qkv: Layer
@@ -95,9 +95,9 @@ def embed(latents: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def head(x: Tensor, temb: Tensor, table: Tensor, layer: Layer, grid: tuple[int, ...], eps: float) -> Tensor:
-    """What the last block gives [B, N, D] as latents [B, C, T, h, w].
+    """The last block's output [B, N, D] as latents [B, C, T, h, w].
 
-    `temb` is [B, D] or [B, N, D], `table` [1, 2, D]; `grid` are patches along T, h, w, and the sizes of one.
+    `temb` is [B, D] or [B, N, D], `table` [1, 2, D]; `grid` has the patches along T, h, w, and the sizes of one.
     """
     modulation = (table if temb.ndim == 2 else table[None]) + temb.unsqueeze(-2)
     shift, scale = (part if temb.ndim == 3 else part[:, None] for part in modulation.unbind(-2))
@@ -119,7 +119,7 @@ def feed_forward(x: Tensor, up: Layer, down: Layer) -> Tensor:
     if up.scale is None:
         return F.linear(linear_gelu(x, up.weight, up.bias), down.weight, down.bias)
     h = linear(x, up)
-    # GELU grows above -0.75, and is never below -0.17: the largest value says how large its results are.
+    # GELU grows above -0.75 and is never below -0.17: the largest input bounds its results.
     largest = _gelu(h.amax(-1, keepdim=True).float()).clamp_min(0.171)
     return _eight_bits(_gelu(h.float()), largest, down, x.dtype)
 
@@ -135,7 +135,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not x.is_cuda or bias is None:
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
     rows: Tensor = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
-    return _split_rows(rows, x)
+    return rows.view(*x.shape[:-1], len(weight))
 
 
 @linear_gelu.register_fake
@@ -151,23 +151,13 @@ def linear(x: Tensor, layer: Layer) -> Tensor:
 
 
 def _eight_bits(x: Tensor, largest: Tensor, layer: Layer, dtype: torch.dtype) -> Tensor:
-    assert layer.scale is not None
     scale = largest.clamp_min(1e-12) / FP8_MAX
     rows = (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8).flatten(0, 1)
+    assert layer.scale is not None
     product: Tensor = torch._scaled_mm(
-        rows,
-        layer.weight.t(),
-        scale.flatten(0, 1),
-        layer.scale,
-        bias=layer.bias,
-        out_dtype=dtype,
-        use_fast_accum=True,
+        rows, layer.weight.t(), scale.flatten(0, 1), layer.scale, bias=layer.bias, out_dtype=dtype, use_fast_accum=True
     )
-    return _split_rows(product, x)
-
-
-def _split_rows(rows: Tensor, like: Tensor) -> Tensor:
-    return rows.view(*like.shape[:-1], rows.shape[-1])
+    return product.view(*x.shape[:-1], product.shape[-1])
 
 
 def quantise(layer: Layer) -> Layer:

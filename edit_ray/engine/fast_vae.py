@@ -1,7 +1,7 @@
-"""A VAE's decoder in `engine.mode: fast`: channels last, and one kernel for what lies between two convolutions.
+"""A VAE's decoder in `engine.mode: fast`: channels last, and one kernel between two convolutions.
 
-That are the bias of the first, norm, activation, and the frames before that a causal convolution looks back at. The
-values are those of diffusers' modules up to the order of arithmetic.
+The kernel adds the first one's bias, normalises, activates, and prepends the frames that a causal convolution looks
+back at. Values are those of diffusers' modules up to the order of arithmetic.
 """
 
 from __future__ import annotations
@@ -28,55 +28,6 @@ LOOKBACK = 2  # frames before, of a convolution over three
 _WIDENED = "_edit_ray_wide"
 
 
-class Kernels(NamedTuple):
-    """What is compiled, each for every number of channels and any number of pixels."""
-
-    norm: Callable[..., Tensor]
-    add: Callable[..., Tensor]
-
-
-@contextmanager
-def fast_decoder(vae: AutoencoderKLWan, kernels: Kernels | None = None) -> Iterator[None]:
-    """What the decoder computes in here is computed fast."""
-    kernels = kernels or compiled_kernels()
-    _lay_out(vae.decoder, {4: torch.channels_last, 5: torch.channels_last_3d})
-    replaced: list[nn.Module] = []
-
-    def replace(module: nn.Module, forward: Callable[..., Any]) -> None:
-        module.forward = forward
-        replaced.append(module)
-
-    for module in vae.decoder.modules():
-        if isinstance(module, WanCausalConv3d):
-            replace(module, partial(causal_conv, module))
-        elif isinstance(module, WanUpsample):
-            replace(module, partial(upsample, module))
-        elif isinstance(module, WanResidualBlock) and isinstance(module.nonlinearity, nn.SiLU):
-            replace(module, partial(residual_block, kernels, module, module.forward))
-        elif isinstance(module, WanDecoder3d) and isinstance(module.nonlinearity, nn.SiLU):
-            replace(module.norm_out, partial(_norm_out, kernels, module.norm_out))
-            replace(module.nonlinearity, _same)
-    try:
-        yield
-    finally:
-        for module in replaced:
-            module.__dict__.pop("forward", None)
-            module.__dict__.pop(_WIDENED, None)
-        _lay_out(vae.decoder, {4: torch.contiguous_format, 5: torch.contiguous_format})
-
-
-def _lay_out(decoder: nn.Module, formats: dict[int, torch.memory_format]) -> None:
-    for module in decoder.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
-            module.weight.data = module.weight.data.contiguous(memory_format=formats[module.weight.ndim])
-
-
-@cache
-def compiled_kernels() -> Kernels:
-    """Compiled once in a process."""
-    return Kernels(torch.compile(norm_silu, fullgraph=True), torch.compile(add, fullgraph=True))
-
-
 def norm_silu(before: Tensor, rows: Tensor, bias: Tensor, gamma: Tensor) -> Tensor:
     """`before` [K, C], and after it SiLU of `rows` [N, C] plus `bias` [C], each normalised to √C, times `gamma` [C]."""
     wide = rows.float() + bias.float()
@@ -90,7 +41,53 @@ def add(rows: Tensor, bias: Tensor, other: Tensor) -> Tensor:
     return (rows.float() + bias.float() + other.float()).to(other.dtype)
 
 
-PLAIN = Kernels(norm_silu, add)
+class Kernels(NamedTuple):
+    """The compiled functions, each for every number of channels and any number of pixels."""
+
+    norm: Callable[..., Tensor] = norm_silu
+    add: Callable[..., Tensor] = add
+
+
+PLAIN = Kernels()
+
+
+@cache
+def compiled_kernels() -> Kernels:
+    """Compiled once in a process."""
+    return Kernels(*(torch.compile(function, fullgraph=True) for function in PLAIN))
+
+
+@contextmanager
+def fast_decoder(vae: AutoencoderKLWan, kernels: Kernels | None = None) -> Iterator[None]:
+    """Inside, the VAE's decoder computes fast."""
+    kernels = kernels or compiled_kernels()
+    _lay_out(vae.decoder, {4: torch.channels_last, 5: torch.channels_last_3d})
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    for module in vae.decoder.modules():
+        if isinstance(module, WanCausalConv3d):
+            forwards[module] = partial(causal_conv, module)
+        elif isinstance(module, WanUpsample):
+            forwards[module] = partial(upsample, module)
+        elif isinstance(module, WanResidualBlock) and isinstance(module.nonlinearity, nn.SiLU):
+            forwards[module] = partial(residual_block, kernels, module, module.forward)
+        elif isinstance(module, WanDecoder3d) and isinstance(module.nonlinearity, nn.SiLU):
+            forwards[module.norm_out] = partial(_norm_out, kernels, module.norm_out)
+            forwards[module.nonlinearity] = nn.Identity()
+    for module, forward in forwards.items():
+        module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.__dict__["forward"]
+            module.__dict__.pop(_WIDENED, None)
+        _lay_out(vae.decoder, {4: torch.contiguous_format, 5: torch.contiguous_format})
+
+
+def _lay_out(decoder: nn.Module, formats: dict[int, torch.memory_format]) -> None:
+    for module in decoder.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=formats[module.weight.ndim])
 
 
 def residual_block(
@@ -101,53 +98,48 @@ def residual_block(
     feat_cache: list[Any] | None = None,
     feat_idx: list[int] | None = None,
 ) -> Tensor:
-    """The block on the stream's next `x` [1, C, T, H, W]; whatever is no stream of one video goes to diffusers'."""
+    """The block on the stream's next `x` [1, C, T, H, W]; diffusers handles all but a stream of one video."""
     if feat_cache is None or feat_idx is None or len(x) != 1:
         return diffusers(x, feat_cache, feat_idx or [0])
-    shortcut = block.conv_shortcut(x)
-    nothing = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
-    y = _look_back(kernels, block.conv1, _rows(x), nothing, block.norm1, x.shape, feat_cache, feat_idx)
-    y = _look_back(kernels, block.conv2, _rows(y), block.conv1.bias.data, block.norm2, y.shape, feat_cache, feat_idx)
-    return _shaped(kernels.add(_rows(y), block.conv2.bias.data, _rows(shortcut)), y.shape)
+    y, bias = x, torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
+    for conv, norm in ((block.conv1, block.norm1), (block.conv2, block.norm2)):
+        y = _look_back(kernels, conv, norm, y, bias, feat_cache, feat_idx)
+        bias = conv.bias.data
+    return _shaped(kernels.add(_rows(y), bias, _rows(block.conv_shortcut(x))), y.shape)
 
 
 def _look_back(
     kernels: Kernels,
     conv: WanCausalConv3d,
-    rows: Tensor,
-    bias: Tensor,
     norm: WanRMS_norm,
-    shape: torch.Size,
+    x: Tensor,
+    bias: Tensor,
     feat_cache: list[Any],
     feat_idx: list[int],
 ) -> Tensor:
-    """The convolution, without its bias, of the normalised `rows` and what came before them."""
-    index = feat_idx[0]
-    before = feat_cache[index]
-    if before is None or before.shape[2] < LOOKBACK:
-        _, channels, _, height, width = shape
-        known = 0 if before is None else before.shape[2]
+    """The convolution, without its bias, of the normalised `x` plus `bias` and of the frames before."""
+    before = feat_cache[feat_idx[0]]
+    known = 0 if before is None else before.shape[2]
+    rows, (_, channels, frames, height, width) = _rows(x), x.shape
+    if known < LOOKBACK:
         zeros = rows.new_zeros(1, LOOKBACK - known, height, width, channels).permute(0, 4, 1, 2, 3)
-        before = zeros if before is None else torch.cat([zeros, before], dim=2)
+        before = torch.cat([zeros, before], dim=2) if known else zeros
     joined = kernels.norm(_rows(before), rows, bias, norm.gamma.data.flatten().data)
-    y = _shaped(joined, torch.Size((*shape[:2], shape[2] + LOOKBACK, *shape[3:])))
-    feat_cache[index] = y[:, :, -LOOKBACK:].clone()
+    y = _shaped(joined, (1, channels, frames + LOOKBACK, height, width))
+    feat_cache[feat_idx[0]] = y[:, :, -LOOKBACK:].clone()
     feat_idx[0] += 1
     return _convolved(conv, y, biased=False)
 
 
 def _norm_out(kernels: Kernels, norm: WanRMS_norm, x: Tensor) -> Tensor:
-    rows = _rows(x)
-    nothing = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
-    return _shaped(
-        kernels.norm(rows.new_empty(0, rows.shape[1]), rows, nothing, norm.gamma.data.flatten().data), x.shape
-    )
+    rows, zeros = _rows(x), torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
+    return _shaped(kernels.norm(rows.new_empty(0, x.shape[1]), rows, zeros, norm.gamma.data.flatten().data), x.shape)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[B, C, T, H, W] as [B·T·H·W, C], without a copy where the channels are last in memory.
+    """[B, C, T, H, W] as [B·T·H·W, C], without a copy if the channels are last in memory.
 
-    In a form that says nothing of how it was made: what is compiled for it depends on C, and not on the other sizes.
+    No view, so what is compiled for it depends on C alone, and not on how the tensor was made.
     """
     rows = x.permute(0, 2, 3, 4, 1).reshape(-1, x.shape[1]).data  # `data` is no view
     if rows.stride(1) != 1:
@@ -157,13 +149,13 @@ def _rows(x: Tensor) -> Tensor:
     return rows
 
 
-def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
+def _shaped(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
     batch, channels, frames, height, width = shape
     return rows.view(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3)
 
 
 def causal_conv(conv: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    """The convolution over what came before and `x` [B, C, T, H, W]; space is padded by the convolution itself."""
+    """The convolution over the frames before and `x` [B, C, T, H, W]; the convolution itself pads space."""
     before = conv._padding[4]
     if cache_x is not None and before > 0:
         x = torch.cat([cache_x, x], dim=2)
@@ -180,7 +172,7 @@ def _convolved(conv: WanCausalConv3d, x: Tensor, *, biased: bool) -> Tensor:
 
 
 def _widened(conv: WanCausalConv3d) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias with zeros for output channels up to what the matrix units take at a time, on a GPU.
+    """On a GPU, weight and bias padded with zeros to the number of output channels that its matrix units take at once.
 
     Convolutions to 96 channels otherwise run on kernels of an earlier generation.
     """
@@ -199,7 +191,3 @@ def _widened(conv: WanCausalConv3d) -> tuple[Tensor, Tensor | None]:
 def upsample(module: WanUpsample, x: Tensor) -> Tensor:
     """Nearest neighbours, which need no wider type."""
     return F.interpolate(x, scale_factor=module.scale_factor, mode=module.mode)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x

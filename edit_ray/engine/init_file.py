@@ -1,11 +1,11 @@
-"""The user's own picture or clip, as the frames that a run begins from."""
+"""The user's picture or clip, as the frames that a run begins from."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from collections import deque
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,21 +21,17 @@ _PATIENCE = Patience()
 
 Frames = npt.NDArray[np.uint8]
 
-# What the names of `is_clip` hold; anything else, such as a playlist, could make ffmpeg open other files.
+# The formats of `is_clip`'s names; others, such as playlists, could make ffmpeg open other files.
 _FORMATS = "mov,matroska,avi,gif"
 
 
 def read_init(path: str, *, frames: int, height: int, width: int) -> Frames:
     """The picture, or the last `frames` frames of the clip, as uint8 [F, H, W, 3].
 
-    Scaled until they cover `height` and `width`, keeping their proportions, and cut around the middle. A picture lies
-    on black where it is transparent. Raises `ConfigError`, which says what is wrong with the file.
+    Scaled in proportion until they cover `height` and `width`, and cut around the middle. A picture's transparent parts
+    are black. Raises `ConfigError`, which says what is wrong with the file.
     """
-    try:
-        exists = Path(path).is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        exists = False
-    if not exists:
+    if not os.path.isfile(path):
         raise _unusable(path, "is no file here")
     if is_clip(path):
         return _read_clip(path, frames, height, width)
@@ -54,14 +50,14 @@ def _read_picture(path: str, height: int, width: int) -> Frames:
                 upright = ImageOps.exif_transpose(picture).convert("RGBA")
                 opaque = Image.alpha_composite(Image.new("RGBA", upright.size, "black"), upright).convert("RGB")
                 return np.asarray(ImageOps.fit(opaque, (width, height), Image.Resampling.LANCZOS))
-    except Exception as error:  # whatever a broken file makes of Pillow's readers
+    except Exception as error:  # a broken file makes Pillow's readers raise anything
         said = str(error).replace(repr(path), "the file")
         raise _unusable(path, f"cannot be read as a picture ({said})") from None
     raise _unusable(path, f"has {size[0]}x{size[1]} pixels; a picture must have at most {MAX_PIXELS}")
 
 
 def _read_clip(path: str, frames: int, height: int, width: int) -> Frames:
-    import imageio_ffmpeg  # here, because most runs begin from no clip
+    import imageio_ffmpeg  # here, because few runs begin from a clip
 
     cover = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=lanczos+accurate_rnd+full_chroma_int"
     command = [

@@ -1,19 +1,29 @@
-"""From `ModelOptions` to a pipeline that is ready on its device."""
+"""From `ModelOptions` to a pipeline that is ready on its device, with a text encoder that may stay in host memory."""
 
+from __future__ import annotations
+
+import os
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
+import diffusers
 import torch
 from diffusers import SchedulerMixin
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry as AttentionBackends
 from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from edit_ray.engine.locate import locate_model
-from edit_ray.engine.options import ModelOptions
+from edit_ray.engine.model_files import locate_model
+from edit_ray.engine.options import Mode, ModelOptions
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.errors import ModelError
 
-# While a model is loaded its weights' places are empty by a patch of torch that holds for the whole process, so that of
-# two loaded at once one may keep empty ones.
+# While a model is loaded a patch of torch, which holds for the whole process, leaves its weights empty: of two models
+# loaded at once, one could keep empty weights.
 _ONE_AT_A_TIME = threading.Lock()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -21,9 +31,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_pipeline(options: ModelOptions) -> EditWanPipeline:
     """Load the model on its device, without progress bars, every part in `torch_dtype`, the VAE included.
 
-    A text encoder that is offloaded stays in host memory.
+    An offloaded text encoder stays in host memory.
 
-    Raises `ModelError` where the path is no Wan model, the device is missing or it cannot run the dtype.
+    Raises `ModelError` if the path is no Wan model, the device is missing or it cannot run the dtype.
     """
     device = choose_device(options.device)
     dtype = choose_dtype(options.torch_dtype, device)
@@ -32,18 +42,18 @@ def load_pipeline(options: ModelOptions) -> EditWanPipeline:
     transformers_logging.disable_progress_bar()
     try:
         with _ONE_AT_A_TIME:
-            pipe = EditWanPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+            pipe = EditWanPipeline.from_pretrained(folder, torch_dtype=dtype)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"model.path {options.path!r} ({folder}) cannot be loaded as a Wan model: {error}") from error
     for name, part in pipe.components.items():
-        if isinstance(part, torch.nn.Module) and not (name == "text_encoder" and options.offload == "text_encoder"):
+        if isinstance(part, nn.Module) and not (name == "text_encoder" and options.offload == "text_encoder"):
             part.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises `ModelError` for `cuda` without a GPU."""
+    """`auto` is CUDA if there is a GPU, else the CPU. Raises `ModelError` for `cuda` without a GPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -52,7 +62,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def second_gpu() -> torch.device:
-    """The device of `engine.cfg_parallel`. Raises `ModelError` where there is none."""
+    """The device of `engine.cfg_parallel`. Raises `ModelError` if there is none."""
     if torch.cuda.device_count() < 2:
         raise ModelError(
             f"engine.cfg_parallel is true, but torch sees {torch.cuda.device_count()} CUDA devices here; it needs two."
@@ -61,7 +71,7 @@ def second_gpu() -> torch.device:
 
 
 def choose_dtype(torch_dtype: str, device: torch.device) -> torch.dtype:
-    """The torch type of that name. Raises `ModelError` where diffusers or the hardware do not run it."""
+    """The torch type of that name. Raises `ModelError` if diffusers or the hardware do not run it."""
     if torch_dtype == "float16" and device.type == "cpu":
         raise ModelError(
             "model.torch_dtype is 'float16', which diffusers does not run on a CPU; valid are 'float32' and 'bfloat16'."
@@ -72,6 +82,28 @@ def choose_dtype(torch_dtype: str, device: torch.device) -> torch.dtype:
             "valid are 'float32' and 'float16'."
         )
     return DTYPES[torch_dtype]
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def provenance_of(device: torch.device, threads: int, mode: Mode, fp8: bool = False) -> dict[str, str | int]:
+    """What a run's bits depend on besides its configuration: processes that agree on it make the same frames.
+
+    In the mode `fast` frames may differ all the same.
+    """
+    on_cpu = device.type == "cpu"
+    return {
+        "device": f"cpu {torch.backends.cpu.get_cpu_capability()}" if on_cpu else torch.cuda.get_device_name(device),
+        "torch": str(torch.__version__),  # a plain str: torch's own class can only be unpickled with torch
+        "diffusers": diffusers.__version__,
+        "threads": threads,
+        "attention": AttentionBackends.get_active_backend()[0].value,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "mode": f"{mode}, fp8" if fp8 else mode,
+    }
 
 
 def with_flow_shift(noise_scheduler: SchedulerMixin, flow_shift: float) -> SchedulerMixin:
@@ -88,3 +120,48 @@ def with_flow_shift(noise_scheduler: SchedulerMixin, flow_shift: float) -> Sched
     if noise_scheduler.config[name] == flow_shift:
         return noise_scheduler
     return type(noise_scheduler).from_config(noise_scheduler.config, **{name: flow_shift})
+
+
+@contextmanager
+def streamed(text_encoder: Any, device: torch.device) -> Iterator[None]:
+    """Inside, the encoder computes on `device`, where its inputs are; one block's weights are there at a time.
+
+    Each prompt of a call passes each block alone, so its bits do not depend on the other prompts; the weights are
+    copied once for all of them.
+    """
+    stack = text_encoder.encoder
+    parts: list[nn.Module] = [*stack.block, stack.final_layer_norm]
+    embedding: nn.Module = stack.embed_tokens
+    embed = embedding.forward
+    for part in parts:
+        part.forward = partial(_compute_on, device, part, part.forward)
+    embedding.forward = lambda ids: embed(ids.cpu()).to(device)
+    try:
+        yield
+    finally:
+        for part in (*parts, embedding):
+            del part.forward
+
+
+def _compute_on(device: torch.device, part: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`forward` for each element of the first argument's batch [B, L, D]; the results as one batch."""
+    rows = len(args[0])
+
+    def row_of(value: Any, row: int) -> Any:
+        batched = isinstance(value, Tensor) and value.ndim > 1 and len(value) == rows
+        return value[row : row + 1] if batched else value
+
+    home = [(parameter, parameter.data) for parameter in part.parameters()]
+    for parameter, data in home:
+        parameter.data = data.to(device, non_blocking=True)
+    try:
+        results = [
+            forward(*(row_of(value, row) for value in args), **{name: row_of(kwargs[name], row) for name in kwargs})
+            for row in range(rows)
+        ]
+    finally:
+        for parameter, data in home:
+            parameter.data = data
+    if isinstance(results[0], Tensor):
+        return torch.cat(results)
+    return tuple(torch.cat(each) if isinstance(each[0], Tensor) else each[0] for each in zip(*results, strict=True))

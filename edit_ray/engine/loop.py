@@ -1,8 +1,7 @@
-"""The denoising loop of Wan text-to-video, open on one page.
+"""The denoising loop of Wan, on one page.
 
 Shapes: B videos (prompts times videos per prompt), C latent channels, T latent frames, h x w latent pixels, L text
-tokens of width D. It takes the same steps in the same order of arithmetic as diffusers' `WanPipeline`, so its latents
-are bit-equal to those of diffusers.
+tokens of width D. Steps and order of arithmetic are those of diffusers' Wan pipelines, so latents are bit-equal.
 """
 
 from collections.abc import Callable
@@ -15,58 +14,66 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
 from edit_ray.engine.caching import expert_name
-from edit_ray.engine.continuity import Held, hold
+from edit_ray.engine.conditioning import Conditioning
+from edit_ray.engine.continuity import ContextLatents, hold
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one call of the loop denoises, and under whose eyes."""
+    """What one call of the loop denoises, and who observes it."""
 
-    latents: Tensor  # [B, C, T, h, w] float32 noise
+    conditions: Conditioning  # the latents [B, C, T, h, w] to begin with, and what the transformer gets beside them
     prompt_embeds: Tensor  # [B, L, D] in the transformer's dtype
-    negative_prompt_embeds: Tensor | None  # [B, L, D], needed where there is guidance
+    negative_prompt_embeds: Tensor | None  # [B, L, D], needed with guidance
     num_inference_steps: int
     guidance_scale: float
     guidance_scale_2: float | None = None  # of the low-noise expert
-    held: Held | None = None  # what the first k latent slots are
+    context: ContextLatents | None = None  # what the first k latent slots are held to
     callback: StepCallback | None = None
     callback_tensor_inputs: tuple[str, ...] = ("latents",)
-    reset_cache: bool = True  # whether what the cache stored in earlier calls is dropped
+    reset_cache: bool = True  # whether to drop what the cache stored in earlier calls
     prefetch_reuse: bool = False
 
 
 def denoise(pipe: Any, request: Request) -> Tensor:
-    """Denoise `request.latents` with the transformers and the noise scheduler of `pipe`; returns [B, C, T, h, w].
+    """Denoise a request with the transformers and the noise scheduler of `pipe`; returns latents [B, C, T, h, w].
 
-    The first k slots stay what `held` says, at the noise level of every step. Whatever the callback changes on `pipe`
-    (`_interrupt`, `_guidance_scale`, `scheduler`, …) acts from the next step on.
+    The first k slots are held to the request's context, at the noise level of every step. What the callback changes on
+    `pipe` (`_interrupt`, `_guidance_scale`, `scheduler`, …) acts from the next step on.
     """
     cond, uncond = request.prompt_embeds, request.negative_prompt_embeds  # [B, L, D]
-    x, held = request.latents, request.held  # [B, C, T, h, w]
-    clean = clean_tokens(x, held) if pipe.config.expand_timesteps else None
+    conditions, context = request.conditions, request.context
+    x = conditions.latents  # [B, C, T, h, w]
+    clean = clean_tokens(x, context) if pipe.config.expand_timesteps else None
 
     pipe.scheduler.set_timesteps(request.num_inference_steps, device=x.device)
-    timesteps = pipe.scheduler.timesteps  # [S], from high noise to low
-    warmup = len(timesteps) - request.num_inference_steps * pipe.scheduler.order
-    pipe.scheduler.set_begin_index(0)
+    begin, order = conditions.begin_index, pipe.scheduler.order
+    timesteps = pipe.scheduler.timesteps[begin:]  # [S], from high noise to low
+    num_inference_steps = request.num_inference_steps - begin // order
+    warmup = len(timesteps) - num_inference_steps * order
+    pipe.scheduler.set_begin_index(begin)
     pipe._num_timesteps = len(timesteps)
 
-    ahead = pipe.ahead.loop(pipe, x, cond)
-    cached = pipe.cached_call(request.reset_cache, request.prefetch_reuse)
-    with ahead as schedule, cached, pipe.progress_bar(total=request.num_inference_steps) as bar:
-        x = hold(x, held, schedule.sigma(pipe.scheduler, 0))
+    precomputed = pipe.precompute.loop(pipe, x, cond)
+    cached = pipe.cached_call(request.reset_cache, request.prefetch_reuse, begin)
+    with precomputed as schedule, cached, pipe.progress_bar(total=num_inference_steps) as bar:
+        pipe.announce_blocks(begin)
+        x = hold(x, context, schedule.sigma(pipe.scheduler, begin))
         for i, t in enumerate(timesteps):
             if pipe.interrupt:
                 continue
             pipe._current_timestep = t
-            model, scale = expert_at(pipe, schedule.timestep(i), request)
+            model, scale = expert_at(pipe, schedule.timestep(begin + i), request)
             timestep = t.expand(len(x)) if clean is None else (clean * t)[None].expand(len(x), -1)  # [B] or [B, tokens]
-            inputs = {"hidden_states": x.to(request.prompt_embeds.dtype), "timestep": timestep}  # x: [B, C, T, h, w]
-            inputs |= {"attention_kwargs": pipe.attention_kwargs, "return_dict": False}
+            joined = (
+                x if conditions.channels is None else torch.cat([x, conditions.channels], dim=1)
+            )  # [B, C+M, T, h, w]
+            inputs = {"hidden_states": joined.to(request.prompt_embeds.dtype), "timestep": timestep}
+            inputs |= {**conditions.arguments, "attention_kwargs": pipe.attention_kwargs, "return_dict": False}
             where: dict[str, Any] = {"step_index": i, "num_inference_steps": len(timesteps)}
-            where["sigma"] = schedule.sigma(pipe.scheduler, i)
+            where["sigma"] = schedule.sigma(pipe.scheduler, begin + i)
 
             guided = pipe.do_classifier_free_guidance
             beside = pipe.cfg_parallel.forward(model, uncond, inputs, where) if guided and pipe.cfg_parallel else None
@@ -81,25 +88,25 @@ def denoise(pipe: Any, request: Request) -> Tensor:
                 noise_pred = noise_uncond + scale * (noise_pred - noise_uncond)
 
             x = pipe.scheduler.step(noise_pred, t, x, return_dict=False)[0]  # [B, C, T, h, w]
-            sigma = schedule.sigma(pipe.scheduler, i + 1)
-            x = hold(x, held, sigma)
+            sigma = schedule.sigma(pipe.scheduler, begin + i + 1)
+            x = hold(x, context, sigma)
 
             if request.callback is not None:
                 tensors: dict[str, Any] = {"latents": x, "prompt_embeds": cond, "negative_prompt_embeds": uncond}
                 changed = request.callback(pipe, i, t, {name: tensors[name] for name in request.callback_tensor_inputs})
                 check_changed(changed)
-                x = hold(changed.pop("latents", x), held, sigma)
+                x = hold(changed.pop("latents", x), context, sigma)
                 cond = changed.pop("prompt_embeds", cond)
                 uncond = changed.pop("negative_prompt_embeds", uncond)
-                pipe.ahead.refresh()
-            if i == len(timesteps) - 1 or (i >= warmup and (i + 1) % pipe.scheduler.order == 0):
+                pipe.precompute.refresh()
+            if i == len(timesteps) - 1 or (i >= warmup and (i + 1) % order == 0):
                 bar.update()
     pipe._current_timestep = None
     return x
 
 
 def check_changed(changed: object) -> None:
-    """Raises TypeError for what a callback must not return."""
+    """Raises TypeError unless a callback returned a dict."""
     if not isinstance(changed, dict):
         given = changed if changed is None else type(changed).__name__
         raise TypeError(
@@ -115,10 +122,10 @@ def expert_at(pipe: WanPipeline, t: Tensor, request: Request) -> tuple[WanTransf
     return pipe.transformer_2, request.guidance_scale_2
 
 
-def clean_tokens(latents: Tensor, held: Held | None) -> Tensor:
-    """A factor for the timestep of each token [T·h/2·w/2]: 0 where it belongs to a clean context, else 1."""
+def clean_tokens(latents: Tensor, context: ContextLatents | None) -> Tensor:
+    """A factor for the timestep of each token [T·h/2·w/2]: 0 in a clean context, else 1."""
     _, _, frames, height, width = latents.shape
     factor = torch.ones(frames, height, width, dtype=torch.float32, device=latents.device)
-    if held is not None and held.noise is None:
-        factor[: held.slots] = 0
+    if context is not None and context.noise is None:
+        factor[: context.slots] = 0
     return factor[:, ::2, ::2].flatten()

@@ -1,48 +1,42 @@
 """What a model's JSON files say about it, without its weights and without torch."""
 
+from __future__ import annotations
+
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from edit_ray.engine.hub_files import HubUnreachable, hub_file
-from edit_ray.engine.locate import INDEX_FILE, is_hub_id, local_folder, locate_model
-from edit_ray.engine.lookback import lookback_latents
+from edit_ray.engine.model_files import INDEX_FILE, HubUnreachable, hub_file, local_folder, locate_model
 from edit_ray.errors import ModelError
 
 TRANSFORMER_CLASS = "WanTransformer3DModel"
 VAE_CLASS = "AutoencoderKLWan"
 MAX_JSON_BYTES = 64 * 2**20
 
-_Find = Callable[[str], Path | None]
-
 
 @dataclass(frozen=True)
 class ModelInfo:
     """A Wan text-to-video model: sizes in pixels and frames, and the words that it was trained on.
 
-    `width` is that of the transformer's hidden states; `num_blocks` has each expert that the model has, and no other.
-    `vocabulary` is None where any text will do, which is so for every model but those with a word-level tokenizer.
+    `width` is that of the transformer's hidden states; `num_blocks` has the experts that the model has.
     """
 
-    class_name: str
-    transformer_class: str
     patch_size: tuple[int, int, int]
     scale_factor_temporal: int
     scale_factor_spatial: int
     z_dim: int
-    in_channels: int
     width: int
     num_blocks: Mapping[str, int]
     expand_timesteps: bool
     boundary_ratio: float | None
-    vocabulary: frozenset[str] | None
-    lookback_latents: int  # before a point of the latent stream, on which the frames after it depend
-    _split: Callable[[str], list[str]] = field(default=str.split, repr=False, compare=False)
+    lookback_latents: int  # latents before a point of the stream on which the frames after it depend
+    tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)  # if it looks up words
 
     @property
     def height_step(self) -> int:
@@ -54,13 +48,25 @@ class ModelInfo:
         """Pixels that the width is a multiple of."""
         return self.scale_factor_spatial * self.patch_size[2]
 
+    @cached_property
+    def vocabulary(self) -> frozenset[str] | None:
+        """The words that the tokenizer knows; None if any text will do."""
+        if self.tokenizer is None:
+            return None
+        special = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
+        return frozenset(self.tokenizer.get_vocab()) - special
+
     def words(self, text: str) -> list[str]:
         """The text in the words that the tokenizer looks up."""
-        return self._split(text)
+        if self.tokenizer is None:
+            return text.split()
+        normalizer, splitter = self.tokenizer.normalizer, self.tokenizer.pre_tokenizer
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        return text.split() if splitter is None else [word for word, _ in splitter.pre_tokenize_str(text)]
 
 
 def dtype_problem(torch_dtype: str, device: str) -> str | None:
-    """Why the device cannot run the dtype, to follow on the key's name; None where it can, or is not known yet."""
+    """Why the device cannot run the dtype, as a predicate of the key; None if it can, or is not known yet."""
     if device == "cpu" and torch_dtype == "float16":
         return "is 'float16'; it must be one of float32, bfloat16 on the device cpu."
     return None
@@ -72,13 +78,9 @@ def read_model_info(path: str) -> ModelInfo:
     Raises:
         ModelError: no such model, not reachable, not a Wan text-to-video model, or its files are damaged.
     """
-    location = locate_model(path)
-    folder = local_folder(location)
-    if folder is not None:
-        return _read(path, partial(_folder_file, folder))
-    assert is_hub_id(location), "locate_model returns a folder or a hub id"
+    files = _ModelFiles(path)
     try:
-        return _read(path, partial(hub_file, location))
+        return _read(files)
     except HubUnreachable as error:
         raise ModelError(
             f"{path!r} is neither a folder (there is no {Path(path).absolute()}) nor a hub id that can be reached "
@@ -86,113 +88,117 @@ def read_model_info(path: str) -> ModelInfo:
         ) from None
 
 
-def _folder_file(folder: Path, name: str) -> Path | None:
-    return folder / name if (folder / name).is_file() else None
+def lookback_latents(vae_config: Mapping[str, Any]) -> int:
+    """Latents that must be decoded again before a point of the stream so that all frames after it are bit-equal.
+
+    Every causal convolution over time looks back two frames, each 1/rate latents long, where the rate doubles at each
+    temporal upsampling. Their sum is the decoder's view to the past. One latent more is the one being decoded, and the
+    first two of a rebuilt stream are special: the decoder emits one frame for the first and pads the second.
+    """
+    per_residual_block = 2 * 2  # two convolutions
+    per_level = per_residual_block * (vae_config.get("num_res_blocks", 2) + 1)
+    rate = 1
+    view: float = 2 + 2 * per_residual_block  # the first convolution and the middle block
+    for upsamples_time in [*reversed(vae_config.get("temperal_downsample", [False, True, True])), False]:
+        view += per_level / rate
+        if upsamples_time:
+            view += 2 / rate
+            rate *= 2
+    view += 2 / rate  # the last convolution
+    return math.ceil(view) + 1 + 2
 
 
-def _read(path: str, find: _Find) -> ModelInfo:
-    index = _json(path, INDEX_FILE, find)
-    transformer_class = _check_classes(path, index)
-    experts = {
-        name: _json(path, f"{name}/config.json", find)
-        for name in ("transformer", "transformer_2")
-        if _class_of(index, name)
-    }
-    transformer, parts = next(iter(experts.values())), ", ".join(f"{name}/config.json" for name in experts)
-    vae = _json(path, "vae/config.json", find)
-    vocabulary, split = _vocabulary(path, index, find)
+class _ModelFiles:
+    """A model's small files, in its folder or on the hub."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self._location = path, locate_model(path)
+        self._folder = local_folder(self._location)
+
+    def find(self, name: str) -> Path | None:
+        """The file of this name, if the model has one; raises HubUnreachable."""
+        if self._folder is None:
+            return hub_file(self._location, name)
+        return self._folder / name if (self._folder / name).is_file() else None
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file; raises ModelError."""
+        file = self.find(name)
+        if file is None:
+            raise ModelError(f"{self.path!r} has no {name}; a diffusers Wan model has one.")
+        try:
+            size = file.stat().st_size
+            content = json.loads(file.read_text(encoding="utf-8")) if size <= MAX_JSON_BYTES else None
+        except (OSError, ValueError, RecursionError) as error:
+            said = f"{self.path!r} has a {name} that cannot be read as JSON: {type(error).__name__}."
+            raise ModelError(said) from None
+        if size > MAX_JSON_BYTES:
+            raise ModelError(f"{self.path!r} has a {name} of more than {MAX_JSON_BYTES} bytes.")
+        if not isinstance(content, dict):
+            raise ModelError(f"{self.path!r} has a {name} that is no JSON object.")
+        return content
+
+
+def _read(files: _ModelFiles) -> ModelInfo:
+    path, index = files.path, files.json(INDEX_FILE)
+    classes = {name: _class_of(index, name) for name in ("transformer", "transformer_2", "vae", "tokenizer")}
+    transformer_class = classes["transformer"] or classes["transformer_2"]
+    if (transformer_class, classes["vae"]) != (TRANSFORMER_CLASS, VAE_CLASS):
+        raise ModelError(
+            f"{path!r} is a {index.get('_class_name', 'model without a class name')} with the transformer "
+            f"{transformer_class} and the VAE {classes['vae']}; it must be a Wan model, with {TRANSFORMER_CLASS} and "
+            f"{VAE_CLASS}."
+        )
+    experts = {name: files.json(f"{name}/config.json") for name in ("transformer", "transformer_2") if classes[name]}
+    transformer, vae = next(iter(experts.values())), files.json("vae/config.json")
+    tokenizer = _word_tokenizer(files, classes["tokenizer"])
     try:
-        patch_frames, patch_height, patch_width = map(int, transformer.get("patch_size", (1, 2, 2)))
-        boundary_ratio = index.get("boundary_ratio")
+        frames, rows, columns = map(int, transformer.get("patch_size", (1, 2, 2)))
+        boundary_ratio, in_channels = index.get("boundary_ratio"), int(transformer.get("in_channels", 16))
         info = ModelInfo(
-            class_name=str(index.get("_class_name")),
-            transformer_class=transformer_class,
-            patch_size=(patch_frames, patch_height, patch_width),
+            patch_size=(frames, rows, columns),
             scale_factor_temporal=int(vae.get("scale_factor_temporal", 4)),
             scale_factor_spatial=int(vae.get("scale_factor_spatial", 8)),
             z_dim=int(vae.get("z_dim", 16)),
-            in_channels=int(transformer.get("in_channels", 16)),
             width=int(transformer.get("num_attention_heads", 40)) * int(transformer.get("attention_head_dim", 128)),
             num_blocks={name: int(expert.get("num_layers", 40)) for name, expert in experts.items()},
             expand_timesteps=bool(index.get("expand_timesteps", False)),
             boundary_ratio=None if boundary_ratio is None else float(boundary_ratio),
-            vocabulary=vocabulary,
             lookback_latents=lookback_latents(vae),
-            _split=split,
+            tokenizer=tokenizer,
         )
         sizes = (info.scale_factor_temporal, info.scale_factor_spatial, info.z_dim, info.width)
         if min(*info.patch_size, *sizes, *info.num_blocks.values()) < 1:
             raise ValueError("a size below 1")
     except (TypeError, ValueError, OverflowError):
+        configs = ", ".join(f"{name}/config.json" for name in experts)
         raise ModelError(
-            f"{path!r} has sizes that cannot be in its {parts}, vae/config.json or {INDEX_FILE}."
+            f"{path!r} has sizes that cannot be in its {configs}, vae/config.json or {INDEX_FILE}."
         ) from None
-    if info.in_channels != info.z_dim:
+    if in_channels != info.z_dim:
         raise ModelError(
-            f"{path!r} is a {info.class_name} whose transformer takes {info.in_channels} channels where its VAE gives "
-            f"{info.z_dim}; it must be a Wan text-to-video model, which takes as many as the VAE gives."
+            f"{path!r} is a {index.get('_class_name')} whose transformer takes {in_channels} channels where its VAE "
+            f"gives {info.z_dim}; it must be a Wan text-to-video model, which takes as many as the VAE gives."
         )
     return info
 
 
-def _check_classes(path: str, index: Mapping[str, Any]) -> str:
-    """The transformer's class, if the model's parts are Wan's."""
-    transformer = _class_of(index, "transformer") or _class_of(index, "transformer_2")
-    if transformer == TRANSFORMER_CLASS and _class_of(index, "vae") == VAE_CLASS:
-        return transformer
-    raise ModelError(
-        f"{path!r} is a {index.get('_class_name', 'model without a class name')} with the transformer "
-        f"{transformer} and the VAE {_class_of(index, 'vae')}; it must be a Wan model, with {TRANSFORMER_CLASS} and "
-        f"{VAE_CLASS}."
-    )
-
-
 def _class_of(index: Mapping[str, Any], part: str) -> str | None:
-    """The class of a part in `model_index.json`, which has [library, class] of every part, nulls for none."""
+    """The class of a part in `model_index.json`, which has [library, class] for every part, nulls for none."""
     entry = index.get(part)
     return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else None
 
 
-def _vocabulary(
-    path: str, index: Mapping[str, Any], find: _Find
-) -> tuple[frozenset[str] | None, Callable[[str], list[str]]]:
-    """The words of a word-level tokenizer and how it splits a text; None for tokenizers that take any text."""
+def _word_tokenizer(files: _ModelFiles, class_name: str | None) -> Tokenizer | None:
+    """The model's tokenizer if it looks up words; None for tokenizers that take any text."""
     name = "tokenizer/tokenizer.json"
     # T5's file is large, and known to take any text.
-    if (_class_of(index, "tokenizer") or "T5").startswith("T5"):
-        return None, str.split
-    file = find(name)
-    model = {} if file is None else _json(path, name, find).get("model")
-    if file is None or not isinstance(model, dict) or model.get("type") != "WordLevel":
-        return None, str.split
+    if (class_name or "T5").startswith("T5") or (file := files.find(name)) is None:
+        return None
+    model = files.json(name).get("model")
+    if not isinstance(model, dict) or model.get("type") != "WordLevel":
+        return None
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        return Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise ModelError(f"{path!r} has a damaged {name}: {error}.") from None
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    return frozenset(tokenizer.get_vocab()) - special, partial(_split_words, tokenizer)
-
-
-def _split_words(tokenizer: Tokenizer, text: str) -> list[str]:
-    if tokenizer.normalizer is not None:
-        text = tokenizer.normalizer.normalize_str(text)
-    if tokenizer.pre_tokenizer is None:
-        return text.split()
-    return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-
-
-def _json(path: str, name: str, find: _Find) -> dict[str, Any]:
-    file = find(name)
-    if file is None:
-        raise ModelError(f"{path!r} has no {name}; a diffusers Wan model has one.")
-    try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(f"{path!r} has a {name} of more than {MAX_JSON_BYTES} bytes.")
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{path!r} has a {name} that cannot be read as JSON: {type(error).__name__}.") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path!r} has a {name} that is no JSON object.")
-    return content
+        raise ModelError(f"{files.path!r} has a damaged {name}: {error}.") from None

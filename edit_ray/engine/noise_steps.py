@@ -1,8 +1,8 @@
 """The coefficients of a noise scheduler's steps, computed before the loop.
 
-diffusers' UniPC copies sigmas to the device and solves a small system there in every step, and waits for the device
-each time; all of it depends on the schedule alone. Here the coefficients are made once, on the device and with the
-operations that diffusers makes them with, and only what touches latents is left in the loop: the same bits.
+In every step diffusers' UniPC copies sigmas to the device, solves a small system there and waits for the device. All
+of that depends on the schedule alone. Here the coefficients are computed once, on the device and with diffusers'
+operations, and the loop keeps only what touches latents: the same bits.
 
 Source: W. Zhao et al., "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models" (2023),
 in the form of diffusers' `UniPCMultistepScheduler`.
@@ -26,17 +26,34 @@ class Interval:
 
     keep: Tensor  # [] factor of the sample
     drop: Tensor  # [] factor of the newest output
-    gain: Tensor  # [] factor of what the differences of outputs add
+    gain: Tensor  # [] factor of the weighted differences
     ratios: tuple[Tensor, ...]  # [] one for each earlier output
     predict: Tensor | None  # [order - 1] weights of the differences
     correct: Tensor | None  # [order] the same and that of the output at the end; None where nothing is corrected
 
+    def update(
+        self, outputs: list[Any], sample: Tensor, weights: Tensor | None, output: Tensor | None = None
+    ) -> Tensor:
+        """The sample [B, C, T, h, w] at the end, from the one at the start; with the `output` there, corrected."""
+        weights = None if weights is None else weights.to(sample.dtype)
+        moved = self.keep * sample - self.drop * outputs[-1]
+        added: Tensor | int = 0
+        if self.ratios:
+            assert weights is not None
+            newest = outputs[-1]
+            each = [(outputs[-2 - back] - newest) / ratio for back, ratio in enumerate(self.ratios)]
+            added = torch.einsum("k,bkc...->bc...", weights[: len(each)], torch.stack(each, dim=1))
+        if output is not None:
+            assert weights is not None
+            added = added + weights[-1] * (output - outputs[-1])
+        result: Tensor = moved - self.gain * added
+        return result.to(sample.dtype)
+
 
 class UniPCPlan:
-    """Stands in for the two updates of a UniPC scheduler whose schedule is set.
+    """Replaces the two updates of a UniPC scheduler whose schedule is set.
 
-    What does not fit what it was made for (another order, a schedule or options that were changed) goes to diffusers'
-    own updates.
+    diffusers' own updates handle what the plan does not fit: another order, a changed schedule or changed options.
     """
 
     def __init__(self, scheduler: UniPCMultistepScheduler, device: torch.device) -> None:
@@ -56,30 +73,35 @@ class UniPCPlan:
 
     @contextmanager
     def installed(self, scheduler: UniPCMultistepScheduler) -> Iterator[None]:
-        """The scheduler's steps in here take the coefficients from the plan."""
+        """Inside, the scheduler's steps take their coefficients from the plan."""
         predict, correct = scheduler.multistep_uni_p_bh_update, scheduler.multistep_uni_c_bh_update
-        fits = _Fits(scheduler, self._device)
+        sigmas, version, steps = scheduler.sigmas, scheduler.sigmas._version, len(scheduler.timesteps)
+        config, predict_x0 = scheduler.config, scheduler.predict_x0
+
+        def interval_at(start: int, order: int, *samples: Tensor) -> Interval | None:
+            """The planned interval if the scheduler is unchanged; compared without waiting for the device."""
+            unchanged = (
+                scheduler.sigmas is sigmas
+                and sigmas._version == version
+                and scheduler.config is config
+                and scheduler.predict_x0 == predict_x0
+                and len(scheduler.timesteps) == steps
+                and all(sample.device == self._device for sample in samples)
+            )
+            return self._intervals.get((start, order)) if unchanged else None
 
         def predicted(model_output: Tensor, *args: Any, sample: Tensor, order: int, **kwargs: Any) -> Tensor:
-            interval = self._intervals.get((scheduler.step_index, order)) if fits(sample) else None
+            interval = interval_at(scheduler.step_index, order, sample)
             if interval is None:
                 return predict(model_output, *args, sample=sample, order=order, **kwargs)  # type: ignore[no-any-return]
-            return _predict(interval, scheduler.model_outputs, sample)
+            return interval.update(scheduler.model_outputs, sample, interval.predict)
 
-        def corrected(
-            this_model_output: Tensor,
-            *args: Any,
-            last_sample: Tensor,
-            this_sample: Tensor,
-            order: int,
-            **kwargs: Any,
-        ) -> Tensor:
-            interval = self._intervals.get((scheduler.step_index - 1, order)) if fits(this_sample) else None
-            if interval is None or interval.correct is None or last_sample.device != self._device:
-                return correct(  # type: ignore[no-any-return]
-                    this_model_output, *args, last_sample=last_sample, this_sample=this_sample, order=order, **kwargs
-                )
-            return _correct(interval, scheduler.model_outputs, this_model_output, last_sample)
+        def corrected(this_model_output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            last = kwargs["last_sample"]
+            interval = interval_at(scheduler.step_index - 1, kwargs["order"], last, kwargs["this_sample"])
+            if interval is None or interval.correct is None:
+                return correct(this_model_output, *args, **kwargs)  # type: ignore[no-any-return]
+            return interval.update(scheduler.model_outputs, last, interval.correct, this_model_output)
 
         scheduler.multistep_uni_p_bh_update, scheduler.multistep_uni_c_bh_update = predicted, corrected
         try:
@@ -88,8 +110,7 @@ class UniPCPlan:
             del scheduler.multistep_uni_p_bh_update, scheduler.multistep_uni_c_bh_update
 
     def _interval(self, scheduler: UniPCMultistepScheduler, start: int, order: int, corrected: bool) -> Interval:
-        alpha_t, sigma_t = self._levels[start + 1]
-        alpha_s, sigma_s = self._levels[start]
+        (alpha_s, sigma_s), (alpha_t, sigma_t) = self._levels[start : start + 2]
         log_snr = torch.log(alpha_s) - torch.log(sigma_s)
         h = torch.log(alpha_t) - torch.log(sigma_t) - log_snr
         ratios = []
@@ -99,7 +120,7 @@ class UniPCPlan:
         hh = -h if scheduler.predict_x0 else h
         grown = torch.expm1(hh)
         scale = hh if scheduler.config.solver_type == "bh1" else torch.expm1(hh)
-        system, right = _system([*ratios, torch.ones((), device=self._device)], hh, grown, scale, order)
+        system, right = _system([*ratios, torch.ones((), device=self._device)], hh, grown, scale)
         half = torch.ones(1, device=self._device) * 0.5
         predict = half if order == 2 else torch.linalg.solve(system[:-1, :-1], right[:-1]) if order > 2 else None
         correct = None
@@ -109,12 +130,12 @@ class UniPCPlan:
         return Interval(rest, moved * grown, moved * scale, tuple(ratios), predict, correct)
 
 
-def _system(ratios: list[Tensor], hh: Tensor, grown: Tensor, scale: Tensor, order: int) -> tuple[Tensor, Tensor]:
+def _system(ratios: list[Tensor], hh: Tensor, grown: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The matrix [order, order] and the right side [order] that the weights of the differences solve."""
     points = torch.stack(ratios)
     rows, right = [], []
     phi, factorial = grown / hh - 1, 1
-    for power in range(order):
+    for power in range(len(ratios)):
         rows.append(torch.pow(points, power))
         right.append(phi * factorial / scale)
         factorial *= power + 2
@@ -122,72 +143,19 @@ def _system(ratios: list[Tensor], hh: Tensor, grown: Tensor, scale: Tensor, orde
     return torch.stack(rows), torch.stack(right)
 
 
-def _differences(interval: Interval, outputs: list[Any]) -> Tensor:
-    """[B, order - 1, C, T, h, w]"""
-    newest = outputs[-1]
-    each = [(outputs[-2 - back] - newest) / ratio for back, ratio in enumerate(interval.ratios)]
-    return torch.stack(each, dim=1)
-
-
-def _predict(interval: Interval, outputs: list[Any], sample: Tensor) -> Tensor:
-    moved = interval.keep * sample - interval.drop * outputs[-1]
-    added: Tensor | int = 0
-    if interval.ratios:
-        assert interval.predict is not None
-        differences = _differences(interval, outputs)
-        added = torch.einsum("k,bkc...->bc...", interval.predict.to(sample.dtype), differences)
-    result: Tensor = moved - interval.gain * added
-    return result.to(sample.dtype)
-
-
-def _correct(interval: Interval, outputs: list[Any], output: Tensor, last_sample: Tensor) -> Tensor:
-    assert interval.correct is not None
-    weights = interval.correct.to(last_sample.dtype)
-    moved = interval.keep * last_sample - interval.drop * outputs[-1]
-    added: Tensor | int = 0
-    if interval.ratios:
-        added = torch.einsum("k,bkc...->bc...", weights[:-1], _differences(interval, outputs))
-    result: Tensor = moved - interval.gain * (added + weights[-1] * (output - outputs[-1]))
-    return result.to(last_sample.dtype)
-
-
-class _Fits:
-    """Whether a scheduler is still what its plan was made for, without a look at the device."""
-
-    def __init__(self, scheduler: UniPCMultistepScheduler, device: torch.device) -> None:
-        self._scheduler, self._device = scheduler, device
-        self._sigmas, self._version = scheduler.sigmas, scheduler.sigmas._version
-        self._steps = len(scheduler.timesteps)
-        self._config, self._predict_x0 = scheduler.config, scheduler.predict_x0
-
-    def __call__(self, sample: Tensor) -> bool:
-        scheduler = self._scheduler
-        return (
-            scheduler.sigmas is self._sigmas
-            and self._sigmas._version == self._version
-            and scheduler.config is self._config
-            and scheduler.predict_x0 == self._predict_x0
-            and len(scheduler.timesteps) == self._steps
-            and sample.device == self._device
-        )
-
-
 def plan_noise_steps(scheduler: Any, device: torch.device, last: UniPCPlan | None = None) -> UniPCPlan | None:
-    """The plan of a scheduler whose steps are set, `last` if that is the same; None for those that have no plan.
+    """The plan of a scheduler whose steps are set, `last` if that is the same; None for schedulers without a plan.
 
-    A subclass, or one whose updates someone has replaced, has none. FlowMatchEuler needs none: one product a step, with
-    sigmas that are on the device.
+    These are subclasses, schedulers whose updates are replaced already, and those of the inference mode, whose changes
+    in place cannot be seen. FlowMatchEuler needs none: its sigmas are on the device, and a step is one product.
     """
     if type(scheduler) is not UniPCMultistepScheduler or scheduler.solver_p is not None:
         return None
-    if scheduler.sigmas.is_inference():  # whether it is changed in place cannot be seen
-        return None
-    if {"multistep_uni_p_bh_update", "multistep_uni_c_bh_update"} & scheduler.__dict__.keys():
+    replaced = {"multistep_uni_p_bh_update", "multistep_uni_c_bh_update"} & scheduler.__dict__.keys()
+    if replaced or scheduler.sigmas.is_inference():
         return None
     same = last is not None and last.made_for == _made_for(scheduler, device)
-    if last is not None and same and torch.equal(last.sigmas, scheduler.sigmas):
-        return last
-    return UniPCPlan(scheduler, device)
+    return last if last and same and torch.equal(last.sigmas, scheduler.sigmas) else UniPCPlan(scheduler, device)
 
 
 def _made_for(scheduler: UniPCMultistepScheduler, device: torch.device) -> tuple[object, ...]:

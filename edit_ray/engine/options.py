@@ -1,4 +1,4 @@
-"""What the engine can be told."""
+"""The engine's options."""
 
 import os
 import re
@@ -14,24 +14,24 @@ CLIPS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 
 
 def is_clip(path: str) -> bool:
-    """Whether a file is a clip and not a picture, by its name."""
+    """Whether a file's name is that of a clip and not of a picture."""
     return path.lower().endswith(CLIPS)
 
 
 def _init_path(path: str) -> str:
-    """The absolute path, as the actors' working directory is another one."""
+    """The absolute path, because the actors' working directory is another one."""
     if not path.lower().endswith(PICTURES + CLIPS):
         raise ValueError("neither a picture nor a clip")
     return os.path.abspath(os.path.expanduser(path))
 
 
 def _model_path(path: str) -> str:
-    """A folder's whole path, as the actors' working directory is another one; hub ids and the like as they are."""
+    """A folder's absolute path, because the actors' working directory is another one; hub ids and others unchanged."""
     return os.path.realpath(path) if os.path.isdir(path) else path
 
 
 def _frame_rate(given: object) -> int | float:
-    """Frames a second from 24, 23.976, 12.5 or "24000/1001"; what television rounds (23.976, 29.97) is the fraction."""
+    """Frames a second from 24, 23.976, 12.5 or "24000/1001"; television's rounded rates (29.97) become the fraction."""
     written = r"[0-9]{1,6}(/[0-9]{1,6}|\.[0-9]{1,9})?"
     if isinstance(given, bool) or not (isinstance(given, int | float) or re.fullmatch(written, str(given))):
         raise ValueError("no frame rate")
@@ -40,7 +40,8 @@ def _frame_rate(given: object) -> int | float:
     except (ZeroDivisionError, OverflowError):
         raise ValueError("no frame rate") from None
     television = Fraction(round(rate * 1001 / 1000) * 1000, 1001)
-    rate = television if rate.denominator > 1 and abs(rate - television) < Fraction(1, 1000) else rate
+    if rate.denominator > 1 and abs(rate - television) < Fraction(1, 1000):
+        rate = television
     if not 1 <= rate <= 120:
         raise ValueError("no frame rate")
     rate = rate.limit_denominator(1001)
@@ -64,7 +65,7 @@ class ModelOptions(Options):
 
 
 class SamplingOptions(Options):
-    """diffusers' arguments of one segment, to the letter."""
+    """One segment's arguments, named as in diffusers."""
 
     height: int = Field(default=128, ge=16, le=4096)
     width: int = Field(default=128, ge=16, le=4096)
@@ -80,13 +81,13 @@ class SamplingOptions(Options):
 class ContinuityOptions(Options):
     """How a segment follows its predecessor.
 
-    `none`: not at all. `warm_start`: it reuses residuals, and nothing else. `history`: it is shown the last
-    `history_latents` latents clean, by models with per-token timesteps. `overlap`: it is shown them as noisy as the
-    rest, by any model; `overlap_source` says whether they are taken as they are (`latent`), encoded anew from their
-    frames (`reencode`), or only the first of them is (`hybrid`). `adain` draws the colours of each segment that much
-    towards those of the first. `init` is what segment 0 continues: a picture is the video's first frame, of a clip the
-    end is continued, and none of it is shown again. `picture_as` says what the model is shown of a picture: the first
-    latent of a clip, which stands for one frame, or a later latent of a still one, which stands for four.
+    `none`: not at all. `warm_start`: it reuses residuals, and nothing else. `history`: it sees the last
+    `history_latents` latents clean, in models with per-token timesteps. `overlap`: it sees them as noisy as the rest,
+    in any model; `overlap_source` says whether they are taken as they are (`latent`), encoded anew from their frames
+    (`reencode`), or only the first of them is (`hybrid`). `adain` moves each segment's colours by this factor towards
+    those of the first. `init` is what segment 0 continues: a picture becomes the video's first frame, a clip is
+    continued from its end and not shown again. `picture_as` says how the model sees a picture: as the first latent of
+    a clip, which stands for one frame, or as a later latent of a still clip, which stands for four.
     """
 
     mode: Literal["none", "warm_start", "history", "overlap"] = "none"
@@ -103,12 +104,12 @@ class ContinuityOptions(Options):
 
     @property
     def carried_latents(self) -> int:
-        """Latents that a segment takes over from its predecessor, k; 0 where each is a clip of its own."""
+        """Latents that a segment takes over from its predecessor, k; 0 if each is a clip of its own."""
         return self.history_latents if self.mode in ("history", "overlap") else 0
 
     @property
     def carried_frames(self) -> int:
-        """Frames in which what precedes a segment ends that must be decoded before it: those of its k latents, or 0."""
+        """Frames before a segment that must be decoded before it starts: those of its k latents, or 0."""
         needs_frames = self.mode == "overlap" and self.overlap_source != "latent"
         return frames_of(self.history_latents) if needs_frames else 0
 
@@ -126,12 +127,12 @@ class ContinuityOptions(Options):
 
     @property
     def preceding_latents(self) -> int:
-        """Latents that precede the run's own in its stream: those of a clip."""
+        """Latents before the run's own in its stream: those of a clip."""
         return 0 if self.begins_with_picture else self.init_latents
 
 
 def frames_of(latents: int) -> int:
-    """Frames of a clip of so many latents: one of the first, four of each other."""
+    """Frames of a clip of this many latents: one of the first, four of each other."""
     return 4 * (latents - 1) + 1
 
 
@@ -144,13 +145,13 @@ class EngineOptions(Options):
     `mode` exact makes the same frames in every process on the same hardware, those of diffusers. `fast` compiles the
     transformer's blocks and the decoder on a GPU, and its frames differ a little; with `fp8` it multiplies in 8 bits.
     With `cfg_parallel` each GPU actor has two GPUs, one for each branch of classifier-free guidance. A run pauses
-    `max_ahead` segments beyond what its clients have taken. An actor that makes no step for `step_timeout_s` seconds is
-    killed and started again; so is one that loads a model for more than `load_timeout_s`, and one that does not answer
-    a question, or obey a cancel, for `answer_timeout_s`. Work that fails is tried again `segment_retries` times; an
-    actor or an encoder that dies is no failure of the work, unless it happens more than ten times during the same work.
-    Of `gpu_actors` as many are used as the cluster has places for. `tiled_decode` auto decodes in tiles from the
-    segment on for which the GPU's memory did not do, always from the first one. A GPU actor keeps the decoder states of
-    the last `max_live_decoders` runs.
+    `max_ahead` segments after the last that its clients have taken. An actor is killed and restarted if it makes no
+    step for `step_timeout_s` seconds, loads a model for more than `load_timeout_s`, or does not answer a question or
+    obey a cancel for `answer_timeout_s`. Failed work is retried `segment_retries` times; the death of an actor or an
+    encoder is no failure of the work, unless it happens more than ten times during the same work. The run uses up to
+    `gpu_actors`, as many as the cluster can place. `tiled_decode` auto decodes in tiles from the segment on for which
+    the GPU ran out of memory, always from the first one. A GPU actor keeps the decoder states of the last
+    `max_live_decoders` runs.
     """
 
     mode: Mode = "exact"

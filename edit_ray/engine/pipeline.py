@@ -1,38 +1,75 @@
 """`EditWanPipeline`: diffusers' `WanPipeline` with an explicit denoising loop, and segments that continue others."""
 
+import json
 import logging
 import shutil
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, wraps
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, ParamSpec, Self, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel, WanVACETransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import get_module_execution_device
 from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Generator, Tensor
+from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers.image_processing_utils import BaseImageProcessor
 
 from edit_ray.cache.install import check_steps
-from edit_ray.engine.ahead import Ahead
-from edit_ray.engine.alone import check_device, one_call_at_a_time
-from edit_ray.engine.caching import CacheControl
+from edit_ray.engine.caching import CacheControl, experts_of
 from edit_ray.engine.calibration import FILE_NAME
-from edit_ray.engine.cfg_parallel import CfgControl
-from edit_ray.engine.continuity import Held, check_context
+from edit_ray.engine.cfg_parallel import CfgControl, check_device
+from edit_ray.engine.conditioning import SAVED_AS, Kind, Window, check_given, kind_of, prepare
+from edit_ray.engine.continuity import ContextLatents, check_context
 from edit_ray.engine.decode import denormalise
-from edit_ray.engine.fast import check_mode
-from edit_ray.engine.locate import locate_model
+from edit_ray.engine.fast_transformer import check_mode
 from edit_ray.engine.loop import Request, StepCallback, denoise
+from edit_ray.engine.model_files import BUILTIN_PREFIX, locate_model
+from edit_ray.engine.offload import OffloadControl
 from edit_ray.engine.options import Mode
+from edit_ray.engine.precompute import Precompute
 
 Frames: TypeAlias = NDArray[np.float32] | Tensor | list[list[Image]]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
+_lock = threading.Lock()
+_running: set[int] = set()  # ids of pipelines; kept here, so that a copy or a pickle takes none of it along
+
+
+def one_call_at_a_time(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A pipeline's method that is not entered twice: scheduler, guidance and cache belong to the pipeline.
+
+    Raises:
+        RuntimeError: in the second call; the first continues undisturbed.
+    """
+
+    @wraps(call)
+    def alone(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        pipe: Any = args[0]
+        with _lock:
+            if id(pipe) in _running:
+                raise RuntimeError(
+                    f"This {type(pipe).__name__} is at work, in another thread or in a call that made this one; "
+                    "a pipeline makes one call at a time. copy.deepcopy(pipe) is another pipeline."
+                )
+            _running.add(id(pipe))
+        try:
+            return call(*args, **kwargs)
+        finally:
+            _running.discard(id(pipe))
+
+    return alone
 
 
 @dataclass
@@ -50,18 +87,40 @@ class EditWanOutput(WanPipelineOutput):  # type: ignore[misc]  # diffusers ships
         return tuple(self.frames)
 
 
-class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[misc]
-    """Wan text-to-video with diffusers' components, arguments and results, and one loop that can be read and edited.
+class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  # type: ignore[misc]
+    """Wan with diffusers' components, arguments and results, and one loop that can be read and edited.
+
+    It loads text-to-video, image-to-video (Wan2.1, Wan2.2), text- and image-to-video (TI2V) and VACE models, and takes
+    what diffusers' `WanPipeline`, `WanImageToVideoPipeline`, `WanVideoToVideoPipeline` and `WanVACEPipeline` take.
 
     Examples:
         >>> pipe = EditWanPipeline.from_pretrained("builtin:tiny_wan")
         >>> video = pipe("a red circle bouncing on a black background", height=128, width=128, num_frames=33)[0]
     """
 
-    _ahead: Ahead | None = None
+    # A pipeline that is given embeddings needs neither text encoder nor tokenizer.
+    _optional_components: ClassVar = [
+        *WanPipeline._optional_components, "text_encoder", "tokenizer", "image_encoder", "image_processor"
+    ]  # fmt: skip
+    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->vae"
 
-    # With embeddings given, a pipeline needs neither.
-    _optional_components: ClassVar = [*WanPipeline._optional_components, "text_encoder", "tokenizer"]
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        text_encoder: UMT5EncoderModel | None,
+        vae: AutoencoderKLWan,
+        scheduler: SchedulerMixin,
+        transformer: WanTransformer3DModel | WanVACETransformer3DModel | None = None,
+        transformer_2: WanTransformer3DModel | WanVACETransformer3DModel | None = None,
+        boundary_ratio: float | None = None,
+        expand_timesteps: bool = False,
+        image_processor: BaseImageProcessor | None = None,
+        image_encoder: CLIPVisionModel | None = None,
+    ) -> None:
+        super().__init__(
+            tokenizer, text_encoder, vae, scheduler, transformer, transformer_2, boundary_ratio, expand_timesteps
+        )
+        self.register_modules(image_processor=image_processor, image_encoder=image_encoder)
 
     @classmethod
     def from_pretrained(
@@ -76,21 +135,20 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
 
         Everything else (`revision`, `cache_dir`, `local_files_only`, components, …) goes to diffusers as it is, which
         resolves hub ids. Weights must be safetensors unless `use_safetensors` says otherwise. Raises `ModelError` for
-        an unknown builtin name and a device that is not here, and what diffusers raises.
+        an unknown builtin name and for a device that does not exist, and what diffusers raises.
         """
         if device is not None:
             device = check_device(device)
         path = str(pretrained_model_name_or_path)
-        if path.startswith("builtin:"):
-            path = locate_model(path)
+        path = locate_model(path) if path.startswith(BUILTIN_PREFIX) else path
         if torch_dtype is not None:
             kwargs["dtype"] = torch_dtype  # diffusers' own name for it since 0.42
-        kwargs.setdefault("use_safetensors", True)  # the other form is pickle, which runs what it holds
+        kwargs.setdefault("use_safetensors", True)  # pickles run code
         pipe: Self = super().from_pretrained(path, **kwargs)
         return pipe if device is None else pipe.to(device)
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers' `WanPipeline`, which every diffusers loads, with the model's cache calibration."""
+        """Save as diffusers' pipeline for this kind of model, with the model's cache calibration."""
         super().save_pretrained(save_directory, *args, **kwargs)
         source, target = self.calibration, Path(save_directory, FILE_NAME)
         if source is not None and not (target.exists() and source.samefile(target)):
@@ -98,8 +156,12 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
 
     def to_json_string(self) -> str:
         """The configuration as `save_pretrained` writes it."""
-        text: str = super().to_json_string()
-        return text.replace(f'"_class_name": "{type(self).__name__}"', '"_class_name": "WanPipeline"', 1)
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = SAVED_AS[self._kind]
+        unknown = {"image": (), "vace": ("image_encoder", "image_processor", "expand_timesteps")}
+        for name in unknown.get(self._kind, ("image_encoder", "image_processor")):
+            config.pop(name, None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @one_call_at_a_time
     @torch.no_grad()
@@ -125,6 +187,14 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' default, never changed)
         max_sequence_length: int = 512,
         *,
+        image: Image | Tensor | None = None,
+        last_image: Image | Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        video: list[Image] | Tensor | None = None,
+        strength: float | None = None,
+        mask: list[Image] | None = None,
+        reference_images: Image | list[Image] | list[list[Image]] | None = None,
+        conditioning_scale: float | list[float] | Tensor | None = None,
         history: Tensor | None = None,
         overlap: Tensor | None = None,
         reset_cache: bool = True,
@@ -132,160 +202,136 @@ class EditWanPipeline(CacheControl, CfgControl, WanPipeline):  # type: ignore[mi
     ) -> EditWanOutput | tuple[Any]:
         """Generate videos; the arguments up to `max_sequence_length` mean what they mean in `diffusers.WanPipeline`.
 
-        `history` or `overlap` [B, C, k, h, w]: normalised latents that the first k of T stay, clean (for models with
-        `expand_timesteps`) or as noisy as the rest. With a cache, `reset_cache=False` keeps what earlier calls stored,
-        `prefetch_reuse` says what is read of it. Returns `EditWanOutput`, whose `[0]` is the first video and whose
-        `.frames` is the batch; with `return_dict=False` as diffusers `(batch,)`, whose `[0]` is the batch: "np"
+        `image`, `last_image` and `image_embeds` mean what they mean in `WanImageToVideoPipeline`; with a text-to-video
+        model `video` and `strength` (0.8) what in `WanVideoToVideoPipeline`, whose video has its own number of frames;
+        with a VACE model `video`, `mask`, `reference_images` and `conditioning_scale` (1) what in `WanVACEPipeline`.
+        `history` or `overlap` [B, C, k, h, w]: normalised latents that the first k of T are held to, clean (for models
+        with `expand_timesteps`) or as noisy as the rest. With a cache, `reset_cache=False` keeps what earlier calls
+        stored, and `prefetch_reuse` prefetches it. Returns `EditWanOutput`, whose `[0]` is the first video and whose
+        `.frames` is the batch, or with `return_dict=False` as diffusers `(batch,)`, whose `[0]` is the batch: "np"
         [B, F, H, W, 3], "pt" [B, F, 3, H, W], "pil" lists of images, "latent" [B, C, T, h, w].
         """
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        names, embeds = callback_on_step_end_tensor_inputs, (prompt_embeds, negative_prompt_embeds)
+        names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        embeds = prompt_embeds, negative_prompt_embeds
         self.check_inputs(prompt, negative_prompt, height, width, *embeds, names, guidance_scale_2)
-        height, width, num_frames = self._fit(height, width, num_frames)
+        given = {
+            "image": image, "last_image": last_image, "image_embeds": image_embeds, "video": video,
+            "strength": strength, "mask": mask, "reference_images": reference_images,
+            "conditioning_scale": conditioning_scale, "latents": latents, "history": history, "overlap": overlap,
+        }  # fmt: skip
+        check_given(self._kind, given)
+        size = self._fit(height, width, num_frames)
         self._begin_call(num_inference_steps, guidance_scale, guidance_scale_2, attention_kwargs)
         videos = num_videos_per_prompt or 1
         cond, uncond = self._embed(prompt, negative_prompt, videos, *embeds, max_sequence_length)
         batch = len(cond) * (1 if prompt is not None else videos)  # diffusers does not repeat given embeddings
+        conditions = prepare(self, self._kind, given, Window(batch, *size, num_inference_steps), generator)
         request = Request(
-            latents=(noise := self._draw_noise(batch, height, width, num_frames, generator, latents)),
+            conditions=conditions,
             prompt_embeds=cond,
             negative_prompt_embeds=uncond,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             guidance_scale_2=self._guidance_scale_2,
-            held=self._hold(history, overlap, noise),
+            context=self._context(conditions.history if history is None else history, overlap, conditions.latents),
             callback=callback_on_step_end,
             callback_tensor_inputs=tuple(names),
             reset_cache=reset_cache,
             prefetch_reuse=prefetch_reuse,
         )
-        frames = self._decode(denoise(self, request), output_type)
+        output = EditWanOutput(frames=self._decode(denoise(self, request), output_type, conditions.references))
         self.maybe_free_model_hooks()
-        return EditWanOutput(frames=frames) if return_dict else (frames,)
+        return output if return_dict else (output.frames,)
 
     def use_mode(self, mode: Mode, *, fp8: bool = False) -> None:
-        """From the next call on: `exact`, which gives the bits of diffusers, or `fast`, which does not.
+        """From the next call on, compute the bits of diffusers (`exact`) or faster ones (`fast`).
 
         `fast` compiles the transformers' blocks in its first call; with `fp8` their linear layers compute in 8 bits.
-        Raises `ModelError` for an unknown mode, for `fp8` without `fast`, and where the hardware has no FP8.
+        Raises `ModelError` for an unknown mode, for `fp8` without `fast`, and on hardware without FP8.
         """
         check_mode(mode, fp8, torch.device(self.device))
-        self.ahead.mode, self.ahead.fp8 = mode, fp8
+        self.precompute.mode, self.precompute.fp8 = mode, fp8
 
-    @property
-    def ahead(self) -> Ahead:
+    @cached_property
+    def precompute(self) -> Precompute:
         """What is computed before a loop and kept for the next one."""
-        if self._ahead is None:
-            self._ahead = Ahead()
-        return self._ahead
+        return Precompute()
 
     def _begin_call(
-        self,
-        num_inference_steps: int,
-        guidance_scale: float,
-        guidance_scale_2: float | None,
-        attention_kwargs: dict[str, Any] | None,
+        self, steps: int, guidance_scale: float, guidance_scale_2: float | None, attention_kwargs: dict[str, Any] | None
     ) -> None:
         """Set what diffusers' properties of a running call, and its callbacks, read."""
-        check_steps(num_inference_steps)
-        self._guidance_scale = guidance_scale
+        check_steps(steps)
         two_experts = self.config.boundary_ratio is not None
+        self._guidance_scale = guidance_scale
         self._guidance_scale_2 = guidance_scale if two_experts and guidance_scale_2 is None else guidance_scale_2
-        self._attention_kwargs = attention_kwargs
-        self._current_timestep = None
-        self._interrupt = False
+        self._attention_kwargs, self._current_timestep, self._interrupt = attention_kwargs, None, False
 
     def _fit(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
-        """The nearest size below that the VAE and the patches divide, as diffusers chooses it."""
-        factor, (_, patch_height, patch_width) = self.vae_scale_factor_temporal, self._denoiser.config.patch_size
+        """The next lower size that the VAE and the patches divide, as diffusers chooses it."""
+        factor, (_, patch_height, patch_width) = self.vae_scale_factor_temporal, self.denoiser.config.patch_size
         row, column = self.vae_scale_factor_spatial * patch_height, self.vae_scale_factor_spatial * patch_width
         frames = num_frames if num_frames % factor == 1 else num_frames // factor * factor + 1
         fitted = (height // row * row, width // column * column, max(frames, 1))
         if fitted != (height, width, num_frames):
             logger.warning(
                 "height, width and num_frames %s become %s: sizes are multiples of %d and %d, num_frames is %dn + 1.",
-                (height, width, num_frames),
-                fitted,
-                row,
-                column,
-                factor,
+                *((height, width, num_frames), fitted, row, column, factor),
             )
         return fitted
 
     @property
-    def _denoiser(self) -> WanTransformer3DModel:
-        """The transformer that shapes and types are read from; a pipeline may lack either of the two experts."""
-        return self.transformer if self.transformer is not None else self.transformer_2
+    def components(self) -> dict[str, Any]:
+        """The parts by name, for another pipeline's constructor; what only image-to-video has, where it is there."""
+        parts: dict[str, Any] = super().components
+        return {name: part for name, part in parts.items() if part is not None or not name.startswith("image_")}
 
-    def _embed(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        videos: int,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        max_sequence_length: int,
-    ) -> tuple[Tensor, Tensor | None]:
+    @property
+    def _kind(self) -> Kind:
+        return kind_of(self.denoiser, self.config.expand_timesteps)
+
+    @property
+    def denoiser(self) -> WanTransformer3DModel | WanVACETransformer3DModel:
+        """The transformer whose shapes and types count; a pipeline may lack either of the two experts."""
+        return next(iter(experts_of(self).values()))
+
+    def _embed(self, prompt: Any, negative_prompt: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         """Embeddings [B, L, D] of both branches in the transformer's dtype; the second is `None` without guidance."""
-        cond, uncond = self.encode_prompt(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            do_classifier_free_guidance=self.do_classifier_free_guidance,
-            num_videos_per_prompt=videos,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            max_sequence_length=max_sequence_length,
-            device=self._execution_device,
-        )
-        dtype = self._denoiser.dtype
+        guided, device, dtype = self.do_classifier_free_guidance, self._execution_device, self.denoiser.dtype
+        cond, uncond = self.encode_prompt(prompt, negative_prompt, guided, *arguments, device)
         return cond.to(dtype), None if uncond is None else uncond.to(dtype)
 
     def _get_t5_prompt_embeds(self, prompt: str | list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """As diffusers', which leaves out without a word what the text encoder is not given."""
+        """As diffusers', which cuts long prompts silently, with a warning."""
         limit = kwargs.get("max_sequence_length", 226)
         for text in [prompt] if isinstance(prompt, str) else prompt:
             count = len(self.tokenizer(prompt_clean(text), truncation=False).input_ids)
             if count > limit:
                 logger.warning("A prompt has %d tokens; the model is given the first %d: %.40r…", count, limit, text)
-        embeds: Tensor = super()._get_t5_prompt_embeds(prompt, *args, **kwargs)
-        return embeds
+        return super()._get_t5_prompt_embeds(prompt, *args, **kwargs)  # type: ignore[no-any-return]
 
-    def _draw_noise(
-        self,
-        batch: int,
-        height: int,
-        width: int,
-        num_frames: int,
-        generator: Generator | list[Generator] | None,
-        latents: Tensor | None,
-    ) -> Tensor:
-        """Noise [B, C, T, h, w] in float32 from `generator`, or the given `latents`."""
-        channels, device = self._denoiser.config.in_channels, self._execution_device
-        noise: Tensor = self.prepare_latents(
-            batch, channels, height, width, num_frames, torch.float32, device, generator, latents
-        )
-        return noise
-
-    def _hold(self, history: Tensor | None, overlap: Tensor | None, noise: Tensor) -> Held | None:
+    def _context(self, history: Tensor | None, overlap: Tensor | None, noise: Tensor) -> ContextLatents | None:
         if overlap is not None:
             if history is not None:
                 raise ValueError("`history` and `overlap` are both given; a segment continues one of them.")
             context = check_context("overlap", overlap, noise)
-            return Held(context, noise[:, :, : context.shape[2]])
+            return ContextLatents(context, noise[:, :, : context.shape[2]])
         if history is None:
             return None
         if not self.config.expand_timesteps:
             raise ValueError(
                 "`history` needs a model with per-token timesteps: `expand_timesteps` is false in this model's config."
             )
-        return Held(check_context("history", history, noise))
+        return ContextLatents(check_context("history", history, noise))
 
-    def _decode(self, latents: Tensor, output_type: str | None) -> Frames:
-        """Latents [B, C, T, h, w] as `output_type`; with "latent" they are the output."""
+    def _decode(self, latents: Tensor, output_type: str | None, references: int) -> Frames:
+        """Latents [B, C, T, h, w] as `output_type`, without the references in front; with "latent" they are the output.
+
+        As in diffusers, latents that are the output still have their references.
+        """
         if output_type == "latent":
             return latents
-        latents = latents.to(get_module_execution_device(self.vae), dtype=self.vae.dtype)
+        latents = latents[:, :, references:].to(get_module_execution_device(self.vae), dtype=self.vae.dtype)
         video = self.vae.decode(denormalise(latents, self.vae.config), return_dict=False)[0]
         frames: Frames = self.video_processor.postprocess_video(video, output_type=output_type)
         return frames

@@ -1,12 +1,13 @@
 """`SegmentEngine`: one loaded model that denoises and decodes segments; what a GPU actor wraps, without Ray."""
 
-import os
+from __future__ import annotations
+
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,16 +15,14 @@ from torch import Tensor
 from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.records import Record
 from edit_ray.cache.stores.memory import GPUStore
-from edit_ray.engine.decode import to_uint8
-from edit_ray.engine.encode import encode, to_video
+from edit_ray.engine.decode import StreamingDecoder, to_uint8
 from edit_ray.engine.fast_vae import fast_decoder
 from edit_ray.engine.init_file import read_init
-from edit_ray.engine.loading import load_pipeline, second_gpu, with_flow_shift
+from edit_ray.engine.loading import load_pipeline, second_gpu, streamed, usable_cores, with_flow_shift
 from edit_ray.engine.options import ContinuityOptions, Mode, ModelOptions, SamplingOptions, frames_of
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.reuse import plan_run_reuse
-from edit_ray.engine.stream import Preceding, RunStream
-from edit_ray.engine.text import streamed
+from edit_ray.engine.vae_stream import Preceding, RunStream, encode_video, to_video
 from edit_ray.errors import ModelError, SegmentFailed
 from edit_ray.tiers.leases import Reuse
 from edit_ray.tiers.store_client import PlannedStore
@@ -31,27 +30,27 @@ from edit_ray.tiers.store_client import PlannedStore
 MAX_SEQUENCE_LENGTH = 512  # the pipeline's default, so that embeddings equal the library's
 UNCACHED = CacheOptions()
 KEPT_PROMPTS = 256  # at Wan's size an embedding takes 4 MB of host memory
-PROMPTS_AT_ONCE = 32  # which share one way of the text encoder's weights to the device
+PROMPTS_AT_ONCE = 32  # for which the text encoder's weights are copied to the device once
 
 
 class SegmentEngine:
     """Denoises segments by prompt and seed, and decodes runs as streams. One caller per method at a time.
 
-    The decoder states of `max_live_decoders` runs are kept, those that were asked for last; others are made again.
+    It keeps the decoder states of the `max_live_decoders` runs that were decoded last; others are rebuilt.
     """
 
     def __init__(self, pipe: EditWanPipeline, *, offload_text_encoder: bool = False) -> None:
         self.pipe = pipe
-        self.device = torch.device(pipe.device)  # where it denoises and decodes; diffusers looks at every module for it
+        self.device = torch.device(pipe.device)  # diffusers searches every module for it
         self._offload_text_encoder = offload_text_encoder
         self._embeds: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [1, L, D] on the CPU
-        self._streams: OrderedDict[str, RunStream] = OrderedDict()  # the one asked for last comes last
-        self._asking = threading.Lock()
+        self._streams: OrderedDict[str, RunStream] = OrderedDict()  # least recently used first
+        self._streams_lock = threading.Lock()
         self.max_live_decoders = 1
         self._cached_for: object = None  # the options that the pipeline's cache was enabled with
         self._fast_decoder = ExitStack()
         self._mode: Mode = "exact"
-        # Before the denoising beside it: somebody waits for these frames, and what comes next takes as long either way.
+        # Priority over the denoising beside it: these frames are awaited, and both together take as long in any order.
         self._video_stream = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
 
     @classmethod
@@ -68,27 +67,21 @@ class SegmentEngine:
         return cls(pipe, offload_text_encoder=model.offload == "text_encoder")
 
     def use_mode(self, mode: Mode, *, fp8: bool = False) -> None:
-        """Compute in this mode from now on, `fast` with the blocks' linear layers in FP8 if so told.
+        """Compute in this mode from now on, `fast` with the blocks' linear layers in FP8 if `fp8`.
 
-        Raises `ModelError` where the hardware has no FP8.
+        Raises `ModelError` on hardware without FP8.
         """
         self.pipe.use_mode(mode, fp8=fp8)
         if mode == self._mode:
             return
-        with self._video():  # where the weights are laid out anew, they are read after that
+        with self._video():  # on the stream that reads the weights, so that it reads the new layout
             self._fast_decoder.close()
             if mode == "fast" and self.device.type == "cuda":
                 self._fast_decoder.enter_context(fast_decoder(self.pipe.vae))
         self._mode = mode
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the transformer's weights."""
-        dtype: torch.dtype = self.pipe.transformer.dtype
-        return dtype
-
     def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:
-        """Encode what is not yet known; of an offloaded text encoder one block is on the device at a time.
+        """Encode the prompts not yet known; of an offloaded text encoder one block is on the device at a time.
 
         Raises `ModelError` for a model without text encoder.
         """
@@ -97,7 +90,7 @@ class SegmentEngine:
         if not missing:
             return
         if self.pipe.text_encoder is None:
-            raise ModelError("The model has no text encoder, so that no prompt can be encoded.")
+            raise ModelError("The model has no text encoder, so no prompt can be encoded.")
         for start in range(0, len(missing), PROMPTS_AT_ONCE):
             some = missing[start : start + PROMPTS_AT_ONCE]
             self._embeds.update(zip(some, self._encode(some), strict=True))
@@ -119,22 +112,21 @@ class SegmentEngine:
         segment_index: int = 0,
         store: PlannedStore | None = None,
     ) -> Tensor:
-        """One segment's normalised latents [1, C, T, h, w], float32, on the CPU; those of a context come first.
+        """One segment's normalised latents [1, C, T, h, w], float32, on the CPU, its context first.
 
         Equal, bit for bit, to `pipe(prompt, negative_prompt, generator=torch.Generator().manual_seed(seed),
         output_type="latent", …)` on the same hardware and threads. `on_step(done, total)` is called after each step;
-        what it raises ends the segment and leaves the engine usable. With a cache `self.record` then holds its
-        decisions. `store` follows the reuse plan of the run whose segment this is, for a policy that reuses between
-        segments. Raises `SegmentFailed` if a value is not finite.
+        an exception from it ends the segment and leaves the engine usable. With a cache `self.record` then holds its
+        decisions. `store` follows the run's reuse plan, for a policy that reuses between segments. Raises
+        `SegmentFailed` if a value is not finite.
         """
         self.encode_prompts([prompt], sampling.negative_prompt)
-        self.pipe.scheduler = with_flow_shift(self.pipe.scheduler, sampling.flow_shift)
         self._use_cache(cache, sampling)
-        if self.pipe.cache is not None:
+        if (enabled := self.pipe.cache) is not None:
             stored = [] if store is None else store.planned_reads()
-            self.pipe.cache.use_store(GPUStore() if store is None else store, stored)
-            self.pipe.cache.set_generation(segment_index)
-            self.pipe.cache.set_reuse_window(int(key[0] or 0) for key in stored)
+            enabled.use_store(GPUStore() if store is None else store, stored)
+            enabled.set_generation(segment_index)
+            enabled.set_reuse_window(int(key[0] or 0) for key in stored)
         guided = sampling.guidance_scale > 1
         output: tuple[Tensor] = self.pipe(
             height=sampling.height,
@@ -157,7 +149,7 @@ class SegmentEngine:
         latents = output[0].to("cpu", torch.float32)
         if not latents.isfinite().all():
             raise SegmentFailed(
-                f"The segment of seed {seed} has latents that are not finite in {self.dtype}; "
+                f"The segment of seed {seed} has latents that are not finite in {self.pipe.transformer.dtype}; "
                 "try model.torch_dtype 'bfloat16' or 'float32'."
             )
         return latents
@@ -165,16 +157,15 @@ class SegmentEngine:
     def plan_reuse(
         self, run_id: str, num_segments: int, cache: CacheOptions, sampling: SamplingOptions, budget: int | None
     ) -> Reuse | None:
-        """What the segments of a run reuse of each other; None where their cache looks at each alone."""
+        """What the segments of a run reuse of each other; None without a reuse window."""
         if not cache.reuse_window:
             return None
-        self.pipe.scheduler = with_flow_shift(self.pipe.scheduler, sampling.flow_shift)
         self._use_cache(cache, sampling)
         return plan_run_reuse(self.pipe, run_id, num_segments, cache.reuse_window, sampling, budget)
 
     @property
     def history_len(self) -> int:
-        """How many of its own latest residuals each unit reads."""
+        """The number of its own latest residuals that each unit reads."""
         return 1 if self.pipe.cache is None else self.pipe.cache.history_len
 
     @property
@@ -191,9 +182,9 @@ class SegmentEngine:
         preceding: Preceding,
         tiled_from: int | None = None,
     ) -> dict[str, Tensor]:
-        """What the segment after `position` latents of a run's stream continues, as `denoise` takes it; empty for none.
+        """What the segment after `position` latents of a run's stream continues, as arguments of `denoise`.
 
-        Latents alone decide it: where frames are needed and are not at hand, they are decoded again from `preceding`,
+        It depends on latents alone. Frames that it needs are decoded again, unless they were kept, from `preceding`,
         which returns the last `count` latents before `position`; those from `tiled_from` on in tiles.
         """
         with self._video():
@@ -202,15 +193,15 @@ class SegmentEngine:
     def encode_init(self, continuity: ContinuityOptions, sampling: SamplingOptions) -> Tensor:
         """The latents [1, C, n, h, w] of the user's picture or clip, float32, on the CPU; raises `ConfigError`.
 
-        The last `init_latents` of them are what segment 0 continues, the first is that of the picture itself.
+        Segment 0 continues the last `init_latents` of them; the first is the picture's own.
         """
-        assert continuity.init is not None, "there is a file to begin from"
+        assert continuity.init is not None, "the caller has checked it"
         count = frames_of(continuity.init_latents)
         frames = read_init(continuity.init, frames=count, height=sampling.height, width=sampling.width)
         if continuity.begins_with_picture and continuity.picture_as == "still":
             frames = frames.repeat(frames_of(2), axis=0)
         with self._video():
-            return encode(self.pipe.vae, to_video(frames)).cpu()
+            return encode_video(self.pipe.vae, to_video(frames)).cpu()
 
     def decode(
         self,
@@ -224,24 +215,26 @@ class SegmentEngine:
     ) -> Tensor:
         """New latents [1, C, n, h, w] of a run's stream as frames, uint8 [F, H, W, 3], on the CPU.
 
-        `position` counts the stream's latents before them. The decoder's state is carried from call to call; where it
-        is not at `position` (a new process, a segment done again) it is rebuilt from `preceding(count)`, which returns
-        the last `count` latents before `position`. The last `keep_frames` frames stay at hand for `context`. With
+        `position` counts the stream's latents before them. The decoder's state is carried from call to call; if it is
+        not at `position` (a new process, a segment made again) it is rebuilt from `preceding(count)`, which returns
+        the last `count` latents before `position`. The last `keep_frames` frames are kept for `context`. With
         `run_id` `None` the latents are a stream of their own. From the position `tiled_from` on the stream is decoded
         in tiles.
         """
         with self._video():
-            if run_id is None:
+            if run_id is not None:
+                video = self._stream(run_id, tiled_from).decode(latents, position, preceding, keep_frames)
+            else:
                 tiled = tiled_from is not None and position >= tiled_from
-                return to_uint8(RunStream(self.pipe.vae, 0 if tiled else None).decode(latents, 0)).cpu()
-            return to_uint8(self._stream(run_id, tiled_from).decode(latents, position, preceding, keep_frames)).cpu()
+                video = StreamingDecoder(self.pipe.vae, tiled=tiled).decode(latents)
+            return to_uint8(video).cpu()
 
     def release(self, run_id: str) -> None:
-        """Free the run's decoder state, if there is any."""
+        """Free the run's decoder state."""
         self._streams.pop(run_id, None)
 
-    def make_room(self, *, of_cache: bool) -> None:
-        """Give the device's memory back that holds what can be had again: decoder states, with `of_cache` residuals."""
+    def free_memory(self, *, of_cache: bool) -> None:
+        """Free the device memory of what can be computed again: decoder states, and with `of_cache` residuals."""
         self._streams.clear()
         if of_cache:
             self.pipe.disable_cache()
@@ -250,11 +243,11 @@ class SegmentEngine:
             torch.cuda.empty_cache()
 
     def _video(self) -> AbstractContextManager[object]:
-        """The VAE's work is queued beside that of the transformer, and not after it."""
+        """Queues the VAE's work beside that of the transformer, not after it."""
         return nullcontext() if self._video_stream is None else torch.cuda.stream(self._video_stream)
 
     def _stream(self, run_id: str, tiled_from: int | None) -> RunStream:
-        with self._asking:  # a segment is decoded while the next one is denoised
+        with self._streams_lock:  # a segment is decoded while the next one is denoised
             stream = self._streams.setdefault(run_id, RunStream(self.pipe.vae))
             self._streams.move_to_end(run_id)
             while len(self._streams) > self.max_live_decoders:
@@ -263,41 +256,27 @@ class SegmentEngine:
         return stream
 
     def _use_cache(self, cache: CacheOptions, sampling: SamplingOptions) -> None:
-        """Enable the cache that a segment asks for, unless it is that of the segment before."""
+        """Set the flow shift, and enable the cache of a segment's options unless the last segment had the same."""
+        self.pipe.scheduler = with_flow_shift(self.pipe.scheduler, sampling.flow_shift)
         wanted = (cache, sampling.num_inference_steps, sampling.flow_shift)
         if self._cached_for == wanted and (self.pipe.cache is not None or cache.policy == "none"):
             return
         self.pipe.disable_cache()
         self._cached_for = None
         if cache.policy != "none":
-            self.pipe.enable_cache(
-                cache.policy,
-                sampling.num_inference_steps,
-                cache.granularity,
-                target_speedup=cache.target_speedup,
-                **cache.policy_options,
-            )
+            options = {"target_speedup": cache.target_speedup, **cache.policy_options}
+            self.pipe.enable_cache(cache.policy, sampling.num_inference_steps, cache.granularity, **options)
         self._cached_for = wanted
 
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """[1, L, D] of each prompt, with the bits that it has alone, on the CPU."""
-        device = self.device
-        encode = partial(
-            self.pipe.encode_prompt,
-            do_classifier_free_guidance=False,
-            max_sequence_length=MAX_SEQUENCE_LENGTH,
-            device=device,
-        )
-        if self._offload_text_encoder and device.type != "cpu":
-            with streamed(self.pipe.text_encoder.to("cpu"), device):
+        options: dict[str, Any] = {"do_classifier_free_guidance": False, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+        encode = partial(self.pipe.encode_prompt, device=self.device, **options)
+        if self._offload_text_encoder and self.device.type != "cpu":
+            with streamed(self.pipe.text_encoder.to("cpu"), self.device):
                 return list(encode(list(prompts))[0].cpu().split(1))
         return [encode(prompt)[0].cpu() for prompt in prompts]
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _step_callback(on_step: Callable[[int, int], None], total: int) -> Callable[..., dict[str, Tensor]]:

@@ -1,7 +1,7 @@
-"""Every metric, once: exporter, dashboards, rules, the page of documentation and tests are made from this or checked
-against it.
+"""Every metric, declared once: exporter, dashboards, rules, docs/metrics.md and tests follow this catalog.
 
-A label has a closed set of values, never a run, a segment, a prompt or a path; what is none of them counts as `other`.
+A label has a closed set of values and never names a segment, a prompt or a path; an unknown value counts as `other`.
+`version` and `run_id` are open: one value for the exporting process, and one for each live run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ PREFIX = "edit_ray_"
 OTHER = "other"
 Kind = Literal["counter", "gauge", "histogram"]
 Role = Literal["segment_scheduler", "denoiser", "cache_store"]
-Unit = Literal["", "seconds", "bytes", "info"]
 
 ROLES: tuple[Role, ...] = ("segment_scheduler", "denoiser", "cache_store")
 LABELS: dict[str, tuple[str, ...]] = {
@@ -29,29 +28,21 @@ LABELS: dict[str, tuple[str, ...]] = {
     "move": ("host_to_disk", "disk_to_host"),
     "outcome": ("done", "failed", "cancelled"),
     "policy": (
-        "none",
-        "always",
-        "dicache",
-        "fbcache",
-        "magcache",
-        "ranked",
-        "schedule",
-        "seacache",
-        "taylorseer",
-        "teacache",
-        "warmstart_reuse",
+        *("none", "always", "dicache", "fbcache", "magcache", "ranked", "schedule", "seacache", "taylorseer"),
+        *("teacache", "warmstart_reuse"),
     ),
     "prefetch": ("useful", "late", "wasted", "unfulfilled", "cancelled"),
     "reason": ("evicted", "dead", "dropped", "replaced", "lost", "spill_failed", "full"),
     "refusal": ("too_large", "no_room", "stale_lease", "stale_event"),
     "result": ("hit", "miss"),
+    "run_id": (),
     "source": ("host", "disk"),
     "stage": ("prepare", "denoise", "decode", "encode", "commit", "finalize"),
     "state": ("queued", "preparing", "running", "paused", "waiting", "finalizing", "stopping"),
     "target": ("host", "disk"),
     "tier": ("host", "disk"),
     "trouble": ("error", "actor_died", "stopped"),
-    "version": (),  # one value, that of the exporting process
+    "version": (),
 }
 
 STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -61,236 +52,128 @@ SCORES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 
 @dataclass(frozen=True)
 class Metric:
-    """One family. `owner` is the actor whose snapshots it is from; a gauge has no value without them."""
+    """One family. `owner` is the actor that counts it in its snapshots; without them such a gauge has no value."""
 
     name: str
     kind: Kind
-    unit: Unit
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
     owner: Role | None = None
 
     def children(self) -> Iterator[tuple[str, ...]]:
-        """The values of the labels of every child that is there from the start."""
+        """The label values of every child that exists from the start."""
         for values in product(*(LABELS[label] for label in self.labels)):
             of = dict(zip(self.labels, values, strict=True))
-            # What is evicted goes down, what is wanted comes up.
-            up = (of.get("source"), of.get("target")) == ("disk", "host")
-            down = (of.get("source"), of.get("target")) == ("host", "disk")
-            if "source" not in of or (down if of["cause"] == "eviction" else up):
+            # Eviction moves entries down to the disk, the other causes move them up.
+            down = ("host", "disk") if of.get("cause") == "eviction" else ("disk", "host")
+            if "source" not in of or (of["source"], of["target"]) == down:
                 yield values
 
 
-def _metrics() -> Iterator[Metric]:
-    yield from _of_runs()
-    yield from _of_caches()
-    yield from _of_tiers()
-    yield from _of_the_ways_between_tiers()
-    yield from _of_reuse()
-    yield from _of_media()
-    yield from _of_actors()
+def _counter(name: str, help: str, *labels: str, owner: Role | None = None) -> Metric:
+    return Metric(PREFIX + name, "counter", help, labels, owner=owner)
 
 
-def _of_runs() -> Iterator[Metric]:
-    yield Metric("edit_ray_runs", "gauge", "", "Runs that live, by their state.", ("state",))
-    yield Metric("edit_ray_runs_ended_total", "counter", "", "Runs that have ended, by how.", ("outcome",))
-    yield Metric("edit_ray_segments_total", "counter", "", "Segments that were committed.")
-    yield Metric("edit_ray_frames_total", "counter", "", "Frames of committed segments.")
-    yield Metric("edit_ray_segments_remaining", "gauge", "", "Segments that live runs have planned and not committed.")
-    yield Metric("edit_ray_work_in_flight", "gauge", "", "Pieces of work that are being carried out.", ("stage",))
-    yield Metric(
-        "edit_ray_work_failed_total",
-        "counter",
-        "",
-        "Attempts that came to nothing: an error, the death of an actor, or a run that was stopped.",
-        ("stage", "trouble"),
-    )
-    yield Metric(
-        "edit_ray_work_lost_seconds_total",
-        "counter",
-        "seconds",
-        "Time of attempts that came to nothing; it is in no other metric of committed work.",
-        ("stage",),
-    )
-    yield Metric(
-        "edit_ray_segment_seconds",
-        "histogram",
-        "seconds",
-        "From the first work on a segment to its commit.",
-        buckets=WORK_SECONDS,
-    )
-    yield Metric(
-        "edit_ray_first_segment_seconds",
-        "histogram",
-        "seconds",
-        "From a run's submission to the commit of its first segment.",
-        buckets=WORK_SECONDS,
-    )
-    yield Metric(
-        "edit_ray_work_seconds",
-        "histogram",
-        "seconds",
-        "Each stage of the work on committed segments, and what a run's preparation and end take.",
-        ("stage",),
-        buckets=WORK_SECONDS,
-    )
+def _gauge(name: str, help: str, *labels: str, owner: Role | None = None) -> Metric:
+    return Metric(PREFIX + name, "gauge", help, labels, owner=owner)
 
 
-def _of_caches() -> Iterator[Metric]:
-    by = ("policy", "branch", "decision")
-    yield Metric(
-        "edit_ray_steps_total",
-        "counter",
-        "",
-        "Denoising steps of committed segments: skipped where every unit of the branch was reused, else computed.",
-        by,
-    )
-    yield Metric("edit_ray_units_total", "counter", "", "Decisions about units in committed segments.", by)
-    yield Metric(
-        "edit_ray_step_seconds",
-        "histogram",
-        "seconds",
-        "Denoising steps as they happen: skipped where every unit of both branches was reused, else computed.",
-        ("decision",),
+def _histogram(
+    name: str, help: str, *labels: str, buckets: tuple[float, ...] = WORK_SECONDS, owner: Role | None = None
+) -> Metric:
+    return Metric(PREFIX + name, "histogram", help, labels, buckets, owner)
+
+
+_DECISION, _MOVE = ("policy", "branch", "decision"), ("source", "target", "cause")
+_RUNS = (
+    _gauge("runs", "Live runs by state.", "state"),
+    _gauge("run_info", "1 for each live run, with its id and its policy as labels.", "run_id", "policy"),
+    _counter("runs_ended_total", "Ended runs by outcome.", "outcome"),
+    _counter("segments_total", "Committed segments."),
+    _counter("frames_total", "Frames of committed segments."),
+    _gauge("segments_remaining", "Planned segments of live runs that are not committed."),
+    _gauge("work_in_flight", "Work items in progress by stage.", "stage"),
+    _counter("work_failed_total", "Failed attempts: an error, a dead actor or a stopped run.", "stage", "trouble"),
+    _counter(
+        "work_lost_seconds_total", "Time of failed attempts; no other metric of committed work includes it.", "stage"
+    ),
+    _histogram("segment_seconds", "Time from the first work on a segment to its commit."),
+    _histogram("first_segment_seconds", "Time from a run's submission to the commit of its first segment."),
+    _histogram("work_seconds", "Time by stage: of committed segments, and of a run's preparation and end.", "stage"),
+)
+_CACHE = (
+    _counter(
+        "steps_total",
+        "Denoising steps of committed segments: skipped if every unit of the branch was reused, else computed.",
+        *_DECISION,
+    ),
+    _counter("units_total", "Decisions about units in committed segments.", *_DECISION),
+    _histogram(
+        "step_seconds",
+        "Denoising steps as they happen: skipped if every unit of both branches was reused, else computed.",
+        "decision",
         buckets=STEP_SECONDS,
         owner="denoiser",
-    )
-
-
-def _of_tiers() -> Iterator[Metric]:
-    store: Role = "cache_store"
-    yield Metric("edit_ray_tier_bytes", "gauge", "bytes", "What a tier holds.", ("tier",), owner=store)
-    yield Metric(
-        "edit_ray_tier_budget_bytes",
-        "gauge",
-        "bytes",
-        "What a tier may hold; none where it is not bounded.",
-        ("tier",),
-        owner=store,
-    )
-    yield Metric("edit_ray_tier_peak_bytes", "gauge", "bytes", "The most that a tier has held.", ("tier",), owner=store)
-    yield Metric("edit_ray_tier_entries", "gauge", "", "Entries that a tier holds.", ("tier",), owner=store)
-    yield Metric(
-        "edit_ray_tier_lookups_total",
-        "counter",
-        "",
-        "Planned reads, by the tier in which they were looked for, the fastest first, and whether it had them.",
-        ("tier", "result"),
-        owner=store,
-    )
-    yield Metric(
-        "edit_ray_entries_dropped_total", "counter", "", "Entries that left all tiers.", ("reason",), owner=store
-    )
-    yield Metric(
-        "edit_ray_refusals_total",
-        "counter",
-        "",
-        "What the CacheStore refused: for want of room, as holder or segment are others by now, or as it was not told "
-        "of the run.",
-        ("refusal",),
-        owner=store,
-    )
-
-
-def _of_the_ways_between_tiers() -> Iterator[Metric]:
-    store: Role = "cache_store"
-    by = ("source", "target", "cause")
-    yield Metric("edit_ray_tier_moves_total", "counter", "", "Entries moved between tiers.", by, owner=store)
-    yield Metric("edit_ray_tier_moved_bytes_total", "counter", "bytes", "Their bytes.", by, owner=store)
-    yield Metric(
-        "edit_ray_tier_move_seconds_total",
-        "counter",
-        "seconds",
-        "Time that moves took; they overlap.",
-        ("move",),
-        owner=store,
-    )
-    yield Metric(
-        "edit_ray_prefetches_requested_total",
-        "counter",
-        "",
-        "Reads that were not in place when a segment was prepared.",
-        owner=store,
-    )
-    yield Metric(
-        "edit_ray_prefetches_total", "counter", "", "What became of those that have ended.", ("prefetch",), owner=store
-    )
-    yield Metric(
-        "edit_ray_prefetch_wasted_bytes_total",
-        "counter",
-        "bytes",
-        "Bytes that were brought and not read.",
-        owner=store,
-    )
-    yield Metric(
-        "edit_ray_disk_faults_total",
-        "counter",
-        "",
-        "What went wrong with files of the disk tier; `checksum` is damage that was found.",
-        ("fault",),
-        owner=store,
-    )
-
-
-def _of_reuse() -> Iterator[Metric]:
-    yield Metric(
-        "edit_ray_reuse_bytes_total",
-        "counter",
-        "bytes",
-        "Residuals that committed segments read of others, and wrote for others.",
-        ("direction",),
-    )
-    yield Metric(
-        "edit_ray_reuse_wait_seconds_total",
-        "counter",
-        "seconds",
-        "Time that committed segments waited for residuals that came late, or for room.",
-    )
-
-
-def _of_media() -> Iterator[Metric]:
-    yield Metric("edit_ray_media_bytes_total", "counter", "bytes", "Media of committed segments.")
-    yield Metric(
-        "edit_ray_seam_score",
-        "histogram",
-        "",
-        "How visible the join of a committed segment with the one before it is; 0 is seamless.",
+    ),
+)
+_TIERS = (
+    _gauge("tier_bytes", "Bytes in a tier.", "tier", owner="cache_store"),
+    _gauge("tier_budget_bytes", "Capacity of a tier; none if unlimited.", "tier", owner="cache_store"),
+    _gauge("tier_peak_bytes", "Peak bytes in a tier.", "tier", owner="cache_store"),
+    _gauge("tier_entries", "Entries in a tier.", "tier", owner="cache_store"),
+    _counter(
+        "tier_lookups_total",
+        "Lookups of planned reads, by tier from the fastest down, and by result.",
+        *("tier", "result"),
+        owner="cache_store",
+    ),
+    _counter("entries_dropped_total", "Entries removed from all tiers.", "reason", owner="cache_store"),
+    _counter(
+        "refusals_total",
+        "Requests that the CacheStore refused: not enough space, a stale lease, or an unknown run.",
+        "refusal",
+        owner="cache_store",
+    ),
+    _counter("tier_moves_total", "Entries moved between tiers.", *_MOVE, owner="cache_store"),
+    _counter("tier_moved_bytes_total", "Bytes moved between tiers.", *_MOVE, owner="cache_store"),
+    _counter("tier_move_seconds_total", "Time of moves; they overlap.", "move", owner="cache_store"),
+    _counter(
+        "prefetches_requested_total",
+        "Reads whose entry was not in the host tier when a segment was prepared.",
+        owner="cache_store",
+    ),
+    _counter("prefetches_total", "Ended prefetches by outcome.", "prefetch", owner="cache_store"),
+    _counter("prefetch_wasted_bytes_total", "Bytes prefetched and not read.", owner="cache_store"),
+    _counter(
+        "disk_faults_total",
+        "Errors with files of the disk tier; `checksum` is detected damage.",
+        "fault",
+        owner="cache_store",
+    ),
+    _counter("reuse_bytes_total", "Residuals that committed segments read or wrote for reuse.", "direction"),
+    _counter("reuse_wait_seconds_total", "Time that committed segments waited for late residuals or for a slot."),
+)
+_MEDIA = (
+    _counter("media_bytes_total", "Media of committed segments."),
+    _histogram(
+        "seam_score",
+        "Visibility of the seam between a committed segment and the one before it; 0 is seamless.",
         buckets=SCORES,
-    )
-    yield Metric("edit_ray_stream_consumers", "gauge", "", "Clients that wait for a segment.")
-    yield Metric(
-        "edit_ray_stream_lag_segments",
-        "gauge",
-        "",
-        "Committed segments that no client has taken, of the live run where they are most.",
-    )
+    ),
+    _gauge("stream_consumers", "Clients that wait for a segment."),
+    _gauge("stream_lag_segments", "Committed segments that no client has taken, in the live run with the most."),
+)
+_ACTORS = (
+    _gauge("actor_up", "1 if every known actor of this kind sends snapshots, else 0.", "actor"),
+    _counter("actor_restarts_total", "Incarnations after the first that have sent a snapshot.", "actor"),
+    _gauge("actor_snapshot_age_seconds", "Age of the oldest of their last snapshots.", "actor"),
+    _gauge("gpu_memory_bytes", "CUDA memory as torch counts it; none without a device.", "kind", owner="denoiser"),
+    _histogram("scrape_seconds", "Time of answers to scrapes.", buckets=STEP_SECONDS),
+    _counter("metrics_cpu_seconds_total", "CPU time of collecting and exporting these metrics."),
+    _gauge("build_info", "1, with the version of edit_ray as a label.", "version"),
+)
 
-
-def _of_actors() -> Iterator[Metric]:
-    by = ("actor",)
-    yield Metric(
-        "edit_ray_actor_up", "gauge", "", "1 where every known actor of this kind sends snapshots, else 0.", by
-    )
-    yield Metric(
-        "edit_ray_actor_restarts_total", "counter", "", "Incarnations after the first that have sent a snapshot.", by
-    )
-    yield Metric(
-        "edit_ray_actor_snapshot_age_seconds", "gauge", "seconds", "Since the oldest of their last snapshots.", by
-    )
-    yield Metric(
-        "edit_ray_gpu_memory_bytes",
-        "gauge",
-        "bytes",
-        "Memory of CUDA devices as torch counts it; none where there is no such device.",
-        ("kind",),
-        owner="denoiser",
-    )
-    yield Metric("edit_ray_scrape_seconds", "histogram", "seconds", "Answers to scrapes.", buckets=STEP_SECONDS)
-    yield Metric(
-        "edit_ray_metrics_cpu_seconds_total", "counter", "seconds", "CPU time of collecting and telling these metrics."
-    )
-    yield Metric("edit_ray_build_info", "gauge", "info", "1, with the version of edit_ray as a label.", ("version",))
-
-
-CATALOG: dict[str, Metric] = {metric.name: metric for metric in _metrics()}
+CATALOG: dict[str, Metric] = {
+    metric.name: metric for metrics in (_RUNS, _CACHE, _TIERS, _MEDIA, _ACTORS) for metric in metrics
+}

@@ -1,7 +1,4 @@
-"""The metrics of a segment scheduler and of its actors, at `/metrics` for Prometheus.
-
-A scrape asks nobody and waits for nobody: it tells what is known here.
-"""
+"""The metrics of a segment scheduler and its actors at `/metrics` for Prometheus. A scrape calls no actor."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ from edit_ray.metrics.options import MetricsOptions
 MIN_TOKEN = 16  # characters
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 TARGETS = "edit_ray_targets.json"
-_POLL_S = 0.05  # between looks at whether to end
+_POLL_S = 0.05  # between checks for the shutdown
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 _FAMILIES: dict[str, Any] = {
     "counter": CounterMetricFamily,
@@ -42,10 +39,10 @@ _FAMILIES: dict[str, Any] = {
 
 
 class Exporter(Collector):
-    """Serves one process's metrics, from a registry of its own, until it is closed."""
+    """Serves one process's metrics from a registry of its own until it is closed."""
 
     def __init__(self, values: MetricValues, actors: ActorMetrics, options: MetricsOptions) -> None:
-        """Raises ConfigError where the address cannot be had or there is no good token."""
+        """Raises ConfigError if the address cannot be bound or the token is not valid."""
         self._values, self._actors = values, actors
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
@@ -56,16 +53,16 @@ class Exporter(Collector):
 
     @property
     def address(self) -> str:
-        """Host and port, as Prometheus names a target."""
+        """Host and port in the form of a Prometheus target."""
         host, port = self._server.server_address[:2]
         return f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
 
     def page(self) -> bytes:
-        """What a scrape gets."""
+        """The text of a scrape."""
         return generate_latest(self.registry)
 
     def timed_page(self) -> bytes:
-        """The page, with its own time counted for the next one."""
+        """The page; the next one includes its time."""
         began, cpu = time.perf_counter(), time.thread_time()
         page = self.page()
         self._values.observe("edit_ray_scrape_seconds", time.perf_counter() - began)
@@ -73,7 +70,7 @@ class Exporter(Collector):
         return page
 
     def collect(self) -> Iterable[Family]:
-        """Every metric of the catalog, each with all its children."""
+        """Every metric of the catalog with all its children."""
         known = self._values.snapshot("")
         values = {**known.counts, **known.gauges, **self._actors.gauges()}
         seen: dict[str, dict[tuple[str, ...], None]] = {}
@@ -94,7 +91,7 @@ class Exporter(Collector):
             yield family
 
     def close(self) -> None:
-        """Give the address back."""
+        """Stops serving and frees the address."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -111,22 +108,22 @@ class _Server(ThreadingTCPServer):
         super().__init__(address, _ScrapeHandler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Who scrapes has left; the next scrape is another."""
+        """Ignores a client that has disconnected."""
 
 
 class _ScrapeHandler(BaseHTTPRequestHandler):
     server: _Server
     server_version, sys_version = "edit-ray", ""
-    timeout = 10  # seconds without a byte from who scrapes
+    timeout = 10  # seconds without a byte from the client
 
     def do_GET(self) -> None:
         expected = self.server.expected
         if expected is None and self._host() not in self.server.names:
-            # A page from elsewhere whose host name was made to mean this machine still says its own name.
+            # DNS rebinding: a web page whose name resolves to this machine still sends its own name.
             return self._answer(403, b"without metrics.token_file the metrics are for this machine's own names only\n")
-        given = self.headers.get("Authorization", "").encode()
-        if expected is not None and not hmac.compare_digest(given, expected):
-            self._answer(401, b"metrics.token_file names the token that is wanted\n", ("WWW-Authenticate", "Bearer"))
+        token = self.headers.get("Authorization", "").encode()
+        if expected is not None and not hmac.compare_digest(token, expected):
+            self._answer(401, b"this needs the token in metrics.token_file\n", ("WWW-Authenticate", "Bearer"))
         elif self.path.partition("?")[0] != "/metrics":
             self._answer(404, b"the metrics are at /metrics\n")
         else:
@@ -134,11 +131,11 @@ class _ScrapeHandler(BaseHTTPRequestHandler):
         return None
 
     def _host(self) -> str:
-        """The name, without its port, by which this was asked for."""
+        """The host name of the request, without its port."""
         return re.sub(r":[0-9]*$", "", self.headers.get("Host", "")).lower()
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Scrapes are not logged."""
+        """Logs nothing."""
 
     def _answer(self, code: int, body: bytes, *more: tuple[str, str]) -> None:
         self.send_response(code)
@@ -158,7 +155,7 @@ def _listen(options: MetricsOptions, token: str | None, exporter: Exporter) -> _
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(
             [
-                f"metrics.address is {options.address!r} and metrics.port {options.port}, which cannot be had "
+                f"metrics.address is {options.address!r} and metrics.port {options.port}, which cannot be bound "
                 f"({reason}); choose an address of this machine, and another port or 0 for any free one"
             ]
         ) from None
@@ -170,7 +167,7 @@ def _token(options: MetricsOptions) -> str | None:
     try:
         token = Path(options.token_file).expanduser().read_text(encoding="ascii").strip()
     except (OSError, ValueError) as error:
-        reason = (getattr(error, "strerror", None) or "it is no ASCII text").lower()
+        reason = (getattr(error, "strerror", None) or "it is not ASCII text").lower()
         raise ConfigError([f"metrics.token_file is {options.token_file!r}, which cannot be read ({reason})"]) from None
     if len(token) < MIN_TOKEN or not token.isprintable():
         raise ConfigError([f"metrics.token_file must hold one line of at least {MIN_TOKEN} printable characters"])
@@ -178,14 +175,14 @@ def _token(options: MetricsOptions) -> str | None:
 
 
 def remove_targets(path: Path, address: str) -> None:
-    """Takes away what `write_targets` has told, unless the file tells of another address by now."""
+    """Removes the file of `write_targets` unless it names another address by now."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         if json.loads(read_bytes(path))[0]["targets"] == [address]:
             remove(path)
 
 
 def write_targets(root: Path, address: str) -> Path:
-    """Tells Prometheus in the folder of runs where to scrape (its file_sd); the file is there whole or not at all."""
+    """Writes the scrape target for Prometheus (its file_sd) into the folder of runs, atomically."""
     path = root / TARGETS
     remove_drafts(root, TARGETS)
     write_atomic(path, json.dumps([{"targets": [address], "labels": {}}]).encode() + b"\n")

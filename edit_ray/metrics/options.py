@@ -1,4 +1,4 @@
-"""Where a run's metrics can be had."""
+"""The configuration section of the metrics exporter."""
 
 from typing import Self
 
@@ -10,9 +10,9 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class MetricsOptions(Options):
-    """The exporter in the segment scheduler, at `http://address:port/metrics`; port 0 is any free one.
+    """The exporter in the segment scheduler, at `http://address:port/metrics`; port 0 is any free port.
 
-    Whoever reads it from another machine has to know the token in `token_file`.
+    Requests from other machines need the token in `token_file`.
     """
 
     enabled: bool = True

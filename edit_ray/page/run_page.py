@@ -6,8 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edit_ray.cache.record_page import STYLE, decision_sections
-from edit_ray.cache.records import Record
+from edit_ray.cache.records import STYLE, Record, decision_sections
 from edit_ray.page.drawing import Bar, chart, sampled, strip, timeline
 from edit_ray.runs.manifest import SegmentRecord
 from edit_ray.video.seams import Appearance

@@ -1,21 +1,85 @@
-"""A model folder with the configuration of a published Wan and random weights, on which its speed does not depend."""
+"""Models with the sizes of a published Wan and random weights, on which speed does not depend."""
+
+from __future__ import annotations
 
 import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from edit_ray.testing.random_weights import FILE_BYTES, fill_random, save_random_weights
-from edit_ray.testing.variants import VARIANTS, TextEncoder, Variant
-from edit_ray.testing.wan import END, PAD, UNKNOWN, name_tokenizer_class
+from edit_ray.testing.wan import SPECIAL_TOKENS, UNKNOWN, fast_tokenizer, name_tokenizer_class
+
+TextEncoder = Literal["full", "tiny", "none"]
+Config = Mapping[str, Any]
+FILE_BYTES = 2 * 2**30
+
+# The published 48 means and deviations do not affect speed.
+_WAN22_VAE: Config = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
+_UMT5_XXL: Config = {
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The configs of a Wan text-to-video model's parts, without what diffusers' classes take by default."""
+
+    transformer: Config
+    flow_shift: float
+    vae: Config = field(default_factory=dict)
+    text_encoder: Config = field(default_factory=lambda: _UMT5_XXL)
+    expand_timesteps: bool = False
+
+    def text_encoder_config(self, size: TextEncoder) -> Config | None:
+        """UMT5's config: as published, one narrow layer that gives embeddings of the same width, or None."""
+        if size == "none":
+            return None
+        narrow = {"vocab_size": 512, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+        return {**self.text_encoder, **(narrow if size == "tiny" else {}), "dropout_rate": 0.0}
+
+
+def _transformer(heads: int, ffn_dim: int, num_layers: int, channels: int = 16) -> Config:
+    sizes = {"num_attention_heads": heads, "ffn_dim": ffn_dim, "num_layers": num_layers}
+    return sizes | {"in_channels": channels, "out_channels": channels}
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "t2v-1.3B": Variant(_transformer(12, 8960, 30), flow_shift=3.0),
+    "t2v-14B": Variant(_transformer(40, 13824, 40), flow_shift=3.0),
+    "ti2v-5B": Variant(_transformer(24, 14336, 30, 48), flow_shift=5.0, vae=_WAN22_VAE, expand_timesteps=True),
+}
 
 
 def make_model(
@@ -31,11 +95,11 @@ def make_model(
     """Write a model of the variant's real sizes in diffusers' folder layout; returns `directory`.
 
     Args:
-        directory: Made where it is missing.
-        variant: One of `VARIANTS` by name, or sizes of one's own.
+        directory: Made if it is missing.
+        variant: One of `VARIANTS` by name, or other sizes.
         text_encoder: UMT5-XXL as published, a small one that gives embeddings of the same width, or none.
         dtype: The weights' type in the files.
-        device: Where they are drawn, which is fastest on a GPU; one file's worth at a time.
+        device: Draws the weights, one file's at a time; a GPU is fastest.
         seed: The same seed gives the same weights, on the same kind of device.
         file_bytes: Bytes of weights in one file.
 
@@ -44,7 +108,7 @@ def make_model(
     """
     sizes = VARIANTS[variant] if isinstance(variant, str) else variant
     drawing: dict[str, Any] = {"seed": seed, "dtype": dtype, "device": device or torch.device("cpu")}
-    parts: dict[str, list[str | None]] = {}
+    parts: dict[str, list[str | None]] = {"text_encoder": [None, None], "transformer_2": [None, None]}
     for name, part in _parts(sizes, text_encoder).items():
         folder = directory / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,12 +117,11 @@ def make_model(
         stem = folder / ("model" if is_text else "diffusion_pytorch_model")
         save_random_weights(part, stem, **drawing, file_bytes=file_bytes)
         parts[name] = ["transformers" if is_text else "diffusers", type(part).__name__]
-    _noise_scheduler(sizes).save_pretrained(directory / "scheduler")
+    scheduler = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": sizes.flow_shift}
+    UniPCMultistepScheduler(**scheduler).save_pretrained(directory / "scheduler")
     parts["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
     has_text = text_encoder != "none"
-    parts.setdefault("text_encoder", [None, None])
     parts["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"] if has_text else [None, None]
-    parts["transformer_2"] = [None, None]
     index = {"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__, **parts}
     index |= {"boundary_ratio": None, "expand_timesteps": sizes.expand_timesteps}
     (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -75,32 +138,6 @@ def meta_transformer(variant: str | Variant) -> WanTransformer3DModel:
         return WanTransformer3DModel(**sizes.transformer)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token for each byte of any text, an end token last."""
-    vocabulary = {token: index for index, token in enumerate((PAD, END, UNKNOWN, *sorted(ByteLevel.alphabet())))}
-    tokenizer = Tokenizer(BPE(vocabulary, [], unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = TemplateProcessing(single=f"$A {END}", special_tokens=[(END, vocabulary[END])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, model_max_length=512
-    )
-
-
-def _parts(sizes: Variant, text_encoder: TextEncoder) -> dict[str, Any]:
-    """The models of the folder, on the device "meta"."""
-    parts = {"transformer": meta_transformer(sizes)}
-    text_config = sizes.text_encoder_config(text_encoder)
-    with torch.device("meta"):
-        parts["vae"] = AutoencoderKLWan(**sizes.vae)
-        if text_config is not None:
-            parts["text_encoder"] = UMT5EncoderModel(UMT5Config(**text_config))
-    return parts
-
-
-def _noise_scheduler(sizes: Variant) -> UniPCMultistepScheduler:
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=sizes.flow_shift)
-
-
 def random_transformer(
     variant: str | Variant, *, device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> WanTransformer3DModel:
@@ -114,3 +151,60 @@ def random_transformer(
         if not any(part in wide for part in name.split(".")):
             parameter.data = parameter.data.to(dtype)
     return model
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token for each byte of any text, an end token last."""
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *sorted(ByteLevel.alphabet())))}
+    tokenizer = Tokenizer(BPE(vocabulary, [], unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    return fast_tokenizer(tokenizer)
+
+
+def _parts(sizes: Variant, text_encoder: TextEncoder) -> dict[str, Any]:
+    """The models of the folder, on the device "meta"."""
+    parts = {"transformer": meta_transformer(sizes)}
+    text_config = sizes.text_encoder_config(text_encoder)
+    with torch.device("meta"):
+        parts["vae"] = AutoencoderKLWan(**sizes.vae)
+        if text_config is not None:
+            parts["text_encoder"] = UMT5EncoderModel(UMT5Config(**text_config))
+    return parts
+
+
+def save_random_weights(
+    model: nn.Module, stem: Path, *, seed: int, dtype: torch.dtype, device: torch.device, file_bytes: int = FILE_BYTES
+) -> None:
+    """Write weights for `model`, which may be on the device "meta", as `stem`.safetensors, or as several with an index.
+
+    A tensor depends only on its name, `seed` and the type of `device`, which draws it. No more than one file's weights
+    are in memory at a time.
+    """
+    like = {name: torch.empty(each.shape, dtype=dtype, device="meta") for name, each in model.named_parameters()}
+    pattern = f"{stem.name}{{suffix}}.safetensors"
+    split = split_torch_state_dict_into_shards(like, filename_pattern=pattern, max_shard_size=file_bytes)
+    for file, names in split.filename_to_tensors.items():
+        drawn = {name: _draw(name, like[name].shape, seed, device).to(dtype).cpu() for name in names}
+        save_file(drawn, stem.with_name(file), {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        stem.with_name(f"{stem.name}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def fill_random(model: nn.Module, seed: int = 0) -> None:
+    """Give the parameters of `model` the values that `save_random_weights` writes for its device, in its types."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_draw(name, parameter.shape, seed, parameter.device))
+
+
+def _draw(name: str, shape: torch.Size, seed: int, device: torch.device) -> Tensor:
+    """Float32 values that keep activations of order one: matrices by their inputs, norms one, biases small."""
+    kind = name.rsplit(".", 1)[-1]
+    if kind == "gamma" or (kind == "weight" and len(shape) == 1):
+        return torch.ones(shape, device=device)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    scale = 0.02 if kind == "bias" else math.prod(shape[1:]) ** -0.5
+    if kind == "scale_shift_table":
+        scale = shape[-1] ** -0.5
+    return torch.randn(shape, generator=generator, device=device).mul_(scale)

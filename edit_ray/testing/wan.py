@@ -1,28 +1,27 @@
-"""Real models at toy sizes, so that tests of this package and of what is built on it need no mocks, no download."""
+"""A real model at toy size: tests need no mocks and no download."""
 
 import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+import transformers
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel, WanVACETransformer3DModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+from edit_ray.engine.pipeline import EditWanPipeline
+
+SPECIAL_TOKENS = PAD, END, UNKNOWN = ("<pad>", "</s>", "<unk>")
 WORDS = ("a", "red", "green", "blue", "circle", "square", "and", "bouncing", "on", "black", "white", "background")
 TEXT_DIM = 32
 Z_DIM = 4
+CLIP_DIM, CLIP_TOKENS = 16, 5
+Layout = Literal["text", "image", "image_clip", "first_last_clip", "vace"]
 
 
 def save_random_wan(
@@ -32,42 +31,36 @@ def save_random_wan(
     expand_timesteps: bool = False,
     two_experts: bool = False,
     boundary_ratio: float | None = None,
-    noise_scheduler: Literal["unipc", "flow_match_euler"] = "unipc",
     num_layers: int = 2,
+    layout: Layout = "text",
 ) -> Path:
-    """Write a complete Wan text-to-video model with random weights in diffusers' folder layout; returns `directory`.
+    """Write a complete Wan model with random weights in diffusers' folder layout; returns `directory`.
 
     Latents have 4 channels at 1/8 of the pixel size and 1/4 of the frame rate, as Wan's; everything together is about
     a megabyte. `two_experts` adds a `transformer_2`, used below `boundary_ratio` (0.5 unless given). The same seed
-    gives the same weights; the caller's random state is left alone.
+    gives the same weights; the caller's random state stays as it is. `layout` is what the model takes beside text:
+    an image as Wan2.2 ("image") or Wan2.1 ("image_clip", and with a last image "first_last_clip"), or VACE's controls.
     """
+    flow: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    text = {"vocab_size": len(WORDS) + 3, "d_model": TEXT_DIM, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 1}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipe = WanPipeline(
-            tokenizer=word_tokenizer(WORDS),
-            text_encoder=_text_encoder(len(WORDS) + 3),
+        with_clip = layout.endswith("clip")
+        pipe = EditWanPipeline(
+            tokenizer=_word_tokenizer(),
+            text_encoder=UMT5EncoderModel(UMT5Config(**text, dropout_rate=0.0)).eval(),
             vae=random_vae(),
-            scheduler=_noise_scheduler(noise_scheduler),
-            transformer=_transformer(num_layers),
-            transformer_2=_transformer(num_layers) if two_experts else None,
+            scheduler=UniPCMultistepScheduler(**flow),
+            transformer=_transformer(num_layers, layout),
+            transformer_2=_transformer(num_layers, layout) if two_experts else None,
+            image_processor=_image_processor() if with_clip else None,
+            image_encoder=_image_encoder() if with_clip else None,
             boundary_ratio=(boundary_ratio or 0.5) if two_experts else None,
             expand_timesteps=expand_timesteps,
         )
     pipe.save_pretrained(directory)
     name_tokenizer_class(directory)
     return directory
-
-
-def word_tokenizer(words: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per known word, lower-cased, an end token last; all other words become `<unk>`."""
-    vocabulary = {word: index for index, word in enumerate((PAD, END, UNKNOWN, *words))}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.normalizer = Lowercase()
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single=f"$A {END}", special_tokens=[(END, vocabulary[END])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, model_max_length=512
-    )
 
 
 def random_vae(**config: object) -> AutoencoderKLWan:
@@ -84,40 +77,69 @@ def random_vae(**config: object) -> AutoencoderKLWan:
     return AutoencoderKLWan(**(defaults | config)).eval()
 
 
-def _transformer(num_layers: int) -> WanTransformer3DModel:
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
+def _transformer(num_layers: int, layout: Layout) -> WanTransformer3DModel | WanVACETransformer3DModel:
+    config: dict[str, Any] = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 2 * Z_DIM + 4 if layout.startswith(("image", "first_last")) else Z_DIM,
+        "out_channels": Z_DIM,
+        "text_dim": TEXT_DIM,
+        "freq_dim": 32,
+        "ffn_dim": 48,
+        "num_layers": num_layers,
+        "rope_max_seq_len": 64,
+    }
+    if layout == "vace":
+        # Wan's control: both halves of a video, and a mask of 8 x 8 pixels for each place.
+        return WanVACETransformer3DModel(**config, vace_layers=[0], vace_in_channels=2 * Z_DIM + 64).eval()
+    if layout.endswith("clip"):
+        config |= {"image_dim": CLIP_DIM, "added_kv_proj_dim": 24}
+    if layout == "first_last_clip":
+        config["pos_embed_seq_len"] = 2 * CLIP_TOKENS
+    return WanTransformer3DModel(**config).eval()
+
+
+def _image_processor() -> Any:
+    # transformers 5 keeps the processor that needs no torchvision under a name of its own.
+    name = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else "CLIPImageProcessor"
+    return getattr(transformers, name)(size={"shortest_edge": 16}, crop_size=16)
+
+
+def _image_encoder() -> CLIPVisionModel:
+    config = CLIPVisionConfig(
+        hidden_size=CLIP_DIM,
+        intermediate_size=32,
+        num_hidden_layers=2,
         num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=Z_DIM,
-        out_channels=Z_DIM,
-        text_dim=TEXT_DIM,
-        freq_dim=32,
-        ffn_dim=48,
-        num_layers=num_layers,
-        rope_max_seq_len=64,
-    ).eval()
-
-
-def _text_encoder(vocab_size: int) -> UMT5EncoderModel:
-    config = UMT5Config(
-        vocab_size=vocab_size, d_model=TEXT_DIM, d_kv=8, d_ff=48, num_layers=1, num_heads=1, dropout_rate=0.0
+        image_size=16,
+        patch_size=8,
     )
-    return UMT5EncoderModel(config).eval()
+    return CLIPVisionModel(config).eval()
 
 
-def _noise_scheduler(name: str) -> UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler:
-    if name == "flow_match_euler":
-        return FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+def _word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per word of `WORDS`, lower-cased, an end token last; other words become `<unk>`."""
+    vocabulary = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *WORDS))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = Lowercase(), Whitespace()
+    return fast_tokenizer(tokenizer)
+
+
+def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """The tokenizer with an end token last, as transformers loads it."""
+    tokens = [(END, tokenizer.token_to_id(END))]
+    tokenizer.post_processor = TemplateProcessing(single=f"$A {END}", special_tokens=tokens)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, model_max_length=512
+    )
 
 
 def name_tokenizer_class(directory: Path) -> None:
-    """transformers 5 writes a class name that 4.57 does not know; both know `PreTrainedTokenizerFast`."""
-    index_file, tokenizer_file = directory / "model_index.json", directory / "tokenizer" / "tokenizer_config.json"
-    index = json.loads(index_file.read_text())
-    index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
-    index_file.write_text(json.dumps(index, indent=2) + "\n")
-    tokenizer = json.loads(tokenizer_file.read_text())
-    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-    tokenizer_file.write_text(json.dumps(tokenizer, indent=2) + "\n")
+    """Name a class that transformers 4.57 and 5 both know; 5 writes one that 4.57 does not know."""
+    for name, key, value in (
+        ("model_index.json", "tokenizer", ["transformers", "PreTrainedTokenizerFast"]),
+        ("tokenizer/tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast"),
+    ):
+        file = directory / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}, indent=2) + "\n")

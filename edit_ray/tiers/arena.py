@@ -1,8 +1,12 @@
-"""The host tier's memory: one piece that its owner makes, and that every process that shares it maps.
+"""The memory that the CacheStore actor's process and the GPU actor's share: the arena, and tables of ops in it.
 
-It is a file in /dev/shm; where that has too little room, or is not to be used, a memory file without a folder
-(memfd_create(2)), which other processes open as /proc/PID/fd/N. Either can be registered with CUDA. The path of a
-memory file is followed by its inode, as a process uses the numbers of its descriptors again.
+The arena is a file in /dev/shm. Where that has too little room, or must not be used, it is a memory file without a
+folder (memfd_create(2)), which other processes open as /proc/PID/fd/N. CUDA can register either. The path of a memory
+file is followed by its inode, as processes reuse descriptor numbers.
+
+A segment's reads and writes, in the order of use, are its ops. Each has two words in a table in the arena: `place`,
+which the store writes, and `state`, which the segment writes. So between `prepare` and `complete` neither calls the
+other, and a segment may work on more than the arena holds: the store loads what comes next while the segment runs.
 """
 
 from __future__ import annotations
@@ -16,15 +20,18 @@ import sys
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from mmap import mmap
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from edit_ray.errors import HostMemoryShort, ResourcesUnavailable
+from edit_ray.tiers.reuse_plan import Key
 from edit_ray.tiers.slots import PAGE, whole_pages
 
 SHARED_MEMORY = "/dev/shm"
@@ -33,21 +40,26 @@ _MOST_VIEWS = 4096  # kept, as making one takes longer than finding it
 _MOST_REGISTERED = 512 * 2**30  # bytes; and in one piece, as no copy may cross from one registration into another
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; the module mmap does not name it
 
+WAITING, NONE = 0, -1  # words of `place`; any other is an offset in the arena, plus 1
+UNTOUCHED, NEEDED, DONE, SKIPPED = 0, 1, 2, 3  # words of `state`
+_WORD = np.dtype(np.int64)
+_ENDED = ("Z", "X")  # states of a process whose memory is gone, though its parent has not waited for it
+
 
 class SharedMemoryFull(ResourcesUnavailable):
-    """The folder that an arena was asked for has less memory free than it needs."""
+    """A folder in shared memory has less memory free than an arena needs."""
 
 
 class Arena:
     """`size_bytes` of memory under a path. The owner makes it with `create` or `create_unnamed`, others `open` it.
 
-    The owner holds a lock on the file for as long as it lives, however it ends. A file that nobody has locked is a dead
-    owner's, and the next `create` in that folder removes it. Processes that map it keep their mapping, whatever becomes
-    of the file.
+    The owner holds a lock on the file until it ends, however it ends. A file that nobody has locked is a dead owner's,
+    and the next `create` in that folder removes it. Processes that map it keep their mapping whatever happens to the
+    file.
     """
 
     def __init__(self, path: Path, memory: mmap, descriptor: int | None = None, *, named: bool = False) -> None:
-        """Takes over a mapping, and the descriptor of a file without a name; use `create`, `create_unnamed`, `open`."""
+        """Takes over a mapping, and the descriptor of an unnamed file; use `create`, `create_unnamed`, `open`."""
         self.path, self.size_bytes = path, len(memory)
         self._memory: mmap | None = memory
         self._descriptor, self._named = descriptor, named
@@ -56,7 +68,7 @@ class Arena:
 
     @classmethod
     def create(cls, size_bytes: int, directory: str | PathLike[str] = SHARED_MEMORY) -> Arena:
-        """A new file of `size_bytes`, rounded up to a page, every page of it there before this returns.
+        """A new file of `size_bytes`, rounded up to pages, with every page allocated.
 
         Raises:
             SharedMemoryFull: less is free.
@@ -68,16 +80,16 @@ class Arena:
         if not folder.is_dir():
             raise ValueError(f"directory is {str(directory)!r}, which is no folder; valid is one in shared memory.")
         remove_stale(folder)
-        size, free = whole_pages(size_bytes), _free_bytes(folder)
-        if size > free:
-            raise _too_small(folder, size_bytes, free)
+        size = whole_pages(size_bytes)
+        if size > _free_bytes(folder):
+            raise _too_small(folder, size_bytes)
         path, descriptor = _locked_file(folder)
         try:
             memory = _mapped(descriptor, size)
         except BaseException as error:
             path.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise _too_small(folder, size, _free_bytes(folder)) from None
+                raise _too_small(folder, size) from None
             raise
         finally:
             os.close(descriptor)  # the mapping has one of its own, so the lock lasts as long as that
@@ -85,7 +97,7 @@ class Arena:
 
     @classmethod
     def create_unnamed(cls, size_bytes: int) -> Arena:
-        """The same in no folder, bounded by the node's memory alone. Raises HostMemoryShort, with both figures."""
+        """The same in no folder, bounded by the node's memory alone. Raises HostMemoryShort, with both sizes."""
         size, free = whole_pages(size_bytes), _available_bytes()
         if size > free:
             raise HostMemoryShort(
@@ -104,27 +116,23 @@ class Arena:
 
     @classmethod
     def open(cls, path: str | PathLike[str]) -> Arena:
-        """The arena that another process owns. Raises FileNotFoundError when it is gone."""
+        """The arena of another process. Raises FileNotFoundError if it no longer exists."""
         descriptor = _open(path)
         try:
             return cls(Path(path), mmap(descriptor, 0))
         finally:
             os.close(descriptor)
 
-    def owner_lives(self) -> bool:
-        """Whether the process that made it, and that alone serves it, still holds it."""
-        return owner_lives(self.path)
-
     def register(self) -> bool:
         """Page-lock the memory for this process's CUDA context, so that a GPU copies to and from it by itself.
 
         Only the process with the GPU does this: a context takes half a gigabyte of it. False where CUDA refuses, as
-        beyond a limit on locked memory; copies then go through the driver's own buffers, and whoever asks waits.
+        beyond a limit on locked memory; copies then go through the driver's own buffers, and the caller waits.
         """
         if self._unregister is None and self._memory is not None and self.size_bytes <= _MOST_REGISTERED:
             address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
             if int(torch.cuda.cudart().cudaHostRegister(address, self.size_bytes, 0)) == 0:
-                # Never is memory given back that CUDA knows: what is mapped there later would not be what it copies to.
+                # Memory that CUDA knows is never unmapped: what is mapped there later would not be what it copies to.
                 self._unregister = weakref.finalize(self, _unregister, address)
             else:
                 with suppress(RuntimeError):  # the error waits in the context, for whatever is called next
@@ -132,7 +140,7 @@ class Arena:
         return self._unregister is not None
 
     def memory(self, offset: int, size: int) -> memoryview:
-        """The bytes there, without a copy. Raises ValueError outside of the arena, or once it is closed."""
+        """`size` bytes at `offset`, without a copy. Raises ValueError outside the arena, or once it is closed."""
         if self._memory is None:
             raise ValueError(f"The arena {self.path} is closed.")
         if offset < 0 or size < 0 or offset + size > self.size_bytes:
@@ -140,7 +148,7 @@ class Arena:
         return memoryview(self._memory)[offset : offset + size]
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-        """What lies there as a contiguous tensor on the CPU; what is written to it, every process sees."""
+        """The memory at `offset` as a contiguous tensor [*shape] on the CPU; every process sees what is written."""
         which = (offset, dtype, tuple(shape))
         if which in self._views:
             return self._views[which]
@@ -154,7 +162,7 @@ class Arena:
         return view
 
     def close(self) -> None:
-        """Ends the arena for this process; the owner removes the file too. Views live on, and the memory with them."""
+        """Ends the arena for this process; the owner also removes the file. Views stay valid, with their memory."""
         memory, self._memory = self._memory, None
         if memory is None:
             return
@@ -165,15 +173,13 @@ class Arena:
             self.path.unlink(missing_ok=True)
         if self._descriptor is not None:
             os.close(self._descriptor)
-        with suppress(BufferError):  # it goes with the last view
+        with suppress(BufferError):  # it is freed with the last view
             memory.close()
 
     def __enter__(self) -> Arena:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -193,7 +199,7 @@ def make_arena(size_bytes: int, shared_memory: Literal["auto", "require", "never
 
 
 def owner_lives(path: str | PathLike[str]) -> bool:
-    """Whether the file is there and its owner has it locked."""
+    """Whether an arena's file exists and its owner has it locked."""
     try:
         descriptor = _open(path)
     except OSError:
@@ -207,9 +213,8 @@ def owner_lives(path: str | PathLike[str]) -> bool:
     return False
 
 
-def remove_stale(directory: str | PathLike[str] = SHARED_MEMORY) -> list[Path]:
-    """Remove the arenas of owners that are dead; returns their paths. Other users' arenas are left alone."""
-    removed = []
+def remove_stale(directory: str | PathLike[str] = SHARED_MEMORY) -> None:
+    """Remove the arenas of dead owners; other users' arenas stay."""
     for path in sorted(Path(directory).glob(_NAMES)):
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -218,12 +223,10 @@ def remove_stale(directory: str | PathLike[str] = SHARED_MEMORY) -> list[Path]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
-            removed.append(path)
         except OSError:
             continue  # its owner lives
         finally:
             os.close(descriptor)
-    return removed
 
 
 def _open(path: str | PathLike[str]) -> int:
@@ -249,12 +252,12 @@ def _locked_file(folder: Path) -> tuple[Path, int]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
             return path, descriptor
-        os.close(descriptor)  # someone else's `remove_stale` found it before it was locked
+        os.close(descriptor)  # another process's `remove_stale` found it before it was locked
 
 
 def _mapped(descriptor: int, size: int) -> mmap:
-    """A mapping of which every page is touched: a first touch costs eight times a copy, so no copy should be that."""
-    os.posix_fallocate(descriptor, 0, size)  # a sparse file would end this process when it is touched
+    """A mapping of which every page is touched: a first touch costs eight times a copy, so no copy should be one."""
+    os.posix_fallocate(descriptor, 0, size)  # touching a page of a sparse file would end this process
     memory = mmap(descriptor, size)
     try:
         memory.madvise(_POPULATE_WRITE)
@@ -276,8 +279,117 @@ def _available_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
-def _too_small(folder: Path, needed: int, free: int) -> SharedMemoryFull:
+def _too_small(folder: Path, needed: int) -> SharedMemoryFull:
+    free = _free_bytes(folder)
     return SharedMemoryFull(
         f"The arena needs {needed} bytes ({needed / 2**20:.0f} MiB) of shared memory, and {folder} has {free} "
         f"({free / 2**20:.0f} MiB) free: lower the host tier's budget or enlarge {folder} (docker: --shm-size)."
     )
+
+
+@dataclass(frozen=True)
+class EntryForm:
+    """What an entry is: the device it is computed on, its dtype and its shape."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:  # bytes
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Op:
+    """One read or write of one entry."""
+
+    key: Key
+    form: EntryForm
+    writes: bool
+
+
+@dataclass(frozen=True)
+class Lease:
+    """What `prepare` returns: the arena's path, the offset of the segment's table of ops, the store's incarnation."""
+
+    arena: str
+    table: int
+    store: str
+
+
+def table_bytes(num_ops: int) -> int:
+    """Bytes of a table."""
+    return 2 * num_ops * _WORD.itemsize
+
+
+class OpTable:
+    """The words of a segment's ops, in an arena at `offset`. Each is written by one side only, and aligned, so never
+    torn. The store writes a place once its bytes are there; the segment writes DONE once it has used them.
+    """
+
+    def __init__(self, arena: Arena, offset: int, num_ops: int) -> None:
+        words: NDArray[np.int64] = np.frombuffer(arena.memory(offset, table_bytes(num_ops)), dtype=_WORD)
+        self._places, self._states = words[:num_ops], words[num_ops:]
+
+    def clear(self) -> None:
+        """All waiting, none touched."""
+        self._places[:] = WAITING
+        self._states[:] = UNTOUCHED
+
+    def give(self, index: int, offset: int | None) -> None:
+        """The place of an op; None if it has none: a read that was lost, a write that nobody keeps."""
+        self._places[index] = NONE if offset is None else offset + 1
+
+    def states(self) -> NDArray[np.int64]:
+        """A copy of every op's state."""
+        return self._states.copy()
+
+    def place(self, index: int) -> int | None:
+        """The offset of an op, or WAITING - 1 while it has none yet; None if it never will."""
+        word = int(self._places[index])
+        return None if word == NONE else word - 1
+
+    def mark(self, index: int, state: int) -> None:
+        """Write the state of an op."""
+        self._states[index] = state
+
+
+# A process that holds leases is named by its pid and its start in the kernel's clock ticks: so it is not mistaken for a
+# later one of the same pid, and of two holders of one run it is known which began later.
+
+
+def this_process() -> str:
+    """The name of this process."""
+    began = _state_and_start(os.getpid())
+    return f"{os.getpid()}-{began[1] if began else 0}"
+
+
+def is_gone(process: object) -> bool:
+    """Whether no process of this machine has the name any more; what is no such name is nobody's."""
+    parsed = _parse(process)
+    if parsed is None:
+        return True
+    found = _state_and_start(parsed[1])
+    return found is None or found[0] in _ENDED or found[1] != parsed[0]
+
+
+def began_before(process: object, other: object) -> bool:
+    """Whether a process is known to have begun before the other."""
+    one, two = _parse(process), _parse(other)
+    return one is not None and two is not None and one[0] < two[0]
+
+
+def _parse(process: object) -> tuple[int, int] | None:
+    """Its start and its pid."""
+    pid, _, start = str(process).partition("-")
+    return (int(start), int(pid)) if pid.isdecimal() and start.isdecimal() else None
+
+
+def _state_and_start(pid: int) -> tuple[str, int] | None:
+    """See proc_pid_stat(5): after the name, which may hold anything, fields 3 and 22."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[0], int(fields[19])

@@ -1,9 +1,9 @@
-"""One entry's file: its form, and how its bytes go between memory and the disk around the page cache.
+"""One entry's file: its format, and direct I/O between memory and disk, around the page cache.
 
 The file is safetensors, with data at a multiple of 4096 bytes and checksums over everything. The header is padded with
 spaces, so that direct I/O moves the data straight between the file and memory, and stock `safetensors.torch.load_file`
-reads the file all the same. Its metadata hold `key` (JSON), `xxh3_64` of the data and `header_xxh3_64` of the header as
-it is without that field.
+reads the file all the same. Its metadata are `key` (JSON), `xxh3_64` of the data, and `header_xxh3_64` of the header
+without that field.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from edit_ray import files
 from edit_ray.tiers.reuse_plan import Key
 from edit_ray.tiers.slots import PAGE, whole_pages
 
-LONGEST_HEADER = 64 * 1024  # bytes, the eight that say its length included: more is no file of ours
+LONGEST_HEADER = 64 * 1024  # bytes, including the eight that say its length; a longer header is not of this format
 _LENGTH_BYTES = 8
 _NAMES = {
     torch.float64: "F64",
@@ -44,8 +44,7 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-# A link under one of our names is followed by nobody, and a pipe holds nobody up.
-READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # follows no link under a name of ours, waits for no pipe
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -55,7 +54,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a file holds: a tensor's type, its shape and the `checksum_of` its bytes."""
+    """What a file holds: a tensor's dtype, its shape and the `checksum_of` its bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -73,12 +72,12 @@ def checksum_of(memory: memoryview) -> str:
 
 
 def file_name(key: Key) -> str:
-    """The same for keys that are equal, such as (1,) and (True,). Raises TypeError for what is no key."""
+    """The same for equal keys, such as (1,) and (True,). Raises TypeError for what is not a key."""
     return f"{xxh3_128_hexdigest(_text(key).encode())}.safetensors"
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Raises ValueError for a type that these files do not hold."""
+    """Raises ValueError for a dtype that these files do not hold."""
     if dtype not in _NAMES:
         raise ValueError(f"A file holds no {dtype}; valid are {', '.join(map(str, _NAMES))}.")
 
@@ -97,7 +96,7 @@ def header_of(key: Key, entry: FileEntry) -> bytes:
 
 
 def parse_header(header: bytes) -> tuple[Key, FileEntry] | None:
-    """Key and entry of what `header_of` made, or None for anything else, be it one byte that differs."""
+    """Key and entry of a header that `header_of` made, or None for anything else, even if one byte differs."""
     try:
         content = json.loads(header[_LENGTH_BYTES:])
         metadata, tensor = content["__metadata__"], content["tensor"]
@@ -110,7 +109,7 @@ def parse_header(header: bytes) -> tuple[Key, FileEntry] | None:
 
 
 def read_header(descriptor: int) -> tuple[int, Key, FileEntry] | None:
-    """The size of an open file's header, its key and entry; None if it is none of ours. Raises OSError."""
+    """The size of an open file's header, its key and entry; None if it is not of this format. Raises OSError."""
     size = _LENGTH_BYTES + int.from_bytes(files.read_at(descriptor, 0, _LENGTH_BYTES), "little")
     if size != whole_pages(size) or size > LONGEST_HEADER:
         return None
@@ -119,13 +118,11 @@ def read_header(descriptor: int) -> tuple[int, Key, FileEntry] | None:
 
 
 def read_key(path: Path) -> Key | None:
-    """The key of the entry in a file, None if the file is gone or none of ours. Raises OSError."""
-    try:
-        with files.opened(path) as descriptor:
-            header = read_header(descriptor)
-    except FileNotFoundError:
-        return None
-    return None if header is None else header[1]
+    """The key of the entry in a file, None if the file is gone or not of this format. Raises OSError."""
+    with suppress(FileNotFoundError), files.opened(path) as descriptor:
+        if header := read_header(descriptor):
+            return header[1]
+    return None
 
 
 def _text(key: Key) -> str:
@@ -133,68 +130,82 @@ def _text(key: Key) -> str:
 
 
 class DiskFull(OSError):
-    """The disk or a quota has no room for a file, of which nothing is left: make room and try again."""
+    """The disk or a quota has no room for a file. Nothing is left of it: make room and try again."""
+
+
+def as_disk_full(error: OSError) -> OSError:
+    """A DiskFull if the error says that there is no room, else the error itself."""
+    if error.errno not in _FULL or isinstance(error, DiskFull):
+        return error
+    return DiskFull(error.errno, error.strerror, error.filename)
 
 
 class DirectFiles:
-    """Writes and reads whole files with O_DIRECT. Where that is refused, at `open` or later, it does so no more.
+    """Writes and reads whole files with O_DIRECT, until that is refused at `open` or later.
 
-    Every part starts at a multiple of `PAGE` in memory and is a multiple long, whatever the file's true size.
+    A file is a list of parts, each of which starts in memory at a multiple of `PAGE` and is a multiple long; its
+    last part may go beyond the file's true size.
     """
 
     def __init__(self, num_transfers: int = 1) -> None:
-        """At most `num_transfers` files are on their way at once; who comes in another thread then waits."""
+        """At most `num_transfers` files move at once; further threads wait."""
         self.direct = bool(_DIRECT)
         self._transfers = BoundedSemaphore(num_transfers)
 
     def write(self, path: Path, parts: Sequence[memoryview], size: int) -> None:
-        """Make a new file of the first `size` bytes of `parts`, not synced. Raises OSError, DiskFull if that is why."""
-        try:
-            with self._transfers:
-                self._direct_if_possible(lambda flag: self._write(path, parts, size, flag))
-        except OSError as error:
-            raise as_disk_full(error) from None
+        """Make a new file of the first `size` bytes of `parts`, not synced. Raises OSError; nothing is left then."""
+
+        length = sum(map(len, parts))
+
+        def write(flag: int) -> None:
+            try:
+                with files.opened(path, files.NEW | flag) as descriptor:
+                    if _move(files.disk.write, descriptor, parts, length) < length:
+                        raise OSError(errno.EIO, "The filesystem took no more bytes", str(path))
+                    if length != size:
+                        files.disk.truncate(descriptor, size)
+            except BaseException:
+                with suppress(OSError):  # also what an open that was refused has made
+                    files.disk.unlink(path)
+                raise
+
+        self._direct_if_possible(write)
 
     def read(self, path: Path, parts: Sequence[memoryview], size: int) -> bool:
-        """Fill `parts` with a file of `size` bytes; False, and rubbish in `parts`, for a file of another size."""
-        with self._transfers:
-            return self._direct_if_possible(lambda flag: self._read(path, parts, size, flag))
+        """Fill `parts` with a file of `size` bytes; False, with `parts` undefined, for a file of another size."""
+
+        def read(flag: int) -> bool:
+            with files.opened(path, READING | flag) as descriptor:
+                return os.fstat(descriptor).st_size == size and _move(files.disk.read, descriptor, parts, size) == size
+
+        return self._direct_if_possible(read)
 
     def _direct_if_possible(self, action: Callable[[int], T]) -> T:
-        if not self.direct:
-            return action(0)
-        try:
-            return action(_DIRECT)
-        except OSError as error:
-            if error.errno not in _REFUSED:
-                raise
-        done = action(0)
-        self.direct = False  # only now: had this failed as well, it would not have been O_DIRECT
-        return done
-
-    def _write(self, path: Path, parts: Sequence[memoryview], size: int, flag: int) -> None:
-        length = sum(map(len, parts))
-        try:
-            with files.opened(path, files.NEW | flag) as descriptor:
-                if _move(files.disk.write, descriptor, parts, length) < length:
-                    raise OSError(errno.EIO, "The filesystem took no more bytes", str(path))
-                if length != size:
-                    files.disk.truncate(descriptor, size)
-        except BaseException:
-            with suppress(OSError):  # also what an open that was refused has made
-                files.disk.unlink(path)
-            raise
-
-    def _read(self, path: Path, parts: Sequence[memoryview], size: int, flag: int) -> bool:
-        with files.opened(path, READING | flag) as descriptor:
-            return os.fstat(descriptor).st_size == size and _move(files.disk.read, descriptor, parts, size) == size
+        with self._transfers:
+            if not self.direct:
+                return action(0)
+            try:
+                return action(_DIRECT)
+            except OSError as error:
+                if error.errno not in _REFUSED:
+                    raise
+            done = action(0)
+            self.direct = False  # only now: had this failed as well, O_DIRECT would not have been the cause
+            return done
 
 
-def as_disk_full(error: OSError) -> OSError:
-    """The error itself, or a DiskFull if it says that there is no room."""
-    if error.errno not in _FULL or isinstance(error, DiskFull):
-        return error
-    return DiskFull(error.errno, error.strerror, error.filename)
+def _move(
+    call: Callable[[int, Sequence[memoryview], int], int], descriptor: int, parts: Sequence[memoryview], size: int
+) -> int:
+    """Repeat a call until it has moved `size` bytes or moves no more; the bytes moved."""
+    left, done = list(parts), 0
+    while done < size and (moved := call(descriptor, left, done)):
+        done += moved
+        while left and moved >= len(left[0]):
+            moved -= len(left.pop(0))
+        if moved:
+            left[0] = left[0][moved:]
+    return done
 
 
 def aligned_buffer(size: int) -> torch.Tensor:
@@ -209,7 +220,7 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
 
 
 def is_tmpfs(directory: Path) -> bool:
-    """Whether a folder lies in memory: False where that cannot be told, as without /proc."""
+    """Whether a folder lies in memory; False where that is unknown, as without /proc."""
     device = directory.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     try:
@@ -219,26 +230,3 @@ def is_tmpfs(directory: Path) -> bool:
     # "36 35 98:0 /root /mount/point rw,noatime shared:1 - ext4 /dev/root rw": see proc_pid_mountinfo(5).
     found = (line.partition(" - ")[2].split(" ")[0] for line in mounts if line.split(" ")[2] == wanted)
     return next(found, "") in ("tmpfs", "ramfs")
-
-
-def _move(
-    call: Callable[[int, Sequence[memoryview], int], int], descriptor: int, parts: Sequence[memoryview], size: int
-) -> int:
-    """Repeat a call until it has moved `size` bytes or moves none; the bytes moved."""
-    done = 0
-    while done < size:
-        moved = call(descriptor, _after(parts, done), done)
-        if moved == 0:
-            break
-        done += moved
-    return done
-
-
-def _after(parts: Sequence[memoryview], done: int) -> list[memoryview]:
-    """What is left of `parts` behind their first `done` bytes."""
-    left = []
-    for part in parts:
-        if done < len(part):
-            left.append(part[done:])
-        done = max(0, done - len(part))
-    return left

@@ -1,4 +1,4 @@
-"""How the GPU actor gets at what its segments reuse: two calls a segment to the CacheStore actor, none in the loop."""
+"""The GPU actor's side of reuse: two calls a segment to the CacheStore actor, none in the loop."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_args
 
 import torch
 
 from edit_ray.errors import ConfigError, StaleLease
-from edit_ray.tiers.arena import Arena, owner_lives
+from edit_ray.tiers.arena import Arena, EntryForm, Lease, Op, owner_lives, this_process
 from edit_ray.tiers.options import ReusingRun
-from edit_ray.tiers.protocol import EntryForm, Lease, Op, OpTable, this_process
+from edit_ray.tiers.planner import Outcome
 from edit_ray.tiers.reuse_plan import Key, ReusePlan
 from edit_ray.tiers.store_client import PlannedStore
 from edit_ray.tiers.transfers import DevicePool
 
 T = TypeVar("T")
-KEPT_FREE = 4  # entries' places on the device, for the first reads of a segment that is handed others
+KEPT_FREE = 4  # entries' places on the device for the first reads of a segment that adopts others
 logger = logging.getLogger(__name__)
 Reply = Callable[[], Any]
-"""Waits for the answer to a call, and raises what the call has raised."""
+"""Waits for the answer to a call, or raises its error."""
 
 
 class Store(Protocol):
@@ -34,17 +34,16 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Reuse:
-    """A run's plan, and the form of everything in it."""
+    """A run's plan, and the form of every entry in it."""
 
     plan: ReusePlan
     form: EntryForm
 
     def ops(self, segment: int) -> list[Op]:
-        """What a segment reads and writes, in the order of use."""
+        """A segment's reads and writes, in the order of use."""
         planned = self.plan.segments[segment]
-        uses = [(use.step, use.key, False) for use in planned.reads]
-        uses += [(use.step, use.key, True) for use in planned.writes]
-        return [Op(tuple(key), self.form, writes) for _, key, writes in sorted(uses, key=lambda use: use[0])]
+        uses = [(use, False) for use in planned.reads] + [(use, True) for use in planned.writes]
+        return [Op(tuple(use.key), self.form, writes) for use, writes in sorted(uses, key=lambda each: each[0].step)]
 
 
 @dataclass(frozen=True)
@@ -55,21 +54,21 @@ class _Opened:
 
 
 class SegmentLeases:
-    """One run's leases. The next segment's is asked for while this one is made, so that the store loads ahead what that
-    one reads. A store that has died meanwhile is told of the run again.
+    """One run's leases. The next segment's is asked for while this one is made, so that the store loads its reads
+    ahead. A new store in place of one that has died is told of the run again.
     """
 
     def __init__(self, store: Store, run: ReusingRun, reuse: Reuse) -> None:
-        """Raises ConfigError where one entry is more than the host tier."""
+        """Raises ConfigError where one entry is larger than the host tier."""
         if any(segment.working for segment in reuse.plan.segments) and reuse.form.size > run.options.host_bytes:
             raise ConfigError(
                 [f"store.host_bytes is {run.options.host_bytes}; one residual of this run has {reuse.form.size} bytes."]
             )
         self._store, self._run, self.reuse = store, run, reuse
         self._on_gpu = reuse.form.device.type == "cuda"
-        # On the CPU what is read is copied when it is read: ahead of that it would only take memory.
+        # On the CPU a read is copied when it is used: earlier it would only take memory.
         self.ahead_bytes = run.options.device_bytes if self._on_gpu else 0
-        self._followed = False  # whether the store was told of the run by this object
+        self._followed = False  # whether this object has told the store of the run
         self._holder = this_process()
         self._arena: Arena | None = None
         self._pool: DevicePool | None = None
@@ -79,17 +78,19 @@ class SegmentLeases:
         self._asked: dict[int, Reply] = {}
 
     def lost(self, segment: int, attempt: int) -> list[int]:
-        """The segments that have to be made again, as the store has lost what this one reads of them."""
+        """The segments that must be made again, as the store has lost entries of theirs that this one reads."""
         if attempt == 0 and segment in self._asked:
-            return []  # if something is lost, the first attempt will find out
+            return []  # the first attempt finds out if something is lost
         reads = [op.key for op in self.reuse.ops(segment) if not op.writes]
-        missing = self._told(segment, lambda: self._store.call("missing", self._run.name, reads)()) if reads else []
+        missing = (
+            self._followed_call(segment, lambda: self._store.call("missing", self._run.name, reads)()) if reads else []
+        )
         return sorted({int(key[1]) for key in missing})
 
     def begin(self, segment: int, attempt: int, history_len: int, then_next: bool = True) -> PlannedStore:
-        """The store for a segment; the next segment's lease is asked for, unless that is not what comes next."""
+        """The store for a segment. The next segment's lease is asked for, unless another segment comes next."""
         last, opened, self._next = self._current, self._next, None
-        if last is not None:  # before the store gives others the places of a segment that has failed
+        if last is not None:  # before the store gives the places of a failed segment to others
             last.store.settle()
             if last.segment != segment - 1 or attempt:
                 last.store.close()
@@ -100,7 +101,7 @@ class SegmentLeases:
         if lease is None and attempt == 0:
             lease = self._lease_asked_for(segment)
         if lease is None:
-            lease = self._told(segment, lambda: self._prepare(segment, attempt)())
+            lease = self._followed_call(segment, lambda: self._prepare(segment, attempt)())
         self._given_by = lease.store
         self._asked.clear()
         if then_next and segment + 1 < len(self.reuse.plan.segments):
@@ -112,46 +113,46 @@ class SegmentLeases:
         return self._current.store
 
     def complete(self, segment: int, attempt: int) -> dict[str, Any]:
-        """What the segment has written is durable, and others may read it; returns the store's statistics."""
+        """Make the segment's writes durable and visible to others; returns the store's statistics."""
         which = (self._run.name, segment, attempt, self._holder, self._given_by)
         statistics: dict[str, Any] = self._store.call("complete", *which)()
         return statistics
 
     def follow(self, segment: int) -> None:
-        """Tell the store that the run goes on with this segment."""
+        """Tell the store that the run continues with this segment."""
         run, plan = self._run, self.reuse.plan
-        plans = (plan.uses(), plan.demand())
-        self._store.call("follow", run.name, *plans, segment, run.options, run.directory, run.root)()
+        of_plan = plan.uses(), plan.demand(), segment
+        self._store.call("follow", run.name, *of_plan, run.options, run.directory, run.root)()
         self._followed = True
 
     def give_up(self) -> None:
-        """Nothing stays of what is not complete."""
+        """Drop what is not complete."""
         self._close_stores()
-        with suppress(ConnectionError):  # it holds nothing then
+        with suppress(ConnectionError):  # a dead store holds nothing
             self._store.call("give_up", self._run.name, self._holder)()
 
     def free_device(self) -> None:
-        """What is on the device for later segments leaves it, and nothing is loaded ahead of its use again."""
+        """Free the device memory of later segments; nothing is loaded ahead of its use from now on."""
         if self._pool is not None:
             self._pool.release()
         self._close_stores()
         self.ahead_bytes, self._pool = 0, None
 
     def close(self) -> None:
-        """Give up what is not complete, unmap the arena, and free the device's memory."""
+        """Drop what is not complete, unmap the arena, and free the device's memory."""
         self.give_up()
         if self._arena is not None:
             self._arena.close()
         self._arena = self._pool = None
 
     def _open(self, segment: int, attempt: int, lease: Lease, history_len: int) -> _Opened:
-        """A segment's store. On a GPU, once the segment has read all, it loads ahead what the next one reads."""
+        """A segment's store. On a GPU, once the segment has begun its last read, it loads the next one's ahead."""
         arena = self._map(lease)
         if self.ahead_bytes and self._pool is None:
             self._take_pool()
         store = PlannedStore(
             arena,
-            OpTable(arena.memory(lease.table, arena.size_bytes - lease.table), lease.num_ops),
+            lease.table,
             self.reuse.ops(segment),
             prefix=(self._run.name,),
             history_len=history_len,
@@ -165,7 +166,7 @@ class SegmentLeases:
         return _Opened(segment, lease, store)
 
     def _map(self, lease: Lease) -> Arena:
-        """The store's own memory, of which this process sees the same file."""
+        """The store's arena, mapped into this process."""
         if self._arena is None or str(self._arena.path) != lease.arena:
             if self._arena is not None:
                 self._arena.close()
@@ -175,8 +176,8 @@ class SegmentLeases:
         return self._arena
 
     def _take_pool(self) -> None:
-        """Once for all segments, so that what the device holds is the same after each: as many tensors as may be used
-        at a time, which no more than a segment reads will be.
+        """Allocate once for all segments, so that the device holds the same after each: as many tensors as may be in
+        use at a time, at most those that a segment reads.
         """
         segments = range(len(self.reuse.plan.segments))
         reads = max(([op.form for op in self.reuse.ops(k) if not op.writes] for k in segments), key=len)
@@ -189,10 +190,10 @@ class SegmentLeases:
             logger.warning("The GPU lacks the %d bytes of store.device_bytes: nothing is loaded ahead.", size)
 
     def _handed(self, segment: int) -> list[Key]:
-        """What a segment writes and the next one reads, as far as it stays on the device.
+        """The writes of a segment that stay on the device, as the next one reads them.
 
-        The last in the order of use: of what has just been written the host tier keeps the first, and the others would
-        have to come back from disk. Some places are left for the first, so that they are loaded before they are read.
+        The last in the order of use: the host tier keeps the first of the entries just written, and the others would
+        have to come back from disk. Some places stay free for the first, so that they are loaded before they are read.
         """
         if segment < 0 or segment + 1 >= len(self.reuse.plan.segments):
             return []
@@ -203,7 +204,7 @@ class SegmentLeases:
         return wanted[len(wanted) - min(stay, len(wanted)) :]
 
     def _load_ahead(self, segment: int, history_len: int) -> None:
-        """Load what a segment reads while the one before it is made. The answer to `prepare` came long ago."""
+        """Load a segment's reads while the one before it is made. The answer to `prepare` came long ago."""
         if self._next is None:
             lease = self._lease_asked_for(segment)
             if lease is not None and self._arena is not None and lease.arena == str(self._arena.path):
@@ -218,7 +219,7 @@ class SegmentLeases:
         self._current = self._next = None
 
     def _lease_asked_for(self, segment: int) -> Lease | None:
-        """The lease that was asked for while the segment before was made, if the store that gave it still lives."""
+        """The lease that was asked for while the previous segment was made, if the store that gave it still lives."""
         reply = self._asked.pop(segment, None)
         try:
             lease: Lease | None = None if reply is None else reply()
@@ -226,10 +227,8 @@ class SegmentLeases:
             return None
         return lease if lease is not None and owner_lives(lease.arena) else None
 
-    def _told(self, segment: int, ask: Callable[[], T]) -> T:
-        """What is asked of the store. One that does not know the run is told of it, and so is one that knows it from an
-        earlier holder: what that one has read will be read again.
-        """
+    def _followed_call(self, segment: int, ask: Callable[[], T]) -> T:
+        """Call a store that follows the run for this object: not an earlier holder's reads, nor none."""
         if self._followed:
             with suppress(StaleLease):
                 return ask()
@@ -242,9 +241,8 @@ class SegmentLeases:
 
 
 def reuse_statistics(store: PlannedStore, tiers: dict[str, Any]) -> dict[str, float]:
-    """What the segment reused, what it waited for, and what the tiers hold after it."""
+    """What the segment has reused and waited for, and what the tiers hold after it."""
     waits, counts = store.waits, tiers["counts"]
-    outcomes = ("useful", "late", "wasted", "unfulfilled", "cancelled")
     return {
         "entries_read": waits.reads,
         "entries_written": waits.writes,
@@ -255,5 +253,5 @@ def reuse_statistics(store: PlannedStore, tiers: dict[str, Any]) -> dict[str, fl
         "disk_bytes": tiers["on_disk_bytes"],
         "stale_leases": tiers["stale_leases"],
         "prefetch_requested": counts["prefetches_requested",],
-        **{f"prefetch_{outcome}": counts["prefetches", outcome] for outcome in outcomes},
+        **{f"prefetch_{outcome}": counts["prefetches", outcome] for outcome in get_args(Outcome)},
     }

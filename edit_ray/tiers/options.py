@@ -45,7 +45,7 @@ def parse_bytes(value: object) -> object:
     return int(count)
 
 
-# Variables that hold no secrets: whoever submits a run sees their values.
+# Variables without secrets: whoever submits a run sees their values.
 NODE_VARIABLES = (
     *("HOME", "USER", "LOGNAME", "TMPDIR", "NVME", "SCRATCH", "LOCAL_SCRATCH"),
     *("SLURM_TMPDIR", "SLURM_JOB_ID", "EDIT_RAY_DISK", "EDIT_RAY_DISK_*"),
@@ -87,14 +87,14 @@ DiskBytes = Annotated[int, _bytes("20GiB, or null for no bound"), BeforeValidato
 
 
 class StoreOptions(Options):
-    """Bounds of the tiers, and where they are: bytes on the GPU of residuals on their way from and to the CacheStore
-    actor, bytes that this actor may hold in host memory and on disk (None: no bound), and the disk tier's folder.
+    """Bounds and places of the tiers: bytes on the GPU for residuals in flight from and to the CacheStore actor, bytes
+    that this actor may use in host memory and on disk (None: no bound), and the disk tier's folder.
 
     On a GPU `device_bytes` is allocated once, at a run's first segment; less where no segment reads so much. It is
-    released at the run's end, or when there is too little memory to denoise: then nothing is prefetched to the GPU.
+    freed at the run's end, or when denoising runs out of memory: then nothing is prefetched to the GPU.
 
-    `shared_memory` says where the host tier is: in /dev/shm (`require`), there or, where that has too little room, in
-    other memory (`auto`), or only there (`never`).
+    `shared_memory` places the host tier: in /dev/shm (`require`), there or, where that has too little room, in other
+    memory (`auto`), or only in other memory (`never`).
     """
 
     device_bytes: ByteCount = 2**29
@@ -115,17 +115,10 @@ class StoreOptions(Options):
 
 @dataclass(frozen=True)
 class ReusingRun:
-    """What the leases of a run need to know of it.
+    """What the leases of a run need to know of it."""
 
-    Attributes:
-        name: Under which the store keeps the run's entries.
-        directory: Of the disk tier.
-        root: The folder of runs.
-        timeout_s: How long the store may take for an op that a segment waits for.
-    """
-
-    name: str
+    name: str  # under which the store keeps the run's entries
     options: StoreOptions
-    directory: Path
-    root: Path
-    timeout_s: float
+    directory: Path  # of the disk tier
+    root: Path  # of the runs
+    timeout_s: float  # for an op that a segment waits for

@@ -1,13 +1,13 @@
-"""What the host tier and the disk tier do with a run's entries, decided: a plain state machine.
+"""Decides what the host tier and the disk tier do with a run's entries: a plain state machine.
 
-Events are methods, instructions come back; keys, bytes and offsets alone, no clock, no I/O, no tensor.
+Events are methods, instructions come back. Both know keys, bytes and offsets: no clock, no I/O, no tensor.
 
-An *op* is one planned read or write of one entry by a segment. Ops get their slots strictly in the order in which they
-were asked for, so a later one never takes what an earlier one waits for. A read waits for an earlier op that writes its
-entry. What was written is saved to disk at once, so to evict an entry from the host tier is to give its slot away.
+An *op* is one planned read or write of one entry by a segment. Ops receive slots strictly in the order in which they
+were asked for, so a later op never takes what an earlier one waits for. A read waits for an earlier op that writes its
+entry. A written entry is saved to disk at once, so evicting it from the host tier only frees its slot.
 
-    op:     queued ─► loading ─► given ─► done or cancelled     (never loading: a write, or a read from the host tier)
-    entry:  saving ─► in host and on disk ◄─► on disk alone     dropped from any state, and then out of sight at once
+    op:     queued ─► loading ─► given ─► done or cancelled     (a write, or a read from the host tier, never loads)
+    entry:  saving ─► in host and on disk ◄─► on disk alone     dropped from any state, and invisible from then on
 """
 
 from __future__ import annotations
@@ -15,58 +15,42 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import count
 from typing import Literal, NamedTuple
 
 from edit_ray.tiers.reuse_plan import Key, Uses
-from edit_ray.tiers.slots import Slots, TierEntry
+from edit_ray.tiers.slots import AskedOp, Slots, TierEntry
 
 DropReason = Literal["evicted", "dropped", "replaced", "lost", "spill_failed", "full"]
 Outcome = Literal["useful", "late", "wasted", "unfulfilled", "cancelled"]
-"""How a prefetch ends: in time; waited for; given up after it came; nothing there; given up before it came."""
+"""How a prefetch ends: in time; waited for; given up once loaded; nothing to load; given up before it was loaded."""
 Refusal = Literal["too_large"]
 LoadFailure = Literal["lost", "transient"]
 SaveFailure = Literal["spill_failed", "full"]
 MOST_LOADS = 8  # in flight, so that no save waits behind many of them
 
 
-class AskedOp(NamedTuple):
-    """One op as it is asked for. Numbers are used once, and grow; `size` is that of the slot."""
-
-    number: int
-    key: Key
-    size: int
-    writes: bool
-
-
 class Give(NamedTuple):
-    """The op's slot begins at this offset. None: nothing is there to read, or no slot has this size."""
+    """The op's slot begins at this offset. None: there is nothing to read, or no slot of this size."""
 
     number: int
     offset: int | None
 
 
 class Load(NamedTuple):
-    """Read an entry's file into its slot, then say `loaded`."""
+    """Read an entry's file into its slot, then report `loaded`."""
 
-    ticket: int
-    key: Key
-    offset: int
-    size: int
+    entry: TierEntry
 
 
 class Save(NamedTuple):
-    """Write what op `number` has put into its slot to a file, then say `saved`."""
+    """Write to an entry's file what op `number` has put into its slot, then report `saved`."""
 
-    ticket: int
+    entry: TierEntry
     number: int
-    key: Key
-    offset: int
 
 
 class Remove(NamedTuple):
-    """Remove an entry's file, also one that is being written."""
+    """Remove the file of a key, even one that is being written."""
 
     key: Key
 
@@ -74,26 +58,21 @@ class Remove(NamedTuple):
 Instruction = Give | Load | Save | Remove
 
 
-@dataclass(slots=True, eq=False)
-class _Op:
-    asked: AskedOp
-    entry: TierEntry | None = None  # that a read uses
-    offset: int | None = None  # once given
-    needed: bool = False  # the segment waits for it
-    prefetch: bool = False  # a read that was not in the host tier, and has no outcome yet
-
-
 class TierPlanner:
-    """Events are methods; each returns what is to be done, in order. Only `Load` and `Save` may take their time.
+    """Each event returns the instructions that follow from it, in order. Only `Load` and `Save` may take time.
 
-    `counts` has all that was counted, by the name of a metric (without `edit_ray_` and `_total`) and its labels.
+    `counts` holds all counts by metric name (without `edit_ray_` and `_total`) and labels. An event about an op that
+    has ended changes nothing.
     """
 
     def __init__(
         self, slots: Mapping[int, int], disk_bytes: int | None = None, found: Iterable[tuple[Key, int]] = ()
     ) -> None:
-        """`slots` is as for `Slots`; `disk_bytes`, None for no bound, counts what is on disk as slots. `found`
-        are entries on disk from before, each with the size of its slot, the oldest first.
+        """
+        Args:
+            slots: As for `Slots`.
+            disk_bytes: Bound of the disk tier, counted in slots; None for no bound.
+            found: Entries that the disk holds already, each with the size of its slot, oldest first.
         """
         self.entries: dict[Key, TierEntry] = {}
         self.slots = Slots(slots)
@@ -101,33 +80,27 @@ class TierPlanner:
         self.counts: Counter[tuple[str, ...]] = Counter()
         self._disk_bytes = disk_bytes
         self._plan: Uses = {}
-        self._uses: dict[Key, deque[tuple[int, int]]] = {}  # what is left of the plan
-        self._queue: deque[_Op] = deque()
-        self._ops: dict[int, _Op] = {}  # neither done nor cancelled
-        self._writers: dict[Key, set[int]] = {}  # those of them that write a key
-        self._loading: dict[int, tuple[TierEntry, list[_Op]]] = {}  # by ticket, with the ops that wait
-        self._saving: dict[int, TierEntry] = {}
-        self._tickets = count(1)
+        self._uses: dict[Key, deque[tuple[int, int]]] = {}  # the rest of the plan
+        self._queue: deque[AskedOp] = deque()
+        self._ops: dict[int, AskedOp] = {}  # neither done nor cancelled
+        self._writers: dict[Key, set[int]] = {}  # the ops among them that write a key
+        self._num_loading = 0
         self._out: list[Instruction] = []
         for key, size in found:
             self._add(TierEntry(key, size, saved=True))
 
     # Events
 
-    def follow(self, plan: Uses, segment: int) -> list[Instruction]:
-        """A run begins, or goes on, with a segment. What its plan no longer reads is dropped; what no plan has stays
-        while there is room.
+    def follow(self, plan: Uses | None, segment: int) -> list[Instruction]:
+        """A run begins or continues with a segment; None is the same plan again. Entries that the plan no longer reads
+        are dropped; entries of no plan stay while there is room.
         """
-        self._plan = plan
-        self._uses = {key: deque(use for use in uses if use[0] >= segment) for key, uses in plan.items()}
+        self._plan = self._plan if plan is None else plan
+        self._uses = {key: deque(use for use in uses if use[0] >= segment) for key, uses in self._plan.items()}
         return self._reconsider(segment)
 
-    def rewind(self, segment: int) -> list[Instruction]:
-        """The plan is followed again from a segment on."""
-        return self.follow(self._plan, segment)
-
     def completed(self, segment: int) -> list[Instruction]:
-        """A segment is made. What it was the last to read stays until the next one is made: it may be made again."""
+        """A segment is complete. Entries that it was the last to read stay until the next one is: it may be retried."""
         for uses in self._uses.values():
             while uses and uses[0][0] <= segment:
                 uses.popleft()
@@ -135,18 +108,18 @@ class TierPlanner:
 
     def ask(self, ops: Iterable[AskedOp]) -> list[Instruction]:
         """A segment's ops, in the order of use."""
-        for asked in ops:
-            op = self._ops[asked.number] = _Op(asked)
+        for op in ops:
+            self._ops[op.number] = op
             self._queue.append(op)
-            if asked.writes:
-                self._writers.setdefault(asked.key, set()).add(asked.number)
-            elif not self._awaits_writer(asked) and getattr(self.entries.get(asked.key), "offset", None) is None:
+            if op.writes:
+                self._writers.setdefault(op.key, set()).add(op.number)
+            elif not self._awaits_writer(op) and getattr(self.entries.get(op.key), "offset", None) is None:
                 self._begin_prefetch(op)
         return self._serve()
 
     def need(self, number: int) -> list[Instruction]:
-        """The segment waits for this op: it comes late."""
-        op = self._known(number)
+        """The segment waits for this op: it is late."""
+        op = self._ops.get(number)
         if op is not None and op.offset is None:
             op.needed = True
         return self._serve()
@@ -157,43 +130,37 @@ class TierPlanner:
         if op is None or op.offset is None:
             return self.cancel(number)
         self._end(op)
-        if op.asked.writes:
-            self._publish(op.asked, op.offset)
+        if op.writes:
+            self._publish(op, op.offset)
         elif op.entry is not None:
-            if uses := self._uses.get(op.asked.key):
+            if uses := self._uses.get(op.key):
                 uses.popleft()
             self._end_prefetch(op, "useful")
-            op.entry.users -= 1
-            self._settle(op.entry)
+            self._release(op.entry)
         return self._serve()
 
     def cancel(self, number: int) -> list[Instruction]:
         """The op is given up, whether it has its slot or not."""
-        op = self._known(number)
+        op = self._ops.get(number)
         if op is not None:
             self._end(op)
             self._end_prefetch(op, "cancelled" if op.offset is None else "wasted")
             if op.entry is not None:
-                op.entry.users -= 1
-                self._settle(op.entry)
-            elif op.offset is not None:
-                self.slots.free(op.asked.size, op.offset)
+                self._release(op.entry)
+            else:
+                self.slots.free(op.size, op.offset)
         return self._serve()
 
     def disown(self, number: int) -> list[Instruction]:
-        """Nobody reads what this op may still write. It keeps its slot until it is cancelled."""
-        op = self._known(number)
-        if op is not None:
-            self._forget_writer(op.asked)
+        """Nobody will read what this op may still write. It keeps its slot until it is cancelled."""
+        if number in self._ops:
+            self._forget_writer(self._ops[number])
         return self._serve()
 
-    def loaded(self, ticket: int, failure: LoadFailure | None = None) -> list[Instruction]:
-        """A `Load` has ended. What is lost is dropped; what could not be read this time stays on disk."""
-        if ticket not in self._loading:
-            return self.cancel(-1)  # which is stale
-        entry, waiting = self._loading.pop(ticket)
-        entry.loading = False
-        waiting = [op for op in waiting if op.asked.number in self._ops]
+    def loaded(self, entry: TierEntry, failure: LoadFailure | None = None) -> list[Instruction]:
+        """A `Load` has ended. A lost entry is dropped; one that could not be read this time stays on disk."""
+        self._num_loading -= 1
+        waiting, entry.waiting = [op for op in entry.waiting or () if op.number in self._ops], None
         if failure == "lost" and not entry.gone:
             self._drop(entry, "lost")
         if failure is None:
@@ -206,15 +173,12 @@ class TierPlanner:
                 op.entry, entry.users = None, entry.users - 1
                 self._give(op, None)
         if failure is not None:
-            self.slots.leave(entry)
+            self._free_slot(entry)
         self._settle(entry)
         return self._serve()
 
-    def saved(self, ticket: int, failure: SaveFailure | None = None) -> list[Instruction]:
-        """A `Save` has ended. What could not be saved is dropped."""
-        if ticket not in self._saving:
-            return self.cancel(-1)  # which is stale
-        entry = self._saving.pop(ticket)
+    def saved(self, entry: TierEntry, failure: SaveFailure | None = None) -> list[Instruction]:
+        """A `Save` has ended. An entry that could not be saved is dropped."""
         if failure is None:
             entry.saved = True
             self._settle(entry)
@@ -223,51 +187,30 @@ class TierPlanner:
         return self._serve()
 
     def drop(self, keys: Iterable[Key]) -> list[Instruction]:
-        """Nobody wants these entries any more."""
+        """These entries are of no more use."""
         for entry in [self.entries[key] for key in dict.fromkeys(keys) if key in self.entries]:
             self._drop(entry, "dropped")
         return self._serve()
 
-    @property
-    def open_prefetches(self) -> int:
-        """Prefetches that have no outcome yet."""
-        return sum(op.prefetch for op in self._ops.values())
-
-    def check(self) -> None:
-        """AssertionError unless all adds up: every slot is free or has one user, every prefetch has one outcome."""
-        of_ops = {op.entry for op in self._ops.values() if op.entry is not None}
-        entries = {*self.entries.values(), *of_ops, *(entry for entry, _ in self._loading.values())}
-        places = [(entry.offset, entry.size) for entry in entries]
-        places += [(op.offset, op.asked.size) for op in self._ops.values() if op.asked.writes]
-        self.slots.check((offset, size) for offset, size in places if offset is not None)
-        for entry in entries:
-            assert entry.users == sum(op.entry is entry for op in self._ops.values())
-            assert entry.offset is not None or entry.saved, "an entry that is nowhere"
-        assert self.disk_used == sum(entry.size for entry in self.entries.values())
-        assert self._disk_bytes is None or self.disk_used <= self._disk_bytes
-        ended = sum(number for name, number in self.counts.items() if name[0] == "prefetches")
-        assert self.counts["prefetches_requested",] == ended + self.open_prefetches
-
     # Ops
 
     def _serve(self) -> list[Instruction]:
-        while self._queue and (self._queue[0].asked.number not in self._ops or self._place(self._queue[0])):
+        while self._queue and (self._queue[0].number not in self._ops or self._place(self._queue[0])):
             self._queue.popleft()
         out, self._out = self._out, []
         return out
 
-    def _place(self, op: _Op) -> bool:
-        """Whether the first op in line has its slot, or will have it; if not it waits for one, or for a writer."""
-        asked, entry = op.asked, self.entries.get(op.asked.key)
-        if asked.size not in self.slots:
+    def _place(self, op: AskedOp) -> bool:
+        """Whether the first op in the queue has its slot or is being loaded; if not it waits for a slot or a writer."""
+        entry = self.entries.get(op.key)
+        if op.size not in self.slots:
             self.counts["refusals", "too_large"] += 1
             self._give(op, None)
-        elif asked.writes:
-            offset = self._take(asked.size)
-            if offset is None:
+        elif op.writes:
+            if (offset := self._take(op.size)) is None:
                 return False
             self._give(op, offset)
-        elif self._awaits_writer(asked):
+        elif self._awaits_writer(op):
             return False
         elif entry is None:
             self.counts.update([("tier_lookups", "host", "miss"), ("tier_lookups", "disk", "miss")])
@@ -279,76 +222,69 @@ class TierPlanner:
             self._use(op, entry)
         return True
 
-    def _load(self, op: _Op, entry: TierEntry) -> bool:
+    def _load(self, op: AskedOp, entry: TierEntry) -> bool:
         """Whether an entry that is on disk alone can be loaded now."""
         self._begin_prefetch(op)
-        offset = self._take(entry.size) if len(self._loading) < MOST_LOADS else None
+        offset = self._take(entry.size) if self._num_loading < MOST_LOADS else None
         if offset is None:
             return False
-        entry.offset, entry.loading = offset, True
-        self._loading[ticket := next(self._tickets)] = (entry, [])
-        self._out.append(Load(ticket, entry.key, offset, entry.size))
+        entry.offset, entry.waiting, self._num_loading = offset, [], self._num_loading + 1
+        self._out.append(Load(entry))
         return True
 
-    def _use(self, op: _Op, entry: TierEntry) -> None:
+    def _use(self, op: AskedOp, entry: TierEntry) -> None:
         op.entry, entry.users = entry, entry.users + 1
-        if entry.loading:
+        if entry.waiting is not None:
             self.counts.update([("tier_lookups", "host", "miss"), ("tier_lookups", "disk", "hit")])
-            next(waiting for of, waiting in self._loading.values() if of is entry).append(op)
+            entry.waiting.append(op)
         else:
             self.counts["tier_lookups", "host", "hit"] += 1
             self._give(op, entry.offset)
 
-    def _give(self, op: _Op, offset: int | None) -> None:
+    def _give(self, op: AskedOp, offset: int | None) -> None:
         op.offset = offset
         if offset is None:
             self._end_prefetch(op, "unfulfilled")
-        self._out.append(Give(op.asked.number, offset))
+        self._out.append(Give(op.number, offset))
 
-    def _awaits_writer(self, asked: AskedOp) -> bool:
-        return any(number < asked.number for number in self._writers.get(asked.key, ()))
+    def _awaits_writer(self, op: AskedOp) -> bool:
+        return any(number < op.number for number in self._writers.get(op.key, ()))
 
-    def _known(self, number: int) -> _Op | None:
-        op = self._ops.get(number)
-        self.counts["refusals", "stale_event"] += op is None
-        return op
+    def _end(self, op: AskedOp) -> None:
+        del self._ops[op.number]
+        self._forget_writer(op)
 
-    def _end(self, op: _Op) -> None:
-        del self._ops[op.asked.number]
-        self._forget_writer(op.asked)
-
-    def _forget_writer(self, asked: AskedOp) -> None:
-        numbers = self._writers.get(asked.key, set())
-        numbers.discard(asked.number)
+    def _forget_writer(self, op: AskedOp) -> None:
+        numbers = self._writers.get(op.key, set())
+        numbers.discard(op.number)
         if not numbers:
-            self._writers.pop(asked.key, None)
+            self._writers.pop(op.key, None)
 
     # Entries
 
     def _take(self, size: int) -> int | None:
         offset, evicted = self.slots.take(size)
-        if evicted is not None:
+        if evicted:
             self._count_move("host", "disk", "eviction", size)
         return offset
 
-    def _publish(self, asked: AskedOp, offset: int) -> None:
-        """What was written can be found from now on, instead of what had its key."""
-        if asked.key in self.entries:
-            self._drop(self.entries[asked.key], "replaced")
-        entry = TierEntry(asked.key, asked.size, offset)
+    def _publish(self, op: AskedOp, offset: int) -> None:
+        """Make a written entry visible, in place of the earlier one of its key."""
+        if op.key in self.entries:
+            self._drop(self.entries[op.key], "replaced")
+        entry = TierEntry(op.key, op.size, offset)
         self._add(entry)
         self._keep_disk_bound()
         self.disk_peak = max(self.disk_peak, self.disk_used)
         if not entry.gone:
-            self._saving[ticket := next(self._tickets)] = entry
-            self._out.append(Save(ticket, asked.number, asked.key, offset))
+            self._out.append(Save(entry, op.number))
 
     def _add(self, entry: TierEntry) -> None:
         self.entries[entry.key] = entry
         self.disk_used += entry.size
 
     def _drop(self, entry: TierEntry, reason: DropReason) -> None:
-        """Nobody finds the entry any more. What is being saved is never published then, so its slot need not wait."""
+        """Make an entry invisible. A save in flight never publishes it then, so its slot need not wait for that."""
         del self.entries[entry.key]
         entry.gone = True
         self.disk_used -= entry.size
@@ -356,12 +292,20 @@ class TierPlanner:
         self._out.append(Remove(entry.key))
         self._settle(entry)
 
+    def _release(self, entry: TierEntry) -> None:
+        entry.users -= 1
+        self._settle(entry)
+
     def _settle(self, entry: TierEntry) -> None:
-        """Where no op uses the entry: rank it, or free its slot if it is gone."""
+        """Rank an entry that no op uses, or free its slot if it is gone."""
         if entry.evictable:
             self.slots.rank(entry, self._next_use(entry))
-        elif entry.gone and not entry.users and not entry.loading:
-            self.slots.leave(entry)
+        elif entry.gone and not entry.users and entry.waiting is None:
+            self._free_slot(entry)
+
+    def _free_slot(self, entry: TierEntry) -> None:
+        self.slots.free(entry.size, entry.offset)
+        entry.offset = None
 
     def _next_use(self, entry: TierEntry) -> float:
         uses = self._uses.get(entry.key)
@@ -372,7 +316,7 @@ class TierPlanner:
             self._drop(max(self.entries.values(), key=self._next_use), "evicted")
 
     def _reconsider(self, segment: int) -> list[Instruction]:
-        """Drop what the plan reads in no segment from this one on, and rank the others anew; what no plan has stays."""
+        """Drop what the plan reads in no segment from this one on, and rank the others anew."""
         for entry in list(self.entries.values()):
             if self._plan.get(entry.key) and self._plan[entry.key][-1][0] < segment:
                 self._drop(entry, "dropped")
@@ -384,16 +328,16 @@ class TierPlanner:
 
     # Counts
 
-    def _begin_prefetch(self, op: _Op) -> None:
+    def _begin_prefetch(self, op: AskedOp) -> None:
         if not op.prefetch:
             op.prefetch = True
             self.counts["prefetches_requested",] += 1
 
-    def _end_prefetch(self, op: _Op, outcome: Outcome) -> None:
+    def _end_prefetch(self, op: AskedOp, outcome: Outcome) -> None:
         if op.prefetch:
             op.prefetch = False
             self.counts["prefetches", "late" if op.needed and outcome == "useful" else outcome] += 1
-            self.counts["prefetch_wasted_bytes",] += op.asked.size if outcome == "wasted" else 0
+            self.counts["prefetch_wasted_bytes",] += op.size if outcome == "wasted" else 0
 
     def _count_move(self, source: str, target: str, cause: str, size: int) -> None:
         self.counts["tier_moves", source, target, cause] += 1

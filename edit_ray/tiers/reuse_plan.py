@@ -2,8 +2,7 @@
 
 It follows `policies/warmstart_reuse`, aligned by step. At a warm step a unit reads what the earlier segments of its
 reuse window have stored at that step; where they have stored nothing it computes, and stores. So with a window of w
-every (w+1)-th segment computes its opening, and the w between read it. A segment reads or writes whatever is alive
-while it is made, so what a run keeps at a time is what one segment works on.
+every (w+1)-th segment computes its first steps, and the w between read them.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _PARTS = (str, Integral, type(None))
 
 
 def check_key(key: Key) -> None:
-    """Raises TypeError for what is no key."""
+    """Raises TypeError for what is not a key."""
     wrong = [key] if not isinstance(key, tuple) else [part for part in key if not isinstance(part, _PARTS)]
     if wrong:
         kind = type(wrong[0]).__name__
@@ -40,7 +39,7 @@ class CacheKey(NamedTuple):
 
 
 class Residual(NamedTuple):
-    """What each segment may store once and later ones read at the same step: `size` bytes."""
+    """A residual that segments store and later ones read at the same step: `size` bytes."""
 
     expert: str
     branch: str
@@ -60,27 +59,27 @@ class PlannedUse:
 
 @dataclass(frozen=True)
 class SegmentUses:
-    """What one segment writes and reads, each in the order in which it happens."""
+    """The writes and the reads of one segment, each in the order in which they happen."""
 
     writes: tuple[PlannedUse, ...]
     reads: tuple[PlannedUse, ...]
 
     @property
     def working(self) -> dict[CacheKey, int]:
-        """Every entry that the segment touches, with its bytes: reads in the order of use, then writes."""
+        """Bytes of every entry that the segment uses: reads in the order of use, then writes."""
         return {use.key: use.size for use in (*self.reads, *self.writes)}
 
 
 @dataclass(frozen=True)
 class ReusePlan:
-    """Which segment writes and reads what. `computed` did not fit: every segment computes it, and none stores it."""
+    """The writes and reads of each segment. `computed` did not fit: every segment computes it, and none stores it."""
 
     segments: tuple[SegmentUses, ...]
     computed: tuple[Residual, ...]
-    needed_bytes: int  # that the fullest segment would work on if everything fitted
+    needed_bytes: int  # that the largest segment would use if everything fitted
 
     def uses(self) -> dict[Key, list[Use]]:
-        """When each entry is read."""
+        """The reads of each entry, in order."""
         uses: dict[Key, list[Use]] = {}
         reads = ((index, read) for index, segment in enumerate(self.segments) for read in segment.reads)
         for order, (index, read) in enumerate(reads):
@@ -88,7 +87,7 @@ class ReusePlan:
         return uses
 
     def demand(self) -> dict[int, int]:
-        """The most entries of each size that a segment works on."""
+        """The most entries of each size, in bytes, that one segment uses."""
         most: Counter[int] = Counter()
         for segment in self.segments:
             most |= Counter(segment.working.values())
@@ -106,20 +105,20 @@ def make_reuse_plan(
     branches: Sequence[str] = ("cond", "uncond"),
     budget: int | None = None,
 ) -> ReusePlan:
-    """The plan of a run. Where the budget is too small the smallest residuals are kept, of equal ones the first used.
+    """The plan of a run. Where the budget is too small it keeps the smallest residuals, of equal ones the first used.
 
     Args:
         run: The run's id.
-        num_segments: How many segments it makes.
-        window: How many segments before it each may read.
-        warm_steps: How many first steps reuse.
+        num_segments: Its number of segments.
+        window: The number of earlier segments that each may read.
+        warm_steps: The number of first steps that reuse.
         experts: The expert of each step of the loop.
         unit_bytes: For each expert the bytes of one residual of each unit, of one branch.
         branches: In the order in which a step runs them.
-        budget: Bytes of what a segment may work on; None for no bound.
+        budget: Bytes of the entries that a segment may use; None for no bound.
 
     Raises:
-        ValueError: an argument is not valid; says which and what is.
+        ValueError: an argument is not valid.
     """
     for name, value, least in (("num_segments", num_segments, 1), ("window", window, 0), ("warm_steps", warm_steps, 0)):
         if value < least:
@@ -149,7 +148,7 @@ def make_reuse_plan(
 
 
 def _segment(run: str, index: int, writer: int, num_segments: int, residuals: Sequence[Residual]) -> SegmentUses:
-    """What a segment does with what `writer` stores; nothing is written that nobody would read."""
+    """A segment's uses of what `writer` stores; nothing is written that nobody would read."""
     uses = tuple(
         PlannedUse(CacheKey(run, writer, of.expert, of.branch, of.unit, of.step), of.size, of.step) for of in residuals
     )

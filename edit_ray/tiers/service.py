@@ -1,4 +1,4 @@
-"""The arena and the disk tier, as the CacheStore actor serves them to the processes that make segments."""
+"""Serves the arena and the disk tier, in the CacheStore actor, to the processes that make segments."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edit_ray.errors import StaleLease
-from edit_ray.tiers.arena import Arena
+from edit_ray.tiers.arena import DONE, NEEDED, SKIPPED, Arena, Lease, Op, OpTable, began_before, is_gone, table_bytes
 from edit_ray.tiers.disk_tier import DiskTier
 from edit_ray.tiers.entry_file import DiskFull
-from edit_ray.tiers.planner import AskedOp, Give, Instruction, Load, Remove, Save, SaveFailure, TierPlanner
-from edit_ray.tiers.protocol import DONE, NEEDED, SKIPPED, Lease, Op, OpTable, began_before, is_gone, table_bytes
+from edit_ray.tiers.planner import Give, Instruction, Load, LoadFailure, Remove, Save, SaveFailure, TierPlanner
 from edit_ray.tiers.reuse_plan import Key, Uses
-from edit_ray.tiers.slots import slot_bytes, whole_pages
+from edit_ray.tiers.slots import AskedOp, TierEntry, slot_bytes, whole_pages
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 TABLES_BYTES = 1 << 20  # of the arena, beyond the slots
-_POLL_S, _GONE_POLL_S = 0.0005, 0.05  # between looks at op tables, and at whether a holder is gone
+_POLL_S, _GONE_POLL_S = 0.0005, 0.05  # between polls of op tables, and of whether a holder is gone
 
 
 @dataclass(eq=False)
 class _OpenSegment:
-    """A segment that was prepared and not completed; op i has the planner's number `first` + i."""
+    """A segment that is prepared and not complete; op i has the planner's number `first` + i."""
 
     ops: Sequence[Op]
     holder: object
@@ -41,13 +40,16 @@ class _OpenSegment:
     table_at: int
     table: OpTable
     first: int
-    seen: NDArray[np.int64]  # the states at the last look
-    open: set[int]  # ops that are neither done nor given up
+    seen: NDArray[np.int64]  # the states at the last poll
     saves: dict[Key, Future[bool]] = field(default_factory=dict)
 
     @property
     def table_end(self) -> int:
         return self.table_at + whole_pages(table_bytes(len(self.ops)))
+
+    @property
+    def numbers(self) -> range:
+        return range(self.first, self.first + len(self.ops))
 
 
 class TierService:
@@ -56,9 +58,9 @@ class TierService:
     What a completed segment wrote outlives this process, as it is on disk. One thread owns the planner; any thread may
     call the public methods.
 
-    A holder is a process that writes into the arena by itself (`protocol.this_process`). What it was given and what is
-    taken back, because another holder has its segment now, stays taken until the process is gone: its last copies may
-    be in flight.
+    A holder is a process that writes into the arena itself (`arena.this_process`). Slots that it was given and that
+    are taken back, because another holder has its segment now, stay taken until the process is gone: its last copies
+    may be in flight.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class TierService:
             arena: At least as many bytes as the slots, and `TABLES_BYTES`.
             slots: Number of slots by their size; see `slots.divide`.
             disk: The disk tier.
-            disk_bytes: What it may hold, counted in slots' sizes; None for no bound.
+            disk_bytes: Its bound, counted in slots' sizes; None for no bound.
             is_gone: Whether a holder cannot write any more.
         """
         self.arena, self.disk = arena, disk
@@ -89,12 +91,11 @@ class TierService:
         self._budgets = {"host": sum(size * number for size, number in slots.items()), "disk": disk_bytes}
         self._open: dict[tuple[str, int], _OpenSegment] = {}
         self._orphans: list[_OpenSegment] = []  # taken from holders that may still write
-        self._holders: dict[str, object] = {}  # of each run, the last
-        self._op_of: dict[int, tuple[_OpenSegment, int]] = {}
-        self._last_number = 0
-        self._stale = 0  # calls that were refused
+        self._holders: dict[str, object] = {}  # the last of each run
+        self._next_number = 1
+        self._stale = 0  # refused calls
         self._move_seconds = {"host_to_disk": 0.0, "disk_to_host": 0.0}
-        # No SimpleQueue: its `get` never returns if it finds the queue empty when its time is over already.
+        # No SimpleQueue: its `get` never returns if it finds the queue empty when its timeout is over already.
         self._inbox: queue.Queue[Callable[[], None]] = queue.Queue()
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="tiers", daemon=True)
@@ -103,14 +104,14 @@ class TierService:
     # What may be called from any thread.
 
     def follow(self, uses: Uses, segment: int = 0) -> None:
-        """A run begins, or goes on, with a segment: when each of its entries will be read. What no segment from this
-        one on reads is dropped.
+        """A run begins or continues with a segment: when each of its entries will be read. Entries that no segment from
+        this one on reads are dropped.
         """
         self._do(lambda: self._act(self.planner.follow(uses, segment)))
 
     def prepare(self, run: str, segment: int, attempt: int, holder: object, ops: Sequence[Op]) -> Lease:
-        """Begin to load what a segment reads, in the order of use, and to make room for what it writes. An earlier
-        attempt at the same segment is dropped whole.
+        """Begin to load a segment's reads, in the order of use, and to make room for its writes. An earlier attempt at
+        the same segment is dropped whole.
 
         Raises:
             StaleLease: a holder that began later has the run, and lives.
@@ -118,10 +119,10 @@ class TierService:
         """
         return self._do(lambda: self._prepare(run, segment, attempt, holder, ops))
 
-    def complete(self, run: str, segment: int, attempt: int, holder: object, store: str = "") -> None:
-        """The segment is made: what it wrote is durable when this returns, and others may read it from now on.
+    def complete(self, run: str, segment: int, attempt: int, holder: object, store: str) -> None:
+        """The segment is made: what it wrote is durable when this returns, and visible to others from then on.
 
-        `store` is the incarnation that gave the lease; "" for this one, whichever it is.
+        `store` is the incarnation that gave the lease.
 
         Raises:
             StaleLease: another attempt, another holder or another store has the segment.
@@ -130,31 +131,38 @@ class TierService:
         opened = self._do(lambda: self._finished(run, segment, attempt, holder, store))
         for save in opened.saves.values():
             save.result()
-        self.disk.sync(list(opened.saves))
+        self.disk.files.sync(list(opened.saves))
         self._do(lambda: self._close_segment(run, segment, opened))
 
     def missing(self, keys: Sequence[Key]) -> list[Key]:
-        """Which of these entries no complete segment has left here."""
-        return self._do(lambda: self._missing(keys))
+        """Those of these entries that no complete segment has left here."""
+
+        def missing() -> list[Key]:
+            unfinished = {op.key for opened in self._open.values() for op in opened.ops if op.writes}
+            return [key for key in keys if key in unfinished or key not in self.planner.entries]
+
+        return self._do(missing)
 
     def give_up(self, run: str, holder: object) -> None:
-        """A holder is through with a run, whatever it has not completed."""
-        self._do(lambda: self._give_up(run, holder))
+        """A holder has ended its work on a run, whatever it has not completed."""
+        self._do(lambda: self._abandon(run, holder, lambda _, opened: opened.holder == holder))
 
     def drop_run(self, run: str) -> None:
-        """Drop all that belongs to a run."""
-        self._do(lambda: self._drop_run(run))
+        """Drop everything that belongs to a run."""
+
+        def drop() -> None:
+            self._holders.pop(run, None)
+            self._abandon(run, None, lambda *_: True)
+            self._act(self.planner.drop([key for key in self.planner.entries if key and key[0] == run]))
+
+        self._do(drop)
 
     def statistics(self) -> dict[str, Any]:
         """Bytes, peaks and entries of each tier, and all counts."""
         return self._do(self._statistics)
 
-    def check(self) -> None:
-        """AssertionError unless all adds up; see `TierPlanner.check`."""
-        self._do(self.planner.check)
-
     def close(self) -> None:
-        """End the threads and the arena; what is on disk stays."""
+        """End the threads and the arena; entries stay on disk."""
         if not self._closed:
             with suppress(StaleLease):  # its thread has failed meanwhile
                 self._do(self._end)
@@ -187,26 +195,23 @@ class TierService:
                     raise StaleLease("This store is closed.") from None
 
     def _serve(self) -> None:
+        polled = 0.0
         try:
-            self._serve_until_closed()
+            while not self._closed:
+                with suppress(queue.Empty):
+                    self._inbox.get(timeout=_POLL_S if self._open else _GONE_POLL_S if self._orphans else None)()
+                for opened in list(self._open.values()):
+                    self._poll(opened)
+                if self._orphans and time.monotonic() - polled > _GONE_POLL_S:
+                    polled = time.monotonic()
+                    for orphan in [orphan for orphan in self._orphans if self._is_gone(orphan.holder)]:
+                        self._cancel(orphan)
+                        self._orphans.remove(orphan)
         except Exception:
             _log.exception("The tiers are closed, as their thread has failed; what is on disk stays.")
             self.failed = True
             self._end()
             self.arena.close()
-
-    def _serve_until_closed(self) -> None:
-        looked = 0.0
-        while not self._closed:
-            with suppress(queue.Empty):
-                self._inbox.get(timeout=_POLL_S if self._open else _GONE_POLL_S if self._orphans else None)()
-            for opened in list(self._open.values()):
-                self._look(opened)
-            if self._orphans and time.monotonic() - looked > _GONE_POLL_S:
-                looked = time.monotonic()
-                for orphan in [orphan for orphan in self._orphans if self._is_gone(orphan.holder)]:
-                    self._orphans.remove(orphan)
-                    self._cancel(orphan, list(orphan.open))
 
     def _end(self) -> None:
         self._closed = True
@@ -218,24 +223,19 @@ class TierService:
         if began_before(holder, later) and not self._is_gone(later):
             raise StaleLease(f"The run {run!r} was given to the process {later}, which began later.")
         self._holders[run] = holder
-        # Later ones, asked for ahead, stand in line before this one now, and hold what it may need. The last ends
-        # first, so that it gets nothing of what the others give back.
-        for which, opened in reversed(list(self._open.items())):
-            if which[0] == run and (which[1] >= segment or opened.holder != holder):
-                self._abandon(*which, by=holder)
+        # Later segments, prepared ahead, are queued before this one now, and hold what it may need.
+        self._abandon(run, holder, lambda index, opened: index >= segment or opened.holder != holder)
         if attempt:  # what an earlier attempt has read will be read again
-            self._act(self.planner.rewind(segment))
+            self._act(self.planner.follow(None, segment))
         self._act(self.planner.drop(op.key for op in ops if op.writes or self._has_other_form(op)))
         at = self._table_place(len(ops))
-        table = OpTable(self.arena.memory(at, table_bytes(len(ops))), len(ops))
+        table = OpTable(self.arena, at, len(ops))
         table.clear()
-        first, self._last_number = self._last_number + 1, self._last_number + len(ops)
-        opened = _OpenSegment(ops, holder, attempt, at, table, first, table.states(), set(range(len(ops))))
-        self._open[run, segment] = opened
-        self._op_of |= {first + index: (opened, index) for index in range(len(ops))}
+        first, self._next_number = self._next_number, self._next_number + len(ops)
+        self._open[run, segment] = _OpenSegment(ops, holder, attempt, at, table, first, table.states())
         asked = [AskedOp(first + i, op.key, slot_bytes(op.form.size), op.writes) for i, op in enumerate(ops)]
         self._act(self.planner.ask(asked))
-        return Lease(str(self.arena.path), at, len(ops), self.incarnation)
+        return Lease(str(self.arena.path), at, self.incarnation)
 
     def _has_other_form(self, op: Op) -> bool:
         """Whether the disk holds a tensor of another dtype or shape under the op's key."""
@@ -253,66 +253,51 @@ class TierService:
             raise ValueError(f"{num_ops} ops are too many for the {TABLES_BYTES} bytes of the arena's tables.")
         return at
 
-    def _look(self, opened: _OpenSegment) -> None:
-        """What the segment has done since the last look."""
+    def _poll(self, opened: _OpenSegment) -> None:
+        """Tell the planner what the segment has done since the last poll."""
+        events = {NEEDED: self.planner.need, DONE: self.planner.done, SKIPPED: self.planner.cancel}
         states = opened.table.states()
         for index in np.flatnonzero(states != opened.seen).tolist():
-            number, state = opened.first + index, int(states[index])
-            if index not in opened.open:
-                continue
-            if state == NEEDED:
-                self._act(self.planner.need(number))
-            elif state in (DONE, SKIPPED):
-                opened.open.discard(index)
-                self._act(self.planner.done(number) if state == DONE else self.planner.cancel(number))
-                del self._op_of[number]
+            if event := events.get(int(states[index])):
+                self._act(event(opened.first + index))
         opened.seen = states
 
     def _finished(self, run: str, segment: int, attempt: int, holder: object, store: str) -> _OpenSegment:
         opened = self._open.get((run, segment))
-        known = None if opened is None else (opened.attempt, opened.holder, self.incarnation)
-        if opened is None or known != (attempt, holder, store or self.incarnation):
+        if opened is None or (opened.attempt, opened.holder, self.incarnation) != (attempt, holder, store):
             raise StaleLease(f"Segment {segment} of {run!r} was given to another, or given up.")
-        self._look(opened)
+        self._poll(opened)
         return opened
 
     def _close_segment(self, run: str, segment: int, opened: _OpenSegment) -> None:
         if self._open.get((run, segment)) is not opened:
             raise StaleLease(f"Segment {segment} of {run!r} was given to another, or given up.")
-        self._cancel(self._open.pop((run, segment)), list(opened.open))
+        self._cancel(opened)
+        del self._open[run, segment]
         self._act(self.planner.completed(segment))
 
-    def _abandon(self, run: str, segment: int, by: object) -> None:
-        """Drop an open segment whole; what its holder may still write to is taken back when it cannot any more."""
-        opened = self._open.pop((run, segment))
-        self._act(self.planner.drop(op.key for op in opened.ops if op.writes))
-        if opened.holder == by or self._is_gone(opened.holder):
-            return self._cancel(opened, list(opened.open))
-        self._cancel(opened, [index for index in opened.open if opened.table.place(index) == -1])
-        for index in opened.open:
-            self._act(self.planner.disown(opened.first + index))
-        self._orphans.append(opened)
+    def _abandon(self, run: str, by: object, unwanted: Callable[[int, _OpenSegment], bool]) -> None:
+        """Drop open segments of a run whole. Slots that their holders may still write to are freed when they are gone.
 
-    def _cancel(self, opened: _OpenSegment, indices: Iterable[int]) -> None:
-        """Give up ops of a segment."""
-        for index in sorted(indices, reverse=True):  # the last in line first, so that no other of them takes its slot
-            opened.open.discard(index)
-            self._act(self.planner.cancel(opened.first + index))
-            del self._op_of[opened.first + index]
+        The last in the queue ends first, so that it gets nothing of what the others free.
+        """
+        for (owner, segment), opened in reversed(list(self._open.items())):
+            if owner != run or not unwanted(segment, opened):
+                continue
+            self._act(self.planner.drop(op.key for op in opened.ops if op.writes))
+            if opened.holder == by or self._is_gone(opened.holder):
+                self._cancel(opened)
+            else:
+                self._cancel(opened, [number for i, number in enumerate(opened.numbers) if opened.table.place(i) == -1])
+                for number in opened.numbers:
+                    self._act(self.planner.disown(number))
+                self._orphans.append(opened)
+            del self._open[run, segment]
 
-    def _missing(self, keys: Sequence[Key]) -> list[Key]:
-        unfinished = {op.key for opened in self._open.values() for op in opened.ops if op.writes}
-        return [key for key in keys if key in unfinished or key not in self.planner.entries]
-
-    def _give_up(self, run: str, holder: object) -> None:
-        for which in [which for which, opened in self._open.items() if which[0] == run and opened.holder == holder]:
-            self._abandon(*which, by=holder)
-
-    def _drop_run(self, run: str) -> None:
-        self._holders.pop(run, None)
-        for which in [which for which in self._open if which[0] == run]:
-            self._abandon(*which, by=None)
-        self._act(self.planner.drop([key for key in self.planner.entries if key and key[0] == run]))
+    def _cancel(self, opened: _OpenSegment, numbers: Sequence[int] | None = None) -> None:
+        """Give up ops of a segment: the last in the queue first, so that no other of them takes its slot."""
+        for number in reversed(opened.numbers if numbers is None else numbers):
+            self._act(self.planner.cancel(number))
 
     # Instructions
 
@@ -320,41 +305,52 @@ class TierService:
         for instruction in instructions:
             match instruction:
                 case Give(number, offset):
-                    opened, index = self._op_of[number]
-                    opened.table.give(index, offset)
+                    opened = self._segment_of(number)
+                    opened.table.give(number - opened.first, offset)
                 case Remove(key):
                     self.disk.drop(key)
-                case Save():
-                    self._save(instruction)
-                case Load():
-                    self._load(instruction)
+                case Save(entry, number):
+                    self._save(entry, self._segment_of(number), number)
+                case Load(entry):
+                    self._load(entry)
 
-    def _save(self, save: Save) -> None:
-        opened, index = self._op_of[save.number]
-        form, began = opened.ops[index].form, time.monotonic()
+    def _segment_of(self, number: int) -> _OpenSegment:
+        return next(opened for opened in (*self._open.values(), *self._orphans) if number in opened.numbers)
 
-        def end(future: Future[bool]) -> None:
-            self._move_seconds["host_to_disk"] += time.monotonic() - began
+    def _save(self, entry: TierEntry, opened: _OpenSegment, number: int) -> None:
+        form = opened.ops[number - opened.first].form
+
+        def saved(future: Future[bool]) -> None:
             failure: SaveFailure | None = None
             if future.cancelled() or future.exception() is not None:
                 full = not future.cancelled() and isinstance(future.exception(), DiskFull)
                 failure = "full" if full else "spill_failed"
-            self._act(self.planner.saved(save.ticket, failure))
+            self._act(self.planner.saved(entry, failure))
 
-        memory = self.arena.memory(save.offset, slot_bytes(form.size))
-        future = opened.saves[save.key] = self.disk.write(save.key, memory, form.dtype, form.shape)
-        future.add_done_callback(lambda future: self._inbox.put(lambda: end(future)))
+        assert entry.offset is not None
+        memory = self.arena.memory(entry.offset, entry.size)
+        future = opened.saves[entry.key] = self.disk.write(entry.key, memory, form.dtype, form.shape)
+        self._when_done(future, "host_to_disk", saved)
 
-    def _load(self, load: Load) -> None:
+    def _load(self, entry: TierEntry) -> None:
+        def loaded(future: Future[Any]) -> None:
+            failure: LoadFailure | None = None
+            if future.cancelled() or future.exception() is not None or future.result() is None:
+                failure = "lost" if self.disk.files.entry(entry.key) is None else "transient"
+            self._act(self.planner.loaded(entry, failure))
+
+        assert entry.offset is not None
+        future = self.disk.read(entry.key, self.arena.memory(entry.offset, entry.size))
+        self._when_done(future, "disk_to_host", loaded)
+
+    def _when_done(self, future: Future[T], move: str, then: Callable[[Future[T]], None]) -> None:
+        """Call `then` on the planner's thread when a move has ended, and count its seconds."""
         began = time.monotonic()
 
-        def end(future: Future[Any]) -> None:
-            self._move_seconds["disk_to_host"] += time.monotonic() - began
-            failed = future.cancelled() or future.exception() is not None or future.result() is None
-            there = self.disk.files.entry(load.key) is not None
-            self._act(self.planner.loaded(load.ticket, ("transient" if there else "lost") if failed else None))
+        def end(future: Future[T]) -> None:
+            self._move_seconds[move] += time.monotonic() - began
+            then(future)
 
-        future = self.disk.read(load.key, self.arena.memory(load.offset, load.size))
         future.add_done_callback(lambda future: self._inbox.put(lambda: end(future)))
 
     def _statistics(self) -> dict[str, Any]:
@@ -365,12 +361,10 @@ class TierService:
             "peak_bytes": {"host": planner.slots.peak, "disk": planner.disk_peak},
             "budget_bytes": dict(self._budgets),
             "entries_in": {"host": sum(entry.offset is not None for entry in entries), "disk": len(entries)},
-            "entries": len(entries),
             "on_disk_bytes": self.disk.files.bytes_resident,
             "move_seconds": dict(self._move_seconds),
             "faults": dict(self.disk.files.faults),
             "counts": planner.counts.copy(),
-            "open_prefetches": planner.open_prefetches,
             "stale_leases": self._stale,
             "orphans": len(self._orphans),
         }

@@ -1,4 +1,4 @@
-"""The store of one segment that follows a reuse plan: its own latest residuals, and what the plan reads and writes."""
+"""The store of one segment that follows a reuse plan: its own latest residuals, and the plan's reads and writes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from dataclasses import dataclass
 import torch
 
 from edit_ray.errors import EntryLost, StoreDied
-from edit_ray.tiers.arena import Arena
-from edit_ray.tiers.protocol import DONE, NEEDED, SKIPPED, WAITING, Op, OpTable
+from edit_ray.tiers.arena import DONE, NEEDED, SKIPPED, WAITING, Arena, Op, OpTable, owner_lives
 from edit_ray.tiers.reuse_plan import Key
 from edit_ray.tiers.transfers import Copy, DevicePool, Loaded, Taken, copies_for
 
-_POLL_S, _LIVES_S = 0.0002, 0.05  # between looks at a place, and at whether the store lives
+_POLL_S, _LIVES_S = 0.0002, 0.05  # between polls of a place, and of whether the store lives
 _CPU = torch.device("cpu")
 
 
 @dataclass
 class Waits:
-    """What `get` and `put` have done, and waited for the store: seconds, and in how many calls."""
+    """The entries that `get` and `put` have moved, and how long and in how many calls they waited for the store."""
 
     seconds: float = 0.0
     calls: int = 0
@@ -34,12 +33,11 @@ class Waits:
 class PlannedStore:
     """A `CacheStore` for one segment. Keys are those of a cache, (generation, expert, branch, unit, step).
 
-    What the segment itself computes stays on the device, the last `history_len` residuals of each unit. What the plan
-    wants for later segments is copied to the arena as well; what it wants from earlier ones is copied from there, each
-    op in its turn. Reads are loaded to the device ahead of their use, in that order, up to `ahead_bytes`; as many bytes
-    of writes may wait there for a place in the arena. Loads, and what is handed over to the next segment, take tensors
-    of `pool` while it has any. An entry that the plan promises and that is lost is an `EntryLost`: computing it another
-    way would make other frames.
+    The segment's own residuals stay on the device, the last `history_len` of each unit. Planned writes are also copied
+    to the arena, and planned reads from there, each op in its turn. Reads are loaded to the device ahead of their use,
+    in that order, up to `ahead_bytes`; as many bytes of writes may wait there for a place in the arena. Loads, and
+    entries that stay for the next segment, take tensors of `pool` while it has any. A planned entry that is lost raises
+    EntryLost: computing it another way would make other frames.
     """
 
     tier = "device"
@@ -47,7 +45,7 @@ class PlannedStore:
     def __init__(
         self,
         arena: Arena,
-        table: OpTable,
+        table: int,
         ops: Sequence[Op],
         *,
         prefix: Key = (),
@@ -62,18 +60,18 @@ class PlannedStore:
         """
         Args:
             arena: The store's memory, as this process maps it.
-            table: Of the segment's ops, in the arena.
+            table: Offset of the segment's table of ops in the arena.
             ops: In the order of use.
-            prefix: What the plan's keys begin with before those of the cache: the run.
-            history_len: How many residuals of its own the segment reads of each unit.
+            prefix: The start of the plan's keys before those of the cache: the run.
+            history_len: The number of own residuals that the segment reads of each unit.
             ahead_bytes: Of the device.
-            pool: Memory of the device that the run has taken.
+            pool: Device memory that the run has allocated.
             hand_over: Writes that stay on the device for the next segment, in `handed_over`.
             handed: Reads that this segment will `adopt` so.
-            when_read: Called at every `put` once all reads are in hand.
+            when_read: Called at every `put` once all reads have begun.
             timeout_s: How long the store may take for an op that the segment waits for.
         """
-        self.arena, self.table, self.ops = arena, table, ops
+        self.arena, self.table, self.ops = arena, OpTable(arena, table, len(ops)), ops
         self.waits = Waits()
         self.copies = pool.copies if pool else copies_for(ops[0].form.device if ops else _CPU)
         self.handed_over: dict[Key, Loaded] = {}
@@ -82,7 +80,7 @@ class PlannedStore:
         for index, op in enumerate(ops):
             self._indices.setdefault((op.key, op.writes), deque()).append(index)
         self._own: dict[Key, OrderedDict[Key, torch.Tensor]] = {}  # by expert, branch and unit
-        self._next = 0  # the first op that has neither been used nor passed over
+        self._next = 0  # the first op that is neither used nor passed over
         self._most_ahead = ahead_bytes // max(1, *(op.form.size for op in ops), 1)  # entries
         self._pool, self._hand_over, self._when_read = pool, frozenset(hand_over), when_read
         self._most_loaded = self._most_ahead - len(handed)
@@ -95,14 +93,14 @@ class PlannedStore:
         self.poll()
 
     def adopt(self, handed_over: dict[Key, Loaded]) -> None:
-        """Take the reads that the segment before has on the device; their places in the arena are given back."""
+        """Take the reads that the previous segment has left on the device; their places in the arena are freed."""
         for key in [key for key in handed_over if self._indices.get((key, False))]:
             loaded, indices = handed_over.pop(key), self._indices[key, False]
             loaded.readers = len(indices)
             for index in indices:
                 self._loaded[index] = loaded
                 self.table.mark(index, SKIPPED)
-        self._most_loaded = self._most_ahead  # the rest of what was kept free for them may be used
+        self._most_loaded = self._most_ahead  # including what was reserved for them
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
         """Raises EntryLost where the plan wants it and the store gives it no place."""
@@ -128,7 +126,7 @@ class PlannedStore:
             self._when_read()
 
     def get(self, key: Key) -> torch.Tensor | None:
-        """What was computed in this segment, or what the plan reads at this step; raises EntryLost."""
+        """A residual of this segment, or a planned read of this step. Raises EntryLost."""
         own = self._own.get(key[1:4])
         if own is not None and key in own:
             return own[key]
@@ -146,30 +144,30 @@ class PlannedStore:
         return self.copies.use(loaded)
 
     def prefetch(self, keys: Key | Iterable[Key]) -> None:
-        """Nothing to do: the store knows the plan."""
+        """Does nothing: the store knows the plan."""
 
     def drop(self, key: Key) -> None:
-        """Of what this segment has computed; what the plan keeps is the store's."""
+        """Drop a residual of this segment; planned entries are the store's."""
         self._own.get(key[1:4], OrderedDict()).pop(key, None)
 
     def clear(self) -> None:
         self._own.clear()
 
     def tier_of(self, key: Key) -> str | None:
-        """Where an entry would be read from; reads nothing."""
+        """The tier that an entry would be read from; reads nothing."""
         if key in self._own.get(key[1:4], ()):
             return "device"
         return "host" if ((*self._prefix, *key), False) in self._indices else None
 
     def planned_reads(self) -> list[Key]:
-        """What the plan reads, under the cache's keys, in the order of use."""
+        """The planned reads, under the cache's keys, in the order of use."""
         return [op.key[len(self._prefix) :] for op in self.ops if not op.writes]
 
     def finish(self) -> None:
-        """The segment is made: wait for copies in flight, and pass over what was not used.
+        """The segment is made: wait for copies in flight, and pass over unused ops.
 
         Raises:
-            EntryLost: the plan had it written, and it was not computed.
+            EntryLost: a planned write was not computed.
         """
         self._wait_until_waiting(0)
         self._pass_over(len(self.ops))
@@ -181,7 +179,7 @@ class PlannedStore:
             raise EntryLost(f"The plan has {key} written in this segment, and it was not computed.")
 
     def settle(self) -> None:
-        """Nothing is in flight when this returns, and nothing will be: the places may be given to others."""
+        """Nothing is in flight when this returns, and nothing will be: others may be given the places."""
         self._to_write.clear()
         self._to_load.clear()
         self._when_read = None
@@ -192,7 +190,7 @@ class PlannedStore:
             self._pass_on(self.ops[index], self._loaded.pop(index))
 
     def close(self) -> None:
-        """As `settle`, and what no segment has adopted is released: nothing of this one is left in the pool."""
+        """As `settle`; also release what no segment has adopted, so that nothing of this one is left in the pool."""
         self.settle()
         for op in self.ops:
             if op.writes and op.key in self.handed_over:
@@ -200,7 +198,7 @@ class PlannedStore:
         self._pool = None
 
     def poll(self) -> None:
-        """Report what is done, and begin what can be begun without waiting."""
+        """Report ended copies, and begin those that need not wait."""
         while self._in_flight and self._in_flight[0][1].done():
             self.table.mark(self._in_flight.popleft()[0], DONE)
         self._write()
@@ -219,19 +217,19 @@ class PlannedStore:
         return None if self._pool is None else self._pool.take(op.form)
 
     def _pass_on(self, op: Op, loaded: Loaded) -> None:
-        """One of its readers has it, or never will."""
+        """One of its readers has it, or never will have it."""
         loaded.readers -= 1
         if self._pool is not None and loaded.pooled and loaded.readers == 0:
             self._pool.restock(op.form)
 
     def _write(self) -> None:
-        """Copy what waits for a place and has one now."""
+        """Copy the writes that have a place by now."""
         while self._to_write and (offset := self.table.place(self._to_write[0][0])) != WAITING - 1:
             index, taken = self._to_write.popleft()
             self._in_flight.append((index, self.copies.out(taken, self._place(index, offset))))
 
     def _wait_until_waiting(self, most: int) -> None:
-        """Wait for places until at most so many writes have none."""
+        """Wait until at most `most` writes are without a place."""
         while len(self._to_write) > most:
             self._await_place(self._to_write[0][0])
             self.poll()
@@ -244,7 +242,7 @@ class PlannedStore:
         return self.arena.tensor(offset, op.form.dtype, op.form.shape)
 
     def _reach(self, key: Key, writes: bool) -> int | None:
-        """The op that is used now, None if none was planned; what comes before it in the plan is passed over."""
+        """The op that is used now, None if none is planned; the ops before it in the plan are passed over."""
         indices = self._indices.get(((*self._prefix, *key), writes))
         if indices is None:
             return None
@@ -258,7 +256,7 @@ class PlannedStore:
         return index
 
     def _pass_over(self, index: int) -> None:
-        """The ops before one that were not used will not be."""
+        """Ops before this one that were not used never will be."""
         for passed in range(self._next, index):
             if self.ops[passed].writes:
                 self._unwritten.append(passed)
@@ -272,17 +270,17 @@ class PlannedStore:
         offset = self.table.place(index)
         if offset is None or offset >= 0:
             return offset
-        started = looked = time.perf_counter()
+        started = checked = time.perf_counter()
         self.table.mark(index, NEEDED)
         while (offset := self.table.place(index)) is not None and offset < 0:
-            self.poll()  # what is waited for may need the place of what is done
+            self.poll()  # its place may become free by what is done meanwhile
             now = time.perf_counter()
-            if now - looked > _LIVES_S:
-                looked = now
-                if not self.arena.owner_lives():
-                    raise StoreDied(f"The store died that was to bring {self.ops[index].key}.")
+            if now - checked > _LIVES_S:
+                checked = now
+                if not owner_lives(self.arena.path):
+                    raise StoreDied(f"The store died before it delivered {self.ops[index].key}.")
                 if now - started > self._timeout_s:
-                    raise EntryLost(f"The store did not bring {self.ops[index].key} in {now - started:.1f} s.")
+                    raise EntryLost(f"The store did not deliver {self.ops[index].key} in {now - started:.1f} s.")
             time.sleep(_POLL_S)
         self.waits.seconds += time.perf_counter() - started
         self.waits.calls += 1

@@ -1,30 +1,30 @@
-"""How bytes move between a segment's device and host memory: at once on the CPU, beside the computation on a GPU."""
+"""Copies between a segment's device and host memory: immediate on the CPU, beside the computation on a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from edit_ray.tiers.protocol import EntryForm
+from edit_ray.tiers.arena import EntryForm
 
 
-class Copy(Protocol):
-    """A transfer in flight."""
+class Copy:
+    """A transfer that has ended when it is made, as on the CPU."""
 
     def done(self) -> bool:
         """Whether it has ended."""
+        return True
 
     def wait(self) -> None:
-        """Return when it has."""
+        """Return when it has ended."""
 
 
 @dataclass(slots=True)
 class Taken:
-    """A tensor to be copied to the host, unchanged until then; on a GPU with the event after which it is whole."""
+    """A tensor to be copied to the host, unchanged until then; on a GPU with the event after which it is complete."""
 
     tensor: Tensor
     ready: torch.cuda.Event | None = None
@@ -43,58 +43,33 @@ class Loaded:
     readers: int = 1
 
 
-class Copies(Protocol):
-    """Copies between one device and host memory; a place is a contiguous tensor on the CPU."""
-
-    def take(self, tensor: Tensor) -> Taken:
-        """Note that a contiguous tensor is whole once what is queued now has been computed; it is copied later."""
-
-    def out(self, taken: Taken, place: Tensor) -> Copy:
-        """Copy to a place of the same dtype and shape."""
-
-    def empty(self, form: EntryForm) -> Tensor:
-        """A new tensor on the device, for these copies to load into."""
-
-    def load(self, place: Tensor, into: Tensor | None = None) -> Loaded:
-        """Copy a place to the device: to `into`, from a pool, or to a new tensor."""
-
-    def use(self, loaded: Loaded) -> Tensor:
-        """The tensor, for what the caller computes from now on."""
-
-
-class _Done:
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        return
-
-
-_DONE = _Done()
-
-
 class HostCopies:
-    """On the CPU a copy has ended when its call returns."""
+    """Copies between one device and host memory, where a place is a contiguous tensor; here the device is the CPU."""
 
     def take(self, tensor: Tensor) -> Taken:
+        """Note that a contiguous tensor is complete once the work queued now is done; it is copied later."""
         return Taken(tensor)
 
     def out(self, taken: Taken, place: Tensor) -> Copy:
+        """Copy to a place of the same dtype and shape."""
         place.copy_(taken.tensor)
-        return _DONE
+        return Copy()
 
     def empty(self, form: EntryForm) -> Tensor:
+        """A new tensor on the device, for these copies to load into."""
         return torch.empty(form.shape, dtype=form.dtype)
 
     def load(self, place: Tensor, into: Tensor | None = None) -> Loaded:
-        return Loaded(place.clone() if into is None else into.copy_(place), _DONE, into is not None)
+        """Copy a place to the device: to `into`, from a pool, or to a new tensor."""
+        return Loaded(place.clone() if into is None else into.copy_(place), Copy(), into is not None)
 
     def use(self, loaded: Loaded) -> Tensor:
+        """The tensor, for what the caller computes from now on."""
         return loaded.tensor
 
 
 @dataclass(slots=True)
-class _OnStream:
+class _OnStream(Copy):
     """A copy made by a stream; it keeps the tensor that it reads or fills."""
 
     event: torch.cuda.Event
@@ -107,16 +82,16 @@ class _OnStream:
         self.event.synchronize()
 
 
-class StreamCopies:
+class StreamCopies(HostCopies):
     """On a GPU one stream for each direction, so that both run at once and neither waits for the computation.
 
-    A call returns at once if the host memory is page-locked. What is loaded is allocated on the loading stream: on the
-    computing one, its memory would be free only after everything that was queued there before.
+    A call returns at once if the host memory is page-locked. Loads are allocated on the loading stream: on the
+    computing stream, their memory would be free only after everything that was queued there before.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._ready: list[torch.cuda.Event] = []  # used again: making one takes longer than starting a copy
+        self._ready: list[torch.cuda.Event] = []  # reused: making one takes longer than starting a copy
         self.loading, self.leaving = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def take(self, tensor: Tensor) -> Taken:
@@ -154,21 +129,21 @@ class StreamCopies:
         return _OnStream(event, tensor)
 
 
-def copies_for(device: torch.device) -> Copies:
+def copies_for(device: torch.device) -> HostCopies:
     """The copies of a device."""
     return StreamCopies(device) if device.type == "cuda" else HostCopies()
 
 
 class DevicePool:
-    """Device memory that a run takes once: spare tensors, by form.
+    """Device memory that a run allocates once: spare tensors, by form. Not thread-safe.
 
-    Whoever loads to the device, or leaves something there, takes a spare tensor. When that is passed on, to a reader
-    that may keep it, `restock` makes another. So what is allocated does not depend on how much is in flight, and
-    nothing is copied for that. Not thread-safe.
+    A load, or an entry that stays on the device, takes a spare tensor. When that is passed on, to a reader that may
+    keep it, `restock` makes another. So the allocated memory does not depend on how much is in flight, and nothing is
+    copied for that.
     """
 
     def __init__(self, device: torch.device, number: Mapping[EntryForm, int]) -> None:
-        """Allocates so many tensors of each form; raises torch.OutOfMemoryError where a GPU has too little memory."""
+        """Allocates `number` tensors of each form. Raises torch.OutOfMemoryError where a GPU has too little memory."""
         self.copies = copies_for(device)
         self._number = dict(number)
         self._spare = {form: [self.copies.empty(form) for _ in range(count)] for form, count in number.items()}
@@ -184,7 +159,7 @@ class DevicePool:
         return sum(map(len, self._spare.values()))
 
     def take(self, form: EntryForm) -> Tensor | None:
-        """A spare tensor, None while there is none. Whoever takes one restocks once, at the end of its use."""
+        """A spare tensor, None if there is none. Its taker restocks once, at the end of its use."""
         spare = self._spare.get(form)
         return spare.pop() if spare else None
 

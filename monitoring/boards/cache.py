@@ -1,80 +1,77 @@
-"""What caches decide, and what that is worth."""
+"""The board of cache decisions and the time that they save."""
 
-from monitoring.boards.panel import Dashboard, Panel, Row, Target
+from monitoring.boards.panel import Dashboard, Row, growth, panel
 from monitoring.boards.query import mean, quantile, rate, ratio
 
 _BY = ("policy", "branch")
 
 
-def _skipped(metric: str, *by: str) -> str:
-    return ratio(rate(metric, *by, decision="skipped"), rate(metric, *by))
+def _skipped(metric: str) -> tuple[str, str]:
+    return ratio(rate(metric, *_BY, decision="skipped"), rate(metric, *_BY)), "{{policy}}, {{branch}}"
 
 
-_COMPUTED, _REUSED = mean("step_seconds", decision="computed"), mean("step_seconds", decision="skipped")
-_SAVED = f"{rate('step_seconds', part='_count', decision='skipped')} * clamp_min({_COMPUTED} - {_REUSED}, 0)"
+_GAIN = f"clamp_min({mean('step_seconds', decision='computed')} - {mean('step_seconds', decision='skipped')}, 0)"
 
 _DECISIONS = Row(
     "Decisions",
     (
-        Panel(
+        panel(
             "Steps skipped",
             "Share of the denoising steps in which every unit of a branch was reused.",
             "percentunit",
-            (Target(_skipped("steps_total", *_BY), "{{policy}}, {{branch}}"),),
+            _skipped("steps_total"),
         ),
-        Panel(
+        panel(
             "Units skipped",
-            "Share of the decisions about units that were to reuse; above the steps' share where units decide apart.",
+            "Share of the decisions to reuse a unit; above the share of steps if units decide separately.",
             "percentunit",
-            (Target(_skipped("units_total", *_BY), "{{policy}}, {{branch}}"),),
+            _skipped("units_total"),
         ),
-        Panel(
-            "Decisions",
-            "Decisions about units in committed segments, a second.",
+        growth(
+            "Decisions per second",
+            "Decisions about units in committed segments.",
             "short",
-            (Target(rate("units_total", "branch", "decision"), "{{branch}}, {{decision}}"),),
+            "units_total",
+            *("branch", "decision"),
             stacked=True,
         ),
     ),
 )
 _TIMES = Row(
-    "What it is worth",
+    "Time",
     (
-        Panel(
-            "Step time",
-            "The mean of steps that were computed and of steps that were skipped.",
-            "s",
-            (Target(mean("step_seconds", "decision"), "{{decision}}"),),
+        panel(
+            "Step time (mean)", "Computed and skipped steps.", "s", (mean("step_seconds", "decision"), "{{decision}}")
         ),
-        Panel(
-            "Step time, p95",
-            "The slower steps.",
+        panel(
+            "Step time (p95)",
+            "Computed and skipped steps.",
             "s",
-            (Target(quantile(0.95, "step_seconds", "decision"), "{{decision}}"),),
+            (quantile(0.95, "step_seconds", "decision"), "{{decision}}"),
         ),
-        Panel(
+        panel(
             "Time saved",
-            "Seconds a second: steps skipped, times what a computed step takes more than a skipped one.",
+            "Per second: skipped steps, times the difference of the mean computed and the mean skipped step.",
             "s",
-            (Target(_SAVED, "saved"),),
+            (f"{rate('step_seconds', part='_count', decision='skipped')} * {_GAIN}", "saved"),
         ),
-        Panel(
+        panel(
             "Denoising",
-            "Share of the time that is spent in denoising steps.",
+            "Share of the time in denoising steps.",
             "percentunit",
-            (Target(rate("step_seconds", "decision", part="_sum"), "{{decision}}"),),
+            (rate("step_seconds", "decision", part="_sum"), "{{decision}}"),
             stacked=True,
             width=12,
         ),
-        Panel(
-            "Steps",
-            "Denoising steps a second as they happen, those of failed attempts among them.",
+        panel(
+            "Steps per second",
+            "Denoising steps as they happen, failed attempts included.",
             "short",
-            (Target(rate("step_seconds", "decision", part="_count"), "{{decision}}"),),
+            (rate("step_seconds", "decision", part="_count"), "{{decision}}"),
             stacked=True,
             width=12,
         ),
     ),
 )
 
-DASHBOARD = Dashboard("cache", "Cache policies", "What caches decide, and what that is worth.", (_DECISIONS, _TIMES))
+DASHBOARD = Dashboard("cache", "Cache policies", "Cache decisions and the time that they save.", (_DECISIONS, _TIMES))

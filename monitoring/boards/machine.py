@@ -1,67 +1,59 @@
-"""The actors, the memory of GPUs, and what Ray itself tells of the machines."""
+"""The board of actors, GPU memory and Ray's node metrics."""
 
 from edit_ray.metrics.collect import STALE_S
-from monitoring.boards.panel import Dashboard, Panel, Row, Target
-from monitoring.boards.query import VARIABLES, of, quantile, rate, total
+from monitoring.boards.panel import Dashboard, Row, gauge, growth, panel
+from monitoring.boards.query import VARIABLES, of, quantile
 
 _ACTORS = Row(
     "Actors",
     (
-        Panel(
+        panel(
             "Actors up",
-            "1 where every known actor of a kind sends snapshots.",
+            "1 if every known actor of a kind sends snapshots.",
             "short",
-            (Target(f"min by (actor) ({of('actor_up')})", "{{actor}}"),),
+            (f"min by (actor) ({of('actor_up')})", "{{actor}}"),
+            below=1,
         ),
-        Panel(
-            "Restarts",
-            "Actors that were started anew, an hour.",
-            "short",
-            (Target(f"{rate('actor_restarts_total', 'actor')} * 3600", "{{actor}}"),),
-        ),
-        Panel(
+        growth("Restarts per hour", "Restarted actors.", "short", "actor_restarts_total", "actor", per_s=3600, above=1),
+        panel(
             "Last heard from",
-            "Since an actor was heard of; what it said of itself is told for 15 seconds.",
+            f"Age of an actor's last snapshot; its gauges are exported for {STALE_S:g} seconds.",
             "s",
-            (Target(f"max by (actor) ({of('actor_snapshot_age_seconds')})", "{{actor}}"),),
+            (f"max by (actor) ({of('actor_snapshot_age_seconds')})", "{{actor}}"),
             above=STALE_S,
         ),
-        Panel(
-            "Scrapes",
-            "What the answer to a scrape takes.",
-            "s",
-            (Target(quantile(0.99, "scrape_seconds"), "p99"),),
-        ),
-        Panel(
-            "Cost of these metrics",
-            "CPU seconds a second.",
-            "percentunit",
-            (Target(rate("metrics_cpu_seconds_total"), "CPU"),),
-        ),
-        Panel(
+        panel("Scrape time (p99)", "Time of an answer.", "s", (quantile(0.99, "scrape_seconds"), "p99")),
+        growth("Cost of these metrics", "CPU time.", "percentunit", "metrics_cpu_seconds_total", legend="CPU"),
+        panel(
             "Versions",
-            "Of edit_ray, by instance.",
+            "Versions of edit_ray by instance.",
             "short",
-            (Target(f"sum by (version, instance) (edit_ray_build_info{{{VARIABLES}}})", "{{version}}, {{instance}}"),),
+            (f"sum by (version, instance) (edit_ray_build_info{{{VARIABLES}}})", "{{version}}, {{instance}}"),
         ),
     ),
 )
+
+
+def _of_ray(title: str, description: str, unit: str, metric: str) -> tuple[str, str, str, tuple[str, str]]:
+    return title, description, unit, (f"avg by (instance) (ray_{metric})", "{{instance}}")
+
+
 _GPU = Row(
     "GPU",
     (
-        Panel(
+        gauge(
             "GPU memory",
-            "As torch counts it: in tensors, reserved, and what the device has.",
+            "Allocated to tensors, reserved by torch, and total.",
             "bytes",
-            (Target(total(of("gpu_memory_bytes"), "kind"), "{{kind}}"),),
+            *("gpu_memory_bytes", "kind"),
             needs_gpu=True,
             width=12,
         ),
-        Panel(
+        panel(
             "GPU utilization",
-            "Of each device, as Ray reports it.",
+            "Utilization of each device, as Ray reports it.",
             "percent",
-            (Target("avg by (GpuIndex, instance) (ray_node_gpus_utilization)", "GPU {{GpuIndex}} of {{instance}}"),),
+            ("avg by (GpuIndex, instance) (ray_node_gpus_utilization)", "GPU {{GpuIndex}} of {{instance}}"),
             needs_gpu=True,
             width=12,
         ),
@@ -70,25 +62,10 @@ _GPU = Row(
 _RAY = Row(
     "Ray",
     (
-        Panel(
-            "CPU of nodes",
-            "Of all cores, as Ray reports it.",
-            "percent",
-            (Target("avg by (instance) (ray_node_cpu_utilization)", "{{instance}}"),),
-        ),
-        Panel(
-            "Memory of nodes",
-            "Used; shared memory, and with it the arena, is part of it.",
-            "bytes",
-            (Target("avg by (instance) (ray_node_mem_used)", "{{instance}}"),),
-        ),
-        Panel(
-            "Shared memory of nodes",
-            "Used: the arena and Ray's object store.",
-            "bytes",
-            (Target("avg by (instance) (ray_node_mem_shared_bytes)", "{{instance}}"),),
-        ),
+        panel(*_of_ray("Node CPU", "Utilization of all cores.", "percent", "node_cpu_utilization"), above=95),
+        panel(*_of_ray("Node memory", "Used memory, shared memory and the arena included.", "bytes", "node_mem_used")),
+        panel(*_of_ray("Node shared memory", "The arena and Ray's object store.", "bytes", "node_mem_shared_bytes")),
     ),
 )
 
-DASHBOARD = Dashboard("machine", "Ray and GPU", "Actors, GPUs, and what Ray tells of its nodes.", (_ACTORS, _GPU, _RAY))
+DASHBOARD = Dashboard("machine", "Ray and GPU", "Actors, GPU memory and Ray's nodes.", (_ACTORS, _GPU, _RAY))

@@ -1,23 +1,17 @@
-"""What viewers get."""
+"""The board of streams and media."""
 
-from monitoring.boards.panel import Dashboard, Panel, Row, Target
-from monitoring.boards.query import mean, of, quantile, rate, total
+from monitoring.boards.panel import Dashboard, Row, gauge, growth, panel
+from monitoring.boards.query import mean, of, quantile
 
 _STREAM = Row(
     "Stream",
     (
-        Panel(
-            "Consumers",
-            "Clients that wait for a segment.",
-            "short",
-            (Target(total(of("stream_consumers")), "consumers"),),
-            width=12,
-        ),
-        Panel(
+        gauge("Consumers", "Clients that wait for a segment.", "short", "stream_consumers", legend="clients", width=12),
+        panel(
             "Lag",
-            "Committed segments that no client has taken, of the run where they are most.",
+            "Committed segments that no client has taken, in the run with the most.",
             "short",
-            (Target(f"max({of('stream_lag_segments')})", "segments"),),
+            (f"max({of('stream_lag_segments')})", "segments"),
             width=12,
         ),
     ),
@@ -25,31 +19,21 @@ _STREAM = Row(
 _MEDIA = Row(
     "Media",
     (
-        Panel(
-            "Decoding and encoding",
-            "The mean time that a segment's latents take to become frames, and its frames to become a file.",
+        panel(
+            "Decoding and encoding (mean)",
+            "Time from a segment's latents to its frames, and from its frames to its file.",
             "s",
-            (
-                Target(mean("work_seconds", stage="decode"), "decode"),
-                Target(mean("work_seconds", stage="encode"), "encode"),
-            ),
+            *((mean("work_seconds", stage=stage), stage) for stage in ("decode", "encode")),
         ),
-        Panel(
-            "Media",
-            "Bytes of video a second of wall time.",
-            "Bps",
-            (Target(rate("media_bytes_total"), "media"),),
-        ),
-        Panel(
-            "Joins",
-            "How visible the joins of segments are; 0 is seamless.",
+        growth("Media", "Bytes of video per second.", "Bps", "media_bytes_total", legend="media"),
+        panel(
+            "Seam score (mean, p95)",
+            "Visibility of the seams between segments; 0 is seamless.",
             "short",
-            (
-                Target(mean("seam_score"), "mean"),
-                Target(quantile(0.95, "seam_score"), "p95"),
-            ),
+            (mean("seam_score"), "mean"),
+            (quantile(0.95, "seam_score"), "p95"),
         ),
     ),
 )
 
-DASHBOARD = Dashboard("media", "Stream and media", "What viewers get.", (_STREAM, _MEDIA))
+DASHBOARD = Dashboard("media", "Stream and media", "Streams, their lag, and media.", (_STREAM, _MEDIA))

@@ -1,130 +1,112 @@
-"""Runs: how many, how far, how fast, what went wrong."""
+"""The board of runs and segments: progress, speed and failures."""
 
-from monitoring.boards.panel import Dashboard, Panel, Row, Target
-from monitoring.boards.query import mean, of, quantile, rate, ratio, total
+from monitoring.boards.panel import Dashboard, Row, gauge, growth, panel, stat
+from monitoring.boards.query import VARIABLES, mean, of, quantile, rate, ratio, total
 
-_DENOISED = {part: of("work_seconds", part, stage="denoise") for part in ("_sum", "_count")}
-_SECONDS = ratio(*(f"sum(increase({series}[$__range]))" for series in _DENOISED.values()))
-_AT_A_TIME = f"clamp_min({total(of('work_in_flight', stage='denoise'))}, 1)"
+_REMAINING = total(of("segments_remaining"))
+_DENOISED = [f"sum(increase({of('work_seconds', part, stage='denoise')}[$__range]))" for part in ("_sum", "_count")]
+_PARALLEL = f"clamp_min({total(of('work_in_flight', stage='denoise'))}, 1)"
+_LOST = rate("work_lost_seconds_total")
 
 _NOW = Row(
     "Now",
     (
-        Panel(
-            "Live runs",
-            "Runs that have not ended.",
-            "short",
-            (Target(total(of("runs")), "runs"),),
-            kind="stat",
-            width=6,
-        ),
-        Panel(
-            "Segments to go",
-            "Segments that live runs have planned and not committed.",
-            "short",
-            (Target(total(of("segments_remaining")), "segments"),),
-            kind="stat",
-            width=6,
-        ),
-        Panel(
+        stat("Live runs", "Runs that have not ended.", "short", total(of("runs")), "runs"),
+        stat("Segments remaining", "Planned segments of live runs.", "short", _REMAINING, "segments", details="media"),
+        stat(
             "ETA",
-            "Segments to go, times what denoising one took in the range shown, over how many are denoised at a time.",
+            "Remaining segments, times the mean denoising time in the range, by the segments denoised in parallel.",
             "s",
-            (Target(f"{total(of('segments_remaining'))} * ({_SECONDS}) / {_AT_A_TIME}", "time"),),
-            kind="stat",
-            width=6,
+            f"{_REMAINING} * ({ratio(*_DENOISED)}) / {_PARALLEL}",
+            "time",
         ),
-        Panel(
-            "Attempts lost",
-            "Work that came to nothing in the range shown; runs try again before they fail.",
+        stat(
+            "Failed attempts",
+            "Failed work items in the range; runs retry before they fail.",
             "short",
-            (Target(f"round(sum(increase({of('work_failed_total')}[$__range])))", "attempts"),),
-            kind="stat",
-            width=6,
+            f"round(sum(increase({of('work_failed_total')}[$__range])))",
+            "attempts",
             above=1,
+            details="machine",
         ),
     ),
 )
 _RUNS = Row(
     "Runs and segments",
     (
-        Panel(
-            "Runs by state",
-            "Live runs, by where they stand.",
+        panel(
+            "Runs",
+            "The selected runs while they are live.",
             "short",
-            (Target(total(of("runs"), "state"), "{{state}}"),),
+            (f'sum by (run_id, policy) (edit_ray_run_info{{{VARIABLES},run_id=~"$run"}})', "{{run_id}}, {{policy}}"),
             stacked=True,
         ),
-        Panel(
-            "Segments committed",
-            "Segments a minute whose latents, media and line in the manifest are durable.",
+        gauge("Runs by state", "Live runs by state.", "short", "runs", "state", stacked=True),
+        growth(
+            "Segments per minute",
+            "Segments whose latents, media and manifest line are durable.",
             "short",
-            (Target(f"{rate('segments_total')} * 60", "segments a minute"),),
+            "segments_total",
+            per_s=60,
+            legend="segments",
+            details="tiers",
         ),
-        Panel(
-            "Frames committed",
-            "Frames a second that the video grows by; beside the video's own rate it says whether one can watch live.",
+        growth(
+            "Frames per second",
+            "Growth of the video; at the video's own frame rate or above, it can be watched live.",
             "short",
-            (Target(rate("frames_total"), "frames a second"),),
+            "frames_total",
+            legend="frames",
+            details="media",
         ),
-        Panel(
-            "Segment latency",
-            "From the first work on a segment to its commit, retries included.",
+        panel(
+            "Segment latency (mean, p95)",
+            "Time from the first work on a segment to its commit, retries included.",
             "s",
-            (
-                Target(mean("segment_seconds"), "mean"),
-                Target(quantile(0.95, "segment_seconds"), "p95"),
-                Target(mean("first_segment_seconds"), "first of a run"),
-            ),
+            (mean("segment_seconds"), "mean"),
+            (quantile(0.95, "segment_seconds"), "p95"),
+            (mean("first_segment_seconds"), "first of a run"),
         ),
-        Panel(
+        panel(
             "Time by stage",
-            "What a committed segment takes in each stage.",
+            "Mean time of a committed segment in each stage.",
             "s",
-            (Target(mean("work_seconds", "stage"), "{{stage}}"),),
+            (mean("work_seconds", "stage"), "{{stage}}"),
             stacked=True,
+            details="cache",
         ),
-        Panel(
+        gauge(
             "Work in flight",
-            "Pieces of work at the actors.",
+            "Work items in progress by stage.",
             "short",
-            (Target(total(of("work_in_flight"), "stage"), "{{stage}}"),),
+            "work_in_flight",
+            "stage",
             stacked=True,
+            width=24,
         ),
     ),
 )
 _ERRORS = Row(
     "Errors",
     (
-        Panel(
-            "Failed attempts",
-            "Attempts a minute that came to nothing, by what happened.",
+        growth(
+            "Failures per minute",
+            "Failed attempts by cause.",
             "short",
-            (Target(f"{rate('work_failed_total', 'trouble')} * 60", "{{trouble}}"),),
+            "work_failed_total",
+            "trouble",
+            per_s=60,
+            details="machine",
         ),
-        Panel(
-            "Work lost",
-            "Share of the time that went into attempts that came to nothing.",
+        panel(
+            "Lost work",
+            "Share of the time spent on failed attempts.",
             "percentunit",
-            (
-                Target(
-                    ratio(
-                        rate("work_lost_seconds_total"),
-                        f"({rate('work_lost_seconds_total')} + {rate('work_seconds', part='_sum')})",
-                    ),
-                    "lost",
-                ),
-            ),
+            (ratio(_LOST, f"({_LOST} + {rate('work_seconds', part='_sum')})"), "lost"),
+            above=0.1,
         ),
-        Panel(
-            "Runs ended",
-            "Runs an hour, by how they ended.",
-            "short",
-            (Target(f"{rate('runs_ended_total', 'outcome')} * 3600", "{{outcome}}"),),
-        ),
+        growth("Runs ended per hour", "Ended runs by outcome.", "short", "runs_ended_total", "outcome", per_s=3600),
     ),
 )
 
-DASHBOARD = Dashboard(
-    "overview", "Overview", "Runs and segments: how far, how fast, what failed.", (_NOW, _RUNS, _ERRORS)
-)
+DASHBOARD = Dashboard("overview", "Overview", "Runs and segments: progress, speed, failures.", (_NOW, _RUNS, _ERRORS))

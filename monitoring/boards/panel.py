@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
 
+from monitoring.boards.query import of, rate, total, while_selected
+
 WIDTH, HEIGHT = 24, 8  # of a dashboard in columns, of a panel in rows
 SCHEMA_VERSION = 39
-_LINKS = {  # the other boards, for the same time and the same jobs and instances
-    "title": "EDiT",
-    "type": "dashboards",
-    "tags": ["edit_ray"],
-    "icon": "external link",
-    "tooltip": "",
-    "asDropdown": True,
-    "targetBlank": False,
-    "includeVars": True,
-    "keepTime": True,
-}
 _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
@@ -43,7 +35,9 @@ class Panel:
     stacked: bool = False
     needs_gpu: bool = False
     width: int = 8
-    above: float | None = None  # a threshold: beyond it is trouble
+    above: float | None = None  # a threshold: values from it on are red
+    below: float | None = None  # a threshold: values under it are red
+    details: str = ""  # the name of the board that the panel links to
 
 
 @dataclass(frozen=True)
@@ -71,6 +65,34 @@ class Dashboard:
         return json.dumps(_dashboard(self), indent=1, ensure_ascii=False) + "\n"
 
 
+def panel(title: str, description: str, unit: str, *queries: tuple[str, str], **style: Any) -> Panel:
+    """A panel of (expression, legend) pairs while a selected run is live; `style` are fields of `Panel`."""
+    targets = tuple(Target(while_selected(expr), legend) for expr, legend in queries)
+    return Panel(title, description, unit, targets, **style)
+
+
+def gauge(title: str, description: str, unit: str, name: str, *by: str, legend: str = "", **style: Any) -> Panel:
+    """A panel of one gauge, summed by labels."""
+    return panel(title, description, unit, (total(of(name), *by), legend or _legend(by)), **style)
+
+
+def growth(
+    title: str, description: str, unit: str, name: str, *by: str, per_s: int = 1, legend: str = "", **style: Any
+) -> Panel:
+    """A panel of one counter's growth in `per_s` seconds, summed by labels."""
+    expr = rate(name, *by) if per_s == 1 else f"{rate(name, *by)} * {per_s}"
+    return panel(title, description, unit, (expr, legend or _legend(by)), **style)
+
+
+def stat(title: str, description: str, unit: str, expr: str, legend: str, **style: Any) -> Panel:
+    """A panel that shows one number."""
+    return panel(title, description, unit, (expr, legend), kind="stat", width=6, **style)
+
+
+def _legend(by: Sequence[str]) -> str:
+    return ", ".join(f"{{{{{label}}}}}" for label in by)
+
+
 def _dashboard(dashboard: Dashboard) -> dict[str, Any]:
     return {
         "uid": f"edit-ray-{dashboard.name}",
@@ -89,24 +111,32 @@ def _dashboard(dashboard: Dashboard) -> dict[str, Any]:
         "time": {"from": "now-30m", "to": "now"},
         "timepicker": {},
         "annotations": {"list": []},
-        "links": [_LINKS],
-        "templating": {"list": [_datasource(), _variable("job"), _variable("instance", ',job=~"$job"')]},
+        "links": [_link("dashboards", "EDiT", tags=["edit_ray"])],
+        "templating": {
+            "list": [
+                {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "hide": 0},
+                _variable("job", "edit_ray_build_info"),
+                _variable("run", 'edit_ray_run_info{job=~"$job"}', "run_id"),
+                _variable("instance", 'edit_ray_build_info{job=~"$job"}'),
+            ]
+        },
         "panels": _panels(dashboard),
     }
 
 
-def _datasource() -> dict[str, Any]:
-    return {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "hide": 0}
+def _link(kind: str, title: str, **more: Any) -> dict[str, Any]:
+    """A link to other dashboards, which keeps the time range and the variables."""
+    shown = {"icon": "dashboard", "tooltip": "", "tags": [], "asDropdown": False, "targetBlank": False}
+    return {"title": title, "type": kind, **shown, "includeVars": True, "keepTime": True, **more}
 
 
-def _variable(label: str, among: str = "") -> dict[str, Any]:
-    query = f"label_values(edit_ray_build_info{{{among.removeprefix(',')}}}, {label})"
+def _variable(name: str, series: str, label: str = "") -> dict[str, Any]:
     return {
-        "name": label,
-        "label": label.capitalize(),
+        "name": name,
+        "label": name.capitalize(),
         "type": "query",
         "datasource": _DATASOURCE,
-        "query": {"query": query, "refId": f"variable-{label}"},
+        "query": {"query": f"label_values({series}, {label or name})", "refId": f"variable-{name}"},
         "includeAll": True,
         "allValue": ".*",
         "multi": True,
@@ -141,11 +171,14 @@ _EMPTY: dict[str, Any] = {"panels": []}
 
 def _panel(panel: Panel) -> dict[str, Any]:
     timeseries = panel.kind == "timeseries"
+    thresholds = _thresholds(panel)
+    url = f"/d/edit-ray-{panel.details}?${{__url_time_range}}&${{__all_variables}}"
     return {
         "type": panel.kind,
         "title": panel.title,
         "description": panel.description,
         "datasource": _DATASOURCE,
+        **({"links": [_link("link", panel.details.capitalize(), url=url)]} if panel.details else {}),
         "targets": [
             {
                 "refId": chr(ord("A") + index),
@@ -162,7 +195,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
                 "unit": panel.unit,
                 "min": 0,
                 **({"custom": _lines(panel)} if timeseries else {}),
-                **({} if panel.above is None else {"thresholds": _thresholds(panel.above)}),
+                **({"thresholds": thresholds} if thresholds else {}),
             },
             "overrides": [],
         },
@@ -170,8 +203,12 @@ def _panel(panel: Panel) -> dict[str, Any]:
     }
 
 
-def _thresholds(above: float) -> dict[str, Any]:
-    return {"mode": "absolute", "steps": [{"color": "green", "value": None}, {"color": "red", "value": above}]}
+def _thresholds(panel: Panel) -> dict[str, Any] | None:
+    limit = panel.above if panel.below is None else panel.below
+    if limit is None:
+        return None
+    low, high = ("green", "red") if panel.below is None else ("red", "green")
+    return {"mode": "absolute", "steps": [{"color": low, "value": None}, {"color": high, "value": limit}]}
 
 
 def _lines(panel: Panel) -> dict[str, Any]:
@@ -181,7 +218,7 @@ def _lines(panel: Panel) -> dict[str, Any]:
         "fillOpacity": 30 if panel.stacked else 8,
         "showPoints": "never",
         "spanNulls": False,
-        "thresholdsStyle": {"mode": "off" if panel.above is None else "line"},
+        "thresholdsStyle": {"mode": "line" if _thresholds(panel) else "off"},
         "stacking": {"mode": "normal" if panel.stacked else "none", "group": "A"},
     }
 

@@ -1,15 +1,22 @@
-"""PromQL from metrics of the catalog: a name or label that it lacks is an error here, not an empty panel there."""
+"""PromQL from metrics of the catalog: an unknown name or label is an error here, not an empty panel in Grafana."""
 
 from __future__ import annotations
 
 from edit_ray.metrics.catalog import CATALOG, LABELS, PREFIX
 
 VARIABLES = 'job=~"$job",instance=~"$instance"'
+# `version` matches $run only if all runs are selected: then a panel also shows times without a live run.
+_SELECTED = f'edit_ray_run_info{{{VARIABLES},run_id=~"$run"}} or edit_ray_build_info{{{VARIABLES},version=~"$run"}}'
 _WINDOW = "$__rate_interval"
 
 
+def while_selected(expr: str) -> str:
+    """The expression at the times when a selected run is live."""
+    return f"({expr}) and on () ({_SELECTED})"
+
+
 def of(name: str, part: str = "", **labels: str) -> str:
-    """A metric, its name without the prefix, for the chosen jobs and instances; `part` of a histogram."""
+    """A metric, its name without the prefix, for the selected jobs and instances; `part` of a histogram."""
     metric = CATALOG[PREFIX + name]
     for label, value in labels.items():
         if label not in metric.labels or value not in LABELS[label]:
@@ -24,20 +31,20 @@ def total(selected: str, *by: str) -> str:
 
 
 def rate(name: str, *by: str, part: str = "", **labels: str) -> str:
-    """How much a counter grows in a second."""
+    """The growth of a counter per second."""
     return total(f"rate({of(name, part, **labels)}[{_WINDOW}])", *by)
 
 
 def ratio(some: str, whole: str) -> str:
-    """Nothing where there is nothing yet: neither 0/0, nor a 0 that would be read as one."""
+    """A quotient without a value if the whole is 0."""
     return f"{some} / ({whole} > 0)"
 
 
 def mean(name: str, *by: str, **labels: str) -> str:
-    """The mean of what a histogram has seen of late."""
+    """The mean of a histogram's recent values."""
     return ratio(rate(name, *by, part="_sum", **labels), rate(name, *by, part="_count", **labels))
 
 
 def quantile(q: float, name: str, *by: str, **labels: str) -> str:
-    """A quantile of what a histogram has seen of late, nothing where it has seen nothing."""
+    """A quantile of a histogram's recent values, without a value if there are none."""
     return f"histogram_quantile({q}, {rate(name, 'le', *by, part='_bucket', **labels)}) >= 0"

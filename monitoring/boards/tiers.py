@@ -1,142 +1,122 @@
-"""Where residuals are kept for later segments, and how they move."""
+"""The board of tiers: the entries that later segments reuse, their moves and their losses."""
 
-from monitoring.boards.panel import Dashboard, Panel, Row, Target
+from monitoring.boards.panel import Dashboard, Row, gauge, growth, panel
 from monitoring.boards.query import of, rate, ratio, total
 
-_ENDED = rate("prefetches_total")
+_BYTES, _BUDGET = total(of("tier_bytes"), "tier"), total(of("tier_budget_bytes"), "tier")
 
-_HELD = Row(
-    "What the tiers hold",
+_CONTENT = Row(
+    "Content",
     (
-        Panel(
-            "Bytes against budget",
+        panel(
+            "Bytes and capacity",
             "The host tier fills up by design; the disk tier loses entries when it is full.",
             "bytes",
-            (
-                Target(total(of("tier_bytes"), "tier"), "{{tier}}"),
-                Target(total(of("tier_budget_bytes"), "tier"), "{{tier}}, budget"),
-                Target(total(of("tier_peak_bytes"), "tier"), "{{tier}}, peak"),
-            ),
+            (_BYTES, "{{tier}}"),
+            (_BUDGET, "{{tier}}, capacity"),
+            (total(of("tier_peak_bytes"), "tier"), "{{tier}}, peak"),
         ),
-        Panel(
+        panel(
             "Fill",
-            "Bytes in parts of the budget, where there is one.",
+            "Share of the capacity in use, if it is limited.",
             "percentunit",
-            (Target(ratio(total(of("tier_bytes"), "tier"), total(of("tier_budget_bytes"), "tier")), "{{tier}}"),),
+            (ratio(_BYTES, _BUDGET), "{{tier}}"),
+            above=0.9,
         ),
-        Panel(
-            "Entries",
-            "Residuals that a tier holds.",
-            "short",
-            (Target(total(of("tier_entries"), "tier"), "{{tier}}"),),
-            stacked=True,
-        ),
+        gauge("Entries", "Residuals in a tier.", "short", "tier_entries", "tier", stacked=True),
     ),
 )
 _READS = Row(
     "Reads",
     (
-        Panel(
-            "Hits by tier",
-            "Of the reads that came to a tier, the share that it had when they were asked for.",
+        panel(
+            "Hit rate",
+            "Share of a tier's lookups that found their entry.",
             "percentunit",
-            (
-                Target(
-                    ratio(rate("tier_lookups_total", "tier", result="hit"), rate("tier_lookups_total", "tier")),
-                    "{{tier}}",
-                ),
-            ),
+            (ratio(rate("tier_lookups_total", "tier", result="hit"), rate("tier_lookups_total", "tier")), "{{tier}}"),
         ),
-        Panel(
-            "Prefetch outcomes",
-            "What became of the reads that were brought ahead of their use.",
+        panel(
+            "Prefetches per second",
+            "Requested prefetches, and ended ones by outcome.",
             "short",
-            (
-                Target(rate("prefetches_total", "prefetch"), "{{prefetch}}"),
-                Target(rate("prefetches_requested_total"), "requested"),
-            ),
+            (rate("prefetches_total", "prefetch"), "{{prefetch}}"),
+            (rate("prefetches_requested_total"), "requested"),
         ),
-        Panel(
+        panel(
             "Prefetches in time",
-            "Share of the prefetches that were in place when they were needed.",
+            "Share of the prefetches that ended before their read.",
             "percentunit",
-            (Target(ratio(rate("prefetches_total", prefetch="useful"), _ENDED), "in time"),),
+            (ratio(rate("prefetches_total", prefetch="useful"), rate("prefetches_total")), "in time"),
+            below=0.8,
         ),
-        Panel(
-            "Waiting",
-            "Seconds a second that committed segments waited for residuals that came late, or for room.",
+        growth(
+            "Wait",
+            "Seconds per second that committed segments waited for late residuals or for a slot.",
             "s",
-            (Target(rate("reuse_wait_seconds_total"), "waiting"),),
+            "reuse_wait_seconds_total",
+            legend="wait",
+            above=0.1,
         ),
-        Panel(
+        growth(
             "Reuse",
-            "Residuals that committed segments read of others and wrote for others.",
+            "Residuals that committed segments read and wrote.",
             "Bps",
-            (Target(rate("reuse_bytes_total", "direction"), "{{direction}}"),),
+            "reuse_bytes_total",
+            "direction",
+            details="cache",
         ),
-        Panel(
-            "Wasted",
-            "Bytes a second that were brought and not read.",
-            "Bps",
-            (Target(rate("prefetch_wasted_bytes_total"), "wasted"),),
-        ),
+        growth("Wasted", "Bytes prefetched and not read.", "Bps", "prefetch_wasted_bytes_total", legend="wasted"),
     ),
 )
-_WAYS = Row(
+
+
+def _move_time(source: str, target: str) -> tuple[str, str]:
+    seconds = rate("tier_move_seconds_total", move=f"{source}_to_{target}")
+    return ratio(seconds, rate("tier_moves_total", source=source, target=target)), f"{source} to {target}"
+
+
+_MOVES = Row(
     "Moves and losses",
     (
-        Panel(
+        panel(
             "Moves",
-            "Bytes a second between tiers. What is evicted from the host tier is on disk already.",
+            "Bytes per second between tiers. Entries are on disk before they are evicted from the host tier.",
             "Bps",
-            (
-                Target(
-                    rate("tier_moved_bytes_total", "source", "target", "cause"), "{{source}} to {{target}}, {{cause}}"
-                ),
-            ),
+            (rate("tier_moved_bytes_total", "source", "target", "cause"), "{{source}} to {{target}}, {{cause}}"),
         ),
-        Panel(
-            "Time of a move",
-            "The mean from its decision to its end.",
+        panel(
+            "Move time (mean)",
+            "Time from the decision to move an entry to its end.",
             "s",
-            (
-                Target(
-                    ratio(
-                        rate("tier_move_seconds_total", move="disk_to_host"),
-                        rate("tier_moves_total", source="disk", target="host"),
-                    ),
-                    "disk to host",
-                ),
-                Target(
-                    ratio(
-                        rate("tier_move_seconds_total", move="host_to_disk"),
-                        rate("tier_moves_total", source="host", target="disk"),
-                    ),
-                    "host to disk",
-                ),
-            ),
+            _move_time("disk", "host"),
+            _move_time("host", "disk"),
         ),
-        Panel(
-            "Entries that left",
-            "Entries a second that left all tiers; `dead` ones were read for the last time.",
+        growth(
+            "Dropped entries per second",
+            "Entries removed from all tiers; `dead` ones will not be read again.",
             "short",
-            (Target(rate("entries_dropped_total", "reason"), "{{reason}}"),),
+            *("entries_dropped_total", "reason"),
         ),
-        Panel(
-            "Disk faults",
-            "What went wrong with files of the disk tier, a minute.",
+        growth(
+            "Disk faults per minute",
+            "Errors with files of the disk tier.",
             "short",
-            (Target(f"{rate('disk_faults_total', 'fault')} * 60", "{{fault}}"),),
+            "disk_faults_total",
+            "fault",
+            per_s=60,
             width=12,
+            above=1,
         ),
-        Panel(
-            "Refusals",
-            "What the CacheStore refused, a minute.",
+        growth(
+            "Refusals per minute",
+            "Requests that the CacheStore refused.",
             "short",
-            (Target(f"{rate('refusals_total', 'refusal')} * 60", "{{refusal}}"),),
+            "refusals_total",
+            "refusal",
+            per_s=60,
             width=12,
         ),
     ),
 )
 
-DASHBOARD = Dashboard("tiers", "Tiers", "What the tiers hold, and how residuals move.", (_HELD, _READS, _WAYS))
+DASHBOARD = Dashboard("tiers", "Tiers", "The content of the tiers, moves and losses.", (_CONTENT, _READS, _MOVES))

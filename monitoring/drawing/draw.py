@@ -10,6 +10,7 @@ panel shows of the latest seconds and takes a picture of each dashboard in a hea
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def answers(url: str, board: dict[str, Any], seconds: float) -> dict[str, Any]:
     end, found = time.time(), {}
     for expr in [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]:
         asked = expr.replace("$__rate_interval", "10s").replace("$__range", f"{seconds:.0f}s")
-        asked = asked.replace("$job", ".*").replace("$instance", ".*")
+        asked = re.sub(r"\$(job|instance|run)\b", ".*", asked)
         query = urllib.parse.urlencode({"query": asked, "start": end - seconds, "end": end, "step": 1})
         with urllib.request.urlopen(f"{url}/api/v1/query_range?{query}", timeout=30) as answer:
             found[expr] = json.load(answer)["data"]["result"]

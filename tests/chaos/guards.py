@@ -20,7 +20,7 @@ SYNC = re.compile(r"^( +)(?:files\.)?(?:disk\.f)?sync\((?!keys).*\)$", re.MULTIL
 
 POWER = "tests/unit/test_power_loss.py"
 PROOFS_OF_SYNCS = {
-    "tiers/entry_folder.py": "tests/unit/test_tier_service.py -k synced",
+    "tiers/disk_tier.py": "tests/unit/test_tier_service.py -k synced",
     "runs/folder.py": "tests/unit/test_folder.py -k durable",
     "video/hls.py": "tests/unit/test_stream_files.py -k loss_of_power",
     "files.py": f"tests/unit/test_folder.py {POWER}",
@@ -171,14 +171,14 @@ def guards() -> list[Guard]:
         ),
         replaced(
             "an entry's checksum",
-            "tiers/entry_folder.py",
+            "tiers/disk_tier.py",
             "checksum_of(into[: entry.nbytes]) == entry.checksum",
             "True",
             "test_disk_damage.py",
         ),
         replaced(
             "an entry's header",
-            "tiers/entry_folder.py",
+            "tiers/disk_tier.py",
             "if header != expected:",
             "if False:",
             "test_disk_damage.py",

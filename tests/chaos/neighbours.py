@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.config import Config
 from tests.chaos.storm import Shape
@@ -28,7 +28,7 @@ def config_of(model: Path, seed: int, store: Path) -> Config:
 
 async def make(root: Path, run_id: str, config: Config) -> str:
     """Makes the run; its error, or how it has ended."""
-    crew = LocalCrew()
+    crew = LocalPool()
     scheduler = SegmentSchedulerActor(crew)
     root.mkdir(exist_ok=True)
     await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), f"{root}/{run_id}")

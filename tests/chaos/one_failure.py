@@ -12,12 +12,12 @@ from unittest import mock
 
 from edit_ray import files
 from edit_ray.actors import stages
-from edit_ray.actors.crew import Pointer
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
+from edit_ray.actors.pool import Pointer
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.errors import EditRayError, RunExists
 from edit_ray.runs.folder import RunFolder
-from edit_ray.tiers.entry_folder import LOCK
+from edit_ray.tiers.disk_tier import LOCK
 from edit_ray.video.hls import newest_playlist
 from tests.chaos.memory import remembered
 from tests.chaos.power_loss import build
@@ -218,7 +218,7 @@ class Experiment:
 
     def __init__(self, root: Path, config, other) -> None:
         self.root, self.config, self.other = root, config, other
-        self.crew = LocalCrew()
+        self.crew = LocalPool()
         self.begins: dict[str | None, dict[str, bytes | None]] = {None: {}}
         self.whole: dict[str, Life] = {}
         self.operations: dict[str, Counter] = {}
@@ -263,7 +263,7 @@ class Experiment:
         for threads in [threads for worker in self.crew.workers.values() for threads in worker.threads.values()]:
             threads.shutdown()
         self.end()
-        self.crew = LocalCrew()
+        self.crew = LocalPool()
 
     def end(self) -> None:
         asyncio.run(self.crew.end())

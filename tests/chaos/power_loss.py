@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edit_ray import files
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.errors import UnknownRun
@@ -46,7 +46,7 @@ async def record(root: Path, config) -> History:
     """A run that is cancelled and resumed, extended, and made again from its last segment but one on."""
     recorder, folder = Recorder(root), RunFolder(root, RUN)
     history = History(config, recorder.operations)
-    crew = LocalCrew()
+    crew = LocalPool()
 
     async def follow(scheduler):
         """Until the run has ended: whoever waits for a segment relies on it."""
@@ -217,7 +217,7 @@ def lose_power(root: Path, history: History, *, each: int, seed: int, resumes: i
 
 
 async def finish(root, history, sample) -> None:
-    crew = LocalCrew()
+    crew = LocalPool()
     with remembered():
         for number, found in sample:
             build(root, found)

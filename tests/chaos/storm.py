@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from edit_ray.actors import stages
-from edit_ray.actors.crew import ActorGone
-from edit_ray.actors.local import LocalCrew, LocalWorker
+from edit_ray.actors.local import LocalPool, LocalWorker
 from edit_ray.actors.messages import RunSpec, RunStatus
+from edit_ray.actors.pool import ActorGone
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.config import Config, load_config
 from edit_ray.errors import ConfigError, UnknownRun
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Manifest
 from edit_ray.testing import save_random_wan
-from edit_ray.tiers.entry_folder import LOCK
+from edit_ray.tiers.disk_tier import LOCK
 from edit_ray.video.encode import join
 from edit_ray.video.hls import newest_playlist
 
@@ -88,7 +88,7 @@ class Shape:
 
 
 @dataclass
-class Weather(LocalCrew):
+class Weather(LocalPool):
     """A crew to which `coming`, by the number of a call for work, happens during that call."""
 
     draw: random.Random
@@ -258,7 +258,7 @@ class Undisturbed:
     """Runs to which nothing has happened, each made once."""
 
     def __init__(self, root: Path, model: Path) -> None:
-        self._root, self._model, self._crew = root, model, LocalCrew()
+        self._root, self._model, self._crew = root, model, LocalPool()
         self._made: dict[object, RunFolder] = {}
 
     def of(self, shape: Shape, segments: int, takes: list[Take]) -> RunFolder:

@@ -24,7 +24,7 @@ def commands(program):
 
 
 def test_commands_are_understood():
-    assert [parser().parse_args(command).command for command in commands("edit-ray")] == ["serve", "report"]
+    assert [parser().parse_args(command).command.__name__ for command in commands("edit-ray")] == ["serve", "report"]
     targets = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in targets for (target,) in commands("make"))
     assert commands("make")

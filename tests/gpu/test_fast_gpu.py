@@ -9,7 +9,7 @@ from edit_ray.engine.decode import to_uint8
 from edit_ray.engine.loading import load_pipeline
 from edit_ray.engine.options import ModelOptions, SamplingOptions
 from edit_ray.engine.segment import MAX_SEQUENCE_LENGTH, SegmentEngine
-from edit_ray.engine.stream import RunStream
+from edit_ray.engine.vae_stream import RunStream
 from edit_ray.testing import VARIANTS, Variant, make_model
 from tests.gpu.test_cache_gpu import KNOWN, STEPS, latents, synchronisations_in_the_loop
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from edit_ray.actors.stats import show_memory
+from edit_ray.actors.gpu_work import show_memory
 from edit_ray.engine.loading import second_gpu
 from edit_ray.engine.options import ModelOptions
 from edit_ray.engine.segment import SegmentEngine
@@ -29,7 +29,7 @@ def test_what_is_free_again_is_given_back():
     engine = SegmentEngine.load(ModelOptions(path="builtin:tiny_wan", device="cuda"))
     torch.empty(256 * MIB, dtype=torch.uint8, device="cuda")  # free at once, and kept by torch for what comes
     before = shown()
-    engine.make_room(of_cache=True)
+    engine.free_memory(of_cache=True)
     after = shown()
     assert before["reserved"] - after["reserved"] >= 256 * MIB
     assert after["allocated"] == before["allocated"]

@@ -18,11 +18,12 @@ CALL = {
     "num_frames": 9,
     "num_inference_steps": STEPS,
     "guidance_scale": 4.0,
+    "max_sequence_length": 32,
     "output_type": "latent",
     "return_dict": False,
 }
 CASES = [
-    *(("fbcache", {"rel_l1_thresh": at}) for at in (0.12, 0.2, 0.4)),
+    *(("fbcache", {"rel_l1_thresh": at}) for at in (0.2, 0.3, 0.4)),
     *(("magcache", {"threshold": at}) for at in (0.06, 0.2, 1.0)),
     *(("magcache", {"threshold": 1.0, "max_skip_steps": 4, "retention_ratio": 0.0}),),
     *(("seacache", {"threshold": at}) for at in (0.2, 0.3, 0.6)),

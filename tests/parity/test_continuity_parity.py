@@ -5,10 +5,10 @@ import torch
 
 from edit_ray.config.model import layout_of
 from edit_ray.engine.decode import to_uint8
-from edit_ray.engine.lookback import lookback_latents
+from edit_ray.engine.model_info import lookback_latents
 from edit_ray.engine.options import ContinuityOptions, ModelOptions, SamplingOptions
 from edit_ray.engine.segment import SegmentEngine
-from edit_ray.engine.stream import RunStream
+from edit_ray.engine.vae_stream import RunStream
 from edit_ray.testing import save_random_wan
 from tests.decoding import decode_at_once
 

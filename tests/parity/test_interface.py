@@ -22,13 +22,19 @@ def test_the_call_has_every_parameter_and_default_of_diffusers():
     ours = list(inspect.signature(EditWanPipeline.__call__).parameters.values())
     same, extras = ours[: len(stock)], ours[len(stock) :]
     assert [(p.name, p.default, p.kind) for p in same] == [(p.name, p.default, p.kind) for p in stock]
-    defaults = {"history": None, "overlap": None, "reset_cache": True, "prefetch_reuse": False}
+    names = {"image", "last_image", "image_embeds", "video", "strength", "mask", "reference_images"}
+    names |= {"conditioning_scale", "history", "overlap"}
+    defaults = dict.fromkeys(names) | {"reset_cache": True, "prefetch_reuse": False}
     assert {p.name: p.default for p in extras} == defaults
     assert all(p.kind is p.KEYWORD_ONLY for p in extras)
 
 
 def test_the_components_are_those_of_diffusers():
-    assert inspect.signature(EditWanPipeline.__init__) == inspect.signature(WanPipeline.__init__)
+    stock = list(inspect.signature(WanPipeline.__init__).parameters.values())
+    ours = list(inspect.signature(EditWanPipeline.__init__).parameters.values())
+    same, extras = ours[: len(stock)], ours[len(stock) :]
+    assert [(p.name, p.default, p.kind) for p in same] == [(p.name, p.default, p.kind) for p in stock]
+    assert {p.name: p.default for p in extras} == {"image_processor": None, "image_encoder": None}
 
 
 def test_an_index_gives_one_video_and_frames_the_batch(pair):

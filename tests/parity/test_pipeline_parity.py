@@ -30,7 +30,7 @@ NOISE_SCHEDULERS = {
 def generate(pipe: WanPipeline, *, seed: int = 7, **kwargs) -> object:
     """One small call; the batch as diffusers returns it."""
     defaults = {"prompt": CIRCLE, "height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 3}
-    defaults |= {"output_type": "latent", "generator": torch.Generator().manual_seed(seed)}
+    defaults |= {"max_sequence_length": 32, "output_type": "latent", "generator": torch.Generator().manual_seed(seed)}
     return pipe(**(defaults | kwargs)).frames
 
 

@@ -18,7 +18,7 @@ from edit_ray.engine.options import SamplingOptions
 from edit_ray.engine.reuse import plan_run_reuse
 from edit_ray.errors import EntryLost, StaleLease
 from edit_ray.testing import save_random_wan
-from edit_ray.tiers.entry_folder import EntryFolder
+from edit_ray.tiers.disk_tier import EntryFolder
 from edit_ray.tiers.leases import SegmentLeases
 from tests.store_here import StoreHere
 

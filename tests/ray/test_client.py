@@ -18,7 +18,6 @@ from edit_ray import LongVideoClient
 from edit_ray.actors import launch
 from edit_ray.cli.main import main
 from edit_ray.config import load_config
-from edit_ray.engine.latent_files import load_latents
 from edit_ray.errors import ActorVersionMismatch, RunCancelled, UnknownRun
 from edit_ray.metrics.exporter import TARGETS
 from edit_ray.video.encode import read_frames
@@ -98,12 +97,12 @@ def exporter_of(root):
 def test_another_process_sees_segment_0_before_segment_2_is_denoised(watch, config, tmp_path, run_id):
     client = LongVideoClient(output=tmp_path)
     watcher = watch(tmp_path, run_id)
-    client.submit(config(steps=150), run_id=run_id)
+    client.submit(config(steps=80), run_id=run_id)
     go(watcher)
     index, shape, at, fps = json.loads(watcher.stdout.readline())
     assert (index, shape, fps) == (0, [17, 64, 64, 3], 16)
     assert at is not None
-    assert at < [2, 150], "segment 2 was not finished when segment 0 had arrived"
+    assert at < [2, 80], "segment 2 was not finished when segment 0 had arrived"
     rest = [json.loads(line)[0] for line in watcher.stdout]
     assert rest == [1, 2, 3]
     late = watch(tmp_path, run_id, start=2)
@@ -139,23 +138,6 @@ def test_every_reader_sees_the_same_frames_and_may_have_the_latents(ray_head, co
     (lazy,) = client.stream(run_id, start=1, frames=False)
     assert lazy.frames is None
     assert lazy.path.is_file()
-
-
-def test_killed_actors_change_no_frame(ray_head, config, tmp_path, run_id):
-    client = LongVideoClient(output=tmp_path)
-    path = config(steps=40)
-    whole = client.submit(path, run_id=f"{run_id}-whole")
-    list(client.stream(whole, frames=False))
-    hurt = client.submit(path, run_id=f"{run_id}-hurt")
-    stream = client.stream(hurt, frames=False)
-    for victim in (launch.DENOISER, launch.CACHE_STORE):
-        next(stream)
-        os.kill(pids()[victim], signal.SIGKILL)
-    assert [segment.index for segment in stream] == [2, 3]
-    for index in range(4):
-        name = f"latents/{index:05d}-t0.safetensors"
-        assert np.array_equal(load_latents(tmp_path / whole / name), load_latents(tmp_path / hurt / name))
-    assert (tmp_path / whole / "final.mp4").read_bytes() == (tmp_path / hurt / "final.mp4").read_bytes()
 
 
 def test_cancel_keeps_what_is_committed(ray_head, config, tmp_path):

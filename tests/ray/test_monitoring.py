@@ -132,7 +132,7 @@ def empty_panels(prometheus, began):
         for panel in board.panels:
             for target in () if panel.needs_gpu else panel.targets:
                 expr = target.expr.replace("$__rate_interval", "10s").replace("$__range", "60s")
-                expr = expr.replace("$job", ".*").replace("$instance", ".*")
+                expr = re.sub(r"\$(job|instance|run)\b", ".*", expr)
                 series = prometheus.series(expr, began, time.time())
                 named = re.findall(r"\{\{(\w+)\}\}", target.legend)
                 if not any(values for _, values in series) or not all(

@@ -14,7 +14,8 @@ import pytest
 from edit_ray import LongVideoClient
 from edit_ray.actors import launch
 from edit_ray.cli.main import main
-from edit_ray.engine.latent_files import load_latents
+from edit_ray.config import load_config
+from edit_ray.engine.continuity import load_latents
 from edit_ray.errors import SegmentFailed
 from tests.ray.conftest import REPOSITORY, manifest_of, pids, wait_until
 
@@ -32,7 +33,7 @@ def same(one, other):
 def test_a_killed_segment_scheduler_goes_on_by_itself(ray_head, config, tmp_path, run_id):
     """Three clients, of which one is slow and one begins late, see every segment once, whatever dies meanwhile."""
     client = LongVideoClient(output=tmp_path)
-    path = config(steps=40, segments=5)
+    path = load_config(config(steps=40, segments=5), ["engine.max_ahead=1"])  # it cannot end before both kills
     whole = client.submit(path, run_id=f"{run_id}-whole")
     list(client.stream(whole, frames=False))
     hurt = client.submit(path, run_id=f"{run_id}-hurt")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.config import Config
 from edit_ray.engine.init_file import read_init
@@ -37,7 +37,7 @@ def config(segments, prompt, seed=7, **continuity):
 
 async def generate(root, asked, *changes):
     """A run, and what it goes on with; its manifest."""
-    crew = LocalCrew()
+    crew = LocalPool()
     scheduler = SegmentSchedulerActor(crew)
     await submit(scheduler, root, "one", asked)
     await done(scheduler)

@@ -10,9 +10,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.engine.latent_files import load_latents
+from edit_ray.engine.continuity import load_latents
 from edit_ray.runs.folder import RunFolder
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_recovery import REUSE, SEGMENTS, end_of, same, submit
@@ -29,7 +29,7 @@ def leave(ballast: Path, count: int) -> None:
 
 async def survive(root: Path, model: Path, count: int) -> str:
     """One run that finds so many bytes from its first commit on; how it ended, or `done` where they did."""
-    crew, ballast = LocalCrew(), root / "ballast"
+    crew, ballast = LocalPool(), root / "ballast"
     scheduler = SegmentSchedulerActor(crew)
     await submit(scheduler, root, "reuse", config_for(model, **REUSE))
     await scheduler.wait_segment("reuse", 0, 60)

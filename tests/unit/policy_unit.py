@@ -1,60 +1,25 @@
-"""One unit under a policy, without a model: what a test says it would compute, and a store that is a dictionary."""
+"""One unit under a policy, without a model: a test says what it would compute. Its residuals are in a real store."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from edit_ray.cache import GPUStore
 from edit_ray.cache.policies import CachePolicy, PolicyContext
 from edit_ray.cache.policies.policy import UnitState
-
-Kept = dict[tuple[int, int], Tensor]  # by generation and step
+from edit_ray.cache.residuals import ResidualIndex, UnitResiduals
 
 
 @dataclass(eq=False)
 class RecordedSignals:
-    """Implements `Signals` with what was recorded."""
+    """Implements `StepSignals` with recorded values."""
 
     e: Tensor | None = None
     e0: Tensor | None = None
     latents: Tensor | None = None
     sigma: float | None = None
-
-
-@dataclass
-class KeptResiduals:
-    """Implements `Residuals` for one generation; `lost` names what the store has let go."""
-
-    kept: Kept
-    computed: dict[int, list[int]]
-    generation: int
-    history_len: int
-    window_of: tuple[int, ...] = ()
-    lost: set[tuple[int, int]] = field(default_factory=set)
-
-    def latest(self) -> Tensor | None:
-        steps = self.computed.get(self.generation, [])
-        return self._get(self.generation, steps[-1]) if steps else None
-
-    def history(self) -> list[tuple[int, Tensor]]:
-        newest = self.computed.get(self.generation, [])[-self.history_len :][::-1]
-        read = [(step, self._get(self.generation, step)) for step in newest]
-        return [(step, residual) for step, residual in read if residual is not None]
-
-    def window_steps(self, step: int | None) -> int:
-        return len(self._window(step))
-
-    def window(self, step: int | None) -> list[Tensor]:
-        read = [self._get(*where) for where in self._window(step)]
-        return [residual for residual in read if residual is not None]
-
-    def _window(self, step: int | None) -> list[tuple[int, int]]:
-        steps = [(g, self.computed.get(g, [])) for g in self.window_of]
-        return [(g, s[-1] if step is None else step) for g, s in steps if s and (step is None or step in s)]
-
-    def _get(self, generation: int, step: int) -> Tensor | None:
-        return None if (generation, step) in self.lost else self.kept.get((generation, step))
 
 
 class Done(NamedTuple):
@@ -82,9 +47,12 @@ class Unit:
         self.policy, self.num_steps = policy, num_steps
         self.state = UnitState(expert, branch, 0)
         policy.reset(self.state)
-        kept, computed = ({}, {}) if before is None else (before.residuals.kept, before.residuals.computed)
-        computed[generation] = self.state.computed_steps
-        self.residuals = KeptResiduals(kept, computed, generation, policy.history_len, window)
+        self.index = ResidualIndex(GPUStore(), policy.history_len) if before is None else before.index
+        self.index.generation, self.index.window = generation, window
+
+    def lose(self, step: int, generation: int = 0) -> None:
+        """The store loses a residual."""
+        self.index.store.drop((generation, self.state.expert, self.state.branch, 0, step))
 
     def step(
         self,
@@ -110,7 +78,7 @@ class Unit:
             num_units=1,
             state=self.state,
             signals=signals or RecordedSignals(),
-            residuals=self.residuals,
+            residuals=UnitResiduals(self.index, (self.state.expert, self.state.branch, 0)),
             hidden=hidden,
             base=hidden,
         )
@@ -124,7 +92,7 @@ class Unit:
         output = ctx.base + 1 if output is None else output
         ctx.residual = output - ctx.base
         self.state.computed_steps.append(step)
-        self.residuals.kept[self.residuals.generation, step] = ctx.residual
+        self.index.put(self.state, step, ctx.residual, self.policy.keeps)
         if not self.policy.timestep_only:
             self.policy.on_computed(ctx)
         return Done(True, output, ctx)

@@ -12,26 +12,17 @@ import pytest
 import torch
 
 from edit_ray.actors import segment_scheduler
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.cache.policies import POLICIES, Always
 from edit_ray.config import Config, load_config
-from edit_ray.engine.continuity import match_statistics
-from edit_ray.engine.latent_files import load_latents
+from edit_ray.engine.continuity import load_latents, match_statistics
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.errors import ConfigError, RunExists, UnknownRun
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
-from edit_ray.testing import save_random_wan
 from edit_ray.video.encode import read_frames
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 def config_for(model, **changes):
@@ -51,45 +42,39 @@ def config_for(model, **changes):
     return Config.model_validate(values)
 
 
-class Crew(LocalCrew):
-    """A crew that can lose its GPU actor or its store, and does what an actor's death does: forget everything."""
+ONE = {"video": {"num_segments": 1}, "prompt_segments": [{"segment": 0, "prompt": "a red circle"}]}
 
-    def __init__(self):
+
+class Pool(LocalPool):
+    """Before a call of a method for a segment (None: of a run) it awaits what `strikes` has for them, once."""
+
+    def __init__(self, strikes=()):
         super().__init__()
-        self.fail_once = set()
-        self.calls = []
+        self.strikes, self.calls = dict(strikes), []
 
     async def denoiser(self, worker, method, *arguments):
         segment = getattr(arguments[1], "index", None) if len(arguments) > 1 else None
         self.calls.append((method, segment))
-        if (method, segment) in self.fail_once:
-            self.fail_once.remove((method, segment))
-            await self.restart_denoiser(worker)
-            raise ConnectionError("the actor died")
+        if strike := self.strikes.pop((method, segment), None):
+            await strike(self, worker, *arguments)
         return await super().denoiser(worker, method, *arguments)
 
 
-class Unlucky(Crew):
-    """A crew whose store can free nothing at the end of a run."""
-
-    async def store(self, worker, method, *arguments):
-        if method == "drop_run":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return await super().store(worker, method, *arguments)
+async def lose_the_gpu_actor(pool, worker, *_):
+    """As an actor's death does: everything is forgotten."""
+    await pool.restart_denoiser(worker)
+    raise ConnectionError("the actor died")
 
 
-async def generate(root, config, run_id="one", crew=None):
-    crew = crew or Crew()
-    scheduler = SegmentSchedulerActor(crew)
+async def generate(root, config, run_id="one", pool=None):
+    pool = pool or Pool()
+    scheduler = SegmentSchedulerActor(pool)
     await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), "")
-    index, records = 0, []
-    while True:
-        reply = await scheduler.wait_segment(run_id, index, 60)
-        if reply.record is None:
-            assert reply.status.ended
-            return reply.status, records, crew
+    records = []
+    while (reply := await scheduler.wait_segment(run_id, len(records), 60)).record is not None:
         records.append(reply.record)
-        index += 1
+    assert reply.status.ended
+    return reply.status, records, pool
 
 
 def frames_of(root, config, run_id="one"):
@@ -97,9 +82,9 @@ def frames_of(root, config, run_id="one"):
     return read_frames(path, height=config.sampling.height, width=config.sampling.width)
 
 
-def test_a_run_makes_exactly_the_promised_frames(tmp_path, model):
+async def test_a_run_makes_exactly_the_promised_frames(tmp_path, model):
     config = config_for(model)
-    status, records, _ = asyncio.run(generate(tmp_path, config))
+    status, records, _ = await generate(tmp_path, config)
     assert status.state == "done", status.error
     assert [record.index for record in records] == [0, 1, 2, 3]
     assert [record.prompt for record in records] == ["a red circle"] * 2 + ["a blue square"] * 2
@@ -120,7 +105,7 @@ def test_a_run_makes_exactly_the_promised_frames(tmp_path, model):
     assert left == [], "nothing half-written stays"
 
 
-def test_what_cannot_be_written_or_freed_keeps_no_run_from_its_end(tmp_path, model, monkeypatch):
+async def test_what_cannot_be_written_or_freed_keeps_no_run_from_its_end(tmp_path, model, monkeypatch):
     append, failed = segment_scheduler.append_event, []
 
     def fails_once(path, event, **fields):
@@ -129,71 +114,38 @@ def test_what_cannot_be_written_or_freed_keeps_no_run_from_its_end(tmp_path, mod
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         append(path, event, **fields)
 
+    class Unlucky(Pool):
+        async def store(self, worker, method, *arguments):
+            if method == "drop_run":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return await super().store(worker, method, *arguments)
+
     monkeypatch.setattr(segment_scheduler, "append_event", fails_once)
-    config = config_for(model, video={"num_segments": 1}, prompt_segments=[{"segment": 0, "prompt": "a red circle"}])
-    status, records, _ = asyncio.run(generate(tmp_path, config, crew=Unlucky()))
+    status, records, _ = await generate(tmp_path, config_for(model, **ONE), pool=Unlucky())
     assert (status.state, len(records)) == ("done", 1)
     assert failed == ["gpu_actor"]
     said = [event for event in read_events(RunFolder(tmp_path, "one").events) if event["event"] == "gpu_actor"]
     assert [event["worker"] for event in said] == [0], "who goes on with the run is told where it was"
 
 
-def test_segments_that_stand_alone(tmp_path, model):
-    config = config_for(
-        model,
-        continuity={"mode": "none"},
-        video={"num_segments": 2},
-        prompt_segments=[{"segment": 0, "prompt": "a red circle"}],
-    )
-    status, _, _ = asyncio.run(generate(tmp_path, config))
+async def test_segments_that_stand_alone(tmp_path, model):
+    config = config_for(model, **ONE | {"video": {"num_segments": 2}}, continuity={"mode": "none"})
+    status, _, _ = await generate(tmp_path, config)
     assert status.state == "done", status.error
     assert len(frames_of(tmp_path, config)) == 2 * 9
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_segment_0_equals_the_library(tmp_path, model):
-    config = config_for(model, video={"num_segments": 1}, prompt_segments=[{"segment": 0, "prompt": "a red circle"}])
-    asyncio.run(generate(tmp_path, config))
+async def test_segment_0_equals_the_library(tmp_path, model):
+    config = config_for(model, **ONE)
+    await generate(tmp_path, config)
     pipe = EditWanPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
-    sampling = config.sampling
-    expected = pipe(
-        "a red circle",
-        sampling.negative_prompt,
-        height=sampling.height,
-        width=sampling.width,
-        num_frames=sampling.num_frames,
-        num_inference_steps=sampling.num_inference_steps,
-        guidance_scale=sampling.guidance_scale,
-        generator=torch.Generator().manual_seed(sampling.seed),
-        output_type="latent",
-    ).frames
+    names = ("negative_prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+    sampling = {name: getattr(config.sampling, name) for name in names}
+    seeded = torch.Generator().manual_seed(config.sampling.seed)
+    expected = pipe("a red circle", **sampling, generator=seeded, output_type="latent").frames
     assert torch.equal(load_latents(RunFolder(tmp_path, "one").latents(0)), expected)
-
-
-@pytest.mark.one_in(4)
-@pytest.mark.parametrize(
-    "lost",
-    [
-        {("prepare_run", None)},
-        {("denoise_segment", 0)},
-        {("denoise_segment", 2), ("decode_segment", 2)},
-        {("decode_segment", 1), ("finalize_run", None)},
-    ],
-)
-def test_a_lost_actor_changes_no_frame(tmp_path, model, lost):
-    config = config_for(model)
-    asyncio.run(generate(tmp_path, config, "whole"))
-    crew = Crew()
-    crew.fail_once = set(lost)
-    status, _, crew = asyncio.run(generate(tmp_path, config, "hurt", crew))
-    assert status.state == "done", status.error
-    assert crew.fail_once == set(), "every planned failure happened"
-    for index in range(4):
-        whole, hurt = (RunFolder(tmp_path, name) for name in ("whole", "hurt"))
-        assert torch.equal(load_latents(whole.latents(index)), load_latents(hurt.latents(index)))
-        assert whole.media(index).read_bytes() == hurt.media(index).read_bytes()
-    assert np.array_equal(frames_of(tmp_path, config, "whole"), frames_of(tmp_path, config, "hurt"))
 
 
 MODES = {
@@ -201,130 +153,119 @@ MODES = {
     "hybrid": {"mode": "overlap", "overlap_source": "hybrid", "adain": 0.1},
     "latent": {"mode": "overlap", "overlap_source": "latent"},
     "reencode": {"mode": "overlap", "overlap_source": "reencode"},
+    "history": {"mode": "history"},
 }
+SOME = [("denoise_segment", 1), ("decode_segment", 2)]
+LOST = [
+    *((mode, SOME) for mode in MODES),
+    ("history", [("prepare_run", None)]),
+    ("history", [("denoise_segment", 0)]),
+    ("history", [("denoise_segment", 2), ("decode_segment", 2)]),
+    ("history", [("decode_segment", 1), ("finalize_run", None)]),
+]
 
 
-@pytest.mark.one_in(2)
-@pytest.mark.parametrize("mode", MODES)
-def test_in_every_mode_a_lost_actor_changes_no_frame(tmp_path, model, mode):
+@pytest.mark.one_in(4)
+@pytest.mark.parametrize(("mode", "lost"), LOST)
+async def test_a_lost_actor_changes_no_frame(tmp_path, model, mode, lost):
     config = config_for(model, continuity=MODES[mode] | {"history_latents": 2})
-    crew = Crew()
-    crew.fail_once = {("denoise_segment", 1), ("decode_segment", 2)}
-    for name, its_crew in (("whole", None), ("hurt", crew)):
-        status, records, _ = asyncio.run(generate(tmp_path, config, name, its_crew))
+    for name, strikes in (("whole", ()), ("hurt", dict.fromkeys(lost, lose_the_gpu_actor))):
+        status, records, pool = await generate(tmp_path, config, name, Pool(strikes))
         assert status.state == "done", status.error
         assert sum(record.num_frames for record in records) == config.num_frames_total
-    assert crew.fail_once == set(), "every planned failure happened"
-    assert np.array_equal(frames_of(tmp_path, config, "whole"), frames_of(tmp_path, config, "hurt"))
+        assert pool.strikes == {}, "every planned failure happened"
+    whole, hurt = (RunFolder(tmp_path, name) for name in ("whole", "hurt"))
     for index in range(4):
-        whole, hurt = (load_latents(RunFolder(tmp_path, name).latents(index)) for name in ("whole", "hurt"))
-        assert torch.equal(whole, hurt)
+        assert torch.equal(load_latents(whole.latents(index)), load_latents(hurt.latents(index)))
+        assert whole.media(index).read_bytes() == hurt.media(index).read_bytes()
+    assert np.array_equal(frames_of(tmp_path, config, "whole"), frames_of(tmp_path, config, "hurt"))
 
 
-def test_adain_draws_what_a_segment_adds_towards_the_first_segment(tmp_path, model):
-    latents = {}
-    for factor in (0.0, 0.25):
+async def test_adain_draws_what_a_segment_adds_towards_the_first_segment(tmp_path, model):
+    async def latents(run_id, factor):
         config = config_for(model, continuity={"mode": "history", "adain": factor}, video={"num_segments": 3})
-        asyncio.run(generate(tmp_path, config, f"run{factor:g}".replace(".", "-")))
-        folder = RunFolder(tmp_path, f"run{factor:g}".replace(".", "-"))
-        latents[factor] = [load_latents(folder.latents(index)) for index in range(3)]
-    plain, drawn = latents.values()
+        await generate(tmp_path, config, run_id)
+        return [load_latents(RunFolder(tmp_path, run_id).latents(index)) for index in range(3)]
+
+    plain, drawn = await latents("plain", 0.0), await latents("drawn", 0.25)
     assert torch.equal(drawn[0], plain[0])
     assert torch.equal(drawn[1], match_statistics(plain[1], plain[0], 0.25))
     assert not torch.equal(drawn[2], match_statistics(plain[2], plain[0], 0.25)), "it continues what was drawn"
 
 
-def test_a_segment_that_always_fails_ends_the_run_with_its_reason(tmp_path, model):
-    class Broken(Crew):
+async def test_a_segment_that_always_fails_ends_the_run_with_its_reason(tmp_path, model):
+    class Broken(Pool):
         async def denoiser(self, worker, method, *arguments):
             if method == "decode_segment":
                 raise OSError("no space left")
             return await super().denoiser(worker, method, *arguments)
 
     config = config_for(model, engine={"cpu_threads": 1, "segment_retries": 1})
-    status, records, _ = asyncio.run(generate(tmp_path, config, crew=Broken()))
+    status, records, _ = await generate(tmp_path, config, pool=Broken())
     assert status.state == "failed"
     assert records == []
     assert status.error == "decode of segment 0 failed (attempt 2 of 2): OSError: no space left"
     assert RunFolder(tmp_path, "one").read_manifest().error == status.error
 
 
-def test_a_run_stops_between_two_steps_and_keeps_what_is_committed(tmp_path, model):
+async def test_a_run_stops_between_two_steps_and_keeps_what_is_committed(start, tmp_path, model):
     config = config_for(model, sampling={"num_inference_steps": 200})
-
-    async def stop_early():
-        scheduler = SegmentSchedulerActor(Crew())
-        await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
-        async with asyncio.timeout(30):
-            while (await scheduler.status("one")).progress is None:
-                await asyncio.sleep(0.01)
-        await scheduler.cancel("one")
-        return await scheduler.wait_segment("one", 0, 20)
-
-    reply = asyncio.run(stop_early())
+    scheduler = start(Pool())
+    await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
+    async with asyncio.timeout(30):
+        while (await scheduler.status("one")).progress is None:
+            await asyncio.sleep(0.01)
+    await scheduler.cancel("one")
+    reply = await scheduler.wait_segment("one", 0, 20)
     assert reply.status.state == "cancelled"
     assert RunFolder(tmp_path, "one").read_manifest().state == "cancelled"
 
 
-def test_two_runs_take_turns(tmp_path, model):
-    config = config_for(model, video={"num_segments": 1}, prompt_segments=[{"segment": 0, "prompt": "a red circle"}])
-
-    async def both():
-        crew = Crew()
-        scheduler = SegmentSchedulerActor(crew)
-        for run_id in ("one", "two"):
-            await scheduler.submit(run_id, config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
-        return [await scheduler.wait_segment(run_id, 1, 60) for run_id in ("one", "two")], crew
-
-    replies, crew = asyncio.run(both())
+async def test_two_runs_take_turns(start, tmp_path, model):
+    config, pool = config_for(model, **ONE), Pool()
+    scheduler = start(pool)
+    for run_id in ("one", "two"):
+        await scheduler.submit(run_id, config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
+    replies = [await scheduler.wait_segment(run_id, 1, 60) for run_id in ("one", "two")]
     assert [reply.status.state for reply in replies] == ["done", "done"]
-    assert [method for method, _ in crew.calls].count("prepare_run") == 2
+    assert [method for method, _ in pool.calls].count("prepare_run") == 2
 
 
-def test_the_actors_end_when_idle(tmp_path, model):
+async def test_the_actors_end_when_idle(start, tmp_path, model):
     ended = []
 
-    class Ending(Crew):
+    class Ending(Pool):
         async def end(self):
             ended.append(True)
 
-    config = config_for(
-        model,
-        engine={"cpu_threads": 1, "idle_exit_s": 0.05},
-        video={"num_segments": 1},
-        prompt_segments=[{"segment": 0, "prompt": "a red circle"}],
-    )
-
-    async def run_and_wait():
-        scheduler = SegmentSchedulerActor(Ending())
-        await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
-        await scheduler.wait_segment("one", 1, 60)
-        await asyncio.sleep(0.5)
-
-    asyncio.run(run_and_wait())
+    config = config_for(model, engine={"cpu_threads": 1, "idle_exit_s": 0.05}, **ONE)
+    scheduler = start(Ending())
+    await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
+    await scheduler.wait_segment("one", 1, 60)
+    await asyncio.sleep(0.5)
     assert ended == [True]
 
 
-def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, model):
+async def test_what_cannot_run_is_refused_before_anything_is_written(start, tmp_path, model):
     config = config_for(model)
 
     async def submit(values, probe=tmp_path):
-        scheduler = SegmentSchedulerActor(Crew())
+        scheduler = start(Pool())
         await scheduler.submit("one", values, str(tmp_path / "root"), str(probe), "")
 
     wrong = config.model_dump(mode="json")
     wrong["sampling"]["height"] = 40
     with pytest.raises(ConfigError, match=r"sampling\.height"):
-        asyncio.run(submit(wrong))
+        await submit(wrong)
     with pytest.raises(ConfigError, match=r"does not see .*root; choose a folder that all nodes"):
-        asyncio.run(submit(config.model_dump(mode="json"), tmp_path / "only on another node"))
+        await submit(config.model_dump(mode="json"), tmp_path / "only on another node")
     assert not (tmp_path / "root").exists()
     (tmp_path / "root" / "one").mkdir(parents=True)
     with pytest.raises(RunExists, match="'one' is taken"):
-        asyncio.run(submit(config.model_dump(mode="json")))
+        await submit(config.model_dump(mode="json"))
 
 
-def test_a_policy_is_made_where_it_is_read_where_it_is_admitted_and_for_use(tmp_path, model, monkeypatch):
+async def test_a_policy_is_made_where_it_is_read_where_it_is_admitted_and_for_use(start, tmp_path, model, monkeypatch):
     made = []
 
     class Counted(Always):
@@ -336,24 +277,17 @@ def test_a_policy_is_made_where_it_is_read_where_it_is_admitted_and_for_use(tmp_
     (tmp_path / "run.yaml").write_text(json.dumps(values))
     config = load_config(tmp_path / "run.yaml")
     assert made == [1]
-
-    async def submit_and_wait():
-        scheduler = SegmentSchedulerActor(Crew())
-        where = str(tmp_path / "root")
-        await scheduler.submit("one", config.model_dump(mode="json"), where, str(tmp_path), "")
-        assert made == [1, 1]
-        await scheduler.wait_segment("one", 2, 60)
-
-    asyncio.run(submit_and_wait())
+    scheduler = start(Pool())
+    where = str(tmp_path / "root")
+    await scheduler.submit("one", config.model_dump(mode="json"), where, str(tmp_path), "")
+    assert made == [1, 1]
+    await scheduler.wait_segment("one", 2, 60)
     assert made == [1, 1, 1]
 
 
-def test_an_unknown_run_is_named():
-    async def ask():
-        await SegmentSchedulerActor(LocalCrew()).status("nobody")
-
+async def test_an_unknown_run_is_named(start):
     with pytest.raises(UnknownRun, match="no run 'nobody'"):
-        asyncio.run(ask())
+        await start().status("nobody")
 
 
 def test_a_spec_survives_the_way_between_processes(tmp_path, model):

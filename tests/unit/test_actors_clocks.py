@@ -11,12 +11,9 @@ import pytest
 
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.runs.folder import RunFolder
-from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_metrics import page_of
 from tests.unit.test_actors_recovery import REUSE, Dying, die, make, submit
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 
 JUMPS = (-3600.0, -0.001, 0.001, 3600.0)  # seconds
 SHORT = {"video": {"num_segments": 3}}
@@ -63,16 +60,16 @@ def everything(root, name):
 
 async def live_through(root, model, name, clock, deaths):
     """A run under that clock, whose segment scheduler dies after so many calls; the counts must never fall."""
-    crew = Watched(0)
-    crew.clock = clock
-    scheduler = SegmentSchedulerActor(crew)
+    pool = Watched(0)
+    pool.clock = clock
+    scheduler = SegmentSchedulerActor(pool)
     await submit(scheduler, root, name, config_for(model, **(REUSE if name == "reuse" else {}), **SHORT))
     for calls in deaths:
-        crew.left, crew.now = calls, asyncio.Event()
-        await asyncio.wait_for(crew.now.wait(), 60)
+        pool.left, pool.now = calls, asyncio.Event()
+        await asyncio.wait_for(pool.now.wait(), 60)
         await die(scheduler)
         clock.jump("recovery")
-        scheduler = SegmentSchedulerActor(crew)
+        scheduler = SegmentSchedulerActor(pool)
     index, before = 0, dict.fromkeys(COUNTERS, 0.0)
     while (reply := await scheduler.wait_segment(name, index, 60)).record is not None or not reply.status.ended:
         index += reply.record is not None
@@ -84,16 +81,11 @@ async def live_through(root, model, name, clock, deaths):
     samples = await page_of(root)
     records = RunFolder(root, name).read_manifest().segments
     assert samples("edit_ray_segments_total") == len(records) == 3
-    await crew.end()
+    await pool.end()
     for record in records:
         seconds = {key: value for key, value in record.statistics.items() if key.endswith("_s")}
         assert {"denoise_s", "decode_s", "encode_s", "publish_s"} <= set(seconds)
         assert all(math.isfinite(value) and 0 <= value < 60 for value in seconds.values()), seconds
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +97,11 @@ def undisturbed(model, tmp_path_factory):
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize(("seed", "name", "deaths"), [(1, "plain", ()), (2, "reuse", (5,)), (3, "plain", (2, 4))])
-def test_whatever_the_wall_clock_says_the_bytes_are_the_same(
+async def test_whatever_the_wall_clock_says_the_bytes_are_the_same(
     tmp_path, model, undisturbed, monkeypatch, seed, name, deaths
 ):
     clock = WallClock(seed)
     monkeypatch.setattr(time, "time", clock)
-    asyncio.run(live_through(tmp_path, model, name, clock, deaths))
+    await live_through(tmp_path, model, name, clock, deaths)
     assert everything(tmp_path, name) == undisturbed[name]
     assert clock.hit["at a look"] >= 3 * 3, "each segment looks at it when it is denoised, encoded and committed"

@@ -10,23 +10,14 @@ from pathlib import Path
 import pytest
 
 from edit_ray import files
-from edit_ray.actors.local import LocalCrew
-from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.errors import ResourcesUnavailable
 from edit_ray.runs.folder import RunFolder
-from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_clocks import everything
 from tests.unit.test_actors_recovery import end_of, submit
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 STEP_S = 1.5
 SHORT = {"video": {"num_segments": 3}}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 class Silent(files.Disk):
@@ -70,12 +61,11 @@ SILENT = {
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("what", SILENT)
-def test_a_run_whose_folder_answers_again_goes_on_and_others_have_not_waited(tmp_path, model, what):
+async def test_a_run_whose_folder_answers_again_goes_on_and_others_have_not_waited(start, tmp_path, model, what):
     disk = Silent(lambda kind, path, data: path.parent == tmp_path / "stuck" and SILENT[what](kind, path, data))
 
-    async def run():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+    with files.swapped(disk):
+        scheduler = start()
         await submit(scheduler, tmp_path, "stuck", config_of(model))
         await until(disk.asked)
         await submit(scheduler, tmp_path, "other", config_of(model))
@@ -83,21 +73,16 @@ def test_a_run_whose_folder_answers_again_goes_on_and_others_have_not_waited(tmp
         assert not RunFolder(tmp_path, "stuck").final.exists()
         disk.answers.set()
         stuck = await end_of(scheduler, "stuck")
-        await crew.end()
-        return other, stuck
-
-    with files.swapped(disk):
-        for status in asyncio.run(run()):
+        for status in (other, stuck):
             assert status.state == "done", status.error
     assert everything(tmp_path, "stuck") == everything(tmp_path, "other")
 
 
-def test_a_run_whose_folder_does_not_answer_ends_in_time_and_may_be_resumed(tmp_path, model):
+async def test_a_run_whose_folder_does_not_answer_ends_in_time_and_may_be_resumed(start, tmp_path, model):
     disk = Silent(lambda kind, path, data: (kind, path) == ("replace", tmp_path / "stuck" / "live.m3u8"))
 
-    async def run():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+    with files.swapped(disk):
+        scheduler = start()
         await submit(scheduler, tmp_path, "stuck", config_of(model, retries=0))
         await until(disk.asked)
         began = time.monotonic()
@@ -108,11 +93,6 @@ def test_a_run_whose_folder_does_not_answer_ends_in_time_and_may_be_resumed(tmp_
         resumed = await end_of(scheduler, "stuck")
         await submit(scheduler, tmp_path, "other", config_of(model, retries=0))
         await end_of(scheduler, "other")
-        await crew.end()
-        return failed, seconds, resumed
-
-    with files.swapped(disk):
-        failed, seconds, resumed = asyncio.run(run())
     assert failed.state == "failed"
     folder = tmp_path / "stuck"
     assert (
@@ -124,32 +104,28 @@ def test_a_run_whose_folder_does_not_answer_ends_in_time_and_may_be_resumed(tmp_
     assert everything(tmp_path, "stuck") == everything(tmp_path, "other")
 
 
-def test_a_folder_of_runs_that_is_busy_is_refused_with_a_sentence(tmp_path, model):
+async def test_a_folder_of_runs_that_is_busy_is_refused_with_a_sentence(start, tmp_path, model):
     class Busy(files.Disk):
         def listdir(self, path):
             if path == tmp_path:
                 raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
             return super().listdir(path)
 
-    async def run():
-        scheduler = SegmentSchedulerActor(LocalCrew())
+    with files.swapped(Busy()):
+        scheduler = start()
         with pytest.raises(ResourcesUnavailable, match=r"cannot be used \(Device or resource busy\); ask again"):
             await submit(scheduler, tmp_path, "one", config_for(model, **SHORT))
 
-    with files.swapped(Busy()):
-        asyncio.run(run())
 
-
-def test_a_folder_of_runs_that_does_not_answer_is_refused_and_holds_up_nobody(tmp_path, model):
+async def test_a_folder_of_runs_that_does_not_answer_is_refused_and_holds_up_nobody(start, tmp_path, model):
     silent, well = tmp_path / "silent", tmp_path / "well"
     silent.mkdir()
     well.mkdir()
     disk = Silent(lambda kind, path, data: path == silent)
     config = config_for(model, engine={"cpu_threads": 1, "idle_exit_s": 3600, "answer_timeout_s": 1.0}, **SHORT)
 
-    async def run():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+    with files.swapped(disk):
+        scheduler = start()
         refused = asyncio.create_task(submit(scheduler, silent, "one", config))
         await until(disk.asked)
         await submit(scheduler, well, "two", config)
@@ -157,8 +133,4 @@ def test_a_folder_of_runs_that_does_not_answer_is_refused_and_holds_up_nobody(tm
             await refused
         disk.answers.set()
         status = await end_of(scheduler, "two")
-        await crew.end()
-        return status
-
-    with files.swapped(disk):
-        assert asyncio.run(run()).state == "done"
+        assert status.state == "done"

@@ -1,7 +1,6 @@
 """What goes wrong beside a run's work costs nobody a segment: clean-up, figures, logs, questions of clients."""
 
 import asyncio
-import contextlib
 import errno
 import math
 import os
@@ -9,34 +8,15 @@ from dataclasses import replace
 
 import pytest
 
-from edit_ray.actors.local import LocalCrew, LocalWorker
+from edit_ray.actors.local import LocalWorker
 from edit_ray.actors.messages import RunSpec
-from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.client import LongVideoClient
 from edit_ray.errors import ConfigError, ResourcesUnavailable, StaleWork
-from edit_ray.metrics.collect import MetricValues
-from edit_ray.metrics.run_metrics import RunMetrics
+from edit_ray.metrics.collect import MetricValues, RunMetrics
 from edit_ray.runs.folder import RunFolder
-from edit_ray.testing import save_random_wan
-from tests.unit.test_actors import config_for
+from tests.unit.test_actors import Pool, config_for
 from tests.unit.test_actors_recovery import end_of, submit
 from tests.unit.test_run_metrics import Segment
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
-
-
-@contextlib.asynccontextmanager
-async def scheduler_of(crew=None):
-    crew = crew or LocalCrew()
-    try:
-        yield SegmentSchedulerActor(crew)
-    finally:
-        await crew.end()
 
 
 def test_a_gpu_actor_does_no_work_of_an_earlier_life_of_a_run(tmp_path):
@@ -87,17 +67,14 @@ def is_manifest_with_dropped(descriptor):
         ("fsync", is_manifest_with_dropped, errno.ENOSPC),
     ],
 )
-def test_what_fails_after_the_manifests_line_fails_no_commit(
-    tmp_path, model, monkeypatch, name, concerns, number, times
+async def test_what_fails_after_the_manifests_line_fails_no_commit(
+    start, tmp_path, model, monkeypatch, name, concerns, number, times
 ):
-    async def run():
-        async with scheduler_of() as scheduler:
-            await submit(scheduler, tmp_path, "one", config_for(model, output={"keep_segments": 1}))
-            await scheduler.wait_segment("one", 0, 60)
-            monkeypatch.setattr(os, name, failing := Failing(name, concerns, number, times))
-            return await end_of(scheduler, "one"), failing.left
-
-    status, left = asyncio.run(run())
+    scheduler = start()
+    await submit(scheduler, tmp_path, "one", config_for(model, output={"keep_segments": 1}))
+    await scheduler.wait_segment("one", 0, 60)
+    monkeypatch.setattr(os, name, failing := Failing(name, concerns, number, times))
+    status, left = await end_of(scheduler, "one"), failing.left
     assert (status.state, status.committed, status.error) == ("done", 4, None)
     assert left < times, "it was hit"
     media = sorted(path.name for path in (tmp_path / "one" / "segments").iterdir())
@@ -126,62 +103,39 @@ def test_no_statistic_of_a_manifest_fails_the_metrics(bad):
 # What may be had again is asked for again.
 
 
-class Busy(LocalCrew):
-    """A cluster that has, at one stage, no place for a while."""
+@pytest.mark.parametrize("at", [("prepare_run", None), ("denoise_segment", 0)])
+async def test_a_cluster_that_lacks_resources_for_a_while_fails_no_run(finish, model, at):
+    async def no_place(*_):
+        raise ResourcesUnavailable("the GPU actor found no place")
 
-    def __init__(self, method):
-        super().__init__()
-        self.method = method
-
-    async def denoiser(self, worker, method, *arguments):
-        if method == self.method:
-            self.method = None
-            raise ResourcesUnavailable("the GPU actor found no place")
-        return await super().denoiser(worker, method, *arguments)
-
-
-@pytest.mark.parametrize("method", ["prepare_run", "denoise_segment"])
-def test_a_cluster_that_lacks_resources_for_a_while_fails_no_run(tmp_path, model, method):
-    async def run():
-        async with scheduler_of(Busy(method)) as scheduler:
-            await submit(scheduler, tmp_path, "one", config_for(model))
-            return await end_of(scheduler, "one")
-
-    status = asyncio.run(run())
+    status = await finish(config_for(model), pool=Pool({at: no_place}))
     assert status.state == "done", status.error
 
 
 # Questions of clients.
 
 
-@pytest.mark.parametrize("index", [-1, 1.5, "0", True, None])
-def test_a_segment_that_cannot_be_is_refused_in_a_sentence(tmp_path, model, index):
-    async def run():
-        async with scheduler_of() as scheduler:
-            await submit(scheduler, tmp_path, "one", config_for(model))
-            with pytest.raises(ConfigError, match=r"index is .*; it must be a whole number of at least 0"):
-                await scheduler.wait_segment("one", index, 0.1)
-            await scheduler.cancel("one")
-            await end_of(scheduler, "one")
-
-    asyncio.run(run())
-    with pytest.raises(ConfigError, match="whole number of at least 0"):
-        LongVideoClient(output=tmp_path, connect=False).wait_segment("one", index)
+async def test_a_segment_that_cannot_be_is_refused_in_a_sentence(start, tmp_path, model):
+    scheduler, client = start(), LongVideoClient(output=tmp_path, connect=False)
+    await submit(scheduler, tmp_path, "one", config_for(model))
+    for index in (-1, 1.5, "0", True, None):
+        with pytest.raises(ConfigError, match=r"index is .*; it must be a whole number of at least 0"):
+            await scheduler.wait_segment("one", index, 0.1)
+        with pytest.raises(ConfigError, match="whole number of at least 0"):
+            client.wait_segment("one", index)
+    await scheduler.cancel("one")
+    await end_of(scheduler, "one")
 
 
-def test_a_question_for_a_far_segment_takes_only_what_is_there(tmp_path, model):
+async def test_a_question_for_a_far_segment_takes_only_what_is_there(start, tmp_path, model):
     """Nobody has taken what was not made: once the client has gone the run pauses again."""
-
-    async def run():
-        async with scheduler_of() as scheduler:
-            await submit(scheduler, tmp_path, "one", config_for(model, engine={"max_ahead": 1, "cpu_threads": 1}))
-            await scheduler.wait_segment("one", 10**6, 0.01)
-            async with asyncio.timeout(60):
-                while (status := await scheduler.status("one")).state not in ("paused", "done"):
-                    await asyncio.sleep(0.01)
-            assert (status.state, status.committed) == ("paused", 1)
-            reply = await scheduler.wait_segment("one", 3, 60)  # who waits for the last one takes those before it
-            assert reply.record is not None
-            assert (await end_of(scheduler, "one")).state == "done"
-
-    asyncio.run(run())
+    scheduler = start()
+    await submit(scheduler, tmp_path, "one", config_for(model, engine={"max_ahead": 1, "cpu_threads": 1}))
+    await scheduler.wait_segment("one", 10**6, 0.01)
+    async with asyncio.timeout(60):
+        while (status := await scheduler.status("one")).state not in ("paused", "done"):
+            await asyncio.sleep(0.01)
+    assert (status.state, status.committed) == ("paused", 1)
+    reply = await scheduler.wait_segment("one", 3, 60)  # who waits for the last one takes those before it
+    assert reply.record is not None
+    assert (await end_of(scheduler, "one")).state == "done"

@@ -1,32 +1,47 @@
-"""Actors that hang: what waits for one ends or goes on within a bound, and an end is always recorded."""
+"""Actors that hang or die: what waits for one goes on or ends in time, and no segment fails by it alone."""
 
 import asyncio
 import time
 
 import imageio_ffmpeg
 import pytest
-import torch
 
-from edit_ray.actors import closing
-from edit_ray.actors.local import LocalCrew
-from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.engine.latent_files import load_latents
+from edit_ray.actors import stages
+from edit_ray.actors.cache_store import CacheStoreActor
+from edit_ray.actors.local import LocalPool
+from edit_ray.actors.pool import ActorGone
 from edit_ray.runs.folder import RunFolder
-from edit_ray.testing import save_random_wan
+from edit_ray.runs.scheduler import MOST_DEATHS
 from tests.unit.test_actors import config_for
+from tests.unit.test_actors_clocks import everything
+from tests.unit.test_actors_recovery import REUSE, end_of, make, submit
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 TIMES = {"cpu_threads": 1, "idle_exit_s": 3600, "step_timeout_s": 4.0, "load_timeout_s": 60.0, "answer_timeout_s": 2.0}
-WARM = {"policy": "warmstart_reuse", "inner": "fbcache", "rel_l1_thresh": 0.2, "warm_steps": 2, "reuse_window": 2}
-REUSE = {"cache": WARM, "store": {"host_bytes": 4 * 4096, "allow_tmpfs": True}}
+SHORT = REUSE | {"video": {"num_segments": 3}}
+NO_RETRIES = {"engine": {"cpu_threads": 1, "segment_retries": 0}}
+WORK = ("prepare_run", "denoise_segment", "decode_segment", "encode_segment", "finalize_run")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
+def undisturbed(model, tmp_path_factory):
+    root = tmp_path_factory.mktemp("undisturbed")
+    asyncio.run(make(root, model, one=SHORT))
+    return everything(root, "one")
 
 
-class Stopped(LocalCrew):
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(stages, "LONGEST_RETRY_PAUSE_S", 0.02)
+
+
+def assert_same(root, undisturbed):
+    """The run made the same bytes, but for run.yaml, whose options of the engine are others."""
+    made, whole = everything(root, "one"), dict(undisturbed)
+    assert made.pop("run.yaml") != whole.pop("run.yaml")
+    assert {name: made.get(name) == whole[name] for name in whole} == dict.fromkeys(made, True)
+
+
+class Stopped(LocalPool):
     """From a call of `when` on the actor named answers nothing, as after SIGSTOP, until it is killed. Then it is there
     again, or with `for_good` as soon as it is called like that another time stops again.
     """
@@ -66,32 +81,12 @@ class Stopped(LocalCrew):
             self.killed = None
 
 
-async def submit(scheduler, root, config, run_id="hurt"):
-    await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), "mine")
-
-
-async def end_of(scheduler, run_id="hurt", timeout_s=60):
-    async with asyncio.timeout(timeout_s):
-        while not (status := (await scheduler.wait_segment(run_id, 1000, 5)).status).ended:
-            pass
-    return status
-
-
-def finish(root, config, crew, run_id="hurt"):
-    async def run():
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, root, config, run_id)
-        return await end_of(scheduler, run_id)
-
-    return asyncio.run(run())
-
-
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("role", "when"),
     [
-        ("denoiser", "prepare_run"),
         ("denoiser", "denoise_segment"),
+        ("denoiser", "prepare_run"),
         pytest.param("denoiser", "encode_segment", marks=pytest.mark.slow),
         ("denoiser", "finalize_run"),
         pytest.param("denoiser", "release_run", marks=pytest.mark.slow),
@@ -99,71 +94,63 @@ def finish(root, config, crew, run_id="hurt"):
         pytest.param("store", "describe", marks=pytest.mark.slow),
     ],
 )
-def test_whatever_hangs_is_restarted_and_the_run_is_done_with_the_same_frames(tmp_path, model, role, when):
-    config = config_for(model, video={"num_segments": 3}, engine=TIMES, **REUSE)
-    assert finish(tmp_path, config, LocalCrew(), "whole").state == "done"
-    crew = Stopped(role, when)
-    status = finish(tmp_path, config, crew)
+async def test_whatever_hangs_is_restarted_and_the_run_makes_the_same_bytes(
+    finish, tmp_path, model, undisturbed, role, when
+):
+    pool = Stopped(role, when)
+    status = await finish(config_for(model, engine=TIMES, **SHORT), pool=pool)
     assert status.state == "done", status.error
-    assert RunFolder(tmp_path, "hurt").read_manifest().state == "done"
+    assert RunFolder(tmp_path, "one").read_manifest().state == "done"
     if when not in ("release_run", "describe"):  # with the run's end nobody needs it any more; it may be through before
-        assert crew.restarts == [role], "the one that hung, and no other"
-    whole, hurt = (RunFolder(tmp_path, run_id) for run_id in ("whole", "hurt"))
-    for index in range(3):
-        assert torch.equal(load_latents(whole.latents(index)), load_latents(hurt.latents(index)))
+        assert pool.restarts == [role], "the one that hung, and no other"
+    assert_same(tmp_path, undisturbed)
 
 
-def test_what_hangs_again_and_again_ends_the_run_with_a_sentence(tmp_path, model):
-    config = config_for(model, engine=TIMES | {"segment_retries": 1})
-    status = finish(tmp_path, config, Stopped("denoiser", "finalize_run", for_good=True))
+async def test_what_hangs_again_and_again_ends_the_run_with_a_sentence(finish, tmp_path, model):
+    config = config_for(model, engine=TIMES | {"step_timeout_s": 2.0, "segment_retries": 1})
+    status = await finish(config, pool=Stopped("denoiser", "finalize_run", for_good=True))
     assert status.state == "failed"
     assert (
-        "finalize failed (attempt 2 of 2): the GPU actor made no step for 4 s (engine.step_timeout_s)" in status.error
+        "finalize failed (attempt 2 of 2): the GPU actor made no step for 2 s (engine.step_timeout_s)" in status.error
     )
-    assert RunFolder(tmp_path, "hurt").read_manifest().error == status.error
+    assert RunFolder(tmp_path, "one").read_manifest().error == status.error
 
 
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("when", ["prepare_run", "denoise_segment", "finalize_run"])
-def test_a_cancel_that_is_not_obeyed_ends_with_the_actor(tmp_path, model, when):
-    crew = Stopped("denoiser", when)
+async def test_a_cancel_that_is_not_obeyed_ends_with_the_actor(start, tmp_path, model, when):
+    pool = Stopped("denoiser", when)
     config = config_for(model, engine=TIMES | {"step_timeout_s": 3600.0, "load_timeout_s": 3600.0})
-
-    async def run():
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, config)
-        async with asyncio.timeout(60):
-            while crew.killed is None:
-                await asyncio.sleep(0.05)
-        began = time.monotonic()
-        await scheduler.cancel("hurt")
-        status = await end_of(scheduler)
-        return status, time.monotonic() - began
-
-    status, seconds = asyncio.run(run())
-    assert status.state == "cancelled"
-    assert crew.restarts == ["denoiser"]
-    assert seconds < 10, "answer_timeout_s, and what the end takes"
+    scheduler = start(pool)
+    await submit(scheduler, tmp_path, "one", config)
+    async with asyncio.timeout(60):
+        while pool.killed is None:
+            await asyncio.sleep(0.05)
+    began = time.monotonic()
+    await scheduler.cancel("one")
+    assert (await end_of(scheduler, "one")).state == "cancelled"
+    assert time.monotonic() - began < 10, "answer_timeout_s, and what the end takes"
+    assert pool.restarts == ["denoiser"]
 
 
-def test_a_long_join_that_goes_on_is_not_taken_for_one_that_hangs(tmp_path, model, monkeypatch):
+async def test_a_long_join_that_goes_on_is_not_taken_for_one_that_hangs(finish, tmp_path, model, monkeypatch):
     """The last video of a long run is copied for longer than a step may take."""
     slow = tmp_path / "ffmpeg"
     wait = 'case "$*" in *faststart*) while [ $SECONDS -lt 4 ]; do :; done;; esac'
     slow.write_text(f'#!/bin/bash\n{wait}\nexec "{imageio_ffmpeg.get_ffmpeg_exe()}" "$@"\n')
     slow.chmod(0o700)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(slow))
-    crew = Stopped("nobody", "never")
+    pool = Stopped("nobody", "never")
     config = config_for(model, video={"num_segments": 3}, engine=TIMES | {"step_timeout_s": 2.0, "segment_retries": 0})
-    status = finish(tmp_path, config, crew)
+    status = await finish(config, pool=pool)
     assert status.state == "done", status.error
-    assert crew.restarts == []
+    assert pool.restarts == []
 
 
-def test_a_store_that_takes_long_to_be_there_again_is_told_of_the_end(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(closing, "RELEASE_PAUSE_S", 0.01)
+async def test_a_store_that_takes_long_to_be_there_again_is_told_of_the_end(finish, tmp_path, model, monkeypatch):
+    monkeypatch.setattr(stages, "RELEASE_PAUSE_S", 0.01)
 
-    class Away(LocalCrew):
+    class Away(LocalPool):
         left = 50
 
         async def store(self, worker, method, *arguments):
@@ -172,29 +159,73 @@ def test_a_store_that_takes_long_to_be_there_again_is_told_of_the_end(tmp_path, 
                 raise ConnectionError("the store is being started again")
             return await super().store(worker, method, *arguments)
 
-    assert finish(tmp_path, config_for(model, video={"num_segments": 3}, **REUSE), Away()).state == "done"
+    assert (await finish(config_for(model, **SHORT), pool=Away())).state == "done"
     assert not list((tmp_path / ".cache_store").glob("*.safetensors"))
 
 
-class Delayed(LocalCrew):
-    """Its scheduler is stopped for longer than an actor may hang, in the midst of a step that takes a while."""
+async def test_a_scheduler_that_was_stopped_itself_takes_no_actor_for_hung(finish, model):
+    """It is stopped for longer than an actor may hang, during a step that takes a while."""
 
-    restarts = 0
+    class Delayed(Stopped):
+        async def denoiser(self, worker, method, *arguments):
+            if method == "denoise_segment" and arguments[1].index == 0:
+                await asyncio.sleep(0.6)
+                time.sleep(3.0)
+                await asyncio.sleep(0.6)
+            return await super().denoiser(worker, method, *arguments)
+
+    pool = Delayed("nobody", "never")
+    config = config_for(model, video={"num_segments": 3}, engine=TIMES | {"step_timeout_s": 2.0})
+    assert (await finish(config, pool=pool)).state == "done"
+    assert pool.restarts == []
+
+
+class Mortal(LocalPool):
+    """Its GPU actor, or its store, dies so many times during each of these calls."""
+
+    def __init__(self, who, times, methods):
+        super().__init__()
+        self.who, self.left = who, dict.fromkeys(methods, times)
 
     async def denoiser(self, worker, method, *arguments):
-        if method == "denoise_segment" and arguments[1].index == 0:
-            await asyncio.sleep(0.6)
-            time.sleep(3.0)
-            await asyncio.sleep(0.6)
-        return await super().denoiser(worker, method, *arguments)
+        if not self.left.get(method):
+            return await super().denoiser(worker, method, *arguments)
+        self.left[method] -= 1
+        of = self.workers[worker]
+        if self.who == "store":
+            at_work = asyncio.ensure_future(super().denoiser(worker, method, *arguments))
+            await asyncio.sleep(0.02)
+            of.store.close()
+            of.store = CacheStoreActor(worker)
+            return await at_work
+        await self.restart_denoiser(worker)
+        raise ActorGone("the actor 'denoiser' is gone")
 
-    async def restart_denoiser(self, worker):
-        self.restarts += 1
-        await super().restart_denoiser(worker)
+
+@pytest.mark.parametrize(("who", "methods"), [("GPU actor", WORK), ("store", ["denoise_segment"])])
+async def test_deaths_of_actors_end_no_run_although_nothing_may_be_tried_again(
+    finish, tmp_path, model, undisturbed, who, methods
+):
+    pool = Mortal(who, 4, methods)
+    status = await finish(config_for(model, **SHORT | NO_RETRIES), pool=pool)
+    assert status.state == "done", status.error
+    assert set(pool.left.values()) == {0}
+    assert_same(tmp_path, undisturbed)
 
 
-def test_a_scheduler_that_was_stopped_itself_takes_no_actor_for_hung(tmp_path, model):
-    crew = Delayed()
-    config = config_for(model, video={"num_segments": 3}, engine=TIMES | {"step_timeout_s": 2.0})
-    assert finish(tmp_path, config, crew).state == "done"
-    assert crew.restarts == 0
+async def test_work_that_kills_its_actor_each_time_ends_the_run_and_says_how_often(finish, model):
+    pool = Mortal("GPU actor", 10**6, ["denoise_segment"])
+    status = await finish(config_for(model, **SHORT | NO_RETRIES), pool=pool)
+    assert status.state == "failed"
+    assert status.error == (
+        f"denoise of segment 0 failed: actors died {MOST_DEATHS + 1} times during this work, which may be why "
+        "(is memory short?): ActorGone: the actor 'denoiser' is gone"
+    )
+
+
+async def test_what_a_client_leaves_that_dies_while_it_submits_goes_with_the_run_s_end(finish, tmp_path, model):
+    left, of_another = RunFolder(tmp_path, "one").probe("a"), RunFolder(tmp_path, "one-b").probe("b")
+    left.touch()
+    of_another.touch()
+    assert (await finish(config_for(model, **SHORT))).state == "done"
+    assert (left.exists(), of_another.exists()) == (False, True)

@@ -9,25 +9,18 @@ from edit_ray.actors.denoiser import DenoiserActor
 from edit_ray.actors.local import LocalWorker
 from edit_ray.actors.messages import RunSpec
 from edit_ray.config import Config, check_config, load_config
+from edit_ray.engine.continuity import load_latents
 from edit_ray.engine.decode import StreamingDecoder, to_uint8
-from edit_ray.engine.encode import encode as encode_video
-from edit_ray.engine.encode import to_video
 from edit_ray.engine.init_file import read_init
-from edit_ray.engine.latent_files import load_latents
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.segment import SegmentEngine
+from edit_ray.engine.vae_stream import encode_video, to_video
 from edit_ray.errors import ConfigError
-from edit_ray.testing import save_random_wan
 from edit_ray.video.encode import OutputOptions, encode, read_frames
 
 SEGMENTS, SIZE = 3, {"height": 32, "width": 48}
 SHOWN = ("first_frame", "still")
 FRAMES_OF = {"picture": [17, 12, 12], "clip": [12, 12, 12]}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 @pytest.fixture

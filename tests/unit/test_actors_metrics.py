@@ -6,22 +6,14 @@ import urllib.request
 
 import pytest
 
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.errors import ConfigError
 from edit_ray.metrics.exporter import TARGETS
 from edit_ray.runs.folder import RunFolder
-from edit_ray.testing import save_random_wan
 from tests.prometheus import samples_of
-from tests.unit.test_actors import Crew, config_for
+from tests.unit.test_actors import ONE, Pool, config_for, lose_the_gpu_actor
 from tests.unit.test_actors_recovery import REUSE, Dying, die, end_of, submit
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 async def page_of(root):
@@ -48,95 +40,71 @@ def check(samples, manifest, policy):
         assert told == sum(of.get(f"reuse_{direction}_bytes", 0) for of in figures)
 
 
-def test_the_counts_are_those_of_the_manifest(tmp_path, model):
-    async def run():
-        crew = Crew()
-        crew.fail_once = {("denoise_segment", 2)}
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "one", config_for(model, **REUSE))
-        assert (await end_of(scheduler, "one")).state == "done"
-        samples = await page_of(tmp_path)
-        check(samples, RunFolder(tmp_path, "one").read_manifest(), "warmstart_reuse")
-        assert samples("edit_ray_steps_total", policy="warmstart_reuse", branch="cond", decision="skipped") > 0
-        assert samples("edit_ray_reuse_bytes_total", direction="read") > 0
-        assert samples("edit_ray_work_failed_total", stage="denoise", trouble="actor_died") == 1
-        assert samples("edit_ray_runs_ended_total", outcome="done") == 1
-        await crew.end()
-
-    asyncio.run(run())
+async def test_the_counts_are_those_of_the_manifest(finish, tmp_path, model):
+    pool = Pool({("denoise_segment", 2): lose_the_gpu_actor})
+    assert (await finish(config_for(model, **REUSE), "one", pool)).state == "done"
+    samples = await page_of(tmp_path)
+    check(samples, RunFolder(tmp_path, "one").read_manifest(), "warmstart_reuse")
+    assert samples("edit_ray_steps_total", policy="warmstart_reuse", branch="cond", decision="skipped") > 0
+    assert samples("edit_ray_reuse_bytes_total", direction="read") > 0
+    assert samples("edit_ray_work_failed_total", stage="denoise", trouble="actor_died") == 1
+    assert samples("edit_ray_runs_ended_total", outcome="done") == 1
     assert RunFolder(tmp_path, "one").read_manifest().state == "done"
 
 
-def test_a_store_whose_tiers_are_closed_and_made_again_goes_on_counting(tmp_path, model):
+async def test_a_store_whose_tiers_are_closed_and_made_again_goes_on_counting(start, tmp_path, model):
     """The same run twice, in one CacheStore actor: every count of it is there twice."""
-
-    async def run():
-        crew, told = LocalCrew(), []
-        scheduler = SegmentSchedulerActor(crew)
-        for run_id in ("one", "two"):
-            await submit(scheduler, tmp_path, run_id, config_for(model, **REUSE))
-            assert (await end_of(scheduler, run_id)).state == "done"
-            told.append(await crew.store(0, "metrics"))
-        first, second = told
-        assert (first.incarnation, first.sequence < second.sequence) == (second.incarnation, True)
-        lookups = [of for of in first.counts if of[0] == "edit_ray_tier_lookups_total" and of[1][0] == "host"]
-        reads = sum(first.counts[of] for of in lookups)
-        assert reads > 0
-        assert sum(second.counts[of] for of in lookups) == 2 * reads
-        assert all(second.counts[of] >= value for of, value in first.counts.items())
-        assert second.gauges == {}, "the tiers are closed"
-        await crew.end()
-
-    asyncio.run(run())
+    pool, told = LocalPool(), []
+    scheduler = start(pool)
+    for run_id in ("one", "two"):
+        await submit(scheduler, tmp_path, run_id, config_for(model, **REUSE))
+        assert (await end_of(scheduler, run_id)).state == "done"
+        told.append(await pool.store(0, "metrics"))
+    first, second = told
+    assert (first.incarnation, first.sequence < second.sequence) == (second.incarnation, True)
+    lookups = [of for of in first.counts if of[0] == "edit_ray_tier_lookups_total" and of[1][0] == "host"]
+    reads = sum(first.counts[of] for of in lookups)
+    assert reads > 0
+    assert sum(second.counts[of] for of in lookups) == 2 * reads
+    assert all(second.counts[of] >= value for of, value in first.counts.items())
+    assert second.gauges == {}, "the tiers are closed"
 
 
-def test_without_a_cache_every_step_counts_as_computed(tmp_path, model):
-    async def run():
-        scheduler = SegmentSchedulerActor(LocalCrew())
-        await submit(scheduler, tmp_path, "one", config_for(model))
-        await end_of(scheduler, "one")
-        samples = await page_of(tmp_path)
-        check(samples, RunFolder(tmp_path, "one").read_manifest(), "none")
-        assert samples("edit_ray_steps_total", policy="none", branch="uncond", decision="computed") == 4 * 3
-
-    asyncio.run(run())
+async def test_without_a_cache_every_step_counts_as_computed(finish, tmp_path, model):
+    await finish(config_for(model))
+    samples = await page_of(tmp_path)
+    check(samples, RunFolder(tmp_path, "one").read_manifest(), "none")
+    assert samples("edit_ray_steps_total", policy="none", branch="uncond", decision="computed") == 4 * 3
 
 
-def test_a_segment_scheduler_that_is_started_again_has_the_same_counts(tmp_path, model):
-    async def run():
-        crew = Dying(9)
-        first = SegmentSchedulerActor(crew)
-        await submit(first, tmp_path, "one", config_for(model, **REUSE))
-        await crew.now.wait()
-        await die(first)
-        second = SegmentSchedulerActor(crew)
-        assert (await end_of(second, "one")).state == "done"
-        check(await page_of(tmp_path), RunFolder(tmp_path, "one").read_manifest(), "warmstart_reuse")
-        await crew.end()
-
-    asyncio.run(run())
+async def test_a_segment_scheduler_that_is_started_again_has_the_same_counts(start, tmp_path, model):
+    pool = Dying(9)
+    first = start(pool)
+    await submit(first, tmp_path, "one", config_for(model, **REUSE))
+    await pool.now.wait()
+    await die(first)
+    second = start(pool)
+    assert (await end_of(second, "one")).state == "done"
+    check(await page_of(tmp_path), RunFolder(tmp_path, "one").read_manifest(), "warmstart_reuse")
 
 
-def test_a_place_that_cannot_be_had_refuses_the_run_and_writes_nothing(tmp_path, model):
-    async def run():
-        scheduler = SegmentSchedulerActor(LocalCrew())
-        config = config_for(model, metrics={"address": "192.0.2.1", "token_file": str(token)})
-        with pytest.raises(ConfigError, match=r"metrics\.address"):
-            await submit(scheduler, tmp_path, "one", config)
-        assert not (tmp_path / "one").exists()
-        await submit(scheduler, tmp_path, "two", config_for(model, metrics={"enabled": False}))
-        await end_of(scheduler, "two")
-        assert not (tmp_path / TARGETS).exists()
-
+async def test_a_place_that_cannot_be_had_refuses_the_run_and_writes_nothing(start, tmp_path, model):
     token = tmp_path / "token"
     token.write_text("a token of many characters")
-    asyncio.run(run())
+    scheduler = start()
+    config = config_for(model, metrics={"address": "192.0.2.1", "token_file": str(token)})
+    with pytest.raises(ConfigError, match=r"metrics\.address"):
+        await submit(scheduler, tmp_path, "one", config)
+    assert not (tmp_path / "one").exists()
+    await submit(scheduler, tmp_path, "two", config_for(model, metrics={"enabled": False}))
+    await end_of(scheduler, "two")
+    assert not (tmp_path / TARGETS).exists()
 
 
 def test_targets_go_when_the_scheduler_ends(tmp_path, model):
     async def run():
-        scheduler = SegmentSchedulerActor(LocalCrew())
-        await submit(scheduler, tmp_path, "one", config_for(model, video={"num_segments": 1}, prompt_segments=ONE))
+        scheduler = SegmentSchedulerActor(LocalPool())
+        await submit(scheduler, tmp_path, "one", config_for(model, **ONE))
         await end_of(scheduler, "one")
         assert (tmp_path / TARGETS).exists()
 
@@ -144,23 +112,16 @@ def test_targets_go_when_the_scheduler_ends(tmp_path, model):
     assert not (tmp_path / TARGETS).exists()
 
 
-def test_what_one_that_died_told_prometheus_goes_though_no_run_lives(tmp_path, model):
-    async def run():
-        crew, targets = LocalCrew(), tmp_path / TARGETS
-        first = SegmentSchedulerActor(crew)
-        await submit(first, tmp_path, "one", config_for(model, video={"num_segments": 1}, prompt_segments=ONE))
-        await end_of(first, "one")
-        await die(first)
-        told = targets.read_text()
-        await SegmentSchedulerActor(crew).runs()
-        assert not targets.exists()
-        others = told.replace("127.0.0.1", "127.0.0.2")  # of another Ray's segment scheduler
-        targets.write_text(others)
-        await SegmentSchedulerActor(crew).runs()
-        assert targets.read_text() == others
-        await crew.end()
-
-    asyncio.run(run())
-
-
-ONE = [{"segment": 0, "prompt": "a red circle"}]
+async def test_what_one_that_died_told_prometheus_goes_though_no_run_lives(start, tmp_path, model):
+    pool, targets = LocalPool(), tmp_path / TARGETS
+    first = start(pool)
+    await submit(first, tmp_path, "one", config_for(model, **ONE))
+    await end_of(first, "one")
+    await die(first)
+    told = targets.read_text()
+    await start(pool).runs()
+    assert not targets.exists()
+    others = told.replace("127.0.0.1", "127.0.0.2")  # of another Ray's segment scheduler
+    targets.write_text(others)
+    await start(pool).runs()
+    assert targets.read_text() == others

@@ -5,16 +5,12 @@ import asyncio
 import pytest
 
 from edit_ray.actors import segment_scheduler, stages
-from edit_ray.actors.crew import ActorGone
-from edit_ray.actors.local import LocalCrew
-from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+from edit_ray.actors.local import LocalPool
+from edit_ray.actors.pool import ActorGone
 from edit_ray.errors import NoPlace
-from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_clocks import everything
 from tests.unit.test_actors_recovery import end_of, make, submit
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 
 SHORT = {
     "video": {"num_segments": 2},
@@ -25,19 +21,14 @@ MANY = {"engine": {"cpu_threads": 1, "gpu_actors": 4, "segment_retries": 0}}
 FOREVER = SHORT | {"video": {"num_segments": None}, "engine": MANY["engine"] | {"max_ahead": 1}}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
-
-
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(segment_scheduler, "LOOK_AGAIN_S", 0.1)
+    monkeypatch.setattr(segment_scheduler, "COUNT_PLACES_S", 0.1)
     monkeypatch.setattr(stages, "RETRY_PAUSE_S", 0.01)
     monkeypatch.setattr(stages, "LONGEST_RETRY_PAUSE_S", 0.02)
 
 
-class Small(LocalCrew):
+class Small(LocalPool):
     """A cluster with places for so many GPU actors, which it can tell, or finds out when one is to be started."""
 
     def __init__(self, holds, tells=False):
@@ -61,18 +52,13 @@ async def until(scheduler, run_id, there):
 
 
 @pytest.mark.parametrize("tells", [True, False])
-def test_runs_beyond_what_the_cluster_holds_wait_and_say_why(tmp_path, model, tells):
-    async def run():
-        crew = Small(1, tells)
-        scheduler = SegmentSchedulerActor(crew)
-        for name in ("one", "two"):
-            await submit(scheduler, tmp_path, name, config_for(model, **SHORT, **MANY), name)
-        waits = await until(scheduler, "two", lambda status: status.state == "queued" and status.warning)
-        ends = {name: await end_of(scheduler, name) for name in ("one", "two")}
-        await crew.end()
-        return waits, ends
-
-    waits, ends = asyncio.run(run())
+async def test_runs_beyond_what_the_cluster_holds_wait_and_say_why(start, tmp_path, model, tells):
+    pool = Small(1, tells)
+    scheduler = start(pool)
+    for name in ("one", "two"):
+        await submit(scheduler, tmp_path, name, config_for(model, **SHORT, **MANY), name)
+    waits = await until(scheduler, "two", lambda status: status.state == "queued" and status.warning)
+    ends = {name: await end_of(scheduler, name) for name in ("one", "two")}
     assert {name: status.error for name, status in ends.items()} == dict.fromkeys(ends)
     assert {status.state for status in ends.values()} == {"done"}
     sentence = (
@@ -82,45 +68,35 @@ def test_runs_beyond_what_the_cluster_holds_wait_and_say_why(tmp_path, model, te
     assert waits.warning == (sentence if tells else "the GPU actor found no place in this Ray cluster")
 
 
-def test_a_run_goes_on_as_soon_as_a_node_comes(tmp_path, model):
-    async def run():
-        crew = Small(1, tells=True)
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "endless", config_for(model, **FOREVER), "endless")
-        await submit(scheduler, tmp_path, "two", config_for(model, **SHORT, **MANY), "two")
-        assert (await scheduler.status("two")).state == "queued"
-        crew.holds = 2
-        status = await end_of(scheduler, "two")
-        await scheduler.cancel("endless")
-        await end_of(scheduler, "endless")
-        await crew.end()
-        return status
-
-    status = asyncio.run(run())
+async def test_a_run_goes_on_as_soon_as_a_node_comes(start, tmp_path, model):
+    pool = Small(1, tells=True)
+    scheduler = start(pool)
+    await submit(scheduler, tmp_path, "endless", config_for(model, **FOREVER), "endless")
+    await submit(scheduler, tmp_path, "two", config_for(model, **SHORT, **MANY), "two")
+    assert (await scheduler.status("two")).state == "queued"
+    pool.holds = 2
+    status = await end_of(scheduler, "two")
+    await scheduler.cancel("endless")
+    await end_of(scheduler, "endless")
     assert status.state == "done", status.error
 
 
-def test_a_run_whose_gpu_actor_has_lost_its_place_is_resumed_on_another(tmp_path, model):
-    async def run():
-        crew = Small(2)
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "endless", config_for(model, **FOREVER), "endless")
-        await submit(scheduler, tmp_path, "two", config_for(model, **SHORT, **MANY), "two")
-        await until(scheduler, "two", lambda status: status.state == "running")
-        for name in ("two", "endless"):
-            await scheduler.cancel(name)
-            await end_of(scheduler, name)
-        crew.holds = 1
-        await scheduler.resume("two", str(tmp_path), False)
-        status = await end_of(scheduler, "two")
-        await crew.end()
-        return status
-
-    status = asyncio.run(run())
+async def test_a_run_whose_gpu_actor_has_lost_its_place_is_resumed_on_another(start, tmp_path, model):
+    pool = Small(2)
+    scheduler = start(pool)
+    await submit(scheduler, tmp_path, "endless", config_for(model, **FOREVER), "endless")
+    await submit(scheduler, tmp_path, "two", config_for(model, **SHORT, **MANY), "two")
+    await until(scheduler, "two", lambda status: status.state == "running")
+    for name in ("two", "endless"):
+        await scheduler.cancel(name)
+        await end_of(scheduler, name)
+    pool.holds = 1
+    await scheduler.resume("two", str(tmp_path), False)
+    status = await end_of(scheduler, "two")
     assert status.state == "done", status.error
 
 
-def test_a_node_that_is_lost_at_work_hands_its_run_over_to_another(tmp_path, model):
+async def test_a_node_that_is_lost_at_work_hands_its_run_over_to_another(start, tmp_path, model):
     """The second GPU actor dies while segment 1 is denoised, and finds no place any more."""
 
     class Shrinking(Small):
@@ -131,19 +107,14 @@ def test_a_node_that_is_lost_at_work_hands_its_run_over_to_another(tmp_path, mod
                 raise ActorGone("the node is lost")
             return await super().denoiser(worker, method, *arguments)
 
-    async def run():
-        crew = Shrinking(2)
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "endless", config_for(model, **FOREVER), "endless")
-        await submit(scheduler, tmp_path, "two", config_for(model, **SHORT, **MANY), "two")
-        waits = await until(scheduler, "two", lambda status: status.state == "queued" and status.warning)
-        await scheduler.cancel("endless")
-        status = await end_of(scheduler, "two")
-        await crew.end()
-        return waits, status
-
-    waits, status = asyncio.run(run())
+    pool = Shrinking(2)
+    scheduler = start(pool)
+    await submit(scheduler, tmp_path, "endless", config_for(model, **FOREVER), "endless")
+    await submit(scheduler, tmp_path, "two", config_for(model, **SHORT, **MANY), "two")
+    waits = await until(scheduler, "two", lambda status: status.state == "queued" and status.warning)
+    await scheduler.cancel("endless")
+    status = await end_of(scheduler, "two")
     assert (waits.warning, status.state) == ("the GPU actor found no place in this Ray cluster", "done"), status.error
     (tmp_path / "whole").mkdir()
-    asyncio.run(make(tmp_path / "whole", model, two=SHORT | MANY))
+    await make(tmp_path / "whole", model, two=SHORT | MANY)
     assert everything(tmp_path, "two") == everything(tmp_path / "whole", "two")

@@ -14,28 +14,20 @@ import pytest
 import torch
 
 from edit_ray.actors import stages
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.actors.stages import LONGEST_RETRY_PAUSE_S, pause_before
-from edit_ray.engine.latent_files import load_latents
+from edit_ray.engine.continuity import load_latents
 from edit_ray.errors import HardwareDiffers, ResourcesUnavailable, UnknownRun
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
-from edit_ray.testing import save_random_wan
 from tests.chaos.storm import die
 from tests.unit.test_actors import config_for
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SEGMENTS = 4
 WARM = {"policy": "warmstart_reuse", "inner": "fbcache", "rel_l1_thresh": 0.2, "warm_steps": 2, "reuse_window": 2}
 REUSE = {"cache": WARM, "store": {"host_bytes": 4 * 4096, "allow_tmpfs": True}}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +40,12 @@ def undisturbed(model, tmp_path_factory):
 
 async def make(root, model, **runs):
     """A run for each of these changes of the configuration, one after the other."""
-    crew = LocalCrew()
-    scheduler = SegmentSchedulerActor(crew)
+    pool = LocalPool()
+    scheduler = SegmentSchedulerActor(pool)
     for name, changes in runs.items():
         await submit(scheduler, root, name, config_for(model, **changes))
         assert (await end_of(scheduler, name)).state == "done"
-    await crew.end()
+    await pool.end()
 
 
 async def submit(scheduler, root, run_id, config, token="mine"):
@@ -67,7 +59,7 @@ async def end_of(scheduler, run_id):
     return status
 
 
-class Dying(LocalCrew):
+class Dying(LocalPool):
     """Says when so many pieces of work were asked for."""
 
     def __init__(self, calls):
@@ -84,12 +76,12 @@ class Dying(LocalCrew):
 
 async def leave_half_made(root, run_id, config):
     """A run that was at work when all its actors died."""
-    crew = Dying(5)
-    scheduler = SegmentSchedulerActor(crew)
+    pool = Dying(5)
+    scheduler = SegmentSchedulerActor(pool)
     await submit(scheduler, root, run_id, config)
-    await crew.now.wait()
+    await pool.now.wait()
     await die(scheduler)
-    await crew.end()
+    await pool.end()
 
 
 def same(one, other, index):
@@ -99,24 +91,20 @@ def same(one, other, index):
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("calls", [1, 2, 4, 6, 9, 11])
 @pytest.mark.parametrize("name", ["plain", "reuse"])
-def test_the_next_segment_scheduler_goes_on_to_the_same_bytes(tmp_path, model, undisturbed, name, calls):
-    async def die_and_go_on():
-        crew = Dying(calls)
-        first = SegmentSchedulerActor(crew)
-        await submit(first, tmp_path, name, config_for(model, **(REUSE if name == "reuse" else {})))
-        await crew.now.wait()
-        await die(first)
-        second = SegmentSchedulerActor(crew)
-        seen, index = [], 0
-        while (reply := await second.wait_segment(name, index, 60)).record is not None:
-            seen.append(reply.record.index)
-            index += 1
-        assert reply.status.state == "done", reply.status.error
-        assert await crew.recall() == {}
-        await crew.end()
-        return seen
-
-    assert asyncio.run(die_and_go_on()) == list(range(SEGMENTS))
+async def test_the_next_segment_scheduler_goes_on_to_the_same_bytes(start, tmp_path, model, undisturbed, name, calls):
+    pool = Dying(calls)
+    first = start(pool)
+    await submit(first, tmp_path, name, config_for(model, **(REUSE if name == "reuse" else {})))
+    await pool.now.wait()
+    await die(first)
+    second = start(pool)
+    seen, index = [], 0
+    while (reply := await second.wait_segment(name, index, 60)).record is not None:
+        seen.append(reply.record.index)
+        index += 1
+    assert reply.status.state == "done", reply.status.error
+    assert await pool.recall() == {}
+    assert seen == list(range(SEGMENTS))
     whole, hurt = RunFolder(undisturbed, name), RunFolder(tmp_path, name)
     assert all(same(whole, hurt, index) for index in range(SEGMENTS))
     assert whole.final.read_bytes() == hurt.final.read_bytes()
@@ -138,93 +126,75 @@ class Slow(Dying):
         return await super().denoiser(worker, method, *arguments)
 
 
-def test_a_recovery_that_dies_half_way_forgets_no_run(tmp_path, model, undisturbed):
-    async def die_twice():
-        crew = Slow(4)
-        first = SegmentSchedulerActor(crew)
-        for run_id in ("one", "two"):
-            await submit(first, tmp_path, run_id, config_for(model))
-        await crew.now.wait()
-        await die(first)
-        crew.slow_run, crew.asked = "two", asyncio.Event()
-        second = SegmentSchedulerActor(crew)
-        await crew.asked.wait()
-        await asyncio.sleep(0)
-        assert set(await crew.recall()) == {"one", "two"}
-        second._recovered.cancel()
-        await die(second)
-        crew.slow_run = None
-        third = SegmentSchedulerActor(crew)
-        ends = [await end_of(third, run_id) for run_id in ("one", "two")]
-        await crew.end()
-        return [status.state for status in ends]
-
-    assert asyncio.run(die_twice()) == ["done", "done"]
+async def test_a_recovery_that_dies_half_way_forgets_no_run(start, tmp_path, model, undisturbed):
+    pool = Slow(4)
+    first = start(pool)
+    for run_id in ("one", "two"):
+        await submit(first, tmp_path, run_id, config_for(model))
+    await pool.now.wait()
+    await die(first)
+    pool.slow_run, pool.asked = "two", asyncio.Event()
+    second = start(pool)
+    await pool.asked.wait()
+    await asyncio.sleep(0)
+    assert set(await pool.recall()) == {"one", "two"}
+    second._recovered.cancel()
+    await die(second)
+    pool.slow_run = None
+    third = start(pool)
+    ends = [await end_of(third, run_id) for run_id in ("one", "two")]
+    assert [status.state for status in ends] == ["done", "done"]
     for run_id in ("one", "two"):
         assert RunFolder(tmp_path, run_id).final.read_bytes() == RunFolder(undisturbed, "plain").final.read_bytes()
 
 
-def test_a_submission_that_is_asked_for_again_is_the_same_run(tmp_path, model):
-    async def twice():
-        crew = LocalCrew()
-        first = SegmentSchedulerActor(crew)
-        await submit(first, tmp_path, "one", config_for(model))
-        await submit(first, tmp_path, "one", config_for(model))
-        await die(first)
-        second = SegmentSchedulerActor(crew)
-        await submit(second, tmp_path, "one", config_for(model))
-        assert (await end_of(second, "one")).state == "done"
-        await die(second)
-        third = SegmentSchedulerActor(crew)
-        status = await submit(third, tmp_path, "one", config_for(model))
-        assert status.committed == SEGMENTS
-        await end_of(third, "one")
-        await crew.end()
-
-    asyncio.run(twice())
+async def test_a_submission_that_is_asked_for_again_is_the_same_run(start, tmp_path, model):
+    pool = LocalPool()
+    first = start(pool)
+    await submit(first, tmp_path, "one", config_for(model))
+    await submit(first, tmp_path, "one", config_for(model))
+    await die(first)
+    second = start(pool)
+    await submit(second, tmp_path, "one", config_for(model))
+    assert (await end_of(second, "one")).state == "done"
+    await die(second)
+    third = start(pool)
+    status = await submit(third, tmp_path, "one", config_for(model))
+    assert status.committed == SEGMENTS
+    await end_of(third, "one")
 
 
-def test_a_run_goes_on_from_its_folder_alone(tmp_path, model, undisturbed):
+async def test_a_run_goes_on_from_its_folder_alone(start, tmp_path, model, undisturbed):
     """As after the loss of the whole cluster: other actors, and nobody who remembers."""
-
-    async def resume_elsewhere():
-        await leave_half_made(tmp_path, "plain", config_for(model))
-        other = LocalCrew()
-        second = SegmentSchedulerActor(other)
-        with pytest.raises(UnknownRun):
-            await second.status("plain")
-        assert (await second.resume("plain", str(tmp_path), False)).state in ("queued", "preparing")
-        assert (await second.resume("plain", str(tmp_path), False)).run_id == "plain", "what lives is left as it is"
-        assert (await end_of(second, "plain")).state == "done"
-        assert (await second.resume("plain", str(tmp_path), False)).state == "done"
-        with pytest.raises(UnknownRun, match="no run 'nobody'"):
-            await second.resume("nobody", str(tmp_path), False)
-        await other.end()
-
-    asyncio.run(resume_elsewhere())
+    await leave_half_made(tmp_path, "plain", config_for(model))
+    other = LocalPool()
+    second = start(other)
+    with pytest.raises(UnknownRun):
+        await second.status("plain")
+    assert (await second.resume("plain", str(tmp_path), False)).state in ("queued", "preparing")
+    assert (await second.resume("plain", str(tmp_path), False)).run_id == "plain", "what lives is left as it is"
+    assert (await end_of(second, "plain")).state == "done"
+    assert (await second.resume("plain", str(tmp_path), False)).state == "done"
+    with pytest.raises(UnknownRun, match="no run 'nobody'"):
+        await second.resume("nobody", str(tmp_path), False)
     assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
 
 
-def test_a_run_goes_on_beside_the_residuals_that_it_has_left(tmp_path, model, undisturbed):
+async def test_a_run_goes_on_beside_the_residuals_that_it_has_left(start, tmp_path, model, undisturbed):
     """It was on the second GPU actor, and comes to the second one again, though the first is free."""
-
-    async def resume_elsewhere():
-        crew = LocalCrew()
-        first = SegmentSchedulerActor(crew)
-        engine = {"engine": {"cpu_threads": 1, "gpu_actors": 2}}
-        for run_id, changes in (("other", {}), ("reuse", REUSE)):
-            await submit(first, tmp_path, run_id, config_for(model, **changes, **engine))
-        await first.wait_segment("reuse", 0, 60)
-        await die(first)
-        await crew.end()
-        again = LocalCrew()
-        second = SegmentSchedulerActor(again)
-        await second.resume("reuse", str(tmp_path), False)
-        assert (await end_of(second, "reuse")).state == "done"
-        await again.end()
-        return second._runs["reuse"].worker
-
-    assert asyncio.run(resume_elsewhere()) == 1
+    pool = LocalPool()
+    first = start(pool)
+    engine = {"engine": {"cpu_threads": 1, "gpu_actors": 2}}
+    for run_id, changes in (("other", {}), ("reuse", REUSE)):
+        await submit(first, tmp_path, run_id, config_for(model, **changes, **engine))
+    await first.wait_segment("reuse", 0, 60)
+    await die(first)
+    await pool.end()
+    again = LocalPool()
+    second = start(again)
+    await second.resume("reuse", str(tmp_path), False)
+    assert (await end_of(second, "reuse")).state == "done"
+    assert (second._runs["reuse"].worker) == 1
     folder, whole = RunFolder(tmp_path, "reuse"), RunFolder(undisturbed, "reuse")
     assert whole.final.read_bytes() == folder.final.read_bytes()
     assert [record.statistics["segments_made_again"] for record in folder.read_manifest().segments] == [0] * SEGMENTS
@@ -232,22 +202,17 @@ def test_a_run_goes_on_beside_the_residuals_that_it_has_left(tmp_path, model, un
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["plain", "reuse"])
-def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, model, undisturbed, name):
-    async def stop_and_resume():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, name, config_for(model, **(REUSE if name == "reuse" else {})))
-        await scheduler.wait_segment(name, 1, 60)
-        await scheduler.cancel(name)
-        assert (await end_of(scheduler, name)).state == "cancelled"
-        before = read_events(folder.events)
-        await scheduler.resume(name, str(tmp_path), False)
-        assert (await end_of(scheduler, name)).state == "done"
-        await crew.end()
-        return before, read_events(folder.events)
-
+async def test_a_stopped_run_goes_on_to_the_same_bytes(start, tmp_path, model, undisturbed, name):
     folder = RunFolder(tmp_path, name)
-    before, after = asyncio.run(stop_and_resume())
+    scheduler = start()
+    await submit(scheduler, tmp_path, name, config_for(model, **(REUSE if name == "reuse" else {})))
+    await scheduler.wait_segment(name, 1, 60)
+    await scheduler.cancel(name)
+    assert (await end_of(scheduler, name)).state == "cancelled"
+    before = read_events(folder.events)
+    await scheduler.resume(name, str(tmp_path), False)
+    assert (await end_of(scheduler, name)).state == "done"
+    after = read_events(folder.events)
     made = {event["segment"] for event in before if event["event"] == "segment_made"}
     begun = {event["segment"] for event in after[len(before) :] if event["event"] == "segment_begun"}
     assert begun == set(range(SEGMENTS)) - made, "what was denoised is not denoised again"
@@ -256,25 +221,21 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, model, undisturbed, n
     assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
 
 
-class OtherHardware(LocalCrew):
+class OtherHardware(LocalPool):
     async def denoiser(self, worker, method, *arguments):
         said = await super().denoiser(worker, method, *arguments)
         return said | {"threads": 64, "device": "an abacus"} if method == "provenance" else said
 
 
-def test_other_hardware_is_refused_by_name(tmp_path, model):
-    async def move():
-        await leave_half_made(tmp_path, "one", config_for(model))
-        other = OtherHardware()
-        second = SegmentSchedulerActor(other)
-        with pytest.raises(HardwareDiffers, match=r"device was 'cpu \w+' and is 'an abacus', threads was 1 and is 64"):
-            await second.resume("one", str(tmp_path), False)
-        assert RunFolder(tmp_path, "one").read_manifest().incarnation == 1, "nothing was written"
-        await second.resume("one", str(tmp_path), True)
-        assert (await end_of(second, "one")).state == "done"
-        await other.end()
-
-    asyncio.run(move())
+async def test_other_hardware_is_refused_by_name(start, tmp_path, model):
+    await leave_half_made(tmp_path, "one", config_for(model))
+    other = OtherHardware()
+    second = start(other)
+    with pytest.raises(HardwareDiffers, match=r"device was 'cpu \w+' and is 'an abacus', threads was 1 and is 64"):
+        await second.resume("one", str(tmp_path), False)
+    assert RunFolder(tmp_path, "one").read_manifest().incarnation == 1, "nothing was written"
+    await second.resume("one", str(tmp_path), True)
+    assert (await end_of(second, "one")).state == "done"
     assert RunFolder(tmp_path, "one").read_manifest().provenance["device"] == "an abacus"
 
 
@@ -306,32 +267,26 @@ class FullDisk:
         self.sync(descriptor)
 
 
-def test_a_full_disk_loses_nothing_that_is_committed(tmp_path, model, undisturbed, monkeypatch):
+async def test_a_full_disk_loses_nothing_that_is_committed(start, tmp_path, model, undisturbed, monkeypatch):
     """First it is full until the run gives up, then, when it has been resumed, once for every kind of file."""
     disk = FullDisk()
 
-    async def fill_and_resume():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
-        config = config_for(model, **REUSE, engine={"cpu_threads": 1, "segment_retries": 5})
-        disk.left = set()
-        await submit(scheduler, tmp_path, "reuse", config)
-        await scheduler.wait_segment("reuse", 0, 60)
-        disk.full = True
-        failed = await end_of(scheduler, "reuse")
-        there = folder.read_manifest()
-        with pytest.raises(ResourcesUnavailable, match="no space is left in"):
-            await scheduler.resume("reuse", str(tmp_path), False)
-        disk.full = False
-        await scheduler.resume("reuse", str(tmp_path), False)
-        disk.left = set(SYNCED) - {"init.mp4", "live.m3u8"}  # these are there
-        done = await end_of(scheduler, "reuse")
-        await crew.end()
-        return failed, there, done
-
     monkeypatch.setattr(os, "fsync", disk)
     folder, whole = RunFolder(tmp_path, "reuse"), RunFolder(undisturbed, "reuse")
-    failed, there, done = asyncio.run(fill_and_resume())
+    scheduler = start()
+    config = config_for(model, **REUSE, engine={"cpu_threads": 1, "segment_retries": 5})
+    disk.left = set()
+    await submit(scheduler, tmp_path, "reuse", config)
+    await scheduler.wait_segment("reuse", 0, 60)
+    disk.full = True
+    failed = await end_of(scheduler, "reuse")
+    there = folder.read_manifest()
+    with pytest.raises(ResourcesUnavailable, match="no space is left in"):
+        await scheduler.resume("reuse", str(tmp_path), False)
+    disk.full = False
+    await scheduler.resume("reuse", str(tmp_path), False)
+    disk.left = set(SYNCED) - {"init.mp4", "live.m3u8"}  # these are there
+    done = await end_of(scheduler, "reuse")
     assert failed.state == "failed"
     assert f"no space is left for {folder.path}; free some, then go on with `edit-ray resume reuse`" in failed.error
     assert (there.state, len(there.segments) >= 1) == ("open", True), "its end could not be recorded"
@@ -373,14 +328,14 @@ exec "{ffmpeg}" "$@"
 """
 
 
-def test_an_encoder_that_is_killed_is_started_again(tmp_path, model, undisturbed, monkeypatch):
+async def test_an_encoder_that_is_killed_is_started_again(tmp_path, model, undisturbed, monkeypatch):
     killed = tmp_path / "killed"
     killed.mkdir()
     script = tmp_path / "ffmpeg"
     script.write_text(KILLED.format(flags=killed, ffmpeg=imageio_ffmpeg.get_ffmpeg_exe()))
     script.chmod(0o700)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
-    asyncio.run(make(tmp_path, model, plain={"engine": {"segment_retries": 0}}))
+    await make(tmp_path, model, plain={"engine": {"segment_retries": 0}})
     assert {path.name for path in killed.iterdir()} >= {"encode", "join"}
     assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
     assert [path.name for path in (tmp_path / "plain").rglob(".*")] == []

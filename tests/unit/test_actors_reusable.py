@@ -5,27 +5,20 @@ import asyncio
 import pytest
 import torch
 
-from edit_ray.actors.local import LocalCrew, LocalWorker
+from edit_ray.actors.local import LocalPool, LocalWorker
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.engine.latent_files import load_latents
+from edit_ray.engine.continuity import load_latents
 from edit_ray.errors import ConfigError, HardwareDiffers, RunExists
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
-from edit_ray.testing import save_random_wan
 from tests.removal import remove_folder
-from tests.unit.test_actors import config_for
+from tests.unit.test_actors import Pool, config_for
 from tests.unit.test_actors_recovery import die, end_of, submit
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 WARM = {"policy": "warmstart_reuse", "inner": "fbcache", "rel_l1_thresh": 0.2, "warm_steps": 1}
 STORE = {"host_bytes": 16 * 4096, "allow_tmpfs": True}
 LONG = {"num_frames": 81}
 SMALL = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2, "seed": 5}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 def config_of(model, segments, window=0, **changes):
@@ -35,43 +28,28 @@ def config_of(model, segments, window=0, **changes):
     return config_for(model, sampling=sampling, video=video, **reuse, **changes)
 
 
-class Crew(LocalCrew):
-    """Does what is asked for once, before a call of a method for a segment."""
-
-    def __init__(self, at=None, strike=None):
-        super().__init__()
-        self.at, self.strike = at, strike
-
-    async def denoiser(self, worker, method, *arguments):
-        segment = getattr(arguments[1], "index", None) if len(arguments) > 1 else None
-        if (method, segment) == self.at:
-            self.at = None
-            await self.strike(self, worker)
-        return await super().denoiser(worker, method, *arguments)
-
-
 async def whole(root, config, run_id="one"):
     """An undisturbed run's folder."""
-    crew = LocalCrew()
-    scheduler = SegmentSchedulerActor(crew)
+    pool = LocalPool()
+    scheduler = SegmentSchedulerActor(pool)
     await submit(scheduler, root, run_id, config)
     assert (status := await end_of(scheduler, run_id)).state == "done", status.error
-    await crew.end()
+    await pool.end()
     return RunFolder(root, run_id)
 
 
 async def cancelled(root, config, at, run_id="one"):
-    """A scheduler whose run was cancelled just before a call of its GPU actor, and its crew."""
+    """A scheduler whose run was cancelled just before a call of its GPU actor, and its pool."""
 
-    async def cancel(crew, worker):
+    async def cancel(*_):
         await scheduler.cancel(run_id)
         await asyncio.sleep(0.2)
 
-    crew = Crew(at, cancel)
-    scheduler = SegmentSchedulerActor(crew)
+    pool = Pool({at: cancel})
+    scheduler = SegmentSchedulerActor(pool)
     await submit(scheduler, root, run_id, config)
     assert (await end_of(scheduler, run_id)).state == "cancelled"
-    return scheduler, crew
+    return scheduler, pool
 
 
 def same(one, other, segments):
@@ -86,104 +64,93 @@ def same(one, other, segments):
     ],
     ids=str,
 )
-def test_a_cancelled_run_that_is_extended_is_one_that_was_as_long_from_the_start(tmp_path, model, at):
+async def test_a_cancelled_run_that_is_extended_is_one_that_was_as_long_from_the_start(tmp_path, model, at):
     """Whatever had latents when the cancel came, and whatever was committed."""
-
-    async def extend():
-        scheduler, crew = await cancelled(tmp_path, config_of(model, 5, window=2), at)
-        await scheduler.extend("one", str(tmp_path), 2, False)
-        status = await end_of(scheduler, "one")
-        await crew.end()
-        return status, await whole(tmp_path / "whole", config_of(model, 7, window=2))
-
     (tmp_path / "whole").mkdir()
-    status, undisturbed = asyncio.run(extend())
+    scheduler, pool = await cancelled(tmp_path, config_of(model, 5, window=2), at)
+    await scheduler.extend("one", str(tmp_path), 2, False)
+    status = await end_of(scheduler, "one")
+    await pool.end()
+    undisturbed = await whole(tmp_path / "whole", config_of(model, 7, window=2))
     assert status.state == "done", status.error
     assert undisturbed.final.read_bytes() == RunFolder(tmp_path, "one").final.read_bytes()
 
 
-async def lose_the_node(crew, worker):
+async def lose_the_node(pool, worker, *_):
     """Its actors and its disk, all at once."""
-    old, crew.workers[worker] = crew.workers[worker], LocalWorker(worker)
+    old, pool.workers[worker] = pool.workers[worker], LocalWorker(worker)
     old.store.close()
-    for path in crew.root.glob(".cache_store/*.safetensors"):
+    for path in pool.root.glob(".cache_store/*.safetensors"):
         path.unlink()
     raise ConnectionError("the node is lost")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cancelled", "node lost"])
-def test_what_is_dropped_is_not_needed_to_make_lost_residuals_again(tmp_path, model, kind):
+async def test_what_is_dropped_is_not_needed_to_make_lost_residuals_again(start, tmp_path, model, kind):
     """Segments 4 to 7 reuse what 4 has left; it is made again from its own context, of 21 latents a segment."""
     config = config_of(model, 8, 3, sampling=LONG, output={"keep_segments": 1}, continuity={"history_latents": 1})
 
-    async def hurt():
-        if kind == "cancelled":
-            scheduler, crew = await cancelled(tmp_path, config, ("denoise_segment", 7))
-            await scheduler.resume("one", str(tmp_path), False)
-        else:
-            crew = Crew(("denoise_segment", 7), lose_the_node)
-            crew.root = tmp_path
-            scheduler = SegmentSchedulerActor(crew)
-            await submit(scheduler, tmp_path, "one", config)
-        status = await end_of(scheduler, "one")
-        await crew.end()
-        return status, await whole(tmp_path / "whole", config)
-
     (tmp_path / "whole").mkdir()
-    status, undisturbed = asyncio.run(hurt())
+    if kind == "cancelled":
+        scheduler, pool = await cancelled(tmp_path, config, ("denoise_segment", 7))
+        await scheduler.resume("one", str(tmp_path), False)
+    else:
+        pool = Pool({("denoise_segment", 7): lose_the_node})
+        pool.root = tmp_path
+        scheduler = start(pool)
+        await submit(scheduler, tmp_path, "one", config)
+    status = await end_of(scheduler, "one")
+    undisturbed = await whole(tmp_path / "whole", config)
     assert status.state == "done", status.error
     assert undisturbed.final.read_bytes() == RunFolder(tmp_path, "one").final.read_bytes()
 
 
-def test_runs_of_one_name_in_two_folders_do_not_read_each_others_residuals(tmp_path, model):
+async def test_runs_of_one_name_in_two_folders_do_not_read_each_others_residuals(start, tmp_path, model):
     """Both have the store's folder of one node, and both were lost with their cluster."""
 
     async def half(name, seed):
         now = asyncio.Event()
 
-        async def stand_still(crew, worker):
+        async def stand_still(*_):
             now.set()
             await asyncio.sleep(3600)
 
-        crew = Crew(("denoise_segment", 2), stand_still)
-        scheduler = SegmentSchedulerActor(crew)
+        pool = Pool({("denoise_segment", 2): stand_still})
+        scheduler = start(pool)
         await submit(scheduler, tmp_path / name, "one", of(seed), token=name)
         await now.wait()
         await die(scheduler)
-        await crew.end()
+        await pool.end()
 
     def of(seed):
         values = config_of(model, 4, window=3, sampling={"seed": seed}).model_dump(mode="json")
         values["store"]["directory"] = str(tmp_path / "nvme")
         return type(config_of(model, 4)).model_validate(values)
 
-    async def both():
-        for name in ("alice", "bob", "whole"):
-            (tmp_path / name).mkdir()
-        await half("alice", 5)
-        await half("bob", 6)
-        ended = []
-        for name in ("alice", "bob"):
-            crew = LocalCrew()
-            scheduler = SegmentSchedulerActor(crew)
-            await scheduler.resume("one", str(tmp_path / name), False)
-            ended.append((await end_of(scheduler, "one")).state)
-            await crew.end()
-        return ended, [await whole(tmp_path / "whole", of(seed), f"seed-{seed}") for seed in (5, 6)]
-
-    ended, undisturbed = asyncio.run(both())
+    for name in ("alice", "bob", "whole"):
+        (tmp_path / name).mkdir()
+    await half("alice", 5)
+    await half("bob", 6)
+    ended = []
+    for name in ("alice", "bob"):
+        pool = LocalPool()
+        scheduler = start(pool)
+        await scheduler.resume("one", str(tmp_path / name), False)
+        ended.append((await end_of(scheduler, "one")).state)
+        await pool.end()
+    undisturbed = [await whole(tmp_path / "whole", of(seed), f"seed-{seed}") for seed in (5, 6)]
     assert ended == ["done", "done"]
     for name, other in zip(("alice", "bob"), undisturbed, strict=True):
         assert same(RunFolder(tmp_path / name, "one"), other, 4) == [True] * 4
     assert list((tmp_path / "nvme").rglob("*.safetensors")) == []
 
 
-class Nodes(Crew):
+class Nodes(Pool):
     """GPU actors on nodes of some kinds of hardware."""
 
-    def __init__(self, *kinds, at=None, strike=None):
-        super().__init__(at, strike)
+    def __init__(self, *kinds, strikes=()):
+        super().__init__(strikes)
         self.kinds = list(kinds)
 
     async def denoiser(self, worker, method, *arguments):
@@ -192,27 +159,22 @@ class Nodes(Crew):
 
 
 @pytest.mark.parametrize("dies", ["at work", "while it rests"])
-def test_a_gpu_actor_that_comes_back_on_other_hardware_is_noticed(tmp_path, model, dies):
-    async def come_back(crew, worker):
-        crew.kinds[worker] = "a sundial"
-        await crew.restart_denoiser(worker)
+async def test_a_gpu_actor_that_comes_back_on_other_hardware_is_noticed(start, tmp_path, model, dies):
+    async def come_back(pool, worker, *_):
+        pool.kinds[worker] = "a sundial"
+        await pool.restart_denoiser(worker)
         if dies == "at work":
             raise ConnectionError("the node is lost")
 
-    async def move():
-        crew = Nodes("an abacus", at=("denoise_segment", 2), strike=come_back)
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "one", config_of(model, 4, window=3))
-        failed = await end_of(scheduler, "one")
-        with pytest.raises(HardwareDiffers, match="device was 'an abacus' and is 'a sundial'"):
-            await scheduler.resume("one", str(tmp_path), False)
-        before = RunFolder(tmp_path, "one").read_manifest()
-        await scheduler.resume("one", str(tmp_path), True)
-        done = await end_of(scheduler, "one")
-        await crew.end()
-        return failed, before, done
-
-    failed, before, done = asyncio.run(move())
+    pool = Nodes("an abacus", strikes={("denoise_segment", 2): come_back})
+    scheduler = start(pool)
+    await submit(scheduler, tmp_path, "one", config_of(model, 4, window=3))
+    failed = await end_of(scheduler, "one")
+    with pytest.raises(HardwareDiffers, match="device was 'an abacus' and is 'a sundial'"):
+        await scheduler.resume("one", str(tmp_path), False)
+    before = RunFolder(tmp_path, "one").read_manifest()
+    await scheduler.resume("one", str(tmp_path), True)
+    done = await end_of(scheduler, "one")
     assert failed.state == "failed"
     assert "device was 'an abacus' and is 'a sundial'; --allow-different-hardware goes on anyway" in failed.error
     assert before.provenance["device"] == "an abacus"
@@ -223,42 +185,32 @@ def test_a_gpu_actor_that_comes_back_on_other_hardware_is_noticed(tmp_path, mode
     assert sum(record.statistics["segments_made_again"] for record in after.segments) == 0, "old hardware made those"
 
 
-def test_each_run_is_on_the_hardware_that_its_manifest_names(tmp_path, model):
+async def test_each_run_is_on_the_hardware_that_its_manifest_names(start, tmp_path, model):
     """Two GPU actors of two kinds: a run that goes on is compared with the one that it comes to."""
-
-    async def both():
-        crew = Nodes("an abacus", "a sundial")
-        scheduler = SegmentSchedulerActor(crew)
-        config = config_of(model, 3, engine={"gpu_actors": 2})
-        for run_id in ("one", "two"):
-            await submit(scheduler, tmp_path, run_id, config)
-        await scheduler.wait_segment("two", 0, 60)
-        await scheduler.cancel("two")
-        ends = [(await end_of(scheduler, run_id)).state for run_id in ("one", "two")]
-        await scheduler.resume("two", str(tmp_path), False)
-        ends.append((await end_of(scheduler, "two")).state)
-        await crew.end()
-        return ends
-
-    assert asyncio.run(both()) == ["done", "cancelled", "done"]
+    pool = Nodes("an abacus", "a sundial")
+    scheduler = start(pool)
+    config = config_of(model, 3, engine={"gpu_actors": 2})
+    for run_id in ("one", "two"):
+        await submit(scheduler, tmp_path, run_id, config)
+    await scheduler.wait_segment("two", 0, 60)
+    await scheduler.cancel("two")
+    ends = [(await end_of(scheduler, run_id)).state for run_id in ("one", "two")]
+    await scheduler.resume("two", str(tmp_path), False)
+    ends.append((await end_of(scheduler, "two")).state)
+    assert ends == ["done", "cancelled", "done"]
     for run_id in ("one", "two"):
         folder = RunFolder(tmp_path, run_id)
         workers = {event["worker"] for event in read_events(folder.events) if event["event"] == "gpu_actor"}
         assert [folder.read_manifest().provenance["device"]] == [["an abacus", "a sundial"][k] for k in workers]
 
 
-def test_a_run_may_go_on_on_other_hardware_and_reuses_nothing_from_before(tmp_path, model):
-    async def move():
-        scheduler, crew = await cancelled(tmp_path, config_of(model, 5, window=4), ("denoise_segment", 3))
-        await crew.end()
-        other = Nodes("a sundial")
-        scheduler = SegmentSchedulerActor(other)
-        await scheduler.resume("one", str(tmp_path), True)
-        status = await end_of(scheduler, "one")
-        await other.end()
-        return status
-
-    status = asyncio.run(move())
+async def test_a_run_may_go_on_on_other_hardware_and_reuses_nothing_from_before(start, tmp_path, model):
+    scheduler, pool = await cancelled(tmp_path, config_of(model, 5, window=4), ("denoise_segment", 3))
+    await pool.end()
+    other = Nodes("a sundial")
+    scheduler = start(other)
+    await scheduler.resume("one", str(tmp_path), True)
+    status = await end_of(scheduler, "one")
     manifest = RunFolder(tmp_path, "one").read_manifest()
     assert (status.state, manifest.provenance["device"]) == ("done", "a sundial"), status.error
     first = next(k for k in range(5) if manifest.segments[k].statistics["entries_read"] == 0 and k)
@@ -266,115 +218,93 @@ def test_a_run_may_go_on_on_other_hardware_and_reuses_nothing_from_before(tmp_pa
     assert [record.statistics["segments_made_again"] for record in manifest.segments] == [0] * 5
 
 
-def test_a_reroll_that_lacks_latents_is_refused_before_anything_is_written(tmp_path, model):
+async def test_a_reroll_that_lacks_latents_is_refused_before_anything_is_written(start, tmp_path, model):
     """Segments of 21 latents, of which the decoder looks back at more than those of one."""
     config = config_of(model, 5, sampling=LONG, output={"keep_segments": 3})
 
-    async def reroll():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "one", config)
-        assert (await end_of(scheduler, "one")).state == "done"
-        before = folder.manifest.read_bytes()
-        refused = r"--from is 2; .* from \d to 4, as the latents .* were dropped"
-        with pytest.raises(ConfigError, match=refused) as said:
-            await scheduler.reroll("one", str(tmp_path), 2, None, None, False)
-        assert folder.manifest.read_bytes() == before
-        first = int(str(said.value).split(" from ")[1][0])
-        await scheduler.reroll("one", str(tmp_path), first, None, None, False)
-        status = await end_of(scheduler, "one")
-        await crew.end()
-        return first, status
-
     folder = RunFolder(tmp_path, "one")
-    first, status = asyncio.run(reroll())
+    scheduler = start()
+    await submit(scheduler, tmp_path, "one", config)
+    assert (await end_of(scheduler, "one")).state == "done"
+    before = folder.manifest.read_bytes()
+    refused = r"--from is 2; .* from \d to 4, as the latents .* were dropped"
+    with pytest.raises(ConfigError, match=refused) as said:
+        await scheduler.reroll("one", str(tmp_path), 2, None, None, False)
+    assert folder.manifest.read_bytes() == before
+    first = int(str(said.value).split(" from ")[1][0])
+    await scheduler.reroll("one", str(tmp_path), first, None, None, False)
+    status = await end_of(scheduler, "one")
     assert status.state == "done", status.error
     assert [record.take for record in folder.read_manifest().segments] == [0] * first + [1] * (5 - first)
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_the_first_segment_that_is_there_may_be_made_again(tmp_path, model, keep):
+async def test_the_first_segment_that_is_there_may_be_made_again(start, tmp_path, model, keep):
     """Nothing is continued here; only its seam cannot be measured, as what was before is gone."""
     config = config_of(model, 4, continuity={"mode": "none", "history_latents": 1}, output={"keep_segments": keep})
 
-    async def reroll():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "one", config)
-        assert (await end_of(scheduler, "one")).state == "done"
-        await scheduler.reroll("one", str(tmp_path), 4 - keep, None, None, False)
-        status = await end_of(scheduler, "one")
-        await crew.end()
-        return status
-
-    status = asyncio.run(reroll())
+    scheduler = start()
+    await submit(scheduler, tmp_path, "one", config)
+    assert (await end_of(scheduler, "one")).state == "done"
+    await scheduler.reroll("one", str(tmp_path), 4 - keep, None, None, False)
+    status = await end_of(scheduler, "one")
     assert status.state == "done", status.error
 
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("window", [0, 2])
-def test_a_removed_run_leaves_nothing_to_the_next_one_of_its_name(tmp_path, model, window):
+async def test_a_removed_run_leaves_nothing_to_the_next_one_of_its_name(start, tmp_path, model, window):
     """Its scheduler was dead when its folder was removed, so that nobody told the other actors."""
-
-    async def again():
-        now = asyncio.Event()
-
-        async def stand_still(crew, worker):
-            now.set()
-            await asyncio.sleep(3600)
-
-        crew = Crew(("encode_segment", 2), stand_still)  # decoded, and not encoded yet
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "one", config_of(model, 4, window), token="first")
-        await now.wait()
-        await die(scheduler)
-        crew.at, now = ("encode_segment", 2), asyncio.Event()
-        scheduler = SegmentSchedulerActor(crew)  # its second incarnation
-        await scheduler.runs()
-        async with asyncio.timeout(60):
-            await now.wait()
-        await die(scheduler)
-        remove_folder(tmp_path / "one")
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "one", config_of(model, 4, window, sampling={"seed": 6}), token="second")
-        status = await end_of(scheduler, "one")
-        await crew.end()
-        return status, await whole(tmp_path / "whole", config_of(model, 4, window, sampling={"seed": 6}))
-
     (tmp_path / "whole").mkdir()
-    status, undisturbed = asyncio.run(again())
+    now = asyncio.Event()
+
+    async def stand_still(*_):
+        now.set()
+        await asyncio.sleep(3600)
+
+    pool = Pool({("encode_segment", 2): stand_still})  # decoded, and not encoded yet
+    scheduler = start(pool)
+    await submit(scheduler, tmp_path, "one", config_of(model, 4, window), token="first")
+    await now.wait()
+    await die(scheduler)
+    pool.strikes[("encode_segment", 2)], now = stand_still, asyncio.Event()
+    scheduler = start(pool)  # its second incarnation
+    await scheduler.runs()
+    async with asyncio.timeout(60):
+        await now.wait()
+    await die(scheduler)
+    remove_folder(tmp_path / "one")
+    scheduler = start(pool)
+    await submit(scheduler, tmp_path, "one", config_of(model, 4, window, sampling={"seed": 6}), token="second")
+    status = await end_of(scheduler, "one")
+    undisturbed = await whole(tmp_path / "whole", config_of(model, 4, window, sampling={"seed": 6}))
     assert status.state == "done", status.error
     assert undisturbed.final.read_bytes() == RunFolder(tmp_path, "one").final.read_bytes()
     assert list((tmp_path / ".cache_store").rglob("*.safetensors")) == []
 
 
-def test_a_run_whose_file_system_is_away_keeps_its_name(tmp_path, model):
+async def test_a_run_whose_file_system_is_away_keeps_its_name(start, tmp_path, model):
     """Removed is what is missing beside the client's probe; here nobody sees that either."""
     config, mounted, away = config_of(model, 4), tmp_path / "mounted", tmp_path / "away"
     mounted.mkdir()
 
-    async def ask():
-        now = asyncio.Event()
+    now = asyncio.Event()
 
-        async def stand_still(crew, worker):
-            now.set()
-            await asyncio.sleep(3600)
+    async def stand_still(*_):
+        now.set()
+        await asyncio.sleep(3600)
 
-        crew = Crew(("encode_segment", 2), stand_still)
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, mounted, "one", config, token="first")
-        await now.wait()
-        await die(scheduler)
-        mounted.rename(away)
-        scheduler = SegmentSchedulerActor(crew)
-        assert (await scheduler.status("one")).state == "waiting"
-        with pytest.raises(RunExists, match="taken"):
-            await submit(scheduler, mounted, "one", config, token="second")
-        away.rename(mounted)
-        status = await end_of(scheduler, "one")
-        await crew.end()
-        return status
-
-    status = asyncio.run(ask())
+    pool = Pool({("encode_segment", 2): stand_still})
+    scheduler = start(pool)
+    await submit(scheduler, mounted, "one", config, token="first")
+    await now.wait()
+    await die(scheduler)
+    mounted.rename(away)
+    scheduler = start(pool)
+    assert (await scheduler.status("one")).state == "waiting"
+    with pytest.raises(RunExists, match="taken"):
+        await submit(scheduler, mounted, "one", config, token="second")
+    away.rename(mounted)
+    status = await end_of(scheduler, "one")
     assert (status.state, status.committed) == ("done", 4), status.error
     assert RunFolder(mounted, "one").read_manifest().begun.submission == "first"

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from edit_ray.actors.cache_store import CacheStoreActor
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.messages import run_key
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.config import Config
-from edit_ray.engine.latent_files import load_latents, save_latents
+from edit_ray.engine.continuity import load_latents, save_latents
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Ended
@@ -20,7 +20,6 @@ from edit_ray.tiers.disk_tier import DiskTier
 from edit_ray.tiers.entry_file import aligned_buffer, file_name, memory_of
 from tests.unit.test_manifest import BEGUN
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 SEGMENTS = 6
 # 32 x 32, 5 frames: 2 latent frames of 4 x 4, so 8 tokens of width 24 in float32.
 RESIDUAL = 8 * 24 * 4
@@ -51,7 +50,7 @@ def config_for(model, host=100, granularity="stack", shared_memory="require", la
     )
 
 
-class Crew(LocalCrew):
+class Pool(LocalPool):
     """Loses its GPU actor or its store before some segments, or after one has been made, or has no memory for one."""
 
     def __init__(self, lost=()):
@@ -79,9 +78,9 @@ class Crew(LocalCrew):
         return await super().denoiser(worker, method, *arguments)
 
 
-async def generate(root, config, run_id, crew=None):
-    crew = crew or Crew()
-    scheduler = SegmentSchedulerActor(crew)
+async def generate(root, config, run_id, pool=None):
+    pool = pool or Pool()
+    scheduler = SegmentSchedulerActor(pool)
     await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), "")
     index, records = 0, []
     while (reply := await scheduler.wait_segment(run_id, index, 60)).record is not None:
@@ -91,7 +90,7 @@ async def generate(root, config, run_id, crew=None):
     async with asyncio.timeout(10):  # the run is closed a moment later
         while list((root / ".cache_store").glob("*.safetensors")):
             await asyncio.sleep(0.01)
-    await crew.end()
+    await pool.end()
     return records
 
 
@@ -101,11 +100,11 @@ def latents_of(root, run_id):
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("granularity", ["stack", pytest.param("per_block", marks=pytest.mark.slow), 3])
-def test_latents_are_the_same_in_much_memory_and_in_little(tmp_path, model, granularity):
+async def test_latents_are_the_same_in_much_memory_and_in_little(tmp_path, model, granularity):
     later = FBCACHE if granularity == "stack" else TAYLORSEER  # a unit of one block has none to spare for a probe
-    records = asyncio.run(generate(tmp_path, config_for(model, 100, granularity, later_steps=later), "much"))
-    little = asyncio.run(generate(tmp_path, config_for(model, 2, granularity, later_steps=later), "little"))
-    carried = asyncio.run(generate(tmp_path, config_for(model, 2, granularity, "never", later), "carried"))
+    records = await generate(tmp_path, config_for(model, 100, granularity, later_steps=later), "much")
+    little = await generate(tmp_path, config_for(model, 2, granularity, later_steps=later), "little")
+    carried = await generate(tmp_path, config_for(model, 2, granularity, "never", later), "carried")
     for other in ("little", "carried"):
         assert torch.equal(latents_of(tmp_path, "much"), latents_of(tmp_path, other))
     units = {"stack": 1, "per_block": 4, 3: 2}[granularity]
@@ -120,7 +119,7 @@ def test_latents_are_the_same_in_much_memory_and_in_little(tmp_path, model, gran
     assert records[-1].statistics["prefetch_requested"] == 0, "everything was still in memory"
 
 
-def test_reuse_shows_in_what_is_computed_and_in_the_latents(tmp_path, model):
+async def test_reuse_shows_in_what_is_computed_and_in_the_latents(tmp_path, model):
     values = config_for(model).model_dump(mode="json")
     made = {}
     for name, cache in (
@@ -128,7 +127,7 @@ def test_reuse_shows_in_what_is_computed_and_in_the_latents(tmp_path, model):
         ("alone", {"policy": "none"}),
     ):
         config = Config.model_validate(values | {"cache": cache})
-        made[name] = asyncio.run(generate(tmp_path, config, name)), latents_of(tmp_path, name)
+        made[name] = (await generate(tmp_path, config, name)), latents_of(tmp_path, name)
     (reusing, first), (_, second) = made["reusing"], made["alone"]
     same = [torch.equal(first[k], second[k]) for k in range(SEGMENTS)]
     assert same == [True, False, False, False, True, False], "the first and the fifth have nothing to reuse"
@@ -152,16 +151,16 @@ WITHOUT_SHARED_MEMORY = pytest.param("never", marks=pytest.mark.slow)
     [{2: "store"}, {2: "gpu"}, {1: "store", 3: "gpu"}, {4: "gpu and store"}, {0: "gpu", 3: "memory", 5: "store"}],
     ids=str,
 )
-def test_a_lost_actor_or_too_little_memory_changes_no_latents(tmp_path, model, whole, lost, shared_memory):
+async def test_a_lost_actor_or_too_little_memory_changes_no_latents(tmp_path, model, whole, lost, shared_memory):
     config = config_for(model, 2, shared_memory=shared_memory)
-    crew = Crew(lost)
-    asyncio.run(generate(tmp_path, config, "hurt", crew))
-    assert not crew.lost, "every planned loss happened"
+    pool = Pool(lost)
+    await generate(tmp_path, config, "hurt", pool)
+    assert not pool.lost, "every planned loss happened"
     assert torch.equal(latents_of(whole[0], "whole"), latents_of(tmp_path, "hurt"))
 
 
-def test_each_segment_is_asked_for_before_the_one_before_it_ends(tmp_path, model):
-    asyncio.run(generate(tmp_path, config_for(model), "one"))
+async def test_each_segment_is_asked_for_before_the_one_before_it_ends(tmp_path, model):
+    await generate(tmp_path, config_for(model), "one")
     events = [event for event in read_events(RunFolder(tmp_path, "one").events) if "segment" in event]
     at = {(event["event"], event["segment"]): event["monotonic"] for event in events}
     assert len(events) == len(at) == 3 * SEGMENTS - 1
@@ -169,7 +168,7 @@ def test_each_segment_is_asked_for_before_the_one_before_it_ends(tmp_path, model
         assert at["segment_begun", k - 1] < at["prepare_asked", k] < at["segment_made", k - 1]
 
 
-class Damaged(Crew):
+class Damaged(Pool):
     """Turns over the last byte of every entry on disk before some segments are made."""
 
     def __init__(self, root, segments):
@@ -192,27 +191,27 @@ class Damaged(Crew):
     [([2], 1, "require"), ([1, 3], 2, "require"), ([2, 5], 2, "require"), ([2, 5], 2, "never")],
     ids=str,
 )
-def test_residuals_that_the_disk_has_lost_are_made_again(tmp_path, model, whole, damaged, again, shared_memory):
+async def test_residuals_that_the_disk_has_lost_are_made_again(tmp_path, model, whole, damaged, again, shared_memory):
     config = config_for(model, 2, shared_memory=shared_memory)
-    hurt = asyncio.run(generate(tmp_path, config, "hurt", Damaged(tmp_path, damaged)))
+    hurt = await generate(tmp_path, config, "hurt", Damaged(tmp_path, damaged))
     assert torch.equal(latents_of(whole[0], "whole"), latents_of(tmp_path, "hurt"))
     assert [sum(r.statistics["segments_made_again"] for r in records) for records in (whole[1], hurt)] == [0, again]
 
 
-def test_a_store_that_finds_nothing_where_it_was_gets_what_it_lacks(tmp_path, model, whole):
+async def test_a_store_that_finds_nothing_where_it_was_gets_what_it_lacks(tmp_path, model, whole):
     config = config_for(model, 2)
 
-    class Emptied(Crew):
+    class Emptied(Pool):
         async def denoiser(self, worker, method, *arguments):
             if method == "denoise_segment" and arguments[1].index == 2 and "store" in self.lost.get(2, ""):
                 shutil.rmtree(tmp_path / ".cache_store")
             return await super().denoiser(worker, method, *arguments)
 
-    asyncio.run(generate(tmp_path, config, "hurt", Emptied({2: "gpu and store"})))
+    await generate(tmp_path, config, "hurt", Emptied({2: "gpu and store"}))
     assert torch.equal(latents_of(whole[0], "whole"), latents_of(tmp_path, "hurt"))
 
 
-def test_a_segment_that_does_not_come_out_as_it_was_ends_the_run(tmp_path, model):
+async def test_a_segment_that_does_not_come_out_as_it_was_ends_the_run(start, tmp_path, model):
     class Changed(Damaged):
         async def denoiser(self, worker, method, *arguments):
             if method == "denoise_segment" and arguments[1].index in self.segments:
@@ -220,20 +219,16 @@ def test_a_segment_that_does_not_come_out_as_it_was_ends_the_run(tmp_path, model
                 save_latents(path, load_latents(path) + 1)
             return await super().denoiser(worker, method, *arguments)
 
-    async def submit():
-        crew = Changed(tmp_path, [2])
-        scheduler = SegmentSchedulerActor(crew)
-        await scheduler.submit("one", config_for(model, 2).model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
-        reply = await scheduler.wait_segment("one", 2, 60)
-        await crew.end()
-        return reply.status
-
-    status = asyncio.run(submit())
+    pool = Changed(tmp_path, [2])
+    scheduler = start(pool)
+    await scheduler.submit("one", config_for(model, 2).model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
+    reply = await scheduler.wait_segment("one", 2, 60)
+    status = reply.status
     assert status.state == "failed"
     assert "segment 0 was made again, as residuals of it were lost, and its latents differ" in status.error
 
 
-def test_entries_of_runs_that_have_ended_go_and_those_of_runs_that_have_not_stay(tmp_path, model):
+async def test_entries_of_runs_that_have_ended_go_and_those_of_runs_that_have_not_stay(start, tmp_path, model):
     left = DiskTier(tmp_path / ".cache_store", allow_tmpfs=True)
     states = {"done": "done", "failed": "failed", "killed": "running", "no-run": None, "no-manifest": None}
     memory = memory_of(aligned_buffer(8))
@@ -260,19 +255,15 @@ def test_entries_of_runs_that_have_ended_go_and_those_of_runs_that_have_not_stay
     stays = {leave("killed"), leave("killed", plan=3)}
     left.close()
 
-    async def submit():
-        crew = Crew()
-        scheduler = SegmentSchedulerActor(crew)
-        await scheduler.submit("one", config_for(model).model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
-        await scheduler.wait_segment("one", 0, 60)
-        found = {key[0] for key in crew.workers[0].store._tiers.disk.files.entries()}
-        await scheduler.cancel("one")
-        while not (await scheduler.wait_segment("one", SEGMENTS, 60)).status.ended:
-            pass
-        await crew.end()
-        return found
-
-    assert asyncio.run(submit()) == stays | {f"{run_key('one', '')}.0"}
+    pool = Pool()
+    scheduler = start(pool)
+    await scheduler.submit("one", config_for(model).model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
+    await scheduler.wait_segment("one", 0, 60)
+    found = {key[0] for key in pool.workers[0].store._tiers.disk.files.entries()}
+    await scheduler.cancel("one")
+    while not (await scheduler.wait_segment("one", SEGMENTS, 60)).status.ended:
+        pass
+    assert found == stays | {f"{run_key('one', '')}.0"}
     kept = {file_name((name, 0, "transformer", "cond", 0, 1)) for name in stays}
     assert {file.name for file in (tmp_path / ".cache_store").glob("*.safetensors")} == kept
 
@@ -289,20 +280,16 @@ def test_entries_of_runs_that_have_ended_go_and_those_of_runs_that_have_not_stay
     ],
     ids=["too small", "too large", "no folder"],
 )
-def test_a_store_that_cannot_be_made_ends_the_run_with_a_sentence(tmp_path, model, store, words):
+async def test_a_store_that_cannot_be_made_ends_the_run_with_a_sentence(start, tmp_path, model, store, words):
     (tmp_path / "file").touch()
     config = config_for(model).model_dump(mode="json")
     config["store"] |= {key: str(tmp_path / "file") if value == "FILE" else value for key, value in store.items()}
 
-    async def submit():
-        crew = Crew()
-        scheduler = SegmentSchedulerActor(crew)
-        await scheduler.submit("one", config, str(tmp_path), str(tmp_path), "")
-        reply = await scheduler.wait_segment("one", 0, 60)
-        await crew.end()
-        return reply.status
-
-    status = asyncio.run(submit())
+    pool = Pool()
+    scheduler = start(pool)
+    await scheduler.submit("one", config, str(tmp_path), str(tmp_path), "")
+    reply = await scheduler.wait_segment("one", 0, 60)
+    status = reply.status
     assert status.state == "failed"
     assert words.replace("FILE", str(tmp_path / "file")) in status.error
     assert "attempt" not in status.error, "another would fail the same way"

@@ -8,23 +8,14 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from edit_ray.actors.denoiser import DenoiserActor
-from edit_ray.actors.local import LocalCrew
-from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.engine.latent_files import load_latents
-from edit_ray.engine.lookback import lookback_latents
+from edit_ray.actors.local import LocalPool
+from edit_ray.engine.continuity import load_latents
+from edit_ray.engine.model_info import lookback_latents
 from edit_ray.errors import ConfigError, RunLive
 from edit_ray.runs.folder import RunFolder
-from edit_ray.testing import save_random_wan
 from edit_ray.video.hls import newest_playlist
-from tests.unit.test_actors import config_for
+from tests.unit.test_actors import Pool, config_for
 from tests.unit.test_actors_recovery import REUSE, SEGMENTS, die, end_of, make, submit
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 @pytest.fixture(scope="module")
@@ -37,31 +28,25 @@ def undisturbed(model, tmp_path_factory):
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["plain", "reuse"])
-def test_a_run_is_extended_and_rerolled_and_its_old_takes_are_kept(tmp_path, model, name):
-    async def change():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, name, config_for(model, **(REUSE if name == "reuse" else {})))
-        with pytest.raises(RunLive, match="is at work; wait for its end"):
-            await scheduler.extend(name, str(tmp_path), 2, False)
-        await end_of(scheduler, name)
-        before = folder.read_manifest()
-        assert (await scheduler.extend(name, str(tmp_path), 2, False)).num_segments == SEGMENTS + 2
-        assert (await end_of(scheduler, name)).state == "done"
-        extended = folder.read_manifest()
-        assert extended.segments[:SEGMENTS] == before.segments
-        for start, words in ((-1, "--from is -1"), (6, "from 0 to 5")):
-            with pytest.raises(ConfigError, match=words):
-                await scheduler.reroll(name, str(tmp_path), start, None, None, False)
-        with pytest.raises(ConfigError, match="--segments is 0"):
-            await scheduler.extend(name, str(tmp_path), 0, False)
-        await scheduler.reroll(name, str(tmp_path), 4, 99, "a blue square", False)
-        assert (await end_of(scheduler, name)).state == "done"
-        await crew.end()
-        return extended
-
+async def test_a_run_is_extended_and_rerolled_and_its_old_takes_are_kept(start, tmp_path, model, name):
     folder = RunFolder(tmp_path, name)
-    extended = asyncio.run(change())
+    scheduler = start()
+    await submit(scheduler, tmp_path, name, config_for(model, **(REUSE if name == "reuse" else {})))
+    with pytest.raises(RunLive, match="is at work; wait for its end"):
+        await scheduler.extend(name, str(tmp_path), 2, False)
+    await end_of(scheduler, name)
+    before = folder.read_manifest()
+    assert (await scheduler.extend(name, str(tmp_path), 2, False)).num_segments == SEGMENTS + 2
+    assert (await end_of(scheduler, name)).state == "done"
+    extended = folder.read_manifest()
+    assert extended.segments[:SEGMENTS] == before.segments
+    for start, words in ((-1, "--from is -1"), (6, "from 0 to 5")):
+        with pytest.raises(ConfigError, match=words):
+            await scheduler.reroll(name, str(tmp_path), start, None, None, False)
+    with pytest.raises(ConfigError, match="--segments is 0"):
+        await scheduler.extend(name, str(tmp_path), 0, False)
+    await scheduler.reroll(name, str(tmp_path), 4, 99, "a blue square", False)
+    assert (await end_of(scheduler, name)).state == "done"
     manifest = folder.read_manifest()
     assert [record.take for record in manifest.segments] == [0, 0, 0, 0, 1, 1]
     assert manifest.earlier_takes == extended.segments[4:]
@@ -92,71 +77,39 @@ def listed(records):
     return [(record.media, record.num_frames) for record in records]
 
 
-def test_an_extended_run_is_the_run_that_was_as_long_from_the_start(tmp_path, model, undisturbed):
-    async def extend():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "plain", config_for(model, video={"num_segments": SEGMENTS - 1}))
-        await end_of(scheduler, "plain")
-        await scheduler.extend("plain", str(tmp_path), 1, False)
-        assert (await end_of(scheduler, "plain")).state == "done"
-        await crew.end()
-
-    asyncio.run(extend())
+async def test_an_extended_run_is_the_run_that_was_as_long_from_the_start(start, tmp_path, model, undisturbed):
+    scheduler = start()
+    await submit(scheduler, tmp_path, "plain", config_for(model, video={"num_segments": SEGMENTS - 1}))
+    await end_of(scheduler, "plain")
+    await scheduler.extend("plain", str(tmp_path), 1, False)
+    assert (await end_of(scheduler, "plain")).state == "done"
     assert RunFolder(tmp_path, "plain").final.read_bytes() == RunFolder(undisturbed, "plain").final.read_bytes()
 
 
-def test_a_reroll_with_the_same_seed_makes_the_same_segments(tmp_path, model, undisturbed):
+async def test_a_reroll_with_the_same_seed_makes_the_same_segments(start, tmp_path, model, undisturbed):
     """Another take of all segments with the run's own seed: nothing but its name tells it from the first."""
-
-    async def again():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
-        config = config_for(model)
-        await submit(scheduler, tmp_path, "plain", config)
-        await end_of(scheduler, "plain")
-        await scheduler.reroll("plain", str(tmp_path), 1, config.sampling.seed, None, False)
-        assert (await end_of(scheduler, "plain")).state == "done"
-        await crew.end()
-
-    asyncio.run(again())
+    scheduler = start()
+    config = config_for(model)
+    await submit(scheduler, tmp_path, "plain", config)
+    await end_of(scheduler, "plain")
+    await scheduler.reroll("plain", str(tmp_path), 1, config.sampling.seed, None, False)
+    assert (await end_of(scheduler, "plain")).state == "done"
     folder, whole = RunFolder(tmp_path, "plain"), RunFolder(undisturbed, "plain")
     for index in range(1, SEGMENTS):
         assert torch.equal(load_latents(folder.latents(index, 1)), load_latents(whole.latents(index, 0)))
 
 
-class Hanging(LocalCrew):
-    """Its GPU actor hangs in the first attempt at segment 1, until it is restarted."""
+async def test_an_actor_that_answers_and_makes_no_step_is_restarted(finish, tmp_path, model, undisturbed):
+    async def hang(*_):
+        await asyncio.Event().wait()
 
-    def __init__(self):
-        super().__init__()
-        self.killed = 0
-
-    async def denoiser(self, worker, method, *arguments):
-        if method == "denoise_segment" and arguments[1].index == 1 and not self.killed:
-            await asyncio.Event().wait()
-        return await super().denoiser(worker, method, *arguments)
-
-    async def restart_denoiser(self, worker):
-        self.killed += 1
-        await super().restart_denoiser(worker)
-
-
-def test_an_actor_that_makes_no_step_is_restarted(tmp_path, model, undisturbed):
-    async def hang():
-        crew = Hanging()
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "plain", config_for(model, engine={"cpu_threads": 1, "step_timeout_s": 2.0}))
-        status = await end_of(scheduler, "plain")
-        await crew.end()
-        return status, crew.killed
-
-    status, killed = asyncio.run(hang())
-    assert (status.state, killed) == ("done", 1), status.error
+    pool = Pool({("denoise_segment", 1): hang})
+    status = await finish(config_for(model, engine={"cpu_threads": 1, "step_timeout_s": 2.0}), "plain", pool)
+    assert (status.state, pool.calls.count(("denoise_segment", 1))) == ("done", 2), status.error
     assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
 
 
-def test_latents_that_are_not_finite_are_tried_again_and_never_written(tmp_path, model):
+async def test_latents_that_are_not_finite_are_tried_again_and_never_written(finish, start, tmp_path, model):
     class NotFinite(DenoiserActor):
         def denoise_segment(self, spec, segment, attempt):
             if segment.index != 1:
@@ -169,20 +122,12 @@ def test_latents_that_are_not_finite_are_tried_again_and_never_written(tmp_path,
             finally:
                 weight.copy_(whole)
 
-    class Crew(LocalCrew):
+    class Spoilt(LocalPool):
         async def start(self, spec, worker):
             await super().start(spec, worker)
             self.workers[worker].denoiser.__class__ = NotFinite
 
-    async def generate():
-        crew = Crew()
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "one", config_for(model, engine={"cpu_threads": 1, "segment_retries": 1}))
-        status = await end_of(scheduler, "one")
-        await crew.end()
-        return status
-
-    status = asyncio.run(generate())
+    status = await finish(config_for(model, engine={"cpu_threads": 1, "segment_retries": 1}), "one", Spoilt())
     assert status.state == "failed"
     assert "denoise of segment 1 failed (attempt 2 of 2)" in status.error
     assert "not finite" in status.error
@@ -192,7 +137,7 @@ def test_latents_that_are_not_finite_are_tried_again_and_never_written(tmp_path,
     assert not folder.media(1).exists()
 
 
-class Crowded(LocalCrew):
+class Crowded(LocalPool):
     """Its GPU has no memory left the first `times` that segment 1 is denoised, or decoded. Its tiles are small."""
 
     def __init__(self, times, crowded="denoise_segment"):
@@ -217,45 +162,33 @@ class Crowded(LocalCrew):
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_memory_that_does_not_do_is_tried_once_more_then_named(tmp_path, model, undisturbed, times):
-    async def crowd():
-        crew = Crowded(times)
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "plain", config_for(model))
-        status = await end_of(scheduler, "plain")
-        await crew.end()
-        return status
-
-    status = asyncio.run(crowd())
+async def test_memory_that_does_not_do_is_tried_once_more_then_named(finish, tmp_path, model, undisturbed, times):
+    status = await finish(config_for(model), "plain", Crowded(times))
     if times == 1:
         assert status.state == "done", status.error
         assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
     else:
-        assert status.error.startswith("denoise of segment 1 failed: the GPU's memory does not do (CUDA out of memory.")
+        assert status.error.startswith("denoise of segment 1 failed: out of GPU memory (CUDA out of memory.")
 
 
-def test_memory_that_does_not_do_for_decoding_does_for_tiles_and_stays_so(tmp_path, model, undisturbed):
+async def test_memory_that_does_not_do_for_decoding_does_for_tiles_and_stays_so(start, tmp_path, model, undisturbed):
     """What is resumed by other actors, which have memory enough, is decoded as it would have been."""
     config = config_for(model, video={"num_segments": 3})
 
-    async def crowd():
-        crew = Crowded(1, "decode_segment")
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "whole", config)
-        ended = [await end_of(scheduler, "whole")]
-        crew.times = 1
-        await submit(scheduler, tmp_path, "hurt", config)
-        await scheduler.wait_segment("hurt", 1, 60)
-        await die(scheduler)
-        await crew.end()
-        other = Crowded(0)
-        again = SegmentSchedulerActor(other)
-        await again.resume("hurt", str(tmp_path), False)
-        ended.append(await end_of(again, "hurt"))
-        await other.end()
-        return ended
-
-    assert [status.state for status in asyncio.run(crowd())] == ["done", "done"]
+    pool = Crowded(1, "decode_segment")
+    scheduler = start(pool)
+    await submit(scheduler, tmp_path, "whole", config)
+    ended = [await end_of(scheduler, "whole")]
+    pool.times = 1
+    await submit(scheduler, tmp_path, "hurt", config)
+    await scheduler.wait_segment("hurt", 1, 60)
+    await die(scheduler)
+    await pool.end()
+    other = Crowded(0)
+    again = start(other)
+    await again.resume("hurt", str(tmp_path), False)
+    ended.append(await end_of(again, "hurt"))
+    assert [status.state for status in ended] == ["done", "done"]
     before, whole, hurt = (RunFolder(*of) for of in ((undisturbed, "plain"), (tmp_path, "whole"), (tmp_path, "hurt")))
     assert whole.read_manifest().tiled_from == hurt.read_manifest().tiled_from == 1
     assert [record.statistics["decode_tiled"] for record in hurt.read_manifest().segments] == [0, 1, 1]
@@ -265,81 +198,51 @@ def test_memory_that_does_not_do_for_decoding_does_for_tiles_and_stays_so(tmp_pa
 
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize(("tiled_decode", "times"), [("auto", 2), ("always", 1), ("never", 1)])
-def test_memory_that_does_not_even_do_for_tiles_is_named(tmp_path, model, tiled_decode, times):
-    async def crowd():
-        crew = Crowded(times, "decode_segment")
-        scheduler = SegmentSchedulerActor(crew)
-        engine = {"cpu_threads": 1, "tiled_decode": tiled_decode}
-        await submit(scheduler, tmp_path, "one", config_for(model, engine=engine, video={"num_segments": 3}))
-        status = await end_of(scheduler, "one")
-        await crew.end()
-        return status
-
-    status = asyncio.run(crowd())
-    assert status.error.startswith("decode of segment 1 failed: the GPU's memory does not do (CUDA out of memory.")
+async def test_memory_that_does_not_even_do_for_tiles_is_named(finish, tmp_path, model, tiled_decode, times):
+    engine = {"cpu_threads": 1, "tiled_decode": tiled_decode}
+    status = await finish(
+        config_for(model, engine=engine, video={"num_segments": 3}), "one", Crowded(times, "decode_segment")
+    )
+    assert status.error.startswith("decode of segment 1 failed: out of GPU memory (CUDA out of memory.")
     assert RunFolder(tmp_path, "one").read_manifest().tiled_from == (1 if tiled_decode == "auto" else None)
 
 
-def test_what_a_killed_actor_had_begun_to_write_goes_with_the_end_of_the_run(tmp_path, model):
-    async def leave_a_draft():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "plain", config_for(model))
-        draft = tmp_path / "plain" / "segments" / ".00000-t0.m4s.1.part"
-        draft.write_bytes(b"half a segm")
-        assert (await end_of(scheduler, "plain")).state == "done"
-        await crew.end()
-        return draft
-
-    assert not asyncio.run(leave_a_draft()).exists()
+async def test_what_a_killed_actor_had_begun_to_write_goes_with_the_end_of_the_run(start, tmp_path, model):
+    scheduler = start()
+    await submit(scheduler, tmp_path, "plain", config_for(model))
+    draft = tmp_path / "plain" / "segments" / ".00000-t0.m4s.1.part"
+    draft.write_bytes(b"half a segm")
+    assert (await end_of(scheduler, "plain")).state == "done"
+    assert not draft.exists()
 
 
-def test_a_removed_folder_ends_the_run_with_a_sentence(tmp_path, model):
-    async def remove():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "one", config_for(model))
-        await scheduler.wait_segment("one", 0, 60)
-        (tmp_path / "one").rename(tmp_path / "elsewhere")
-        status = await end_of(scheduler, "one")
-        await crew.end()
-        return status
-
-    status = asyncio.run(remove())
+async def test_a_removed_folder_ends_the_run_with_a_sentence(start, tmp_path, model):
+    scheduler = start()
+    await submit(scheduler, tmp_path, "one", config_for(model))
+    await scheduler.wait_segment("one", 0, 60)
+    (tmp_path / "one").rename(tmp_path / "elsewhere")
+    status = await end_of(scheduler, "one")
     assert status.state == "failed"
     assert f"the run's folder {tmp_path / 'one'} was removed" in status.error
     assert RunFolder(tmp_path, "elsewhere").path.exists()
 
 
-def test_an_endless_run_keeps_a_bounded_number_of_files(tmp_path, model):
-    config = config_for(
-        model,
-        sampling={"num_frames": 17},
-        video={"num_segments": None},
-        output={"keep_segments": 2},
-        continuity={"history_latents": 2},
-        cache={"policy": "always"},
-    )
-
-    async def run_for_a_while():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "one", config)
-        for index in range(14):
-            await scheduler.wait_segment("one", index, 60)
-        await scheduler.cancel("one")
-        status = await end_of(scheduler, "one")
-        in_memory = [(await scheduler.wait_segment("one", index, 1)).record for index in range(status.committed)]
-        assert [bool(record.statistics) for record in in_memory[-3:]] == [False, True, True]
-        assert not any(record.statistics for record in in_memory[:-2])
-        await scheduler.resume("one", str(tmp_path), False)
-        await scheduler.wait_segment("one", status.committed, 60)
-        await scheduler.cancel("one")
-        status = await end_of(scheduler, "one")
-        await crew.end()
-        return status
-
-    status = asyncio.run(run_for_a_while())
+async def test_an_endless_run_keeps_a_bounded_number_of_files(start, tmp_path, model):
+    endless = {"sampling": {"num_frames": 17}, "video": {"num_segments": None}, "cache": {"policy": "always"}}
+    config = config_for(model, **endless, output={"keep_segments": 2}, continuity={"history_latents": 2})
+    scheduler = start()
+    await submit(scheduler, tmp_path, "one", config)
+    for index in range(14):
+        await scheduler.wait_segment("one", index, 60)
+    await scheduler.cancel("one")
+    status = await end_of(scheduler, "one")
+    in_memory = [(await scheduler.wait_segment("one", index, 1)).record for index in range(status.committed)]
+    assert [bool(record.statistics) for record in in_memory[-3:]] == [False, True, True]
+    assert not any(record.statistics for record in in_memory[:-2])
+    await scheduler.resume("one", str(tmp_path), False)
+    await scheduler.wait_segment("one", status.committed, 60)
+    await scheduler.cancel("one")
+    status = await end_of(scheduler, "one")
     folder = RunFolder(tmp_path, "one")
     assert status.state == "cancelled"
     assert (status.num_segments, status.num_frames) == (None, None)
@@ -354,36 +257,14 @@ def test_an_endless_run_keeps_a_bounded_number_of_files(tmp_path, model):
     assert -(-needed // 3) <= latents <= -(-needed // 3) + 2, "each segment adds three"
 
 
-def test_a_run_pauses_until_a_client_takes_segments(tmp_path, model):
-    async def pause():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "one", config_for(model, engine={"cpu_threads": 1, "max_ahead": 1}))
-        async with asyncio.timeout(60):
-            while (await scheduler.status("one")).state != "paused":
-                await asyncio.sleep(0.01)
-        assert (await scheduler.status("one")).committed == 1
-        assert (await scheduler.wait_segment("one", 1, 60)).record.index == 1
-        assert (await end_of(scheduler, "one")).state == "done"
-        await crew.end()
-
-    asyncio.run(pause())
-
-
-def test_two_gpu_actors_make_two_runs_at_once(tmp_path, model, undisturbed):
-    async def both():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
-        config = config_for(model, engine={"cpu_threads": 1, "gpu_actors": 2})
-        await submit(scheduler, tmp_path, "one", config)
-        await submit(scheduler, tmp_path, "two", config)
-        assert [status.state for status in await scheduler.runs()] == ["preparing", "preparing"]
-        ends = [await end_of(scheduler, run_id) for run_id in ("one", "two")]
-        await crew.end()
-        return ends, sorted(crew.workers)
-
-    ends, workers = asyncio.run(both())
+async def test_two_gpu_actors_make_two_runs_at_once(start, tmp_path, model, undisturbed):
+    scheduler = start(pool := LocalPool())
+    config = config_for(model, engine={"cpu_threads": 1, "gpu_actors": 2})
+    await submit(scheduler, tmp_path, "one", config)
+    await submit(scheduler, tmp_path, "two", config)
+    assert [status.state for status in await scheduler.runs()] == ["preparing", "preparing"]
+    ends = [await end_of(scheduler, run_id) for run_id in ("one", "two")]
     assert [status.state for status in ends] == ["done", "done"]
-    assert workers == [0, 1]
+    assert sorted(pool.workers) == [0, 1]
     for run_id in ("one", "two"):
         assert RunFolder(tmp_path, run_id).final.read_bytes() == RunFolder(undisturbed, "plain").final.read_bytes()

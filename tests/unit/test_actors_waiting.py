@@ -9,26 +9,18 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from edit_ray.actors.launch import RayCrew
+from edit_ray.actors.launch import RayPool
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.cli.runs import line_of
+from edit_ray.cli.run_commands import line_of
 from edit_ray.errors import ConfigError, ResourcesUnavailable, RunExists, RunLive
 from edit_ray.runs.folder import RunFolder
-from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_clocks import everything
 from tests.unit.test_actors_recovery import Dying, die, end_of, make, submit
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
-
 TWO_ACTORS = {"engine": {"cpu_threads": 1, "gpu_actors": 2}}
 SHORT = {"video": {"num_segments": 3}}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +31,7 @@ def undisturbed(model, tmp_path_factory):
 
 
 class Troubled(Dying):
-    """A crew that has its own trouble, so many times, when it is asked what a run's bits depend on."""
+    """A pool that has its own trouble, so many times, when it is asked what a run's bits depend on."""
 
     trouble, times = None, 0
 
@@ -52,17 +44,17 @@ class Troubled(Dying):
 
 @asynccontextmanager
 async def died_at_work(root, model, *run_ids, calls=5, **changes):
-    """A crew whose segment scheduler has died, with these runs half made; it may be troubled from then on."""
-    crew = Troubled(calls)
-    first = SegmentSchedulerActor(crew)
+    """A pool whose segment scheduler has died, with these runs half made; it may be troubled from then on."""
+    pool = Troubled(calls)
+    first = SegmentSchedulerActor(pool)
     for run_id in run_ids:
         await submit(first, root, run_id, config_for(model, **SHORT, **changes), run_id)
-    await asyncio.wait_for(crew.now.wait(), 60)
+    await asyncio.wait_for(pool.now.wait(), 60)
     await die(first)
     try:
-        yield crew
+        yield pool
     finally:
-        await crew.end()
+        await pool.end()
 
 
 DAMAGE = {
@@ -79,19 +71,16 @@ DAMAGE["all of it"] = b"".join(DAMAGE.values())
     "damage",
     [*(pytest.param(name, marks=pytest.mark.slow) for name in DAMAGE if name != "all of it"), "all of it", "a folder"],
 )
-def test_no_damage_to_the_event_log_costs_anything(tmp_path, model, undisturbed, damage):
-    async def go_on():
-        async with died_at_work(tmp_path, model, "plain") as crew:
-            log = RunFolder(tmp_path, "plain").events
-            if damage == "a folder":
-                log.unlink()
-                log.mkdir()
-            else:
-                with log.open("ab") as file:
-                    file.write(DAMAGE[damage])
-            return await end_of(SegmentSchedulerActor(crew), "plain")
-
-    status = asyncio.run(go_on())
+async def test_no_damage_to_the_event_log_costs_anything(start, tmp_path, model, undisturbed, damage):
+    async with died_at_work(tmp_path, model, "plain") as pool:
+        log = RunFolder(tmp_path, "plain").events
+        if damage == "a folder":
+            log.unlink()
+            log.mkdir()
+        else:
+            with log.open("ab") as file:
+                file.write(DAMAGE[damage])
+        status = await end_of(start(pool), "plain")
     assert status.state == "done", status.error
     assert everything(tmp_path, "plain") == undisturbed
 
@@ -106,101 +95,91 @@ TROUBLES = {
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("trouble", TROUBLES)
-def test_a_run_waits_until_its_trouble_is_over(tmp_path, model, undisturbed, trouble):
-    async def go_on():
-        async with died_at_work(tmp_path, model, "plain") as crew:
-            crew.trouble, crew.times = TROUBLES[trouble], 2
-            second = SegmentSchedulerActor(crew)
-            status = await second.status("plain")
-            assert (status.state, status.ended, status.error) == ("waiting", False, None)
-            assert str(TROUBLES[trouble]) in status.warning
-            assert (status.num_segments, status.height) == (3, 32)
-            assert [line_of(one) for one in await second.runs()] == [line_of(status)]
-            assert "waiting" in line_of(status)
-            assert set(await crew.recall()) == {"plain"}, "should this one die as well, the next knows it"
-            with pytest.raises(RunLive, match="is at work"):
-                await second.extend("plain", str(tmp_path), 1, False)
-            with pytest.raises(RunExists, match="taken"):
-                await second.resume("plain", str(tmp_path / "elsewhere"), False)
-            with pytest.raises(RunExists, match="taken"):
-                await submit(second, tmp_path, "plain", config_for(model), "another")
-            return await end_of(second, "plain")
-
-    status = asyncio.run(go_on())
+async def test_a_run_waits_until_its_trouble_is_over(start, tmp_path, model, undisturbed, trouble):
+    async with died_at_work(tmp_path, model, "plain") as pool:
+        pool.trouble, pool.times = TROUBLES[trouble], 2
+        second = start(pool)
+        status = await second.status("plain")
+        assert (status.state, status.ended, status.error) == ("waiting", False, None)
+        assert str(TROUBLES[trouble]) in status.warning
+        assert (status.num_segments, status.height) == (3, 32)
+        assert [line_of(one) for one in await second.runs()] == [line_of(status)]
+        assert "waiting" in line_of(status)
+        assert set(await pool.recall()) == {"plain"}, "should this one die as well, the next knows it"
+        with pytest.raises(RunLive, match="is at work"):
+            await second.extend("plain", str(tmp_path), 1, False)
+        with pytest.raises(RunExists, match="taken"):
+            await second.resume("plain", str(tmp_path / "elsewhere"), False)
+        with pytest.raises(RunExists, match="taken"):
+            await submit(second, tmp_path, "plain", config_for(model), "another")
+        status = await end_of(second, "plain")
     assert status.state == "done", status.error
     assert everything(tmp_path, "plain") == undisturbed
 
 
-def test_a_lock_that_a_dead_node_holds_for_a_while_costs_only_that_while(tmp_path, model, undisturbed, monkeypatch):
+async def test_a_lock_that_a_dead_node_holds_for_a_while_costs_only_that_while(
+    start, tmp_path, model, undisturbed, monkeypatch
+):
     """As NFS does until the lease is over. The other run is served, and the committed segments of this one too."""
-
-    async def go_on():
-        async with died_at_work(tmp_path, model, "plain", "other", calls=9, **TWO_ACTORS) as crew:
-            manifest = RunFolder(tmp_path, "plain").read_manifest()
-            lease = os.open(RunFolder(tmp_path, "plain").manifest, os.O_RDWR)
-            fcntl.flock(lease, fcntl.LOCK_EX)
-            second = SegmentSchedulerActor(crew)
-            assert (await end_of(second, "other")).state == "done"
-            status = await second.status("plain")
-            assert (status.state, status.committed) == ("waiting", len(manifest.segments))
-            assert "another process is at work on the run" in status.warning
-            for index, record in enumerate(manifest.segments):
-                assert (await second.wait_segment("plain", index, 1)).record == record
-            reply = await second.wait_segment("plain", len(manifest.segments), 0.1)
-            assert (reply.record, reply.status.state) == (None, "waiting")
-            os.close(lease)
-            return await end_of(second, "plain")
-
     monkeypatch.setattr("edit_ray.actors.admission.LOCK_PATIENCE_S", 0.5)
-    status = asyncio.run(go_on())
+    async with died_at_work(tmp_path, model, "plain", "other", calls=9, **TWO_ACTORS) as pool:
+        manifest = RunFolder(tmp_path, "plain").read_manifest()
+        lease = os.open(RunFolder(tmp_path, "plain").manifest, os.O_RDWR)
+        fcntl.flock(lease, fcntl.LOCK_EX)
+        second = start(pool)
+        assert (await end_of(second, "other")).state == "done"
+        status = await second.status("plain")
+        assert (status.state, status.committed) == ("waiting", len(manifest.segments))
+        assert "another process is at work on the run" in status.warning
+        for index, record in enumerate(manifest.segments):
+            assert (await second.wait_segment("plain", index, 1)).record == record
+        reply = await second.wait_segment("plain", len(manifest.segments), 0.1)
+        assert (reply.record, reply.status.state) == (None, "waiting")
+        os.close(lease)
+        status = await end_of(second, "plain")
     assert status.state == "done", status.error
     assert everything(tmp_path, "plain") | {"run.yaml": b""} == undisturbed | {"run.yaml": b""}
 
 
-def test_a_folder_that_is_away_for_a_while_is_waited_for(tmp_path, model, undisturbed):
-    async def go_on():
-        async with died_at_work(tmp_path, model, "plain") as crew:
-            (tmp_path / "plain").rename(tmp_path / "unmounted")
-            second = SegmentSchedulerActor(crew)
-            status = await second.status("plain")
-            assert (status.state, status.committed) == ("waiting", 0)
-            assert "no run 'plain' under" in status.warning
-            (tmp_path / "unmounted").rename(tmp_path / "plain")
-            return await end_of(second, "plain")
-
-    assert asyncio.run(go_on()).state == "done"
+async def test_a_folder_that_is_away_for_a_while_is_waited_for(start, tmp_path, model, undisturbed):
+    async with died_at_work(tmp_path, model, "plain") as pool:
+        (tmp_path / "plain").rename(tmp_path / "unmounted")
+        second = start(pool)
+        status = await second.status("plain")
+        assert (status.state, status.committed) == ("waiting", 0)
+        assert "no run 'plain' under" in status.warning
+        (tmp_path / "unmounted").rename(tmp_path / "plain")
+        result = await end_of(second, "plain")
+    assert result.state == "done"
     assert everything(tmp_path, "plain") == undisturbed
 
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("locked", [False, True])
-def test_a_run_that_waits_can_be_cancelled(tmp_path, model, monkeypatch, locked):
-    async def cancel():
-        async with died_at_work(tmp_path, model, "plain") as crew:
-            crew.trouble, crew.times = ConnectionError("the actor 'denoiser' is gone"), 10**6
-            lease = os.open(folder.manifest, os.O_RDWR)
-            if locked:
-                fcntl.flock(lease, fcntl.LOCK_EX)
-            second = SegmentSchedulerActor(crew)
-            assert (await second.status("plain")).state == "waiting"
-            stream = asyncio.create_task(second.wait_segment("plain", 3, 60))
-            await asyncio.sleep(0)
-            await second.cancel("plain")
-            with pytest.raises(LookupError):  # then the client reads the folder
-                await asyncio.wait_for(stream, 30)
-            assert await crew.recall() == {}
-            assert await second.runs() == []
-            os.close(lease)
-            crew.times = 0
-            await second.resume("plain", str(tmp_path), False)
-            return before(), await end_of(second, "plain")
-
+async def test_a_run_that_waits_can_be_cancelled(start, tmp_path, model, monkeypatch, locked):
     def before():
         return [line["state"] for line in map(_parsed, folder.manifest.read_text().splitlines()) if "state" in line]
 
     monkeypatch.setattr("edit_ray.actors.admission.LOCK_PATIENCE_S", 0.5)
     folder = RunFolder(tmp_path, "plain")
-    ends, status = asyncio.run(cancel())
+    async with died_at_work(tmp_path, model, "plain") as pool:
+        pool.trouble, pool.times = ConnectionError("the actor 'denoiser' is gone"), 10**6
+        lease = os.open(folder.manifest, os.O_RDWR)
+        if locked:
+            fcntl.flock(lease, fcntl.LOCK_EX)
+        second = start(pool)
+        assert (await second.status("plain")).state == "waiting"
+        stream = asyncio.create_task(second.wait_segment("plain", 3, 60))
+        await asyncio.sleep(0)
+        await second.cancel("plain")
+        with pytest.raises(LookupError):  # then the client reads the folder
+            await asyncio.wait_for(stream, 30)
+        assert await pool.recall() == {}
+        assert await second.runs() == []
+        os.close(lease)
+        pool.times = 0
+        await second.resume("plain", str(tmp_path), False)
+        ends, status = before(), await end_of(second, "plain")
     assert ends == ([] if locked else ["cancelled"])
     assert status.state == "done", status.error
 
@@ -211,43 +190,38 @@ def _parsed(line):
     return json.loads(line)
 
 
-def test_a_run_that_waits_is_tried_at_once_when_that_is_asked_for(tmp_path, model):
-    async def go_on():
-        async with died_at_work(tmp_path, model, "plain") as crew:
-            crew.trouble, crew.times = ConnectionError("the actor 'denoiser' is gone"), 10**6
-            second = SegmentSchedulerActor(crew)
-            assert (await second.status("plain")).state == "waiting"
-            with pytest.raises(ConnectionError, match="is gone"):
-                await second.resume("plain", str(tmp_path), False)
-            crew.times = 0
-            async with asyncio.timeout(20):
-                assert (await second.resume("plain", str(tmp_path), False)).state != "waiting"
-                assert (await submit(second, tmp_path, "plain", config_for(model), "plain")).run_id == "plain"
-            return await end_of(second, "plain")
-
-    assert asyncio.run(go_on()).state == "done"
-
-
-def test_what_fails_after_a_run_was_opened_leaves_it_unlocked(tmp_path, model):
-    """Metrics that cannot be served refuse to resume, and the run can be resumed all the same afterwards."""
-
-    async def refuse():
-        async with died_at_work(tmp_path, model, "plain", metrics={"token_file": str(token)}) as crew:
-            await crew.remember({})
-            token.unlink()
-            second = SegmentSchedulerActor(crew)
-            with pytest.raises(ConfigError, match=r"metrics\.token_file"):
-                await second.resume("plain", str(tmp_path), False)
-            assert await second.runs() == []
-            assert await crew.recall() == {}
-            RunFolder(tmp_path, "plain").open().close()  # raises where somebody holds it
-            token.write_text(words)
+async def test_a_run_that_waits_is_tried_at_once_when_that_is_asked_for(start, tmp_path, model):
+    async with died_at_work(tmp_path, model, "plain") as pool:
+        pool.trouble, pool.times = ConnectionError("the actor 'denoiser' is gone"), 10**6
+        second = start(pool)
+        assert (await second.status("plain")).state == "waiting"
+        with pytest.raises(ConnectionError, match="is gone"):
             await second.resume("plain", str(tmp_path), False)
-            return await end_of(second, "plain")
+        pool.times = 0
+        async with asyncio.timeout(20):
+            assert (await second.resume("plain", str(tmp_path), False)).state != "waiting"
+            assert (await submit(second, tmp_path, "plain", config_for(model), "plain")).run_id == "plain"
+        result = await end_of(second, "plain")
+    assert result.state == "done"
 
+
+async def test_what_fails_after_a_run_was_opened_leaves_it_unlocked(start, tmp_path, model):
+    """Metrics that cannot be served refuse to resume, and the run can be resumed all the same afterwards."""
     token, words = tmp_path / "token", "a token of many characters"
     token.write_text(words)
-    assert asyncio.run(refuse()).state == "done"
+    async with died_at_work(tmp_path, model, "plain", metrics={"token_file": str(token)}) as pool:
+        await pool.remember({})
+        token.unlink()
+        second = start(pool)
+        with pytest.raises(ConfigError, match=r"metrics\.token_file"):
+            await second.resume("plain", str(tmp_path), False)
+        assert await second.runs() == []
+        assert await pool.recall() == {}
+        RunFolder(tmp_path, "plain").open().close()  # raises where somebody holds it
+        token.write_text(words)
+        await second.resume("plain", str(tmp_path), False)
+        result = await end_of(second, "plain")
+    assert result.state == "done"
 
 
 class Forgetful(Dying):
@@ -266,27 +240,23 @@ class Forgetful(Dying):
         return await super().recall()
 
 
-def test_a_key_value_store_that_is_away_keeps_no_run_from_its_end(tmp_path, model):
-    async def run():
-        crew = Forgetful(1)
-        scheduler = SegmentSchedulerActor(crew)
-        await submit(scheduler, tmp_path, "one", config_for(model, **SHORT))
-        await crew.now.wait()
-        crew.away = True
-        status = await end_of(scheduler, "one")
-        await die(scheduler)
-        asyncio.get_running_loop().call_later(0.5, setattr, crew, "away", False)
-        second = SegmentSchedulerActor(crew)
-        runs = await second.runs()
-        await crew.end()
-        return status, runs, await crew.recall()
-
-    status, runs, pointers = asyncio.run(run())
+async def test_a_key_value_store_that_is_away_keeps_no_run_from_its_end(start, tmp_path, model):
+    pool = Forgetful(1)
+    scheduler = start(pool)
+    await submit(scheduler, tmp_path, "one", config_for(model, **SHORT))
+    await pool.now.wait()
+    pool.away = True
+    status = await end_of(scheduler, "one")
+    await die(scheduler)
+    asyncio.get_running_loop().call_later(0.5, setattr, pool, "away", False)
+    second = start(pool)
+    runs = await second.runs()
+    pointers = await pool.recall()
     assert status.state == "done", status.error
     assert (runs, pointers) == ([], {}), "its folder says that it has ended"
 
 
-def test_actors_that_take_long_to_start_hold_no_thread_that_a_run_needs(tmp_path, model, monkeypatch):
+async def test_actors_that_take_long_to_start_hold_no_thread_that_a_run_needs(start, tmp_path, model, monkeypatch):
     """Twenty starts wait for Ray; a run at work still writes its manifest."""
 
     def never(*_):
@@ -294,23 +264,19 @@ def test_actors_that_take_long_to_start_hold_no_thread_that_a_run_needs(tmp_path
         over.wait(120)
         raise ResourcesUnavailable("no place")
 
-    async def run():
-        crew = Dying(0)
-        scheduler = SegmentSchedulerActor(crew)
-        config = config_for(model)
-        config = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
-        spec = RunSpec("waiting", tmp_path, config, 3)
-        rays = RayCrew()
-        starts = [asyncio.create_task(rays.start(spec, worker)) for worker in range(20)]
-        while not asked.acquire(blocking=False):
-            await asyncio.sleep(0.01)
-        await submit(scheduler, tmp_path, "one", config_for(model, **SHORT))
-        status = await end_of(scheduler, "one")
-        over.set()
-        await asyncio.gather(*starts, return_exceptions=True)
-        await crew.end()
-        return status
-
     asked, over = threading.Semaphore(0), threading.Event()
     monkeypatch.setattr("edit_ray.actors.launch.placement_group_table", never)
-    assert asyncio.run(run()).state == "done"
+    pool = Dying(0)
+    scheduler = start(pool)
+    config = config_for(model)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
+    spec = RunSpec("waiting", tmp_path, config, 3)
+    rays = RayPool()
+    starts = [asyncio.create_task(rays.start(spec, worker)) for worker in range(20)]
+    while not asked.acquire(blocking=False):
+        await asyncio.sleep(0.01)
+    await submit(scheduler, tmp_path, "one", config_for(model, **SHORT))
+    status = await end_of(scheduler, "one")
+    over.set()
+    await asyncio.gather(*starts, return_exceptions=True)
+    assert status.state == "done"

@@ -3,10 +3,13 @@
 import contextlib
 import socket
 import time
+from unittest import mock
 
 import pytest
+import ray
 
 from edit_ray import LongVideoClient
+from edit_ray.actors import connection, launch
 from edit_ray.cli import main
 from edit_ray.errors import ResourcesUnavailable
 
@@ -81,6 +84,30 @@ def test_the_address_that_a_dead_ray_has_left(tmp_path):
 def test_what_is_no_address_of_a_head(tmp_path, monkeypatch, address, expected):
     monkeypatch.setenv("RAY_ADDRESS", address)
     assert expected in said(None, tmp_path)
+
+
+def test_a_client_ends_the_actors_of_the_ray_that_it_has_started_and_no_others(tmp_path, monkeypatch):
+    """Whoever started a Ray ends it with his process; a scheduler that is being started again is asked anew."""
+    answers, ended = [ray.exceptions.RayActorError(), "queued", "queued"], []
+
+    def answer(*_):
+        answered = answers.pop(0)
+        if isinstance(answered, Exception):
+            raise answered
+        return answered
+
+    monkeypatch.setattr(connection, "connect_if_running", lambda address: False)
+    monkeypatch.setattr(launch, "segment_scheduler", lambda timeout_s: mock.MagicMock())
+    monkeypatch.setattr(launch, "answer_of", answer)
+    monkeypatch.setattr(launch, "end_actors", lambda: ended.append("all"))
+    for starts in (True, False):
+        monkeypatch.setattr(connection, "connect", lambda address, starts=starts: starts)
+        client = LongVideoClient(output=tmp_path)
+        client.submit({"video": {"num_segments": 1}, "prompt_segments": [{"segment": 0, "prompt": "a red circle"}]})
+        client.close()
+        client.close()
+    assert (answers, ended) == ([], ["all"])
+    assert list(tmp_path.iterdir()) == [], "no probe is left"
 
 
 @pytest.mark.parametrize("command", [["cancel", "mine"], ["resume", "mine"], ["down"]])

@@ -1,10 +1,8 @@
 """The arena: one file, the same bytes for every process, nothing left of it when its owner is gone."""
 
 import errno
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,49 +13,51 @@ from edit_ray.errors import HostMemoryShort, ResourcesUnavailable
 from edit_ray.tiers import arena as arena_module
 from edit_ray.tiers.arena import Arena, SharedMemoryFull, make_arena, owner_lives, remove_stale
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = 4096
-OWNER = """
-import sys, torch
-from edit_ray.tiers.arena import Arena
-arena = Arena.create(8 * 4096, sys.argv[1])
-tensor = arena.tensor(4096, torch.float32, (2, 1000))
-tensor.copy_(torch.arange(2000.).view(2, 1000))
-print(arena.path, flush=True)
-for line in sys.stdin:
-    print(tensor.sum().item(), flush=True)
-"""
+FORK = multiprocessing.get_context("fork")
 
 
-@pytest.fixture
-def owner(tmp_path):
-    """Another process that owns an arena in tmp_path, and that arena's path."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    with process:
-        yield process, Path(process.stdout.readline().strip())
-        process.kill()
+def own(connection, folder):
+    """A process that owns an arena, in a folder or in none, and says the sum of a tensor in it when asked."""
+    arena = Arena.create_unnamed(8 * PAGE) if folder is None else Arena.create(8 * PAGE, folder)
+    tensor = arena.tensor(PAGE, torch.float32, (2, 1000))
+    tensor.copy_(torch.arange(2000.0).view(2, 1000))
+    connection.send(arena.path)
+    while True:
+        connection.recv()
+        connection.send(tensor.sum().item())
 
 
-def test_two_processes_see_each_other_s_bytes_and_a_killed_owner_s_arena_goes(owner, tmp_path):
-    process, path = owner
+@pytest.fixture(params=["in a folder", "in no folder"])
+def owner(request, tmp_path):
+    """Another process that owns an arena, a connection to it, and that arena's path."""
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=own, args=(theirs, tmp_path if request.param == "in a folder" else None))
+    process.start()
+    theirs.close()
+    yield process, ours, ours.recv()
+    process.kill()
+    process.join()
+
+
+def test_two_processes_share_the_bytes_and_the_arena_ends_with_its_killed_owner(owner, tmp_path):
+    process, connection, path = owner
+    in_folder = [path] if path.parent == tmp_path else []
     with Arena.open(path) as opened:
         tensor = opened.tensor(PAGE, torch.float32, (2, 1000))
         assert torch.equal(tensor, torch.arange(2000.0).view(2, 1000))
         tensor.fill_(0.5)
-        process.stdin.write("\n")
-        process.stdin.flush()
-        assert float(process.stdout.readline()) == 1000.0
-
+        connection.send("sum")
+        assert connection.recv() == 1000.0
+        assert owner_lives(path)
         with Arena.create(PAGE, tmp_path) as mine:  # while the owner lives, its arena stays
-            assert sorted(tmp_path.iterdir()) == sorted([path, mine.path])
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert path.exists()
+            assert sorted(tmp_path.iterdir()) == sorted([*in_folder, mine.path])
+        process.kill()
+        process.join()
+        assert not owner_lives(path)
         with Arena.create(PAGE, tmp_path) as mine:
             assert list(tmp_path.iterdir()) == [mine.path]
-        assert torch.equal(tensor, torch.full((2, 1000), 0.5))  # who still maps it may go on reading
+        assert torch.equal(tensor, torch.full((2, 1000), 0.5)), "a process that maps it may still read"
     with pytest.raises(FileNotFoundError):
         Arena.open(path)
 
@@ -93,6 +93,8 @@ def test_what_is_not_in_the_arena_is_refused(tmp_path):
 
 def test_a_view_outlives_the_arena_and_the_file_does_not(tmp_path):
     arena = Arena.create(PAGE, tmp_path)
+    Arena.open(arena.path).close()
+    assert arena.path.exists(), "a process that only opened it leaves the file"
     tensor = arena.tensor(0, torch.uint8, (PAGE,))
     arena.close()
     arena.close()
@@ -100,12 +102,6 @@ def test_a_view_outlives_the_arena_and_the_file_does_not(tmp_path):
     assert tensor.fill_(7).sum() == 7 * PAGE
     with pytest.raises(ValueError, match="is closed"):
         arena.memory(0, PAGE)
-
-
-def test_who_only_opened_it_leaves_the_file(tmp_path):
-    with Arena.create(PAGE, tmp_path) as arena:
-        Arena.open(arena.path).close()
-        assert arena.path.exists()
 
 
 @pytest.mark.parametrize("directory", [None, "/dev/shm"])
@@ -126,26 +122,6 @@ def test_a_tmpfs_without_a_limit_has_room(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_bavail=0, f_frsize=PAGE, f_blocks=0))
     with Arena.create(200 * PAGE, tmp_path) as arena:
         assert arena.size_bytes == 200 * PAGE
-
-
-def test_memory_in_no_folder_is_shared_all_the_same_and_goes_with_its_owner():
-    """Where /dev/shm is not to be had: by its path another process maps it, and sees that the owner lives."""
-    code = OWNER.replace("Arena.create(8 * 4096, sys.argv[1])", "Arena.create_unnamed(8 * 4096)")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes) as process:
-        path = process.stdout.readline().strip()
-        with Arena.open(path) as opened:
-            tensor = opened.tensor(PAGE, torch.float32, (2, 1000))
-            assert torch.equal(tensor, torch.arange(2000.0).view(2, 1000))
-            tensor.fill_(0.5)
-            process.stdin.write("\n")
-            process.stdin.flush()
-            assert float(process.stdout.readline()) == 1000.0
-            assert opened.owner_lives()
-            process.kill()
-            process.wait()
-            assert not opened.owner_lives()
-            assert torch.equal(tensor, torch.full((2, 1000), 0.5))
 
 
 @pytest.mark.parametrize("way", ["auto", "require", "never"])
@@ -210,5 +186,5 @@ def test_other_files_and_living_arenas_are_not_stale(tmp_path):
     target.touch()
     (tmp_path / "edit_ray-link.arena").symlink_to(target)
     with Arena.create(PAGE, tmp_path) as arena:
-        assert remove_stale(tmp_path) == []
+        remove_stale(tmp_path)
         assert sorted(tmp_path.iterdir()) == sorted([*others, target, tmp_path / "edit_ray-link.arena", arena.path])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from edit_ray import EditWanPipeline
-from edit_ray.cache import CachePolicy, apply_cache_on_transformer, remove_cache_from_transformer
+from edit_ray.cache import CachePolicy, CPUOffloadStore, apply_cache_on_transformer, remove_cache_from_transformer
 from edit_ray.testing import save_random_wan
 from tests.calls import TINY
 
@@ -108,8 +108,6 @@ def test_edits_of_several_hooks_act_one_after_the_other(pipe):
 
 @pytest.mark.parametrize("store", [None, "host"])
 def test_what_a_hook_reads_is_its_own(pipe, store):
-    from edit_ray.cache import CPUOffloadStore
-
     def made(hook):
         pipe.enable_cache(Mask(), STEPS, history_len=2, store=CPUOffloadStore() if store else None)
         pipe.cache.on_unit(hook)

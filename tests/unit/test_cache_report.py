@@ -7,14 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edit_ray.cache.record_page import render_report
-from edit_ray.cache.records import Counts, Decision, Record
+from edit_ray.cache.records import Counts, Decision, Record, render_report
 from edit_ray.cli import main
 from edit_ray.runs.folder import RunFolder
 from tests.unit.test_manifest import BEGUN
 
 VOID = {"meta", "img"}
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=15, deadline=None)
 numbers = st.none() | st.floats(-1e6, 1e6) | st.integers(-5, 5)
 
 
@@ -174,18 +173,11 @@ def test_a_page_has_a_cell_for_every_decision_and_needs_nothing_else(record, tit
     colours = {"compute": "#2b6cb0", "reuse": "#e2e8f0"}
     by_branch = [d for branch in dict.fromkeys(d.branch for d in record) for d in record if d.branch == branch]
     assert [cell["fill"] for cell in page.all("rect")] == [colours[decision.decision] for decision in by_branch]
-
-
-@few
-@given(records())
-def test_the_place_of_a_cell_is_its_step_and_unit(record):
-    cells = Page(render_report({"": record}, "")).all("rect")
     for of, at in (("step", "x"), ("unit", "y")):
-        places = {}
-        by_branch = [d for branch in dict.fromkeys(d.branch for d in record) for d in record if d.branch == branch]
-        for decision, cell in zip(by_branch, cells, strict=True):
-            assert places.setdefault(getattr(decision, of), float(cell[at])) == float(cell[at])
-        assert [place for _, place in sorted(places.items())] == sorted(set(places.values()))
+        places = {
+            (getattr(decision, of), float(cell[at])) for decision, cell in zip(by_branch, page.all("rect"), strict=True)
+        }
+        assert [place for _, place in sorted(places)] == sorted({place for _, place in places})
 
 
 def test_headings_are_text_whatever_they_hold():
@@ -194,12 +186,6 @@ def test_headings_are_text_whatever_they_hold():
     assert page.all("script") == []
     assert page.text.count(nasty) == 3  # title, heading of the page, heading of the section
     assert len(page.all("h2")) == 2
-
-
-def test_the_table_holds_the_counts():
-    text = Page(render_report({"one": RECORD}, "")).text
-    assert "transformer, cond4450%" in text
-    assert "transformer, uncond4450%" in text
 
 
 @pytest.mark.parametrize(
@@ -259,7 +245,7 @@ def test_the_report_of_a_run_has_a_section_a_segment(run, by, capsys):
     assert capsys.readouterr().out == f"{run.path / 'report.html'}\n"
     page = Page((run.path / "report.html").read_text())
     assert len(page.all("h2")) == 2
-    assert "What the cache did in one" in page.text
+    assert "Cache decisions of one" in page.text
     assert page.text.index("segment 0") < page.text.index("segment 1")
 
 

@@ -131,7 +131,7 @@ def test_watching_waits_for_a_run_that_is_about_to_begin(tmp_path, capsys):
     code, out, err = told(capsys, "watch", "late", "--wait", "60")
     job.join()
     assert (code, out.splitlines()[-1].startswith("late  done")) == (0, True)
-    assert "waiting 60 s for it to begin" in err
+    assert "waiting 60 s for it to start" in err
 
 
 @pytest.mark.parametrize("state", ["failed", None])
@@ -148,7 +148,7 @@ def test_down_without_a_ray_starts_none(capsys):
 
 def test_a_run_is_deleted_with_what_its_segments_reuse(tmp_path, capsys):
     torch = pytest.importorskip("torch")
-    from edit_ray.tiers.entry_folder import EntryFolder, aligned_buffer, memory_of
+    from edit_ray.tiers.disk_tier import EntryFolder, aligned_buffer, memory_of
 
     root = tmp_path / "runs"
     spec = RunSpec.of(root, CONFIG, run_on_disk(root, "one", state=None).read_manifest())

@@ -10,12 +10,10 @@ import pytest
 import torch
 
 from edit_ray.cli import main
-from edit_ray.cli.outlook import DISK_TO_HOST, HOST_TO_GPU, look_ahead
-from edit_ray.cli.plan import _experts, _policy, what_does_not_fit
-from edit_ray.cli.plan_text import lines
+from edit_ray.cli.plan_reuse import lines
+from edit_ray.cli.reuse_estimate import DISK_TO_HOST, HOST_TO_GPU, estimate_reuse, what_does_not_fit
 from edit_ray.config import Config, dump_yaml, load_config
 from edit_ray.engine.loading import load_pipeline
-from edit_ray.engine.model_info import read_model_info
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.testing import save_random_wan
 from tests.unit.test_actors_reuse import RESIDUAL, SEGMENTS, config_for, generate
@@ -37,11 +35,6 @@ def changed(config, **sections):
     )
 
 
-def outlook_of(config):
-    info = read_model_info(config.model.path)
-    return look_ahead(config, info, _experts(config, info), _policy(config))
-
-
 def counts_of(plan):
     return [(len(segment.writes), len(segment.reads)) for segment in plan.segments]
 
@@ -56,18 +49,18 @@ def said(capsys, *arguments, config=TINY):
 @pytest.mark.parametrize(("granularity", "disk"), [("stack", None), (2, None), (2, 12 * 4096), (2, 8 * 4096)])
 def test_a_run_writes_and_reads_what_the_plan_says(tmp_path, model, granularity, disk):
     config = changed(config_for(model, 2, granularity), store={"disk_bytes": disk})
-    outlook = outlook_of(config)
-    assert (outlook.size, outlook.shape) == (RESIDUAL, (1, 8, 24))
+    estimate = estimate_reuse(config)
+    assert (estimate.size, estimate.shape) == (RESIDUAL, (1, 8, 24))
     records = asyncio.run(generate(tmp_path, config, "run"))
     ran = [(r.statistics["entries_written"], r.statistics["entries_read"]) for r in records]
-    assert ran == counts_of(outlook.plan)
+    assert ran == counts_of(estimate.plan)
     skipped = sum(read for _, read in ran)
     units = {"stack": 1, 2: 2}[granularity]
     # fbcache's first block of each unit runs always: of 4 blocks a stack leaves out 3, a group of 2 one.
-    assert outlook.saved == skipped * {"stack": 3 / 4, 2: 1 / 4}[granularity]
-    assert outlook.forwards == SEGMENTS * 6 * 2
-    assert outlook.needed_bytes == 3 * 2 * units * 4096
-    assert outlook.alive_bytes == max(map(sum, ran)) * 4096 == min(outlook.needed_bytes, disk or 2**40)
+    assert estimate.saved == skipped * {"stack": 3 / 4, 2: 1 / 4}[granularity]
+    assert estimate.forwards == SEGMENTS * 6 * 2
+    assert estimate.needed_bytes == 3 * 2 * units * 4096
+    assert estimate.live_bytes == max(map(sum, ran)) * 4096 == min(estimate.needed_bytes, disk or 2**40)
 
 
 @pytest.mark.parametrize("boundary", [None, 0.97, 0.9])
@@ -80,66 +73,66 @@ def test_the_plan_is_the_engines_own(tmp_path, boundary, dtype):
         model={"torch_dtype": dtype},
         sampling={"guidance_scale": 1.0, "flow_shift": 5.0},
     )
-    outlook = outlook_of(config)
+    estimate = estimate_reuse(config)
     engine = SegmentEngine(load_pipeline(config.model))
-    for budget in (None, 4 * outlook.size):
+    for budget in (None, 4 * estimate.size):
         config = changed(config, store={"disk_bytes": budget})
-        outlook = outlook_of(config)
+        estimate = estimate_reuse(config)
         reuse = engine.plan_reuse("", config.num_segments, config.cache, config.sampling, budget)
-        assert (reuse.form.shape, reuse.form.size) == (outlook.shape, outlook.size)
-        assert reuse.plan == outlook.plan
-        assert bool(outlook.plan.computed) == (budget is not None)
+        assert (reuse.form.shape, reuse.form.size) == (estimate.shape, estimate.size)
+        assert reuse.plan == estimate.plan
+        assert bool(estimate.plan.computed) == (budget is not None)
     if boundary:
-        assert {key.expert for key in outlook.plan.uses()} | {slot.expert for slot in outlook.plan.computed} == {
+        assert {key.expert for key in estimate.plan.uses()} | {slot.expert for slot in estimate.plan.computed} == {
             "transformer",
             "transformer_2",
         }
 
 
 def test_every_choice_is_what_a_run_so_configured_would_do(model):
-    outlook = outlook_of(config_for(model, granularity="stack", inner="teacache", wan_variant="t2v-1.3B"))
-    assert {(c.granularity, c.window) for c in outlook.choices} == {
+    estimate = estimate_reuse(config_for(model, granularity="stack", inner="teacache", wan_variant="t2v-1.3B"))
+    assert {(c.granularity, c.window) for c in estimate.choices} == {
         (granularity, window) for granularity in ("stack", "per_block") for window in (1, 2, 3, 4)
     }
-    for choice in outlook.choices:
+    for choice in estimate.choices:
         config = config_for(
             model, granularity=choice.granularity, reuse_window=choice.window, inner="teacache", wan_variant="t2v-1.3B"
         )
-        other = outlook_of(config)
+        other = estimate_reuse(config)
         counts = counts_of(other.plan)
         assert choice.entries == max(map(sum, counts))
-        assert (choice.alive_bytes, choice.saved) == (other.alive_bytes, other.saved)
+        assert (choice.live_bytes, choice.saved) == (other.live_bytes, other.saved)
         assert choice.written_bytes == sum(writes for writes, _ in counts) * RESIDUAL
         assert choice.read_bytes == sum(reads for _, reads in counts) * RESIDUAL
 
 
 def test_a_granularity_without_meaning_for_the_policy_is_no_choice(model):
-    assert {c.granularity for c in outlook_of(config_for(model, granularity=2)).choices} == {"stack", 2}
+    assert {c.granularity for c in estimate_reuse(config_for(model, granularity=2)).choices} == {"stack", 2}
 
 
 def test_tiers_are_simulated_as_they_are_rounded(model):
     """12 residuals are read by turns out of 4 places: the least recently used is never there, the plan's choice is."""
-    outlook = outlook_of(config_for(model, 4, granularity=2))
-    lru, planned = outlook.simulated["lru"], outlook.simulated["furthest_next_use"]
+    estimate = estimate_reuse(config_for(model, 4, granularity=2))
+    lru, planned = estimate.simulated["lru"], estimate.simulated["furthest_next_use"]
     assert lru.reads == planned.reads == 12 * 4
     assert (lru.hits["host"], lru.hits["disk"]) == (0, 48)
     assert planned.hits["host"] > 0
     assert planned.hits.total() == 48
     assert lru.stall_seconds == pytest.approx(48 * 4096 / DISK_TO_HOST)
     assert lru.ratio == planned.ratio == 1.0
-    little = outlook_of(changed(config_for(model, 4, granularity=2), store={"disk_bytes": 12 * RESIDUAL}))
+    little = estimate_reuse(changed(config_for(model, 4, granularity=2), store={"disk_bytes": 12 * RESIDUAL}))
     lru, planned = little.simulated["lru"], little.simulated["furthest_next_use"]
     assert lru.recompute_seconds > planned.recompute_seconds > 0, "a place is rounded up"
     assert lru.ratio < planned.ratio <= 1
 
 
 def test_only_so_many_accesses_are_simulated(model, monkeypatch):
-    monkeypatch.setattr("edit_ray.cli.outlook.MAX_ACCESSES", 60)
+    monkeypatch.setattr("edit_ray.cli.reuse_estimate.MAX_ACCESSES", 60)
     config = changed(config_for(model), video={"num_segments": 50})
-    outlook = outlook_of(config)
-    assert outlook.simulated_segments == 10
-    assert outlook.simulated["lru"].reads == 6 * 7, "the segments 0, 4 and 8 write"
-    assert "segments 0 to 9" in "\n".join(lines(config, outlook, None))
+    estimate = estimate_reuse(config)
+    assert estimate.simulated_segments == 10
+    assert estimate.simulated["lru"].reads == 6 * 7, "the segments 0, 4 and 8 write"
+    assert "segments 0 to 9" in "\n".join(lines(config, estimate, None))
 
 
 def test_what_is_said_of_the_small_configuration(capsys):
@@ -149,8 +142,8 @@ def test_what_is_said_of_the_small_configuration(capsys):
     assert "residual  442,368 bytes (442.4 kB)" in out
     assert "segment   0: writes 4 residuals (1.769 MB" in out
     assert "segment   1, 2: reads 4 residuals (1.769 MB)" in out
-    assert "bound (store.disk_bytes): none" in out
-    assert "nothing for want of room" in out
+    assert "capacity (store.disk_bytes): unlimited" in out
+    assert "computed  none: all residuals fit" in out
     table = [line.split() for line in out.splitlines()]
     assert ["4", "2", "4", "1.769", "MB", "1.769", "MB", "3.539", "MB", "3", "configured"] in table
     assert ["stack", "4", "2", "884.7", "kB", "884.7", "kB", "2.654", "MB", "5.25"] in table
@@ -212,7 +205,7 @@ def test_a_run_without_reuse_is_one_line(tmp_path, capsys, model):
     path = tmp_path / "run.yaml"
     path.write_text(dump_yaml(Config.model_validate(config)))
     code, out, _ = said(capsys, config=path)
-    assert (code, out) == (0, "cache.reuse_window is 0: no segment of this run reuses anything of another.\n")
+    assert (code, out) == (0, "cache.reuse_window is 0: no segment of this run reuses residuals of another.\n")
 
 
 @pytest.mark.parametrize(

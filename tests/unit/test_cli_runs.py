@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from edit_ray.actors.messages import Progress, RunStatus
+from edit_ray.cli.follow_run import description_of, steps_of
 from edit_ray.cli.main import parser
-from edit_ray.cli.runs import line_of
-from edit_ray.cli.watch import description_of, steps_of
+from edit_ray.cli.run_commands import line_of
 from tests.documented import ROOT
 
 

@@ -61,7 +61,6 @@ def problems_of(path: Path, overrides: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(problem.removeprefix(str(path)) for problem in caught.value.problems)
 
 
-VALID = "none, always, dicache, fbcache, magcache, ranked, schedule, seacache, taylorseer, teacache, warmstart_reuse"
 # The lines of the section, the line that is named, and words of the sentence.
 BAD: list[tuple[tuple[str, ...], int, tuple[str, ...]]] = [
     (("policy: tea",), 6, ("cache.policy is 'tea'; it must be one of none, always, dicache, fb",)),
@@ -129,6 +128,10 @@ BAD: list[tuple[tuple[str, ...], int, tuple[str, ...]]] = [
         ("cache.mask['uncond'] has 1 entries, and the loop has 4 steps",),
     ),
     # granularity
+    *(
+        (("policy: always", f"granularity: {given}"), 7, ("it must be stack, per_block, or a whole number of blocks",))
+        for given in ("blocks", "2.5", "true", "[2]")
+    ),
     (
         ("policy: fbcache", "granularity: per_block"),
         7,
@@ -162,23 +165,12 @@ def test_a_bad_section_is_one_sentence_in_its_line(
     (problem,) = problems_of(write(model, tmp_path, *section))
     assert problem.startswith(f":{line}: cache")
     assert problem.endswith(".")
-    assert "Traceback" not in problem
-    for word in words:
-        assert word in problem
-
-
-@pytest.mark.parametrize("given", ["blocks", "2.5", "true", "[2]"])
-def test_what_is_no_granularity_is_one_sentence(model: Path, tmp_path: Path, given: str) -> None:
-    (problem,) = problems_of(write(model, tmp_path, "policy: always", f"granularity: {given}"))
-    assert problem.startswith(":7: cache.granularity is ")
-    assert "it must be stack, per_block, or a whole number of blocks" in problem
+    assert [word for word in words if word not in problem] == []
 
 
 def test_an_unknown_policy_is_told_every_valid_one(model: Path, tmp_path: Path) -> None:
     (problem,) = problems_of(write(model, tmp_path, "policy: tea"))
-    named = problem.removesuffix(".").rpartition("one of ")[2].split(", ")
-    assert set(named) == {"none", *POLICIES.names()}
-    assert set(VALID.split(", ")) <= set(named)
+    assert set(problem.removesuffix(".").rpartition("one of ")[2].split(", ")) == {"none", *POLICIES.names()}
 
 
 @pytest.mark.parametrize(
@@ -210,12 +202,8 @@ def test_a_wrong_number_of_steps_says_nothing_about_the_mask(model: Path, tmp_pa
 
 def test_mistakes_in_other_sections_come_with_it(model: Path, tmp_path: Path) -> None:
     problems = problems_of(write(model, tmp_path, "policy: tea"), ["sampling.height=40", "output.crf=99"])
-    assert {words for words in ("cache.policy", "sampling.height", "output.crf") if words in str(problems)} == {
-        "cache.policy",
-        "sampling.height",
-        "output.crf",
-    }
     assert len(problems) == 3
+    assert all(key in str(problems) for key in ("cache.policy", "sampling.height", "output.crf"))
 
 
 def test_a_broken_calibration_is_named(model: Path, tmp_path: Path, calibration: Path) -> None:
@@ -279,15 +267,6 @@ def test_the_calibration_of_the_model_is_enough(model: Path, tmp_path: Path, cal
     assert config.cache.target_speedup == 2.5
 
 
-def test_options_are_frozen_and_named_apart() -> None:
-    options = CacheOptions(policy="fbcache", rel_l1_thresh=0.1)
-    assert options.policy_options == {"rel_l1_thresh": 0.1}
-    with pytest.raises(ValueError, match="frozen"):
-        options.policy = "none"
-    assert CacheOptions().policy_options == {}
-    assert CacheOptions().policy == "none"
-
-
 def test_a_cache_section_is_checked_without_torch(model: Path, tmp_path: Path) -> None:
     sections = [
         write(model, tmp_path, "policy: teacache", "wan_variant: t2v-14B", "target_speedup: 2").rename(tmp_path / "1"),
@@ -300,20 +279,16 @@ def test_a_cache_section_is_checked_without_torch(model: Path, tmp_path: Path) -
         "    assert load_config(Path(path)).cache.policy != 'none'\n"
         "print([name for name in ('torch', 'ray', 'diffusers', 'transformers') if name in sys.modules])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
 
 
 @pytest.mark.parametrize("override", ["cache=null", "cache.policy=none"])
 def test_one_override_switches_the_cache_off(override: str) -> None:
     for path in sorted((ROOT / "configs").glob("*.yaml")):
-        config = load_config(path, ["continuity.mode=none", override], check_model=False)
-        assert config.cache == CacheOptions()
-        again = Config.model_validate(config.model_dump(mode="json"))
-        assert again == config
-        later = load_config(path, ["continuity.mode=none", override, "cache.policy=always"], check_model=False)
+        overrides = ["continuity.mode=none", override]
+        assert load_config(path, overrides, check_model=False).cache == CacheOptions()
+        later = load_config(path, [*overrides, "cache.policy=always"], check_model=False)
         assert later.cache == CacheOptions(policy="always")
 
 

@@ -61,9 +61,8 @@ def problems_of(model: Path | str, *overrides: str) -> tuple[str, ...]:
 
 def test_a_model_s_files_say_what_it_is(model: Path) -> None:
     info = read_model_info(str(model))
-    assert (info.class_name, info.transformer_class) == ("WanPipeline", "WanTransformer3DModel")
     assert (info.height_step, info.width_step, info.scale_factor_temporal) == (16, 16, 4)
-    assert (info.z_dim, info.in_channels) == (4, 4)
+    assert info.z_dim == 4
     assert (info.expand_timesteps, info.boundary_ratio) == (True, None)
     assert info.vocabulary == set(WORDS)
     assert info.words("A Red, circle") == ["a", "red", ",", "circle"]
@@ -72,7 +71,7 @@ def test_a_model_s_files_say_what_it_is(model: Path) -> None:
 def test_a_second_expert_alone_is_enough(model: Path) -> None:
     edit("model_index.json", transformer=[None, None], transformer_2=["diffusers", "WanTransformer3DModel"])(model)
     (model / "transformer").rename(model / "transformer_2")
-    assert read_model_info(str(model)).transformer_class == "WanTransformer3DModel"
+    assert list(read_model_info(str(model)).num_blocks) == ["transformer_2"]
 
 
 def test_steps_follow_from_patch_size_and_vae(model: Path) -> None:
@@ -114,8 +113,7 @@ FOR_THE_MODEL: list[tuple[list[str], tuple[str, ...]]] = [
 def test_what_the_model_cannot_do_is_one_sentence(model: Path, overrides: Sequence[str], words: Sequence[str]) -> None:
     (problem,) = problems_of(model, *overrides)
     assert problem.startswith(f"--set {overrides[0]}")
-    for word in words:
-        assert word in problem
+    assert [word for word in words if word not in problem] == []
 
 
 def test_history_needs_timesteps_per_token(model: Path) -> None:
@@ -126,17 +124,9 @@ def test_history_needs_timesteps_per_token(model: Path) -> None:
 
 
 def test_mistakes_about_the_model_come_with_all_others(model: Path) -> None:
-    problems = problems_of(
-        model,
-        "prompt_segments.0.prompt=a zebra",
-        "prompt_segments.1.start=3",
-        "prompt_segments.1.prompt=a yak",
-        "sampling.height=100",
-        "sampling.num_frames=34",
-        "sampling.sed=7",
-        "model.torch_dtype=float16",
-        "model.device=tpu",
-    )
+    prompts = ("prompt_segments.0.prompt=a zebra", "prompt_segments.1.start=3", "prompt_segments.1.prompt=a yak")
+    sampling = ("sampling.height=100", "sampling.num_frames=34", "sampling.sed=7")
+    problems = problems_of(model, *prompts, *sampling, "model.torch_dtype=float16", "model.device=tpu")
     said = "\n".join(problems)
     for words in ("'zebra'", "'yak'", "height is 100", "num_frames is 34", "sed is an unknown", "device is 'tpu'"):
         assert words in said
@@ -184,8 +174,7 @@ def test_what_is_no_usable_wan_model_is_one_sentence(model: Path, damage: Change
     damage(model)
     (problem,) = problems_of(model)
     assert problem.startswith(f"--set model.path={model}"[:99])
-    for word in ("model.path", str(model), *words):
-        assert word in problem
+    assert [word for word in ("model.path", str(model), *words) if word not in problem] == []
 
 
 @pytest.mark.parametrize(
@@ -202,18 +191,9 @@ def test_a_path_that_means_nothing_is_one_sentence(path: str, words: str) -> Non
     assert words in problem
 
 
-@pytest.mark.parametrize(
-    ("torch_dtype", "device", "runs"),
-    [
-        ("float16", "cpu", False),
-        ("bfloat16", "cpu", True),
-        ("float32", "cpu", True),
-        ("float16", "cuda", True),
-        ("float16", "auto", True),
-    ],
-)
-def test_only_half_precision_on_the_cpu_is_refused(torch_dtype: str, device: str, runs: bool) -> None:
-    assert (dtype_problem(torch_dtype, device) is None) is runs
+def test_only_half_precision_on_the_cpu_is_refused() -> None:
+    pairs = [(dtype, device) for dtype in ("float16", "bfloat16", "float32") for device in ("cpu", "cuda", "auto")]
+    assert [pair for pair in pairs if dtype_problem(*pair)] == [("float16", "cpu")]
 
 
 def test_the_shipped_configuration_suits_the_shipped_model() -> None:

@@ -14,7 +14,7 @@ from edit_ray.cli.main import main
 from edit_ray.metrics.catalog import CATALOG, LABELS
 from monitoring.alerts import ALERTS, Durations
 from monitoring.boards import DASHBOARDS
-from monitoring.boards.query import of
+from monitoring.boards.query import of, while_selected
 from monitoring.generate import generated
 from monitoring.rules import RECORDED, rules_yaml, span
 from tests.prometheus import need
@@ -57,13 +57,17 @@ def test_a_dashboard_asks_for_its_datasource_job_and_instance(board):
     assert {name: variable["type"] for name, variable in variables.items()} == {
         "datasource": "datasource",
         "job": "query",
+        "run": "query",
         "instance": "query",
     }
-    assert all(variables[name]["includeAll"] and variables[name]["multi"] for name in ("job", "instance"))
+    assert all(variables[name]["includeAll"] and variables[name]["multi"] for name in ("job", "run", "instance"))
+    assert all('run_id=~"$run"' in target.expr for panel in board.panels for target in panel.targets)
     for panel in made["panels"]:
         if panel["type"] != "row":
             assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
             assert all(target["datasource"] == panel["datasource"] for target in panel["targets"])
+        for found in panel.get("links", ()):
+            assert re.match(r"/d/([\w-]+)\?", found["url"])[1] in {f"edit-ray-{other.name}" for other in DASHBOARDS}
     (link,) = made["links"]
     assert set(link["tags"]) <= set(made["tags"]), "it leads to the other dashboards"
     assert (link["includeVars"], link["keepTime"]) == (True, True)
@@ -165,6 +169,30 @@ def test_promtool_agrees(arguments):
     checked = subprocess.run(
         [need("promtool"), *arguments], cwd=MONITORING / "prometheus", capture_output=True, text=True, timeout=60
     )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_a_selected_run_limits_a_panel_to_the_times_at_which_it_was_live(tmp_path):
+    of_instance = 'job="edit_ray",instance="one"'
+    series = {
+        f"edit_ray_runs{{{of_instance}}}": "1x9",
+        f'edit_ray_build_info{{{of_instance},version="0.1.0"}}': "1x9",
+        f'edit_ray_run_info{{{of_instance},run_id="mine",policy="none"}}': "_x3 1x2 stale",
+    }
+    expr = re.sub(r"\$(job|instance)", ".*", while_selected(of("runs")))
+    asked = [
+        {
+            "expr": expr.replace("$run", run),
+            "eval_time": f"{minute}m",
+            "exp_samples": [{"labels": f"edit_ray_runs{{{of_instance}}}", "value": 1}] if shown else [],
+        }
+        for run, minute, shown in (("mine", 1, False), ("mine", 5, True), ("mine", 7, False), (".*", 1, True))
+    ]
+    inputs = [{"series": name, "values": values} for name, values in series.items()]
+    cases = [{"interval": "1m", "input_series": inputs, "promql_expr_test": asked}]
+    (tmp_path / "test.yml").write_text(json.dumps({"rule_files": [], "evaluation_interval": "1m", "tests": cases}))
+    command = [need("promtool"), "test", "rules", str(tmp_path / "test.yml")]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 

@@ -72,7 +72,7 @@ def test_every_panel_that_needs_a_gpu_shows_what_was_recorded_on_one(tmp_path):
             targets = [target for panel in PANELS for target in panel.targets]
             assert len(targets) >= 2
             for target in targets:
-                expr = re.sub(r"\$(job|instance)", ".*", target.expr)
+                expr = re.sub(r"\$(job|instance|run)\b", ".*", target.expr)
                 named = re.findall(r"\{\{(\w+)\}\}", target.legend)
                 found = wait_until(lambda expr=expr: prometheus.series(expr, began, time.time()))
                 assert all(values for _, values in found), f"{target.expr} gives no finite value"

@@ -1,13 +1,16 @@
 """The engine that a GPU actor wraps: segments equal the library's, errors end segments and not the engine."""
 
+import copy
+
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from edit_ray.engine import segment
 from edit_ray.engine.decode import to_uint8
-from edit_ray.engine.loading import choose_device, choose_dtype, load_pipeline, with_flow_shift
+from edit_ray.engine.loading import choose_device, choose_dtype, load_pipeline, usable_cores, with_flow_shift
 from edit_ray.engine.options import ModelOptions, SamplingOptions
-from edit_ray.engine.segment import SegmentEngine, usable_cores
+from edit_ray.engine.segment import SegmentEngine
 from edit_ray.errors import ModelError, RunCancelled, SegmentFailed
 from edit_ray.runs.run_plan import FrameLayout
 from edit_ray.testing import save_random_wan
@@ -26,15 +29,20 @@ def folder(tmp_path_factory):
     return save_random_wan(tmp_path_factory.mktemp("wan"), expand_timesteps=True)
 
 
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return load_pipeline(ModelOptions(path=str(folder), device="cpu"))
+
+
 @pytest.fixture
-def engine(folder):
-    return SegmentEngine.load(ModelOptions(path=str(folder), device="cpu"), cpu_threads=1)
+def engine(loaded):
+    return SegmentEngine(copy.deepcopy(loaded))
 
 
-def by_library(engine, sampling=SAMPLING, *, prompt=PROMPTS[0], seed=3, **kwargs):
+def by_library(loaded, sampling=SAMPLING, *, prompt=PROMPTS[0], seed=3, **kwargs):
     """What a user of the library gets for the same words and numbers."""
     arguments = sampling.model_dump(include={"height", "width", "num_frames", "num_inference_steps", "guidance_scale"})
-    pipe = load_pipeline(ModelOptions(path=engine.pipe.config._name_or_path, device="cpu"))
+    pipe = copy.deepcopy(loaded)
     pipe.scheduler = with_flow_shift(pipe.scheduler, sampling.flow_shift)
     generator = torch.Generator().manual_seed(seed)
     negative = sampling.negative_prompt
@@ -44,15 +52,15 @@ def by_library(engine, sampling=SAMPLING, *, prompt=PROMPTS[0], seed=3, **kwargs
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @pytest.mark.parametrize("flow_shift", [3.0, 5.0])
-def test_a_segment_equals_the_librarys(engine, guidance_scale, flow_shift):
+def test_a_segment_equals_the_librarys(engine, loaded, guidance_scale, flow_shift):
     sampling = SAMPLING.model_copy(update={"guidance_scale": guidance_scale, "flow_shift": flow_shift})
     engine.encode_prompts(PROMPTS, sampling.negative_prompt)
     latents = engine.denoise(sampling, prompt=PROMPTS[0], seed=3)
     assert (latents.dtype, latents.device.type, latents.shape) == (torch.float32, "cpu", (1, 4, 3, 4, 6))
-    assert torch.equal(latents, by_library(engine, sampling))
+    assert torch.equal(latents, by_library(loaded, sampling))
     history = latents[:, :, -1:]
     continued = engine.denoise(sampling, prompt=PROMPTS[1], seed=4, history=history)
-    assert torch.equal(continued, by_library(engine, sampling, prompt=PROMPTS[1], seed=4, history=history))
+    assert torch.equal(continued, by_library(loaded, sampling, prompt=PROMPTS[1], seed=4, history=history))
 
 
 def test_settings_of_one_segment_do_not_reach_the_next(engine):
@@ -157,27 +165,22 @@ def test_without_a_run_every_segment_is_a_stream_of_its_own(engine, stream):
     assert torch.equal(engine.decode("run", second), frames_at_once(engine, second)), "position 0 begins anew"
 
 
-def test_what_the_engine_says_of_itself(engine, folder):
-    assert (engine.device, engine.dtype) == (torch.device("cpu"), torch.float32)
-    options = ModelOptions(path=str(folder), device="cpu", torch_dtype="bfloat16")
-    half = SegmentEngine.load(options, cpu_threads=1)
-    assert half.dtype == torch.bfloat16
-    assert half.denoise(SAMPLING, prompt=PROMPTS[0], seed=3).dtype == torch.float32
-
-
 def test_threads_are_set_and_default_to_all_cores(folder):
     before = torch.get_num_threads()
+    options = ModelOptions(path=str(folder), device="cpu", torch_dtype="bfloat16")
     try:
-        for given, expected in ((1, 1), (None, usable_cores())):
-            SegmentEngine.load(ModelOptions(path=str(folder), device="cpu"), given)
+        for given, expected in ((None, usable_cores()), (1, 1)):
+            engine = SegmentEngine.load(options, given)
             assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
+    assert engine.device == torch.device("cpu")
+    assert engine.pipe.transformer.dtype == torch.bfloat16
+    assert engine.denoise(SAMPLING, prompt=PROMPTS[0], seed=3).dtype == torch.float32
 
 
-def test_flow_shift_is_called_shift_by_flow_match_euler(tmp_path):
-    folder = save_random_wan(tmp_path, noise_scheduler="flow_match_euler")
-    noise_scheduler = load_pipeline(ModelOptions(path=str(folder), device="cpu")).scheduler
+def test_flow_shift_is_called_shift_by_flow_match_euler():
+    noise_scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     assert with_flow_shift(noise_scheduler, 3.0) is noise_scheduler
     rebuilt = with_flow_shift(noise_scheduler, 5.0)
     assert (type(rebuilt), rebuilt.config.shift) == (type(noise_scheduler), 5.0)

@@ -24,8 +24,8 @@ from edit_ray.config import load_config
 from edit_ray.errors import ConfigError, ManifestUnreadable
 from edit_ray.page.server import PageServer
 from edit_ray.runs.manifest_lines import Fold, to_text
+from edit_ray.tiers.disk_tier import EntryFolder
 from edit_ray.tiers.entry_file import FileEntry, file_name, header_of, parse_header
-from edit_ray.tiers.entry_folder import EntryFolder
 from edit_ray.video.hls import Part, StreamFiles, newest_playlist
 from tests.unit.entry_folder import files_in
 from tests.unit.test_manifest import BEGUN, LINES

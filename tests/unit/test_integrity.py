@@ -7,7 +7,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.cli.main import main
 from edit_ray.errors import HardwareDiffers, RunDamaged
@@ -26,7 +26,7 @@ def model(tmp_path_factory):
     return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
-class Stopping(LocalCrew):
+class Stopping(LocalPool):
     """Cancels the run as its segment 3 is to be encoded: segments 0 to 2 are committed."""
 
     def __init__(self):
@@ -57,7 +57,7 @@ def undisturbed(model, tmp_path_factory):
 
 
 async def resumed(root, **how):
-    crew = LocalCrew()
+    crew = LocalPool()
     scheduler = SegmentSchedulerActor(crew)
     try:
         status = await scheduler.resume("one", str(root), how.get("allow", False), how.get("remake", False))
@@ -192,7 +192,7 @@ def test_other_weights_at_the_same_path_are_noticed_and_loaded_anew(tmp_path, mo
         for run_id in ("living", "new"):  # by the actor that has loaded the old ones, and by a new one
             if run_id == "new":
                 await crew.end()
-                crew = LocalCrew()
+                crew = LocalPool()
                 crew.scheduler = SegmentSchedulerActor(crew)
             await submit(crew.scheduler, tmp_path, run_id, config_for(own))
             assert (await end_of(crew.scheduler, run_id)).state == "done"

@@ -110,7 +110,7 @@ def test_the_median_module_fits_in_the_head() -> None:
 
 CUDA = re.compile(r"torch\.cuda\.(?!OutOfMemory)|is_cuda|\.type [!=]= \"cuda\"")
 # They ask for a GPU in lines that a CPU runs as well.
-EVERYWHERE = {"actors/denoiser.py", "engine/alone.py", "engine/fast.py", "engine/provenance.py"}
+EVERYWHERE = {"actors/denoiser.py", "engine/cfg_parallel.py", "engine/fast_transformer.py"}
 
 
 def test_what_only_a_gpu_runs_is_named() -> None:

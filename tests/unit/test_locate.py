@@ -7,12 +7,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from edit_ray.engine.locate import is_hub_id, local_folder, locate_model
+from edit_ray.engine.model_files import is_hub_id, local_folder, locate_model
 from edit_ray.errors import ModelError
 
 COMMIT = "0" * 40
@@ -28,7 +28,7 @@ FILES = {
 }
 
 
-def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_itself_and_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model_index.json").touch()
     assert locate_model(str(tmp_path / "model")) == str(tmp_path / "model")
@@ -36,10 +36,7 @@ def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert locate_model("model") == "model"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert locate_model("~/model") == str(tmp_path / "model")
-
-
-def test_a_folder_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    assert local_folder(str(tmp_path / "model" / "model_index.json")) is None
     Path("org/name").mkdir(parents=True)
     with pytest.raises(ModelError, match=r"'org/name' is the folder org/name, which has no model_index\.json"):
         locate_model("org/name")
@@ -80,30 +77,21 @@ def test_an_unknown_builtin_names_the_known(path: str) -> None:
         locate_model(path)
 
 
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert local_folder(str(tmp_path / "file")) is None
-
-
-def read_in_fresh_python(hub_id: str, home: Path, **environ: str) -> str:
-    """What `read_model_info` says, where the hub's client reads its settings anew."""
+def read_in_fresh_python(hub_ids: Sequence[str], home: Path, **environ: str) -> list[str]:
+    """What `read_model_info` says of each, in a process in which the hub's client reads its settings anew."""
     code = (
         "import sys\nfrom edit_ray.engine.model_info import read_model_info\nfrom edit_ray.errors import ModelError\n"
-        f"try:\n    print(read_model_info({hub_id!r}).height_step)\nexcept ModelError as error:\n    print(error)\n"
+        f"for hub_id in {hub_ids!r}:\n"
+        "    try:\n        print(read_model_info(hub_id).height_step)\n"
+        "    except ModelError as error:\n        print(error)\n"
         "assert 'torch' not in sys.modules\n"
     )
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**kept, "HF_HOME": str(home), **environ},
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    environment = {**kept, "HF_HOME": str(home), **environ}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return done.stdout.splitlines()
 
 
 def test_a_hub_id_is_read_from_an_offline_cache(tmp_path: Path) -> None:
@@ -114,20 +102,17 @@ def test_a_hub_id_is_read_from_an_offline_cache(tmp_path: Path) -> None:
         file.write_text(json.dumps(content))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
-    assert read_in_fresh_python("org/name", tmp_path, HF_HUB_OFFLINE="1") == "16"
+    read, said = read_in_fresh_python(["org/name", "org/other"], tmp_path, HF_HUB_OFFLINE="1")
+    assert read == "16"
+    assert "nor a hub id that can be reached (offline mode is on, and it is not in the cache)" in said
 
 
 def test_an_unreachable_hub_id_names_both_meanings_soon(tmp_path: Path) -> None:
     began = time.monotonic()
-    said = read_in_fresh_python("org/name", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    (said,) = read_in_fresh_python(["org/name"], tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
     assert time.monotonic() - began < 15
     assert said.startswith(f"'org/name' is neither a folder (there is no {tmp_path}/org/name) nor a hub id that can be")
     assert "the hub cannot be reached" in said
-
-
-def test_offline_mode_is_named(tmp_path: Path) -> None:
-    said = read_in_fresh_python("org/name", tmp_path, HF_HUB_OFFLINE="1")
-    assert "nor a hub id that can be reached (offline mode is on, and it is not in the cache)" in said
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
@@ -145,10 +130,10 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def endpoint() -> Iterator[str]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
@@ -156,14 +141,15 @@ def endpoint() -> Iterator[str]:
     server.server_close()
 
 
-@pytest.mark.parametrize(
-    ("hub_id", "words"),
-    [
-        ("org/none", "the hub knows no such model, or it is private"),
-        ("org/gated", "grants access to it only on request"),
-        ("org/name", "'org/name' has no model_index.json"),
-        ("org/broken", "the hub answered 500"),
-    ],
-)
-def test_the_hub_s_answer_is_told_in_a_few_words(tmp_path: Path, endpoint: str, hub_id: str, words: str) -> None:
-    assert words in read_in_fresh_python(hub_id, tmp_path, HF_ENDPOINT=endpoint)
+ANSWERS = {
+    "org/none": "the hub knows no such model, or it is private",
+    "org/gated": "grants access to it only on request",
+    "org/name": "'org/name' has no model_index.json",
+    "org/broken": "the hub answered 500",
+}
+
+
+def test_the_hub_s_answer_is_told_in_a_few_words(tmp_path: Path, endpoint: str) -> None:
+    told = read_in_fresh_python(list(ANSWERS), tmp_path, HF_ENDPOINT=endpoint)
+    for words, said in zip(ANSWERS.values(), told, strict=True):
+        assert words in said

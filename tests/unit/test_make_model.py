@@ -12,7 +12,7 @@ from edit_ray.engine.model_info import read_model_info
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.errors import ModelError
 from edit_ray.testing import VARIANTS, Variant, fill_random, make_model, meta_transformer
-from edit_ray.testing.random_weights import save_random_weights
+from edit_ray.testing.made_model import save_random_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 PUBLISHED = {"t2v-1.3B": 1_418_996_800, "t2v-14B": 14_288_491_584, "ti2v-5B": 4_999_787_712}

@@ -6,19 +6,13 @@ import zlib
 
 import pytest
 
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.messages import RunStatus
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.errors import ConfigError
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.ids import Owner, owner_here
-from edit_ray.testing import save_random_wan
 from tests.unit.test_actors import config_for
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 @pytest.fixture
@@ -26,15 +20,15 @@ def begun(tmp_path, model):
     """The folder of a run of Ada's that was stopped at once."""
 
     async def make():
-        crew = LocalCrew()
-        scheduler = SegmentSchedulerActor(crew)
+        pool = LocalPool()
+        scheduler = SegmentSchedulerActor(pool)
         config = config_for(model).model_dump(mode="json")
         await scheduler.submit("mine", config, str(tmp_path), str(tmp_path), "token", "ada", "raysubmit_1")
         await scheduler.cancel("mine")
         async with asyncio.timeout(60):
             while not (status := (await scheduler.wait_segment("mine", 10**6, 5)).status).ended:
                 pass
-        await crew.end()
+        await pool.end()
         return status
 
     return RunFolder(tmp_path, "mine"), asyncio.run(make())

@@ -274,8 +274,8 @@ def test_the_narrowest_entry_is_picked():
 def test_a_subclass_adds_an_option_of_its_own_and_its_base_checks_the_others():
     class Later(TeaCache):
         def __init__(self, *, first: int = 3, **options):
+            self.first = first  # before the base class makes its own options
             super().__init__(**options)
-            self.first = first
 
         def should_compute(self, ctx):
             return super().should_compute(ctx) or ctx.step < self.first
@@ -290,3 +290,13 @@ def test_a_subclass_adds_an_option_of_its_own_and_its_base_checks_the_others():
         Later(coefficients=[1, 0], rel_l1_thresh="x")
     with pytest.raises(OptionError, match="has no option thresh; it takes"):
         Later(coefficients=[1, 0], thresh=1)
+
+
+def test_an_attribute_that_a_subclass_sets_first_is_no_option():
+    class Later(WarmstartReuse):
+        def __init__(self, **options):
+            self.first = 2
+            super().__init__(**options)
+
+    policy = Later(inner="teacache", coefficients=[1, 0])
+    assert (policy.first, policy.warm_steps, policy.inner.coefficients) == (2, 2, {"": (1, 0)})

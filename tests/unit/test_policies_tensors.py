@@ -294,7 +294,7 @@ def test_dicache_keeps_the_probes_of_two_steps_and_computes_when_a_residual_is_l
     steps = walk(10, (3, 1, 2, 2), 0.1, seed=0)
     for step, (hidden, probe, output) in enumerate(steps):
         if step == 7:
-            unit.residuals.lost = {(0, 3)}
+            unit.lose(3)
         done = unit.step(step, hidden=hidden, probe=probe, output=output)
         assert done.computed is (step < 5 or step == 7)
         assert sorted(unit.state.user["probes"]) == unit.state.computed_steps[-2:]

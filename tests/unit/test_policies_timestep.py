@@ -310,7 +310,7 @@ def test_a_lost_residual_makes_the_unit_compute(lost):
     unit = Unit(unit.policy, 8)
     for step in range(5):
         unit.step(step, force=True)
-    unit.residuals.lost = {(0, lost)}
+    unit.lose(lost)
     assert unit.step(5).computed
 
 

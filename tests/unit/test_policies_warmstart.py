@@ -85,7 +85,7 @@ def test_a_residual_that_the_store_lost_is_computed_again():
     policy = WarmstartReuse(warm_steps=2, **EVERY_OTHER)
     first = generation(policy, 0)[0]
     unit = Unit(policy, STEPS, generation=1, before=first, window=(0,))
-    unit.residuals.lost = {(0, 1)}
+    unit.lose(1)
     seen = signals()
     assert [unit.step(step, signals=seen[step]).computed for step in range(2)] == [False, True]
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edit_ray.actors.folder_state import shortage_after, shortage_before
 from edit_ray.actors.messages import RunSpec
-from edit_ray.actors.space import shortage_after, shortage_before
 from edit_ray.config import Config
 from edit_ray.runs.manifest import Extended, HardwareChanged, Manifest, Opened, Rerolled
 from edit_ray.runs.retention import (

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_ray.metrics.collect import SUM, MetricValues
-from edit_ray.metrics.run_metrics import MOST_AT_ONCE, RunMetrics, Standing
+from edit_ray.metrics.collect import MOST_AT_ONCE, SUM, MetricValues, RunMetrics, Standing, series
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,9 @@ def test_gauges_follow_the_runs(runs, totals):
     assert totals.value("edit_ray_segments_remaining") == 12
     assert totals.value("edit_ray_stream_lag_segments") == 1
     runs.opened("a", "none", 0)
+    assert totals.value("edit_ray_run_info", run_id="a", policy="none") == 1
     runs.ended("a", "failed")
+    assert totals.snapshot("").gauges.get(series("edit_ray_run_info", run_id="a", policy="none")) is None
     runs.standing([])
     assert totals.value("edit_ray_runs", state="running") == totals.value("edit_ray_stream_lag_segments") == 0
     assert totals.value("edit_ray_runs_ended_total", outcome="failed") == 1

@@ -17,11 +17,11 @@ from dataclasses import replace
 import pytest
 
 from edit_ray import files
-from edit_ray.actors.crew import Pointer
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.messages import RunSpec
+from edit_ray.actors.pool import Pointer
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.cli.serve import RunStatusReader
+from edit_ray.cli.follow_run import RunStatusReader
 from edit_ray.client import LongVideoClient
 from edit_ray.config import Config, dump_yaml
 from edit_ray.runs.event_log import append_event
@@ -74,7 +74,7 @@ def committed(spec, index):
     return Committed(spec.incarnation, replace(record(index), **about, media=media, statistics=FIGURES))
 
 
-class Instant(LocalCrew):
+class Instant(LocalPool):
     """GPU actors that make a segment in no time."""
 
     async def start(self, spec, worker):

@@ -1,17 +1,19 @@
 """The engine of a GPU actor with a cache: segments are those of the library, each with the cache that it asks for."""
 
 import asyncio
+import copy
 
 import pytest
 import torch
 
-from edit_ray.actors.local import LocalCrew
+from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.records import Record
 from edit_ray.cli import main
 from edit_ray.config import Config
 from edit_ray.engine.calibration import FILE_NAME, write_calibration
+from edit_ray.engine.loading import load_pipeline
 from edit_ray.engine.options import ModelOptions, SamplingOptions
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.errors import RunCancelled
@@ -36,33 +38,32 @@ def folder(tmp_path_factory):
     return save_random_wan(tmp_path_factory.mktemp("wan"), expand_timesteps=True, num_layers=3)
 
 
-def load(folder):
-    return SegmentEngine.load(ModelOptions(path=str(folder), device="cpu"), cpu_threads=1)
+@pytest.fixture(scope="module")
+def new(folder):
+    """Makes engines that have done nothing yet."""
+    pipe = load_pipeline(ModelOptions(path=str(folder), device="cpu"))
+    return lambda: SegmentEngine(copy.deepcopy(pipe))
 
 
 @pytest.fixture
-def engine(folder):
-    return load(folder)
+def engine(new):
+    return new()
 
 
 @pytest.fixture(scope="module")
-def uncached(folder):
-    return load(folder).denoise(SAMPLING, **WORDS)
+def uncached(new):
+    engine = new()
+    latents = engine.denoise(SAMPLING, **WORDS)
+    assert (engine.record, engine.pipe.cache) == (None, None)
+    return latents
 
 
-def test_without_a_cache_nothing_is_recorded(engine):
-    assert engine.record is None
-    engine.denoise(SAMPLING, **WORDS)
-    assert engine.record is None
-    assert engine.pipe.cache is None
-
-
-def test_a_cache_that_never_skips_changes_no_bit(engine, uncached):
+def test_a_cache_that_never_skips_changes_no_bit(engine, new, uncached):
     assert torch.equal(engine.denoise(SAMPLING, **WORDS, cache=ALWAYS), uncached)
     assert engine.record.mask("cond") == engine.record.mask("uncond") == [True] * STEPS
     history = uncached[:, :, -1:]
     continued = engine.denoise(SAMPLING, **WORDS, history=history, cache=ALWAYS)
-    assert torch.equal(continued, load(engine.pipe.config._name_or_path).denoise(SAMPLING, **WORDS, history=history))
+    assert torch.equal(continued, new().denoise(SAMPLING, **WORDS, history=history))
 
 
 def test_each_cache_skips(engine, uncached):
@@ -76,11 +77,11 @@ def test_each_cache_skips(engine, uncached):
         assert len(engine.record) == STEPS * 2 * engine.record.num_units
 
 
-def test_caches_one_after_the_other_give_what_each_gives_alone(folder, engine, uncached):
-    alone = [load(folder).denoise(SAMPLING, **WORDS, cache=cache) for cache in CACHES]
-    for first in range(len(CACHES)):
-        for cache, expected in zip(CACHES[first:], alone[first:], strict=True):
-            assert torch.equal(engine.denoise(SAMPLING, **WORDS, cache=cache), expected)
+def test_caches_one_after_the_other_give_what_each_gives_alone(new, engine, uncached):
+    alone = [new().denoise(SAMPLING, **WORDS, cache=cache) for cache in CACHES]
+    for order in (range(len(CACHES)), reversed(range(len(CACHES)))):
+        for index in order:
+            assert torch.equal(engine.denoise(SAMPLING, **WORDS, cache=CACHES[index]), alone[index])
         assert torch.equal(engine.denoise(SAMPLING, **WORDS), uncached)
         assert engine.record is None
 
@@ -95,12 +96,12 @@ def test_the_segments_of_a_run_share_one_cache_and_no_residual(engine):
     assert torch.equal(engine.denoise(SAMPLING, **WORDS, cache=MASKED), first)
 
 
-def test_a_cache_is_that_of_the_steps_and_the_shift_it_was_made_for(engine, folder):
+def test_a_cache_is_that_of_the_steps_and_the_shift_it_was_made_for(engine, new):
     for steps in (STEPS, 8, STEPS):
         sampling = SAMPLING.model_copy(update={"num_inference_steps": steps})
         latents = engine.denoise(sampling, **WORDS, cache=FITTED)
         assert engine.record.num_steps == steps
-        assert torch.equal(latents, load(folder).denoise(sampling, **WORDS, cache=FITTED))
+        assert torch.equal(latents, new().denoise(sampling, **WORDS, cache=FITTED))
     targeted = CacheOptions(policy="teacache", coefficients=[1.0, 0.0], target_speedup=2.4)
     thresholds = set()
     for flow_shift in (3.0, 9.0):
@@ -110,10 +111,9 @@ def test_a_cache_is_that_of_the_steps_and_the_shift_it_was_made_for(engine, fold
     assert len(thresholds) == 2, "the steps' timesteps are others, and so is what a threshold makes of them"
 
 
-def test_a_target_speedup_is_met_with_the_models_own_calibration(folder):
+def test_a_target_speedup_is_met_with_the_models_own_calibration(folder, engine):
     write_calibration(folder / FILE_NAME, "teacache", {"coefficients": [1.0, 0.0]}, {})
     try:
-        engine = load(folder)
         engine.denoise(SAMPLING, **WORDS, cache=CacheOptions(policy="teacache", target_speedup=2.4))
     finally:
         (folder / FILE_NAME).unlink()
@@ -158,7 +158,7 @@ def run_two_segments(root, run_id, folder, cache):
     )
 
     async def finish():
-        scheduler = SegmentSchedulerActor(LocalCrew())
+        scheduler = SegmentSchedulerActor(LocalPool())
         await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), "")
         while not (reply := await scheduler.wait_segment(run_id, 2, 60)).status.ended:
             pass

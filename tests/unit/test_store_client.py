@@ -6,8 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edit_ray.errors import EntryLost
-from edit_ray.tiers.arena import Arena
-from edit_ray.tiers.protocol import DONE, NEEDED, SKIPPED, UNTOUCHED, EntryForm, Op, OpTable, table_bytes
+from edit_ray.tiers.arena import DONE, NEEDED, SKIPPED, UNTOUCHED, Arena, EntryForm, Op, OpTable, table_bytes
 from edit_ray.tiers.slots import slot_bytes
 from edit_ray.tiers.store_client import PlannedStore
 from edit_ray.tiers.transfers import DevicePool
@@ -22,7 +21,7 @@ class Owner:
 
     def __init__(self, arena, *ops):
         self.arena, self.ops = arena, [Op(("run", *key), FORM, writes) for key, writes in ops]
-        self.table = OpTable(arena.memory(ENTRIES * ROOM, ROOM), len(ops))
+        self.table = OpTable(arena, ENTRIES * ROOM, len(ops))
         self.table.clear()
         assert table_bytes(len(ops)) <= ROOM
 
@@ -40,7 +39,9 @@ class Owner:
         return self.table.states().tolist()
 
     def store(self, ahead, **options):
-        return PlannedStore(self.arena, self.table, self.ops, prefix=("run",), ahead_bytes=ahead * FORM.size, **options)
+        return PlannedStore(
+            self.arena, ENTRIES * ROOM, self.ops, prefix=("run",), ahead_bytes=ahead * FORM.size, **options
+        )
 
 
 def key(number):
@@ -105,7 +106,7 @@ def test_beyond_that_it_waits(arena, ahead):
     store = owner.store(ahead=ahead, timeout_s=0.2)
     for number in range(ahead):
         store.put(key(number), residual(1))
-    with pytest.raises(EntryLost, match="did not bring"):
+    with pytest.raises(EntryLost, match="did not deliver"):
         store.put(key(ahead), residual(2))
     assert owner.states()[0] == NEEDED
     assert store.waits.seconds == 0, "a wait that failed is none"
@@ -117,7 +118,7 @@ def test_a_wait_lets_go_what_gets_its_place_meanwhile(arena, monkeypatch):
     owner.fill(1, 3)
     store = owner.store(ahead=1, timeout_s=5)
     store.put(key(0), residual(5))
-    give_write, ask = owner.table.place, []
+    give_write, ask = store.table.place, []
 
     def place(index):
         ask.append(index)
@@ -127,7 +128,7 @@ def test_a_wait_lets_go_what_gets_its_place_meanwhile(arena, monkeypatch):
             owner.give(1)
         return give_write(index)
 
-    monkeypatch.setattr(owner.table, "place", place)
+    monkeypatch.setattr(store.table, "place", place)
     assert store.get(key(1)).mean() == 3
     assert owner.states() == [DONE, DONE]
 
@@ -274,54 +275,6 @@ def test_what_was_read_is_its_readers_and_another_tensor_takes_its_place(arena):
     assert [tensor.mean().item() for tensor in found] == list(range(ENTRIES))
     addresses = [tensor.data_ptr() for tensor in (*found, pool.take(FORM), pool.take(FORM))]
     assert len(set(addresses)) == ENTRIES + 2
-
-
-def test_without_a_free_place_what_is_read_comes_to_memory_of_its_own(arena):
-    owner, pool = Owner(arena, *reads(2)), pool_of(1)
-    for index in range(2):
-        owner.fill(index, index)
-    owner.give(0, 1)
-    store = owner.store(ahead=2, pool=pool)
-    assert [store.get(key(index)).mean().item() for index in range(2)] == [0, 1]
-    assert pool.free == 1
-
-
-def test_what_is_handed_over_goes_to_all_who_read_it(arena):
-    owner, pool = Owner(arena, (key(0), True)), pool_of(1)
-    owner.give(0)
-    store = owner.store(ahead=1, pool=pool, hand_over=[("run", *key(0))])
-    store.put(key(0), residual(3))
-    store.finish()
-    store.settle()
-    assert pool.free == 0, "it stays for the next segment"
-
-    following = Owner(arena, (key(0), False), (key(0), False))
-    next_store = following.store(ahead=1, pool=pool, handed=list(store.handed_over))
-    next_store.adopt(store.handed_over)
-    store.close()
-    assert next_store.get(key(0)).mean() == 3
-    assert pool.free == 0, "the plan has it read once more"
-    assert next_store.get(key(0)).mean() == 3
-    assert pool.free == 1
-
-
-@pytest.mark.parametrize("adopted", [[], [1], [0, 1]])
-@pytest.mark.parametrize("used", [0, 1, 2])
-def test_what_is_not_adopted_or_not_read_leaves_its_place(arena, adopted, used):
-    owner, pool = Owner(arena, (key(0), True), (key(1), True)), pool_of(2)
-    owner.give(0, 1)
-    store = owner.store(ahead=2, pool=pool, hand_over=[("run", *key(number)) for number in range(2)])
-    for number in range(2):
-        store.put(key(number), residual(number))
-    store.finish()
-    next_store = Owner(arena, *[(key(number), False) for number in adopted]).store(ahead=2, pool=pool)
-    next_store.adopt(store.handed_over)
-    store.close()
-    assert pool.free == 2 - len(adopted)
-    for number in adopted[:used]:
-        assert next_store.get(key(number)).mean() == number
-    next_store.close()
-    assert pool.free == 2
 
 
 def test_a_closed_store_takes_no_place(arena):

@@ -1,13 +1,11 @@
 """The stores: what was put is got bit for bit or not at all, budgets hold, and what is in the way goes in order."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
 from edit_ray.cache.stores.memory import HostStore
@@ -38,33 +36,12 @@ def store(request, tmp_path):
     }[request.param]
 
 
-def test_what_was_put_is_got_bit_for_bit(store):
-    put = {}
-    for dtype in DTYPES:
-        tensor = (torch.randn(3, 5, 4) * 10).to(dtype)
-        put |= {
-            ("run", 1, None, str(dtype)): tensor.transpose(0, 2),
-            ("run", 2, None, str(dtype)): tensor[1, 1:4],
-            ("run", 3, None, str(dtype)): torch.empty(2, 0, dtype=dtype),
-            ("run", 4, None, str(dtype)): tensor[0, 0, 0],
-        }
-    for key, tensor in put.items():
-        store.put(key, tensor)
-    assert len(store) == len(put)
-    assert store.bytes_resident == sum(tensor.nbytes for tensor in put.values()) == sum(store.sizes().values())
-    for key, tensor in put.items():
-        found = store.get(key)
-        assert found.dtype == tensor.dtype
-        assert found.device.type == "cpu"
-        assert torch.equal(found, tensor)
-    assert store.get(("run", 1)) is None
-
-
 def test_a_later_put_replaces_and_drops_forget(store):
     for value in (1, 2):
         for name in "abc":
             store.put((name,), bytes_of(40, value))
     assert all(torch.equal(store.get((name,)), bytes_of(40, 2)) for name in "abc")
+    assert store.bytes_resident == sum(store.sizes().values()) == 120
     store.drop(("a",))
     store.drop(("unknown", None))
     assert store.get(("a",)) is None
@@ -77,42 +54,18 @@ def test_a_later_put_replaces_and_drops_forget(store):
     assert (len(store), store.bytes_resident, store.get(("c",))) == (0, 0, None)
 
 
-@pytest.mark.parametrize("kind", ["host", "disk"])
-def test_a_later_change_of_the_tensor_does_not_reach_the_store(kind, tmp_path):
-    store, tensor = {"host": HostStore(), "disk": on_disk(tmp_path)}[kind], torch.zeros(4)
-    store.put(("a",), tensor)
-    tensor += 1
-    assert torch.equal(store.get(("a",)), torch.zeros(4))
-
-
-def test_the_least_recently_used_goes_first():
+def test_the_least_recently_used_is_evicted_first_and_what_is_larger_than_the_budget_refused():
     store = HostStore(budget_bytes=3)
     for name in "abc":
         store.put((name,), bytes_of(1))
     store.get(("a",))
     store.put(("d",), bytes_of(1))
-    assert store.get(("b",)) is None
-    assert store.get(("a",)) is not None
-    assert store.num_evictions == 1
-
-
-def test_what_is_larger_than_the_budget_is_refused_and_counted():
-    store = HostStore(budget_bytes=3)
-    store.put(("small",), bytes_of(2))
     store.put(("large",), bytes_of(4))
-    assert store.get(("large",)) is None
-    assert store.get(("small",)) is not None
-    assert store.num_refused == 1
+    assert list(store.sizes()) == [("c",), ("a",), ("d",)]
+    assert (store.num_evictions, store.num_refused) == (1, 1)
 
 
-def test_a_negative_budget_is_refused():
-    with pytest.raises(ValueError, match="got -1"):
-        HostStore(budget_bytes=-1)
-    with pytest.raises(ValueError, match="got -1"):
-        TieredStore([(GPUStore(), 10), (HostStore(), -1)])
-
-
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     budget=st.integers(0, 12),
     steps=st.lists(st.tuples(st.sampled_from(["put", "get", "drop"]), st.integers(0, 4), st.integers(0, 6))),
@@ -144,56 +97,6 @@ def test_disk_entries_are_found_when_the_directory_is_opened_again(tmp_path):
     again = on_disk(tmp_path / "a" / "b")
     assert all(torch.equal(again.get(key), tensor) for key, tensor in put.items())
     assert (len(again), again.bytes_resident, again.num_unreadable) == (3, 30, 0)
-
-
-def test_a_disk_entry_is_a_safetensors_file_that_says_its_key(tmp_path):
-    store, tensor = on_disk(tmp_path), torch.randn(2, 3)
-    store.put(("run", 1, None), tensor)
-    (path,) = files_in(tmp_path)
-    assert torch.equal(load_file(path)["tensor"], tensor)
-    header = path.read_bytes()[8:].partition(b'"tensor"')[0]
-    assert json.dumps(json.dumps(["run", 1, None])).encode() in header
-    store.put(("run", 1, None), tensor + 1)
-    assert [path] == files_in(tmp_path)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "overwritten", "another's", "gone", "no key"])
-@pytest.mark.parametrize("reopened", [False, True])
-def test_a_damaged_disk_entry_is_a_miss_and_its_file_goes(tmp_path, damage, reopened):
-    store = on_disk(tmp_path)
-    store.put(("a",), torch.randn(100))
-    (path,) = files_in(tmp_path)
-    store.put(("b",), torch.ones(100))
-    (other,) = set(files_in(tmp_path)) - {path}
-    {
-        "truncated": lambda: path.write_bytes(path.read_bytes()[:-1]),
-        "emptied": lambda: path.write_bytes(b""),
-        "overwritten": lambda: path.write_bytes(b"x" * path.stat().st_size),
-        "another's": lambda: path.write_bytes(other.read_bytes()),
-        "gone": path.unlink,
-        "no key": lambda: save_file({"tensor": torch.zeros(100)}, path),
-    }[damage]()
-    if reopened:
-        store.close()
-        store = on_disk(tmp_path)
-    assert store.get(("a",)) is None
-    assert files_in(tmp_path) == [other]
-    assert (len(store), store.bytes_resident) == (1, 400)
-    assert store.num_unreadable == (not (damage == "gone" and reopened))
-    assert torch.equal(store.get(("b",)), torch.ones(100))
-
-
-def test_a_disk_store_touches_no_file_of_others(tmp_path):
-    others = [tmp_path / "model.safetensors", tmp_path / "notes.txt", tmp_path / "folder"]
-    save_file({"tensor": torch.zeros(3)}, others[0], {"key": '["a"]'})
-    others[1].write_text("mine")
-    others[2].mkdir()
-    (tmp_path / f"{'0' * 32}.unfinished").write_bytes(b"of a writer that was stopped")
-    store = on_disk(tmp_path)
-    assert (len(store), store.num_unreadable, store.get(("a",))) == (0, 0, None)
-    store.put(("a",), torch.ones(3))
-    store.clear()
-    assert sorted(files_in(tmp_path)) == sorted(others)
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path):
@@ -264,5 +167,7 @@ def test_which_store_returns_its_own_tensor_and_which_a_copy(kind, live, tmp_pat
     put = torch.zeros(4)
     store.put(("a",), put)
     one, other = store.get(("a",)), store.get(("a",))
+    put += kind != "device"  # a later change of the tensor does not reach the others
+    assert torch.equal(one, torch.zeros(4))
     assert (one.data_ptr() == other.data_ptr()) == live
     assert (one.data_ptr() == put.data_ptr()) == (kind == "device")

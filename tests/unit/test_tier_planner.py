@@ -1,41 +1,49 @@
-"""Random histories of the tier planner: reads get what was written last, nothing waits for ever or counts twice."""
+"""Random histories of the tier planner: reads get what was written last, and nothing waits for ever or counts twice."""
 
+import random
 from collections import Counter
 
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from edit_ray.metrics.catalog import CATALOG, LABELS
-from edit_ray.tiers.planner import MOST_LOADS, AskedOp, Give, Load, Remove, Save, TierPlanner
+from edit_ray.tiers.planner import MOST_LOADS, Give, Load, Remove, Save, TierPlanner
 from edit_ray.tiers.reuse_plan import make_reuse_plan
-from edit_ray.tiers.slots import PAGE, Slots, TierEntry, divide, slot_bytes
+from edit_ray.tiers.slots import PAGE, AskedOp, Slots, TierEntry, divide, slot_bytes
 
 SIZES = (PAGE, 3 * PAGE)
-KEYS = st.integers(0, 5)
+KEYS = range(6)
 
 
 def size_of(key):
     return SIZES[key[0] % 2]
 
 
-class Histories(RuleBasedStateMachine):
-    """Memory and disk on paper: what lies in each slot and in each file is the version that was written."""
+class History:
+    """Memory and disk on paper: each slot and each file holds the version that was written there."""
 
-    fired: Counter[str]  # given by the test
-
-    @initialize(slots=st.tuples(st.integers(1, 3), st.integers(1, 3)), disk=st.sampled_from([None, 4, 6]), old=KEYS)
-    def begin(self, slots, disk, old):
-        found = [((old,), size_of((old,)))]
-        bound = None if disk is None else disk * PAGE
-        self.planner = TierPlanner(dict(zip(SIZES, slots, strict=True)), bound, found)
-        self.memory, self.files = {}, {(old,): "old"}  # offset -> what lies there; key -> version
-        self.latest = {(old,): "old"}  # what a read may find, at most
-        self.moving = {}  # ticket -> instruction
+    def __init__(self, seed, fired):
+        self.draw, self.fired = random.Random(seed), fired
+        old = (self.draw.choice(KEYS),)
+        self.slots = {size: self.draw.randint(1, 3) for size in SIZES}
+        self.bound = self.draw.choice([None, 4 * PAGE, 6 * PAGE])
+        self.planner = TierPlanner(self.slots, self.bound, [(old, size_of(old))])
+        self.memory, self.files = {}, {old: "old"}  # offset -> what lies there; key -> version
+        self.latest = {old: "old"}  # the version that a read may find
+        self.moving = []  # loads and saves in flight
         self.ops, self.given, self.disowned = {}, {}, set()  # number -> the op; number -> its offset
-        self.saving = {}  # key -> ticket of the save that may publish it
+        self.saving = {}  # key -> the entry whose save may publish it
         self.number = 0
+
+    def run(self, steps):
+        rules = (self.ask, self.go_on, self.done, self.cancel, self.need, self.end_a_move, self.drop, self.follow)
+        for _ in range(steps):
+            self.draw.choices((*rules, self.completed), (4, 3, 3, 1, 1, 3, 1, 1, 1))[0]()
+            assert self.planner.entries.keys() == self.latest.keys(), "what can be read is what was written"
+            assert self.planner.disk_used == sum(map(size_of, self.latest))
+            assert self.bound is None or self.planner.disk_used <= self.bound
+        self.end()
 
     def act(self, instructions):
         for instruction in instructions:
@@ -46,27 +54,26 @@ class Histories(RuleBasedStateMachine):
                     self.finish(number)
                 case Give(number, offset):
                     op = self.ops[number]
-                    end = offset + op.size
                     self.check_order(number)
                     for other, at in self.given.items():
                         alike = at == offset and not op.writes and self.ops[other].key == op.key
-                        apart = at + self.ops[other].size <= offset or end <= at
+                        apart = at + self.ops[other].size <= offset or offset + op.size <= at
                         assert alike or apart, "two ops write to one place"
                     self.given[number] = offset
                     if not op.writes:
                         assert self.memory[offset] == (op.key, self.latest[op.key]), "a wrong entry"
                         self.fired["read"] += 1
-                case Load(ticket, key, offset, _):
-                    assert key in self.files, "nothing to load"
-                    assert offset not in self.given.values(), "loaded over what is in use"
-                    self.moving[ticket] = instruction
-                    self.memory[offset] = "being loaded"
-                case Save(ticket, number, key, offset):
-                    self.moving[ticket], self.saving[key] = instruction, ticket
+                case Load(entry):
+                    assert entry.key in self.files, "nothing to load"
+                    assert entry.offset not in self.given.values(), "loaded over a slot in use"
+                    self.moving.append(instruction)
+                    self.memory[entry.offset] = "being loaded"
+                case Save(entry, _):
+                    self.moving.append(instruction)
+                    self.saving[entry.key] = entry
                 case Remove(key):
-                    self.files.pop(key, None)
-                    self.latest.pop(key, None)
-                    self.saving.pop(key, None)
+                    for known in (self.files, self.latest, self.saving):
+                        known.pop(key, None)
 
     def check_order(self, number):
         """A read comes after every earlier write of its key that may still be made."""
@@ -78,130 +85,127 @@ class Histories(RuleBasedStateMachine):
         self.given.pop(number, None)
         del self.ops[number]
 
-    @rule(wanted=st.lists(st.tuples(KEYS, st.sampled_from([False, False, True])), min_size=1, max_size=6))
-    def ask(self, wanted):
+    def ask(self):
         asked = []
-        for key, writes in wanted:
-            self.number += 1
-            asked.append(AskedOp(self.number, (key,), size_of((key,)), writes))
+        for _ in range(self.draw.randint(1, 6)):
+            self.number, key = self.number + 1, (self.draw.choice(KEYS),)
+            asked.append(AskedOp(self.number, key, size_of(key), self.draw.random() < 1 / 3))
         self.ops |= {op.number: op for op in asked}
         self.act(self.planner.ask(asked))
 
-    @rule(number=st.integers(1, 6), moves=st.sampled_from([False, None, "bad", "worse"]))
-    def go_on(self, number, moves):
-        """Several ops, and what is in flight."""
-        for _ in range(number):
-            self.done(0)
-            if moves is not False:
-                self.end_of_a_move(0, moves)
+    def go_on(self):
+        """Several ops, and perhaps what is in flight."""
+        moves = self.draw.random() < 0.7
+        for _ in range(self.draw.randint(1, 6)):
+            self.done()
+            if moves:
+                self.end_a_move()
 
-    @rule(which=st.integers(0, 9))
-    def done(self, which):
+    def done(self):
         if self.given:
-            number = sorted(self.given)[which % len(self.given)]
+            number = self.draw.choice(list(self.given))
             op, offset = self.ops[number], self.given[number]
             if op.writes:
                 self.memory[offset] = (op.key, number)
             instructions = self.planner.done(number)
             self.finish(number)
             if op.writes:
-                if op.key in self.latest:  # the first Remove is that of what it replaces
+                if op.key in self.latest:  # the first Remove is that of the replaced version
                     instructions.remove(Remove(op.key))
                     self.act([Remove(op.key)])
                 self.latest[op.key] = number
                 self.fired["write"] += 1
             self.act(instructions)
 
-    @rule(which=st.integers(0, 9), disowned=st.booleans())
-    def cancel(self, which, disowned):
+    def cancel(self):
         if self.ops:
-            number = sorted(self.ops)[which % len(self.ops)]
-            if disowned:
+            number = self.draw.choice(list(self.ops))
+            if self.draw.random() < 0.5:
                 self.disowned.add(number)
                 self.act(self.planner.disown(number))
-            given = self.given.pop(number, None)
-            del self.ops[number]
-            self.act(self.planner.cancel(number))
-            self.fired["cancel, given" if given is not None else "cancel, waiting"] += 1
+            self.fired["cancel, given" if number in self.given else "cancel, waiting"] += number in self.ops
+            if number in self.ops:
+                self.finish(number)
+                self.act(self.planner.cancel(number))
 
-    @rule(which=st.integers(0, 9))
-    def need(self, which):
-        waiting = sorted(set(self.ops) - set(self.given))
-        if waiting:
-            self.act(self.planner.need(waiting[which % len(waiting)]))
+    def need(self):
+        if waiting := sorted(self.ops.keys() - self.given):
+            self.act(self.planner.need(self.draw.choice(waiting)))
 
-    @rule(which=st.integers(0, 9), failure=st.sampled_from([None, None, "bad", "worse"]))
-    def end_of_a_move(self, which, failure):
+    def end_a_move(self, failures=(None, None, "bad", "worse")):
         if not self.moving:
             return
-        ticket = sorted(self.moving)[which % len(self.moving)]
-        move = self.moving.pop(ticket)
+        move, failure = self.moving.pop(self.draw.randrange(len(self.moving))), self.draw.choice(failures)
+        entry = move.entry
         if isinstance(move, Save):
-            reason = None if failure != "worse" else "full" if ticket % 2 else "spill_failed"
-            published = reason is None and self.saving.get(move.key) == ticket
+            reason = self.draw.choice(["full", "spill_failed"]) if failure == "worse" else None
+            published = reason is None and self.saving.get(entry.key) is entry
             if published:
-                self.files[move.key] = self.latest[move.key]
-            self.act(self.planner.saved(ticket, reason))
+                self.files[entry.key] = self.latest[entry.key]
+            self.act(self.planner.saved(entry, reason))
             self.fired["saved" if published else "not saved"] += 1
         else:
-            there = move.key in self.files
+            there = entry.key in self.files
             failure = "lost" if not there or failure == "worse" else "transient" if failure else None
             if failure == "lost":
-                self.files.pop(move.key, None)
+                self.files.pop(entry.key, None)
             if failure is None:
-                self.memory[move.offset] = (move.key, self.files[move.key])
-            self.act(self.planner.loaded(ticket, failure))
+                self.memory[entry.offset] = (entry.key, self.files[entry.key])
+            self.act(self.planner.loaded(entry, failure))
             self.fired[f"load {failure}"] += 1
 
-    @rule(keys=st.lists(KEYS, max_size=1))
-    def drop(self, keys):
-        self.act(self.planner.drop([(key,) for key in keys]))
-        assert not {(key,) for key in keys} & set(self.planner.entries)
+    def drop(self):
+        key = (self.draw.choice(KEYS),)
+        self.act(self.planner.drop([key]))
+        assert key not in self.planner.entries
 
-    @rule(uses=st.lists(st.tuples(st.integers(0, 4), KEYS), max_size=10), segment=st.integers(0, 4))
-    def follow(self, uses, segment):
-        plan = {}
-        for order, (position, key) in enumerate(sorted(uses)):
+    def follow(self):
+        plan, segment = {}, self.draw.randint(0, 4)
+        uses = sorted((self.draw.randint(0, 4), self.draw.choice(KEYS)) for _ in range(self.draw.randint(0, 10)))
+        for order, (position, key) in enumerate(uses):
             plan.setdefault((key,), []).append((position, order))
         self.act(self.planner.follow(plan, segment))
         for key in self.planner.entries:
             assert key not in plan or plan[key][-1][0] >= segment, "nobody reads it"
 
-    @rule(segment=st.integers(0, 4))
-    def completed(self, segment):
-        self.act(self.planner.completed(segment))
+    def completed(self):
+        self.act(self.planner.completed(self.draw.randint(0, 4)))
 
-    @invariant()
-    def all_adds_up(self):
-        if hasattr(self, "planner"):
-            self.planner.check()
-            assert set(self.planner.entries) == set(self.latest), "what can be read is what was written and not dropped"
-
-    def teardown(self):
-        """Whatever is in line is served once moves and ops end."""
-        if not hasattr(self, "planner"):
-            return
+    def end(self):
+        """Once moves and ops end, all that is queued is served, every slot is free, and every prefetch has ended."""
         for _ in range(1000):
             if not self.moving and not self.given:
                 break
-            self.go_on(1, None)
+            self.done()
+            self.end_a_move([None])
         assert not self.ops, "an op waits for ever"
-        assert self.planner.open_prefetches == 0
-        self.fired["evicted"] += self.planner.counts["tier_moves", "host", "disk", "eviction"]
-        for name, *labels in self.planner.counts:
+        counts = self.planner.counts
+        ended = sum(number for name, number in counts.items() if name[0] == "prefetches")
+        assert counts["prefetches_requested",] == ended
+        self.fired["evicted"] += counts["tier_moves", "host", "disk", "eviction"]
+        for name, *labels in counts:
             metric = CATALOG[f"edit_ray_{name}_total"]
             assert all(value in LABELS[label] for label, value in zip(metric.labels, labels, strict=True))
         self.planner.drop(list(self.planner.entries))
         assert (self.planner.slots.used, self.planner.disk_used) == (0, 0)
+        sizes, end = [size for size, number in self.slots.items() for _ in range(number)], 0
+        asked = [AskedOp(self.number + i, ("end",), size, True) for i, size in enumerate(sizes, start=1)]
+        for offset, size in sorted(
+            (one.offset, op.size) for one, op in zip(self.planner.ask(asked), asked, strict=True)
+        ):
+            assert offset == end, "a slot is lost, or has two users"
+            end += size
 
 
-def run_histories(number, shrinks=True):
+def run_histories(number, steps=40):
+    """What so many histories have met."""
     fired = Counter()
-    kind = type("Machine", (Histories,), {"fired": fired})
-    options = {"max_examples": number, "stateful_step_count": 40, "deadline": None, "database": None}
-    phases = [Phase.generate, Phase.shrink] if shrinks else [Phase.generate]
-    kind.TestCase.settings = settings(**options, derandomize=True, phases=phases)
-    kind.TestCase("runTest").runTest()
+    for seed in range(number):
+        try:
+            History(seed, fired).run(steps)
+        except Exception as error:
+            error.add_note(f"seed {seed}")
+            raise
     return fired
 
 
@@ -209,70 +213,77 @@ EVERYTHING = {"read", "write", "cancel, given", "cancel, waiting", "saved", "not
 EVERYTHING |= {"load None", "load lost", "load transient", "evicted"}
 
 
-def test_histories():
-    fired = run_histories(400)
-    print(fired)
-    assert set(fired) == EVERYTHING
-
-
-@pytest.mark.slow
-def test_20000_histories():
-    assert set(run_histories(20_000)) == EVERYTHING
+@pytest.mark.parametrize("number", [1000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_histories(number):
+    assert set(run_histories(number)) == EVERYTHING
 
 
 MUTANTS = {
-    "a read does not wait for its writer": ("_awaits_writer", lambda self, asked: False),
-    "what is gone keeps its slot": ("_settle", lambda self, entry: None),
-    "what is saved is not known to be": ("saved", lambda self, ticket, failure=None: self._saving.pop(ticket) and []),
-    "the disk has no bound": ("_keep_disk_bound", lambda self: None),
+    "a read does not wait for its writer": (TierPlanner, "_awaits_writer", lambda self, op: False),
+    "a dropped entry keeps its slot": (TierPlanner, "_settle", lambda self, entry: None),
+    "a saved entry counts as unsaved": (TierPlanner, "saved", lambda self, entry, failure=None: []),
+    "the disk has no bound": (TierPlanner, "_keep_disk_bound", lambda self: None),
     "a prefetch ends twice": (
+        TierPlanner,
         "_end_prefetch",
-        lambda self, op, outcome: self.counts.update({("prefetches", outcome): int(op.asked.writes is False)}),
+        lambda self, op, outcome: self.counts.update({("prefetches", outcome): int(op.writes is False)}),
     ),
-    "what is loading is given at once": (
+    "an entry that is being loaded is given at once": (
+        TierPlanner,
         "_load",
         lambda self, op, entry: setattr(entry, "offset", self._take(entry.size)) or entry.offset is not None,
+    ),
+    "an entry in use is evicted": (
+        TierEntry,
+        "evictable",
+        property(lambda entry: entry.offset is not None and not entry.gone),
     ),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_planner_that_is_wrong_fails(mutant, monkeypatch):
-    name, broken = MUTANTS[mutant]
-    monkeypatch.setattr(TierPlanner, name, broken)
-    with pytest.raises(Exception):  # noqa: B017, PT011 - an assertion, or whatever follows from a wrong state
-        run_histories(150, shrinks=False)
+def test_a_wrong_planner_fails(mutant, monkeypatch):
+    monkeypatch.setattr(*MUTANTS[mutant])
+    with pytest.raises(Exception):  # noqa: B017, PT011 - an assertion, or any error that follows from a wrong state
+        run_histories(1000)
 
 
-def test_what_is_in_use_is_never_evicted(monkeypatch):
-    monkeypatch.setattr(TierEntry, "evictable", property(lambda entry: entry.offset is not None and not entry.gone))
-    with pytest.raises(AssertionError):
-        run_histories(150, shrinks=False)
+# Single choices
 
 
-# What is chosen, in small
-
-
-def given(instructions):
+def offered(instructions):
     return {one.number: one.offset for one in instructions if isinstance(one, Give)}
 
 
-def stored(planner, *keys):
-    """Entries of one page that were written, and are on disk."""
+def moves(instructions):
+    return [one for one in instructions if isinstance(one, Load | Save)]
+
+
+def planner_with(slots, *names):
+    """Slots of one page, and entries of one page that the disk holds."""
+    return TierPlanner({PAGE: slots}, found=[((name,), PAGE) for name in names])
+
+
+def reads(*names, first=0):
+    return [AskedOp(number, (name,), PAGE, False) for number, name in enumerate(names, start=first)]
+
+
+def store(planner, *keys):
+    """Entries of one page that are written and on disk."""
     for number, key in enumerate(keys, start=1000):
         planner.ask([AskedOp(number, key, PAGE, True)])
-        (save,) = [one for one in planner.done(number) if isinstance(one, Save)]
-        planner.saved(save.ticket)
+        (save,) = moves(planner.done(number))
+        planner.saved(save.entry)
 
 
 def in_host(planner):
     return {key for key, entry in planner.entries.items() if entry.offset is not None}
 
 
-def test_what_is_read_furthest_in_the_future_is_evicted_and_before_it_what_nobody_reads():
-    planner = TierPlanner({PAGE: 4})
+def test_the_entry_read_furthest_in_the_future_is_evicted_first_and_before_it_entries_without_a_plan():
+    planner = planner_with(4)
     planner.follow({("a",): [(1, 2)], ("b",): [(1, 0), (3, 9)], ("c",): [(2, 5)]}, 0)
-    stored(planner, ("a",), ("b",), ("c",), ("no plan",))
+    store(planner, ("a",), ("b",), ("c",), ("no plan",))
     evicted = []
     for number in range(4):
         before = in_host(planner)
@@ -282,63 +293,59 @@ def test_what_is_read_furthest_in_the_future_is_evicted_and_before_it_what_nobod
     assert set(planner.entries) == {("a",), ("b",), ("c",), ("no plan",)}, "all are still on disk"
 
 
-def test_reads_are_loaded_at_the_same_time_as_far_as_there_are_slots():
-    planner = TierPlanner({PAGE: 2}, found=[((name,), PAGE) for name in "abc"])
-    out = planner.ask([AskedOp(number, (name,), PAGE, False) for number, name in enumerate("abc")])
-    assert [one.key for one in out] == [("a",), ("b",)]
-    assert given(planner.loaded(out[1].ticket)) == {1: out[1].offset}, "each is given when it is there"
-    assert given(planner.loaded(out[0].ticket)) == {0: out[0].offset}
+def test_loads_are_in_flight_together_as_far_as_there_are_slots_and_few_before_a_save():
+    planner = planner_with(2, *"abc")
+    out = planner.ask(reads(*"abc"))
+    assert [one.entry.key for one in out] == [("a",), ("b",)]
+    first, second = (one.entry for one in out)
+    assert offered(planner.loaded(second)) == {1: second.offset}, "each is given when it is there"
+    assert offered(planner.loaded(first)) == {0: first.offset}
     assert isinstance(planner.done(0)[0], Load)
 
-
-def test_saves_wait_behind_few_loads():
-    planner = TierPlanner({PAGE: 50}, found=[((name,), PAGE) for name in range(30)])
-    loads = planner.ask([AskedOp(number, (number,), PAGE, False) for number in range(30)])
-    assert len(loads) == MOST_LOADS
-    begun = [load.ticket for load in loads]
-    for ticket in begun:
-        begun += [one.ticket for one in planner.loaded(ticket) if isinstance(one, Load)]
+    planner = planner_with(50, *range(30))
+    begun = moves(planner.ask(reads(*range(30))))
+    assert len(begun) == MOST_LOADS
+    for load in begun:
+        begun += moves(planner.loaded(load.entry))
     assert len(begun) == 30
 
 
-def test_a_use_that_is_over_counts_no_more():
-    planner = TierPlanner({PAGE: 2})
+def test_a_past_use_no_longer_counts():
+    planner = planner_with(2)
     planner.follow({("a",): [(1, 0), (4, 8)], ("b",): [(1, 1), (2, 3)]}, 1)
-    stored(planner, ("a",), ("b",))
-    for number, name in enumerate("ab"):
-        planner.ask([AskedOp(number, (name,), PAGE, False)])
-        planner.done(number)
+    store(planner, ("a",), ("b",))
+    for op in reads("a", "b"):
+        planner.ask([op])
+        planner.done(op.number)
     planner.ask([AskedOp(5, ("w",), PAGE, True)])
     assert in_host(planner) == {("b",)}
     planner.cancel(5)
-    planner.rewind(1)
-    planner.ask([AskedOp(6, ("a",), PAGE, False)])
-    assert planner.entries[("a",)].loading, "the plan is followed again from there"
+    planner.follow(None, 1)
+    assert [load.entry.key for load in moves(planner.ask(reads("a", first=6)))] == [("a",)], "followed again from there"
 
 
-def test_what_the_last_segment_read_stays_until_the_next_one_is_made():
-    planner = TierPlanner({PAGE: 4})
+def test_entries_that_the_last_segment_read_stay_until_the_next_one_is_made():
+    planner = planner_with(4)
     planner.follow({("a",): [(1, 0)], ("b",): [(1, 1), (2, 2)]}, 0)
-    stored(planner, ("a",), ("b",), ("other run",))
+    store(planner, ("a",), ("b",), ("other run",))
     for segment, left in ((0, 3), (1, 3), (2, 2), (3, 1)):
         planner.completed(segment)
         assert len(planner.entries) == left
     assert planner.counts["entries_dropped", "dropped"] == 2
 
 
-def test_prefetches_end_as_they_are_counted():
-    planner = TierPlanner({PAGE: 4}, found=[((name,), PAGE) for name in "abcde"])
-    wanted = [*"abcde", "none"]
-    loads = planner.ask([AskedOp(number, (name,), PAGE, False) for number, name in enumerate(wanted)])
+def test_every_prefetch_is_counted_by_its_outcome():
+    planner = planner_with(4, *"abcde")
+    loads = moves(planner.ask(reads(*"abcde", "none")))
     planner.need(1)
     for load in loads[:3]:
-        planner.loaded(load.ticket)
-    (last,) = [one for one in planner.cancel(2) if isinstance(one, Load)]  # which was there: its slot is another's
-    assert last.key == ("e",)
-    planner.cancel(3)  # which was not there yet
+        planner.loaded(load.entry)
+    (last,) = moves(planner.cancel(2))  # it was loaded: its slot is another's
+    assert last.entry.key == ("e",)
+    planner.cancel(3)  # it was not loaded yet
     for number in (0, 1):
         planner.done(number)
-    planner.loaded(last.ticket)
+    planner.loaded(last.entry)
     planner.done(4)
     outcomes = {name[1]: number for name, number in planner.counts.items() if name[0] == "prefetches"}
     assert outcomes == {"useful": 2, "late": 1, "wasted": 1, "cancelled": 1, "unfulfilled": 1}
@@ -346,51 +353,63 @@ def test_prefetches_end_as_they_are_counted():
     assert planner.counts["prefetch_wasted_bytes",] == PAGE
 
 
-def test_what_is_stale_is_counted_and_changes_nothing():
-    planner = TierPlanner({PAGE: 1})
-    for event in (planner.done, planner.cancel, planner.need, planner.disown, planner.loaded, planner.saved):
+def test_events_about_ended_ops_change_nothing_and_an_op_without_a_slot_size_is_refused():
+    planner = planner_with(1)
+    for event in (planner.done, planner.cancel, planner.need, planner.disown):
         assert event(7) == []
-    assert planner.counts["refusals", "stale_event"] == 6
-    assert given(planner.ask([AskedOp(8, ("a",), 5 * PAGE, True)])) == {8: None}
-    assert planner.counts["refusals", "too_large"] == 1
+    assert offered(planner.ask([AskedOp(8, ("a",), 5 * PAGE, True)])) == {8: None}
+    assert planner.counts == {("refusals", "too_large"): 1}
 
 
-def test_a_host_tier_is_shared_out_by_the_bytes_that_are_in_use():
+@given(
+    host_pages=st.integers(1, 40),
+    demand=st.dictionaries(st.integers(1, 9).map(PAGE.__mul__), st.integers(1, 50), min_size=1),
+)
+def test_the_host_tier_is_divided_without_exceeding_its_bytes(host_pages, demand):
+    slots = divide(host_pages * PAGE, demand)
+    assert slots.keys() == demand.keys()
+    assert all(number >= 1 for number in slots.values())
+    if sum(slots) <= host_pages * PAGE:
+        assert sum(size * number for size, number in slots.items()) <= host_pages * PAGE
+    else:
+        assert set(slots.values()) == {1}
+
+
+def test_the_host_tier_is_divided_by_the_bytes_in_use():
     assert divide(10 * PAGE, {100: 7}) == {PAGE: 10}
     assert divide(12 * PAGE, {PAGE: 6, 3 * PAGE: 2}) == {PAGE: 6, 3 * PAGE: 2}
     assert divide(100 * PAGE, {1: 5, PAGE: 5, 2 * PAGE: 5}) == {PAGE: 50, 2 * PAGE: 25}
+    assert divide(10 * PAGE, {PAGE: 100, 5 * PAGE: 1}) == {PAGE: 5, 5 * PAGE: 1}, "the slot of five pages comes first"
     assert divide(1, {PAGE + 1: 3}) == {2 * PAGE: 1}, "every size has a slot"
     assert [slot_bytes(size) for size in (0, 1, PAGE, PAGE + 1)] == [PAGE, PAGE, PAGE, 2 * PAGE]
 
 
-def test_slots_of_two_sizes_do_not_overlap():
+def test_slots_count_the_bytes_in_use_and_their_peak():
     slots = Slots({PAGE: 3, 2 * PAGE: 2})
-    taken = [(slots.take(size)[0], size) for size in (PAGE, 2 * PAGE, PAGE, 2 * PAGE, PAGE)]
-    slots.check(taken)
-    assert slots.take(PAGE) == (None, None)
+    taken = [(size, slots.take(size)[0]) for size in (PAGE, 2 * PAGE, PAGE, 2 * PAGE, PAGE)]
+    assert slots.take(PAGE) == (None, False)
     assert slots.used == slots.peak == 7 * PAGE
-    slots.free(*reversed(taken[0]))
-    assert slots.used == 6 * PAGE
+    slots.free(*taken[0])
+    assert (slots.used, slots.peak) == (6 * PAGE, 7 * PAGE)
 
 
 def test_a_plan_that_fits_the_disk_is_served_without_a_miss():
-    """And the disk never holds more than one segment works on."""
+    """And the disk never holds more than one segment uses."""
     plan = make_reuse_plan("run", 9, window=2, warm_steps=3, experts=["t"] * 5, unit_bytes={"t": [PAGE, 2 * PAGE]})
     for host in (1, 2, 5):
         planner = TierPlanner({PAGE: host, 2 * PAGE: host}, plan.needed_bytes)
         planner.follow(plan.uses(), 0)
-        number, waiting = 0, {}
+        number, waiting = 0, []
         for index, segment in enumerate(plan.segments):
             for use, writes in [*((use, False) for use in segment.reads), *((use, True) for use in segment.writes)]:
                 number += 1
                 out = planner.ask([AskedOp(number, use.key, use.size, writes)])
-                while number not in given(out):
-                    waiting |= {one.ticket: one for one in out if isinstance(one, Load | Save)}
-                    ticket, move = waiting.popitem()
-                    out = planner.loaded(ticket) if isinstance(move, Load) else planner.saved(ticket)
-                assert given(out)[number] is not None
-                out = planner.done(number)
-                waiting |= {one.ticket: one for one in out if isinstance(one, Load | Save)}
+                while number not in offered(out):
+                    waiting += moves(out)
+                    move = waiting.pop()
+                    out = planner.loaded(move.entry) if isinstance(move, Load) else planner.saved(move.entry)
+                assert offered(out)[number] is not None
+                waiting += moves(planner.done(number))
             planner.completed(index)
         assert planner.counts["tier_lookups", "disk", "miss"] == 0
         assert planner.disk_peak == plan.needed_bytes

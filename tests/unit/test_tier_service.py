@@ -1,8 +1,7 @@
-"""The arena over the disk as a segment uses it: what was written is read, in however little memory."""
+"""The arena over the disk as a segment uses it: reads return what was written, in however little memory."""
 
 import errno
 import os
-import random
 import shutil
 import subprocess
 import time
@@ -13,10 +12,9 @@ import torch
 
 from edit_ray import files
 from edit_ray.errors import EntryLost, StaleLease
-from edit_ray.tiers.arena import Arena
+from edit_ray.tiers.arena import Arena, EntryForm, Op, began_before, is_gone, this_process
 from edit_ray.tiers.disk_tier import DiskTier
 from edit_ray.tiers.leases import Reuse
-from edit_ray.tiers.protocol import EntryForm, Op, OpTable, began_before, is_gone, table_bytes, this_process
 from edit_ray.tiers.reuse_plan import make_reuse_plan
 from edit_ray.tiers.service import TABLES_BYTES, TierService
 from edit_ray.tiers.slots import divide
@@ -26,225 +24,147 @@ RUN, EXPERT = "run", "transformer"
 SHAPE = (1, 64, 32)
 SIZE = 64 * 32 * 4
 FORM = EntryForm(torch.device("cpu"), torch.float32, SHAPE)
-UNITS, WARM = 2, 3
+SEGMENTS = 8
+PLAN = make_reuse_plan(RUN, SEGMENTS, window=4, warm_steps=3, experts=[EXPERT] * 6, unit_bytes={EXPERT: [SIZE] * 2})
 
 
-def plan_of(num_segments=8, window=4):
-    return make_reuse_plan(
-        RUN, num_segments, window=window, warm_steps=WARM, experts=[EXPERT] * 6, unit_bytes={EXPERT: [SIZE] * UNITS}
-    )
+class Tiers(TierService):
+    """The tiers of one run, and what its processes do."""
+
+    def begin(self, segment, attempt=0, holder=1, ahead=0, **options):
+        ops = Reuse(PLAN, FORM).ops(segment)
+        lease = self.prepare(RUN, segment, attempt, holder, ops)
+        options |= {"prefix": (RUN,), "ahead_bytes": ahead * SIZE, "timeout_s": 10}
+        return PlannedStore(Arena.open(lease.arena), lease.table, ops, **options)
+
+    def end(self, segment, attempt=0, holder=1):
+        self.complete(RUN, segment, attempt, holder, self.incarnation)
+
+    def make(self, segment, attempt=0, holder=1):
+        """A whole segment; the number of its reads."""
+        store = self.begin(segment, attempt, holder)
+        read = use(store)
+        store.finish()
+        self.end(segment, attempt, holder)
+        return read
+
+    def host(self):
+        return self.statistics()["bytes"]["host"]
+
+    def entries(self):
+        return self.statistics()["entries_in"]["disk"]
+
+
+def use(store, upto=None):
+    """What the segment's loop does: at each step, branch and unit it reads or writes."""
+    read = 0
+    for op in store.ops[:upto]:
+        if op.writes:
+            store.put(op.key[1:], tensor_of(op.key))
+        else:
+            read += 1
+        assert torch.equal(store.get(op.key[1:]), tensor_of(op.key))
+    return read
 
 
 def tensor_of(key):
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(hash(key) & 0xFFFF))
 
 
+def reads_of(segment):
+    return len(PLAN.segments[segment].reads)
+
+
 @pytest.fixture
 def tiers_in(tmp_path):
-    """Makes the tiers of a host that holds so many entries; the same directory each time."""
+    """Makes the tiers of a host with a number of entries, in the same directory each time; they follow the plan."""
     made = []
 
-    def make(entries=3):
+    def make(entries=3, segment=0):
         arena = Arena.create(entries * SIZE + TABLES_BYTES, tmp_path)
-        made.append(TierService(arena, {SIZE: entries}, DiskTier(tmp_path / "disk", allow_tmpfs=True)))
+        made.append(Tiers(arena, {SIZE: entries}, DiskTier(tmp_path / "disk", allow_tmpfs=True)))
+        made[-1].follow(PLAN.uses(), segment)
         return made[-1]
 
     yield make
     for tiers in made:
         tiers.close()
-        tiers.planner.check()
 
 
-def begin(tiers, plan, segment, attempt=0, holder=1, ahead=0, **options):
-    ops = Reuse(plan, FORM).ops(segment)
-    lease = tiers.prepare(RUN, segment, attempt, holder, ops)
-    arena = Arena.open(lease.arena)
-    table = OpTable(arena.memory(lease.table, table_bytes(lease.num_ops)), lease.num_ops)
-    return PlannedStore(arena, table, ops, prefix=(RUN,), ahead_bytes=ahead * SIZE, timeout_s=10, **options)
-
-
-def make(store, segment, upto=None):
-    """What the segment's loop does: at each step, branch and unit it reads or writes."""
-    read = 0
-    for op in store.ops[:upto]:
-        key = op.key[1:]
-        if op.writes:
-            store.put(key, tensor_of(op.key))
-            assert torch.equal(store.get(key), tensor_of(op.key))
-        else:
-            assert torch.equal(store.get(key), tensor_of(op.key))
-            read += 1
-    return read
-
-
-@pytest.mark.parametrize("entries", [1, 2, 5, 100])
-@pytest.mark.parametrize("ahead", [0, 1, 3, 100])
+@pytest.mark.parametrize("entries", [1, 5, 100])
+@pytest.mark.parametrize("ahead", [0, 1, 100])
 def test_a_run_reads_what_it_wrote_in_however_little_memory(tiers_in, entries, ahead):
-    tiers, plan = tiers_in(entries), plan_of()
-    tiers.follow(plan.uses())
-    stores = {0: begin(tiers, plan, 0, ahead=ahead)}
-    read = 0
-    for segment in range(8):
+    tiers, read = tiers_in(entries), 0
+    stores = {0: tiers.begin(0, ahead=ahead)}
+    for segment in range(SEGMENTS):
         store = stores.pop(segment)
-        if segment + 1 < 8:
-            # asked for while this one is made
-            stores[segment + 1] = begin(tiers, plan, segment + 1, ahead=ahead)
-        read += make(store, segment)
+        if segment + 1 < SEGMENTS:
+            stores[segment + 1] = tiers.begin(segment + 1, ahead=ahead)  # asked for while this one is made
+        read += use(store)
         store.finish()
-        tiers.complete(RUN, segment, 0, 1)
-        assert tiers.statistics()["bytes"]["host"] <= entries * SIZE
-    assert read == sum(len(s.reads) for s in plan.segments) > 60
-    figures = tiers.statistics()
+        tiers.end(segment)
+        assert tiers.host() <= entries * SIZE
+    assert read == sum(map(reads_of, range(SEGMENTS))) > 60
+    figures, counts = tiers.statistics(), tiers.statistics()["counts"]
     assert figures["peak_bytes"]["host"] <= entries * SIZE
-    assert figures["entries"] == 12, "nothing is kept that nobody will read, but for what the last segment has read"
-    came = figures["counts"]["prefetches", "useful"] + figures["counts"]["prefetches", "late"]
-    assert (figures["open_prefetches"], came > 0) == (0, entries < 12)
+    assert tiers.entries() == 12, "those of the last segment's reads, and no others"
+    assert counts["prefetches_requested",] == sum(n for name, n in counts.items() if name[0] == "prefetches")
+    assert (counts["prefetches", "useful"] + counts["prefetches", "late"] > 0) == (entries < 12)
     tiers.drop_run(RUN)
-    assert tiers.statistics()["entries"] == 0
+    assert tiers.entries() == 0
 
 
-def test_what_a_completed_segment_wrote_outlives_its_store(tiers_in):
-    plan = plan_of()
+def test_a_completed_segment_outlives_its_store(tiers_in):
     first = tiers_in()
-    first.follow(plan.uses())
-    store = begin(first, plan, 0)
-    make(store, 0)
-    store.finish()
-    first.complete(RUN, 0, 0, 1)
-    half = begin(first, plan, 1)
-    make(half, 1, upto=4)
-    first.close()  # as if it had died; what it has written by then is there
-
-    second = tiers_in()
-    second.follow(plan.uses(), 1)
+    first.make(0)
+    use(first.begin(1), upto=4)
+    first.close()  # as if it had died
+    second = tiers_in(segment=1)
     with pytest.raises(StaleLease, match="Segment 1 of 'run' was given to another"):
-        second.complete(RUN, 1, 0, 1)
-    again = begin(second, plan, 1, attempt=1)
-    assert make(again, 1) == len(plan.segments[1].reads)
-    again.finish()
-    second.complete(RUN, 1, 1, 1)
+        second.end(1)
+    assert second.make(1, attempt=1) == reads_of(1)
 
 
-def test_an_attempt_that_was_given_up_leaves_nothing(tiers_in):
-    plan = plan_of()
-    tiers = tiers_in(4)
-    tiers.follow(plan.uses())
-    store = begin(tiers, plan, 0, holder="dead")
-    make(store, 0, upto=5)
-    tiers.give_up(RUN, "dead")
-    figures = tiers.statistics()
-    assert (figures["entries"], figures["bytes"]["host"], figures["bytes"]["disk"]) == (0, 0, 0)
-    with pytest.raises(StaleLease):
-        tiers.complete(RUN, 0, 0, "dead")
-    again = begin(tiers, plan, 0, attempt=1, holder="new")
-    make(again, 0)
-    again.finish()
-    tiers.complete(RUN, 0, 1, "new")
-    later = begin(tiers, plan, 1, holder="new")
-    make(later, 1)
-
-
-def test_the_last_reader_may_be_made_again(tiers_in):
-    plan = plan_of(num_segments=3, window=2)
+@pytest.mark.parametrize("segment", [0, 2, 4, 7])
+def test_a_complete_segment_may_be_made_again(tiers_in, segment):
     tiers = tiers_in(2)
-    tiers.follow(plan.uses())
-    for segment in (0, 1):
-        store = begin(tiers, plan, segment)
-        make(store, segment)
-        store.finish()
-        tiers.complete(RUN, segment, 0, 1)
-    for attempt in range(3):
-        store = begin(tiers, plan, 2, attempt)
-        assert make(store, 2) == len(plan.segments[2].reads)
-    store.finish()
-    tiers.complete(RUN, 2, 2, 1)
+    for index, attempt in [*((index, 0) for index in range(segment)), *((segment, attempt) for attempt in range(3))]:
+        assert tiers.make(index, attempt) == reads_of(index)
 
 
-@pytest.mark.parametrize("segment", [0, 2, 4, 5])
-def test_a_complete_segment_of_which_nobody_heard_may_be_made_again(tiers_in, segment):
-    plan, tiers = plan_of(), tiers_in(2)
-    tiers.follow(plan.uses())
-    for index, attempt in [*((index, 0) for index in range(segment)), (segment, 0), (segment, 1), (segment + 1, 0)]:
-        store = begin(tiers, plan, index, attempt)
-        assert make(store, index) == len(plan.segments[index].reads)
-        store.finish()
-        tiers.complete(RUN, index, attempt, 1)
-
-
-def test_a_lost_entry_is_said_and_not_made_up(tiers_in):
-    plan = plan_of()
+def test_a_lost_entry_and_an_uncomputed_write_raise(tiers_in):
     tiers = tiers_in(1)
-    tiers.follow(plan.uses())
-    store = begin(tiers, plan, 0)
-    make(store, 0)
-    store.finish()
-    tiers.complete(RUN, 0, 0, 1)
+    store = tiers.begin(0)
+    use(store, upto=3)
+    with pytest.raises(EntryLost, match="was not computed"):
+        store.finish()
+    tiers.make(0, attempt=1)
     for file in tiers.disk.files.directory.glob("*.safetensors"):
         data = bytearray(file.read_bytes())
         data[-1] ^= 1
         file.write_bytes(data)
     with pytest.raises(EntryLost, match="has lost"):
-        make(begin(tiers, plan, 1), 1)
+        use(tiers.begin(1))
     assert tiers.statistics()["faults"]["checksum"] > 0
 
 
-def test_a_planned_write_that_was_not_computed_is_said(tiers_in):
-    plan = plan_of()
+def test_skipped_reads_make_room(tiers_in):
     tiers = tiers_in(2)
-    store = begin(tiers, plan, 0)
-    make(store, 0, upto=3)
-    with pytest.raises(EntryLost, match="was not computed"):
-        store.finish()
-
-
-def test_reads_that_are_passed_over_make_room(tiers_in):
-    plan = plan_of()
-    tiers = tiers_in(2)
-    tiers.follow(plan.uses())
-    store = begin(tiers, plan, 0)
-    make(store, 0)
-    store.finish()
-    tiers.complete(RUN, 0, 0, 1)
-    store = begin(tiers, plan, 1)
+    tiers.make(0)
+    store = tiers.begin(1)
     last = store.ops[-1]
     assert torch.equal(store.get(last.key[1:]), tensor_of(last.key))
     store.finish()
-    tiers.complete(RUN, 1, 0, 1)
+    tiers.end(1)
 
 
 def test_own_residuals_stay_as_long_as_they_are_read(tiers_in):
-    tiers = tiers_in(2)
-    store = begin(tiers, plan_of(), 0, history_len=2)
+    store = tiers_in(2).begin(0, history_len=2)
     for step in range(10, 14):
         store.put((0, EXPERT, "cond", 0, step), torch.full(SHAPE, float(step)))
     assert store.get((0, EXPERT, "cond", 0, 11)) is None
     assert store.get((0, EXPERT, "cond", 0, 12))[0, 0, 0] == 12
     assert store.waits.writes == 0
-
-
-def test_random_delays_change_nothing(tiers_in, monkeypatch):
-    noise = random.Random(3)
-    plan, tiers = plan_of(6, 2), tiers_in(2)
-    read, write = tiers.disk.files.read, tiers.disk.files.write
-
-    def slow(call):
-        def wrapped(*arguments):
-            time.sleep(noise.random() * 0.01)
-            return call(*arguments)
-
-        return wrapped
-
-    monkeypatch.setattr(tiers.disk.files, "read", slow(read))
-    monkeypatch.setattr(tiers.disk.files, "write", slow(write))
-    tiers.follow(plan.uses())
-    store, read = begin(tiers, plan, 0), 0
-    for segment in range(6):
-        following = begin(tiers, plan, segment + 1) if segment < 5 else None
-        read += make(store, segment)
-        store.finish()
-        tiers.complete(RUN, segment, 0, 1)
-        store = following
-    assert read == sum(len(s.reads) for s in plan.segments) > 20
 
 
 # Holders: processes that write into the arena.
@@ -262,16 +182,6 @@ def start_of(pid):
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
-def test_a_holder_is_a_process_and_no_later_one_of_its_pid(other_process):
-    process, holder = other_process
-    assert not is_gone(holder)
-    assert is_gone(f"{process.pid}-{int(start_of(process.pid)) - 1}"), "another process had this pid"
-    assert not is_gone(this_process())
-    assert began_before(this_process(), holder) or start_of("self") == start_of(process.pid)
-    process.kill()
-    assert wait_until(lambda: is_gone(holder)), "dead, although nobody has asked for it"
-
-
 def wait_until(condition, timeout_s=10.0):
     deadline = time.monotonic() + timeout_s
     while not (met := condition()) and time.monotonic() < deadline:
@@ -279,135 +189,125 @@ def wait_until(condition, timeout_s=10.0):
     return met
 
 
-def test_what_a_holder_may_still_write_to_returns_when_its_process_is_gone(tiers_in, other_process):
+def test_a_holder_is_a_process_and_no_later_one_of_its_pid(other_process):
     process, holder = other_process
-    plan, tiers = plan_of(), tiers_in(4)
-    tiers.follow(plan.uses())
-    store = begin(tiers, plan, 0, holder=holder)
-    make(store, 0, upto=2)  # two more have a place
+    assert not is_gone(holder)
+    assert is_gone(f"{process.pid}-{int(start_of(process.pid)) - 1}"), "another process had this pid"
+    assert not is_gone(this_process())
+    assert began_before(this_process(), holder) or start_of("self") == start_of(process.pid)
+    process.kill()
+    assert wait_until(lambda: is_gone(holder)), "dead, although its parent has not waited for it"
+
+
+def test_slots_that_a_replaced_holder_may_still_write_to_are_freed_when_its_process_is_gone(tiers_in, other_process):
+    process, holder = other_process
+    tiers = tiers_in(4)
+    store = tiers.begin(0, holder=holder)
+    use(store, upto=2)  # two more have a place
     wait_until(lambda: store.table.place(3) >= 0)
     view = store.arena.tensor(store.table.place(3), FORM.dtype, SHAPE)
-    again = begin(tiers, plan, 0, attempt=1, holder="successor")
-    figures = tiers.statistics()
-    assert (figures["orphans"], figures["bytes"]["host"] > 0) == (1, True)
+    again = tiers.begin(0, attempt=1, holder="successor")
+    assert (tiers.statistics()["orphans"], tiers.host() > 0) == (1, True)
     with pytest.raises(StaleLease):
-        tiers.complete(RUN, 0, 0, holder)
-    view.fill_(7.0)  # the last copy of who does not know yet
-    tiers.check()
+        tiers.end(0, holder=holder)
+    view.fill_(7.0)  # the last copy of a process that has not heard of it
     process.kill()
-    make(again, 0)  # takes the whole arena, as soon as it can be had
+    use(again)  # takes the whole arena, as soon as it is free
     assert is_gone(holder)
     again.finish()
-    tiers.complete(RUN, 0, 1, "successor")
+    tiers.end(0, 1, "successor")
     assert wait_until(lambda: tiers.statistics()["orphans"] == 0)
     assert tiers.statistics()["stale_leases"] == 1
-    assert make(begin(tiers, plan, 1, holder="successor"), 1) == len(plan.segments[1].reads)
+    assert tiers.make(1, holder="successor") == reads_of(1)
 
 
 def test_a_holder_that_began_earlier_cannot_take_a_run_back(tiers_in, other_process):
     _, holder = other_process
     earlier = f"{os.getpid()}-{int(start_of(os.getpid())) - 1}"
-    plan, tiers = plan_of(), tiers_in(4)
-    tiers.follow(plan.uses())
-    begin(tiers, plan, 0, holder=holder)
+    tiers = tiers_in(4)
+    tiers.begin(0, holder=holder)
     with pytest.raises(StaleLease, match="which began later"):
-        begin(tiers, plan, 0, attempt=1, holder=earlier)
+        tiers.begin(0, attempt=1, holder=earlier)
     tiers.drop_run(RUN)
-    begin(tiers, plan, 0, holder=earlier)
+    tiers.begin(0, holder=earlier)
     assert tiers.statistics()["stale_leases"] == 1
 
 
 def test_a_lease_of_another_incarnation_is_refused_and_counted(tiers_in):
-    plan, tiers = plan_of(), tiers_in(2)
-    tiers.follow(plan.uses())
-    store = begin(tiers, plan, 0)
-    make(store, 0)
-    store.finish()
-    for refused in ((1, 1, ""), (0, 2, ""), (0, 1, "another store")):
+    tiers = tiers_in(2)
+    use(tiers.begin(0))
+    for refused in ((1, 1, tiers.incarnation), (0, 2, tiers.incarnation), (0, 1, "another store")):
         with pytest.raises(StaleLease):
             tiers.complete(RUN, 0, *refused)
-    tiers.complete(RUN, 0, 0, 1, tiers.incarnation)
+    tiers.end(0)
     assert tiers.statistics()["stale_leases"] == 3
 
 
-def test_a_holder_that_gives_up_gets_nothing_dropped_of_what_it_completed(tiers_in):
-    plan, tiers = plan_of(), tiers_in(4)
-    tiers.follow(plan.uses())
-    store = begin(tiers, plan, 0, holder=this_process())
-    make(store, 0)
-    store.finish()
-    tiers.complete(RUN, 0, 0, this_process())
-    begin(tiers, plan, 1, holder=this_process())
+def test_a_holder_that_gives_up_loses_what_it_has_not_completed(tiers_in):
+    tiers = tiers_in(4)
+    use(tiers.begin(0, holder="dead"), upto=5)
+    tiers.give_up(RUN, "dead")
+    assert (tiers.entries(), tiers.host(), tiers.statistics()["bytes"]["disk"]) == (0, 0, 0)
+    with pytest.raises(StaleLease):
+        tiers.end(0, holder="dead")
+    tiers.make(0, attempt=1, holder=this_process())
+    tiers.begin(1, holder=this_process())
     tiers.give_up(RUN, this_process())
-    keys = [op.key for op in store.ops if op.writes]
+    keys = [write.key for write in PLAN.segments[0].writes]
     assert tiers.missing([*keys, ("no", "such")]) == [("no", "such")]
     assert tiers.statistics()["orphans"] == 0
 
 
-def test_what_is_complete_is_synced_and_nothing_before(tiers_in):
-    plan, tiers, synced = plan_of(), tiers_in(2), []
+# The disk
 
-    class Calls(files.Disk):
-        def fsync(self, descriptor):
-            synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-            super().fsync(descriptor)
 
-    files.disk = Calls()
-    tiers.follow(plan.uses())
-    store = begin(tiers, plan, 0)
-    make(store, 0)
-    store.finish()
-    assert synced == []
-    tiers.complete(RUN, 0, 0, 1)
+class Syncs(files.Disk):
+    """Records what is synced; an errno in place of a list fails each sync."""
+
+    def __init__(self, synced):
+        self.synced = synced
+
+    def fsync(self, descriptor):
+        if self.synced is errno.EIO:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self.synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        super().fsync(descriptor)
+
+
+def test_a_complete_segment_is_synced_and_nothing_before(tiers_in):
+    tiers = tiers_in(2)
+    store = tiers.begin(0)
+    with files.swapped(Syncs(synced := [])):
+        use(store)
+        store.finish()
+        assert synced == []
+        tiers.end(0)
     assert len(set(synced)) == sum(op.writes for op in store.ops) + 1, "every file, and the folder"
 
 
-def test_what_cannot_be_synced_is_not_complete(tiers_in):
-    plan, tiers = plan_of(), tiers_in(2)
-
-    class Calls(files.Disk):
-        def fsync(self, descriptor):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    tiers.follow(plan.uses())
-    store = begin(tiers, plan, 0)
-    make(store, 0)
-    store.finish()
-    whole, files.disk = files.disk, Calls()
-    with pytest.raises(OSError, match="Input/output"):
-        tiers.complete(RUN, 0, 0, 1)
-    files.disk = whole
-    again = begin(tiers, plan, 0, attempt=1)
-    make(again, 0)
-    again.finish()
-    tiers.complete(RUN, 0, 1, 1)
-
-
-def test_a_closed_store_refuses_instead_of_being_silent(tiers_in):
+def test_a_segment_that_cannot_be_synced_is_not_complete(tiers_in):
     tiers = tiers_in(2)
-    tiers.close()
-    with pytest.raises(StaleLease, match="closed"):
-        begin(tiers, plan_of(), 0)
-    tiers.close()
+    use(tiers.begin(0))
+    with files.swapped(Syncs(errno.EIO)), pytest.raises(OSError, match="Input/output"):
+        tiers.end(0)
+    tiers.make(0, attempt=1)
 
 
-def test_a_folder_that_was_removed_is_no_fault_at_the_end(tiers_in):
+class NoListing(files.Disk):
+    def listdir(self, _path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("trouble", ["none", "no folder", "no listing"])
+def test_a_store_closes_whatever_its_folder_does_and_refuses_every_call_from_then_on(tiers_in, trouble):
     tiers = tiers_in(2)
-    shutil.rmtree(tiers.disk.files.directory)
-    assert tiers.arena.path.exists()
-    tiers.close()
-    assert not tiers.arena.path.exists()
-
-
-def test_a_folder_that_fails_at_the_end_is_let_go_all_the_same(tiers_in):
-    class Broken(files.Disk):
-        def listdir(self, _path):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    tiers = tiers_in(2)
-    with files.swapped(Broken()):
+    if trouble == "no folder":
+        shutil.rmtree(tiers.disk.files.directory)
+    with files.swapped(NoListing() if trouble == "no listing" else files.disk):
         tiers.close()
     assert not tiers.arena.path.exists()
+    with pytest.raises(StaleLease, match="closed"):
+        tiers.begin(0)
     DiskTier(tiers.disk.files.directory, allow_tmpfs=True).close()
 
 
@@ -438,8 +338,7 @@ def test_keys_and_values_of_a_causal_model_are_kept_like_residuals(tmp_path):
     for chunk in range(chunks):
         ops = ops_of(chunk)
         lease = tiers.prepare(RUN, chunk, 0, 1, ops)
-        table = OpTable(tiers.arena.memory(lease.table, table_bytes(lease.num_ops)), lease.num_ops)
-        store = PlannedStore(tiers.arena, table, ops, prefix=(RUN,), timeout_s=10)
+        store = PlannedStore(tiers.arena, lease.table, ops, prefix=(RUN,), timeout_s=10)
         for op in ops:
             value = torch.full(op.form.shape, op.key[1] + (op.key[3] == "v") / 2, dtype=op.form.dtype)
             if op.writes:
@@ -448,8 +347,7 @@ def test_keys_and_values_of_a_causal_model_are_kept_like_residuals(tmp_path):
                 assert torch.equal(store.get(op.key[1:]), value)
                 read += 1
         store.finish()
-        tiers.complete(RUN, chunk, 0, 1)
-        tiers.check()
+        tiers.complete(RUN, chunk, 0, 1, tiers.incarnation)
     assert read == 2 * (1 + 2 * (chunks - 2))
     assert tiers.statistics()["counts"]["tier_lookups", "disk", "hit"] > 0
     tiers.close()

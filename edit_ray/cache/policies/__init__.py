@@ -13,8 +13,7 @@ from edit_ray.cache.policies.policy import (
     make_policy,
     register_policy,
 )
-from edit_ray.cache.policies.ranked import Ranked
-from edit_ray.cache.policies.schedule import Always, Schedule
+from edit_ray.cache.policies.schedule import Always, Ranked, Schedule
 from edit_ray.cache.policies.seacache import SeaCache
 from edit_ray.cache.policies.taylorseer import TaylorSeer
 from edit_ray.cache.policies.teacache import TeaCache

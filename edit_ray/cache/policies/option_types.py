@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class OptionError(ValueError, TypeError):
-    """A wrong option of a policy, as a whole sentence. It is both a ValueError and a TypeError.
+    """A wrong option of a policy, as a complete sentence. It is both a ValueError and a TypeError.
 
     Args:
         option: The option's name, without an index such as in "mask[3]".
@@ -58,7 +58,7 @@ _BRANCHES = '"cond", "uncond", or with the expert such as "transformer_2/cond"'
 
 
 def _by_branch(value: Any) -> dict[Any, Any]:
-    """A mapping as it is; anything else under "", for all branches of all experts."""
+    """A mapping unchanged; anything else under "", for all branches of all experts."""
     if not isinstance(value, Mapping):
         return {"": value}
     if not value:
@@ -88,15 +88,11 @@ Mask = Annotated[
 ]
 Ranks = Annotated[tuple[Count | None, ...], _sequence_of("whole numbers from 0 and None"), BeforeValidator(_items)]
 PerBranch = Annotated[dict[str, T], BeforeValidator(_by_branch)]
-"""An option that is given once, or per branch, or per expert and branch."""
+"""An option for all branches, per branch, or per expert and branch."""
 
 
 def pick_per_branch(name: str, entries: Mapping[str, T], expert: str, branch: str) -> T:
-    """The entry of a branch of an expert: its own, else its branch's, else the one for all.
-
-    Raises:
-        ValueError: none fits.
-    """
+    """The entry of a branch of an expert: its own, else its branch's, else the one for all. Raises ValueError."""
     for key in (f"{expert}/{branch}", branch, ""):
         if key in entries:
             return entries[key]
@@ -107,7 +103,7 @@ def pick_per_branch(name: str, entries: Mapping[str, T], expert: str, branch: st
 
 
 def check_lengths(name: str, entries: Mapping[str, Sequence[Any]], num_steps: int, why: str = "") -> None:
-    """Raises OptionError for a sequence that does not have one item per step of the loop."""
+    """Raises OptionError for a sequence without exactly one item per step of the loop."""
     for branch, entry in entries.items():
         if len(entry) != num_steps:
             which = f"{name}[{branch!r}]" if branch else name
@@ -130,10 +126,12 @@ def with_options(cls: type[T] | None = None, *, extra: Literal["allow", "forbid"
 
     @wraps(check)
     def __init__(self: Any, **options: Any) -> None:  # noqa: N807
+        before, self.__dict__ = self.__dict__, {}  # attributes that a subclass has set are no options
         try:
             check(self, **options)
         except ValidationError as error:
             raise _first_mistake(error, made) from None
+        self.__dict__ = before | self.__dict__
 
     if extra == "allow":
         others = Parameter("others", Parameter.VAR_KEYWORD)
@@ -165,5 +163,5 @@ def _valid(path: Sequence[str | int], schema: Schema) -> str:
 
 
 def option_schema(cls: type) -> Schema:
-    """The JSON schema of the options of a class that `with_options` has made."""
+    """The JSON schema of the options of a `with_options` class."""
     return TypeAdapter(cls).json_schema()

@@ -1,6 +1,6 @@
 """The contract of cache policies, and a policy made from its name and options.
 
-A policy decides when a unit recomputes, and what replaces the unit's output when it does not.
+A policy decides when a unit recomputes, and what replaces the unit's output on a skip.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class UnitState:
-    """What one (expert, branch, unit) remembers between the steps of a call.
+    """The state of one (expert, branch, unit) between the steps of a call.
 
     `user` is the policy's own; `computed_steps` are those of this call at which the unit's blocks have run.
     """
@@ -34,10 +34,10 @@ class UnitState:
 
 
 class StepSignals:
-    """What one forward of the transformer shows to the policies.
+    """The policies' view of one forward of the transformer.
 
-    `latents` are its input [B, C, T, h, w], `sigma` the noise level in [0, 1], where the denoising loop tells it. The
-    embeddings are made and copied to the CPU when first asked for: at most one device synchronisation a forward.
+    `latents` are its input [B, C, T, h, w], `sigma` the noise level in [0, 1], if the denoising loop passes it. The
+    embeddings are made and copied to the CPU at their first use: at most one device synchronisation per forward.
     """
 
     def __init__(self, embed: Callable[[], tuple[Tensor, Tensor]], latents: Tensor | None, sigma: float | None) -> None:
@@ -60,10 +60,10 @@ class StepSignals:
 
 
 class Residuals(Protocol):
-    """The stored residuals that a unit may read at its step, for reading only: they are the store's own tensors."""
+    """The stored residuals that a unit may read at its step, but not change: they are the store's own tensors."""
 
     def latest(self) -> Tensor | None:
-        """That of the last computed step."""
+        """The residual of the last computed step."""
 
     def history(self) -> list[tuple[int, Tensor]]:
         """(step, residual) of the last computed steps, newest first, without those that were evicted."""
@@ -77,11 +77,11 @@ class Residuals(Protocol):
 
 @dataclass
 class PolicyContext:
-    """One unit at one step of one branch, as a policy sees it.
+    """A policy's view of one unit at one step of one branch.
 
-    `hidden`: the unit's input [B, N, D]; None while a known mask is made. `encoder_hidden`: the text [B, L, D] that the
-    blocks see. `first_block_residual` [B, N, D]: with `needs_first_block_probe`, what the unit's first block has added
-    to `hidden`. A policy may set `signal`, `accumulated` and `threshold`, for the record of its decisions.
+    `hidden`: the unit's input [B, N, D]; None while a known mask is made. `encoder_hidden`: the blocks' text [B, L, D].
+    `first_block_residual` [B, N, D]: with `needs_first_block_probe`, the output of the unit's first block minus
+    `hidden`. A policy may set `signal`, `accumulated` and `threshold`, for the record of its decisions.
     """
 
     step: int
@@ -135,15 +135,15 @@ class CachePolicy(ABC):
     """
 
     granularities: tuple[str, ...] = ("stack", "per_block", "groups")
-    """Those it supports, of "stack", "per_block" and "groups" (an integer)."""
+    """The supported ones of "stack", "per_block" and "groups" (an integer)."""
     needs_first_block_probe: bool = False
-    """Whether the unit's first block always runs, and the policy sees what it added."""
+    """Whether the unit's first block always runs, and the policy sees its residual."""
     timestep_only: bool = False
-    """Whether `should_compute` reads nothing but `step`, `num_steps`, `branch`, `expert`, `sigma`, `e`, `e0`, `state`
-    and the presence of a reuse window: then all its decisions are made before the loop begins.
+    """Whether `should_compute` reads only `step`, `num_steps`, `branch`, `expert`, `sigma`, `e`, `e0`, `state`
+    and the presence of a reuse window: all its decisions are then made before the loop begins.
     """
     history_len: int = 1
-    """How many computed residuals `reconstruct` reads."""
+    """The number of computed residuals that `reconstruct` reads."""
 
     def check(self, num_steps: int) -> None:
         """Raises ValueError if the policy cannot serve a loop of `num_steps` steps."""
@@ -162,16 +162,16 @@ class CachePolicy(ABC):
         self.should_compute(ctx)
 
     def reconstruct(self, ctx: PolicyContext) -> Tensor | None:
-        """The unit's output [B, N, D] on a skip; None if it cannot be made, and then the unit computes."""
+        """The unit's output [B, N, D] on a skip; None if that is impossible: the unit computes then."""
         residual = ctx.residuals.latest()
         return None if residual is None or ctx.base is None else ctx.base + residual
 
     def keeps(self, step: int) -> bool:
-        """Whether later generations may read the residual of this step, so that newer ones do not replace it."""
+        """Whether later generations may read the residual of this step, so that newer residuals do not replace it."""
         return False
 
     def on_computed(self, ctx: PolicyContext) -> None:
-        """Called after the unit has computed, whoever decided it; `ctx.residual` is what it added to `ctx.base`.
+        """Called after the unit has computed, whoever decided it; `ctx.residual` is its output minus `ctx.base`.
 
         Not called for policies with `timestep_only`: their decisions are made before the loop.
         """

@@ -1,13 +1,23 @@
-"""Explicit masks: a list of the steps that compute, or all of them."""
+"""Explicit masks: all steps compute, those of a list, or those whose omission changes the result most."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from edit_ray.cache.policies.estimates import add_forecast, extrapolate
-from edit_ray.cache.policies.option_types import Mask, Order, PerBranch, check_lengths, pick_per_branch, with_options
+from edit_ray.cache.policies.option_types import (
+    Mask,
+    Order,
+    PerBranch,
+    Ranks,
+    Whole,
+    check_lengths,
+    pick_per_branch,
+    with_options,
+)
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, register_policy
 
 if TYPE_CHECKING:
@@ -50,3 +60,44 @@ class Schedule(CachePolicy):
 
     def reconstruct(self, ctx: PolicyContext) -> Tensor | None:
         return add_forecast(ctx, self.residual_order, extrapolate)
+
+
+@register_policy("ranked")
+@with_options
+class Ranked(CachePolicy):
+    """Skips the forwards of lowest rank; `edit-ray calibrate --policy ranked` finds the ranks.
+
+    Ranks may differ per branch and expert, not per unit.
+    """
+
+    timestep_only = True
+
+    skip_rank: PerBranch[Ranks] = Field(
+        description="For each step of the loop its rank among all forwards, from 0 for the one whose omission changes "
+        'least, and None for one that always computes; or such a sequence per "cond" and "uncond", or per '
+        '"transformer/cond" and so on.'
+    )
+    skips: Whole | None = Field(
+        default=None,
+        description="How many forwards are skipped, 0 for none; unless given, half of all that `skip_rank` lists.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.skips is None:
+            self.skips = sum(map(len, self.skip_rank.values())) // 2
+
+    def check(self, num_steps: int) -> None:
+        measured = ", so it has to be measured at the loop's number of steps"
+        check_lengths("skip_rank", self.skip_rank, num_steps, measured)
+
+    def should_compute(self, ctx: PolicyContext) -> bool:
+        rank = pick_per_branch("skip_rank", self.skip_rank, ctx.expert, ctx.branch)[ctx.step]
+        return rank is None or rank >= (self.skips or 0)
+
+
+def ranks_of(order: Sequence[tuple[str, int]], owners: Sequence[str], num_steps: int) -> dict[str, Any]:
+    """`skip_rank` for an order of skips (owner such as "transformer/cond", step), least change first."""
+    ranks: dict[str, list[int | None]] = {owner: [None] * num_steps for owner in owners}
+    for rank, (owner, step) in enumerate(order):
+        ranks[owner][step] = rank
+    return ranks

@@ -22,10 +22,10 @@ _OWN = "warmstart_reuse: has computed"
 @register_policy("warmstart_reuse")
 @with_options(extra="allow")
 class WarmstartReuse(CachePolicy):
-    """Before `warm_steps` a unit reuses residuals of its reuse window, or computes where there are none.
+    """Before `warm_steps` a unit reuses residuals of its reuse window, or computes if there are none.
 
-    Later steps follow the inner policy; the first of them computes if all steps before were reused, as later steps only
-    reuse residuals of their own call. The inner policy defines the granularities.
+    Later steps follow the inner policy, and only reuse residuals of their own call: the first of them computes if all
+    earlier steps were reused. The inner policy defines the granularities.
     """
 
     warm_steps: Count = Field(default=2, description="How many first steps are reused.")

@@ -1,10 +1,10 @@
-"""What every store can do, and what those that hold tensors have in common."""
+"""The interface of every store, and the base of those that hold tensors."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from edit_ray.tiers.reuse_plan import Key
 
@@ -14,23 +14,31 @@ if TYPE_CHECKING:
 Keys = Key | Iterable[Key]
 
 
+class _HasBytes(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+T = TypeVar("T", bound=_HasBytes)
+
+
 class CacheStore(Protocol):
     """Keeps tensors under keys for as long as its budget allows.
 
-    `get` may return None for anything at any time: whoever asks then recomputes or reloads. A tensor that was put
-    belongs to the store, and one that was got may be the store's own: neither may be changed in place. `GPUStore` keeps
-    and returns the very tensor, `CPUOffloadStore` a copy of its own at every `get`, `DiskOffloadStore` a new copy each
-    time; `TieredStore` does as the tier where the entry is.
+    `get` may return None for anything at any time: the caller then recomputes or reloads. A tensor that was put belongs
+    to the store, and `get` may return the store's own: neither may be changed in place. `GPUStore` keeps and returns
+    the same tensor, `CPUOffloadStore` keeps and returns its own copy, `DiskOffloadStore` returns a new copy each time;
+    `TieredStore` does as the tier that holds the entry.
     """
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
-        """Keeps `tensor` under `key`, in place of what was there. Raises TypeError for what is no key."""
+        """Keeps `tensor` under `key`, replacing an earlier one. Raises TypeError for what is not a key."""
 
     def get(self, key: Key) -> torch.Tensor | None:
         """The tensor, or None."""
 
     def prefetch(self, keys: Keys) -> None:
-        """Says what will be asked for soon: one key, or several in the order of use."""
+        """Announces reads: one key, or several in the order of use."""
 
     def drop(self, key: Key) -> None:
         """Forgets one entry; an unknown key is no error."""
@@ -40,7 +48,7 @@ class CacheStore(Protocol):
 
 
 def keys_of(keys: Keys) -> tuple[Key, ...]:
-    """Several keys, of one or of several: a key is a tuple, and none of its parts is one."""
+    """One key or several as several: a key is a tuple, and none of its parts is one."""
     several = tuple(keys)
     if isinstance(keys, tuple) and several and not isinstance(several[0], tuple):
         return (several,)  # type: ignore[return-value]
@@ -48,7 +56,7 @@ def keys_of(keys: Keys) -> tuple[Key, ...]:
 
 
 def check_budget(budget_bytes: int | None) -> int | None:
-    """The budget; ValueError if it is none."""
+    """The budget. Raises ValueError if it is not valid."""
     whole = isinstance(budget_bytes, int) and not isinstance(budget_bytes, bool)
     if budget_bytes is not None and (not whole or budget_bytes < 0):
         raise ValueError(
@@ -57,12 +65,12 @@ def check_budget(budget_bytes: int | None) -> int | None:
     return budget_bytes
 
 
-class HeldTensors:
-    """Tensors by key, in order, and their bytes; a subclass says by `put` and `get` which are kept, and where."""
+class HeldTensors(Generic[T]):
+    """Tensors by key, oldest first, and their bytes. A subclass adds `put` and `get`. Not thread-safe."""
 
     def __init__(self) -> None:
         self.bytes_resident = 0
-        self._entries: OrderedDict[Key, torch.Tensor] = OrderedDict()
+        self._entries: OrderedDict[Key, T] = OrderedDict()
 
     def drop(self, key: Key) -> None:
         tensor = self._entries.pop(key, None)
@@ -74,10 +82,10 @@ class HeldTensors:
         self.bytes_resident = 0
 
     def prefetch(self, keys: Keys) -> None:
-        """Nothing to do: every entry is where `get` finds it."""
+        """Does nothing: `get` finds every entry."""
 
     def sizes(self) -> dict[Key, int]:
-        """Bytes of every entry, the one kept or used longest ago first."""
+        """Bytes of every entry, the least recently put or used first."""
         return {key: tensor.nbytes for key, tensor in self._entries.items()}
 
     def __len__(self) -> int:

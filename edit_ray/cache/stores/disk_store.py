@@ -1,4 +1,4 @@
-"""The disk tier of the library: one safetensors file for each entry, which the next one to open the folder finds."""
+"""The disk store of the library: one safetensors file for each entry, which the next store in the folder finds."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from os import PathLike
 import torch
 
 from edit_ray.cache.stores.base import Keys
+from edit_ray.tiers.disk_tier import UNREADABLE, EntryFolder
 from edit_ray.tiers.entry_file import aligned_buffer, check_dtype, memory_of
-from edit_ray.tiers.entry_folder import UNREADABLE, EntryFolder
 from edit_ray.tiers.reuse_plan import Key
 
 
 class DiskOffloadStore:
-    """A `CacheStore` in files, without a bound. It has a directory to itself until `close`, or until it is deleted.
+    """A `CacheStore` in files, without a bound. It locks its directory until `close`, or until it is deleted.
 
-    `EntryFolder` says how it keeps them, and counts in `files.faults` what goes wrong: what cannot be read is a miss,
-    and removed unless the error may pass. Not thread-safe.
+    `EntryFolder` describes the files, and counts failures in `files.faults`. An unreadable file is a miss, and removed
+    unless the error may pass. Not thread-safe.
     """
 
     tier = "disk"
 
     def __init__(self, directory: str | PathLike[str], *, allow_tmpfs: bool = False) -> None:
-        """Raises ValueError, with the reason: another store has `directory` open, or it is no place for files."""
+        """Raises ValueError, with the reason: another store has `directory` open, or it cannot be used."""
         self.files = EntryFolder(directory, allow_tmpfs=allow_tmpfs)
         self.directory = self.files.directory
         self._staging = aligned_buffer(0)  # as large as the largest entry so far
@@ -34,15 +34,15 @@ class DiskOffloadStore:
 
     @property
     def num_unreadable(self) -> int:
-        """Files of ours that were lost: gone, torn or damaged."""
+        """Files that were lost: missing, torn or damaged."""
         return sum(self.files.faults[fault] for fault in UNREADABLE)
 
     def check_dtype(self, dtype: torch.dtype) -> None:
-        """Raises ValueError for a type that no file holds."""
+        """Raises ValueError for a dtype that these files do not hold."""
         check_dtype(dtype)
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
-        """Raises OSError if it cannot be written, DiskFull if there is no room; nothing is left under the key then."""
+        """Raises OSError if it cannot be written, DiskFull if there is no room; the key has no entry then."""
         ticket, aside = self.files.begin(key)
         self.files.remove(aside)
         check_dtype(tensor.dtype)
@@ -62,7 +62,7 @@ class DiskOffloadStore:
         return _typed(buffer, entry.dtype, entry.shape)
 
     def prefetch(self, keys: Keys) -> None:
-        """Nothing to do: there is no faster place for it here."""
+        """Does nothing: there is no faster tier here."""
 
     def drop(self, key: Key) -> None:
         self.files.remove(self.files.drop(key))
@@ -72,7 +72,7 @@ class DiskOffloadStore:
             self.drop(key)
 
     def close(self) -> None:
-        """Let another store open the directory; entries stay there. Use this one no more."""
+        """Unlock the directory for another store; entries stay there. Later calls raise RuntimeError."""
         self.files.close()
 
     def sizes(self) -> dict[Key, int]:

@@ -1,4 +1,4 @@
-"""Eviction order: the least recently used first, or what a reuse plan reads furthest in the future."""
+"""Eviction order: the least recently used first, or by a reuse plan the entry read furthest in the future."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ Order = tuple[float, ...]
 class EvictionPolicy(ABC):
     """Ranks entries. The order of a key may change when the key is touched or read, and by `follow` and `advance`.
 
-    An object serves one store. Ones from outside are chosen by a name in the entry-point group `edit_ray.eviction`.
+    An object serves one store. Other packages register theirs in the entry-point group `edit_ray.eviction`.
     """
 
     @abstractmethod
     def order(self, key: Key) -> Order:
-        """What is smallest goes first. Of one length for all keys; no two keys should be equal."""
+        """The smallest is evicted first. Of one length for all keys; no two keys should be equal."""
 
     @abstractmethod
     def touch(self, key: Key) -> None:
-        """The entry was written, or was said to be read soon."""
+        """The entry was written, or prefetched."""
 
     @abstractmethod
     def read(self, key: Key) -> bool:
-        """The entry was asked for, found or not. True if the order of other keys has changed by it."""
+        """The entry was read, found or not. True if the order of other keys has changed by it."""
 
     @abstractmethod
     def forget(self, key: Key) -> None:
         """No tier holds the entry any more."""
 
     def dead(self, key: Key) -> bool:
-        """Whether it is known that nobody will read the entry again: it is dropped instead of moved down."""
+        """Whether it is known that nobody will read the entry again: it is dropped instead of spilled."""
         return False
 
     def follow(self, uses: Uses) -> None:  # noqa: B027 - most have no use for a plan
-        """A reuse plan, in place of the one before; the order of every key may have changed."""
+        """A new reuse plan; the order of every key may have changed."""
 
     def advance(self, position: int) -> Collection[Key]:
-        """All that was planned before `position` is past; the keys whose order has changed by it."""
+        """Reads planned before `position` are past; returns the keys whose order has changed by it."""
         return ()
 
 
@@ -51,7 +51,7 @@ EVICTIONS: Registry[EvictionPolicy] = Registry("eviction policy", "edit_ray.evic
 
 
 def make_eviction(eviction: str | EvictionPolicy) -> EvictionPolicy:
-    """The policy of a registered name; one that is made already comes back as it is.
+    """The policy of a registered name; an EvictionPolicy is returned as it is.
 
     Raises:
         ValueError: no eviction policy has this name.
@@ -67,7 +67,7 @@ def make_eviction(eviction: str | EvictionPolicy) -> EvictionPolicy:
 
 @EVICTIONS.register("lru")
 class LRU(EvictionPolicy):
-    """The least recently used goes first."""
+    """The least recently used is evicted first."""
 
     def __init__(self) -> None:
         self._clock = 0
@@ -91,10 +91,10 @@ class LRU(EvictionPolicy):
 
 @EVICTIONS.register("furthest_next_use")
 class FurthestNextUse(LRU):
-    """What the plan reads last goes first (Belady 1966), and before it what the plan does not know, by age.
+    """The entry that the plan reads last is evicted first (Belady 1966), before it unplanned entries by age.
 
-    A planned key that is read where the plan has no use for it means that the run has left its plan: from then on,
-    until the next plan, this is `LRU`. So it is without a plan.
+    A planned key that is read at an unplanned position means that the run has left its plan: from then on, until the
+    next plan, and also without a plan, this is `LRU`.
     """
 
     def __init__(self, uses: Uses | None = None) -> None:
@@ -127,7 +127,7 @@ class FurthestNextUse(LRU):
         return not self.diverged and key in self._uses and not self._uses[key]
 
     def follow(self, uses: Uses) -> None:
-        """Uses of each key in order; begins at position 0."""
+        """Follow the uses of each key, in order, from position 0."""
         self.position, self.diverged = 0, False
         self._uses = {key: deque(of_key) for key, of_key in uses.items()}
         self._keys_at = {}
@@ -137,7 +137,7 @@ class FurthestNextUse(LRU):
         self._positions = sorted(self._keys_at)
 
     def advance(self, position: int) -> Collection[Key]:
-        """A position only grows; what was planned and not read before it is passed over."""
+        """Move on, never back; planned reads before `position` that were not made are skipped."""
         past = self._positions[: bisect_left(self._positions, position)]
         self._positions = self._positions[len(past) :]
         changed = set[Key]()

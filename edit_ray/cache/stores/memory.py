@@ -1,4 +1,4 @@
-"""Tensors in this process's memory: where they are, by reference, or copied to the host within a byte budget."""
+"""Stores in this process's memory: tensors by reference, on their device, or copied to the host within a budget."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from edit_ray.tiers.reuse_plan import Key, check_key
 _LARGE = 1 << 20  # bytes
 
 
-class GPUStore(HeldTensors):
-    """A `CacheStore` that keeps the tensors it is given, on their own device, without a bound; they belong to it then.
-
-    Not thread-safe: one owner at a time.
-    """
+class GPUStore(HeldTensors[torch.Tensor]):
+    """A `CacheStore` that keeps the tensors that are put, on their own device, without a bound."""
 
     tier = "device"
 
@@ -30,10 +27,10 @@ class GPUStore(HeldTensors):
         return self._entries.get(key)
 
 
-class HostStore(HeldTensors):
+class HostStore(HeldTensors[torch.Tensor]):
     """A `CacheStore` in RAM. `budget_bytes` None means no bound.
 
-    Counts what it refuses (larger than the whole budget) and what it evicts. Not thread-safe: one owner at a time.
+    Counts tensors that it refuses (larger than the whole budget) and those that it evicts, least recently used first.
     """
 
     tier = "host"
@@ -65,10 +62,10 @@ class HostStore(HeldTensors):
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy on the CPU; a large one in pages of its own, which go back to the system with it.
+    """A contiguous copy on the CPU; a large one in pages of its own, which are returned to the system with it.
 
-    In the C library's heap, whose holes an aligned block of the very size does not fit into, a store that lets large
-    tensors come and go takes more than twice its budget.
+    In the C library's heap an aligned block does not fit into the hole of another of its size, so a store that
+    replaces large tensors would take more than twice its budget.
     """
     if tensor.nbytes < _LARGE:
         return tensor.to("cpu", copy=True).contiguous()
@@ -76,4 +73,4 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-CPUOffloadStore = HostStore  # what the library's users know it as
+CPUOffloadStore = HostStore  # its name in the library's documentation

@@ -1,4 +1,4 @@
-"""What a `TieredStore` would do with a list of accesses: the store itself, over tiers that hold sizes alone."""
+"""Simulation of a `TieredStore` on a list of accesses: the store itself, over tiers that hold sizes alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edit_ray.tiers.reuse_plan import CacheKey, Key, ReusePlan, Use
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """At `position` an entry is read, and on a miss computed in `seconds` and stored; or it is written anew."""
+    """A read of an entry at `position`, computed in `seconds` and stored on a miss; or a write of it."""
 
     position: int
     key: Key
@@ -25,15 +25,15 @@ class Access:
 
 @dataclass
 class Simulated:
-    """What came of it. `hits` per tier, by where an entry was when it was asked for."""
+    """The result. `hits` are counted by the tier that held an entry when it was read."""
 
     reads: int = 0
     hits: Counter[str] = field(default_factory=Counter)
     bytes_written: Counter[str] = field(default_factory=Counter)  # into each tier, spills and first writes alike
-    stall_seconds: float = 0.0  # of bringing what was hit to the first tier
-    recompute_seconds: float = 0.0  # of computing what was missed
-    saved_seconds: float = 0.0  # of computing what was hit
-    bound_seconds: float = 0.0  # of `saved_seconds`: no choice of victims saves more
+    stall_seconds: float = 0.0  # of moving hits to the first tier
+    recompute_seconds: float = 0.0  # of computing misses
+    saved_seconds: float = 0.0  # of computing hits
+    bound_seconds: float = 0.0  # of `saved_seconds`: no eviction order saves more
 
     @property
     def hit_rate(self) -> float:
@@ -41,7 +41,7 @@ class Simulated:
 
     @property
     def ratio(self) -> float:
-        """Seconds saved to what is the most that could be."""
+        """Seconds saved as a share of the bound."""
         return self.saved_seconds / self.bound_seconds if self.bound_seconds else 1.0
 
 
@@ -55,7 +55,7 @@ def uses_of(accesses: Sequence[Access]) -> dict[Key, list[Use]]:
 
 
 def accesses_of(plan: ReusePlan, seconds: Callable[[CacheKey], float]) -> list[Access]:
-    """A reuse plan's writes and reads as they come; `seconds` says how long an entry takes to compute."""
+    """A reuse plan's writes and reads in order; `seconds` is the time that an entry takes to compute."""
     found = []
     for index, segment in enumerate(plan.segments):
         planned = [(each, write) for write, those in ((False, segment.reads), (True, segment.writes)) for each in those]
@@ -72,13 +72,13 @@ def simulate(
 ) -> Simulated:
     """Let a store serve the accesses one by one.
 
-    Nothing is brought ahead of time, so `stall_seconds` is what planned prefetch has to hide, not what is left of it.
+    Nothing is prefetched, so `stall_seconds` is the time that prefetch has to hide, not what is left of it.
 
     Args:
-        accesses: In order; positions must not fall.
+        accesses: In order; positions never decrease.
         tiers: Name and budget in bytes, fastest first; None for no bound.
-        eviction: As for `TieredStore`; one that follows a plan is given the accesses themselves as its plan.
-        rates: Bytes per second from one tier to another; a pair that is missing takes no time.
+        eviction: As for `TieredStore`; the accesses are its plan.
+        rates: Bytes per second from one tier to another; a missing pair takes no time.
     """
     papers = [_Paper(name) for name, _ in tiers]
     store = TieredStore([(paper, budget) for paper, (_, budget) in zip(papers, tiers, strict=True)], eviction=eviction)
@@ -106,7 +106,7 @@ def simulate(
 
 
 def offline_bound(accesses: Sequence[Access], capacity: float) -> float:
-    """Seconds of computing that at most can be saved with so many bytes, in however many tiers, all being known before.
+    """An upper bound of the seconds of computing that any tiers with `capacity` bytes save, all accesses being known.
 
     A read can only be a hit if its entry was kept since it was last read or written, which takes its size times the
     accesses between; all tiers together offer `capacity` times the number of accesses. Filling that with the intervals

@@ -1,30 +1,34 @@
-"""Stores for a loop that reads all residuals in every step: in pinned memory, or a fixed fraction of them there."""
+"""Stores for a loop that reads all residuals in every step: in pinned memory all of them, or a fixed fraction."""
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from edit_ray.cache.stores.base import CacheStore, Keys
+from edit_ray.cache.stores.base import CacheStore, HeldTensors, Keys
 from edit_ray.cache.stores.memory import GPUStore
 from edit_ray.tiers.reuse_plan import Key, check_key
-from edit_ray.tiers.transfers import Copies, Copy, Loaded, copies_for
+from edit_ray.tiers.transfers import Copy, HostCopies, Loaded, copies_for
 
 
 @dataclass(slots=True, eq=False)
 class _Place:
-    """Host memory of one entry, and the copies that it is in; memory of a dropped entry is used again."""
+    """Host memory of one entry, and its copies in flight. The memory of a dropped entry is reused."""
 
     memory: Tensor
     device: torch.device
     leaving: Copy | None = None
     loading: Copy | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return self.memory.nbytes
+
     def settle(self) -> None:
-        """Nothing is on its way when this returns."""
+        """Wait for the copies in flight."""
         for copy in (self.leaving, self.loading):
             if copy is not None:
                 copy.wait()
@@ -32,17 +36,16 @@ class _Place:
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is on its way."""
+        """Whether no copy is in flight."""
         return all(copy is None or copy.done() for copy in (self.leaving, self.loading))
 
 
-class PinnedStore:
+class PinnedStore(HeldTensors[_Place]):
     """A `CacheStore` in host memory, without a bound; `get` returns an entry on the device from which it was put.
 
-    What was read after an entry the last time is brought ahead when that one is read again, `ahead` entries deep: a
-    loop that reads the same in every step finds it there. So many may be on their way from the device at a time, and
-    twice as many reads asked for that the device has not come to; whoever is further ahead of it waits. Not
-    thread-safe: one owner at a time.
+    When an entry is read again, those that were read after it the last time are loaded ahead, `ahead` entries deep: a
+    loop that reads the same in every step finds them loaded. At most `ahead` writes are in flight, and twice as many
+    reads that the device has not reached; a caller that is further ahead of the device waits.
     """
 
     tier = "host"
@@ -51,17 +54,16 @@ class PinnedStore:
         """Raises ValueError: `ahead` is below 1."""
         if ahead < 1:
             raise ValueError(f"ahead is {ahead}; valid is a number of entries from 1.")
-        self.bytes_resident = 0
+        super().__init__()
         self._most = ahead
-        self._entries: dict[Key, _Place] = {}
         self._free: dict[tuple[torch.dtype, torch.Size], list[_Place]] = {}
-        self._copies: dict[torch.device, Copies] = {}
-        self._loaded: OrderedDict[Key, Loaded] = OrderedDict()  # begun, and not asked for yet
-        self._then: dict[Key, Key] = {}  # what was read after it
+        self._copies: dict[torch.device, HostCopies] = {}
+        self._loaded: dict[Key, Loaded] = {}  # begun, and not asked for yet
+        self._then: dict[Key, Key] = {}  # the entry that was read after this one
         self._last: Key | None = None
         self._leaving: deque[_Place] = deque()
         self._loading: deque[_Place] = deque()
-        self._asked: deque[torch.cuda.Event] = deque()  # where the device was to be at each of the last reads
+        self._asked: deque[torch.cuda.Event] = deque()  # of the last reads, to know which the device has reached
 
     def put(self, key: Key, tensor: Tensor) -> None:
         check_key(key)
@@ -92,33 +94,22 @@ class PinnedStore:
                 self._loaded[following] = self._load(following)
         return self._copies_of(device).use(loaded)
 
-    def prefetch(self, keys: Keys) -> None:
-        """Nothing to do: it knows the order in which entries were read."""
-
     def drop(self, key: Key) -> None:
         self._loaded.pop(key, None)
         self._then.pop(key, None)
-        place = self._entries.pop(key, None)
-        if place is not None:
-            self.bytes_resident -= place.memory.nbytes
+        if (place := self._entries.get(key)) is not None:
             self._free.setdefault((place.memory.dtype, place.memory.shape), []).append(place)
+        super().drop(key)
 
     def clear(self) -> None:
         for key in list(self._entries):
             self.drop(key)
         self._last = None
         self._asked.clear()
-        for on_their_way in (self._leaving, self._loading):
-            self._let_go(on_their_way, 0)
+        for in_flight in (self._leaving, self._loading):
+            self._let_go(in_flight, 0)
 
-    def sizes(self) -> dict[Key, int]:
-        """Bytes of every entry, oldest first."""
-        return {key: place.memory.nbytes for key, place in self._entries.items()}
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def _copies_of(self, device: torch.device) -> Copies:
+    def _copies_of(self, device: torch.device) -> HostCopies:
         if device not in self._copies:
             self._copies[device] = copies_for(device)
         return self._copies[device]
@@ -126,17 +117,17 @@ class PinnedStore:
     def _place_for(self, tensor: Tensor) -> _Place:
         free = self._free.get((tensor.dtype, tensor.shape))
         if free:
-            place = free.pop(0)  # the one that was given back first: its copies are over, if any are
+            place = free.pop(0)  # the one that was freed first: its copies have ended, if any have
             place.settle()
             place.device = tensor.device
             return place
         pinned = tensor.device.type == "cuda"
         return _Place(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned), tensor.device)
 
-    def _let_go(self, on_their_way: deque[_Place], most: int) -> None:
-        """A copy holds what it reads or fills on the device: few are kept, and none that is over."""
-        while on_their_way and (len(on_their_way) > most or on_their_way[0].settled):
-            on_their_way.popleft().settle()
+    def _let_go(self, in_flight: deque[_Place], most: int) -> None:
+        """A copy keeps its tensor on the device: few copies are kept, and none that has ended."""
+        while in_flight and (len(in_flight) > most or in_flight[0].settled):
+            in_flight.popleft().settle()
 
     def _load(self, key: Key) -> Loaded:
         place = self._entries[key]
@@ -150,7 +141,7 @@ class PinnedStore:
         return loaded
 
     def _wait_for(self, device: torch.device) -> None:
-        """The device is at most so many reads behind: what it has not come to holds its memory."""
+        """Bound how far the device is behind: reads that it has not reached hold their memory."""
         if device.type != "cuda":
             return
         event = torch.cuda.Event()
@@ -160,15 +151,11 @@ class PinnedStore:
             self._asked.popleft().synchronize()
 
 
-Owner = Key  # expert, branch, unit: the middle of a cache's key
-
-
 class SpreadStore:
     """A `CacheStore` that keeps the residuals of a fixed fraction of the units in host memory, evenly spread.
 
     Where each step reads everything, as forecasting does, an LRU store moves every entry in every step. Here a unit's
-    residuals have one place, and those on the host are loaded while the units between are at work. Not thread-safe: one
-    owner at a time.
+    residuals stay in one tier, and those on the host are loaded while the units between compute. Not thread-safe.
 
     Examples:
         >>> pipe.enable_cache("taylorseer", 50, "per_block", SpreadStore(host_share=0.25), max_order=2)
@@ -178,7 +165,7 @@ class SpreadStore:
         """
         Args:
             host_share: The fraction of the units whose residuals are on the host, from 0 to 1.
-            ahead: How many entries are on their way at a time in each direction.
+            ahead: The number of entries in flight in each direction.
 
         Raises:
             ValueError: one of them is not valid.
@@ -187,7 +174,7 @@ class SpreadStore:
             raise ValueError(f"host_share is {host_share}; valid is a number from 0 to 1.")
         self.host_share = host_share
         self._device, self._host = GPUStore(), PinnedStore(ahead)
-        self._home: dict[Owner, GPUStore | PinnedStore] = {}
+        self._home: dict[Key, GPUStore | PinnedStore] = {}  # by expert, branch and unit
 
     @property
     def tier_bytes(self) -> dict[str, int]:
@@ -205,7 +192,7 @@ class SpreadStore:
         return self._home_of(key).get(key)
 
     def prefetch(self, keys: Keys) -> None:
-        """Nothing to do: what is on the host is loaded ahead anyway."""
+        """Does nothing: entries on the host are loaded ahead anyway."""
 
     def drop(self, key: Key) -> None:
         self._home_of(key).drop(key)
@@ -215,9 +202,8 @@ class SpreadStore:
             store.clear()
 
     def _home_of(self, key: Key) -> CacheStore:
-        owner = key[1:4]
-        if owner not in self._home:
-            number = len(self._home)
+        unit, number = key[1:4], len(self._home)
+        if unit not in self._home:
             on_host = int((number + 1) * self.host_share) > int(number * self.host_share)
-            self._home[owner] = self._host if on_host else self._device
-        return self._home[owner]
+            self._home[unit] = self._host if on_host else self._device
+        return self._home[unit]

@@ -1,4 +1,4 @@
-"""Stores stacked into tiers, fastest first: what a tier has no room for spills into the next one."""
+"""Stores stacked into tiers, fastest first: an entry that a tier has no room for spills into the next one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Stored:
 
 @dataclass(eq=False)
 class _Level:
-    """One tier: its store, and its entries in the order in which they are evicted."""
+    """One tier: its store, and its entries in eviction order."""
 
     name: str
     store: CacheStore
@@ -40,11 +40,11 @@ class _Level:
     ranked: list[tuple[Order, int, _Stored]] = field(default_factory=list)
 
     def could_hold(self, size: int) -> bool:
-        """Whether so many bytes fit where nothing else is."""
+        """Whether `size` bytes fit into the empty tier."""
         return self.budget is None or size <= self.budget
 
     def victims(self, size: int) -> list[_Stored]:
-        """What has to leave so that so many bytes fit."""
+        """The entries to evict so that `size` bytes fit."""
         short, found = 0 if self.budget is None else self.used + size - self.budget, []
         for _, _, entry in self.ranked if short > 0 else ():
             if entry.size and short > 0:
@@ -52,29 +52,23 @@ class _Level:
                 short -= entry.size
         return found
 
-
-@dataclass
-class TierCounts:
-    """What a `TieredStore` has done. `drops` counts entries that left all tiers, by the reason."""
-
-    spills: int = 0
-    refused: int = 0
-    retries: int = 0  # writes tried again after a tier was full below its budget
-    misses: int = 0
-    unkept: int = 0  # writes that were not worth a place in any tier
-    drops: Counter[str] = field(default_factory=Counter)
+    def accepts(self, size: int, order: Order) -> bool:
+        """Whether a new entry of this size and order would not be the first to be evicted."""
+        victims = self.victims(size) if self.could_hold(size) else None
+        return victims is not None and all(victim.rank is None or victim.rank[0] <= order for victim in victims)
 
 
 class TieredStore:
     """A `CacheStore` of several, given from fast to slow, each with the bytes it may hold, or None for no bound.
 
-    An entry goes into the first tier that could hold it were it empty. Where that is full, what comes first by
-    `eviction` spills into the next tier that could hold it, and out of the last it is evicted: `num_spills` and
-    `num_evictions` count that, `num_refused` what is larger than every tier. With `promote`, what `get` finds moves up
-    again. The stores should have no bound of their own. Threads take turns.
+    An entry is put into the first tier that could hold it if it were empty. If that is full, the first entry by
+    `eviction` spills into the next tier that could hold it; from the last tier it is evicted. `num_spills` and
+    `num_evictions` count that, `num_refused` entries that are larger than every tier. With `promote`, an entry that
+    `get` finds moves up again. The stores should have no bound of their own. Thread-safe.
 
-    `eviction` is "lru", the least recently used first; "furthest_next_use", which wants `follow` and `advance`, goes by
-    a reuse plan; or another registered name, or an EvictionPolicy object. `counters` has all that was counted.
+    `eviction` is "lru", the least recently used first; "furthest_next_use", which follows a reuse plan by `follow` and
+    `advance`; another registered name; or an EvictionPolicy object. `drops` counts the entries that left all tiers, by
+    reason.
 
     Examples:
         >>> TieredStore([(GPUStore(), 384 << 20), (CPUOffloadStore(), 768 << 20), (DiskOffloadStore(directory), None)])
@@ -86,7 +80,7 @@ class TieredStore:
         promote: bool = True,
         eviction: str | EvictionPolicy = "lru",
     ) -> None:
-        """Raises ValueError: no tier, two of the same name, a budget below 0, or no such eviction policy."""
+        """Raises ValueError: no tier, two of one name, a budget below 0, or an unknown eviction policy."""
         names = [str(getattr(store, "tier", type(store).__name__)) for store, _ in tiers]
         if not names or len(set(names)) < len(names):
             raise ValueError(
@@ -94,7 +88,9 @@ class TieredStore:
                 "(the attribute `tier` of its store)."
             )
         self.promote = promote
-        self.counters = TierCounts()
+        self.num_spills = 0  # moves down, one for each entry and tier
+        self.num_refused = 0  # tensors larger than every tier
+        self.drops: Counter[str] = Counter()
         self._levels = [
             _Level(name, store, check_budget(budget)) for name, (store, budget) in zip(names, tiers, strict=True)
         ]
@@ -108,19 +104,9 @@ class TieredStore:
                 self._adopt(key, size, level)
 
     @property
-    def num_spills(self) -> int:
-        """Moves down, one for each entry and tier."""
-        return self.counters.spills
-
-    @property
     def num_evictions(self) -> int:
-        """Entries that had to go, because the last tier was full."""
-        return self.counters.drops["evicted"]
-
-    @property
-    def num_refused(self) -> int:
-        """Tensors larger than every tier."""
-        return self.counters.refused
+        """Entries that were dropped because the last tier was full."""
+        return self.drops["evicted"]
 
     @property
     def tier_bytes(self) -> dict[str, int]:
@@ -133,48 +119,42 @@ class TieredStore:
         return sum(tier.used for tier in self._levels)
 
     def tier_of(self, key: Key) -> str | None:
-        """The name of the tier that holds an entry, None if none does; moves nothing."""
+        """The name of the tier that holds an entry, None if none does; does not move it."""
         entry = self._entries.get(key)
         return None if entry is None else self._levels[entry.level].name
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
-        """Raises ValueError for a type that a tier does not hold (its `check_dtype`); nothing is left then."""
+        """Raises ValueError for a dtype that a tier does not hold (its `check_dtype`); nothing is kept then."""
         check_key(key)
         with self._lock:
             self.drop(key)
             self._check_dtype(tensor.dtype)
             size = tensor.nbytes
             if not any(tier.could_hold(size) for tier in self._levels):
-                self.counters.refused += 1
+                self.num_refused += 1
                 return
             self._eviction.touch(key)
-            level = None if self._eviction.dead(key) else self._best_level(size, self._eviction.order(key), 0)
-            if level is None:
-                self.counters.unkept += 1
-                self._eviction.forget(key)
-                return
-            entry = _Stored(key, size, level, tensor.device)
             try:
-                self._make_room(level, size)
-                kept = self._write(level, entry, tensor)
-            except BaseException:
-                self._eviction.forget(key)
-                raise
-            if not kept:
-                self._eviction.forget(key)
-                self.counters.drops["full"] += 1
-                return
-            self._entries[key] = entry
-            self._rank(entry)
+                level = None if self._eviction.dead(key) else self._best_level(size, self._eviction.order(key), 0)
+                if level is not None:
+                    self._make_room(level, size)
+                    entry = _Stored(key, size, level, tensor.device)
+                    if self._write(level, entry, tensor):
+                        self._entries[key] = entry
+                        self._rank(entry)
+                    else:
+                        self.drops["full"] += 1
+            finally:
+                if key not in self._entries:
+                    self._eviction.forget(key)
 
     def get(self, key: Key) -> torch.Tensor | None:
-        """The tensor or None; from the tiers host and disk it is on the CPU, unless it is promoted to the device."""
+        """The tensor or None. One from the host or the disk is on the CPU, unless it is promoted to the device."""
         with self._lock:
             if self._eviction.read(key):
                 self._rerank(self._entries)
             entry = self._entries.get(key)
             if entry is None:
-                self.counters.misses += 1
                 return None
             if self.promote and not self._eviction.dead(key):
                 target = self._best_level(entry.size, self._eviction.order(key), 0, entry.level)
@@ -188,10 +168,7 @@ class TieredStore:
         return tensor
 
     def prefetch(self, keys: Keys) -> None:
-        """Move entries up, in the order of use, until the first tier is full of them; with `promote` off as well.
-
-        It returns when they have moved.
-        """
+        """Move entries up, in the order of use, until the first tier is full of them; also without `promote`."""
         with self._lock:
             first, chosen = self._levels[0], list[_Stored]()
             for entry in [self._entries[key] for key in dict.fromkeys(keys_of(keys)) if key in self._entries]:
@@ -212,13 +189,13 @@ class TieredStore:
                         self._rerank((entry.key,))
 
     def follow(self, uses: Uses) -> None:
-        """Go by this plan, at position 0: for each key that will be read, at which positions, and in which order."""
+        """Follow this plan from position 0: the position and the order of each read, by key."""
         with self._lock:
             self._eviction.follow(uses)
             self._rerank(self._entries)
 
     def advance(self, position: int) -> None:
-        """The plan has come to this position: the index of the segment that is made now."""
+        """The plan has reached this position: the index of the current segment."""
         with self._lock:
             self._rerank(self._eviction.advance(position))
 
@@ -234,7 +211,7 @@ class TieredStore:
                 self.drop(key)
 
     def sizes(self) -> dict[Key, int]:
-        """Bytes of every entry, from the slowest tier to the fastest, in the order in which they are evicted."""
+        """Bytes of every entry, from the slowest tier to the fastest, in eviction order."""
         return {entry.key: entry.size for tier in reversed(self._levels) for _, _, entry in tier.ranked}
 
     def __len__(self) -> int:
@@ -243,7 +220,7 @@ class TieredStore:
     # Entries
 
     def _adopt(self, key: Key, size: int, level: int) -> None:
-        """A tier held this before; what comes first there makes room for it, or it is dropped itself."""
+        """Take over an entry that a tier holds already. It is dropped if it does not fit."""
         tier = self._levels[level]
         if key in self._entries or not tier.could_hold(size):
             tier.store.drop(key)
@@ -259,16 +236,13 @@ class TieredStore:
         self._unrank(entry)
         del self._entries[entry.key]
         self._eviction.forget(entry.key)
-        self._leave(entry)
-        self.counters.drops[reason] += 1
-
-    def _leave(self, entry: _Stored) -> None:
         tier = self._levels[entry.level]
         tier.used -= entry.size
         tier.store.drop(entry.key)
+        self.drops[reason] += 1
 
     def _rank(self, entry: _Stored) -> None:
-        """Where it stands in its tier; an entry of which it is known that nobody reads it again is dropped."""
+        """Insert an entry into its tier's eviction order, or drop it if it is known that nobody reads it again."""
         if self._eviction.dead(entry.key):
             return self._drop(entry, "dead")
         self._serial += 1
@@ -282,7 +256,7 @@ class TieredStore:
             entry.rank = None
 
     def _rerank(self, keys: Iterable[Key]) -> None:
-        """The order of these has changed."""
+        """The order of these keys has changed."""
         for entry in [self._entries[key] for key in keys if key in self._entries]:
             self._unrank(entry)
             self._rank(entry)
@@ -290,17 +264,12 @@ class TieredStore:
     # Moves
 
     def _best_level(self, size: int, order: Order, first: int, last: int | None = None) -> int | None:
-        """The first tier from `first` to before `last` where an entry of this order would not be the first to go."""
+        """The first tier from `first` to before `last` that accepts an entry of this size and order."""
         levels = range(first, len(self._levels) if last is None else last)
-        return next((level for level in levels if self._accepts(self._levels[level], size, order)), None)
-
-    def _accepts(self, tier: _Level, size: int, order: Order) -> bool:
-        return tier.could_hold(size) and all(
-            victim.rank is None or victim.rank[0] <= order for victim in tier.victims(size)
-        )
+        return next((level for level in levels if self._levels[level].accepts(size, order)), None)
 
     def _make_room(self, level: int, size: int) -> None:
-        """Spill what comes first. Raises what a store raises; the entry that it would not take is dropped then."""
+        """Spill until `size` bytes fit. Raises what a store raises; the entry that it refused is dropped then."""
         for victim in self._levels[level].victims(size):
             order = self._eviction.order(victim.key)
             self._unrank(victim)
@@ -313,15 +282,15 @@ class TieredStore:
                     self._rank(victim)
 
     def _move(self, entry: _Stored, level: int) -> None:
-        """To another tier, with room made there. An entry that comes to nothing on its way down is dropped; on its way
-        up it stays where it was.
+        """Move an entry to another tier and make room there. If that fails, an entry that moves down is dropped; one
+        that moves up stays where it was.
         """
         source, down = self._levels[entry.level], level > entry.level
         tensor = source.store.get(entry.key)
         if tensor is None:
             return self._drop(entry, "lost")
         before = entry.level
-        source.used -= entry.size  # what makes room above may take its place
+        source.used -= entry.size  # an entry that spills from above may take its place
         try:
             self._make_room(level, entry.size)
             if self._levels[level].name == "device" and entry.device is not None:
@@ -338,13 +307,13 @@ class TieredStore:
         if kept:
             source.store.drop(entry.key)
             entry.level = level
-            self.counters.spills += down
+            self.num_spills += down
         else:
             source.used += entry.size
             self._drop(entry, "full") if down else self._make_room(before, 0)
 
     def _write(self, level: int, entry: _Stored, tensor: torch.Tensor) -> bool:
-        """Put a tensor where there is room for it; False if the store is full below its budget, twice."""
+        """Put a tensor into a tier with room for it; False if the store is full below its budget, twice."""
         tier = self._levels[level]
         for attempt in (1, 2):
             try:
@@ -354,18 +323,12 @@ class TieredStore:
             except OSError as error:
                 if error.errno not in _FULL:
                     raise
-            if attempt == 1:
-                self.counters.retries += 1
-                self._evict(tier, entry.size)
+            short = entry.size if attempt == 1 else 0
+            for _, _, victim in list(tier.ranked):
+                if short > 0:
+                    short -= victim.size
+                    self._drop(victim, "evicted")
         return False
-
-    def _evict(self, tier: _Level, size: int) -> None:
-        """Drop what comes first, at least so many bytes: the tier holds less than its budget says."""
-        for _, _, victim in list(tier.ranked):
-            if size <= 0:
-                break
-            size -= victim.size
-            self._drop(victim, "evicted")
 
     def _check_dtype(self, dtype: torch.dtype) -> None:
         for tier in self._levels:

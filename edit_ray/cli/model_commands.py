@@ -1,0 +1,153 @@
+"""`edit-ray calibrate` and `edit-ray tune`: fit a policy to a model, or find the best policy for it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edit_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edit_ray.config import Config
+    from edit_ray.engine.pipeline import EditWanPipeline
+    from edit_ray.tuning.rank import SkipMeasure
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    """Measures a model and writes the policy's fitted options. Checks all input before it imports torch."""
+    if options.batch_size < 1:
+        raise ConfigError([f"--batch-size is {options.batch_size}; it must be a whole number from 1"])
+    config, prompts = _uncached_config(options), _read_prompts(options.prompts)
+    _check_calibration(options.file)
+    from edit_ray.engine.calibration import write_calibration
+    from edit_ray.tuning.calibrate import fit_magcache, fit_teacache, observe, plot_fit
+    from edit_ray.tuning.rank import SkipMeasure
+
+    pipe, call, seed = _load(config), _call(config), config.sampling.seed
+    plot = None
+    if options.policy == "ranked":
+        fitted = _rank(SkipMeasure(pipe, prompts, seed, call, options.batch_size))
+    else:
+        measured = observe(pipe, prompts, seed, call, use_ret_steps=options.use_ret_steps)
+        try:
+            if options.policy == "teacache":
+                fitted = fit_teacache(measured, options.use_ret_steps)
+            else:
+                fitted = fit_magcache(measured, config.sampling.num_inference_steps)
+        except ValueError as error:
+            raise ConfigError([str(error)]) from None
+        if importlib.util.find_spec("matplotlib") is not None:
+            plot = options.file.with_suffix(f".{options.policy}.png")
+            plot_fit(measured, fitted).savefig(plot)
+    write_calibration(options.file, options.policy, fitted, {"prompts": len(prompts), "seed": seed, **call})
+    print(options.file)
+    if plot is not None:
+        print(plot)
+    return 0
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Prints the policy with the least computation at the given PSNR. Checks all input before it imports torch."""
+    if not 0 < options.psnr < 100:
+        raise ConfigError([f"--psnr is {options.psnr:g}; it must be above 0 and below 100"])
+    if options.seeds < 1:
+        raise ConfigError([f"--seeds is {options.seeds}; it must be a whole number from 1"])
+    config, prompts = _uncached_config(options), _read_prompts(options.prompts)
+    if len(prompts) * options.seeds < 2:
+        raise ConfigError(["one video is not enough to generalize from: give more --prompts or --seeds"])
+    from edit_ray.tuning.tune import TUNABLE, Videos, best
+    from edit_ray.tuning.tune import tune as trials_of
+
+    policies = list(TUNABLE) if options.policies is None else [name.strip() for name in options.policies.split(",")]
+    if unknown := [name for name in policies if name not in TUNABLE]:
+        raise ConfigError([f"--policies has {', '.join(unknown)}; valid are {', '.join(TUNABLE)}"])
+    videos = Videos(_load(config), prompts, config.sampling.seed, _call(config), options.seeds)
+    trials = []
+    for trial in trials_of(videos, options.psnr, policies):
+        trials.append(trial)
+        setting = " ".join(f"{name}={value:g}" for name, value in trial.options.items())
+        print(
+            f"{trial.policy} {setting}: {trial.blocks:.3f} of the blocks, {trial.psnr:.2f} dB "
+            f"(at least {trial.low:.2f}): {trial.verdict}",
+            file=sys.stderr,
+            flush=True,
+        )
+    found = best(trials)
+    if found is None:
+        print(f"no setting of {', '.join(policies)} keeps {options.psnr:g} dB", file=sys.stderr)
+        return 1
+    chosen = {"policy": found.policy, **found.options}
+    print(f"cache: {{{', '.join(f'{name}: {value}' for name, value in chosen.items())}}}")
+    return 0
+
+
+def _load(config: Config) -> EditWanPipeline:
+    from edit_ray.engine.loading import load_pipeline, with_flow_shift
+
+    pipe = load_pipeline(config.model.model_copy(update={"offload": "none"}))  # prompts run one at a time
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = with_flow_shift(pipe.scheduler, config.sampling.flow_shift)
+    return pipe
+
+
+def _call(config: Config) -> dict[str, Any]:
+    """The pipeline's arguments except prompt and seed."""
+    names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt")
+    return {name: getattr(config.sampling, name) for name in names}
+
+
+def _rank(measure: SkipMeasure) -> dict[str, Any]:
+    """The options of `ranked` for a model; prints its progress to stderr.
+
+    Raises ConfigError.
+    """
+    from edit_ray.cache.policies.schedule import ranks_of
+    from edit_ray.tuning.rank import MOST_SKIPPED, rank_skips
+
+    slots, owners = measure.slots(), measure.owners()
+    if not slots:
+        raise ConfigError(["sampling.num_inference_steps is 1: no step can be skipped"])
+    forwards = measure.num_steps * len(measure.branches)
+    order: tuple[tuple[str, int], ...] = ()
+    for done in rank_skips(measure, slots, int(forwards * MOST_SKIPPED)):
+        order = done.skipped
+        print(f"{len(order)} of {forwards} forwards skipped: {done.likeness:.1f} dB", file=sys.stderr, flush=True)
+    return {"skip_rank": ranks_of(order, owners, measure.num_steps)}
+
+
+def _uncached_config(options: argparse.Namespace) -> Config:
+    """The configuration without its cache section, which may need the missing calibration. Raises ConfigError."""
+    from edit_ray.cache.options import CacheOptions
+    from edit_ray.config import check_config, load_config
+
+    config = load_config(options.config, options.set, check_model=False).model_copy(update={"cache": CacheOptions()})
+    problems = check_config(config)
+    if problems:
+        raise ConfigError([f"{options.config}: {problem}" for problem in problems])
+    return config
+
+
+def _check_calibration(path: Path) -> None:
+    """Raises ConfigError if the calibration cannot be written to this file."""
+    from edit_ray.engine.calibration import read_calibration
+
+    try:
+        read_calibration(path)
+    except ValueError as error:
+        raise ConfigError([f"--file: {error}"]) from None
+    if not path.parent.is_dir():
+        raise ConfigError([f"--file is {path}, and {path.parent} is not a folder"])
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """The non-blank lines of a text file. Raises ConfigError."""
+    try:
+        prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"--prompts {path} cannot be read: {error}"]) from None
+    if not prompts:
+        raise ConfigError([f"--prompts {path} holds no prompt; it must have one per line"])
+    return prompts

@@ -1,0 +1,162 @@
+"""`edit-ray plan`: prints the reuse estimate of a run before anything is loaded, in lines of at most 100 columns."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from edit_ray.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from edit_ray.cli.reuse_estimate import ReuseEstimate
+    from edit_ray.config import Config
+
+# One eager forward of Wan2.1-1.3B on an H200: 480 x 832 pixels, 33 frames, bfloat16. Nothing else was measured.
+MEASURED_MS, MEASURED_TOKENS, MEASURED_WIDTH, MEASURED_BLOCKS = 181.6, 14_040, 1536, {"transformer": 30}
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Prints what the configured run will reuse. Loads no weights. Raises ConfigError, ModelError."""
+    from edit_ray.cli.reuse_estimate import estimate_reuse
+    from edit_ray.config import load_config
+
+    forward_ms: float | None = options.forward_ms
+    if forward_ms is not None and not 0 < forward_ms < math.inf:
+        raise ConfigError([f"--forward-ms is {forward_ms:g}; it must be a number of milliseconds above 0"])
+    config = load_config(options.config, options.set)
+    if not config.cache.reuse_window:
+        print("cache.reuse_window is 0: no segment of this run reuses residuals of another.")
+        return 0
+    try:
+        estimate = estimate_reuse(config)
+    except ModelError:
+        raise
+    except ValueError as error:
+        raise ConfigError([f"{options.config}: cache.{error}"]) from None
+    host = config.store.host_bytes
+    if any(segment.working for segment in estimate.plan.segments) and estimate.size > host:
+        raise ConfigError([f"store.host_bytes is {host}; one residual of this run has {estimate.size} bytes."])
+    if forward_ms is None and _is_measured(config, estimate):
+        forward_ms = MEASURED_MS
+    print("\n".join(lines(config, estimate, forward_ms)))
+    return 0
+
+
+def _is_measured(config: Config, estimate: ReuseEstimate) -> bool:
+    sizes = estimate.shape[1], estimate.model.width, estimate.model.num_blocks
+    dtype, device = config.model.torch_dtype, config.model.device
+    return sizes == (MEASURED_TOKENS, MEASURED_WIDTH, MEASURED_BLOCKS) and dtype == "bfloat16" and device != "cpu"
+
+
+def lines(config: Config, estimate: ReuseEstimate, forward_ms: float | None) -> list[str]:
+    """The estimate as text; with `forward_ms`, the milliseconds of one forward, computing time is in seconds. Pure."""
+    return [
+        *_run_lines(config, estimate, forward_ms),
+        "",
+        *_choice_lines(config, estimate),
+        "",
+        *_tier_lines(config, estimate, forward_ms),
+    ]
+
+
+def _run_lines(config: Config, estimate: ReuseEstimate, forward_ms: float | None) -> list[str]:
+    from edit_ray.cli.reuse_estimate import HOST_TO_DISK
+
+    cache, plan, size = config.cache, estimate.plan, estimate.size
+    _, tokens, width = estimate.shape
+    found = [
+        f"model     {config.model.path}",
+        f"run       {config.num_segments} segments, reuse window {cache.reuse_window}, granularity {cache.granularity}",
+        f"residual  {size:,} bytes ({_bytes(size)}): {tokens:,} tokens of width {width:,}, {config.model.torch_dtype}",
+    ]
+    alike: dict[tuple[int, int], list[int]] = {}
+    for index, segment in enumerate(plan.segments):
+        alike.setdefault((len(segment.writes), len(segment.reads)), []).append(index)
+    for (writes, reads), segments in alike.items():
+        wrote = f"writes {writes} residuals ({_bytes(writes * size)}, {writes * size / HOST_TO_DISK:.3g} s to disk)"
+        read = f"reads {reads} residuals ({_bytes(reads * size)})"
+        uses = " and ".join(text for text, count in ((wrote, writes), (read, reads)) if count) or "reuses nothing"
+        found.append(f"segment   {_listed(segments)}: {uses}")
+    capacity = config.store.disk_bytes
+    limit = "unlimited" if capacity is None else _bytes(capacity)
+    found.append(f"live      {_bytes(estimate.live_bytes)} at once; capacity (store.disk_bytes): {limit}")
+    if plan.computed:
+        lost = sum(slot.size for slot in plan.computed)
+        found += [
+            f"computed  {len(plan.computed)} residuals ({_bytes(lost)}) do not fit: every segment computes them,",
+            f"          {_computing(estimate.lost, forward_ms)} in each that would have reused them; "
+            f"all of them need {estimate.needed_bytes:,} bytes",
+        ]
+    else:
+        found.append("computed  none: all residuals fit")
+    saved = f"saved     {estimate.saved:.4g} of the run's {estimate.forwards:,} forwards"
+    return [*found, saved if forward_ms is None else f"{saved}, {estimate.saved * forward_ms / 1000:.4g} s"]
+
+
+def _choice_lines(config: Config, estimate: ReuseEstimate) -> list[str]:
+    configured = (config.cache.granularity, config.cache.reuse_window)
+    rows = [("granularity", "window", "residuals", "live at once", "run writes", "run reads", "forwards saved", "")]
+    rows += [
+        (
+            str(choice.granularity),
+            str(choice.window),
+            str(choice.entries),
+            _bytes(choice.live_bytes),
+            _bytes(choice.written_bytes),
+            _bytes(choice.read_bytes),
+            f"{choice.saved:.4g}",
+            "configured" if (choice.granularity, choice.window) == configured else "",
+        )
+        for choice in estimate.choices
+    ]
+    return ["If all residuals fit, by granularity and window:", *_columns(rows)]
+
+
+def _tier_lines(config: Config, estimate: ReuseEstimate, forward_ms: float | None) -> list[str]:
+    from edit_ray.cli.reuse_estimate import DISK_TO_HOST, HOST_TO_DISK, HOST_TO_GPU
+
+    on_gpu = config.model.device != "cpu"
+    tiers = {"host": config.store.host_bytes, "disk": config.store.disk_bytes}
+    budgets = [f"{name} {'unlimited' if size is None else _bytes(size)}" for name, size in tiers.items()]
+    rows: list[tuple[str, ...]] = [
+        ("eviction", "host hits", "disk hits", "misses", "stall", "recompute", "of the bound")
+    ]
+    for name, result in estimate.simulated.items():
+        hits = result.hits.total()
+        stall = result.stall_seconds + (hits * estimate.size / HOST_TO_GPU if on_gpu else 0)
+        recompute = _computing(result.recompute_seconds, forward_ms)
+        counts = (result.hits["host"], result.hits["disk"], result.reads - hits)
+        rows.append((name, *map(str, counts), f"{stall:.4g} s", recompute, f"{result.ratio:.1%}"))
+    to_gpu = f"host to GPU {HOST_TO_GPU / 1e9:g}, " if on_gpu else ""
+    known = "unknown (give --forward-ms)" if forward_ms is None else f"{forward_ms:g} ms"
+    return [
+        "Simulated with all residuals planned and no prefetch:",
+        f"{', '.join(budgets)}; segments 0 to {estimate.simulated_segments - 1}",
+        *_columns(rows),
+        "Bound: the most computation that any eviction order can save; stall: time that prefetch must hide.",
+        f"Assumed, GB/s as measured on one H200's host: {to_gpu}disk to host {DISK_TO_HOST / 1e9:g}, "
+        f"host to disk {HOST_TO_DISK / 1e9:g}.",
+        f"Assumed, one forward: {known}.",
+    ]
+
+
+def _computing(forwards: float, forward_ms: float | None) -> str:
+    return f"{forwards:.4g} forwards" if forward_ms is None else f"{forwards * forward_ms / 1000:.4g} s"
+
+
+def _bytes(count: int) -> str:
+    """The amount with a decimal prefix."""
+    power = min(max(len(str(count)) - 1, 0) // 3, 4)
+    return f"{count / 1000**power:.4g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _listed(segments: Sequence[int], most: int = 8) -> str:
+    return ", ".join(map(str, segments[:most])) + (f", … ({len(segments)} in all)" if len(segments) > most else "")
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligns the first column left and the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]

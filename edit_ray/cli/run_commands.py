@@ -1,0 +1,174 @@
+"""Commands that list, stop and continue runs, or end the actors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from edit_ray.errors import ConfigError, EditRayError, ResourcesUnavailable, RunLive
+
+if TYPE_CHECKING:
+    from edit_ray.actors.messages import RunStatus
+    from edit_ray.client import LongVideoClient
+
+
+def list_runs(options: argparse.Namespace) -> int:
+    """Prints one line per run on disk or in this Ray cluster."""
+    client = reader_of(options)
+    runs = list(known_runs(client))
+    shown = [run for run in runs if options.all or client.owner.owns(run.owner)]
+    for run in shown:
+        print(line_of(run, owner=options.all))
+    if hidden := len(runs) - len(shown):
+        print(f"{hidden} more of other owners: --all shows them")
+    elif not shown:
+        print(f"no runs in {client.output}")
+    return 0
+
+
+def known_runs(client: LongVideoClient) -> Iterator[RunStatus]:
+    """The runs on disk, oldest first, then those elsewhere; the segment scheduler's status wins over the folder's."""
+    from edit_ray.actors.messages import RunStatus
+    from edit_ray.runs.folder import folders_in
+
+    try:
+        active = {os.path.realpath(run.path): run for run in client.runs()}
+    except EditRayError as error:
+        _warn_from_disk(error)
+        active = {}
+    for folder in folders_in(client.output):
+        try:
+            path = os.path.realpath(folder.path)
+            yield active.pop(path) if path in active else RunStatus.of(folder.path, folder.read_manifest())
+        except (EditRayError, OSError) as error:
+            print(f"edit-ray: {folder.path} is left out: {error}", file=sys.stderr)
+    yield from (run for path, run in active.items() if not run.ended or os.path.exists(path))
+
+
+def status(options: argparse.Namespace) -> int:
+    """Prints the state of a run."""
+    status = reader_of(options).status(options.run_id)
+    print(line_of(status))
+    if at := status.progress:
+        print(f"segment {at.segment_index}: step {at.step} of {at.num_steps}")
+    for text in filter(None, (status.error, status.warning)):
+        print(text)
+    return 0
+
+
+def down(options: argparse.Namespace) -> int:
+    """Ends every edit_ray actor. Asks first while runs are active."""
+    from edit_ray.actors import connection, launch
+
+    if not connection.connect_if_running(options.address):
+        print("no Ray is running")
+        return 0
+    if not options.force:
+        _check_nobody_works(client_of(options))
+    ended = launch.end_actors()
+    print(f"ended: {', '.join(ended)}" if ended else "no actors were alive")
+    return 0
+
+
+def _check_nobody_works(client: LongVideoClient) -> None:
+    """Raises NotYourRun, or RunLive if runs are active and the user does not confirm."""
+    try:
+        live = [run for run in client.runs() if not run.ended]
+    except EditRayError as error:
+        raise ResourcesUnavailable(f"{error}; `edit-ray down --force` ends the actors without asking them") from None
+    for run in live:
+        print(line_of(run, owner=True))
+    for run in live:
+        client.check_mine(run)
+    count = f"{len(live)} run{'s are' if len(live) > 1 else ' is'} at work"
+    if live and not confirmed(f"{count}. End them? Committed segments stay, and `edit-ray resume` continues."):
+        raise RunLive(f"{count}, and nothing was ended; wait, `edit-ray cancel` them, or give --force")
+
+
+def cancel(options: argparse.Namespace) -> int:
+    """Asks a run to stop."""
+    client = client_of(options)
+    status = client.status(options.run_id)
+    if status.ended:
+        print(f"{options.run_id} has ended already: {status.state}")
+        return 0
+    client.cancel(options.run_id, force=options.force)
+    print(f"asked {options.run_id} to stop; `edit-ray resume {options.run_id}` continues it")
+    return 0
+
+
+def resume(options: argparse.Namespace) -> int:
+    """Continues a run at its first uncommitted segment."""
+    client = _lasting_client(options)
+    print(line_of(client.resume(options.run_id, remake_damaged=options.remake_damaged, **_allowed(options))))
+    return 0
+
+
+def extend(options: argparse.Namespace) -> int:
+    """Adds segments to an ended run."""
+    print(line_of(_lasting_client(options).extend(options.run_id, options.segments, **_allowed(options))))
+    return 0
+
+
+def reroll(options: argparse.Namespace) -> int:
+    """Generates segments of an ended run again."""
+    changes = {"seed": options.seed, "prompt": options.prompt, **_allowed(options)}
+    print(line_of(_lasting_client(options).reroll(options.run_id, options.start, **changes)))
+    return 0
+
+
+def _allowed(options: argparse.Namespace) -> dict[str, bool]:
+    return {"allow_different_hardware": options.allow_different_hardware, "force": options.force}
+
+
+def _lasting_client(options: argparse.Namespace) -> LongVideoClient:
+    """A client of a Ray cluster that outlives this command. Raises NotYourRun, ResourcesUnavailable."""
+    from edit_ray.actors import connection
+
+    client = client_of(options)
+    client.check_mine(client.status(options.run_id), options.force)
+    if not connection.connect_if_running(options.address):
+        raise ResourcesUnavailable(
+            "no Ray is running: start one with `ray start --head`, or continue with "
+            f"`python jobs/long_video.py --run-id {options.run_id} --resume`"
+        )
+    return client
+
+
+def client_of(options: argparse.Namespace) -> LongVideoClient:
+    """A client of the running Ray cluster, if any."""
+    from edit_ray.client import LongVideoClient
+
+    return LongVideoClient(output=options.output, address=options.address)
+
+
+def reader_of(options: argparse.Namespace) -> LongVideoClient:
+    """A client for reading: if the named Ray cluster does not answer, it warns and reads folders only."""
+    from edit_ray.client import LongVideoClient
+
+    try:
+        return client_of(options)
+    except ConfigError:
+        raise
+    except EditRayError as error:
+        _warn_from_disk(error)
+        return LongVideoClient(output=options.output, connect=False)
+
+
+def _warn_from_disk(error: EditRayError) -> None:
+    print(f"edit-ray: {error}; the following is read from disk", file=sys.stderr)
+
+
+def line_of(status: RunStatus, owner: bool = False) -> str:
+    """A run's id, state, progress, folder and, if asked for, owner in one line."""
+    total = "∞" if status.num_segments is None else status.num_segments
+    line = f"{status.run_id}  {status.state}  {status.committed}/{total} segments  {status.path}"
+    return f"{line}  {status.owner or 'nobody'}" if owner else line
+
+
+def confirmed(question: str) -> bool:
+    """Whether the user confirms; False without a terminal."""
+    return sys.stdin.isatty() and input(f"{question} [y/N] ").strip().lower() in ("y", "yes")

@@ -1,0 +1,206 @@
+"""`engine.mode: fast` for a transformer: what replaces the forwards of its blocks, and their weights laid out anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any, NamedTuple, get_args
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanAttention
+from torch import Tensor, nn
+
+from edit_ray.engine import fast_block
+from edit_ray.engine.fast_block import BlockWeights, Layer, Rope, Sizes, quantise
+from edit_ray.engine.options import Mode
+from edit_ray.errors import ModelError
+
+FP8_CAPABILITY = (8, 9)
+
+
+def check_mode(mode: str, fp8: bool, device: torch.device) -> None:
+    """Raises `ModelError` for an unknown mode, and for FP8 in the mode exact or on a device without it."""
+    if mode not in get_args(Mode):
+        raise ModelError(f"The mode is {mode!r}; valid are {', '.join(get_args(Mode))}.")
+    if fp8 and mode != "fast":
+        raise ModelError(f"fp8 is true in the mode {mode}; it needs the mode fast.")
+    if fp8 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY):
+        here = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+        raise ModelError(f"fp8 is true, and {here} multiplies no FP8; it needs a GPU of capability 8.9 or later.")
+
+
+class Functions(NamedTuple):
+    """The functions of a forward: those of `fast_block`, compiled or as they are."""
+
+    embed: Callable[..., Tensor] = fast_block.embed
+    block: Callable[..., Tensor] = fast_block.block
+    head: Callable[..., Tensor] = fast_block.head
+
+
+@cache
+def compiled() -> Functions:
+    """Compiled once in a process for each form of their tensors."""
+    return Functions(*(torch.compile(function, dynamic=False, fullgraph=True) for function in Functions()))
+
+
+class FastTransformer:
+    """Replaces the forwards of one transformer and its blocks while a loop runs."""
+
+    def __init__(
+        self, transformer: WanTransformer3DModel, *, fp8: bool = False, functions: Functions | None = None
+    ) -> None:
+        self.transformer, self.fp8 = transformer, fp8
+        self._functions = functions or compiled()
+        self._blocks: list[Any] = []
+        self._weights: list[BlockWeights] = []
+        self._quantised: dict[int, tuple[list[int | None], Layer]] = {}  # by a weight's address, with versions
+        self._texts: list[tuple[Tensor, int | None, list[tuple[Tensor, Tensor]]]] = []
+        self._rope: tuple[Tensor, Rope] | None = None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Inside, the forwards are the fast ones."""
+        self._blocks = list(self.transformer.blocks)
+        self._weights = [self._gather(each) for each in self._blocks]
+        for index, each in enumerate(self._blocks):
+            each.forward = partial(self._block, index)
+        self.transformer.forward = self._forward
+        try:
+            yield
+        finally:
+            for module in (self.transformer, *self._blocks):
+                del module.forward
+            self._texts.clear()
+
+    def _forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,  # diffusers' scale of adapters: there are none
+    ) -> tuple[Tensor] | Transformer2DModelOutput:
+        """The transformer's forward, with diffusers' arguments and results."""
+        whole, (embed, _, head) = self.transformer, self._functions
+        patch = whole.config.patch_size
+        grid = tuple(size // of for size, of in zip(hidden_states.shape[2:], patch, strict=True))
+        rotary_emb = whole.rope(hidden_states)
+        x = embed(hidden_states, whole.patch_embedding.weight, whole.patch_embedding.bias)
+        per_token = timestep.shape[1] if timestep.ndim == 2 else None
+        times = timestep if per_token is None else timestep.flatten()
+        texts = encoder_hidden_states, encoder_hidden_states_image
+        temb, timestep_proj, text, _ = whole.condition_embedder(times, *texts, timestep_seq_len=per_token)
+        timestep_proj = timestep_proj.unflatten(-1, (6, -1))
+        for each in whole.blocks:
+            x = each(x, text, timestep_proj, rotary_emb)
+        layer = Layer(whole.proj_out.weight, whole.proj_out.bias)
+        output = head(x, temb, whole.scale_shift_table, layer, (*grid, *patch), whole.norm_out.eps)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _block(
+        self, index: int, x: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        text_k, text_v = self._text_of(encoder_hidden_states)[index]
+        each = self._blocks[index]
+        sizes = Sizes(each.attn1.heads, each.norm1.eps, each.attn1.norm_q.eps)
+        return self._functions.block(x, text_k, text_v, temb, self._rope_of(rotary_emb), self._weights[index], sizes)
+
+    def _text_of(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of a projected text in each block, the same in all steps."""
+        for known, version, made in self._texts:
+            if known is text and version is not None and version == version_of(text):
+                return made
+        made = [_keys_and_values(each.attn2, text) for each in self._blocks]
+        self._texts = [(text, version_of(text), made), *self._texts[:1]]
+        return made
+
+    def _rope_of(self, rotary_emb: tuple[Tensor, Tensor]) -> Rope:
+        cos, sin = rotary_emb
+        if self._rope is None or self._rope[0] is not cos:
+            signs = torch.arange(sin.shape[-1], device=sin.device) % 2 * 2 - 1  # made there: nothing waits
+            self._rope = (cos, Rope(cos[0, :, 0].float().contiguous(), (sin[0, :, 0].float() * signs).contiguous()))
+        return self._rope[1]
+
+    def _gather(self, each: Any) -> BlockWeights:
+        attn, text, up, down = each.attn1, each.attn2, each.ffn.net[0].proj, each.ffn.net[2]
+        return BlockWeights(
+            table=each.scale_shift_table,
+            qkv=self._layer(attn.to_q, attn.to_k, attn.to_v, fused=fused_qkv(attn)),
+            norm_q=attn.norm_q.weight,
+            norm_k=attn.norm_k.weight,
+            out=self._layer(attn.to_out[0]),
+            norm2=None if isinstance(each.norm2, nn.Identity) else (each.norm2.weight, each.norm2.bias),
+            text_q=self._layer(text.to_q),
+            text_norm_q=text.norm_q.weight,
+            text_out=self._layer(text.to_out[0]),
+            up=self._layer(up),
+            down=self._layer(down),
+        )
+
+    def _layer(self, *layers: Any, fused: Layer | None = None) -> Layer:
+        """The layer, or several fused ones; with `fp8` quantised, anew if one of their weights has changed."""
+        weight, bias, _ = fused or Layer(layers[0].weight, layers[0].bias)
+        layer = Layer(weight.detach(), None if bias is None else bias.detach())
+        if not self.fp8:
+            return layer
+        key, versions = weight.data_ptr(), [version_of(each.weight) for each in layers]
+        if key not in self._quantised or self._quantised[key][0] != versions:
+            self._quantised[key] = versions, quantise(layer)
+        return self._quantised[key][1]
+
+
+def can_be_fast(transformer: Any) -> bool:
+    """Whether a transformer is diffusers' own, as loaded: without adapters, hooks, image conditions, fused layers."""
+    if not isinstance(transformer, WanTransformer3DModel) or transformer.condition_embedder.image_embedder is not None:
+        return False
+    if any(block.attn1.fused_projections or block.attn2.add_k_proj is not None for block in transformer.blocks):
+        return False
+    return all(map(is_unmodified, transformer.modules()))
+
+
+def is_unmodified(module: nn.Module, *, replaced: bool = False) -> bool:
+    """Whether a module is torch's or diffusers' own, without hooks, not compiled, and with its class's forward.
+
+    `replaced` skips the forward. Hooks of diffusers that were removed leave the class's forward on the module.
+    """
+    on_module = module.__dict__.get("forward")
+    bound_to, function = getattr(on_module, "__self__", None), getattr(on_module, "__func__", None)
+    own_forward = on_module is None or (bound_to is module and function is type(module).forward)
+    return (
+        type(module).__module__.startswith(("torch.nn.", "diffusers."))
+        and (replaced or own_forward)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and module._compiled_call_impl is None
+    )
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """A number that grows when the tensor is changed in place; tensors of the inference mode have none."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def fused_qkv(attn: WanAttention) -> Layer:
+    """Weight [3D, D] and bias [3D] of query, key and value in one tensor; the layers' own become views of it."""
+    layers = (attn.to_q, attn.to_k, attn.to_v)
+    fused: Layer | None = attn.__dict__.get("_edit_ray_qkv")
+    addresses = [layer.weight.data_ptr() for layer in layers]
+    if fused is None or [part.data_ptr() for part in fused.weight.chunk(3)] != addresses:
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
+        for index, layer in enumerate(layers):
+            layer.weight.data = weight.chunk(3)[index]
+            if bias is not None:
+                layer.bias.data = bias.chunk(3)[index]
+        fused = attn.__dict__["_edit_ray_qkv"] = Layer(weight, bias)
+    return fused
+
+
+def _keys_and_values(attn: WanAttention, text: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, heads, L, head_dim] each."""
+    key, value = attn.norm_k(attn.to_k(text)), attn.to_v(text)
+    split = [part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (key, value)]
+    return split[0], split[1]

@@ -1,0 +1,144 @@
+"""The files of a model: that came with the package, in a folder, or on the hub; found, read one by one, compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from xxhash import xxh3_64
+
+from edit_ray.errors import ModelError
+from edit_ray.files import digest_of_file
+
+BUILTIN_PREFIX = "builtin:"
+BUILTINS = ("tiny_wan",)
+INDEX_FILE = "model_index.json"
+ROOTS_VARIABLE = "EDIT_RAY_MODEL_ROOTS"
+"""Folders as in PATH. If a cluster's operator sets it, models are loaded only from there and from the package."""
+HUB_TIMEOUT_S = 5.0
+
+_ASSETS = Path(__file__).resolve().parent.parent / "assets"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_digests: dict[tuple[str, int, int, int], int] = {}  # of files, by path, size, time of the last change and inode
+
+
+def locate_model(path: str) -> str:
+    """What `from_pretrained` takes: a folder in diffusers' layout, or a hub id, unchanged and not looked up.
+
+    Args:
+        path: `builtin:tiny_wan`, a folder, or a hub id such as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`.
+
+    Raises:
+        ModelError: none of them, a folder without `model_index.json`, or one outside `$EDIT_RAY_MODEL_ROOTS`.
+    """
+    if path.startswith(BUILTIN_PREFIX):
+        name = path.removeprefix(BUILTIN_PREFIX)
+        if name not in BUILTINS:
+            known = ", ".join(BUILTIN_PREFIX + known for known in BUILTINS)
+            raise ModelError(f"{path!r} did not come with edit_ray; known are: {known}.")
+        return _checked_folder(_ASSETS / name, path)
+    folder = local_folder(path)
+    if folder is not None:
+        _check_allowed(folder.resolve(), path)
+        return _checked_folder(folder, path)
+    if is_hub_id(path):
+        _check_allowed(None, path)
+        return path
+    raise ModelError(f"{path!r} is neither a folder nor a hub id like org/name.")
+
+
+def local_folder(path: str) -> Path | None:
+    """The folder that the path names, `~` expanded; None if there is none."""
+    try:
+        folder = Path(path).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether the path has a hub id's form, `org/name`."""
+    return _HUB_ID.fullmatch(path) is not None and ".." not in path and "--" not in path
+
+
+def _check_allowed(folder: Path | None, path: str) -> None:
+    roots = [Path(root) for root in os.environ.get(ROOTS_VARIABLE, "").split(os.pathsep) if root]
+    inside = folder is not None and any(folder.is_relative_to(root.resolve()) for root in (_ASSETS, *roots))
+    if roots and not inside:
+        said = os.pathsep.join(map(str, roots))
+        raise ModelError(f"{path!r} is not allowed here; models are {BUILTIN_PREFIX}… or folders in {said}.")
+
+
+def _checked_folder(folder: Path, path: str) -> str:
+    if not (folder / INDEX_FILE).is_file():
+        raise ModelError(f"{path!r} is the folder {folder}, which has no {INDEX_FILE}; a diffusers model has one.")
+    return str(folder)
+
+
+def model_digest(path: str) -> str | None:
+    """xxh3_64 of all files that a model is loaded from, as 16 hexadecimal digits; None for a hub id.
+
+    A file is read once in this process, and again when its size, time of change or inode differ. Raises ModelError.
+    """
+    folder = local_folder(locate_model(path))
+    if folder is None:
+        return None
+    try:
+        parts = [folder / name for name in sorted(json.loads((folder / INDEX_FILE).read_bytes()))]
+        found = [folder / INDEX_FILE, *(file for part in parts for file in sorted(part.rglob("*")) if file.is_file())]
+        digest = xxh3_64()
+        for file in found:
+            digest.update(f"{file.relative_to(folder)} {_digest(file)}\n".encode())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path {path!r} ({folder}) cannot be read: {error}") from None
+    return digest.hexdigest()
+
+
+def _digest(file: Path) -> int:
+    there = os.stat(file)
+    key = str(file), there.st_size, there.st_mtime_ns, there.st_ino
+    if key not in _digests:
+        _digests[key] = digest_of_file(file)
+    return _digests[key]
+
+
+class HubUnreachable(Exception):
+    """The hub does not give the file; the message says why in a few words."""
+
+
+def hub_file(hub_id: str, name: str) -> Path | None:
+    """A small file of the model, from the cache (`HF_HOME`) or the hub; None if the model has no such file.
+
+    Raises:
+        HubUnreachable: no answer within seconds, no such model, no access, or offline and not in the cache.
+    """
+    try:
+        cached = try_to_load_from_cache(hub_id, name)
+        if cached is not None:
+            return Path(cached) if isinstance(cached, str) else None
+        # Asked first, because without a network the download itself retries for half a minute.
+        get_hf_file_metadata(hf_hub_url(hub_id, name), timeout=HUB_TIMEOUT_S)
+        return Path(hf_hub_download(hub_id, name, etag_timeout=HUB_TIMEOUT_S))
+    except OfflineModeIsEnabled:
+        said = "offline mode is on, and it is not in the cache"
+    except GatedRepoError:
+        said = "the hub grants access to it only on request"
+    except RepositoryNotFoundError:
+        said = "the hub knows no such model, or it is private"
+    except EntryNotFoundError:
+        return None
+    except HfHubHTTPError as error:
+        said = f"the hub answered {error.response.status_code}"
+    except Exception as error:  # the HTTP library under the hub's client has errors of its own
+        said = f"the hub cannot be reached: {type(error).__name__}"
+    raise HubUnreachable(said)

@@ -1,0 +1,238 @@
+"""Pictures, videos, masks and references: the bits of diffusers' image, video and VACE pipelines, cached and not."""
+
+import inspect
+from functools import cache
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from edit_ray import EditWanPipeline
+from edit_ray.cache import apply_cache_on_transformer
+from edit_ray.cache.loop_position import StepCounter
+from edit_ray.testing import save_random_wan
+from tests.parity.test_cache_matrix import OPTIONS, VALUES
+
+FRAMES, STEPS = 9, 6
+
+
+def picture(seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (64, 48, 3), dtype=np.uint8))
+
+
+ONE, TWO = {"image": picture(0)}, {"image": picture(0), "last_image": picture(1)}
+VIDEO = [picture(index) for index in range(FRAMES)]
+MASK = [picture(20 + index).convert("L") for index in range(FRAMES)]
+CONTROL = {"video": VIDEO, "mask": MASK, "reference_images": [picture(40), picture(41)], "conditioning_scale": 0.7}
+I2V, V2V, VACE = "WanImageToVideoPipeline", "WanVideoToVideoPipeline", "WanVACEPipeline"
+# What is conditioned: the model, diffusers' pipeline for it, and the call's arguments.
+CASES = {
+    "image, Wan2.2": ({"layout": "image", "two_experts": True}, I2V, ONE),
+    "first and last, Wan2.2": ({"layout": "image"}, I2V, TWO),
+    "image, Wan2.1": ({"layout": "image_clip"}, I2V, ONE),
+    "first and last, Wan2.1": ({"layout": "first_last_clip"}, I2V, TWO),
+    "first frame, TI2V": ({"expand_timesteps": True}, I2V, ONE),
+    "video": ({}, V2V, {"video": VIDEO, "strength": 0.6}),
+    "video, all of it anew": ({}, V2V, {"video": VIDEO, "strength": 1.0}),
+    "control, mask and references": ({"layout": "vace"}, VACE, CONTROL),
+    "nothing but text, VACE": ({"layout": "vace"}, VACE, {}),
+}
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    @cache
+    def load(case):
+        model, stock, _ = CASES[case]
+        folder = save_random_wan(tmp_path_factory.mktemp("wan"), **model)
+        return quiet(getattr(diffusers, stock).from_pretrained(folder)), quiet(EditWanPipeline.from_pretrained(folder))
+
+    return load
+
+
+def latents(pipe, case, **changes):
+    _, stock, given = CASES[case]
+    arguments = {"prompt": "a red circle", "height": 64, "width": 48, "num_inference_steps": STEPS, **given, **changes}
+    if stock != V2V:
+        arguments["num_frames"] = FRAMES
+    return pipe(**arguments, max_sequence_length=16, output_type="latent", generator=torch.manual_seed(3)).frames
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("noise_scheduler", ["unipc", "euler"])
+@pytest.mark.parametrize("case", CASES)
+def test_latents_are_those_of_diffusers(pair, case, noise_scheduler, guidance_scale):
+    stock, ours = pair(case)
+    if noise_scheduler == "euler":
+        stock, ours = (
+            quiet(type(pipe)(**{**pipe.components, "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}, **config))
+            for pipe, config in ((stock, settings(stock)), (ours, settings(ours)))
+        )
+    expected = latents(stock, case, guidance_scale=guidance_scale)
+    assert torch.equal(latents(ours, case, guidance_scale=guidance_scale), expected)
+
+
+def settings(pipe):
+    """The arguments of a pipeline's class that are no components."""
+    names = {"boundary_ratio", "expand_timesteps"} & inspect.signature(type(pipe)).parameters.keys()
+    return {name: pipe.config[name] for name in names}
+
+
+def test_references_are_no_frames_of_the_video(pair):
+    stock, ours = pair("control, mask and references")
+    shown = {"prompt": "a red circle", "height": 64, "width": 48, "num_frames": FRAMES, "num_inference_steps": 1}
+    videos = [pipe(**shown, **CONTROL, generator=torch.manual_seed(3)).frames for pipe in (stock, ours)]
+    assert videos[1].shape == (1, FRAMES, 64, 48, 3)
+    assert np.array_equal(*videos)
+
+
+@pytest.mark.one_in(5)
+@pytest.mark.parametrize("granularity", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("policy", OPTIONS)
+@pytest.mark.parametrize("case", ["image, Wan2.2", "first and last, Wan2.1", "control, mask and references"])
+def test_a_cache_that_never_skips_changes_nothing(pair, case, policy, granularity):
+    _, ours = pair(case)
+    expected = latents(ours, case)
+    try:
+        ours.enable_cache(policy, STEPS, granularity, **OPTIONS[policy][0])
+    except ValueError as error:
+        assert "granularity" in str(error)  # noqa: PT017 (which of them a policy has, the table does not say)
+        return
+    try:
+        assert torch.equal(latents(ours, case), expected)
+    finally:
+        ours.disable_cache()
+
+
+def test_a_video_of_fewer_steps_is_cached_by_its_own_steps(pair):
+    _, ours = pair("video")  # at 0.6, 3 of 6 steps
+    expected = latents(ours, "video")
+    cache = ours.enable_cache("schedule", 3, mask=[True, False, True])
+    try:
+        skipped = latents(ours, "video")
+        assert (cache.stats["cond"].computed, cache.stats["cond"].skipped) == (2, 1)
+        assert not torch.equal(skipped, expected)
+    finally:
+        ours.disable_cache()
+
+
+def test_a_picture_is_embedded_once(pair):
+    _, ours = pair("image, Wan2.1")
+    calls = []
+    embedder = ours.transformer.condition_embedder.image_embedder
+    original = type(embedder).forward
+    try:
+        type(embedder).forward = lambda self, image: calls.append(1) or original(self, image)
+        latents(ours, "image, Wan2.1")
+    finally:
+        type(embedder).forward = original
+    assert len(calls) == 2  # for each branch: the text is another
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("case", ["image, Wan2.2", "image, Wan2.1", "control, mask and references"])
+def test_steps_are_counted_where_diffusers_pipelines_do_not_say_them(pair, case, guidance_scale):
+    stock, ours = pair(case)
+    mask = [True, False, True, False, True, True]
+    ours.enable_cache("schedule", STEPS, mask=mask)
+    try:
+        expected = latents(ours, case, guidance_scale=guidance_scale)
+    finally:
+        ours.disable_cache()
+    experts = {name: part for name, part in stock.components.items() if part and name.startswith("transformer")}
+    cache = apply_cache_on_transformer(experts, "schedule", STEPS, mask=mask)
+    try:
+        for _ in range(2):
+            assert torch.equal(latents(stock, case, guidance_scale=guidance_scale), expected)
+            assert (cache.stats["cond"].computed, cache.stats["cond"].skipped) == (4, 2)
+        with pytest.raises(ValueError, match="more steps than the 6"):
+            latents(stock, case, num_inference_steps=STEPS + 1)
+    finally:
+        cache.remove()
+
+
+def test_a_pipeline_that_names_no_branch_cannot_be_cached(pair):
+    stock, _ = pair("video")
+    cache = apply_cache_on_transformer(stock.transformer, "always", STEPS)
+    try:
+        with pytest.raises(ValueError, match="outside of a cache_context: branch and step are not known"):
+            latents(stock, "video")
+    finally:
+        cache.remove()
+
+
+@given(
+    steps=st.integers(1, 12),
+    order=st.integers(1, 2),
+    branches=st.sampled_from([1, 2]),
+    stops=st.lists(st.integers(1, 20)),
+)
+def test_every_loop_is_counted_from_0(steps, order, branches, stops):
+    counter = StepCounter()
+    # As Heun's scheduler, each noise level but the first comes `order` times; some loops are interrupted.
+    timesteps = [float(1000 - index) for index in range(steps) for _ in range(order if index else 1)]
+    for stop in [*stops, len(timesteps)]:
+        for step, timestep in enumerate(timesteps[:stop]):
+            for branch in ("cond", "uncond")[:branches]:
+                assert counter.step(branch, timestep, len(timesteps)) == step
+
+
+@pytest.mark.parametrize("stock", [I2V, V2V, VACE])
+def test_it_takes_the_arguments_of_diffusers(stock):
+    ours = inspect.signature(EditWanPipeline.__call__).parameters
+    theirs = inspect.signature(getattr(diffusers, stock).__call__).parameters
+    assert set(theirs) - set(ours) <= {"timesteps"}
+
+
+@pytest.mark.parametrize("case", ["image, Wan2.2", "image, Wan2.1", "control, mask and references"])
+def test_it_is_saved_as_what_diffusers_loads(pair, case, tmp_path):
+    stock, ours = pair(case)
+    ours.save_pretrained(tmp_path)
+    loaded = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path))
+    assert type(loaded) is type(stock)
+    assert torch.equal(latents(loaded, case), latents(ours, case))
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        (
+            "video",
+            {"video": None, "strength": None, "image": picture(0)},
+            "`image` cannot be used with a text-to-video",
+        ),
+        ("video", {"mask": MASK}, "`mask` cannot be used with a text-to-video model; it takes `video`, `strength`"),
+        ("video", {"video": None}, "there is no `video`"),
+        ("video", {"strength": 1.5}, "`strength` is 1.5; valid is above 0, up to 1"),
+        ("video", {"strength": 0.1}, "`strength` 0.1 of 6 steps leaves none"),
+        ("video", {"latents": torch.zeros(1, 4, 3, 8, 6)}, "`video` and `latents` are both given"),
+        ("image, Wan2.2", {"image": None}, "`image` is missing"),
+        ("image, Wan2.2", {"video": VIDEO}, "`video` cannot be used with an image-to-video model"),
+        (
+            "first frame, TI2V",
+            {"last_image": picture(1)},
+            "`last_image` cannot be used with a text- and image-to-video",
+        ),
+        ("first frame, TI2V", {"history": torch.zeros(1, 4, 1, 8, 6)}, "`image` and `history` are both given"),
+        ("control, mask and references", {"image": picture(0)}, "`image` cannot be used with a VACE model"),
+        (
+            "control, mask and references",
+            {"conditioning_scale": [1.0, 2.0]},
+            r"`conditioning_scale` has the shape \(2,\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model_is_one_sentence(pair, case, changes, message):
+    _, ours = pair(case)
+    with pytest.raises(ValueError, match=message):
+        latents(ours, case, **changes)

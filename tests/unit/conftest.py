@@ -1,0 +1,53 @@
+"""Fixtures of the unit tests, and coroutine tests, each in an event loop of its own."""
+
+import asyncio
+import inspect
+
+import pytest
+
+from edit_ray.testing import save_random_wan
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    names = pyfuncitem._fixtureinfo.argnames
+    asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}))
+    return True
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The path of a tiny Wan of random weights that conditions on context latents."""
+    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
+
+
+@pytest.fixture
+def start():
+    """Starts the segment scheduler's class on a pool, by default a new one; the pools end with the test."""
+    from edit_ray.actors.local import LocalPool
+    from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
+
+    pools = []
+
+    def start(pool=None):
+        pools.append(pool or LocalPool())
+        return SegmentSchedulerActor(pools[-1])
+
+    yield start
+    for pool in set(pools):
+        asyncio.run(pool.end())
+
+
+@pytest.fixture
+def finish(start, tmp_path):
+    """Makes a run of the segment scheduler's class from its submission to its end; returns its status."""
+    from tests.unit.test_actors_recovery import end_of, submit
+
+    async def finish(config, run_id="one", pool=None, root=tmp_path):
+        scheduler = start(pool)
+        await submit(scheduler, root, run_id, config)
+        return await end_of(scheduler, run_id)
+
+    return finish

@@ -1,0 +1,475 @@
+"""Calibrating, ranking and tuning: on measures that are known, on a tiny pipeline, and as commands."""
+
+import json
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edit_ray import EditWanPipeline
+from edit_ray.cache import relative_l1
+from edit_ray.cache.policies.schedule import ranks_of
+from edit_ray.cli import main
+from edit_ray.engine.calibration import FILE_NAME, read_calibration
+from edit_ray.engine.loading import with_flow_shift
+from edit_ray.testing import save_random_wan
+from edit_ray.tuning.calibrate import Measured, fit_magcache, fit_teacache, observe, plot_fit
+from edit_ray.tuning.rank import SkipMeasure, rank_skips
+from edit_ray.tuning.tune import TUNABLE, Videos, best, psnr_of, tune
+
+STEPS = 5
+CALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": STEPS, "guidance_scale": 4.0}
+PROMPTS = ["a red circle", "a blue square", "a green circle"]
+EXPERTS = ("transformer", "transformer_2")
+COND, UNCOND = "transformer/cond", "transformer/uncond"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def loaded_from(folder):
+    pipe = EditWanPipeline.from_pretrained(folder, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_random_wan(tmp_path_factory.mktemp("model") / "wan")
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return loaded_from(folder)
+
+
+@pytest.fixture
+def pipe(loaded, folder):
+    noise_scheduler = loaded.scheduler
+    yield loaded
+    loaded.disable_cache()
+    loaded.scheduler = noise_scheduler
+    (folder / FILE_NAME).unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def two_experts(tmp_path_factory):
+    return loaded_from(save_random_wan(tmp_path_factory.mktemp("two"), two_experts=True, boundary_ratio=0.8))
+
+
+# Calibrating
+
+
+@pytest.fixture(scope="module")
+def measured(loaded):
+    """Two prompts by themselves, and both together."""
+    alone = (observe(loaded, [prompt], 3 + i, CALL) for i, prompt in enumerate(PROMPTS[:2]))
+    return *alone, observe(loaded, PROMPTS[:2], 3, CALL)
+
+
+def test_what_is_measured_is_what_the_model_does(loaded, measured):
+    """Read from the outside, at the model's own modules, over one call."""
+    signals, hidden, residuals = [], [], []
+    model = loaded.transformer
+    hooks = [
+        model.condition_embedder.time_embedder.register_forward_hook(lambda m, args, out: signals.append(out)),
+        model.blocks[0].register_forward_pre_hook(lambda m, args: hidden.append(args[0])),
+        model.blocks[-1].register_forward_hook(lambda m, args, out: residuals.append(out - hidden[-1])),
+    ]
+    loaded(PROMPTS[0], generator=torch.Generator().manual_seed(3), output_type="latent", **CALL)
+    for hook in hooks:
+        hook.remove()
+    assert len(signals) == len(residuals) == 2 * STEPS  # cond and uncond take turns
+    for first, owner in enumerate((COND, UNCOND)):
+        seen = measured[0][owner]
+        own = residuals[first::2]
+        assert seen.signal == pytest.approx([relative_l1(b, a) for a, b in pairwise(signals[first::2])], rel=1e-4)
+        assert seen.change == pytest.approx([relative_l1(b, a) for a, b in pairwise(own)], rel=1e-4)
+        ratios = [(b.norm(dim=-1) / a.norm(dim=-1)).mean().item() for a, b in pairwise(own)]
+        assert seen.ratios == [pytest.approx(dict(enumerate(ratios, start=1)), rel=1e-4)]
+
+
+def test_prompts_are_measured_one_after_the_other_with_seeds_of_their_own(measured):
+    one, two, both = measured
+    assert set(both) == {COND, UNCOND}
+    for owner, seen in both.items():
+        parts = [getattr(one[owner], field) + getattr(two[owner], field) for field in ("signal", "change", "ratios")]
+        assert seen == Measured(*parts)
+        assert one[owner].signal == two[owner].signal, "timesteps alone decide on it"
+        assert one[owner].change != two[owner].change
+
+
+def test_observing_leaves_the_model_uncached_even_if_it_fails(pipe):
+    with pytest.raises(ValueError, match="divisible by 16"):
+        observe(pipe, PROMPTS[:1], 0, {**CALL, "height": 33})
+    assert pipe.cache is None
+    observe(pipe, [], 0, CALL)
+    assert pipe.cache is None
+    pipe.enable_cache("always", STEPS)
+    with pytest.raises(ValueError, match="enabled already"):
+        observe(pipe, PROMPTS[:1], 0, CALL)
+
+
+def test_experts_are_measured_apart(two_experts):
+    measured = observe(two_experts, PROMPTS[:1], 0, CALL)
+    assert set(measured) == {f"{expert}/{branch}" for expert in EXPERTS for branch in ("cond", "uncond")}
+    high, low = (list(measured[f"{expert}/cond"].ratios[0]) for expert in EXPERTS)
+    assert high == list(range(1, len(high) + 1))
+    assert low == list(range(len(high) + 2, STEPS))  # each expert's first step has nothing before it
+    ratios = fit_magcache(measured, STEPS)["mag_ratios"]
+    assert {len(of_owner) for of_owner in ratios.values()} == {STEPS}
+    assert ratios["transformer_2/cond"][: len(high) + 2] == [1.0] * (len(high) + 2)
+    two_experts.enable_cache("teacache", STEPS, **fit_teacache(measured, False))
+    two_experts.disable_cache()
+
+
+def test_signals_are_those_that_teacache_will_see(pipe):
+    for use_ret_steps in (False, True):
+        measured = observe(pipe, PROMPTS[:1], 3, CALL, use_ret_steps=use_ret_steps)
+        options = fit_teacache(measured, use_ret_steps)
+        assert options["use_ret_steps"] is use_ret_steps
+        pipe.enable_cache("teacache", STEPS, rel_l1_thresh=1e-9, **options)
+        pipe(PROMPTS[0], output_type="latent", **CALL)
+        seen = [decision.signal for decision in pipe.cache.record if decision.branch == "cond"]
+        assert seen == [None, *measured[COND].signal]
+        pipe.disable_cache()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0.1, 2), min_size=5, max_size=5), st.integers(5, 30))
+def test_a_fit_finds_the_polynomial_that_made_the_data(coefficients, count):
+    signal = [float(x) for x in np.linspace(0.1, 1.5, count)]
+    change = [float(np.polyval(coefficients, x)) for x in signal]
+    fitted = fit_teacache({COND: Measured(signal, change)}, False)["coefficients"][COND]
+    assert np.polyval(fitted, signal) == pytest.approx(change, rel=1e-6)
+    assert fitted == pytest.approx(coefficients, rel=1e-2, abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("signal", "change", "coefficients"),
+    [
+        ([0.5], [0.2], [0.2]),
+        ([0.5, 0.5], [0.2, 0.2], [0.2]),
+        ([0.0, 1.0, 1.0], [1.0, 3.0, 3.0], [2.0, 1.0]),
+        ([0.5, 0.5], [1.0, 3.0], [1.2]),  # weighted by 1 / change: (1/1 + 1/3) / (1/1² + 1/3²)
+    ],
+)
+def test_few_points_give_a_lower_degree_and_small_changes_count_as_much(signal, change, coefficients):
+    fitted = fit_teacache({COND: Measured(signal, change)}, False)["coefficients"][COND]
+    assert fitted == pytest.approx(coefficients)
+
+
+def test_ratios_are_the_mean_over_calls():
+    seen = Measured(ratios=[{1: 0.8, 2: 0.6}, {1: 0.9, 3: 0.5}, {}])
+    assert fit_magcache({COND: seen}, 5)["mag_ratios"][COND] == pytest.approx([1.0, 0.85, 0.6, 0.5, 1.0])
+
+
+def test_plots_show_what_was_measured_and_what_was_fitted(measured):
+    pytest.importorskip("matplotlib")
+    for fitted in (fit_teacache(measured[2], False), fit_magcache(measured[2], STEPS)):
+        figure = plot_fit(measured[2], fitted)
+        assert {axes.get_title() for axes in figure.axes} == {COND, UNCOND}
+        for axes in figure.axes:
+            seen = measured[2][axes.get_title()]
+            (points,), (line,) = axes.collections, axes.lines
+            if "coefficients" in fitted:
+                assert np.array_equal(points.get_offsets(), np.column_stack([seen.signal, seen.change]))
+                x, y = line.get_data()
+                assert np.polyval(fitted["coefficients"][axes.get_title()], x) == pytest.approx(y)
+            else:
+                assert len(points.get_offsets()) == 2 * (STEPS - 1)
+                assert list(line.get_ydata()) == fitted["mag_ratios"][axes.get_title()]
+
+
+# Ranking
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=12), st.integers(0, 14))
+def test_costs_that_add_up_are_ranked_in_their_order(costs, most):
+    slots = [(COND, step) for step in range(len(costs))]
+    asked = []
+
+    def measure(skipped):
+        asked.append(tuple(skipped))
+        return 100 - sum(costs[step] for _, step in skipped)
+
+    rounds = list(rank_skips(measure, slots, most))
+    ranked = [step for _, step in rounds[-1].skipped] if rounds else []
+    assert [costs[step] for step in ranked] == sorted(costs)[:most]
+    assert [len(done.skipped) for done in rounds] == list(range(1, min(most, len(costs)) + 1))
+    assert all(done.likeness == measure(done.skipped) for done in rounds)
+    assert len(asked) - len(rounds) <= len(costs) + 2 * len(ranked) * len(costs)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8))
+def test_each_skip_is_the_best_on_top_of_those_before(weights):
+    """For a likeness that falls as more is skipped, and more so the more is skipped near by."""
+
+    def measure(skipped):
+        steps = {step for _, step in skipped}
+        return -sum(weights[step] * (1 + 3 * ((step - 1 in steps) + (step + 1 in steps))) for step in steps)
+
+    slots = [(COND, step) for step in range(len(weights))]
+    skipped = []
+    for done in rank_skips(measure, slots, len(weights)):
+        most_alike = max(measure([*skipped, slot]) for slot in slots if slot not in skipped)
+        assert done.likeness == measure(done.skipped) == most_alike
+        skipped = list(done.skipped)
+    assert sorted(skipped) == slots
+
+
+def test_most_forwards_are_not_measured_again():
+    asked = []
+
+    def measure(skipped):
+        asked.append(skipped)
+        return -sum(2.0**step for _, step in skipped)
+
+    list(rank_skips(measure, [(COND, step) for step in range(40)], 26))
+    assert len(asked) < 40 + 26 * 3, "of 40 + 39 + … + 15"
+
+
+def test_ranks_are_those_of_the_order():
+    ranks = ranks_of([(UNCOND, 3), (COND, 1), (UNCOND, 1)], [COND, UNCOND], 4)
+    assert ranks == {COND: [None, 1, None, None], UNCOND: [None, 2, None, 0]}
+
+
+def test_first_steps_cannot_be_skipped(pipe, two_experts):
+    measure = SkipMeasure(pipe, PROMPTS[:1], 0, CALL)
+    assert measure.slots() == [(owner, step) for step in range(1, STEPS) for owner in (COND, UNCOND)]
+    assert SkipMeasure(pipe, PROMPTS[:1], 0, CALL | {"guidance_scale": 1.0}).owners() == [COND]
+    measure = SkipMeasure(two_experts, PROMPTS[:1], 0, CALL)
+    assert measure.owners() == [f"{expert}/{branch}" for expert in EXPERTS for branch in ("cond", "uncond")]
+    steps = [[step for owner, step in measure.slots() if owner == f"{expert}/cond"] for expert in EXPERTS]
+    left_out = set(range(STEPS)) - {step for own in steps for step in own}
+    assert left_out == {0, max(steps[0], default=0) + 1}, "the first step of each has nothing to reuse"
+    assert measure(measure.slots()[:1]) < 100
+
+
+def test_the_measure_is_the_mean_over_prompts_whatever_the_batch(pipe):
+    one, all_at_once = (SkipMeasure(pipe, PROMPTS, 3, CALL, batch_size=size) for size in (1, 3))
+    assert one([]) == all_at_once([]) == 100
+    skipped = [(UNCOND, 1), (COND, 3), (COND, 4)]
+    assert one(skipped) == pytest.approx(all_at_once(skipped), abs=0.05)
+
+    def latents():
+        return pipe(PROMPTS[0], **CALL, generator=torch.Generator().manual_seed(3), output_type="latent").frames
+
+    reference = latents()
+    pipe.enable_cache("schedule", STEPS, mask={"cond": [1, 1, 0, 1, 1], "uncond": [1] * STEPS})
+    error = (latents() - reference).square().mean()
+    pipe.disable_cache()
+    measured = SkipMeasure(pipe, PROMPTS[:1], 3, CALL)([(COND, 2)])
+    assert measured == pytest.approx(-10 * error.log10().item(), abs=0.001), "in dB; sums have another order with SSE"
+
+
+# Tuning
+
+
+def made_up(noise, videos, asked=None, spread=4.0):
+    """PSNR falls and speed rises with the threshold; policies differ in how good they are."""
+
+    def measure(policy, options):
+        (value,) = options.values()
+        x = value / 60 if policy == "ranked" else value
+        skill = {"ranked": 1.5, "dicache": 1.2}.get(policy, 1.0)
+        for _ in range(videos):
+            if asked is not None:
+                asked.append((policy, value))
+            psnr = 45 - 30 * x / skill + noise.gauss(0, spread)
+            yield psnr, max(0.2, 1 - x / 2)
+
+    return measure
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.floats(20, 40))
+def test_what_is_chosen_holds_with_confidence_and_is_the_fastest_of_those(seed, psnr):
+    trials = list(tune(made_up(random.Random(seed), 40), psnr))
+    found = best(trials)
+    holding = [trial for trial in trials if trial.verdict == "holds"]
+    assert all(trial.low >= psnr for trial in holding)
+    if found is None:
+        assert not holding
+    else:
+        assert found.blocks == min(trial.blocks for trial in holding)
+        assert found.psnr >= psnr
+
+
+def test_the_mean_on_other_videos_holds_nearly_always():
+    noise, held = random.Random(1), 0
+    for _ in range(50):
+        found = best(list(tune(made_up(noise, 40, spread=6.0), 28, ["dicache"])))
+        unseen = [psnr for psnr, _ in made_up(noise, 400, spread=6.0)(found.policy, found.options)]
+        held += sum(unseen) / len(unseen) >= 28 - 0.5
+    assert held >= 46
+
+
+def test_the_threshold_comes_near_the_highest_that_holds():
+    found = best(list(tune(made_up(random.Random(0), 10, spread=0.0), 30, ["dicache"])))
+    highest = (45 - 30) / 30 * 1.2
+    assert 0.9 * highest < found.options["rel_l1_thresh"] <= highest
+
+
+def test_what_cannot_win_is_given_up_early():
+    asked = []
+    trials = list(tune(made_up(random.Random(0), 40, asked, spread=0.5), 30))
+    videos = {trial.verdict: [] for trial in trials}
+    for trial in trials:
+        videos[trial.verdict].append(asked.count((trial.policy, *trial.options.values())))
+    assert set(videos["holds"]) == {40}
+    assert min(videos["too far"]) == 4
+    assert set(videos["slower"]) == {4}
+
+
+def test_a_policy_that_cannot_work_here_is_left_out_and_nothing_may_hold():
+    good = made_up(random.Random(0), 8)
+
+    def measure(policy, options):
+        if policy in ("teacache", "ranked"):
+            raise {"teacache": ValueError, "ranked": TypeError}[policy]("not calibrated")
+        yield from good(policy, options)
+
+    assert {trial.policy for trial in tune(measure, 30)} == set(TUNABLE) - {"teacache", "ranked"}
+    assert best(list(tune(good, 99))) is None
+
+
+def test_videos_are_measured_against_their_own_uncached_ones(pipe):
+    videos = Videos(pipe, PROMPTS[:2], 5, CALL, seeds=2)
+    assert list(videos("always", {})) == [(100.0, 1.0)] * 4
+    some = list(videos("schedule", {"mask": [1, 0, 1, 0, 1]}))
+    assert len(some) == 4
+    assert all(psnr < 100 and share == pytest.approx(0.6) for psnr, share in some)
+    assert len({psnr for psnr, _ in some}) == 4, "every prompt and seed has a video of its own"
+    assert pipe.cache is None
+    reference = videos._frames(3)
+    pipe.enable_cache("schedule", 5, mask=[1, 0, 1, 0, 1])
+    assert psnr_of(videos._frames(3), reference) == some[3][0]
+
+
+# The commands
+
+
+@pytest.fixture
+def command(folder, tmp_path):
+    """Runs a command on a configuration of a cached run, and prompts beside it."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n\n  a blue square \n")
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {{path: {folder}, device: cpu}}\n"
+        f"sampling: {{height: 32, width: 32, num_frames: 5, num_inference_steps: {STEPS}, flow_shift: 5.0, seed: 3,\n"
+        "  negative_prompt: black}\n"
+        "video: {num_segments: 1}\n"
+        "prompt_segments: [{segment: 0, prompt: a green circle}]\n"
+        "cache: {policy: teacache, rel_l1_thresh: 0.3}\n"
+    )
+
+    def run(name, *arguments, prompts="prompts.txt", file="new.json"):
+        files = ["--prompts", tmp_path / prompts, *(["--file", tmp_path / file] if name == "calibrate" else [])]
+        return main([*map(str, (name, "--config", config, *files, *arguments))])
+
+    return run
+
+
+def test_calibrate_writes_what_the_pipeline_then_picks_up(command, tmp_path, folder, pipe, capsys):
+    file = tmp_path / "new.json"
+    assert command("calibrate", "--policy", "teacache") == 0
+    assert command("calibrate", "--policy", "magcache", "--set", "sampling.num_inference_steps=4") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == str(file)
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        plots = []
+    else:
+        plots = [tmp_path / f"new.{policy}.png" for policy in ("teacache", "magcache")]
+    assert [line for line in printed if line != str(file)] == [str(plot) for plot in plots]
+    assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
+
+    content = json.loads(file.read_text())
+    said = content["measured"]["teacache"]
+    assert (said["prompts"], said["seed"], said["num_inference_steps"]) == (2, 3, STEPS)
+    assert content["measured"]["magcache"]["num_inference_steps"] == 4
+    assert {len(ratios) for ratios in content["policies"]["magcache"]["mag_ratios"].values()} == {4}
+
+    pipe.scheduler = with_flow_shift(pipe.scheduler, 5.0)
+    expected = fit_teacache(observe(pipe, PROMPTS[:2], 3, {**CALL, "negative_prompt": "black"}), False)
+    assert content["policies"]["teacache"] == expected
+    file.rename(folder / FILE_NAME)
+    pipe.enable_cache("teacache", STEPS)
+    assert pipe.cache.policy.coefficients == {owner: tuple(c) for owner, c in expected["coefficients"].items()}
+
+
+def test_calibrate_can_watch_the_other_signal(command, tmp_path):
+    assert command("calibrate", "--policy", "teacache", "--use-ret-steps") == 0
+    assert read_calibration(tmp_path / "new.json")["teacache"]["use_ret_steps"] is True
+
+
+def test_calibrate_ranks_and_the_pipeline_picks_it_up(command, folder, tmp_path, pipe, capsys):
+    assert command("calibrate", "--policy", "ranked", "--batch-size", "2") == 0
+    assert "6 of 10 forwards skipped" in capsys.readouterr().err
+    ranks = json.loads((tmp_path / "new.json").read_text())["policies"]["ranked"]["skip_rank"]
+    assert sorted(rank for ranked in ranks.values() for rank in ranked if rank is not None) == list(range(6))
+    (tmp_path / "new.json").rename(folder / FILE_NAME)
+    for speedup, computed in ((2.0, 5), (1.25, 8), (10.0, 4)):
+        pipe.enable_cache("ranked", STEPS, target_speedup=speedup)
+        assert sum(map(sum, pipe.cache.plan().values())) == computed
+        pipe.disable_cache()
+    with pytest.raises(ValueError, match=r"skip_rank\['transformer/cond'\] has 5 entries, and the loop has 6 steps"):
+        pipe.enable_cache("ranked", 6, skips=2).plan()
+
+
+def test_tune_prints_the_section_for_a_configuration(command, capsys):
+    assert command("tune", "--psnr", "40", "--policies", "seacache") == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("cache: {policy: ")
+    assert "dB (at least" in printed.err
+
+
+def test_tune_says_that_nothing_holds(command, capsys, monkeypatch):
+    monkeypatch.setitem(TUNABLE, "seacache", ("threshold", 2.9, 3.0))
+    assert command("tune", "--psnr", "99.9", "--policies", "seacache") == 1
+    assert "no setting of seacache keeps 99.9 dB" in capsys.readouterr().err
+
+
+TEACACHE = ("calibrate", "--policy", "teacache")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "files", "words"),
+    [
+        (TEACACHE, {"prompts": "none.txt"}, "none.txt cannot be read"),
+        (TEACACHE, {"prompts": "empty.txt"}, "holds no prompt; there must be one a line"),
+        (TEACACHE, {"prompts": "bytes.txt"}, "bytes.txt cannot be read"),
+        (TEACACHE, {"file": "none/new.json"}, "is no folder"),
+        (TEACACHE, {"file": "empty.txt"}, "empty.txt is no calibration"),
+        ((*TEACACHE, "--set", "sampling.num_inference_steps=0"), {}, "num_inference_steps is 0"),
+        ((*TEACACHE, "--set", "sampling.num_inference_steps=1"), {}, "made one step a call"),
+        ((*TEACACHE, "--set", "sampling.height=40"), {}, "sampling.height is 40"),
+        ((*TEACACHE, "--set", "model.path=nobody"), {}, "nobody"),
+        (("calibrate", "--policy", "ranked", "--batch-size", "0"), {}, "--batch-size is 0"),
+        (("tune", "--psnr", "0"), {}, "--psnr is 0; it must be above 0"),
+        (("tune", "--psnr", "nan"), {}, "--psnr is nan"),
+        (("tune", "--psnr", "30", "--seeds", "0"), {}, "--seeds is 0"),
+        (("tune", "--psnr", "30", "--policies", "dicache,best"), {}, "--policies has best; valid are ranked, dicache"),
+        (("tune", "--psnr", "30"), {"prompts": "one.txt"}, "one video says nothing of others"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_measured_ends_with_code_2_and_a_sentence(command, arguments, files, words, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff")
+    (tmp_path / "one.txt").write_text("a red circle\n")
+    before = sorted(tmp_path.iterdir())
+    assert command(*arguments, **files) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("edit-ray: ")
+    assert words in line
+    assert sorted(tmp_path.iterdir()) == before
