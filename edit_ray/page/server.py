@@ -130,23 +130,22 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "edit-ray", ""
     timeout = 30  # seconds without a byte from a viewer
 
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
     def log_message(self, format: str, *arguments: Any) -> None:
         """Requests are not logged."""
 
-    def _answer(self, *, with_body: bool) -> None:
+    def do_GET(self) -> None:
+        """Answers a request; one of HEAD gets no body."""
         port = self.server.server_address[1]
         # Against DNS rebinding: a foreign page whose host name resolves to this machine still sends its own name.
         if self.headers.get("Host") not in (f"{LOOPBACK}:{port}", f"localhost:{port}"):
             return self._refuse(403, "this server answers to its own address only")
         name = unquote(urlsplit(self.path).path).removeprefix("/")
         if name == "status":
-            return self._send_status(with_body)
+            try:
+                status = json.dumps(self.server.status()).encode()
+            except (EditRayError, OSError, ValueError):
+                return self._refuse(503, "the run cannot be read now")
+            return self._send(200, "application/json", status)
         opened = open_named(self.server.run, name)
         if opened is None:
             return self._refuse(404, "there is no such file")
@@ -157,44 +156,33 @@ class _Handler(BaseHTTPRequestHandler):
             if wanted is None:
                 return self._refuse(416, "the file has fewer bytes", {"Content-Range": f"bytes */{size}"})
             part = len(wanted) < size
-            headers = {"Content-Type": kind, "Content-Length": str(len(wanted)), "Accept-Ranges": "bytes"}
-            if part:
-                headers["Content-Range"] = f"bytes {wanted.start}-{wanted.stop - 1}/{size}"
-            self._head(206 if part else 200, headers)
-            if with_body:
-                self._copy(file, wanted)
+            headers = {"Content-Range": f"bytes {wanted.start}-{wanted.stop - 1}/{size}"} if part else {}
+            self._head(206 if part else 200, kind, len(wanted), {"Accept-Ranges": "bytes", **headers})
+            file.seek(wanted.start)
+            left = len(wanted) if self.command == "GET" else 0
+            while left:
+                data = file.read(min(_CHUNK, left))
+                if not data:  # the file became shorter; the viewer sees the connection end early
+                    self.close_connection = True
+                    break
+                self.wfile.write(data)
+                left -= len(data)
         return None
 
-    def _copy(self, file: Any, wanted: range) -> None:
-        file.seek(wanted.start)
-        left = len(wanted)
-        while left:
-            data = file.read(min(_CHUNK, left))
-            if not data:  # the file became shorter; the viewer sees the connection end early
-                self.close_connection = True
-                return
-            self.wfile.write(data)
-            left -= len(data)
-
-    def _send_status(self, with_body: bool) -> None:
-        try:
-            body = json.dumps(self.server.status()).encode()
-        except (EditRayError, OSError, ValueError):
-            return self._refuse(503, "the run cannot be read now")
-        self._head(200, {"Content-Type": "application/json", "Content-Length": str(len(body))})
-        if with_body:
-            self.wfile.write(body)
-        return None
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def _refuse(self, code: int, message: str, headers: Mapping[str, str] | None = None) -> None:
-        body = f"{message}\n".encode()
-        kind = {"Content-Type": "text/plain; charset=utf-8", "Content-Length": str(len(body))}
-        self._head(code, {**kind, **(headers or {})})
-        if self.command != "HEAD":
+        self._send(code, "text/plain; charset=utf-8", f"{message}\n".encode(), headers)
+
+    def _send(self, code: int, kind: str, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+        self._head(code, kind, len(body), headers or {})
+        if self.command == "GET":
             self.wfile.write(body)
 
-    def _head(self, code: int, headers: Mapping[str, str]) -> None:
+    def _head(self, code: int, kind: str, length: int, headers: Mapping[str, str]) -> None:
         self.send_response(code)
-        for name, value in {**_HEADERS, **headers}.items():
+        about = {"Content-Type": kind, "Content-Length": str(length)}
+        for name, value in {**_HEADERS, **about, **headers}.items():
             self.send_header(name, value)
         self.end_headers()

@@ -151,13 +151,20 @@ class SegmentScheduler:
                 self._lacking.clear()
                 return self._advance()
             case Consumed(run_id, segments):
-                return self._consumed(run_id, segments)
+                run = self._runs.get(run_id)
+                if run is None or segments <= run.consumed:
+                    return []
+                run.consumed = segments
+                return self._advance()
             case CancelAsked(run_id):
                 return self._stop(run_id, "cancelled", None)
-            case WorkDone(work):
-                return self._done(work) if self._in_flight(work) else []
-            case WorkFailed(work, error, kind):
-                return self._failed(work, error, kind) if self._in_flight(work) else []
+            case WorkDone(work) if self._in_flight(work):
+                run = self._runs[work.run_id]
+                run.done(work.stage)
+                return self._close_if_still(run) if run.state == "stopping" else self._advance()
+            case WorkFailed(work, error, kind) if self._in_flight(work):
+                return self._failed(work, error, kind)
+        return []
 
     def state(self, run_id: str) -> RunState | None:
         """The state of a run; None once it has ended."""
@@ -188,18 +195,6 @@ class SegmentScheduler:
     def _in_flight(self, work: Work) -> bool:
         run = self._runs.get(work.run_id)
         return run is not None and run.in_flight.get(work.stage) == work
-
-    def _consumed(self, run_id: str, segments: int) -> list[Instruction]:
-        run = self._runs.get(run_id)
-        if run is None or segments <= run.consumed:
-            return []
-        run.consumed = segments
-        return self._advance()
-
-    def _done(self, work: Work) -> list[Instruction]:
-        run = self._runs[work.run_id]
-        run.done(work.stage)
-        return self._close_if_still(run) if run.state == "stopping" else self._advance()
 
     def _failed(self, work: Work, error: str, kind: FailureKind) -> list[Instruction]:
         run = self._runs[work.run_id]
