@@ -249,48 +249,42 @@ class LongVideoClient:
         except UnknownRun:
             return None
 
-    def _ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
-        """Call the living segment scheduler, again while it is being restarted. Raises UnknownRun if there is none."""
-        if self._connect and ray.is_initialized():
-            deadline: float | None = None if timeout_s is None else time.monotonic() + timeout_s
-            while (scheduler := launch.find_segment_scheduler()) is not None:
-                try:
-                    return self._call(scheduler, method, *arguments, timeout_s=timeout_s)
-                except ray.exceptions.RayActorError:
-                    deadline = _pause(deadline)
-        which = f"run {arguments[0]!r}" if arguments else "no run"
-        raise UnknownRun(f"{which} is not running: no segment scheduler lives in this Ray")
-
     def _admit(self, method: str, *arguments: Any) -> RunStatus:
-        """Have the segment scheduler begin a run or go on with it. Starts a scheduler if there is none."""
+        """Have the segment scheduler begin a run or go on with it. Starts a Ray and a scheduler if there is none."""
         if connection.connect(self._address):
             self._started_ray = True
             atexit.register(self.close)  # before Ray's own handler, which was registered when Ray was imported
-        deadline: float | None = None
-        while True:
-            try:
-                scheduler = launch.segment_scheduler(self._answer_timeout_s)
-                status: RunStatus = self._call(scheduler, method, *arguments)
-                return status
-            except RunLive:
-                if deadline is None:
-                    raise
-                return self.status(arguments[0])  # it was begun, only the answer was lost
-            except ray.exceptions.RayActorError:
-                deadline = _pause(deadline)
+        status: RunStatus = self._ask(method, *arguments, starts=True)
+        return status
 
-    def _call(self, handle: Any, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
-        """One call to the segment scheduler. Errors of ours are raised without Ray's wrapping."""
-        call = getattr(handle, method).remote(*arguments)
-        try:
-            if timeout_s is not None:
-                return ray.get(call, timeout=timeout_s)
-            return launch.answer_of(handle, call, self._answer_timeout_s)
-        except ray.exceptions.RayTaskError as failed:
-            cause = failed.cause
-            if isinstance(cause, EditRayError):
-                raise cause from None
-            raise
+    def _ask(self, method: str, *arguments: Any, timeout_s: float | None = None, starts: bool = False) -> Any:
+        """The segment scheduler's answer. A scheduler that is being restarted is called again.
+
+        Raises errors of ours without Ray's wrapping, and UnknownRun if no scheduler is alive and this starts none.
+        """
+        deadline: float | None = None if timeout_s is None else time.monotonic() + timeout_s
+        called = False
+        while starts or (self._connect and ray.is_initialized()):
+            try:
+                scheduler = (
+                    launch.segment_scheduler(self._answer_timeout_s) if starts else launch.find_segment_scheduler()
+                )
+                if scheduler is None:
+                    break
+                call = getattr(scheduler, method).remote(*arguments)
+                if timeout_s is not None:
+                    return ray.get(call, timeout=timeout_s)
+                return launch.answer_of(scheduler, call, self._answer_timeout_s)
+            except ray.exceptions.RayTaskError as failed:
+                if called and isinstance(failed.cause, RunLive):
+                    return self.status(arguments[0])  # it was begun, only the answer was lost
+                if isinstance(failed.cause, EditRayError):
+                    raise failed.cause from None
+                raise
+            except ray.exceptions.RayActorError:
+                deadline, called = _pause(deadline), True
+        which = f"run {arguments[0]!r}" if arguments else "no run"
+        raise UnknownRun(f"{which} is not running: no segment scheduler lives in this Ray")
 
 
 class SegmentStream(Iterator[Segment], AsyncIterator[Segment]):
@@ -301,14 +295,12 @@ class SegmentStream(Iterator[Segment], AsyncIterator[Segment]):
         self._frames, self._latents = frames, latents
 
     def __next__(self) -> Segment:
-        segment = self._following()
-        if segment is None:
+        if (segment := self._following()) is None:
             raise StopIteration
         return segment
 
     async def __anext__(self) -> Segment:
-        segment = await asyncio.to_thread(self._following)
-        if segment is None:
+        if (segment := await asyncio.to_thread(self._following)) is None:
             raise StopAsyncIteration
         return segment
 
@@ -320,20 +312,18 @@ class SegmentStream(Iterator[Segment], AsyncIterator[Segment]):
                 segment = self._segment(reply.record, reply.status)
                 self._index += 1
                 return segment
-            match reply.status.state:
-                case "done":
-                    return None
-                case "failed":
-                    raise SegmentFailed(f"run {self._run_id!r} failed: {reply.status.error}")
-                case "cancelled":
-                    raise RunCancelled(f"run {self._run_id!r} was stopped")
+            if reply.status.state == "done":
+                return None
+            if reply.status.state == "failed":
+                raise SegmentFailed(f"run {self._run_id!r} failed: {reply.status.error}")
+            if reply.status.state == "cancelled":
+                raise RunCancelled(f"run {self._run_id!r} was stopped")
 
     def _segment(self, record: SegmentRecord, status: RunStatus) -> Segment:
         folder = Path(status.path)
         path, init = folder / record.media, folder / "init.mp4"
-        height, width = status.height, status.width
         try:
-            frames = read_frames(path, height=height, width=width, init=init) if self._frames else None
+            frames = read_frames(path, height=status.height, width=status.width, init=init) if self._frames else None
             latents = _load_latents(folder / record.latents) if self._latents else None
         except (OSError, EncodeError, EditRayError):
             if path.exists():

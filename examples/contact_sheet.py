@@ -1,10 +1,10 @@
-"""A streaming client: a picture of the run that gets a row more as each segment is committed.
+"""A streaming client: a contact sheet of the run that grows by a row with each committed segment.
 
     python examples/contact_sheet.py
     python examples/contact_sheet.py --run RUN --every 4
 
-The first line makes a short run, on the Ray that is running, else on one of its own. The second follows a run that is
-there already, from its first segment, whether it is at work or has ended.
+The first line makes a short run, on the running Ray or on its own. The second follows an existing run from its first
+segment, active or ended.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SHORT_RUN = {
 def main() -> None:
     parser = argparse.ArgumentParser(description="A contact sheet of a run, while it grows.")
     parser.add_argument("--run", help="the run to follow (default: a short one is made)")
-    parser.add_argument("--every", type=int, default=6, help="one picture of so many frames")
+    parser.add_argument("--every", type=int, default=6, help="frames per picture")
     given = parser.parse_args()
     client = LongVideoClient()
     rows: list[np.ndarray] = []

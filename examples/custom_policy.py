@@ -1,8 +1,8 @@
-"""A cache policy of one's own, from nothing: it computes often at first, and less and less often.
+"""A custom cache policy: it computes often at first, and then less and less often.
 
     python examples/custom_policy.py
 
-Jobs know it, as `cache: {policy: slowing_down}`, once a package with the class is installed that declares
+Jobs use it as `cache: {policy: slowing_down}` if an installed package has the class and declares
 
     [project.entry-points."edit_ray.policies"]
     slowing_down = "my_package:SlowingDown"

@@ -1,4 +1,4 @@
-"""A store of one's own: residuals compressed in memory, below a device tier that is too small for all of them.
+"""A custom store: residuals compressed in memory, below a device tier that is too small for all of them.
 
 python examples/custom_store.py
 """

@@ -1,9 +1,9 @@
-"""Editing while it runs: the first steps of one prompt's generation, transplanted into another's.
+"""Editing at run time: copies the first steps of one prompt's generation into another's.
 
     python examples/edit_a_generation.py
 
-A hook at every unit sees what the blocks add, remembers it in one generation, and puts it in place of what they would
-add in another. Early steps decide where things are, later ones what they look like.
+A hook at every unit records the residuals of one generation and returns them in another. Early steps decide the layout,
+later ones the appearance.
 """
 
 from collections.abc import Callable

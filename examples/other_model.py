@@ -1,8 +1,8 @@
-"""Caching a video transformer that edit_ray does not know: LTX-Video, through an adapter in this file.
+"""Caching a video transformer without a built-in adapter: LTX-Video, with the adapter in this file.
 
     python examples/other_model.py
 
-The weights are random and tiny, so that it takes seconds on a CPU and downloads nothing.
+The weights are random and tiny: it takes seconds on a CPU and downloads nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A long video that tells something: another prompt, guidance or seed from one segment to the next.
+"""A long video with a storyboard: prompt, guidance and seed change between segments.
 
     python examples/storyboard.py
 
-On the Ray that is running, else on one of its own. The same as a file: docs/long-video.md.
+It uses the running Ray, or starts one. docs/long-video.md has storyboards in files.
 """
 
 from edit_ray import LongVideoClient

@@ -1,4 +1,4 @@
-"""The least that makes a video: the pipeline, a prompt, a file.
+"""The shortest program that makes a video.
 
 python examples/text_to_video.py
 """

@@ -1,10 +1,10 @@
-"""Text to video with TeaCache: what each threshold skips, what that saves, and how far it leads away.
+"""Text to video with TeaCache: skipped steps, time and PSNR of several thresholds.
 
     python examples/wan_t2v_teacache.py
     python examples/wan_t2v_teacache.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --wan-variant t2v-1.3B \
         --dtype bfloat16 --device cuda --height 480 --width 832 --guidance-scale 5
 
-The second line is for a GPU, and downloads the model first.
+The second command needs a GPU, and downloads the model first.
 """
 
 import argparse

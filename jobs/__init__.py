@@ -1,1 +1,1 @@
-"""What a user submits to Ray, or starts by `make demo`."""
+"""Jobs for Ray, and the program behind `make demo`."""

@@ -1,4 +1,4 @@
-"""`make demo`: a private Ray head, one submitted job, its log, the video's path; ends only the Ray that it started."""
+"""`make demo`: starts a private Ray head, submits one job, prints its log and the video's path, ends that Ray."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ START_TIMEOUT_S = 60.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`arguments` go to the job as they are."""
+    """Passes `arguments` to the job."""
     print("starting a private Ray: some ten seconds", flush=True)
     with tempfile.TemporaryDirectory(prefix="edit_ray_") as temp, private_ray(Path(temp)) as environment:
         print("submitting jobs/long_video.py: its first lines take some ten seconds more", flush=True)
         submit = [str(BIN / "ray"), "job", "submit", "--", "python", "jobs/long_video.py", *arguments]
         code = _submit(submit, environment)
-        # So that Prometheus, where one looks on, is told that nothing is left to be asked.
+        # Removes the scrape target of a Prometheus.
         down = [sys.executable, "-m", "edit_ray.cli", "down", "--force"]
         subprocess.run(down, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, check=False)
         return code
 
 
 def _submit(command: list[str], environment: dict[str, str]) -> int:
-    """Submits, showing the job's own log; once more while Ray's job agent is not up yet."""
+    """Submits the job and prints its log; retries while Ray's job agent is not up yet."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         job = subprocess.Popen(
@@ -52,7 +52,7 @@ def _submit(command: list[str], environment: dict[str, str]) -> int:
 
 
 def _show_log(lines: Iterable[str]) -> str:
-    """Prints the job's own lines as they come; returns what Ray's command line says around them."""
+    """Prints the job's own lines as they arrive; returns the output of Ray's command around them."""
     rays_own, jobs_turn = [], False
     for line in lines:
         if jobs_turn and "WebSocket closed for job" not in line:
@@ -65,7 +65,7 @@ def _show_log(lines: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def private_ray(temp: Path) -> Iterator[dict[str, str]]:
-    """A Ray head of our own, on loopback, behind a token of its own; yields the environment that reaches it."""
+    """A private Ray head on loopback with its own token; yields the environment to reach it."""
     gcs, dashboard = free_port(), free_port()
     environment = os.environ | {
         "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",  # jobs run `python` from the PATH of `ray start`
@@ -81,7 +81,7 @@ def private_ray(temp: Path) -> Iterator[dict[str, str]]:
                 *(str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", f"--temp-dir={temp}"),
                 *("--node-ip-address=127.0.0.1", f"--port={gcs}"),
                 *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
-                # Another Ray on this machine has the port that it would take, and without it no job can be submitted.
+                # Another Ray on this machine may hold the default port, without which no job can be submitted.
                 f"--dashboard-agent-listen-port={free_port()}",
             ],
             cwd=REPOSITORY,
@@ -107,8 +107,8 @@ def _await_dashboard(head: subprocess.Popen[bytes], port: int, log: Path) -> Non
 
 
 def _end(head: subprocess.Popen[bytes]) -> None:
-    """Ends the head that we started, then whatever of its process group is still there."""
-    head.send_signal(signal.SIGINT)  # on SIGTERM it would first wait for its actors to leave by themselves
+    """Ends the head, then the rest of its process group."""
+    head.send_signal(signal.SIGINT)  # on SIGTERM it would wait for its actors first
     with contextlib.suppress(subprocess.TimeoutExpired):
         head.wait(15)
     with contextlib.suppress(ProcessLookupError):

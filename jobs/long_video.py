@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edit_ray.client import LongVideoClient, Segment
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))  # the code beside the job, also where the package is not installed
+sys.path.insert(0, str(REPOSITORY))  # the code beside the job, even if the package is not installed
 
 from edit_ray.cli.main import escaping  # noqa: E402
 from edit_ray.config import Config, dump_yaml, load_config, output_root  # noqa: E402
@@ -50,7 +50,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         if options.run_id is not None:
             check_run_id(options.run_id)
         elif options.resume:
-            raise ConfigError(["--resume needs --run-id, the run to go on with"])
+            raise ConfigError(["--resume needs --run-id, the run to continue"])
         root = output_root(options.output or config.output.directory, os.environ)
         return _run(config, root, options)
     except EditRayError as error:
@@ -66,12 +66,10 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value, e.g. sampling.seed=7"
     )
     parser.add_argument("--run-id", help="the name of the run's folder (default: made from the time)")
-    parser.add_argument("--output", help="the folder that holds runs (default: $EDIT_RAY_OUTPUT or ~/edit_ray_outputs)")
+    parser.add_argument("--output", help="the folder of runs (default: $EDIT_RAY_OUTPUT or ~/edit_ray_outputs)")
+    parser.add_argument("--resume", action="store_true", help="continue the run if its folder exists; else start it")
     parser.add_argument(
-        "--resume", action="store_true", help="if the run's folder is there, go on with it; else begin the run"
-    )
-    parser.add_argument(
-        "--allow-different-hardware", action="store_true", help="resume even where the frames' bits will be others"
+        "--allow-different-hardware", action="store_true", help="resume even if the frames will not be bit-identical"
     )
     parser.add_argument("--print-config", action="store_true", help="print the whole configuration and stop")
     return parser
@@ -92,7 +90,7 @@ def _run(config: Config, root: Path, options: argparse.Namespace) -> int:
     print(f"run: {run_id}, {length}{frames_in_all} at {status.fps:.6g} fps", flush=True)
     if start:
         print(f"resumed: segments 0 to {start - 1} were committed before", flush=True)
-    with contextlib.suppress(EditRayError, ValueError):  # where the run is made this was checked; here may be no model
+    with contextlib.suppress(EditRayError, ValueError):  # the model may exist only on the nodes of the run
         if (unkept := what_does_not_fit(config)) is not None:
             print(f"reuse: {unkept}", flush=True)
     started, frames, figures = time.perf_counter(), 0, list[Mapping[str, float]]()
@@ -115,7 +113,7 @@ def _run(config: Config, root: Path, options: argparse.Namespace) -> int:
 
 
 def _begin(client: LongVideoClient, config: Config, root: Path, options: argparse.Namespace) -> tuple[str, int]:
-    """The run's id, and the first segment that is made by this job."""
+    """The run's id, and the first segment that this job makes."""
     if not options.resume or not (root / options.run_id).exists():
         return client.submit(config, run_id=options.run_id, checked=True), 0
     given = config if options.config or options.set else None
@@ -125,7 +123,7 @@ def _begin(client: LongVideoClient, config: Config, root: Path, options: argpars
 
 
 def check_resumable(run_yaml: Path, given: Config | None) -> None:
-    """Raises ConfigError where the configuration given is another than the run's own, with every key that differs."""
+    """Raises ConfigError with every key that differs between the given configuration and the run's."""
     if given is None or not run_yaml.exists():
         return
     own, asked = (_leaves(c.model_dump(mode="json")) for c in (load_config(run_yaml, check_model=False), given))
@@ -137,7 +135,7 @@ def check_resumable(run_yaml: Path, given: Config | None) -> None:
 
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Every value below, by its dotted key."""
+    """Every leaf value by its dotted key."""
     below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if below is None:
         return {path: value}
@@ -145,7 +143,7 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def cache_lines(config: Config, figures: Sequence[Mapping[str, float]]) -> Iterator[str]:
-    """What the cache has skipped, and what the segments have reused of each other."""
+    """Summaries of skipped steps and of reuse between segments."""
 
     def total(name: str) -> int:
         return int(sum(segment.get(name, 0) for segment in figures))
@@ -153,7 +151,7 @@ def cache_lines(config: Config, figures: Sequence[Mapping[str, float]]) -> Itera
     computed, skipped = total("units_computed"), total("units_skipped")
     if computed + skipped:
         yield f"cache: {config.cache.policy} skipped {skipped / (computed + skipped):.0%} of the steps"
-    figures = [segment for segment in figures if "entries_read" in segment]  # a crash may have taken some of them
+    figures = [segment for segment in figures if "entries_read" in segment]  # a crash may have lost some of them
     if figures:
         peak = {name: max(segment[name] for segment in figures) for name in ("host_bytes", "disk_bytes")}
         yield (
@@ -175,7 +173,7 @@ def _line(segment: Segment) -> str:
 
 @contextlib.contextmanager
 def _live_bar(client: LongVideoClient, run_id: str, config: Config, num_segments: int | None) -> Iterator[None]:
-    """On a terminal, a bar over all denoising steps; elsewhere nothing, the log lines say enough."""
+    """Draws a bar over all denoising steps on a terminal."""
     if not sys.stdout.isatty():
         yield
         return
@@ -187,7 +185,7 @@ def _live_bar(client: LongVideoClient, run_id: str, config: Config, num_segments
         total = None if num_segments is None else steps * num_segments
         task = bar.add_task("denoising", total=total)
         while not over.wait(0.5):
-            with contextlib.suppress(Exception):  # a bar is no reason to fail
+            with contextlib.suppress(Exception):  # a failing bar must not end the job
                 at = client.status(run_id).progress
                 bar.update(task, completed=at.segment_index * steps + at.step if at else None)
 
@@ -202,11 +200,11 @@ def _live_bar(client: LongVideoClient, run_id: str, config: Config, num_segments
 
 
 def _how_to_go_on(root: Path, run_id: str) -> str:
-    return f"what is committed stays in {root / run_id}; go on with `edit-ray --output {root} resume {run_id}`"
+    return f"committed segments stay in {root / run_id}; continue with `edit-ray --output {root} resume {run_id}`"
 
 
 def _stop_on_signals(client: LongVideoClient, root: Path, run_id: str) -> None:
-    """From now on SIGTERM and SIGINT stop the run too. Installed after Ray's own handlers, which it replaces."""
+    """Makes SIGTERM and SIGINT stop the run too. Replaces Ray's own handlers."""
 
     def stop(signum: int, frame: FrameType | None) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

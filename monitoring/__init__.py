@@ -1,1 +1,1 @@
-"""What is made from the metrics catalog, and what makes it: Grafana dashboards, Prometheus rules and alerts."""
+"""Grafana dashboards, Prometheus rules and alerts, and their generator from the metrics catalog."""

@@ -1,4 +1,4 @@
-"""Every file that is made from the catalog, by its place in the repository."""
+"""The generated files by their paths in the repository."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def generated() -> dict[str, str]:
 
 
 def write_generated(root: Path) -> list[Path]:
-    """Writes those that differ from what is there; returns them."""
+    """Writes the files that are missing or stale; returns them."""
     written = []
     for name, text in generated().items():
         path = root / name

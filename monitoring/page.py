@@ -1,4 +1,4 @@
-"""The page of documentation about the metrics."""
+"""The generated page docs/metrics.md."""
 
 from __future__ import annotations
 

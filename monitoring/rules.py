@@ -1,4 +1,4 @@
-"""Rules and alerts as Prometheus reads them, and the cases by which promtool tests them."""
+"""Prometheus' rules and alerts, and their test cases for promtool."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _INSTANCE = ("job", "instance")
 
 
 def _share(some: str, whole: str, *by: str) -> str:
-    """A share of what a counter grew by, and no series where it did not grow."""
+    """The fraction of a counter's growth; no series without growth."""
     labels = ", ".join((*_INSTANCE, *by))
     return f"sum by ({labels}) (rate({some}[{{window}}])) / (sum by ({labels}) (rate({whole}[{{window}}])) > 0)"
 
@@ -40,12 +40,12 @@ RECORDED: dict[str, str] = {
 
 
 def rules_yaml(durations: Durations | None = None) -> str:
-    """The recording rules and the alerts."""
+    """The recording rules and the alerts, for Prometheus."""
     return _GENERATED + _dump({"groups": _groups(durations or Durations())})
 
 
 def prometheus_rule_yaml() -> str:
-    """The same as the Prometheus operator of Kubernetes takes them."""
+    """The same rules for the Prometheus operator of Kubernetes."""
     about = {"apiVersion": "monitoring.coreos.com/v1", "kind": "PrometheusRule", "metadata": {"name": "edit-ray"}}
     return _GENERATED + _dump({**about, "spec": {"groups": _groups(Durations())}})
 
@@ -60,7 +60,7 @@ def _groups(durations: Durations) -> list[dict[str, Any]]:
 
 
 def rule_tests_yaml(rules_file: str) -> str:
-    """A case for `promtool test rules` for each alert: it fires when it should, then and not before, else not."""
+    """Cases for `promtool test rules`: each alert fires when it should, not before, and not for healthy samples."""
     durations = Durations()
     cases = [case for alert in ALERTS for case in _cases(alert, durations)]
     interval = span(durations.scrape)
@@ -68,7 +68,7 @@ def rule_tests_yaml(rules_file: str) -> str:
 
 
 def span(seconds: float) -> str:
-    """A duration as Prometheus writes it."""
+    """A duration in Prometheus' notation."""
     milliseconds = round(seconds * 1000)
     for unit, size in (("m", 60_000), ("s", 1000)):
         if milliseconds % size == 0:
@@ -94,7 +94,7 @@ def _rule(alert: Alert, durations: Durations) -> dict[str, Any]:
 
 
 def _cases(alert: Alert, durations: Durations) -> list[dict[str, Any]]:
-    """Values begin at 0 and the trouble within the first four scrapes; so the window is past it soon."""
+    """The problem starts within the first four scrapes, so that the window passes it soon."""
     interval = span(durations.scrape)
     late = span(4 * durations.scrape + durations.window + _lasts(alert, durations) + 4 * durations.scrape)
     fires = {

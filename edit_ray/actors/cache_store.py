@@ -212,7 +212,7 @@ class CacheStoreActor:
         with self._lock:
             if self._tiers is None or self._tiers.failed or run_id not in self._runs:
                 self._earlier[series("edit_ray_refusals_total", refusal="stale_lease")] += 1
-                raise StaleLease(f"This CacheStore actor was not told of the run {run_id!r}.")
+                raise StaleLease(f"This CacheStore actor does not follow the run {run_id!r}.")
             return self._tiers
 
     def _close(self) -> None:

@@ -123,7 +123,7 @@ class DenoiserActor:
         when the latents are not finite, EntryLost when what it should reuse is gone, OutOfMemory.
         """
         self._adopted.check(spec)
-        engine = self._ready_engine(spec)
+        engine = self._ready_engine(spec, segment.index)
         leases = self._leases_of(spec, engine)
         append_event(spec.folder.events, "segment_begun", segment=segment.index, attempt=attempt)
         reusing = segment.index - spec.planned_from  # its number in the reuse plan
@@ -178,13 +178,14 @@ class DenoiserActor:
         return self._compute(engine, work, denoises=True)
 
     def _let_decoding_go_first(self, engine: SegmentEngine) -> None:
-        """On a GPU, a step begins when no decoding is in progress.
+        """A step begins when no decoding waits or is in progress.
 
-        Each fills the GPU: at the same time they take as long as one by one, and a client gets its frames later.
+        At the same time they take as long as one by one, and a client gets its frames later.
         """
         if engine.device.type == "cuda":
             with self._decoding:
                 return
+        self._model.thread.yield_to_urgent()
 
     def _make_lost_again(
         self, spec: RunSpec, engine: SegmentEngine, leases: SegmentLeases, reusing: int, attempt: int
@@ -284,9 +285,9 @@ class DenoiserActor:
         part, patience = spec.part(segment), self._patience(spec)
         return self._joins.measure(spec.key, spec.folder.path, part, before, frames, patience)
 
-    def _ready_engine(self, spec: RunSpec) -> SegmentEngine:
+    def _ready_engine(self, spec: RunSpec, segment_index: int = 0) -> SegmentEngine:
         self._count_beat()
-        return self._model.ready(spec)
+        return self._model.ready(spec, segment_index)
 
     def _decode(self, spec: RunSpec, segment: SegmentPlan, *, again: bool = True) -> tuple[Frames, float, float]:
         """The segment's frames, uint8 [F, H, W, 3], when their decoding began, and its seconds."""
@@ -302,7 +303,7 @@ class DenoiserActor:
             )
 
         with self._decoding:  # from the call on: the next segment's denoising is requested at the same moment
-            engine = self._ready_engine(spec)
+            engine = self._ready_engine(spec, segment.index)
             latents = load_latents(spec.latents(segment.index))
             frames, decode_at, decode_s = self._compute(engine, work, again=again)
         assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
@@ -313,11 +314,23 @@ class DenoiserActor:
     ) -> tuple[T, float, float]:
         """The result of the work, when it began (in unix seconds), and its seconds.
 
+        On a CPU one thread does all of torch's work, unless torch has one thread only. OpenMP keeps a team of threads
+        for each thread that calls it, and once two teams have more threads than there are cores, both sleep where they
+        would spin: half the speed.
+
         If GPU memory runs out, all state that can be rebuilt is freed: the first time another attempt may succeed, and
         this raises SegmentFailed; the second time, or where `again` is False, OutOfMemory.
         """
+
+        def timed() -> tuple[T, float, float]:
+            torch.set_num_threads(self._model.threads)  # of this thread, if it has called torch before
+            began, started = time.time(), time.perf_counter()
+            return work(), began, time.perf_counter() - started
+
+        one_by_one = engine.device.type == "cpu" and self._model.threads > 1
         try:
-            return self._model.timed(engine, work)
+            submit = self._model.thread.submit if denoises else self._model.thread.submit_urgent
+            return submit(timed).result() if one_by_one else timed()
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold the work's tensors
             for _, leases in list(self._leases.values()):

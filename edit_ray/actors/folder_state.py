@@ -122,43 +122,35 @@ def can_be_made_again(spec: RunSpec, committed: int) -> bool:
 # What a run may change.
 
 
-def extension(segments: int) -> Change:
-    """`segments` more. The change raises ConfigError."""
-
-    def change(manifest: Manifest, spec: RunSpec) -> Extended:
-        if manifest.num_segments is None:
-            raise ConfigError(["the run goes on until it is stopped (video.num_segments is null); resume it instead"])
-        most = MAX_SEGMENTS - manifest.num_segments
-        if not 1 <= segments <= most:
-            raise ConfigError([f"--segments is {segments}; it must be from 1 to {most}"])
-        return Extended(manifest.incarnation + 1, manifest.num_segments + segments, replans=False)
-
-    return change
+def extension(segments: int, manifest: Manifest, spec: RunSpec) -> Extended:
+    """`segments` more. Raises ConfigError."""
+    if manifest.num_segments is None:
+        raise ConfigError(["the run goes on until it is stopped (video.num_segments is null); resume it instead"])
+    most = MAX_SEGMENTS - manifest.num_segments
+    if not 1 <= segments <= most:
+        raise ConfigError([f"--segments is {segments}; it must be from 1 to {most}"])
+    return Extended(manifest.incarnation + 1, manifest.num_segments + segments, replans=False)
 
 
-def reroll(start: int, seed: int | None, prompt: str | None) -> Change:
-    """Another take from segment `start` on, its seed derived if None. The change raises ConfigError."""
-
-    def change(manifest: Manifest, spec: RunSpec) -> Rerolled:
-        committed, number = len(manifest.segments), len(manifest.takes) + 1
-        first = manifest.dropped_before
-        while first < committed and not can_be_made(spec, first):
-            first += 1
-        problems = []
-        if not first <= start < committed:
-            valid = f"from {first} to {committed - 1}" if first < committed else "and there is none"
-            why = ", as the latents that earlier ones continue were dropped" if first > manifest.dropped_before else ""
-            problems.append(f"--from is {start}; it must be a segment that was made and is there, {valid}{why}")
-        if seed is not None and not 0 <= seed < 2**63:
-            problems.append(f"--seed is {seed}; it must be at least 0 and below 2**63")
-        if prompt is not None:
-            problems += check_texts(spec.config, {"--prompt": prompt})
-        if problems:
-            raise ConfigError(problems)
-        own = take_seed(spec.config.sampling.seed, number) if seed is None else seed
-        return Rerolled(manifest.incarnation + 1, Take(number, start, own, prompt))
-
-    return change
+def reroll(start: int, seed: int | None, prompt: str | None, manifest: Manifest, spec: RunSpec) -> Rerolled:
+    """Another take from segment `start` on, its seed derived if None. Raises ConfigError."""
+    committed, number = len(manifest.segments), len(manifest.takes) + 1
+    first = manifest.dropped_before
+    while first < committed and not can_be_made(spec, first):
+        first += 1
+    problems = []
+    if not first <= start < committed:
+        valid = f"from {first} to {committed - 1}" if first < committed else "and there is none"
+        why = ", as the latents that earlier ones continue were dropped" if first > manifest.dropped_before else ""
+        problems.append(f"--from is {start}; it must be a segment that was made and is there, {valid}{why}")
+    if seed is not None and not 0 <= seed < 2**63:
+        problems.append(f"--seed is {seed}; it must be at least 0 and below 2**63")
+    if prompt is not None:
+        problems += check_texts(spec.config, {"--prompt": prompt})
+    if problems:
+        raise ConfigError(problems)
+    own = take_seed(spec.config.sampling.seed, number) if seed is None else seed
+    return Rerolled(manifest.incarnation + 1, Take(number, start, own, prompt))
 
 
 # Damaged files.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,7 +16,7 @@ from edit_ray.cache.records import Record
 from edit_ray.engine.continuity import latent_tail, load_latents, match_statistics
 from edit_ray.engine.loading import usable_cores
 from edit_ray.engine.model_files import model_digest
-from edit_ray.engine.segment import SegmentEngine
+from edit_ray.engine.segment import KEPT_PROMPTS, SegmentEngine
 from edit_ray.engine.vae_stream import Preceding
 from edit_ray.errors import NotAdopted, RunCancelled, StaleWork
 from edit_ray.files import write_atomic
@@ -56,13 +57,41 @@ class AdoptedRuns:
         """Raises NotAdopted, StaleWork or RunCancelled if nobody waits for this run's work."""
         known = self._adopted.get(spec.run_id)
         if known is None:
-            raise NotAdopted(f"this GPU actor was not told of the run {spec.run_id}")
+            raise NotAdopted(f"this GPU actor has not adopted the run {spec.run_id}")
         if known.key != spec.key:
             raise StaleWork(f"the run id {spec.run_id} belongs to another run now")
         if known.incarnation > spec.incarnation:
             raise StaleWork(f"run {spec.run_id} lives in a later incarnation than {spec.incarnation}")
         if spec.run_id in self._stopped:
             raise RunCancelled(f"run {spec.run_id} was stopped")
+
+
+class OneThread(ThreadPoolExecutor):
+    """A thread that does one piece of work after the other; urgent work is done between two steps of the others."""
+
+    def __init__(self, name: str) -> None:
+        self._urgent: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._ident = 0
+        super().__init__(1, name, self._begin)
+
+    def _begin(self) -> None:
+        self._ident = threading.get_ident()
+
+    def submit_urgent(self, work: Callable[[], T]) -> Future[T]:
+        """Have `work` done at the next `yield_to_urgent`, or in its turn."""
+        future: Future[T] = Future()
+        self._urgent.append((future, work))
+        self.submit(self.yield_to_urgent)
+        return future
+
+    def yield_to_urgent(self) -> None:
+        """Between two steps: do the urgent work. Nothing happens in another thread."""
+        while self._urgent and threading.get_ident() == self._ident:
+            future, work = self._urgent.popleft()
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
 
 
 class LoadedModel:
@@ -72,53 +101,38 @@ class LoadedModel:
         self.engine: SegmentEngine | None = None
         self.loaded_for: object = None
         self.loading = False
-        self.thread = ThreadPoolExecutor(1, "torch")
+        self.thread = OneThread("torch")
         self._weights: str | None = None  # the digest of the loaded files
-        self._threads = 0  # of torch
+        self.threads = 0  # of torch
 
     def forget_replaced(self, spec: RunSpec) -> None:
         """Have the model loaded anew if the files at its path are no longer those that were loaded."""
         if self._weights != model_digest(spec.config.model.path):
             self.loaded_for = None
 
-    def ready(self, spec: RunSpec) -> SegmentEngine:
-        """The engine of this run's model, with the run's prompts encoded."""
-        return self.thread.submit(self._load_for, spec).result()
+    def ready(self, spec: RunSpec, segment_index: int = 0) -> SegmentEngine:
+        """The engine of this run's model, with the run's prompts encoded, or of very many those around this segment."""
+        return self.thread.submit_urgent(lambda: self._load_for(spec, segment_index)).result()
 
-    def _load_for(self, spec: RunSpec) -> SegmentEngine:
+    def _load_for(self, spec: RunSpec, segment_index: int) -> SegmentEngine:
         config = spec.config
-        self._threads = config.engine.cpu_threads or usable_cores()  # Ray would leave one
+        self.threads = config.engine.cpu_threads or usable_cores()  # Ray would leave one
         wanted = config.model, config.engine.cfg_parallel
         self.loading = True
         try:
             if self.engine is None or self.loaded_for != wanted:
                 self.engine = None  # frees the last model before the next one is loaded
                 weights = model_digest(config.model.path)
-                self.engine = SegmentEngine.load(config.model, self._threads, cfg_parallel=config.engine.cfg_parallel)
+                self.engine = SegmentEngine.load(config.model, self.threads, cfg_parallel=config.engine.cfg_parallel)
                 self.loaded_for, self._weights = wanted, weights
-            torch.set_num_threads(self._threads)
+            torch.set_num_threads(self.threads)
             self.engine.max_live_decoders = config.engine.max_live_decoders
             self.engine.use_mode(config.engine.mode, fp8=config.engine.fp8)
-            self.engine.encode_prompts(spec.texts)  # thousands of prompts take as long as a model
+            texts = spec.texts(segment_index, KEPT_PROMPTS)
+            self.engine.encode_prompts(texts)  # hundreds of prompts take as long as a model
         finally:
             self.loading = False
         return self.engine
-
-    def timed(self, engine: SegmentEngine, work: Callable[[], T]) -> tuple[T, float, float]:
-        """The result of the work, when it began (in unix seconds), and its seconds.
-
-        On a CPU one thread does all of torch's work, unless torch has one thread only. OpenMP keeps a team of threads
-        for each thread that calls it, and once two teams have more threads than there are cores, both sleep where they
-        would spin: half the speed.
-        """
-
-        def timed() -> tuple[T, float, float]:
-            torch.set_num_threads(self._threads)  # of this thread, if it has called torch before
-            began, started = time.time(), time.perf_counter()
-            return work(), began, time.perf_counter() - started
-
-        one_by_one = engine.device.type == "cpu" and self._threads > 1
-        return self.thread.submit(timed).result() if one_by_one else timed()
 
 
 # What a segment takes from those before it and adds to the run's stream, from committed files alone.

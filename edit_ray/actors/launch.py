@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partialmethod
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -166,30 +166,21 @@ class RayPool:
     async def places(self, spec: RunSpec) -> int | None:
         return await asyncio.to_thread(_places, _resources(spec.config))
 
-    async def denoiser(self, worker: int, method: str, *arguments: Any) -> Any:
-        group = GROUP_OF.get(method, "control")
-        return await self._call(DENOISER, worker, method, *arguments, concurrency_group=group)
-
-    async def store(self, worker: int, method: str, *arguments: Any) -> Any:
-        return await self._call(CACHE_STORE, worker, method, *arguments)
-
-    async def _call(self, role: str, worker: int, method: str, *arguments: Any, **options: str) -> Any:
-        name = name_of(role, worker)
-        call = self._handle(name).call.options(name=f"{lazy_actor(role).__name__}.{method}", **options)
+    async def _call(self, role: str, worker: int, method: str, *arguments: Any) -> Any:
+        name, options = name_of(role, worker), {"name": f"{lazy_actor(role).__name__}.{method}"}
+        if role == DENOISER:
+            options["concurrency_group"] = GROUP_OF.get(method, "control")
         try:
-            return await call.remote(method, *arguments)
+            return await self._handle(name).call.options(**options).remote(method, *arguments)
         except _DIED as lost:
             raise _gone(name, lost) from None
 
-    async def restart_denoiser(self, worker: int) -> None:
-        await self._restart(name_of(DENOISER, worker))
-
-    async def restart_store(self, worker: int) -> None:
-        await self._restart(name_of(CACHE_STORE, worker))
-
-    async def _restart(self, name: str) -> None:
+    async def _restart(self, role: str, worker: int) -> None:
         with contextlib.suppress(ConnectionError):
-            await asyncio.to_thread(ray.kill, self._handle(name), no_restart=False)
+            await asyncio.to_thread(ray.kill, self._handle(name_of(role, worker)), no_restart=False)
+
+    denoiser, store = partialmethod(_call, DENOISER), partialmethod(_call, CACHE_STORE)
+    restart_denoiser, restart_store = partialmethod(_restart, DENOISER), partialmethod(_restart, CACHE_STORE)
 
     # The notes live in Ray's key-value store, for as long as they are of use: the cluster restarts the segment
     # scheduler, and without the cluster there are no actors either, and `--resume` names the run.

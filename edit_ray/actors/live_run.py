@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -62,10 +63,11 @@ class LiveRun(Watched):
     damaged: Damage = field(default_factory=dict)  # committed files to make again
     final_digest: str | None = None  # of final.mp4, once it exists
     unrecorded: Ended | None = None  # its end, if that could not be written
+    consumed: int = 0  # segments, by the client that has consumed the most
     lookback_latents: int = 0  # before a segment, that its decoding may need
     warnings: dict[str, str | None] = field(default_factory=dict)  # by subject: what will fail without intervention
     removed: Retention = KEEP_ALL  # up to which segments this incarnation has removed old files
-    stats: dict[int, dict[str, float]] = field(default_factory=dict)  # of segments that are not committed
+    stats: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))  # of uncommitted segments
     beginning: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while its GPU actor is prepared
     _disk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "folder"))
     _parts_written: int = 0  # of the stream's files, which shows that a long write makes progress

@@ -82,11 +82,20 @@ class RunSpec:
             frames_first=self.layout.denoise_needs_frames,
         )
 
-    @property
-    def texts(self) -> list[str]:
-        """All prompts and negative prompts."""
-        of_takes = [take.prompt for take in self.takes if take.prompt is not None]
-        return [text for scene in self.storyboard.scenes for text in (scene.prompt, scene.negative_prompt)] + of_takes
+    def texts(self, segment_index: int, most: int) -> list[str]:
+        """All prompts and negative prompts; of more than `most` those of the segments around this one.
+
+        They come in blocks, two of which are no more than `most`: the last segment of one and the first of the next may
+        be at work at once.
+        """
+        texts = [text for scene in self.storyboard.scenes for text in (scene.prompt, scene.negative_prompt)]
+        texts += [take.prompt for take in self.takes if take.prompt is not None]
+        if len(set(texts)) <= most:
+            return texts
+        block = max(1, most // 4)
+        first = segment_index - segment_index % block
+        near = [self.segment(index) for index in range(first, first + block)]
+        return [text for segment in near for text in (segment.prompt, segment.negative_prompt)]
 
     @property
     def key(self) -> str:

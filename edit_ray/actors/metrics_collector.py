@@ -37,7 +37,6 @@ class MetricsCollector:
         self.values = MetricValues()
         self._runs, self._actors = RunMetrics(self.values), ActorMetrics(self.values)
         self._incarnation, self._ticks = secrets.token_hex(8), 0
-        self._taken: dict[str, int] = {}  # by run: segments that a client has consumed
         self._exporter: Exporter | None = None
         self._serving: MetricsOptions | None = None
         self._beginning = asyncio.Lock()
@@ -107,7 +106,6 @@ class MetricsCollector:
             self._runs.opened(run.spec.run_id, run.spec.config.cache.policy, 0 if recovered else known, is_new=is_new)
 
     def ended(self, run: LiveRun) -> None:
-        self._taken.pop(run.spec.run_id, None)
         if run.end is not None:
             with best_effort("count the end of a run"):
                 self._runs.ended(run.spec.run_id, run.end.state)
@@ -137,10 +135,6 @@ class MetricsCollector:
         """A client waits for a segment during the block."""
         return self._runs.consumer()
 
-    def taken(self, run_id: str, segments: int) -> None:
-        """Clients have consumed the first `segments` segments."""
-        self._taken[run_id] = max(segments, self._taken.get(run_id, 0))
-
     def _committed(self, run: LiveRun) -> bool:
         """Count committed segments; returns whether there are more."""
         with best_effort("count segments"):
@@ -158,7 +152,7 @@ class MetricsCollector:
         call = self._pool.denoiser if role == "denoiser" else self._pool.store
         while True:
             snapshot: Snapshot | None = None
-            with contextlib.suppress(Exception):  # a dead actor, or an error of its own
+            with best_effort("ask an actor for its metrics"), contextlib.suppress(ConnectionError):  # a dead actor
                 snapshot = await call(worker, "metrics")
             with self._counting_cpu():
                 self._actors.take(role, worker, snapshot)
@@ -181,7 +175,7 @@ class MetricsCollector:
     def _standing(self, run: LiveRun, state: RunState) -> Standing:
         committed = len(run.manifest.segments)
         remaining = 0 if run.manifest.num_segments is None else run.manifest.num_segments - committed
-        return Standing(state, remaining, max(0, committed - self._taken.get(run.spec.run_id, 0)))
+        return Standing(state, remaining, max(0, committed - run.consumed))
 
     @contextlib.contextmanager
     def _counting_cpu(self) -> Iterator[None]:

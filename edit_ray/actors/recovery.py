@@ -19,7 +19,7 @@ from edit_ray.actors.live_run import LiveRun, Watched
 from edit_ray.actors.messages import RunSpec, RunStatus
 from edit_ray.actors.pool import ActorPool, Pointer
 from edit_ray.actors.stages import Stages, pause_before
-from edit_ray.actors.watchdog import best_effort
+from edit_ray.actors.watchdog import best_effort, in_own_thread
 from edit_ray.config import load_config
 from edit_ray.errors import UnknownRun
 from edit_ray.runs.events import RunState
@@ -29,6 +29,7 @@ from edit_ray.runs.manifest_file import ManifestReader
 
 FIRST_TRIES_S = 15.0  # that clients wait for the first tries of all runs together
 ASKED_TRY_S = 60.0  # that a client waits for a try that it has asked for
+SILENT_S = 1.0  # between two checks whether a run whose folder does not answer was cancelled
 
 _log = logging.getLogger(__name__)
 
@@ -189,8 +190,12 @@ class Recovery:
                     await asyncio.wait_for(run.wanted.wait(), pause_before(run.tried))
 
     async def _try(self, run: WaitingRun) -> None:
+        reading = asyncio.ensure_future(in_own_thread(run.folder.read_manifest, run.reader))
+        while not (await asyncio.wait({reading}, timeout=SILENT_S))[0]:
+            if run.cancelled:  # a silent folder takes no end: whoever resumes the run goes on with it
+                return await self._forget(run.run_id)
         try:
-            run.manifest = await asyncio.to_thread(run.folder.read_manifest, run.reader)
+            run.manifest = reading.result()
         except UnknownRun:
             if run.pointer.begun and not run.cancelled and not run.removed:
                 raise  # the folder existed: its file system may be away

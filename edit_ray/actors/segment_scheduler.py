@@ -117,7 +117,7 @@ class SegmentSchedulerActor:
 
     async def extend(self, run_id: str, root: str, segments: int, allow_different_hardware: bool) -> RunStatus:
         """Add segments to an ended run. Raises as `resume`, and RunLive."""
-        return await self._go_on(run_id, root, allow_different_hardware, extension(segments))
+        return await self._go_on(run_id, root, allow_different_hardware, partial(extension, segments))
 
     async def reroll(
         self,
@@ -129,7 +129,7 @@ class SegmentSchedulerActor:
         allow_different_hardware: bool,
     ) -> RunStatus:
         """Make an ended run's segments from `start` on in another take; the old one is kept. Raises as `extend`."""
-        return await self._go_on(run_id, root, allow_different_hardware, reroll(start, seed, prompt))
+        return await self._go_on(run_id, root, allow_different_hardware, partial(reroll, start, seed, prompt))
 
     async def status(self, run_id: str) -> RunStatus:
         run = await self._find(run_id)
@@ -166,9 +166,9 @@ class SegmentSchedulerActor:
             run = self._known(run_id)
 
         def there() -> bool:
-            taken = min(segment_index, len(run.manifest.segments))
-            self._apply(Consumed(run_id, taken))
-            self._metrics.taken(run_id, taken)
+            consumed = min(segment_index, len(run.manifest.segments))
+            self._apply(Consumed(run_id, consumed))
+            run.consumed = max(run.consumed, consumed)
             return segment_index < len(run.manifest.segments) or run.ended
 
         with self._metrics.consumer():

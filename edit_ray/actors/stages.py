@@ -154,11 +154,12 @@ class Stages:
             await run.append(Tiled(spec.incarnation, index))
             run.spec = replace(spec, tiled_from=index)
             stats = await self._ask(run, work, "decode_segment", segment)
-        _add_stats(run, segment, stats)
+        run.stats[segment.index] |= stats
 
     async def _encode(self, run: LiveRun, work: Work) -> None:
         segment = _segment(run, work)
-        _add_stats(run, segment, await self._ask(run, work, "encode_segment", segment))
+        stats = await self._ask(run, work, "encode_segment", segment)
+        run.stats[segment.index] |= stats
 
     async def _commit(self, run: LiveRun, work: Work) -> None:
         """Latents and media are durable: now the stream's files, then the manifest's line, which is the commit."""
@@ -290,7 +291,3 @@ async def explain(error: Exception, run: LiveRun) -> tuple[str, FailureKind]:
 def _segment(run: LiveRun, work: Work) -> SegmentPlan:
     assert work.segment_index is not None, f"{work.stage} without a segment"
     return run.spec.segment(work.segment_index)
-
-
-def _add_stats(run: LiveRun, segment: SegmentPlan, stats: Mapping[str, float]) -> None:
-    run.stats[segment.index] = run.stats.get(segment.index, {}) | dict(stats)

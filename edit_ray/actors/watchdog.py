@@ -42,12 +42,12 @@ def disk_threads() -> ThreadPoolExecutor:
     return executor
 
 
-async def in_own_thread(work: Callable[..., object], *arguments: object) -> None:
-    """Run work that may take minutes in a thread that nothing else needs."""
+async def in_own_thread(work: Callable[..., T], *arguments: object) -> T:
+    """The result of work that may take minutes, in a thread that nothing else needs."""
     executor = ThreadPoolExecutor(1, work.__name__)
     done = asyncio.get_running_loop().run_in_executor(executor, work, *arguments)
     executor.shutdown(wait=False)  # the thread ends with the work
-    await done
+    return await done
 
 
 async def answered(call: Awaitable[T], timeout_s: float, what: str) -> T:

@@ -19,7 +19,7 @@ MEASURED_MS, MEASURED_TOKENS, MEASURED_WIDTH, MEASURED_BLOCKS = 181.6, 14_040, 1
 
 def plan(options: argparse.Namespace) -> int:
     """Prints what the configured run will reuse. Loads no weights. Raises ConfigError, ModelError."""
-    from edit_ray.cli.reuse_estimate import estimate_reuse
+    from edit_ray.cli.reuse_estimate import ReuseEstimate
     from edit_ray.config import load_config
 
     forward_ms: float | None = options.forward_ms
@@ -30,13 +30,14 @@ def plan(options: argparse.Namespace) -> int:
         print("cache.reuse_window is 0: no segment of this run reuses residuals of another.")
         return 0
     try:
-        estimate = estimate_reuse(config)
+        estimate = ReuseEstimate(config)
+        needs_store = any(segment.working for segment in estimate.plan.segments)
     except ModelError:
         raise
     except ValueError as error:
         raise ConfigError([f"{options.config}: cache.{error}"]) from None
     host = config.store.host_bytes
-    if any(segment.working for segment in estimate.plan.segments) and estimate.size > host:
+    if needs_store and estimate.size > host:
         raise ConfigError([f"store.host_bytes is {host}; one residual of this run has {estimate.size} bytes."])
     if forward_ms is None and _is_measured(config, estimate):
         forward_ms = MEASURED_MS
@@ -109,7 +110,7 @@ def _choice_lines(config: Config, estimate: ReuseEstimate) -> list[str]:
             f"{choice.saved:.4g}",
             "configured" if (choice.granularity, choice.window) == configured else "",
         )
-        for choice in estimate.choices
+        for choice in estimate.choices()
     ]
     return ["If all residuals fit, by granularity and window:", *_columns(rows)]
 
@@ -123,7 +124,7 @@ def _tier_lines(config: Config, estimate: ReuseEstimate, forward_ms: float | Non
     rows: list[tuple[str, ...]] = [
         ("eviction", "host hits", "disk hits", "misses", "stall", "recompute", "of the bound")
     ]
-    for name, result in estimate.simulated.items():
+    for name, result in estimate.simulated().items():
         hits = result.hits.total()
         stall = result.stall_seconds + (hits * estimate.size / HOST_TO_GPU if on_gpu else 0)
         recompute = _computing(result.recompute_seconds, forward_ms)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from edit_ray.cache.stores.eviction import EVICTIONS
 from edit_ray.cache.stores.simulate import Simulated, accesses_of, simulate
 from edit_ray.config import Config
 from edit_ray.engine.calibration import policy_of
-from edit_ray.engine.model_info import ModelInfo, read_model_info
+from edit_ray.engine.model_info import read_model_info
 from edit_ray.engine.reuse import branches_of, plan_from_numbers, residual_shape
 from edit_ray.errors import ModelError
 from edit_ray.tiers.reuse_plan import CacheKey, ReusePlan, make_reuse_plan
@@ -41,96 +41,99 @@ class Choice:
     saved: float  # in forwards
 
 
-@dataclass(frozen=True)
 class ReuseEstimate:
-    """The reuse of a run; computing time is counted in forwards of the transformer."""
-
-    model: ModelInfo
-    shape: tuple[int, int, int]
-    size: int  # bytes of one residual
-    plan: ReusePlan
-    live_bytes: int  # that a tier needs for what the fullest segment uses
-    needed_bytes: int  # the same without a capacity
-    saved: float
-    lost: float  # by each segment that would reuse what exceeds the capacity
-    forwards: int  # of the run without any reuse
-    choices: tuple[Choice, ...]
-    simulated: Mapping[str, Simulated]  # by eviction policy, with all residuals planned
-    simulated_segments: int
-
-
-def estimate_reuse(config: Config) -> ReuseEstimate:
-    """The estimate for a run with a reuse window. Reads the model's JSON files only.
+    """The reuse of a run with a reuse window. Computing time is counted in forwards of the transformer.
 
     Raises:
-        ModelError: the model cannot be read.
+        ModelError: the model's JSON files cannot be read.
         ValueError: the model has fewer blocks than a group of the granularity.
     """
-    run = _ReuseNumbers(config)
-    shares = run.shares(config.cache.granularity)
-    planned, whole = run.plan(config.store.disk_bytes), run.plan(None)
-
-    def share(key: CacheKey) -> float:
-        return shares[key.expert][key.unit]
-
-    count = max(2 * (config.cache.reuse_window + 1), MAX_ACCESSES // max(1, _entries(whole)))
-    accesses = accesses_of(replace(whole, segments=whole.segments[:count]), share)
-    accesses = [replace(access, size=slot_bytes(access.size)) for access in accesses]
-    tiers = [("host", config.store.host_bytes), ("disk", config.store.disk_bytes)]
-    rates = {("disk", "host"): DISK_TO_HOST}
-    return ReuseEstimate(
-        run.model,
-        run.shape,
-        run.size,
-        planned,
-        _entries(planned) * slot_bytes(run.size),
-        _entries(whole) * slot_bytes(run.size),
-        sum(share(read.key) for segment in planned.segments for read in segment.reads),
-        sum(shares[slot.expert][slot.unit] for slot in planned.computed),
-        run.num_segments * len(run.experts) * run.branches,
-        tuple(run.choices()),
-        {name: simulate(accesses, tiers, name, rates) for name in EVICTIONS.names()},
-        min(count, run.num_segments),
-    )
-
-
-def what_does_not_fit(config: Config) -> str | None:
-    """A sentence on the residuals that exceed `store.disk_bytes` and are computed by every segment; None if all fit."""
-    capacity = config.store.disk_bytes
-    if not config.cache.reuse_window or capacity is None:
-        return None
-    plan = _ReuseNumbers(config).plan(capacity)
-    if not plan.computed:
-        return None
-    return (
-        f"{len(plan.computed)} residuals ({sum(slot.size for slot in plan.computed):,} bytes) do not fit into "
-        f"store.disk_bytes, {capacity:,}: every segment computes them; all of them need {plan.needed_bytes:,} bytes"
-    )
-
-
-class _ReuseNumbers:
-    """The numbers that the reuse of a configured run depends on."""
 
     def __init__(self, config: Config) -> None:
         assert config.num_segments is not None, "a run that reuses anything has a number of segments"
-        policy = policy_of(config.cache, config.model.path)
+        policy, sampling = policy_of(config.cache, config.model.path), config.sampling
         assert isinstance(policy, WarmstartReuse), "the configuration's checks allow no other"
-        self.config, self.policy, self.num_segments = config, policy, config.num_segments
+        self._config, self._policy, self._num_segments = config, policy, config.num_segments
         self.model = read_model_info(config.model.path)
-        self.branches = len(branches_of(config.sampling))
+        self._branches = len(branches_of(sampling))
         self.shape = residual_shape(
-            config.sampling,
+            sampling,
             patch_size=self.model.patch_size,
             scale_factor_temporal=self.model.scale_factor_temporal,
             scale_factor_spatial=self.model.scale_factor_spatial,
             width=self.model.width,
         )
-        self.size = math.prod(self.shape) * ITEM_BYTES[config.model.torch_dtype]
+        self.size = math.prod(self.shape) * ITEM_BYTES[config.model.torch_dtype]  # bytes of one residual
+        self.forwards = self._num_segments * sampling.num_inference_steps * self._branches  # without any reuse
+        self._shares = self._shares_of(config.cache.granularity)
 
     @cached_property
-    def experts(self) -> list[str]:
+    def plan(self) -> ReusePlan:
+        """The plan that the segments follow within `store.disk_bytes`."""
+        return self._plan_within(self._config.store.disk_bytes)
+
+    @cached_property
+    def _whole(self) -> ReusePlan:
+        return self._plan_within(None)
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes that a tier needs for what the fullest segment uses."""
+        return _entries(self.plan) * slot_bytes(self.size)
+
+    @property
+    def needed_bytes(self) -> int:
+        """The same without a limit of the disk."""
+        return _entries(self._whole) * slot_bytes(self.size)
+
+    @property
+    def saved(self) -> float:
+        """Forwards that the run saves."""
+        return sum(self._share(read.key) for segment in self.plan.segments for read in segment.reads)
+
+    @property
+    def lost(self) -> float:
+        """Forwards, in each segment that reuses, of the residuals that do not fit."""
+        return sum(self._shares[slot.expert][slot.unit] for slot in self.plan.computed)
+
+    @property
+    def simulated_segments(self) -> int:
+        most = max(2 * (self._config.cache.reuse_window + 1), MAX_ACCESSES // max(1, _entries(self._whole)))
+        return min(most, self._num_segments)
+
+    def simulated(self) -> dict[str, Simulated]:
+        """Each eviction policy over the first segments, with all residuals planned."""
+        first = replace(self._whole, segments=self._whole.segments[: self.simulated_segments])
+        accesses = [replace(access, size=slot_bytes(access.size)) for access in accesses_of(first, self._share)]
+        tiers = [("host", self._config.store.host_bytes), ("disk", self._config.store.disk_bytes)]
+        return {name: simulate(accesses, tiers, name, {("disk", "host"): DISK_TO_HOST}) for name in EVICTIONS.names()}
+
+    def choices(self) -> Iterator[Choice]:
+        """Several windows for the configured granularity and the others that the policy supports."""
+        cache, size, warm = self._config.cache, self.size, self._experts[: self._policy.warm_steps]
+        for granularity in dict.fromkeys(("stack", "per_block", cache.granularity)):
+            try:
+                check_granularity(self._policy, granularity)
+            except ValueError:
+                continue
+            shares = self._shares_of(granularity)
+            entries = self._branches * sum(len(shares[expert]) for expert in warm)
+            forwards = self._branches * sum(sum(shares[expert]) for expert in warm)
+            for window in sorted({*WINDOWS, cache.reuse_window}):
+                # All residuals are written and read alike: one stands for all.
+                unit, branches, num = {"one": [size]}, ("cond",), self._num_segments
+                one = make_reuse_plan(
+                    "", num, window=window, warm_steps=1, experts=["one"], unit_bytes=unit, branches=branches
+                )
+                live = entries * (one.needed_bytes // size) * slot_bytes(size)
+                reads = sum(len(segment.reads) for segment in one.segments)
+                written = entries * size * sum(len(segment.writes) for segment in one.segments)
+                yield Choice(granularity, window, entries, live, written, entries * size * reads, forwards * reads)
+
+    @cached_property
+    def _experts(self) -> list[str]:
         """The expert of each step. A model with two experts needs its noise scheduler, and so torch."""
-        steps, path = self.config.sampling.num_inference_steps, self.config.model.path
+        steps, path = self._config.sampling.num_inference_steps, self._config.model.path
         if self.model.boundary_ratio is None:
             return ["transformer"] * steps
         import diffusers
@@ -146,68 +149,49 @@ class _ReuseNumbers:
             noise_scheduler = getattr(diffusers, loaded["_class_name"]).from_config(loaded)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ModelError(f"{path!r} has a noise scheduler that cannot be made: {error}") from None
-        noise_scheduler = with_flow_shift(noise_scheduler, self.config.sampling.flow_shift)
+        noise_scheduler = with_flow_shift(noise_scheduler, self._config.sampling.flow_shift)
         noise_scheduler.set_timesteps(steps)
         settings = SimpleNamespace(boundary_ratio=self.model.boundary_ratio)
         pipe = SimpleNamespace(config=settings, scheduler=noise_scheduler)
         return [step.expert for step in loop_steps(pipe, noise_scheduler)]
 
-    def shares(self, granularity: str | int) -> dict[str, list[float]]:
+    def _shares_of(self, granularity: str | int) -> dict[str, list[float]]:
         """For each expert's units the share of a forward that reuse saves."""
-        probe = int(self.policy.needs_first_block_probe)
+        probe = int(self._policy.needs_first_block_probe)
         return {
             expert: [(unit.last + 1 - unit.first - probe) / blocks for unit in split_blocks(blocks, granularity)]
             for expert, blocks in self.model.num_blocks.items()
         }
 
-    def plan(self, budget: int | None) -> ReusePlan:
-        """The plan that the segments follow with `budget` bytes for all live residuals."""
-        cache = self.config.cache
+    def _share(self, key: CacheKey) -> float:
+        return self._shares[key.expert][key.unit]
+
+    def _plan_within(self, budget: int | None) -> ReusePlan:
         return plan_from_numbers(
             "",
-            self.num_segments,
-            cache.reuse_window,
-            self.policy,
-            self.config.sampling,
-            experts=self.experts,
-            num_units={expert: len(units) for expert, units in self.shares(cache.granularity).items()},
+            self._num_segments,
+            self._config.cache.reuse_window,
+            self._policy,
+            self._config.sampling,
+            experts=self._experts,
+            num_units={expert: len(units) for expert, units in self._shares.items()},
             size=self.size,
             budget=budget,
         )
 
-    def choices(self) -> Iterator[Choice]:
-        """Several windows for the configured granularity and the others that the policy supports."""
-        cache, warm = self.config.cache, self.experts[: self.policy.warm_steps]
-        for granularity in dict.fromkeys(("stack", "per_block", cache.granularity)):
-            try:
-                check_granularity(self.policy, granularity)
-            except ValueError:
-                continue
-            shares = self.shares(granularity)
-            entries = self.branches * sum(len(shares[expert]) for expert in warm)
-            forwards = self.branches * sum(sum(shares[expert]) for expert in warm)
-            for window in sorted({*WINDOWS, cache.reuse_window}):
-                # All residuals are written and read alike: one stands for all.
-                one = make_reuse_plan(
-                    "",
-                    self.num_segments,
-                    window=window,
-                    warm_steps=1,
-                    experts=["one"],
-                    unit_bytes={"one": [self.size]},
-                    branches=("cond",),
-                )
-                writes = sum(len(segment.writes) for segment in one.segments)
-                reads = sum(len(segment.reads) for segment in one.segments)
-                yield Choice(
-                    granularity,
-                    window,
-                    entries,
-                    entries * (one.needed_bytes // self.size) * slot_bytes(self.size),
-                    entries * self.size * writes,
-                    entries * self.size * reads,
-                    forwards * reads,
-                )
+
+def what_does_not_fit(config: Config) -> str | None:
+    """A sentence on the residuals that exceed `store.disk_bytes` and are computed by every segment; None if all fit."""
+    capacity = config.store.disk_bytes
+    if not config.cache.reuse_window or capacity is None:
+        return None
+    plan = ReuseEstimate(config).plan
+    if not plan.computed:
+        return None
+    return (
+        f"{len(plan.computed)} residuals ({sum(slot.size for slot in plan.computed):,} bytes) do not fit into "
+        f"store.disk_bytes, {capacity:,}: every segment computes them; all of them need {plan.needed_bytes:,} bytes"
+    )
 
 
 def _entries(plan: ReusePlan) -> int:

@@ -132,7 +132,7 @@ def _reuse(config: Config) -> Iterator[Mistake]:
     if config.video.endless:
         yield mistake_at(
             "video.num_segments",
-            f"is null and cache.reuse_window {window}; a run that goes on until it is stopped must have the window 0.",
+            f"is null and cache.reuse_window {window}; an endless run must have the window 0.",
             "cache.reuse_window",
         )
     for index, entry in enumerate(config.prompt_segments):
@@ -154,8 +154,8 @@ def _engine(config: Config) -> Iterator[Mistake]:
     if engine.cfg_parallel and window:
         yield mistake_at(
             "engine.cfg_parallel",
-            f"is true and cache.reuse_window {window}; with two GPUs it must be 0, as what segments reuse is brought "
-            "to one GPU, in the order in which one branch follows the other.",
+            f"is true and cache.reuse_window {window}; with two GPUs it must be 0, because residuals are "
+            "prefetched to one GPU, in the order of its two branches.",
             "cache.reuse_window",
         )
     if engine.fp8 and engine.mode != "fast":

@@ -6,14 +6,18 @@ and settings that `EditWanPipeline` has as well, so the bits are theirs.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from diffusers import WanVACEPipeline, WanVACETransformer3DModel, WanVideoToVideoPipeline
 from torch import Generator, Tensor
+
+from edit_ray.cache.install import check_steps
 
 Kind = Literal["text", "image", "first frame", "vace"]
 
@@ -41,14 +45,46 @@ _TOGETHER = ({"image", "latents"}, {"latents", "history"}, {"latents", "overlap"
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """The steps of a loop: a number of them, which the noise scheduler chooses, or given noise levels.
+
+    Raises:
+        ValueError: the noise levels do not fall from at most 1 to above 0.
+    """
+
+    num_inference_steps: int
+    sigmas: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        levels = self.sigmas
+        if levels is None:
+            check_steps(self.num_inference_steps)
+        elif not levels or any(low >= high for high, low in pairwise([*levels, 0.0])) or levels[0] > 1:
+            raise ValueError(f"`sigmas` is {levels}; valid are falling numbers, from at most 1 to above 0.")
+
+    def set_on(self, noise_scheduler: Any, device: torch.device) -> None:
+        """Set the steps of a noise scheduler.
+
+        Raises:
+            ValueError: it takes no noise levels.
+        """
+        if self.sigmas is None:
+            noise_scheduler.set_timesteps(self.num_inference_steps, device=device)
+            return
+        if "sigmas" not in inspect.signature(noise_scheduler.set_timesteps).parameters:
+            raise ValueError(f"`sigmas` is given, but {type(noise_scheduler).__name__} takes no noise levels.")
+        noise_scheduler.set_timesteps(sigmas=np.array(self.sigmas), device=device)
+
+
+@dataclass(frozen=True)
 class Window:
-    """What one loop denoises: a number of videos of one size, in a number of steps."""
+    """What one loop denoises: a number of videos of one size, in the steps of a schedule."""
 
     batch: int
     height: int
     width: int
     num_frames: int
-    num_inference_steps: int
+    schedule: Schedule
 
 
 @dataclass(frozen=True)
@@ -157,9 +193,9 @@ def _video(
     pipe: Any, given: Mapping[str, Any], window: Window, generator: Generator | list[Generator] | None
 ) -> Conditioning:
     """Video to video: noise that covers the video as far as `strength` says, and the steps from there."""
-    device, scheduler, steps = pipe._execution_device, pipe.scheduler, window.num_inference_steps
+    device, scheduler, steps = pipe._execution_device, pipe.scheduler, window.schedule.num_inference_steps
     strength = 0.8 if given.get("strength") is None else given["strength"]
-    scheduler.set_timesteps(steps, device=device)
+    window.schedule.set_on(scheduler, device)
     begin = (steps - min(int(steps * strength), steps)) * scheduler.order
     if begin >= len(scheduler.timesteps):
         raise ValueError(f"`strength` {strength} of {steps} steps leaves none; 1 / num_inference_steps is the least.")

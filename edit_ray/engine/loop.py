@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
-from torch import Tensor
+from diffusers import FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel
+from torch import Generator, Tensor
 
 from edit_ray.engine.caching import expert_name
-from edit_ray.engine.conditioning import Conditioning
+from edit_ray.engine.conditioning import Conditioning, Schedule
 from edit_ray.engine.continuity import ContextLatents, hold
 
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
@@ -27,9 +27,10 @@ class Request:
     conditions: Conditioning  # the latents [B, C, T, h, w] to begin with, and what the transformer gets beside them
     prompt_embeds: Tensor  # [B, L, D] in the transformer's dtype
     negative_prompt_embeds: Tensor | None  # [B, L, D], needed with guidance
-    num_inference_steps: int
+    schedule: Schedule
     guidance_scale: float
     guidance_scale_2: float | None = None  # of the low-noise expert
+    generator: Generator | list[Generator] | None = None  # for noise schedulers that draw in each step
     context: ContextLatents | None = None  # what the first k latent slots are held to
     callback: StepCallback | None = None
     callback_tensor_inputs: tuple[str, ...] = ("latents",)
@@ -41,17 +42,18 @@ def denoise(pipe: Any, request: Request) -> Tensor:
     """Denoise a request with the transformers and the noise scheduler of `pipe`; returns latents [B, C, T, h, w].
 
     The first k slots are held to the request's context, at the noise level of every step. What the callback changes on
-    `pipe` (`_interrupt`, `_guidance_scale`, `scheduler`, …) acts from the next step on.
+    `pipe` (`_interrupt`, `scheduler`, …) acts from the next step on; of `_guidance_scale`, as in diffusers, only
+    whether it is above 1.
     """
     cond, uncond = request.prompt_embeds, request.negative_prompt_embeds  # [B, L, D]
     conditions, context = request.conditions, request.context
     x = conditions.latents  # [B, C, T, h, w]
     clean = clean_tokens(x, context) if pipe.config.expand_timesteps else None
 
-    pipe.scheduler.set_timesteps(request.num_inference_steps, device=x.device)
+    request.schedule.set_on(pipe.scheduler, x.device)
     begin, order = conditions.begin_index, pipe.scheduler.order
     timesteps = pipe.scheduler.timesteps[begin:]  # [S], from high noise to low
-    num_inference_steps = request.num_inference_steps - begin // order
+    num_inference_steps = request.schedule.num_inference_steps - begin // order
     warmup = len(timesteps) - num_inference_steps * order
     pipe.scheduler.set_begin_index(begin)
     pipe._num_timesteps = len(timesteps)
@@ -87,7 +89,8 @@ def denoise(pipe: Any, request: Request) -> Tensor:
             if guided:
                 noise_pred = noise_uncond + scale * (noise_pred - noise_uncond)
 
-            x = pipe.scheduler.step(noise_pred, t, x, return_dict=False)[0]  # [B, C, T, h, w]
+            drawn = {"generator": request.generator} if isinstance(pipe.scheduler, FlowMatchLCMScheduler) else {}
+            x = pipe.scheduler.step(noise_pred, t, x, **drawn, return_dict=False)[0]  # [B, C, T, h, w]
             sigma = schedule.sigma(pipe.scheduler, begin + i + 1)
             x = hold(x, context, sigma)
 

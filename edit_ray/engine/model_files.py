@@ -51,7 +51,7 @@ def locate_model(path: str) -> str:
     if folder is not None:
         _check_allowed(folder.resolve(), path)
         return _checked_folder(folder, path)
-    if is_hub_id(path):
+    if _HUB_ID.fullmatch(path) is not None and ".." not in path and "--" not in path:
         _check_allowed(None, path)
         return path
     raise ModelError(f"{path!r} is neither a folder nor a hub id like org/name.")
@@ -64,11 +64,6 @@ def local_folder(path: str) -> Path | None:
         return folder if folder.is_dir() else None
     except (OSError, ValueError, RuntimeError):
         return None
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether the path has a hub id's form, `org/name`."""
-    return _HUB_ID.fullmatch(path) is not None and ".." not in path and "--" not in path
 
 
 def _check_allowed(folder: Path | None, path: str) -> None:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property, wraps
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, ParamSpec, Self, TypeAlias, TypeVar
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel, WanVACETransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -19,17 +18,15 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import get_module_execution_device
-from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Generator, Tensor
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from edit_ray.cache.install import check_steps
 from edit_ray.engine.caching import CacheControl, experts_of
 from edit_ray.engine.calibration import FILE_NAME
 from edit_ray.engine.cfg_parallel import CfgControl, check_device
-from edit_ray.engine.conditioning import SAVED_AS, Kind, Window, check_given, kind_of, prepare
+from edit_ray.engine.conditioning import SAVED_AS, Kind, Schedule, Window, check_given, kind_of, prepare
 from edit_ray.engine.continuity import ContextLatents, check_context
 from edit_ray.engine.decode import denormalise
 from edit_ray.engine.fast_transformer import check_mode
@@ -39,7 +36,6 @@ from edit_ray.engine.offload import OffloadControl
 from edit_ray.engine.options import Mode
 from edit_ray.engine.precompute import Precompute
 
-Frames: TypeAlias = NDArray[np.float32] | Tensor | list[list[Image]]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -195,6 +191,7 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
         mask: list[Image] | None = None,
         reference_images: Image | list[Image] | list[list[Image]] | None = None,
         conditioning_scale: float | list[float] | Tensor | None = None,
+        sigmas: list[float] | None = None,
         history: Tensor | None = None,
         overlap: Tensor | None = None,
         reset_cache: bool = True,
@@ -205,6 +202,8 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
         `image`, `last_image` and `image_embeds` mean what they mean in `WanImageToVideoPipeline`; with a text-to-video
         model `video` and `strength` (0.8) what in `WanVideoToVideoPipeline`, whose video has its own number of frames;
         with a VACE model `video`, `mask`, `reference_images` and `conditioning_scale` (1) what in `WanVACEPipeline`.
+        `sigmas`, in place of `num_inference_steps`, are noise levels for the noise scheduler's `set_timesteps`. A
+        scheduler that draws noise in each step (`FlowMatchLCMScheduler`) draws it from `generator`.
         `history` or `overlap` [B, C, k, h, w]: normalised latents that the first k of T are held to, clean (for models
         with `expand_timesteps`) or as noisy as the rest. With a cache, `reset_cache=False` keeps what earlier calls
         stored, and `prefetch_reuse` prefetches it. Returns `EditWanOutput`, whose `[0]` is the first video and whose
@@ -221,16 +220,18 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
         }  # fmt: skip
         check_given(self._kind, given)
         size = self._fit(height, width, num_frames)
-        self._begin_call(num_inference_steps, guidance_scale, guidance_scale_2, attention_kwargs)
+        schedule = Schedule(num_inference_steps if sigmas is None else len(sigmas), sigmas)
+        self._begin_call(guidance_scale, guidance_scale_2, attention_kwargs)
         videos = num_videos_per_prompt or 1
         cond, uncond = self._embed(prompt, negative_prompt, videos, *embeds, max_sequence_length)
         batch = len(cond) * (1 if prompt is not None else videos)  # diffusers does not repeat given embeddings
-        conditions = prepare(self, self._kind, given, Window(batch, *size, num_inference_steps), generator)
+        conditions = prepare(self, self._kind, given, Window(batch, *size, schedule), generator)
         request = Request(
             conditions=conditions,
             prompt_embeds=cond,
             negative_prompt_embeds=uncond,
-            num_inference_steps=num_inference_steps,
+            schedule=schedule,
+            generator=generator,
             guidance_scale=guidance_scale,
             guidance_scale_2=self._guidance_scale_2,
             context=self._context(conditions.history if history is None else history, overlap, conditions.latents),
@@ -258,10 +259,9 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
         return Precompute()
 
     def _begin_call(
-        self, steps: int, guidance_scale: float, guidance_scale_2: float | None, attention_kwargs: dict[str, Any] | None
+        self, guidance_scale: float, guidance_scale_2: float | None, attention_kwargs: dict[str, Any] | None
     ) -> None:
         """Set what diffusers' properties of a running call, and its callbacks, read."""
-        check_steps(steps)
         two_experts = self.config.boundary_ratio is not None
         self._guidance_scale = guidance_scale
         self._guidance_scale_2 = guidance_scale if two_experts and guidance_scale_2 is None else guidance_scale_2
@@ -324,7 +324,7 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
             )
         return ContextLatents(check_context("history", history, noise))
 
-    def _decode(self, latents: Tensor, output_type: str | None, references: int) -> Frames:
+    def _decode(self, latents: Tensor, output_type: str | None, references: int) -> Any:
         """Latents [B, C, T, h, w] as `output_type`, without the references in front; with "latent" they are the output.
 
         As in diffusers, latents that are the output still have their references.
@@ -333,5 +333,4 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
             return latents
         latents = latents[:, :, references:].to(get_module_execution_device(self.vae), dtype=self.vae.dtype)
         video = self.vae.decode(denormalise(latents, self.vae.config), return_dict=False)[0]
-        frames: Frames = self.video_processor.postprocess_video(video, output_type=output_type)
-        return frames
+        return self.video_processor.postprocess_video(video, output_type=output_type)

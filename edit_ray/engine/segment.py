@@ -28,6 +28,7 @@ from edit_ray.tiers.leases import Reuse
 from edit_ray.tiers.store_client import PlannedStore
 
 MAX_SEQUENCE_LENGTH = 512  # the pipeline's default, so that embeddings equal the library's
+ARGUMENTS = {"height", "width", "num_frames", "num_inference_steps", "guidance_scale"}  # of the pipeline's call
 UNCACHED = CacheOptions()
 KEPT_PROMPTS = 256  # at Wan's size an embedding takes 4 MB of host memory
 PROMPTS_AT_ONCE = 32  # for which the text encoder's weights are copied to the device once
@@ -129,11 +130,7 @@ class SegmentEngine:
             enabled.set_reuse_window(int(key[0] or 0) for key in stored)
         guided = sampling.guidance_scale > 1
         output: tuple[Tensor] = self.pipe(
-            height=sampling.height,
-            width=sampling.width,
-            num_frames=sampling.num_frames,
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
+            **sampling.model_dump(include=ARGUMENTS),
             generator=torch.Generator().manual_seed(seed),
             prompt_embeds=self._embeds[prompt].to(self.device),
             negative_prompt_embeds=self._embeds[sampling.negative_prompt].to(self.device) if guided else None,
@@ -279,9 +276,9 @@ class SegmentEngine:
         return [encode(prompt)[0].cpu() for prompt in prompts]
 
 
-def _step_callback(on_step: Callable[[int, int], None], total: int) -> Callable[..., dict[str, Tensor]]:
-    def after_step(_pipe: object, step_index: int, _timestep: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _step_callback(on_step: Callable[[int, int], None], total: int) -> Callable[..., dict[str, Any]]:
+    def after_step(_pipe: object, step_index: int, *_: object) -> dict[str, Any]:
         on_step(step_index + 1, total)
-        return tensors
+        return {}
 
     return after_step

@@ -31,11 +31,6 @@ class RunStream:
         self._decoder = StreamingDecoder(vae)
         self._end: tuple[int, Tensor] | None = None  # a position, and the last frames before it
 
-    @property
-    def position(self) -> int:
-        """Latents decoded so far."""
-        return self._decoder.position
-
     def decode(
         self, latents: Tensor, position: int, preceding: Preceding | None = None, keep_frames: int = 0
     ) -> Tensor:

@@ -29,26 +29,13 @@ FILE_BYTES = 2 * 2**30
 
 # The published 48 means and deviations do not affect speed.
 _WAN22_VAE: Config = {
-    "base_dim": 160,
-    "decoder_base_dim": 256,
-    "z_dim": 48,
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_spatial": 16,
-    "latents_mean": [0.0] * 48,
-    "latents_std": [1.0] * 48,
+    **{"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12},
+    **{"out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16},
+    **{"latents_mean": [0.0] * 48, "latents_std": [1.0] * 48},
 }
 _UMT5_XXL: Config = {
-    "vocab_size": 256384,
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-    "tie_word_embeddings": False,
+    **{"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
+    **{"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
 
 
@@ -94,14 +81,9 @@ def make_model(
 ) -> Path:
     """Write a model of the variant's real sizes in diffusers' folder layout; returns `directory`.
 
-    Args:
-        directory: Made if it is missing.
-        variant: One of `VARIANTS` by name, or other sizes.
-        text_encoder: UMT5-XXL as published, a small one that gives embeddings of the same width, or none.
-        dtype: The weights' type in the files.
-        device: Draws the weights, one file's at a time; a GPU is fastest.
-        seed: The same seed gives the same weights, on the same kind of device.
-        file_bytes: Bytes of weights in one file.
+    `variant` is one of `VARIANTS` by name, or other sizes; `text_encoder` is UMT5-XXL as published, a small one that
+    gives embeddings of the same width, or none. `device` draws the weights, at most `file_bytes` at a time, fastest on
+    a GPU, and `dtype` is their type in the files. The same `seed` gives the same weights on the same kind of device.
 
     Raises:
         OSError: the folder cannot be written.

@@ -65,39 +65,23 @@ def save_random_wan(
 
 def random_vae(**config: object) -> AutoencoderKLWan:
     """A Wan VAE with random weights, 4 latent channels and a few thousand parameters; `config` overrides its config."""
-    defaults: dict[str, Any] = {
-        "base_dim": 4,
-        "z_dim": Z_DIM,
-        "dim_mult": [1, 2, 2, 2],
-        "num_res_blocks": 1,
-        "temperal_downsample": [False, True, True],
-        "latents_mean": [0.1, -0.2, 0.3, -0.4],
-        "latents_std": [0.9, 1.1, 1.3, 0.7],
-    }
+    defaults: dict[str, Any] = {"base_dim": 4, "z_dim": Z_DIM, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
+    defaults |= {"latents_mean": [0.1, -0.2, 0.3, -0.4], "latents_std": [0.9, 1.1, 1.3, 0.7]}
     return AutoencoderKLWan(**(defaults | config)).eval()
 
 
 def _transformer(num_layers: int, layout: Layout) -> WanTransformer3DModel | WanVACETransformer3DModel:
-    config: dict[str, Any] = {
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": 2 * Z_DIM + 4 if layout.startswith(("image", "first_last")) else Z_DIM,
-        "out_channels": Z_DIM,
-        "text_dim": TEXT_DIM,
-        "freq_dim": 32,
-        "ffn_dim": 48,
-        "num_layers": num_layers,
-        "rope_max_seq_len": 64,
-    }
+    sizes: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 48, "freq_dim": 32}
+    sizes |= {"text_dim": TEXT_DIM, "num_layers": num_layers, "rope_max_seq_len": 64}
+    sizes |= {"in_channels": Z_DIM if layout in ("text", "vace") else 2 * Z_DIM + 4, "out_channels": Z_DIM}
     if layout == "vace":
         # Wan's control: both halves of a video, and a mask of 8 x 8 pixels for each place.
-        return WanVACETransformer3DModel(**config, vace_layers=[0], vace_in_channels=2 * Z_DIM + 64).eval()
+        return WanVACETransformer3DModel(**sizes, vace_layers=[0], vace_in_channels=2 * Z_DIM + 64).eval()
     if layout.endswith("clip"):
-        config |= {"image_dim": CLIP_DIM, "added_kv_proj_dim": 24}
+        sizes |= {"image_dim": CLIP_DIM, "added_kv_proj_dim": 24}
     if layout == "first_last_clip":
-        config["pos_embed_seq_len"] = 2 * CLIP_TOKENS
-    return WanTransformer3DModel(**config).eval()
+        sizes["pos_embed_seq_len"] = 2 * CLIP_TOKENS
+    return WanTransformer3DModel(**sizes).eval()
 
 
 def _image_processor() -> Any:
@@ -107,15 +91,8 @@ def _image_processor() -> Any:
 
 
 def _image_encoder() -> CLIPVisionModel:
-    config = CLIPVisionConfig(
-        hidden_size=CLIP_DIM,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-    )
-    return CLIPVisionModel(config).eval()
+    sizes = {"hidden_size": CLIP_DIM, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=16, patch_size=8)).eval()
 
 
 def _word_tokenizer() -> PreTrainedTokenizerFast:

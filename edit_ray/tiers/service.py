@@ -63,15 +63,7 @@ class TierService:
     may be in flight.
     """
 
-    def __init__(
-        self,
-        arena: Arena,
-        slots: Mapping[int, int],
-        disk: DiskTier,
-        disk_bytes: int | None = None,
-        *,
-        is_gone: Callable[[object], bool] = is_gone,
-    ) -> None:
+    def __init__(self, arena: Arena, slots: Mapping[int, int], disk: DiskTier, disk_bytes: int | None = None) -> None:
         """Takes over arena and disk, and finds the entries on the disk.
 
         Args:
@@ -79,7 +71,6 @@ class TierService:
             slots: Number of slots by their size; see `slots.divide`.
             disk: The disk tier.
             disk_bytes: Its bound, counted in slots' sizes; None for no bound.
-            is_gone: Whether a holder cannot write any more.
         """
         self.arena, self.disk = arena, disk
         self.incarnation = secrets.token_hex(8)
@@ -87,7 +78,6 @@ class TierService:
         self.planner = TierPlanner(
             slots, disk_bytes, [(key, slot_bytes(entry.nbytes)) for key, entry in disk.files.entries().items()]
         )
-        self._is_gone = is_gone
         self._budgets = {"host": sum(size * number for size, number in slots.items()), "disk": disk_bytes}
         self._open: dict[tuple[str, int], _OpenSegment] = {}
         self._orphans: list[_OpenSegment] = []  # taken from holders that may still write
@@ -204,7 +194,7 @@ class TierService:
                     self._poll(opened)
                 if self._orphans and time.monotonic() - polled > _GONE_POLL_S:
                     polled = time.monotonic()
-                    for orphan in [orphan for orphan in self._orphans if self._is_gone(orphan.holder)]:
+                    for orphan in [orphan for orphan in self._orphans if is_gone(orphan.holder)]:
                         self._cancel(orphan)
                         self._orphans.remove(orphan)
         except Exception:
@@ -220,7 +210,7 @@ class TierService:
 
     def _prepare(self, run: str, segment: int, attempt: int, holder: object, ops: Sequence[Op]) -> Lease:
         later = self._holders.get(run)
-        if began_before(holder, later) and not self._is_gone(later):
+        if began_before(holder, later) and not is_gone(later):
             raise StaleLease(f"The run {run!r} was given to the process {later}, which began later.")
         self._holders[run] = holder
         # Later segments, prepared ahead, are queued before this one now, and hold what it may need.
@@ -285,7 +275,7 @@ class TierService:
             if owner != run or not unwanted(segment, opened):
                 continue
             self._act(self.planner.drop(op.key for op in opened.ops if op.writes))
-            if opened.holder == by or self._is_gone(opened.holder):
+            if opened.holder == by or is_gone(opened.holder):
                 self._cancel(opened)
             else:
                 self._cancel(opened, [number for i, number in enumerate(opened.numbers) if opened.table.place(i) == -1])

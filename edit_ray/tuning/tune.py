@@ -48,6 +48,10 @@ class Trial:
     verdict: Verdict
 
 
+class PolicyUnfit(Exception):
+    """A policy cannot work on a model: it has to know it, say, and nobody has calibrated it."""
+
+
 Measure = Callable[[str, Mapping[str, Any]], Iterator[tuple[float, float]]]
 """Makes one video after the other with a policy's options, and yields the PSNR and the share of blocks of each."""
 
@@ -72,7 +76,7 @@ def tune(measure: Measure, psnr: float, policies: Sequence[str] = tuple(TUNABLE)
             tried.add(value)
             try:
                 trial = _try(measure, policy, {option: value}, psnr, least)
-            except (ValueError, TypeError):  # the policy needs a calibration that the model lacks
+            except PolicyUnfit:
                 break
             yield trial
             if trial.verdict == "holds":
@@ -122,11 +126,13 @@ class Videos:
     def __call__(self, policy: str, options: Mapping[str, Any]) -> Iterator[tuple[float, float]]:
         """PSNR in dB and share of computed blocks, video by video.
 
-        Raises:
-            ValueError, TypeError: the policy cannot work on this model with these options.
+        Raises PolicyUnfit.
         """
         for index, reference in enumerate(self._reference):
-            cache = self.pipe.enable_cache(policy, self.call["num_inference_steps"], **options)
+            try:
+                cache = self.pipe.enable_cache(policy, self.call["num_inference_steps"], **options)
+            except (ValueError, TypeError) as error:
+                raise PolicyUnfit(str(error)) from error
             try:
                 measured = psnr_of(self._frames(index), reference), blocks_share(cache)
             finally:

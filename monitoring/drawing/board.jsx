@@ -1,4 +1,4 @@
-// One dashboard, drawn with Grafana's own components from what a Prometheus has answered (draw.py writes both files).
+// One dashboard, drawn with Grafana's own components from query results (draw.py writes both files).
 import React from 'react';
 import { createRoot } from 'react-dom/client';
 import { createTheme, dateTime, FieldType, getDisplayProcessor, ThemeContext, toDataFrame } from '@grafana/data';
@@ -12,14 +12,14 @@ const [from, to] = [answers.start, answers.end].map((second) => dateTime(second 
 const range = { from, to, raw: { from, to } };
 
 function framesOf(panel) {
-  const { unit, min, custom } = panel.fieldConfig.defaults;
+  const { unit, min, custom, thresholds } = panel.fieldConfig.defaults;
   const drawn = { axisPlacement: 'auto', scaleDistribution: { type: 'linear' }, pointSize: 4, ...custom, hideFrom: {} };
   const series = panel.targets.flatMap(({ expr, legendFormat }) =>
     answers.by_query[expr].map((found) => ({ ...found, name: legendOf(legendFormat, found.metric) })));
   return series.map(({ name, values }, seriesIndex) => {
     const number = {
       name, type: FieldType.number, values: values.map(([, value]) => (Number.isFinite(+value) ? +value : null)),
-      config: { displayName: name, unit, min, custom: drawn, color: { mode: 'palette-classic' } },
+      config: { displayName: name, unit, min, thresholds, custom: drawn, color: { mode: 'palette-classic' } },
     };
     const time = { name: 'time', type: FieldType.time, values: values.map(([second]) => second * 1000) };
     const frame = toDataFrame({ name, fields: [time, number] });

@@ -1,11 +1,11 @@
-"""The dashboards without a Grafana server: checked against its types, and drawn with its components.
+"""Checks the dashboards against Grafana's types and draws them with its components, without a Grafana server.
 
     npm install --prefix monitoring/drawing --ignore-scripts=false
     python monitoring/drawing/draw.py check
     python monitoring/drawing/draw.py draw --prometheus http://127.0.0.1:9090 --seconds 120 --into build/drawn
 
-`check` has TypeScript compare every dashboard and panel with @grafana/schema. `draw` asks a Prometheus for what every
-panel shows of the latest seconds and takes a picture of each dashboard in a headless Chromium. Both need Node.
+`check` compares every dashboard and panel with @grafana/schema in TypeScript. `draw` queries a Prometheus for the
+latest seconds and takes a screenshot of each dashboard in a headless Chromium. Both need Node.
 """
 
 import argparse
@@ -46,12 +46,12 @@ type Board = Loose<Omit<Dashboard, 'panels' | 'templating'>> & {templating: {lis
 
 
 def boards() -> dict[str, dict[str, Any]]:
-    """The dashboards that are committed, by the names of their files."""
+    """The committed dashboards by file name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(BOARDS.glob("*.json"))}
 
 
 def check() -> int:
-    """The compiler's exit code; it prints what does not fit."""
+    """The compiler's exit code; it prints the errors."""
     lines, count = [TYPES % {"raw": RAW}], 0
     for board in boards().values():
         panels = board.pop("panels")
@@ -69,7 +69,7 @@ def check() -> int:
 
 
 def answers(url: str, board: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """What every query of a dashboard shows of the latest seconds."""
+    """The results of a dashboard's queries for the latest seconds."""
     end, found = time.time(), {}
     for expr in [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]:
         asked = expr.replace("$__rate_interval", "10s").replace("$__range", f"{seconds:.0f}s")
@@ -81,7 +81,7 @@ def answers(url: str, board: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def draw(url: str, seconds: float, into: Path, names: Sequence[str]) -> int:
-    """One picture a dashboard."""
+    """Takes one screenshot per dashboard."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         sys.exit("Chromium is not installed")
@@ -103,7 +103,7 @@ def draw(url: str, seconds: float, into: Path, names: Sequence[str]) -> int:
 
 
 def bundle(folder: Path) -> None:
-    """page.html with all that it needs."""
+    """Writes page.html and its bundle."""
     assets = ("--loader:.ttf=empty", "--loader:.woff2=empty", "--loader:.svg=dataurl", "--loader:.png=dataurl")
     form = ("--bundle", "--jsx=automatic", '--define:process.env.NODE_ENV="production"', "--log-level=error")
     command = [PROGRAMS / "esbuild", folder / "board.jsx", f"--outfile={folder / 'app.js'}", *assets, *form]

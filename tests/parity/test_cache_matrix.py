@@ -1,6 +1,7 @@
 """Every policy at every granularity that it declares: never skipping is exact, known masks need no synchronisation."""
 
 import itertools
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -44,6 +45,10 @@ MATRIX = [
     if kind in (("stack", "per_block", "groups") if name == "warmstart_reuse" else POLICIES.find(name).granularities)
 ]
 SKIPPING = [(name, granularity) for name, granularity in MATRIX if OPTIONS[name][1]]
+NEVER = [(name, granularity, OPTIONS[name][0]) for name, granularity in MATRIX] + [
+    ("teacache", "stack", {"wan_variant": variant, "use_ret_steps": use_ret_steps, "rel_l1_thresh": 0.0})
+    for variant, use_ret_steps in itertools.product(WAN_COEFFICIENTS, [False, True])
+]
 CALL = {
     "prompt": "a red circle and a blue square bouncing on a black background",
     "height": 64,
@@ -76,17 +81,24 @@ def test_every_built_in_policy_is_here():
     assert built_in == set(OPTIONS)
 
 
-@pytest.mark.one_in(4)
-@pytest.mark.parametrize(("name", "granularity"), MATRIX)
-def test_never_skipping_is_bit_equal_and_removal_restores(builtin, uncached, name, granularity):
-    keys = list(builtin.transformer.state_dict())
-    builtin.enable_cache(name, STEPS, granularity, **OPTIONS[name][0])
+@contextmanager
+def cached(pipe, name, granularity="stack", *, skips=True):
+    """The pipeline with a cache."""
+    options = skips if isinstance(skips, dict) else OPTIONS[name][skips]
     try:
+        yield pipe.enable_cache(name, STEPS, granularity, **options)
+    finally:
+        pipe.disable_cache()
+
+
+@pytest.mark.one_in(4)
+@pytest.mark.parametrize(("name", "granularity", "options"), NEVER)
+def test_never_skipping_is_bit_equal_and_removal_restores(builtin, uncached, name, granularity, options):
+    keys = list(builtin.transformer.state_dict())
+    with cached(builtin, name, granularity, skips=options) as cache:
         assert torch.equal(latents(builtin), uncached)
         assert list(builtin.transformer.state_dict()) == keys
-        assert {decision.decision for decision in builtin.cache.record} == {"compute"}
-    finally:
-        builtin.disable_cache()
+        assert {decision.decision for decision in cache.record} == {"compute"}
     assert list(builtin.transformer.state_dict()) == keys
 
 
@@ -94,57 +106,35 @@ def test_after_all_of_them_the_model_is_as_it_was(builtin, uncached):
     assert torch.equal(latents(builtin), uncached)
 
 
-@pytest.mark.one_in(2)
-@pytest.mark.parametrize(("variant", "use_ret_steps"), list(itertools.product(WAN_COEFFICIENTS, [False, True])))
-def test_the_official_coefficients_at_threshold_0_never_skip(builtin, uncached, variant, use_ret_steps):
-    options = {"wan_variant": variant, "use_ret_steps": use_ret_steps, "rel_l1_thresh": 0.0}
-    builtin.enable_cache("teacache", STEPS, **options)
-    try:
-        assert torch.equal(latents(builtin), uncached)
-    finally:
-        builtin.disable_cache()
-
-
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize(("name", "granularity"), SKIPPING)
-def test_under_stock_diffusers_masks_and_latents_are_the_same(builtin, uncached, name, granularity):
-    options = OPTIONS[name][1]
-    builtin.enable_cache(name, STEPS, granularity, **options)
-    try:
-        ours, record = latents(builtin), builtin.cache.record
-    finally:
-        builtin.disable_cache()
+def test_under_stock_diffusers_masks_and_latents_are_the_same_and_guidance_survives(
+    builtin, uncached, name, granularity
+):
+    """cond - uncond of a skipped step does not become zero, as it does where a state ignores the branch."""
+    reused = {}
+
+    def keep(ctx):
+        if ctx.decision == "reuse" and ctx.unit_index == 0:
+            reused[ctx.step, ctx.branch] = ctx.residuals.latest()
+
+    with cached(builtin, name, granularity) as cache:
+        cache.on_unit(keep)
+        ours, record = latents(builtin), cache.record
     assert not torch.equal(ours, uncached)
+    both = [step for step, branch in reused if branch == "cond" and (step, "uncond") in reused]
+    assert both
+    assert all((reused[step, "cond"] - reused[step, "uncond"]).abs().max() > 0 for step in both)
+
     stock = WanPipeline(**builtin.components, expand_timesteps=True)
     stock.set_progress_bar_config(disable=True)
-    cache = apply_cache_on_transformer(stock.transformer, name, STEPS, granularity, **options)
+    cache = apply_cache_on_transformer(stock.transformer, name, STEPS, granularity, **OPTIONS[name][1])
     try:
         assert torch.equal(latents(stock), ours)
         same = [(d.step, d.branch, d.expert, d.unit, d.decision) for d in record]
         assert [(d.step, d.branch, d.expert, d.unit, d.decision) for d in cache.record] == same
     finally:
         cache.remove()
-
-
-@pytest.mark.one_in(4)
-@pytest.mark.parametrize(("name", "granularity"), SKIPPING)
-def test_guidance_survives(builtin, name, granularity):
-    """cond - uncond of a skipped step does not become zero, as it does where a state ignores the branch."""
-    seen = {}
-
-    def keep(ctx):
-        if ctx.decision == "reuse" and ctx.unit_index == 0:
-            seen[ctx.step, ctx.branch] = ctx.residuals.latest()
-
-    builtin.enable_cache(name, STEPS, granularity, **OPTIONS[name][1])
-    try:
-        builtin.cache.on_unit(keep)
-        latents(builtin)
-    finally:
-        builtin.disable_cache()
-    both = [step for step, branch in seen if branch == "cond" and (step, "uncond") in seen]
-    assert both
-    assert all((seen[step, "cond"] - seen[step, "uncond"]).abs().max() > 0 for step in both)
 
 
 class Synchronisations(TorchDispatchMode):
@@ -183,21 +173,15 @@ def without(builtin):
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["magcache", "ranked", "schedule", "taylorseer", "teacache", "warmstart_reuse"])
 def test_known_masks_are_said_before_and_need_no_synchronisation(builtin, without, name):
-    builtin.enable_cache(name, STEPS, **OPTIONS[name][1])
-    try:
-        plan = builtin.cache.plan()
+    with cached(builtin, name) as cache:
+        plan = cache.plan()
         assert synchronisations_in_the_loop(builtin) == without
         for branch in ("cond", "uncond"):
-            assert tuple(builtin.cache.record.mask(branch)) == plan["transformer", branch, 0]
-    finally:
-        builtin.disable_cache()
+            assert tuple(cache.record.mask(branch)) == plan["transformer", branch, 0]
 
 
 @pytest.mark.parametrize("name", ["dicache", "fbcache", "seacache"])
 def test_the_others_take_at_most_one_synchronisation_a_decision(builtin, without, name):
-    builtin.enable_cache(name, STEPS, **OPTIONS[name][1])
-    try:
-        assert builtin.cache.plan() is None
+    with cached(builtin, name) as cache:
+        assert cache.plan() is None
         assert synchronisations_in_the_loop(builtin) - without <= 2 * (STEPS - 1)
-    finally:
-        builtin.disable_cache()

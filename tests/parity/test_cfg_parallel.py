@@ -120,6 +120,20 @@ def test_a_store_is_asked_by_one_thread_at_a_time(pipe):
     assert store.most == 1
 
 
+def test_a_hook_may_look_at_the_cache_while_the_other_branch_stores(pipe):
+    pipe.enable_cfg_parallel("cpu")
+    cache = pipe.enable_cache("always", STEPS, "per_block", Watched())
+
+    def look(ctx):
+        if ctx.branch == "cond":
+            assert cache.entries() or ctx.step == 0
+            assert cache.stats or ctx.step == 0
+
+    cache.on_unit(look)
+    latents(pipe)
+    assert cache.stats["cond"].computed == cache.stats["uncond"].computed > 0
+
+
 def test_a_transformer_that_is_replaced_is_no_copy_of_another(pipe):
     pipe.enable_cfg_parallel("cpu")
     original, pipe.transformer = pipe.transformer, copy.deepcopy(pipe.transformer)

@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, UniPCMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -236,3 +236,58 @@ def test_what_does_not_fit_the_model_is_one_sentence(pair, case, changes, messag
     _, ours = pair(case)
     with pytest.raises(ValueError, match=message):
         latents(ours, case, **changes)
+
+
+# Few steps: explicit noise levels, and schedulers that draw fresh noise.
+
+
+@pytest.mark.parametrize("noise_scheduler", ["unipc", "euler"])
+def test_noise_levels_are_those_that_the_scheduler_is_given(pair, noise_scheduler):
+    _, ours = pair("video")
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
+    unshifted = {"euler": FlowMatchEulerDiscreteScheduler(shift=1.0), "unipc": UniPCMultistepScheduler(**flow)}
+    ours = quiet(EditWanPipeline(**{**ours.components, "scheduler": unshifted[noise_scheduler]}))
+    sigmas, call = [0.95, 0.8, 0.5, 0.2], {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5}
+    seen = []
+    for steps in ({"sigmas": sigmas}, {"num_inference_steps": 4}):
+        ours(**call, **steps, output_type="latent", generator=torch.Generator().manual_seed(0))
+        seen.append(ours.scheduler.sigmas.tolist())
+    assert seen[0] == pytest.approx([*sigmas, 0.0])
+    assert seen[1] != pytest.approx(seen[0])
+
+
+@pytest.mark.parametrize("sigmas", [[], [1.1, 0.5], [0.5, 0.5], [0.5, 0.0], [0.2, 0.8]], ids=str)
+def test_noise_levels_that_do_not_fall_are_one_sentence(pair, sigmas):
+    with pytest.raises(ValueError, match=r"`sigmas` is .*; valid are falling numbers, from at most 1 to above 0"):
+        pair("video")[1]("a red circle", height=32, width=32, num_frames=5, sigmas=sigmas)
+
+
+def test_fresh_noise_comes_from_the_generator(pair):
+    """Each step estimates the clean latents, and noises them anew: x = (1 - sigma') (x - sigma v) + sigma' noise."""
+    _, ours = pair("video")
+    ours = quiet(EditWanPipeline(**{**ours.components, "scheduler": FlowMatchLCMScheduler(shift=1.0)}))
+    steps, sigmas = [], [1.0, 0.75, 0.4]
+    forward = ours.transformer.forward
+
+    def watched(**inputs):
+        output = forward(**inputs)
+        steps.append((inputs["hidden_states"], output[0]))
+        return output
+
+    ours.transformer.forward = watched
+    try:
+        call = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "output_type": "latent"}
+        results = [
+            ours(**call, sigmas=sigmas, guidance_scale=1.0, generator=torch.Generator().manual_seed(5)).frames
+            for _ in range(2)
+        ]
+    finally:
+        del ours.transformer.forward
+    assert torch.equal(*results)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(results[0].shape, generator=generator)
+    for (seen, velocity), sigma, following in zip(steps, sigmas, [*sigmas[1:], 0.0], strict=False):
+        assert torch.allclose(seen, x, atol=1e-5)
+        clean = x - sigma * velocity
+        x = (1 - following) * clean + following * torch.randn(x.shape, generator=generator)
+    assert torch.allclose(results[0], x, atol=1e-5)

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -94,34 +93,24 @@ def exporter_of(root):
     return address, int(port)
 
 
-def test_another_process_sees_segment_0_before_segment_2_is_denoised(watch, config, tmp_path, run_id):
-    client = LongVideoClient(output=tmp_path)
+def test_another_process_sees_segments_as_they_come_and_a_killed_driver_does_not_end_its_run(
+    watch, start_job, config, tmp_path, run_id
+):
     watcher = watch(tmp_path, run_id)
-    client.submit(config(steps=80), run_id=run_id)
+    driver = start_job("--config", str(config(steps=80)), "--output", str(tmp_path), "--run-id", run_id)
+    assert any(line.startswith("run: ") for line in driver.stdout)
     go(watcher)
     index, shape, at, fps = json.loads(watcher.stdout.readline())
     assert (index, shape, fps) == (0, [17, 64, 64, 3], 16)
     assert at is not None
     assert at < [2, 80], "segment 2 was not finished when segment 0 had arrived"
-    rest = [json.loads(line)[0] for line in watcher.stdout]
-    assert rest == [1, 2, 3]
+    driver.kill()
+    driver.wait(10)
+    assert [json.loads(line)[0] for line in watcher.stdout] == [1, 2, 3]
+    assert manifest_of(tmp_path / run_id).state == "done"
     late = watch(tmp_path, run_id, start=2)
     go(late)
     assert [json.loads(line)[0] for line in late.stdout] == [2, 3]
-
-
-def test_a_killed_driver_does_not_end_its_run(watch, start_job, config, tmp_path, run_id):
-    path = config(steps=60)
-    watcher = watch(tmp_path, run_id)
-    driver = start_job("--config", str(path), "--output", str(tmp_path), "--run-id", run_id)
-    for line in driver.stdout:
-        if line.startswith("segment 0"):
-            break
-    go(watcher)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait(10)
-    assert [json.loads(line)[0] for line in watcher.stdout] == [0, 1, 2, 3]
-    assert manifest_of(tmp_path / run_id).state == "done"
 
 
 def test_every_reader_sees_the_same_frames_and_may_have_the_latents(ray_head, config, tmp_path):

@@ -136,7 +136,7 @@ def test_a_ray_of_the_job_s_own_leaves_prometheus_no_target(spawn, config, tmp_p
         assert job.wait(60) == (130 if stopped else 0), "".join(said)
     assert not (tmp_path / TARGETS).exists()
     if stopped:
-        assert f"go on with `edit-ray --output {tmp_path} resume {run_id}`" in said[-1]
+        assert f"continue with `edit-ray --output {tmp_path} resume {run_id}`" in said[-1]
 
 
 def test_a_gpu_that_is_not_there_is_said_to_be_missing(start_job, config, tmp_path, run_id):

@@ -34,6 +34,10 @@ class Calls(files.Disk):
         self.before("rename")
         super().replace(source, target)
 
+    def unlink(self, path):
+        self.before("unlink")
+        super().unlink(path)
+
 
 class Faults(Calls):
     """Fails the next call of a kind, an `open` also of a new file: `next` is the kind and the errno."""

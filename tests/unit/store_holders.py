@@ -66,7 +66,7 @@ class Holder:
 def main(folder: Path, namespaces: bool) -> None:
     """Random opens, ends and kills: a store opens if and only if no other is, and finds what it should."""
     chosen, holder, put, refused, pids = random.Random(0), None, set(), 0, []
-    for number in range(60):
+    for number in range(30):
         opened = Holder(folder, number, namespaces)
         if holder is not None:
             assert opened.said[0] == "refused"
@@ -88,8 +88,8 @@ def main(folder: Path, namespaces: bool) -> None:
     store = DiskOffloadStore(folder, allow_tmpfs=True)
     assert {key[1] for key in store.sizes()} == put
     assert all((store.get(key) == key[1]).all() for key in store.sizes())
-    assert refused > 10
-    assert len(pids) > 10
+    assert refused > 5
+    assert len(pids) > 5
     assert not namespaces or set(pids) == {1}, "equal pids, and different processes"
 
 

@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from edit_ray.actors.cache_store import CacheStoreActor
-from edit_ray.actors.local import LocalPool
 from edit_ray.actors.messages import run_key
-from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.config import Config
 from edit_ray.engine.continuity import load_latents, save_latents
 from edit_ray.runs.event_log import read_events
@@ -18,6 +16,8 @@ from edit_ray.runs.manifest import Ended
 from edit_ray.testing import save_random_wan
 from edit_ray.tiers.disk_tier import DiskTier
 from edit_ray.tiers.entry_file import aligned_buffer, file_name, memory_of
+from tests.unit.test_actors import Pool, lose_the_gpu_actor
+from tests.unit.test_actors import generate as make
 from tests.unit.test_manifest import BEGUN
 
 SEGMENTS = 6
@@ -50,43 +50,43 @@ def config_for(model, host=100, granularity="stack", shared_memory="require", la
     )
 
 
-class Pool(LocalPool):
-    """Loses its GPU actor or its store before some segments, or after one has been made, or has no memory for one."""
+async def lose_the_store(pool, worker, *_):
+    pool.workers[worker].store.close()
+    pool.workers[worker].store = CacheStoreActor()
 
-    def __init__(self, lost=()):
-        super().__init__()
-        self.lost = dict(lost)
 
-    async def denoiser(self, worker, method, *arguments):
-        segment = getattr(arguments[1], "index", None) if len(arguments) > 1 else None
-        if method == "denoise_segment" and segment in self.lost:
-            lost = self.lost.pop(segment)
-            if "store" in lost:
-                self.workers[worker].store.close()
-                self.workers[worker].store = CacheStoreActor()
-            if "gpu" in lost:
-                await self.restart_denoiser(worker)
-                raise ConnectionError("the actor died")
-            if "memory" in lost:
-                transformer = self.workers[worker].denoiser._ready_engine(arguments[0]).pipe.transformer
+async def lose_both(pool, worker, *_):
+    await lose_the_store(pool, worker)
+    await lose_the_gpu_actor(pool, worker)
 
-                def full(*_):
-                    hook.remove()
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-                hook = transformer.blocks[2].register_forward_pre_hook(full)
-        return await super().denoiser(worker, method, *arguments)
+async def run_out_of_memory(pool, worker, spec, *_):
+    """Once, at the third block."""
+
+    def full(*_):
+        hook.remove()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    blocks = pool.workers[worker].denoiser._ready_engine(spec).pipe.transformer.blocks
+    hook = blocks[2].register_forward_pre_hook(full)
+
+
+async def damage_the_disk(_pool, _worker, spec, *_):
+    """Turns over the last byte of every entry on disk."""
+    for path in spec.residuals_directory.glob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+
+def before(strikes):
+    """A pool that is struck before these segments are denoised."""
+    return Pool({("denoise_segment", segment): strike for segment, strike in strikes.items()})
 
 
 async def generate(root, config, run_id, pool=None):
-    pool = pool or Pool()
-    scheduler = SegmentSchedulerActor(pool)
-    await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), "")
-    index, records = 0, []
-    while (reply := await scheduler.wait_segment(run_id, index, 60)).record is not None:
-        records.append(reply.record)
-        index += 1
-    assert reply.status.state == "done", reply.status.error
+    status, records, pool = await make(root, config, run_id, pool)
+    assert status.state == "done", status.error
     async with asyncio.timeout(10):  # the run is closed a moment later
         while list((root / ".cache_store").glob("*.safetensors")):
             await asyncio.sleep(0.01)
@@ -144,18 +144,22 @@ def whole(tmp_path_factory, model):
 WITHOUT_SHARED_MEMORY = pytest.param("never", marks=pytest.mark.slow)
 
 
+LOST = [
+    {2: lose_the_store},
+    {2: lose_the_gpu_actor},
+    {1: lose_the_store, 3: lose_the_gpu_actor},
+    {4: lose_both},
+    {0: lose_the_gpu_actor, 3: run_out_of_memory, 5: lose_the_store},
+]
+
+
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("shared_memory", ["require", WITHOUT_SHARED_MEMORY])
-@pytest.mark.parametrize(
-    "lost",
-    [{2: "store"}, {2: "gpu"}, {1: "store", 3: "gpu"}, {4: "gpu and store"}, {0: "gpu", 3: "memory", 5: "store"}],
-    ids=str,
-)
+@pytest.mark.parametrize("lost", LOST, ids=lambda lost: str({k: strike.__name__ for k, strike in lost.items()}))
 async def test_a_lost_actor_or_too_little_memory_changes_no_latents(tmp_path, model, whole, lost, shared_memory):
-    config = config_for(model, 2, shared_memory=shared_memory)
-    pool = Pool(lost)
-    await generate(tmp_path, config, "hurt", pool)
-    assert not pool.lost, "every planned loss happened"
+    pool = before(lost)
+    await generate(tmp_path, config_for(model, 2, shared_memory=shared_memory), "hurt", pool)
+    assert not pool.strikes, "every planned loss happened"
     assert torch.equal(latents_of(whole[0], "whole"), latents_of(tmp_path, "hurt"))
 
 
@@ -168,23 +172,6 @@ async def test_each_segment_is_asked_for_before_the_one_before_it_ends(tmp_path,
         assert at["segment_begun", k - 1] < at["prepare_asked", k] < at["segment_made", k - 1]
 
 
-class Damaged(Pool):
-    """Turns over the last byte of every entry on disk before some segments are made."""
-
-    def __init__(self, root, segments):
-        super().__init__()
-        self.root, self.segments = root, set(segments)
-
-    async def denoiser(self, worker, method, *arguments):
-        if method == "denoise_segment" and arguments[1].index in self.segments:
-            self.segments.remove(arguments[1].index)
-            for path in (self.root / ".cache_store").glob("*.safetensors"):
-                content = bytearray(path.read_bytes())
-                content[-1] ^= 1
-                path.write_bytes(content)
-        return await super().denoiser(worker, method, *arguments)
-
-
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("damaged", "again", "shared_memory"),
@@ -193,37 +180,27 @@ class Damaged(Pool):
 )
 async def test_residuals_that_the_disk_has_lost_are_made_again(tmp_path, model, whole, damaged, again, shared_memory):
     config = config_for(model, 2, shared_memory=shared_memory)
-    hurt = await generate(tmp_path, config, "hurt", Damaged(tmp_path, damaged))
+    hurt = await generate(tmp_path, config, "hurt", before(dict.fromkeys(damaged, damage_the_disk)))
     assert torch.equal(latents_of(whole[0], "whole"), latents_of(tmp_path, "hurt"))
     assert [sum(r.statistics["segments_made_again"] for r in records) for records in (whole[1], hurt)] == [0, again]
 
 
 async def test_a_store_that_finds_nothing_where_it_was_gets_what_it_lacks(tmp_path, model, whole):
-    config = config_for(model, 2)
+    async def lose_all(pool, worker, *_):
+        shutil.rmtree(tmp_path / ".cache_store")
+        await lose_both(pool, worker)
 
-    class Emptied(Pool):
-        async def denoiser(self, worker, method, *arguments):
-            if method == "denoise_segment" and arguments[1].index == 2 and "store" in self.lost.get(2, ""):
-                shutil.rmtree(tmp_path / ".cache_store")
-            return await super().denoiser(worker, method, *arguments)
-
-    await generate(tmp_path, config, "hurt", Emptied({2: "gpu and store"}))
+    await generate(tmp_path, config_for(model, 2), "hurt", before({2: lose_all}))
     assert torch.equal(latents_of(whole[0], "whole"), latents_of(tmp_path, "hurt"))
 
 
-async def test_a_segment_that_does_not_come_out_as_it_was_ends_the_run(start, tmp_path, model):
-    class Changed(Damaged):
-        async def denoiser(self, worker, method, *arguments):
-            if method == "denoise_segment" and arguments[1].index in self.segments:
-                path = RunFolder(self.root, "one").latents(0)
-                save_latents(path, load_latents(path) + 1)
-            return await super().denoiser(worker, method, *arguments)
+async def test_a_segment_that_does_not_come_out_as_it_was_ends_the_run(tmp_path, model):
+    async def change(pool, worker, spec, *_):
+        save_latents(spec.latents(0), load_latents(spec.latents(0)) + 1)
+        await damage_the_disk(pool, worker, spec)
 
-    pool = Changed(tmp_path, [2])
-    scheduler = start(pool)
-    await scheduler.submit("one", config_for(model, 2).model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
-    reply = await scheduler.wait_segment("one", 2, 60)
-    status = reply.status
+    status, _, pool = await make(tmp_path, config_for(model, 2), pool=before({2: change}))
+    await pool.end()
     assert status.state == "failed"
     assert "segment 0 was made again, as residuals of it were lost, and its latents differ" in status.error
 
@@ -280,16 +257,13 @@ async def test_entries_of_runs_that_have_ended_go_and_those_of_runs_that_have_no
     ],
     ids=["too small", "too large", "no folder"],
 )
-async def test_a_store_that_cannot_be_made_ends_the_run_with_a_sentence(start, tmp_path, model, store, words):
+async def test_a_store_that_cannot_be_made_ends_the_run_with_a_sentence(tmp_path, model, store, words):
     (tmp_path / "file").touch()
     config = config_for(model).model_dump(mode="json")
     config["store"] |= {key: str(tmp_path / "file") if value == "FILE" else value for key, value in store.items()}
 
-    pool = Pool()
-    scheduler = start(pool)
-    await scheduler.submit("one", config, str(tmp_path), str(tmp_path), "")
-    reply = await scheduler.wait_segment("one", 0, 60)
-    status = reply.status
+    status, _, pool = await make(tmp_path, Config.model_validate(config))
+    await pool.end()
     assert status.state == "failed"
     assert words.replace("FILE", str(tmp_path / "file")) in status.error
     assert "attempt" not in status.error, "another would fail the same way"

@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+import threading
+import time
 
 import pytest
 import torch

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import fcntl
+import json
 import os
 import threading
 from contextlib import asynccontextmanager
@@ -158,7 +159,7 @@ async def test_a_folder_that_is_away_for_a_while_is_waited_for(start, tmp_path, 
 @pytest.mark.parametrize("locked", [False, True])
 async def test_a_run_that_waits_can_be_cancelled(start, tmp_path, model, monkeypatch, locked):
     def before():
-        return [line["state"] for line in map(_parsed, folder.manifest.read_text().splitlines()) if "state" in line]
+        return [line["state"] for line in map(json.loads, folder.manifest.read_text().splitlines()) if "state" in line]
 
     monkeypatch.setattr("edit_ray.actors.admission.LOCK_PATIENCE_S", 0.5)
     folder = RunFolder(tmp_path, "plain")
@@ -184,10 +185,22 @@ async def test_a_run_that_waits_can_be_cancelled(start, tmp_path, model, monkeyp
     assert status.state == "done", status.error
 
 
-def _parsed(line):
-    import json
-
-    return json.loads(line)
+async def test_a_run_whose_folder_is_silent_after_a_restart_can_be_cancelled(start, tmp_path, model, monkeypatch):
+    answers, read = threading.Event(), RunFolder.read_manifest
+    monkeypatch.setattr("edit_ray.actors.recovery.FIRST_TRIES_S", 0.1)
+    monkeypatch.setattr("edit_ray.actors.recovery.SILENT_S", 0.1)
+    async with died_at_work(tmp_path, model, "plain") as pool:
+        monkeypatch.setattr(RunFolder, "read_manifest", lambda *arguments: answers.wait(60) and read(*arguments))
+        second = start(pool)
+        assert (await second.status("plain")).state == "waiting"
+        await second.cancel("plain")
+        async with asyncio.timeout(30):
+            while await second.runs():
+                await asyncio.sleep(0.01)
+        assert await pool.recall() == {}, "the next one does not wait for it either"
+        answers.set()
+        await second.resume("plain", str(tmp_path), False)
+        assert (await end_of(second, "plain")).state == "done"
 
 
 async def test_a_run_that_waits_is_tried_at_once_when_that_is_asked_for(start, tmp_path, model):

@@ -249,44 +249,28 @@ def test_the_report_of_a_run_has_a_section_a_segment(run, by, capsys):
     assert page.text.index("segment 0") < page.text.index("segment 1")
 
 
-def damage_nothing(folder):
-    pass
-
-
-def damage_record(folder):
-    folder.record(1).write_text("{}")
-
-
-def damage_text(folder):
-    folder.record(1).write_bytes(b"\xff\xfe")
-
-
 def lose_records(folder):
     for segment in (0, 1):
         folder.record(segment).unlink()
 
 
-def make_folder_of_record(folder):
-    folder.record(2).mkdir()
-
-
-def block_page(folder):
-    (folder.path / "report.html").mkdir()
-
-
 @pytest.mark.parametrize(
     ("source", "damage", "words"),
     [
-        ("two", damage_nothing, "two is no record and no run with records; a run has some if its cache.policy"),
-        ("../up", damage_nothing, "../up is no file, no folder and no run's id"),
-        ("no/such.json", damage_nothing, "no/such.json is no file, no folder and no run's id"),
-        ("", damage_nothing, "no run with records"),
-        ("\0", damage_nothing, "no run's id"),
-        ("one", damage_record, "00001-t0.json cannot be read: this is no record of cache decisions"),
-        ("one", damage_text, "00001-t0.json cannot be read"),
+        ("two", id, "two is no record and no run with records; a run has some if its cache.policy"),
+        ("../up", id, "../up is no file, no folder and no run's id"),
+        ("no/such.json", id, "no/such.json is no file, no folder and no run's id"),
+        ("", id, "no run with records"),
+        ("\0", id, "no run's id"),
+        (
+            "one",
+            lambda folder: folder.record(1).write_text("{}"),
+            "00001-t0.json cannot be read: this is no record of cache decisions",
+        ),
+        ("one", lambda folder: folder.record(1).write_bytes(b"\xff\xfe"), "00001-t0.json cannot be read"),
         ("one", lose_records, "run 'one' has committed no segment yet (its state: open)"),
-        ("one", make_folder_of_record, "00002-t0.json cannot be read"),
-        ("one", block_page, "report.html cannot be written"),
+        ("one", lambda folder: folder.record(2).mkdir(), "00002-t0.json cannot be read"),
+        ("one", lambda folder: (folder.path / "report.html").mkdir(), "report.html cannot be written"),
     ],
 )
 def test_what_cannot_be_reported_ends_with_code_2_and_a_sentence(run, source, damage, words, capsys, monkeypatch):

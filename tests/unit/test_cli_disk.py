@@ -115,7 +115,8 @@ def test_a_run_does_not_go_on_in_a_ray_that_would_end_with_the_command(tmp_path,
     assert folder.read_manifest().incarnation == 1
 
 
-def test_an_ended_run_is_not_asked_to_stop(tmp_path, capsys):
+def test_without_a_ray_nothing_is_started_or_stopped(tmp_path, capsys):
+    assert told(capsys, "down") == (0, "no Ray is running\n", "")
     run_on_disk(tmp_path / "runs", "one", state="cancelled")
     assert told(capsys, "cancel", "one") == (0, "one has ended already: cancelled\n", "")
     run_on_disk(tmp_path / "runs", "two", state=None)
@@ -126,7 +127,8 @@ def test_an_ended_run_is_not_asked_to_stop(tmp_path, capsys):
 def test_watching_waits_for_a_run_that_is_about_to_begin(tmp_path, capsys):
     code, _, err = told(capsys, "watch", "late", "--wait", "0")
     assert (code, "no run 'late'" in err) == (2, True)
-    job = threading.Timer(1.0, run_on_disk, (tmp_path / "runs", "late"))
+    run = run_on_disk(tmp_path / "elsewhere", "late").path
+    job = threading.Timer(1.0, run.rename, [tmp_path / "runs" / "late"])  # at once, as it is never seen half made
     job.start()
     code, out, err = told(capsys, "watch", "late", "--wait", "60")
     job.join()
@@ -140,10 +142,6 @@ def test_a_report_before_the_first_segment_says_so(tmp_path, capsys, state):
     code, _, err = told(capsys, "report", "one")
     assert (code, f"has committed no segment yet (its state: {state or 'open'})" in err) == (2, True)
     assert not (tmp_path / "runs" / "one" / "report.html").exists()
-
-
-def test_down_without_a_ray_starts_none(capsys):
-    assert told(capsys, "down") == (0, "no Ray is running\n", "")
 
 
 def test_a_run_is_deleted_with_what_its_segments_reuse(tmp_path, capsys):
@@ -171,19 +169,14 @@ def test_a_run_is_deleted_with_what_its_segments_reuse(tmp_path, capsys):
     assert [path.name for path in root.glob(".*deleted")] == []
 
 
-def test_a_run_that_a_process_works_on_is_not_deleted(tmp_path, capsys):
+def test_a_locked_run_is_not_deleted_and_one_of_an_unreadable_configuration_is(tmp_path, capsys):
     folder = run_on_disk(tmp_path / "runs", "one", state=None)
+    folder.run_yaml.write_text("of: another version\n")
     held = folder.open()
     code, _, err = told(capsys, "delete", "one", "--yes")
     assert (code, "another process is at work on the run" in err) == (1, True)
     assert folder.path.exists()
     held.close()
-    assert told(capsys, "delete", "one", "--yes")[0] == 0
-
-
-def test_a_run_whose_configuration_cannot_be_read_is_deleted_all_the_same(tmp_path, capsys):
-    folder = run_on_disk(tmp_path / "runs", "one")
-    folder.run_yaml.write_text("of: another version\n")
     assert told(capsys, "delete", "one", "--yes")[0] == 0
     assert not folder.path.exists()
 
@@ -223,14 +216,11 @@ def test_prune_removes_one_s_own_old_runs_in_the_states_asked_for(tmp_path, caps
     assert (code, "--older-than is '30'" in err) == (2, True)
 
 
-@pytest.mark.parametrize(("given", "meant"), [("lst", "list"), ("statsu", "status"), ("dwon", "down")])
-def test_a_command_that_is_not_known_names_the_nearest(capsys, given, meant):
-    with pytest.raises(SystemExit):
-        main([given])
-    assert f"{given!r} is unknown; did you mean {meant!r}?" in capsys.readouterr().err
-
-
-def test_the_version_is_told(capsys):
+def test_an_unknown_command_names_the_nearest_and_the_version_is_printed(capsys):
+    for given, meant in (("lst", "list"), ("statsu", "status"), ("dwon", "down")):
+        with pytest.raises(SystemExit):
+            main([given])
+        assert f"{given!r} is unknown; did you mean {meant!r}?" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0

@@ -11,7 +11,7 @@ import torch
 
 from edit_ray.cli import main
 from edit_ray.cli.plan_reuse import lines
-from edit_ray.cli.reuse_estimate import DISK_TO_HOST, HOST_TO_GPU, estimate_reuse, what_does_not_fit
+from edit_ray.cli.reuse_estimate import DISK_TO_HOST, HOST_TO_GPU, ReuseEstimate, what_does_not_fit
 from edit_ray.config import Config, dump_yaml, load_config
 from edit_ray.engine.loading import load_pipeline
 from edit_ray.engine.segment import SegmentEngine
@@ -49,7 +49,7 @@ def said(capsys, *arguments, config=TINY):
 @pytest.mark.parametrize(("granularity", "disk"), [("stack", None), (2, None), (2, 12 * 4096), (2, 8 * 4096)])
 def test_a_run_writes_and_reads_what_the_plan_says(tmp_path, model, granularity, disk):
     config = changed(config_for(model, 2, granularity), store={"disk_bytes": disk})
-    estimate = estimate_reuse(config)
+    estimate = ReuseEstimate(config)
     assert (estimate.size, estimate.shape) == (RESIDUAL, (1, 8, 24))
     records = asyncio.run(generate(tmp_path, config, "run"))
     ran = [(r.statistics["entries_written"], r.statistics["entries_read"]) for r in records]
@@ -73,11 +73,11 @@ def test_the_plan_is_the_engines_own(tmp_path, boundary, dtype):
         model={"torch_dtype": dtype},
         sampling={"guidance_scale": 1.0, "flow_shift": 5.0},
     )
-    estimate = estimate_reuse(config)
+    estimate = ReuseEstimate(config)
     engine = SegmentEngine(load_pipeline(config.model))
     for budget in (None, 4 * estimate.size):
         config = changed(config, store={"disk_bytes": budget})
-        estimate = estimate_reuse(config)
+        estimate = ReuseEstimate(config)
         reuse = engine.plan_reuse("", config.num_segments, config.cache, config.sampling, budget)
         assert (reuse.form.shape, reuse.form.size) == (estimate.shape, estimate.size)
         assert reuse.plan == estimate.plan
@@ -90,15 +90,15 @@ def test_the_plan_is_the_engines_own(tmp_path, boundary, dtype):
 
 
 def test_every_choice_is_what_a_run_so_configured_would_do(model):
-    estimate = estimate_reuse(config_for(model, granularity="stack", inner="teacache", wan_variant="t2v-1.3B"))
-    assert {(c.granularity, c.window) for c in estimate.choices} == {
+    estimate = ReuseEstimate(config_for(model, granularity="stack", inner="teacache", wan_variant="t2v-1.3B"))
+    assert {(c.granularity, c.window) for c in estimate.choices()} == {
         (granularity, window) for granularity in ("stack", "per_block") for window in (1, 2, 3, 4)
     }
-    for choice in estimate.choices:
+    for choice in estimate.choices():
         config = config_for(
             model, granularity=choice.granularity, reuse_window=choice.window, inner="teacache", wan_variant="t2v-1.3B"
         )
-        other = estimate_reuse(config)
+        other = ReuseEstimate(config)
         counts = counts_of(other.plan)
         assert choice.entries == max(map(sum, counts))
         assert (choice.live_bytes, choice.saved) == (other.live_bytes, other.saved)
@@ -107,21 +107,21 @@ def test_every_choice_is_what_a_run_so_configured_would_do(model):
 
 
 def test_a_granularity_without_meaning_for_the_policy_is_no_choice(model):
-    assert {c.granularity for c in estimate_reuse(config_for(model, granularity=2)).choices} == {"stack", 2}
+    assert {c.granularity for c in ReuseEstimate(config_for(model, granularity=2)).choices()} == {"stack", 2}
 
 
 def test_tiers_are_simulated_as_they_are_rounded(model):
     """12 residuals are read by turns out of 4 places: the least recently used is never there, the plan's choice is."""
-    estimate = estimate_reuse(config_for(model, 4, granularity=2))
-    lru, planned = estimate.simulated["lru"], estimate.simulated["furthest_next_use"]
+    estimate = ReuseEstimate(config_for(model, 4, granularity=2))
+    lru, planned = estimate.simulated()["lru"], estimate.simulated()["furthest_next_use"]
     assert lru.reads == planned.reads == 12 * 4
     assert (lru.hits["host"], lru.hits["disk"]) == (0, 48)
     assert planned.hits["host"] > 0
     assert planned.hits.total() == 48
     assert lru.stall_seconds == pytest.approx(48 * 4096 / DISK_TO_HOST)
     assert lru.ratio == planned.ratio == 1.0
-    little = estimate_reuse(changed(config_for(model, 4, granularity=2), store={"disk_bytes": 12 * RESIDUAL}))
-    lru, planned = little.simulated["lru"], little.simulated["furthest_next_use"]
+    little = ReuseEstimate(changed(config_for(model, 4, granularity=2), store={"disk_bytes": 12 * RESIDUAL}))
+    lru, planned = little.simulated()["lru"], little.simulated()["furthest_next_use"]
     assert lru.recompute_seconds > planned.recompute_seconds > 0, "a place is rounded up"
     assert lru.ratio < planned.ratio <= 1
 
@@ -129,9 +129,9 @@ def test_tiers_are_simulated_as_they_are_rounded(model):
 def test_only_so_many_accesses_are_simulated(model, monkeypatch):
     monkeypatch.setattr("edit_ray.cli.reuse_estimate.MAX_ACCESSES", 60)
     config = changed(config_for(model), video={"num_segments": 50})
-    estimate = estimate_reuse(config)
+    estimate = ReuseEstimate(config)
     assert estimate.simulated_segments == 10
-    assert estimate.simulated["lru"].reads == 6 * 7, "the segments 0, 4 and 8 write"
+    assert estimate.simulated()["lru"].reads == 6 * 7, "the segments 0, 4 and 8 write"
     assert "segments 0 to 9" in "\n".join(lines(config, estimate, None))
 
 

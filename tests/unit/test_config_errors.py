@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edit_ray.config import load_config
+from edit_ray.config import load_config, strict_yaml
 from edit_ray.errors import ConfigError
 
 GOOD = """\
@@ -202,12 +202,16 @@ FILES: list[tuple[str | bytes, str, str]] = [
     (GOOD.encode("utf-16"), "", "byte 0 is not UTF-8"),
     (b"#" * (2**20 + 1), "", "larger than the 1048576 bytes"),
     ("a: " + "[" * 500_000, ":1:", "nested deeper than 16 levels"),
-    ("[" + "0," * 100_000 + "]", ":1:", "of over 60000 values"),
+    ("[" + "0," * 5000 + "]", ":1:", "of over 4000 values"),
 ]
 
 
 @pytest.mark.parametrize(("content", "line", "words"), FILES, ids=lambda value: repr(value)[:40])
-def test_a_bad_file_is_named_with_the_line(tmp_path: Path, content: str | bytes, line: str, words: str) -> None:
+def test_a_bad_file_is_named_with_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | bytes, line: str, words: str
+) -> None:
+    assert strict_yaml.MAX_NODES == 60_000
+    monkeypatch.setattr(strict_yaml, "MAX_NODES", 4000)  # reading 60,000 takes seconds
     began = time.monotonic()
     problems = problems_in(tmp_path, content)
     assert time.monotonic() - began < 30
@@ -321,7 +325,7 @@ def test_nothing_at_all_says_what_is_needed() -> None:
 
 def test_thousands_of_mistakes_are_counted_not_listed(tmp_path: Path) -> None:
     began = time.monotonic()
-    problems = problems_in(tmp_path, with_prompts(*["segment: 0, prompt: a"] * 3000))
+    problems = problems_in(tmp_path, with_prompts(*["segment: 0, prompt: a"] * 1000))
     assert time.monotonic() - began < 30
     assert len(problems) == 101
-    assert "2899 more mistakes" in problems[-1]
+    assert "899 more mistakes" in problems[-1]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from edit_ray.cache import DiskOffloadStore
-from edit_ray.tiers.entry_file import file_name, parse_header
+from edit_ray.tiers.entry_file import file_name
 from tests.unit.entry_folder import files_in
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
@@ -133,30 +133,6 @@ def test_damaged_entries_are_misses(tmp_path, rounds):
     assert sum(number for _, number in results) >= 45 * rounds
 
 
-@pytest.mark.parametrize("reopened", [False, True])
-def test_bytes_everywhere_in_a_file_are_guarded(tmp_path, reopened):
-    key, tensor = ("run", 3, None), torch.randn(3, 5)
-    store = make(tmp_path)
-    store.put(key, tensor)
-    (path,) = files_in(tmp_path)
-    content = path.read_bytes()
-    for index in [*range(0, 500, 4), *range(501, 4096, 397), *range(4096, len(content), 3)]:
-        changed = bytearray(content)
-        changed[index] ^= 1 << (index % 8)
-        path.write_bytes(changed)
-        again = store
-        if reopened:
-            store.close()
-            again = store = make(tmp_path)
-        if reopened and index < 4096:
-            assert (len(again), again.num_unreadable, path.exists()) == (0, 1, False)
-        assert again.get(key) is None
-        assert not path.exists()
-        if not reopened:
-            store.put(key, tensor)
-            assert path.read_bytes() == content
-
-
 @pytest.mark.parametrize("change", [-1, 1, -5000, 4096])
 def test_a_file_of_another_length_goes_when_the_folder_is_opened(tmp_path, change):
     make(tmp_path).put(("a",), torch.ones(5000))
@@ -185,11 +161,6 @@ def test_a_length_out_of_bounds_takes_no_memory(tmp_path, length):
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
     assert (len(store), store.num_unreadable, files_in(tmp_path)) == (0, 1, [])
-
-
-def test_what_no_header_of_ours_is_parsed_to_nothing():
-    for text in (b"", b"\xff", b"[]", b"3", b"null", b'{"__metadata__": [], "tensor": 1}', b"9" * 5000, b"[" * 60_000):
-        assert parse_header(bytes(8) + text) is None
 
 
 def test_names_like_ours_that_are_no_files_stay(tmp_path):

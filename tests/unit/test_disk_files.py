@@ -19,7 +19,7 @@ from edit_ray import files
 from edit_ray.cache import DiskOffloadStore
 from edit_ray.tiers.disk_tier import LOCK, EntryFolder
 from edit_ray.tiers.entry_file import LONGEST_HEADER, DirectFiles, DiskFull, aligned_buffer, is_tmpfs, memory_of
-from tests.unit.entry_folder import files_in
+from tests.unit.entry_folder import Calls, files_in
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -28,39 +28,21 @@ FAULTS = ("missing", "length", "header", "checksum", "read", "write", "full", "r
 KEY = ("run", 1, None)
 
 
-class Faulty(files.Disk):
-    """Calls that record the flags of `open` and fail as told: `fail[name]` lists errnos, None where it goes well."""
+class Faulty(Calls):
+    """Calls that record the flags of `open` and fail as told: `fail[call]` lists errnos, None for success."""
 
     def __init__(self, **fail):
         self.fail, self.flags = fail, []
 
-    def _check(self, name):
-        if self.fail.get(name) and (number := self.fail[name].pop(0)):
+    def before(self, call):
+        if self.fail.get(call) and (number := self.fail[call].pop(0)):
             raise OSError(number, os.strerror(number))
 
     def open(self, path, flags):
         if path.name == LOCK:
-            return super().open(path, flags)
+            return files.Disk.open(self, path, flags)
         self.flags.append(flags)
-        self._check("open")
         return super().open(path, flags)
-
-    def write(self, descriptor, parts, offset):
-        self._check("write")
-        return super().write(descriptor, parts, offset)
-
-    def read(self, descriptor, parts, offset):
-        self._check("read")
-        return super().read(descriptor, parts, offset)
-
-    def replace(self, source, target):
-        if target.suffix == ".safetensors":
-            self._check("publish")
-        super().replace(source, target)
-
-    def unlink(self, path):
-        self._check("unlink")
-        super().unlink(path)
 
     def direct(self):
         return [bool(flags & os.O_DIRECT) for flags in self.flags]
@@ -73,8 +55,8 @@ class NoDirect(Faulty):
         super().__init__()
         self.at = at
 
-    def _check(self, name):
-        if name == self.at and self.direct()[-1]:
+    def before(self, call):
+        if call == self.at and self.direct()[-1]:
             raise OSError(errno.EINVAL, "no O_DIRECT")
 
 
@@ -128,7 +110,7 @@ def test_a_type_that_files_do_not_hold_is_refused(tmp_path):
     assert (len(store), files_in(tmp_path)) == (0, [])
 
 
-@pytest.mark.parametrize("at", ["open", "write", "read"])
+@pytest.mark.parametrize("at", ["create", "write", "read"])
 def test_where_direct_io_is_refused_files_are_moved_buffered_from_then_on(tmp_path, at):
     calls, tensor = NoDirect(at), torch.randn(3000)
     store = make(tmp_path, calls)
@@ -182,7 +164,7 @@ def test_calls_that_move_less_than_asked_are_repeated_and_a_file_that_fills_the_
 
 
 @pytest.mark.parametrize(
-    ("call", "number"), [("open", errno.ENOSPC), ("write", errno.EDQUOT), ("publish", errno.ENOSPC)]
+    ("call", "number"), [("create", errno.ENOSPC), ("write", errno.EDQUOT), ("rename", errno.ENOSPC)]
 )
 def test_a_full_disk_is_said_by_type_and_leaves_nothing(tmp_path, call, number):
     store = make(tmp_path, Faulty(**{call: [None, number]}))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from edit_ray.config import load_config
+from jobs import long_video
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -47,3 +48,10 @@ def test_a_mistake_ends_with_code_2_and_a_sentence(arguments, words):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert lines
     assert all(any(word in line for line in lines) for word in words), done.stderr
+
+
+def test_nothing_that_others_wrote_is_obeyed_by_a_terminal(monkeypatch, capsys):
+    """Such as the prompts that it shows with each segment."""
+    monkeypatch.setattr(long_video, "_main", lambda _: print("segment 0 | \x1b]0;owned\x07\x1b[2J\u202e") or 0)
+    assert long_video.main([]) == 0
+    assert capsys.readouterr().out == "segment 0 | \\x1b]0;owned\\x07\\x1b[2J\\u202e\n"

@@ -6,10 +6,12 @@ import re
 import statistics
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "edit_ray"
@@ -43,6 +45,20 @@ def imported_names(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} imports relatively"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_what_is_used_by_private_names_is_asked_for_in_the_versions_that_were_tried() -> None:
+    """Those are the ones below the next release; what `constraints.txt` pins is one of them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {of.name: of.specifier for of in map(Requirement, project["dependencies"])}
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    sources = "\n".join(path.read_text() for path in MODULES)
+    private = set(re.findall(r"\b(torch|ray|diffusers|transformers)\.(?:\w+\.)*_[a-z]", sources))
+    assert {"torch", "ray"} <= private
+    for name in private | {"diffusers"}:  # whose loop, caches and pipelines are rebuilt here
+        assert any(bound.operator == "<" for bound in wanted[name]), name
+        assert pinned[name] in wanted[name], name
+    assert "2.10" not in wanted["torch"]
 
 
 def test_the_library_imports_where_ray_is_not_installed() -> None:

@@ -42,6 +42,7 @@ def leases_on(
     kind="run",
     ahead=0,
     step_timeout_s=600.0,
+    **more,
 ):
     """A run's leases: window 4, two units, `host` pages of host memory, `ahead` entries on the device."""
     form = EntryForm(torch.device("cpu"), dtype, shape)
@@ -54,7 +55,7 @@ def leases_on(
     values = {
         "video": {"num_segments": num_segments},
         "prompt_segments": [{"segment": 0, "prompt": "a red circle"}],
-        "store": {"host_bytes": host * 4096, "allow_tmpfs": True, "shared_memory": way},
+        "store": {"host_bytes": host * 4096, "allow_tmpfs": True, "shared_memory": way, **more},
         "engine": {"step_timeout_s": step_timeout_s},
     }
     leases = SegmentLeases(store, RunSpec("run", folder, Config.model_validate(values)).reusing, Reuse(plan, form))

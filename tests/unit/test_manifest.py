@@ -366,6 +366,16 @@ def test_torn_bytes_that_a_line_vouches_for_hide_no_damage(at, change, length):
     assert manifest == fold(LINES[:3]), "only what is none may be other bytes"
 
 
+def test_a_line_vouches_for_no_more_whole_lines_than_there_are():
+    """One that is damaged was none of the torn bytes, also where nothing that follows needs it."""
+    lost = to_text(Tiled(1, 2))
+    content = [to_text(BEGUN), lost, lost[:9] + to_text(LINES[0], 2)]
+    assert from_bytes(b"".join(content), "manifest.jsonl")[0] == fold([Tiled(1, 2), LINES[0]])
+    content[1] = lost.replace(b"2", b"3")
+    with pytest.raises(ManifestUnreadable, match="line 2: the line is damaged"):
+        from_bytes(b"".join(content), "manifest.jsonl")
+
+
 def test_a_failed_write_takes_back_its_own_bytes_alone(two):
     first, second = two
     disk = Failing("fsync", meanwhile=lambda: second.append(Opened(2, HARDWARE)))

@@ -101,13 +101,11 @@ def test_values_are_told_as_they_are(serve):
     assert samples("edit_ray_runs", state="queued") == 0
 
 
-def test_a_registry_asked_twice_and_two_exporters_of_one_process_tell_the_same(serve):
-    first, *_ = serve()
-    second, *_ = serve()
+def test_two_exporters_of_one_process_have_the_same_page(serve):
+    first, second = serve()[0], serve()[0]
     assert first.page() == first.page() == second.page()
     assert first.address != second.address
-    other = CollectorRegistry()
-    other.register(first)  # nothing of it is global
+    CollectorRegistry().register(first)  # nothing of it is global
 
 
 def test_an_actor_that_says_nothing_is_stale_and_not_frozen(serve, clock):
@@ -146,15 +144,11 @@ def test_a_token_is_asked_for_where_there_is_one(serve, tmp_path):
         assert b"edit_ray_" not in page
 
 
-def test_only_one_page_is_served(serve):
+def test_one_page_is_served_and_a_client_that_disconnects_disturbs_nobody(serve):
     exporter, *_ = serve()
     assert fetch(exporter, "/metrics?x=1")[0] == 200
     for path in ("/", "/metrics/../metrics", "/debug"):
         assert fetch(exporter, path)[0] == 404
-
-
-def test_who_leaves_in_the_midst_disturbs_nobody(serve):
-    exporter, *_ = serve()
     host, port = exporter.address.split(":")
     for said in (b"", b"GET /metrics HTTP/1.1\r\n", b"\xff\x00\r\n\r\n", b"POST /metrics HTTP/1.1\r\n\r\n"):
         with socket.create_connection((host, int(port))) as connection:
@@ -179,13 +173,10 @@ def test_what_cannot_be_is_said_in_one_sentence(serve, tmp_path, options, reason
     assert len(refused.value.problems) == 1
 
 
-def test_a_taken_port_is_said(serve):
+def test_a_taken_port_and_an_open_address_without_a_token_are_refused(serve):
     exporter, *_ = serve()
     with pytest.raises(ConfigError, match="address already in use"):
         serve(port=int(exporter.address.rpartition(":")[2]))
-
-
-def test_another_address_needs_a_token():
     with pytest.raises(ValueError, match="token_file"):
         MetricsOptions(address="0.0.0.0")
     assert MetricsOptions(address="::1").token_file is None

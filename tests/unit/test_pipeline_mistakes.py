@@ -67,20 +67,6 @@ def test_a_pipeline_made_of_anothers_components_knows_the_models_calibration(pip
     assert skips(EditWanPipeline(**{**pipe.components, "transformer": alone})) == 1
 
 
-def test_the_first_of_an_output_is_its_first_video(pipe):
-    generator = torch.Generator().manual_seed(0)
-    call = CALL | {"prompt": ["a red circle", "a blue square"], "return_dict": True, "output_type": "np"}
-    output = pipe(**call, generator=generator)
-    assert output.frames.shape[0] == 2
-    for first in (output[0], output.to_tuple()[0], output[:1][0], next(iter(output.to_tuple()))):
-        assert (first == output.frames[0]).all()
-    assert len(output.to_tuple()) == len(output[:]) == 2
-    (batch,) = pipe(**(call | {"return_dict": False}), generator=torch.Generator().manual_seed(0))
-    assert (batch == output.frames).all()
-    assert "first video" in EditWanPipeline.__call__.__doc__
-    assert "the batch" in EditWanPipeline.__call__.__doc__
-
-
 @pytest.mark.parametrize("steps", [0, -1, 2.5, True, None])
 def test_a_number_of_steps_that_is_none_is_refused(pipe, steps):
     with pytest.raises(ValueError, match=f"num_inference_steps is {steps}; valid is a whole number from 1"):

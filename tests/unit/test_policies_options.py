@@ -22,7 +22,6 @@ from edit_ray.cache.policies import (
     check_granularity,
     make_policy,
     register_policy,
-    relative_l1,
 )
 from edit_ray.cache.policies.option_types import pick_per_branch
 from edit_ray.cache.policies.teacache import WAN_COEFFICIENTS
@@ -208,30 +207,6 @@ def test_a_half_implemented_policy_is_refused():
 
     with pytest.raises(TypeError, match=r"'stranger' is .*Stranger, which is no subclass of CachePolicy\."):
         make_policy("stranger", {})
-
-
-@pytest.mark.usefixtures("registered")
-def test_the_seeds_custom_policy_runs():
-    @register_policy("my_policy")
-    class MyPolicy(CachePolicy):
-        needs_first_block_probe = False
-
-        def __init__(self, *, rel_l1_thresh=0.1):
-            self.rel_l1_thresh = rel_l1_thresh
-
-        def reset(self, state):
-            state.user["prev"] = None
-
-        def should_compute(self, ctx) -> bool:
-            prev = ctx.state.user["prev"]
-            ctx.state.user["prev"] = ctx.e0.clone()
-            return prev is None or relative_l1(ctx.e0, prev) >= self.rel_l1_thresh
-
-    policy = make_policy("my_policy", {"rel_l1_thresh": 0.3})
-    signals = [RecordedSignals(e0=torch.full((1, 6, 2), value)) for value in (1.0, 1.1, 1.2, 2.0)]
-    assert Unit(policy, 4).mask(signals) == [True, False, False, True]
-    for granularity in ("stack", "per_block", 3):
-        check_granularity(policy, granularity)
 
 
 @pytest.mark.parametrize(

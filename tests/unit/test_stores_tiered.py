@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
-from edit_ray.cache.stores.eviction import EvictionPolicy, FurthestNextUse
+from edit_ray.cache.stores.eviction import EvictionPolicy
 from edit_ray.cache.stores.memory import HostStore
 from tests.unit.entry_folder import files_in
 
@@ -150,8 +150,9 @@ def test_tiers_keep_their_budgets_and_account_for_every_entry(budgets, promote, 
     """The run follows its plan or not, whatever the plan."""
     with tempfile.TemporaryDirectory() as folder:
         stores = [GPUStore(), CPUOffloadStore(), on_disk(folder)]
-        eviction = FurthestNextUse(plan) if plan else "lru"
+        eviction = "furthest_next_use" if plan else "lru"
         store = TieredStore(list(zip(stores, budgets, strict=True)), promote=promote, eviction=eviction)
+        store.follow(plan)
         last, removed = {}, 0
         for fill, (action, name, *size) in enumerate(steps):
             before = len(store)
@@ -208,7 +209,8 @@ PLAN = {("a",): [(2, 3)], ("b",): [(0, 0), (1, 1)], ("c",): [(1, 2)]}
 
 
 def test_by_a_plan_what_is_needed_last_spills_and_what_is_dead_is_not_written(tmp_path):
-    store = tiers(tmp_path, 2, None, eviction=FurthestNextUse(PLAN))
+    store = tiers(tmp_path, 2, None, eviction="furthest_next_use")
+    store.follow(PLAN)
     for name in "abc":
         store.put((name,), bytes_of(1, ord(name)))
     assert [store.tier_of((name,)) for name in "abc"] == ["host", "device", "device"]

@@ -147,7 +147,7 @@ class History:
         else:
             there = entry.key in self.files
             failure = "lost" if not there or failure == "worse" else "transient" if failure else None
-            if failure == "lost":
+            if failure == "lost" and not entry.gone:  # else the file is that of a later version
                 self.files.pop(entry.key, None)
             if failure is None:
                 self.memory[entry.offset] = (entry.key, self.files[entry.key])

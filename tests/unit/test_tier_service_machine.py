@@ -5,6 +5,7 @@ import functools
 import itertools
 import shutil
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ class Histories(RuleBasedStateMachine):
 
     folder = None  # given by the test
     fired: dict[str, int]
+    hung: ClassVar = {}  # holders that were replaced and may still write, with what they were given
 
     @initialize(entries=st.integers(1, 4), window=st.integers(1, 3), warm_steps=st.integers(1, 3))
     def begin(self, entries, window, warm_steps):
@@ -51,7 +53,7 @@ class Histories(RuleBasedStateMachine):
         self.tiers = self.store = None
         self.written, self.versions = {}, itertools.count(1)  # what complete segments have written
         self.segment, self.attempt, self.holder = 0, 0, 0
-        self.hung = {}  # holders that were replaced and may still write, with what they were given
+        self.hung.clear()
         self.open_store()
 
     def count(self, name):
@@ -67,7 +69,7 @@ class Histories(RuleBasedStateMachine):
             self.count("store refused")
             disk = DiskTier(self.folder / "disk", allow_tmpfs=True)
         arena = Arena.create(self.entries * 4096 + TABLES_BYTES, self.folder)
-        self.tiers = TierService(arena, {4096: self.entries}, disk, is_gone=lambda holder: holder not in self.hung)
+        self.tiers = TierService(arena, {4096: self.entries}, disk)
         self.tiers.follow(self.plan.uses(), self.segment)
         self.store = None
 
@@ -196,12 +198,12 @@ class Histories(RuleBasedStateMachine):
         deadline = time.monotonic() + 0.003
         while self.hung and self.store.table.place(index) == -1:
             if time.monotonic() > deadline:
-                self.hung = {}
+                self.hung.clear()
                 self.count("hung ones end")
 
     @rule(fault=st.none() | FAULTS)
     def store_dies(self, fault):
-        self.hung = {}
+        self.hung.clear()
         self.tiers.close()
         self.calls.next = fault
         self.open_store()
@@ -241,17 +243,19 @@ class Histories(RuleBasedStateMachine):
     def teardown(self):
         if self.tiers is None:
             return
-        self.calls.next, self.hung = None, {}
+        self.calls.next = None
+        self.hung.clear()
         self.tiers.drop_run(RUN)
-        while self.tiers.statistics()["orphans"]:
-            time.sleep(0.001)
-        while (figures := self.tiers.statistics())["bytes"]["host"]:
-            time.sleep(0.001)  # what is being loaded keeps its slot until then
+        deadline = time.monotonic() + 60
+        while (figures := self.tiers.statistics())["orphans"] or figures["bytes"]["host"]:
+            time.sleep(0.001)  # an entry that is being loaded keeps its slot until then
+            assert time.monotonic() < deadline, "a slot is lost"
         counts = figures["counts"]
         ended = sum(number for name, number in counts.items() if name[0] == "prefetches")
         assert (figures["entries_in"]["disk"], counts["prefetches_requested",]) == (0, ended)
         self.tiers.close()
-        assert files_in(self.folder / "disk") == [], "what is dropped leaves no file"
+        unread = self.tiers.disk.files.faults["read"]  # at the start such a file is not known, and stays
+        assert unread or files_in(self.folder / "disk") == [], "what is dropped leaves no file"
 
 
 EVERYTHING = {"write", "read", "lost", "complete", "complete, failed", "ahead", "fault", "damage"}
@@ -263,6 +267,7 @@ def happened_in(folder, number, monkeypatch):
     """What so many histories have met, each of which is checked at every step."""
     fired = {}
     monkeypatch.setattr(service, "_GONE_POLL_S", 0.001)
+    monkeypatch.setattr(service, "is_gone", lambda holder: holder not in Histories.hung)
     kind = type("Machine", (Histories,), {"folder": folder, "fired": fired})
     given = {"max_examples": number, "stateful_step_count": 20, "deadline": None, "database": None, "derandomize": True}
     kind.TestCase.settings = settings(**given)

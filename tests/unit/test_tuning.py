@@ -187,40 +187,26 @@ def test_plots_show_what_was_measured_and_what_was_fitted(measured):
 # Ranking
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=12), st.integers(0, 14))
-def test_costs_that_add_up_are_ranked_in_their_order(costs, most):
-    slots = [(COND, step) for step in range(len(costs))]
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=9), st.integers(0, 11), st.sampled_from([0, 3]))
+def test_each_skip_is_the_best_on_top_of_those_before(weights, most, nearby):
+    """For a likeness that falls as more is skipped, and more so the more is skipped near by."""
     asked = []
 
     def measure(skipped):
-        asked.append(tuple(skipped))
-        return 100 - sum(costs[step] for _, step in skipped)
-
-    rounds = list(rank_skips(measure, slots, most))
-    ranked = [step for _, step in rounds[-1].skipped] if rounds else []
-    assert [costs[step] for step in ranked] == sorted(costs)[:most]
-    assert [len(done.skipped) for done in rounds] == list(range(1, min(most, len(costs)) + 1))
-    assert all(done.likeness == measure(done.skipped) for done in rounds)
-    assert len(asked) - len(rounds) <= len(costs) + 2 * len(ranked) * len(costs)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=8))
-def test_each_skip_is_the_best_on_top_of_those_before(weights):
-    """For a likeness that falls as more is skipped, and more so the more is skipped near by."""
-
-    def measure(skipped):
         steps = {step for _, step in skipped}
-        return -sum(weights[step] * (1 + 3 * ((step - 1 in steps) + (step + 1 in steps))) for step in steps)
+        asked.append(steps)
+        return 100 - sum(weights[step] * (1 + nearby * ((step - 1 in steps) + (step + 1 in steps))) for step in steps)
 
-    slots = [(COND, step) for step in range(len(weights))]
-    skipped = []
-    for done in rank_skips(measure, slots, len(weights)):
+    slots, skipped = [(COND, step) for step in range(len(weights))], []
+    rounds = list(rank_skips(measure, slots, most))
+    assert len(asked) <= len(weights) * (1 + len(rounds))
+    for number, done in enumerate(rounds, 1):
         most_alike = max(measure([*skipped, slot]) for slot in slots if slot not in skipped)
         assert done.likeness == measure(done.skipped) == most_alike
         skipped = list(done.skipped)
-    assert sorted(skipped) == slots
+        assert len(skipped) == number
+    assert len(rounds) == min(most, len(weights))
 
 
 def test_most_forwards_are_not_measured_again():
@@ -378,6 +364,8 @@ def command(folder, tmp_path):
 
 def test_calibrate_writes_what_the_pipeline_then_picks_up(command, tmp_path, folder, pipe, capsys):
     file = tmp_path / "new.json"
+    assert command("calibrate", "--policy", "teacache", "--use-ret-steps") == 0
+    assert read_calibration(file)["teacache"]["use_ret_steps"] is True
     assert command("calibrate", "--policy", "teacache") == 0
     assert command("calibrate", "--policy", "magcache", "--set", "sampling.num_inference_steps=4") == 0
     printed = capsys.readouterr().out.splitlines()
@@ -388,7 +376,7 @@ def test_calibrate_writes_what_the_pipeline_then_picks_up(command, tmp_path, fol
         plots = []
     else:
         plots = [tmp_path / f"new.{policy}.png" for policy in ("teacache", "magcache")]
-    assert [line for line in printed if line != str(file)] == [str(plot) for plot in plots]
+    assert {line for line in printed if line != str(file)} == set(map(str, plots))
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
 
     content = json.loads(file.read_text())
@@ -403,11 +391,6 @@ def test_calibrate_writes_what_the_pipeline_then_picks_up(command, tmp_path, fol
     file.rename(folder / FILE_NAME)
     pipe.enable_cache("teacache", STEPS)
     assert pipe.cache.policy.coefficients == {owner: tuple(c) for owner, c in expected["coefficients"].items()}
-
-
-def test_calibrate_can_watch_the_other_signal(command, tmp_path):
-    assert command("calibrate", "--policy", "teacache", "--use-ret-steps") == 0
-    assert read_calibration(tmp_path / "new.json")["teacache"]["use_ret_steps"] is True
 
 
 def test_calibrate_ranks_and_the_pipeline_picks_it_up(command, folder, tmp_path, pipe, capsys):

@@ -97,14 +97,13 @@ class FurthestNextUse(LRU):
     next plan, and also without a plan, this is `LRU`.
     """
 
-    def __init__(self, uses: Uses | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.position = 0
         self.diverged = False
         self._uses: dict[Key, deque[tuple[int, int]]] = {}
-        self._keys_at: dict[int, set[Key]] = {}  # position -> what is read there
+        self._keys_at: dict[int, set[Key]] = {}  # the keys read at a position
         self._positions: list[int] = []
-        self.follow(uses or {})
 
     def order(self, key: Key) -> Order:
         uses = self._uses.get(key)
