@@ -370,10 +370,10 @@ def test_a_line_vouches_for_no_more_whole_lines_than_there_are():
     """One that is damaged was none of the torn bytes, also where nothing that follows needs it."""
     lost = to_text(Tiled(1, 2))
     content = [to_text(BEGUN), lost, lost[:9] + to_text(LINES[0], 2)]
-    assert from_bytes(b"".join(content), "manifest.jsonl")[0] == fold([Tiled(1, 2), LINES[0]])
+    assert folded(b"".join(content)) == fold([Tiled(1, 2), LINES[0]])
     content[1] = lost.replace(b"2", b"3")
     with pytest.raises(ManifestUnreadable, match="line 2: the line is damaged"):
-        from_bytes(b"".join(content), "manifest.jsonl")
+        folded(b"".join(content))
 
 
 def test_a_failed_write_takes_back_its_own_bytes_alone(two):
