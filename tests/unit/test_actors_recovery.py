@@ -336,7 +336,7 @@ async def test_an_encoder_that_is_killed_is_started_again(tmp_path, model, undis
     script.chmod(0o700)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
     await make(tmp_path, model, plain={"engine": {"segment_retries": 0}})
-    assert {path.name for path in killed.iterdir()} == {"encode", "join"}
+    assert {path.name for path in killed.iterdir()} >= {"encode", "join"}
     assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
     assert [path.name for path in (tmp_path / "plain").rglob(".*")] == []
 

@@ -366,21 +366,14 @@ def test_torn_bytes_that_a_line_vouches_for_hide_no_damage(at, change, length):
     assert manifest == fold(LINES[:3]), "only what is none may be other bytes"
 
 
-def folded(content):
-    """The manifest of a file with this content."""
-    lines = Fold(Path("manifest.jsonl"))
-    lines.add(b"".join(content))
-    return lines.whole()
-
-
 def test_a_line_vouches_for_no_more_whole_lines_than_there_are():
     """One that is damaged was none of the torn bytes, also where nothing that follows needs it."""
     lost = to_text(Tiled(1, 2))
     content = [to_text(BEGUN), lost, lost[:9] + to_text(LINES[0], 2)]
-    assert folded(content) == fold([Tiled(1, 2), LINES[0]])
+    assert folded(b"".join(content)) == fold([Tiled(1, 2), LINES[0]])
     content[1] = lost.replace(b"2", b"3")
     with pytest.raises(ManifestUnreadable, match="line 2: the line is damaged"):
-        folded(content)
+        folded(b"".join(content))
 
 
 def test_a_failed_write_takes_back_its_own_bytes_alone(two):
