@@ -9,8 +9,8 @@ from edit_ray.cache.policies import WarmstartReuse
 from edit_ray.engine.caching import loop_steps
 from edit_ray.engine.options import SamplingOptions
 from edit_ray.engine.reuse_numbers import plan_from_numbers, residual_shape
-from edit_ray.tiers.arena import EntryForm
 from edit_ray.tiers.leases import Reuse
+from edit_ray.tiers.protocol import EntryForm
 
 
 def plan_run_reuse(

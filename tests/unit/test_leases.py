@@ -18,9 +18,9 @@ from edit_ray.cache import DiskOffloadStore
 from edit_ray.config import Config
 from edit_ray.errors import EntryLost, StaleLease
 from edit_ray.tiers import leases as leases_module
-from edit_ray.tiers.arena import EntryForm
 from edit_ray.tiers.disk_tier import DiskTier
 from edit_ray.tiers.leases import Reuse, SegmentLeases
+from edit_ray.tiers.protocol import EntryForm
 from edit_ray.tiers.reuse_plan import make_reuse_plan
 from tests.store_here import StoreHere
 

@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edit_ray.errors import EntryLost
-from edit_ray.tiers.arena import DONE, NEEDED, SKIPPED, UNTOUCHED, Arena, EntryForm, Op, OpTable, table_bytes
+from edit_ray.tiers.arena import Arena
+from edit_ray.tiers.protocol import DONE, NEEDED, SKIPPED, UNTOUCHED, EntryForm, Op, OpTable, table_bytes
 from edit_ray.tiers.slots import slot_bytes
 from edit_ray.tiers.store_client import PlannedStore
 from edit_ray.tiers.transfers import DevicePool

@@ -16,9 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from edit_ray import files
 from edit_ray.errors import EntryLost, StaleLease
 from edit_ray.tiers import service
-from edit_ray.tiers.arena import Arena, EntryForm
+from edit_ray.tiers.arena import Arena
 from edit_ray.tiers.disk_tier import DiskTier, FolderTaken, FolderUnusable
 from edit_ray.tiers.leases import Reuse
+from edit_ray.tiers.protocol import EntryForm
 from edit_ray.tiers.reuse_plan import make_reuse_plan
 from edit_ray.tiers.service import TABLES_BYTES, TierService
 from edit_ray.tiers.store_client import PlannedStore
