@@ -53,7 +53,7 @@ class DeviceLeases:
         return self._store
 
     def complete(self, segment: int, attempt: int) -> dict[str, Any]:
-        nothing = {"host": 0}
+        nothing = {"host": 0, "disk": 0}
         return {"counts": Counter(), "bytes": nothing, "on_disk_bytes": 0, "stale_leases": 0}
 
     def follow(self, segment: int) -> None: ...

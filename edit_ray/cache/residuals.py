@@ -75,7 +75,7 @@ class ResidualIndex:
 
     def entries(self) -> list[StoredResidual]:
         """Every stored residual, with the tier that holds it."""
-        located = [(entry, self._tier_of(entry.key)) for entry in self._entries.values()]
+        located = [(entry, self._tier_of(entry.key)) for entry in list(self._entries.values())]
         return [replace(entry, tier=tier) for entry, tier in located if tier is not None]
 
     def _tier_of(self, key: Key) -> str | None:
@@ -89,7 +89,7 @@ class ResidualIndex:
     def bytes_by_branch(self) -> dict[str, int]:
         """Bytes put and not dropped, by branch."""
         total: dict[str, int] = {}
-        for entry in self._entries.values():
+        for entry in list(self._entries.values()):  # the other branch's thread may store meanwhile
             branch = str(entry.key[2])
             total[branch] = total.get(branch, 0) + entry.bytes
         return total

@@ -251,7 +251,7 @@ def reuse_statistics(store: PlannedStore, tiers: dict[str, Any]) -> dict[str, fl
         "reuse_written_bytes": waits.written_bytes,
         "reuse_wait_s": waits.seconds,
         "host_bytes": tiers["bytes"]["host"],
-        "disk_bytes": tiers["on_disk_bytes"],
+        "disk_bytes": tiers["bytes"]["disk"],
         "stale_leases": tiers["stale_leases"],
         "prefetch_requested": counts["prefetches_requested",],
         **{f"prefetch_{outcome}": counts["prefetches", outcome] for outcome in get_args(Outcome)},

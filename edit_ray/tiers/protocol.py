@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,9 +62,29 @@ def table_bytes(num_ops: int) -> int:
     return 2 * num_ops * _WORD.itemsize
 
 
+class _Fence(threading.local):
+    """A memory fence: other CPUs see this thread's accesses before a call before those after it.
+
+    x86 keeps the order of loads and that of stores by itself; Arm does so only around locks that are released and
+    acquired.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def __call__(self) -> None:
+        self._lock.release()
+        self._lock.acquire()
+
+
+fence = _Fence()
+
+
 class OpTable:
     """The words of a segment's ops, in an arena at `offset`. Each is written by one side only, and aligned, so never
-    torn. The store writes a place once its bytes are there; the segment writes DONE once it has used them.
+    torn. The store writes a place once its bytes are there; the segment writes DONE once it has used them. A fence
+    stands before each write and after each read.
     """
 
     def __init__(self, arena: Arena, offset: int, num_ops: int) -> None:
@@ -77,19 +98,24 @@ class OpTable:
 
     def give(self, index: int, offset: int | None) -> None:
         """The place of an op; None if it has none: a read that was lost, a write that nobody keeps."""
+        fence()
         self._places[index] = NONE if offset is None else offset + 1
 
     def states(self) -> NDArray[np.int64]:
         """A copy of every op's state."""
-        return self._states.copy()
+        states = self._states.copy()
+        fence()
+        return states
 
     def place(self, index: int) -> int | None:
         """The offset of an op, or WAITING - 1 while it has none yet; None if it never will."""
         word = int(self._places[index])
+        fence()
         return None if word == NONE else word - 1
 
     def mark(self, index: int, state: int) -> None:
         """Write the state of an op."""
+        fence()
         self._states[index] = state
 
 
