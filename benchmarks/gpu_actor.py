@@ -15,8 +15,8 @@ from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.stores.memory import GPUStore
 from edit_ray.config import Config
 from edit_ray.engine.segment import SegmentEngine
-from edit_ray.tiers.arena import Op
 from edit_ray.tiers.leases import Reuse, SegmentLeases, Store
+from edit_ray.tiers.protocol import Op
 from edit_ray.tiers.reuse_plan import Key
 from edit_ray.tiers.store_client import Waits
 
@@ -53,7 +53,7 @@ class DeviceLeases:
         return self._store
 
     def complete(self, segment: int, attempt: int) -> dict[str, Any]:
-        nothing = {"host": 0}
+        nothing = {"host": 0, "disk": 0}
         return {"counts": Counter(), "bytes": nothing, "on_disk_bytes": 0, "stale_leases": 0}
 
     def follow(self, segment: int) -> None: ...

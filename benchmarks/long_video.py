@@ -32,7 +32,7 @@ from benchmarks.store_process import AnyStore, RayStore, StoreProcess
 from edit_ray.cache.options import CacheOptions
 from edit_ray.engine.reuse import residual_form
 from edit_ray.engine.segment import SegmentEngine
-from edit_ray.tiers.arena import EntryForm
+from edit_ray.tiers.protocol import EntryForm
 from edit_ray.tiers.slots import slot_bytes
 
 WINDOW = 4

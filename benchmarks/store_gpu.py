@@ -40,8 +40,8 @@ from benchmarks.store_process import AnyStore, RayStore, StoreProcess  # noqa: E
 from edit_ray.actors.messages import RunSpec  # noqa: E402
 from edit_ray.cache.stores.memory import GPUStore  # noqa: E402
 from edit_ray.config import Config  # noqa: E402
-from edit_ray.tiers.arena import EntryForm, Op  # noqa: E402
 from edit_ray.tiers.leases import Reuse, SegmentLeases  # noqa: E402
+from edit_ray.tiers.protocol import EntryForm, Op  # noqa: E402
 from edit_ray.tiers.reuse_plan import Key, make_reuse_plan  # noqa: E402
 from edit_ray.tiers.store_client import PlannedStore  # noqa: E402
 

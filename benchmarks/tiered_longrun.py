@@ -33,9 +33,9 @@ from benchmarks.store_process import AnyStore, StoreProcess
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
 from edit_ray.config import Config
-from edit_ray.tiers.arena import EntryForm, Op
 from edit_ray.tiers.disk_tier import LOCK
 from edit_ray.tiers.leases import Reuse, SegmentLeases
+from edit_ray.tiers.protocol import EntryForm, Op
 from edit_ray.tiers.store_client import PlannedStore
 
 RUN, EXPERT, BRANCHES, UNITS = "longrun", "transformer", ("cond", "uncond"), 8

@@ -18,9 +18,10 @@ from edit_ray.errors import ConfigError, EditRayError, StaleLease
 from edit_ray.metrics.catalog import LABELS
 from edit_ray.metrics.collect import SeriesId, Snapshot, series
 from edit_ray.runs.folder import RunFolder
-from edit_ray.tiers.arena import Lease, Op, make_arena, remove_stale
+from edit_ray.tiers.arena import make_arena, remove_stale
 from edit_ray.tiers.disk_tier import DiskTier, EntryFolder, FolderTaken, FolderUnusable
 from edit_ray.tiers.options import StoreOptions, on_this_node
+from edit_ray.tiers.protocol import Lease, Op
 from edit_ray.tiers.reuse_plan import Key, Uses
 from edit_ray.tiers.service import TABLES_BYTES, TierService
 from edit_ray.tiers.slots import divide

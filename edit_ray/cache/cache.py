@@ -278,8 +278,7 @@ class Cache:
             output = with_edits(output, residual, self._here.edits)
             ctx.residual = residual = residual.detach()
             ctx.state.computed_steps.append(ctx.step)
-            layout = ctx.residuals.layout if isinstance(ctx.residuals, UnitResiduals) else None
-            self._index.put(ctx.state, ctx.step, residual, self.policy.keeps, layout)
+            self._index.put(ctx.state, ctx.step, residual, self.policy.keeps, ctx.residuals.layout)
             if not self.policy.timestep_only:
                 self.policy.on_computed(ctx)
         return output

@@ -144,7 +144,7 @@ class ResidualIndex:
 
 @dataclass(frozen=True)
 class UnitResiduals:
-    """The residuals that one unit may read; implements `policies.Residuals`."""
+    """The stored residuals that a unit may read at its step, but not change: they are the store's own tensors."""
 
     index: ResidualIndex
     unit: UnitId
@@ -152,18 +152,22 @@ class UnitResiduals:
     layout: Layout | None = None
 
     def latest(self) -> Tensor | None:
+        """The residual of the last computed step."""
         steps = self.index.steps(self.index.generation, self.unit)
         return self._get(self.index.generation, steps[-1]) if steps else None
 
     def history(self) -> list[tuple[int, Tensor]]:
+        """(step, residual) of the last computed steps, newest first, without those that were evicted."""
         newest = reversed(self.index.steps(self.index.generation, self.unit)[-self.index.history_len :])
         read = [(step, self._get(self.index.generation, step)) for step in newest]
         return [(step, residual) for step, residual in read if residual is not None]
 
     def window_steps(self, step: int | None) -> int:
+        """The number of generations in the reuse window that have computed `step` (for None: any step)."""
         return len(self._window(step))
 
     def window(self, step: int | None) -> list[Tensor]:
+        """Their residuals, oldest generation first, without those that were evicted."""
         read = [self._get(generation, at) for generation, at in self._window(step)]
         return [residual for residual in read if residual is not None]
 

@@ -42,7 +42,6 @@ _UNFINISHED = re.compile(r"[0-9a-f]{32}(-[0-9a-f]+)?\.unfinished")
 
 Fault = Literal["missing", "length", "header", "checksum", "read", "write", "full", "remove"]
 """A failure with a file. The first four lose the entry and remove the file; after `read`, which may pass, both stay."""
-UNREADABLE: tuple[Fault, ...] = ("missing", "length", "header", "checksum")
 
 
 class FolderUnusable(ValueError):

@@ -12,9 +12,10 @@ from typing import Any, Protocol, TypeVar, get_args
 import torch
 
 from edit_ray.errors import ConfigError, StaleLease
-from edit_ray.tiers.arena import Arena, EntryForm, Lease, Op, owner_lives, this_process
+from edit_ray.tiers.arena import Arena, owner_lives
 from edit_ray.tiers.options import ReusingRun
 from edit_ray.tiers.planner import Outcome
+from edit_ray.tiers.protocol import EntryForm, Lease, Op, this_process
 from edit_ray.tiers.reuse_plan import Key, ReusePlan
 from edit_ray.tiers.store_client import PlannedStore
 from edit_ray.tiers.transfers import DevicePool

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edit_ray.errors import StaleLease
-from edit_ray.tiers.arena import DONE, NEEDED, SKIPPED, Arena, Lease, Op, OpTable, began_before, is_gone, table_bytes
+from edit_ray.tiers.arena import Arena
 from edit_ray.tiers.disk_tier import DiskTier
 from edit_ray.tiers.entry_file import DiskFull
 from edit_ray.tiers.planner import Give, Instruction, Load, LoadFailure, Remove, Save, SaveFailure, TierPlanner
+from edit_ray.tiers.protocol import DONE, NEEDED, SKIPPED, Lease, Op, OpTable, began_before, is_gone, table_bytes
 from edit_ray.tiers.reuse_plan import Key, Uses
 from edit_ray.tiers.slots import AskedOp, TierEntry, slot_bytes, whole_pages
 
@@ -58,7 +59,7 @@ class TierService:
     What a completed segment wrote outlives this process, as it is on disk. One thread owns the planner; any thread may
     call the public methods.
 
-    A holder is a process that writes into the arena itself (`arena.this_process`). Slots that it was given and that
+    A holder is a process that writes into the arena itself (`protocol.this_process`). Slots that it was given and that
     are taken back, because another holder has its segment now, stay taken until the process is gone: its last copies
     may be in flight.
     """

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from edit_ray.errors import EntryLost, StoreDied
-from edit_ray.tiers.arena import DONE, NEEDED, SKIPPED, WAITING, Arena, Op, OpTable, owner_lives
+from edit_ray.tiers.arena import Arena, owner_lives
+from edit_ray.tiers.protocol import DONE, NEEDED, SKIPPED, WAITING, Op, OpTable
 from edit_ray.tiers.reuse_plan import Key
 from edit_ray.tiers.transfers import Copy, DevicePool, Loaded, Taken, copies_for
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edit_ray.tiers.arena import EntryForm
+from edit_ray.tiers.protocol import EntryForm
 
 
 class Copy:

@@ -19,8 +19,9 @@ from edit_ray.config import Config
 from edit_ray.engine.options import ModelOptions, SamplingOptions
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.testing import save_random_wan
-from edit_ray.tiers.arena import Arena, EntryForm
+from edit_ray.tiers.arena import Arena
 from edit_ray.tiers.leases import Reuse, SegmentLeases
+from edit_ray.tiers.protocol import EntryForm
 from edit_ray.tiers.transfers import StreamCopies
 from tests.store_here import StoreHere
 
@@ -311,7 +312,8 @@ def test_a_failed_segment_writes_nothing_into_what_is_given_to_others(store, lea
 
 KILLED = """
 import torch
-from edit_ray.tiers.arena import Arena, EntryForm, Op, this_process
+from edit_ray.tiers.arena import Arena
+from edit_ray.tiers.protocol import EntryForm, Op, this_process
 from edit_ray.tiers.store_client import PlannedStore
 torch.zeros(1, device="cuda")
 print(this_process(), flush=True)

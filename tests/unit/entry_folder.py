@@ -12,6 +12,11 @@ def files_in(folder):
     return [Path(folder) / name for name in os.listdir(folder) if name != LOCK]
 
 
+def lost(store):
+    """The number of files that a store found missing, torn or damaged."""
+    return sum(store.files.faults[fault] for fault in ("missing", "length", "header", "checksum"))
+
+
 class Calls(files.Disk):
     """A disk whose calls of some kinds do something first; a created file is not an `open`, but a `create`."""
 

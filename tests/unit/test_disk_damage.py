@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from edit_ray.cache import DiskOffloadStore
 from edit_ray.tiers.entry_file import file_name
-from tests.unit.entry_folder import files_in
+from tests.unit.entry_folder import files_in, lost
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
 
@@ -118,7 +118,7 @@ def damage_some(folder, seed, count):
             assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
             assert torch.equal(found, tensor)
     assert {path.name for path in files_in(folder)} == {file_name(key) for key in expected if key not in damaged}
-    assert store.num_unreadable == len(damaged)
+    assert lost(store) == len(damaged)
     assert (len(store), store.files.faults["read"]) == (len(expected) - len(damaged), 0)
     store.clear()
     assert files_in(folder) == []
@@ -160,7 +160,7 @@ def test_a_length_out_of_bounds_takes_no_memory(tmp_path, length):
     store = make(tmp_path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
-    assert (len(store), store.num_unreadable, files_in(tmp_path)) == (0, 1, [])
+    assert (len(store), lost(store), files_in(tmp_path)) == (0, 1, [])
 
 
 def test_names_like_ours_that_are_no_files_stay(tmp_path):
@@ -170,7 +170,7 @@ def test_names_like_ours_that_are_no_files_stay(tmp_path):
     (tmp_path / file_name(("b",))).mkdir()
     os.mkfifo(tmp_path / file_name(("c",)))
     store = make(tmp_path)
-    assert (len(store), store.num_unreadable, len(files_in(tmp_path))) == (0, 0, 4)
+    assert (len(store), lost(store), len(files_in(tmp_path))) == (0, 0, 4)
     store.put(("a",), torch.ones(3))
     assert torch.equal(store.get(("a",)), torch.ones(3))
     assert target.read_text() == "mine"

@@ -19,7 +19,7 @@ from edit_ray import files
 from edit_ray.cache import DiskOffloadStore
 from edit_ray.tiers.disk_tier import LOCK, EntryFolder
 from edit_ray.tiers.entry_file import LONGEST_HEADER, DirectFiles, DiskFull, aligned_buffer, is_tmpfs, memory_of
-from tests.unit.entry_folder import Calls, files_in
+from tests.unit.entry_folder import Calls, files_in, lost
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -234,7 +234,7 @@ def test_a_read_error_that_may_pass_is_a_miss_and_the_file_stays(tmp_path, call,
     store = make(tmp_path)
     files.disk = Faulty(**{call: [number, number]})
     assert (store.get(KEY), store.get(KEY)) == (None, None)
-    assert (len(store), store.bytes_resident, store.num_unreadable, faults(store)) == (1, 20, 0, {"read": 2})
+    assert (len(store), store.bytes_resident, lost(store), faults(store)) == (1, 20, 0, {"read": 2})
     assert torch.equal(store.get(KEY), torch.ones(5))
 
 

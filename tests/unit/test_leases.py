@@ -18,9 +18,9 @@ from edit_ray.cache import DiskOffloadStore
 from edit_ray.config import Config
 from edit_ray.errors import EntryLost, StaleLease
 from edit_ray.tiers import leases as leases_module
-from edit_ray.tiers.arena import EntryForm
 from edit_ray.tiers.disk_tier import DiskTier
-from edit_ray.tiers.leases import Reuse, SegmentLeases
+from edit_ray.tiers.leases import Reuse, SegmentLeases, reuse_statistics
+from edit_ray.tiers.protocol import EntryForm
 from edit_ray.tiers.reuse_plan import make_reuse_plan
 from tests.store_here import StoreHere
 
@@ -362,6 +362,17 @@ def test_where_the_device_has_no_memory_for_it_nothing_is_loaded_ahead(leases_fo
     _, leases = leases_for(num_segments=8, ahead=4)
     assert many_segments(leases, 8) == READS_OF_8["run"]
     assert caplog.text.count("The GPU lacks the 3072 bytes of store.device_bytes") == 1
+
+
+def test_disk_bytes_bounds_the_disk_and_all_statistics_agree(leases_for, tmp_path):
+    """With host memory to spare as well: every entry is in a file, too."""
+    _, leases = leases_for(host=16, disk_bytes=4 * 4096)
+    planned = leases.begin(0, 0, history_len=1)
+    make_ops(planned, leases.reuse.form)
+    planned.finish()
+    tiers = leases.complete(0, 0)
+    assert len(files_of(tmp_path)) == 4
+    assert reuse_statistics(planned, tiers)["disk_bytes"] == tiers["bytes"]["disk"] == 4 * 4096
 
 
 def test_the_end_of_the_last_run_frees_the_memory_of_a_store_that_was_killed(tmp_path):

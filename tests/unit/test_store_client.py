@@ -6,7 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edit_ray.errors import EntryLost
-from edit_ray.tiers.arena import DONE, NEEDED, SKIPPED, UNTOUCHED, Arena, EntryForm, Op, OpTable, table_bytes
+from edit_ray.tiers import protocol
+from edit_ray.tiers.arena import Arena
+from edit_ray.tiers.protocol import DONE, NEEDED, SKIPPED, UNTOUCHED, EntryForm, Op, OpTable, table_bytes
 from edit_ray.tiers.slots import slot_bytes
 from edit_ray.tiers.store_client import PlannedStore
 from edit_ray.tiers.transfers import DevicePool
@@ -60,6 +62,24 @@ def arena(tmp_path):
 
 def reads(number):
     return [(key(i), False) for i in range(number)]
+
+
+def test_a_fence_stands_between_a_word_and_the_bytes_that_it_is_about(arena, monkeypatch):
+    """Before each write of a word and after each read, as not every CPU keeps the order."""
+    table, words = OpTable(arena, ENTRIES * ROOM, 1), []
+
+    def fence():
+        words.append((int(table._places[0]), int(table._states[0])))
+        table._places[0], table._states[0] = 2 * words[-1][0] + 1, DONE
+
+    table.clear()
+    monkeypatch.setattr(protocol, "fence", fence)
+    table.give(0, 8)
+    table.mark(0, NEEDED)
+    assert (table.place(0), table.states().tolist()) == (18, [DONE])
+    assert words == [(0, UNTOUCHED), (9, DONE), (19, NEEDED), (39, DONE)]
+    monkeypatch.undo()
+    assert (table.place(0), table.states().tolist()) == (78, [DONE])
 
 
 def test_reads_are_loaded_ahead_in_the_order_of_use_as_far_as_there_is_room(arena):

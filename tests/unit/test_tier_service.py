@@ -12,9 +12,10 @@ import torch
 
 from edit_ray import files
 from edit_ray.errors import EntryLost, StaleLease
-from edit_ray.tiers.arena import Arena, EntryForm, Op, began_before, is_gone, this_process
+from edit_ray.tiers.arena import Arena
 from edit_ray.tiers.disk_tier import DiskTier
 from edit_ray.tiers.leases import Reuse
+from edit_ray.tiers.protocol import EntryForm, Op, began_before, is_gone, this_process
 from edit_ray.tiers.reuse_plan import make_reuse_plan
 from edit_ray.tiers.service import TABLES_BYTES, TierService
 from edit_ray.tiers.slots import divide

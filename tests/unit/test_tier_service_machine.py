@@ -16,13 +16,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from edit_ray import files
 from edit_ray.errors import EntryLost, StaleLease
 from edit_ray.tiers import service
-from edit_ray.tiers.arena import Arena, EntryForm
+from edit_ray.tiers.arena import Arena
 from edit_ray.tiers.disk_tier import DiskTier, FolderTaken, FolderUnusable
 from edit_ray.tiers.leases import Reuse
+from edit_ray.tiers.protocol import EntryForm
 from edit_ray.tiers.reuse_plan import make_reuse_plan
 from edit_ray.tiers.service import TABLES_BYTES, TierService
 from edit_ray.tiers.store_client import PlannedStore
-from tests.unit.entry_folder import Faults, files_in
+from tests.unit.entry_folder import Faults, files_in, lost
 
 RUN, EXPERT, SHAPE = "run", "transformer", (1, 16, 16)
 SIZE, SEGMENTS = 16 * 16 * 4, 5
@@ -104,7 +105,7 @@ class Histories(RuleBasedStateMachine):
                     self.count("read")
         except EntryLost:
             self.count("lost")
-            if not self.calls.hits and not self.damaged():
+            if not self.calls.hits and not lost(self.tiers.disk):
                 raise
             self.make_again()
 
@@ -231,9 +232,6 @@ class Histories(RuleBasedStateMachine):
         self.written, self.segment, self.attempt, self.store = {}, 0, 0, None
         self.tiers.follow(self.plan.uses())
         assert self.tiers.statistics()["entries_in"]["disk"] == 0
-
-    def damaged(self):
-        return sum(self.tiers.disk.files.faults[fault] for fault in ("missing", "length", "header", "checksum"))
 
     @invariant()
     def all_adds_up(self):

@@ -10,13 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from edit_ray.cache.policies.option_types import OptionError
 from edit_ray.registry import Registry
 
-if TYPE_CHECKING:
-    from torch import Tensor  # a configuration is checked without torch
+if TYPE_CHECKING:  # a configuration is checked without torch
+    from torch import Tensor
+
+    from edit_ray.cache.residuals import UnitResiduals
 
 
 @dataclass
@@ -59,22 +61,6 @@ class StepSignals:
         return e.cpu(), e0.cpu()
 
 
-class Residuals(Protocol):
-    """The stored residuals that a unit may read at its step, but not change: they are the store's own tensors."""
-
-    def latest(self) -> Tensor | None:
-        """The residual of the last computed step."""
-
-    def history(self) -> list[tuple[int, Tensor]]:
-        """(step, residual) of the last computed steps, newest first, without those that were evicted."""
-
-    def window_steps(self, step: int | None) -> int:
-        """The number of generations in the reuse window that have computed `step` (for None: any step)."""
-
-    def window(self, step: int | None) -> list[Tensor]:
-        """Their residuals, oldest generation first, without those that were evicted."""
-
-
 @dataclass
 class PolicyContext:
     """A policy's view of one unit at one step of one branch.
@@ -92,7 +78,7 @@ class PolicyContext:
     num_units: int
     state: UnitState
     signals: StepSignals
-    residuals: Residuals
+    residuals: UnitResiduals
     hidden: Tensor | None = None
     encoder_hidden: Tensor | None = None
     first_block_residual: Tensor | None = None

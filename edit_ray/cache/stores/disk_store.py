@@ -7,7 +7,7 @@ from os import PathLike
 import torch
 
 from edit_ray.cache.stores.base import Keys
-from edit_ray.tiers.disk_tier import UNREADABLE, EntryFolder
+from edit_ray.tiers.disk_tier import EntryFolder
 from edit_ray.tiers.entry_file import aligned_buffer, check_dtype, memory_of
 from edit_ray.tiers.reuse_plan import Key
 
@@ -32,11 +32,6 @@ class DiskOffloadStore:
         """Bytes of all tensors; a file has up to 8 KiB more."""
         return self.files.bytes_resident
 
-    @property
-    def num_unreadable(self) -> int:
-        """Files that were lost: missing, torn or damaged."""
-        return sum(self.files.faults[fault] for fault in UNREADABLE)
-
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Raises ValueError for a dtype that these files do not hold."""
         check_dtype(dtype)
@@ -45,7 +40,6 @@ class DiskOffloadStore:
         """Raises OSError if it cannot be written, DiskFull if there is no room; the key has no entry then."""
         ticket, aside = self.files.begin(key)
         self.files.remove(aside)
-        check_dtype(tensor.dtype)
         source = tensor.detach().cpu()
         if len(self._staging) < source.nbytes:
             self._staging = aligned_buffer(source.nbytes)
