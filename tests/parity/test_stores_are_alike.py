@@ -22,7 +22,7 @@ from edit_ray.tiers.entry_folder import EntryFolder
 from edit_ray.tiers.leases import SegmentLeases
 from tests.store_here import StoreHere
 
-SEGMENTS, WINDOW, STEPS = 8, 4, 6
+SEGMENTS, WINDOW, STEPS = 6, 4, 6
 SAMPLING = SamplingOptions(height=32, width=32, num_frames=5, num_inference_steps=STEPS, guidance_scale=3.0)
 CALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": STEPS, "guidance_scale": 3.0}
 WARM = {"warm_steps": 3, "inner": "taylorseer", "cache_interval": 2, "disable_cache_before_step": 2, "max_order": 1}
