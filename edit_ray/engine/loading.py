@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from edit_ray.engine.model_files import locate_model
+from edit_ray.engine.model_info import dtype_problem
 from edit_ray.engine.options import Mode, ModelOptions
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.errors import ModelError
@@ -72,10 +73,8 @@ def second_gpu() -> torch.device:
 
 def choose_dtype(torch_dtype: str, device: torch.device) -> torch.dtype:
     """The torch type of that name. Raises `ModelError` if diffusers or the hardware do not run it."""
-    if torch_dtype == "float16" and device.type == "cpu":
-        raise ModelError(
-            "model.torch_dtype is 'float16', which diffusers does not run on a CPU; valid are 'float32' and 'bfloat16'."
-        )
+    if problem := dtype_problem(torch_dtype, device.type):
+        raise ModelError(f"model.torch_dtype {problem}")
     if torch_dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise ModelError(
             f"model.torch_dtype is 'bfloat16', which {torch.cuda.get_device_name(device)} cannot run; "

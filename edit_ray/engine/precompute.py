@@ -91,8 +91,9 @@ class Precompute:
         for name, transformer in transformers.items():
             if can_be_fast(transformer):
                 fast = known.get(name)
-                usable = fast is not None and fast.transformer is transformer and fast.fp8 == self.fp8
-                self._fast[name] = fast if fast and usable else FastTransformer(transformer, fp8=self.fp8)
+                if fast is None or fast.transformer is not transformer or fast.fp8 != self.fp8:
+                    fast = FastTransformer(transformer, fp8=self.fp8)
+                self._fast[name] = fast
             elif name not in self._warned:
                 self._warned.add(name)
                 logger.warning(

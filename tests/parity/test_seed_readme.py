@@ -138,14 +138,19 @@ def generate(pipe):
     return torch.from_numpy(run(GENERATE, pipe=pipe)["video"])
 
 
+@pytest.fixture(scope="module")
+def baseline(loaded):
+    loaded.disable_cache()
+    return generate(loaded)
+
+
 def test_every_replacement_is_needed():
     everything = QUICK_START + TEACACHE + GENERATE + PRINT_STATS + LONG_VIDEO + CUSTOM_POLICY + BY_NAME
     assert [old for old in REPLACED if old not in everything] == []
 
 
-def test_quick_start(pipe, capsys):
+def test_quick_start(pipe, baseline, capsys):
     assert type(pipe) is EditWanPipeline
-    baseline = generate(pipe)
     assert baseline.shape == (5, 32, 48, 3)
     run(TEACACHE, pipe=pipe)
     video = generate(pipe)
@@ -161,8 +166,7 @@ def test_quick_start(pipe, capsys):
     assert torch.equal(generate(pipe), baseline)  # "Skip enable_cache(...) to run the baseline path."
 
 
-def test_parity_when_skipping_is_disabled(pipe):
-    baseline = generate(pipe)
+def test_parity_when_skipping_is_disabled(pipe, baseline):
     for never in ("0.0", "-1"):
         run(TEACACHE.replace("0.2", never), pipe=pipe)
         assert torch.equal(generate(pipe), baseline)
@@ -199,8 +203,8 @@ def test_long_video(pipe, tmp_path):
     assert files_in(tmp_path) == []
 
 
-def test_custom_policy(pipe):
-    baseline, names = generate(pipe), run(CUSTOM_POLICY)
+def test_custom_policy(pipe, baseline):
+    names = run(CUSTOM_POLICY)
     assert names["relative_l1"] is edit_ray.cache.relative_l1
     run(BY_NAME, pipe=pipe)
     assert type(pipe.cache.policy).__name__ == "MyPolicy"

@@ -74,7 +74,7 @@ INNER = {"inner": make_policy("always", {})}
         ("fbcache", {"rel_l1_thresh": 0.1}, {"rel_l1_thresh": 0.1}),
         ("warmstart_reuse", {"warm_steps": 1}, {**FITTED, "warm_steps": 1}),
         ("warmstart_reuse", {"inner": "magcache"}, {"inner": "magcache", **MEASURED}),
-        ("warmstart_reuse", INNER, INNER),
+        pytest.param("warmstart_reuse", INNER, INNER, id="an inner policy that is made"),
     ],
     ids=lambda value: "an inner policy" if value is INNER else str(value),
 )

@@ -188,7 +188,7 @@ def test_a_model_that_cannot_be_used_is_named(tmp_path, folder):
     )
     with pytest.raises(ModelError, match="cannot be loaded as a Wan model"):
         load_pipeline(ModelOptions(path=str(tmp_path), device="cpu"))
-    with pytest.raises(ModelError, match="valid are 'float32' and 'bfloat16'"):
+    with pytest.raises(ModelError, match="'float16'; it must be one of float32, bfloat16"):
         load_pipeline(ModelOptions(path=str(folder), device="cpu", torch_dtype="float16"))
 
 
