@@ -14,8 +14,8 @@ from edit_ray.tiers.reuse_plan import ReusePlan, make_reuse_plan
 from edit_ray.tiers.slots import slot_bytes
 
 if TYPE_CHECKING:
-    from edit_ray.tiers.arena import EntryForm
     from edit_ray.tiers.leases import Reuse
+    from edit_ray.tiers.protocol import EntryForm
 
 
 def plan_run_reuse(
@@ -43,7 +43,7 @@ def plan_run_reuse(
 
 def residual_form(pipe: Any, sampling: SamplingOptions) -> EntryForm:
     """A residual is [1, tokens, width] in the transformer's type."""
-    from edit_ray.tiers.arena import EntryForm
+    from edit_ray.tiers.protocol import EntryForm
 
     config = pipe.transformer.config
     shape = residual_shape(
