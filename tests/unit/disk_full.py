@@ -5,6 +5,7 @@ that a run is asked to leave, and WHOLE the folder of an undisturbed run.
 """
 
 import asyncio
+import contextlib
 import os
 import shutil
 import sys
@@ -21,10 +22,13 @@ STEP = 4096
 
 
 def leave(ballast: Path, count: int) -> None:
-    """Fills the file system but for so many bytes."""
-    with ballast.open("wb") as file:
-        status = os.statvfs(ballast)
-        os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize - count)
+    """Fills the file system but for so many bytes; again where the run has written since they were counted."""
+    for _ in range(1000):
+        with ballast.open("wb") as file, contextlib.suppress(OSError):
+            status = os.statvfs(ballast)
+            os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize - count)
+            return
+    raise AssertionError("the file system could not be filled")
 
 
 async def survive(root: Path, model: Path, count: int) -> str:

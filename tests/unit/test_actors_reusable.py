@@ -28,6 +28,21 @@ def config_of(model, segments, window=0, **changes):
     return config_for(model, sampling=sampling, video=video, **reuse, **changes)
 
 
+class Halted(Pool):
+    """Stands still at a call, and sets `now`."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.halt_at(at)
+
+    def halt_at(self, at):
+        self.now, self.strikes[at] = asyncio.Event(), Halted.stand_still
+
+    async def stand_still(self, *_):
+        self.now.set()
+        await asyncio.sleep(3600)
+
+
 async def whole(root, config, run_id="one"):
     """An undisturbed run's folder."""
     pool = LocalPool()
@@ -110,16 +125,9 @@ async def test_runs_of_one_name_in_two_folders_do_not_read_each_others_residuals
     """Both have the store's folder of one node, and both were lost with their cluster."""
 
     async def half(name, seed):
-        now = asyncio.Event()
-
-        async def stand_still(*_):
-            now.set()
-            await asyncio.sleep(3600)
-
-        pool = Pool({("denoise_segment", 2): stand_still})
-        scheduler = start(pool)
+        scheduler = start(pool := Halted(("denoise_segment", 2)))
         await submit(scheduler, tmp_path / name, "one", of(seed), token=name)
-        await now.wait()
+        await pool.now.wait()
         await die(scheduler)
         await pool.end()
 
@@ -221,7 +229,6 @@ async def test_a_run_may_go_on_on_other_hardware_and_reuses_nothing_from_before(
 async def test_a_reroll_that_lacks_latents_is_refused_before_anything_is_written(start, tmp_path, model):
     """Segments of 21 latents, of which the decoder looks back at more than those of one."""
     config = config_of(model, 5, sampling=LONG, output={"keep_segments": 3})
-
     folder = RunFolder(tmp_path, "one")
     scheduler = start()
     await submit(scheduler, tmp_path, "one", config)
@@ -242,7 +249,6 @@ async def test_a_reroll_that_lacks_latents_is_refused_before_anything_is_written
 async def test_the_first_segment_that_is_there_may_be_made_again(start, tmp_path, model, keep):
     """Nothing is continued here; only its seam cannot be measured, as what was before is gone."""
     config = config_of(model, 4, continuity={"mode": "none", "history_latents": 1}, output={"keep_segments": keep})
-
     scheduler = start()
     await submit(scheduler, tmp_path, "one", config)
     assert (await end_of(scheduler, "one")).state == "done"
@@ -256,22 +262,14 @@ async def test_the_first_segment_that_is_there_may_be_made_again(start, tmp_path
 async def test_a_removed_run_leaves_nothing_to_the_next_one_of_its_name(start, tmp_path, model, window):
     """Its scheduler was dead when its folder was removed, so that nobody told the other actors."""
     (tmp_path / "whole").mkdir()
-    now = asyncio.Event()
-
-    async def stand_still(*_):
-        now.set()
-        await asyncio.sleep(3600)
-
-    pool = Pool({("encode_segment", 2): stand_still})  # decoded, and not encoded yet
-    scheduler = start(pool)
+    scheduler = start(pool := Halted(("encode_segment", 2)))  # decoded, and not encoded yet
     await submit(scheduler, tmp_path, "one", config_of(model, 4, window), token="first")
-    await now.wait()
+    await pool.now.wait()
     await die(scheduler)
-    pool.strikes[("encode_segment", 2)], now = stand_still, asyncio.Event()
+    pool.halt_at(("encode_segment", 2))
     scheduler = start(pool)  # its second incarnation
     await scheduler.runs()
-    async with asyncio.timeout(60):
-        await now.wait()
+    await asyncio.wait_for(pool.now.wait(), 60)
     await die(scheduler)
     remove_folder(tmp_path / "one")
     scheduler = start(pool)
@@ -287,17 +285,9 @@ async def test_a_run_whose_file_system_is_away_keeps_its_name(start, tmp_path, m
     """Removed is what is missing beside the client's probe; here nobody sees that either."""
     config, mounted, away = config_of(model, 4), tmp_path / "mounted", tmp_path / "away"
     mounted.mkdir()
-
-    now = asyncio.Event()
-
-    async def stand_still(*_):
-        now.set()
-        await asyncio.sleep(3600)
-
-    pool = Pool({("encode_segment", 2): stand_still})
-    scheduler = start(pool)
+    scheduler = start(pool := Halted(("encode_segment", 2)))
     await submit(scheduler, mounted, "one", config, token="first")
-    await now.wait()
+    await pool.now.wait()
     await die(scheduler)
     mounted.rename(away)
     scheduler = start(pool)
