@@ -82,6 +82,43 @@ def frames_of(root, config, run_id="one"):
     return read_frames(path, height=config.sampling.height, width=config.sampling.width)
 
 
+class WatchingPrompts(Pool):
+    """Notes the prompts that are kept after each call of a method for a segment (None: of a run)."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    async def denoiser(self, worker, method, *arguments):
+        reply = await super().denoiser(worker, method, *arguments)
+        if engine := self.workers[worker].denoiser._model.engine:
+            segment = getattr(arguments[1], "index", None) if len(arguments) > 1 else None
+            self.kept.append(((method, segment), list(engine._embeds)))
+        return reply
+
+
+async def test_of_very_many_prompts_those_of_the_next_segments_are_encoded_and_kept(
+    finish, tmp_path, model, monkeypatch
+):
+    """At Wan's size ten thousand would take 40 GB, and a long while before segment 0."""
+    scenes = [f"a {colour} {shape}" for colour in ("red", "green", "blue", "white") for shape in ("circle", "square")]
+    changes = {"video": {"num_segments": 8}, "sampling": {"num_inference_steps": 1}}
+    changes["prompt_segments"] = [{"segment": k, "prompt": prompt} for k, prompt in enumerate(scenes)]
+    latents = []
+    for most in (256, 8):
+        monkeypatch.setattr("edit_ray.actors.gpu_work.KEPT_PROMPTS", most)
+        monkeypatch.setattr("edit_ray.engine.segment.KEPT_PROMPTS", most)
+        pool = WatchingPrompts()
+        status = await finish(config_for(model, **changes), f"kept-{most}", pool)
+        assert status.state == "done", status.error
+        latents.append([load_latents(RunFolder(tmp_path, f"kept-{most}").latents(k)) for k in range(8)])
+    kept = dict(pool.kept)
+    assert set(kept["prepare_run", None]) == {*scenes[:2], ""}
+    assert [k for k in range(0, 8, 2) if scenes[k + 1] not in kept["denoise_segment", k]] == []
+    assert max(len(prompts) for _, prompts in pool.kept) <= 8
+    assert all(map(torch.equal, *latents))
+
+
 async def test_a_run_makes_exactly_the_promised_frames(tmp_path, model):
     config = config_for(model)
     status, records, _ = await generate(tmp_path, config)

@@ -40,6 +40,17 @@ def check(samples, manifest, policy):
         assert told == sum(of.get(f"reuse_{direction}_bytes", 0) for of in figures)
 
 
+async def test_an_actor_that_cannot_say_its_metrics_is_named_and_costs_no_run(finish, model, caplog):
+    class Mute(LocalPool):
+        async def denoiser(self, worker, method, *arguments):
+            if method == "metrics":
+                raise ZeroDivisionError("division by zero")
+            return await super().denoiser(worker, method, *arguments)
+
+    assert (await finish(config_for(model), "one", Mute())).state == "done"
+    assert "could not ask an actor for its metrics: ZeroDivisionError: division by zero" in caplog.text
+
+
 async def test_the_counts_are_those_of_the_manifest(finish, tmp_path, model):
     pool = Pool({("denoise_segment", 2): lose_the_gpu_actor})
     assert (await finish(config_for(model, **REUSE), "one", pool)).state == "done"

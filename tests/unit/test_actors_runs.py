@@ -2,13 +2,16 @@
 
 import asyncio
 import re
+import threading
+import time
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
 from edit_ray.actors.denoiser import DenoiserActor
-from edit_ray.actors.local import LocalPool
+from edit_ray.actors.local import LocalPool, LocalWorker
+from edit_ray.actors.messages import RunSpec
 from edit_ray.engine.continuity import load_latents
 from edit_ray.engine.model_info import lookback_latents
 from edit_ray.errors import ConfigError, RunLive
@@ -97,6 +100,39 @@ async def test_a_reroll_with_the_same_seed_makes_the_same_segments(start, tmp_pa
     folder, whole = RunFolder(tmp_path, "plain"), RunFolder(undisturbed, "plain")
     for index in range(1, SEGMENTS):
         assert torch.equal(load_latents(folder.latents(index, 1)), load_latents(whole.latents(index, 0)))
+
+
+@pytest.mark.parametrize("cpu_threads", [1, 2])
+def test_a_segment_is_decoded_while_the_next_one_is_denoised(tmp_path, model, cpu_threads):
+    """Whoever waits for its frames does not wait for the next ones: also where torch's work is done one by one."""
+    decoded = threading.Event()
+
+    class Held(DenoiserActor):
+        """Denoises no step after the second one of segment 1 before segment 0 is decoded."""
+
+        def _let_decoding_go_first(self, engine):
+            deadline = time.monotonic() + 20
+            while self._progress and (self._progress.segment_index, self._progress.step) == (1, 2):
+                super()._let_decoding_go_first(engine)
+                if decoded.wait(0.01) or time.monotonic() > deadline:
+                    break
+
+    spec = RunSpec("one", tmp_path, config_for(model, engine={"cpu_threads": cpu_threads}), 4)
+    spec.folder.create("", spec.begun("", {})).close()
+    worker = LocalWorker()
+    denoiser = Held(worker)
+    denoiser.prepare_run(spec)
+    denoiser.denoise_segment(spec, spec.segment(0), 0)
+    denoising = threading.Thread(target=denoiser.denoise_segment, args=(spec, spec.segment(1), 0))
+    denoising.start()
+    while denoising.is_alive() and ((at := denoiser.progress()) is None or (at.segment_index, at.step) != (1, 2)):
+        time.sleep(0.001)
+    denoiser.decode_segment(spec, spec.segment(0))
+    assert denoiser.progress().step == 2
+    decoded.set()
+    denoising.join()
+    denoiser.decode_segment(spec, spec.segment(1))
+    worker.end()
 
 
 async def test_an_actor_that_answers_and_makes_no_step_is_restarted(finish, tmp_path, model, undisturbed):

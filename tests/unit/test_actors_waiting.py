@@ -10,11 +10,12 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from edit_ray.actors import launch
 from edit_ray.actors.launch import RayPool
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.cli.run_commands import line_of
-from edit_ray.errors import ConfigError, ResourcesUnavailable, RunExists, RunLive
+from edit_ray.errors import ConfigError, NoPlace, ResourcesUnavailable, RunExists, RunLive
 from edit_ray.runs.folder import RunFolder
 from tests.unit.test_actors import config_for
 from tests.unit.test_actors_clocks import everything
@@ -293,3 +294,30 @@ async def test_actors_that_take_long_to_start_hold_no_thread_that_a_run_needs(st
     over.set()
     await asyncio.gather(*starts, return_exceptions=True)
     assert status.state == "done"
+
+
+@pytest.mark.parametrize("there", [True, False])
+async def test_a_short_start_timeout_takes_no_living_actor_s_place_away(tmp_path, model, monkeypatch, there):
+    """The place that one's own call has made is given back; in another's, actors may be at work."""
+
+    class Place:
+        wait = staticmethod(lambda seconds: False)
+
+    table = {"00": {"name": launch.PLACEMENT, "state": "CREATED"}} if there else {}
+    removed = []
+    for name, value in {
+        "placement_group_table": lambda: table,
+        "PlacementGroupID": bytes,
+        "PlacementGroup": lambda _: Place,
+        "placement_group": lambda *_, **__: Place,
+        "remove_placement_group": removed.append,
+    }.items():
+        monkeypatch.setattr(launch, name, value)
+    for name in ("cluster_resources", "available_resources"):
+        monkeypatch.setattr(launch.ray, name, dict)
+    monkeypatch.setattr(launch.ray.util, "list_named_actors", lambda **_: [])
+    config = config_for(model, engine={"start_timeout_s": 0.001})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
+    with pytest.raises(NoPlace, match="found no place"):
+        await RayPool().start(RunSpec("one", tmp_path, config, 3), 0)
+    assert removed == ([] if there else [Place])

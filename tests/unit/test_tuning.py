@@ -338,6 +338,15 @@ def test_videos_are_measured_against_their_own_uncached_ones(pipe):
     assert psnr_of(videos._frames(3), reference) == some[3][0]
 
 
+def test_what_fails_in_a_video_is_said_and_is_no_policy_that_cannot_work_here(pipe, monkeypatch):
+    videos = Videos(pipe, PROMPTS[:1], 5, CALL)
+    assert list(tune(videos, 30, ["teacache"])) == [], "nobody has calibrated the model"
+    monkeypatch.setattr(pipe.vae, "decode", lambda *_, **__: int("no number"))
+    with pytest.raises(ValueError, match="no number"):
+        list(tune(videos, 30, ["seacache"]))
+    assert pipe.cache is None
+
+
 # The commands
 
 
