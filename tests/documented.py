@@ -30,6 +30,7 @@ BLOCKS = {
         "tests/docs/test_docs.py::test_a_section_runs",
     ),
     ("docs/caching.md", "toml"): ("tests/docs/test_docs.py::test_the_entry_point_is_the_one_that_is_looked_up",),
+    ("docs/conditioning.md", "python"): ("tests/docs/test_docs.py::test_the_code_of_the_page_on_conditions_runs",),
     ("docs/long-video.md", "python"): ("tests/docs/test_docs_long_video.py::test_the_code_runs",),
     ("docs/tutorial.md", "python"): (TUTORIAL,),
     ("docs/tutorial.md", "toml"): (TUTORIAL,),

@@ -1,4 +1,4 @@
-"""docs/caching.md: its code runs, its tables are those of the classes."""
+"""docs/caching.md: its code runs, its tables are those of the classes; docs/conditioning.md: its code runs."""
 
 import inspect
 import re
@@ -137,3 +137,15 @@ def test_mappings_are_keyed_as_it_says():
     keys = re.findall(r'"([^"]+)"', sentence)
     assert len(keys) == 3
     assert list(TeaCache(coefficients={key: [1] for key in keys}).coefficients) == keys
+
+
+def test_the_code_of_the_page_on_conditions_runs():
+    """In one piece: later blocks use the pipeline of earlier ones."""
+    names = {}
+    for code in blocks("python", (ROOT / "docs" / "conditioning.md").read_text()):
+        for old, new in SMALLER.items():
+            code = code.replace(old, new)
+        exec(compile(code, "<docs/conditioning.md>", "exec"), names)
+    assert names["pipe"].block_offload is None
+    assert len(names["video"]) == len(names["again"]) == 17
+    assert names["few"].frames.shape == (1, 17, 32, 32, 3)
