@@ -3,6 +3,7 @@
 The slow form lets every operation fail in every way: SLICE=2/20 takes the second of twenty slices, SLICE=1/1 all.
 """
 
+import errno
 import logging
 import os
 import random
@@ -34,7 +35,9 @@ def test_one_failure_anywhere_costs_no_run_a_byte(tmp_path, caplog):
     caplog.set_level(logging.CRITICAL)
     lives = experiment(tmp_path)
     lives.prepare()
-    for failure in random.Random(3).sample(lives.every(), 10):
+    # With the last operations of a run, which record its end.
+    last = [("run", lives.operations["run"].total() - back, errno.EIO) for back in (1, 2)]
+    for failure in (*random.Random(3).sample(lives.every(), 10), *last):
         lives.fail(*failure)
     lives.end()
     assert lives.failed[True] >= 6
