@@ -56,7 +56,8 @@ def plan_loads(uses: Sequence[Block], contents: Sequence[Block | None], ahead: i
     held, last_used = list(contents), [-ahead - 1] * len(contents)
 
     def next_use(slot: int, index: int) -> int:
-        uses_of = when.get(held[slot], []) if held[slot] is not None else []  # type: ignore[arg-type]
+        block = held[slot]
+        uses_of = [] if block is None else when.get(block, [])
         place = bisect_left(uses_of, index)
         return uses_of[place] if place < len(uses_of) else len(uses) + 1
 
