@@ -25,6 +25,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from edit_ray.engine.caching import CacheControl, experts_of
 from edit_ray.engine.calibration import FILE_NAME
+from edit_ray.engine.causal_options import check_kind
 from edit_ray.engine.cfg_parallel import CfgControl, check_device
 from edit_ray.engine.conditioning import SAVED_AS, Kind, StepSchedule, Window, check_given, kind_of, prepare
 from edit_ray.engine.continuity import ContextLatents, check_context
@@ -39,6 +40,7 @@ from edit_ray.engine.precompute import Precompute
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 _lock = threading.Lock()
 _running: set[int] = set()  # ids of pipelines; kept here, so that a copy or a pickle takes none of it along
 
@@ -111,6 +113,7 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
     _optional_components: ClassVar = [
         *WanPipeline._optional_components, "text_encoder", "tokenizer", "image_encoder", "image_processor"
     ]  # fmt: skip
+    _causal: ClassVar[bool] = False  # whether models of this pipeline are causal
     model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->vae"
 
     def __init__(
@@ -144,12 +147,15 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
 
         Everything else (`revision`, `cache_dir`, `local_files_only`, components, …) goes to diffusers as it is, which
         resolves hub ids. Weights must be safetensors unless `use_safetensors` says otherwise. Raises `ModelError` for
-        an unknown builtin name and for a device that does not exist, and what diffusers raises.
+        an unknown builtin name, for a device that does not exist and for a model of the other kind (causal or
+        bidirectional), and what diffusers raises.
         """
         if device is not None:
             device = check_device(device)
         path = str(pretrained_model_name_or_path)
         path = locate_model(path) if path.startswith(BUILTIN_PREFIX) else path
+        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        check_kind(cls.load_config(path, **hub), path, causal=cls._causal)
         if torch_dtype is not None:
             kwargs["dtype"] = torch_dtype  # diffusers' own name for it since 0.42
         kwargs.setdefault("use_safetensors", True)  # pickles run code
