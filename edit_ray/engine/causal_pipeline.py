@@ -22,9 +22,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from edit_ray.cache.kv import KVLayout, KVWindow
 from edit_ray.cache.kv_retention import RetentionPolicy, make_retention
+from edit_ray.cache.loop_position import LoopStep
 from edit_ray.cache.stores.base import CacheStore
+from edit_ray.engine.caching import loop_steps
 from edit_ray.engine.causal_options import INDEX_KEY, CausalOptions, causal_options, latents_of_chunks
-from edit_ray.engine.causal_stream import CausalStream, VideoChunk
+from edit_ray.engine.causal_stream import CausalStream, VideoChunk, schedule_of
 from edit_ray.engine.loop import StepCallback
 from edit_ray.engine.options import Mode
 from edit_ray.engine.pipeline import EditWanOutput, EditWanPipeline, one_call_at_a_time
@@ -194,6 +196,7 @@ class EditCausalWanPipeline(EditWanPipeline):
             num_chunks=None if latents is None else latents // causal.chunk_size,
             guidance_scale=guidance_scale,
             attention_kwargs=attention_kwargs,
+            max_sequence_length=max_sequence_length,
             history=None if history is None else self._beginning(history, shape),
             callback=callback_on_step_end,
             callback_tensor_inputs=names,
@@ -208,6 +211,12 @@ class EditCausalWanPipeline(EditWanPipeline):
         self._kv = stream.kv
         return stream.make()
 
+    def planned_steps(self, num_inference_steps: int) -> list[LoopStep]:
+        """The steps of a chunk, whatever their number elsewhere."""
+        scheduler = noise_scheduler_of(self.causal.sampler)
+        schedule_of(self.causal).set_on(scheduler, torch.device("cpu"))
+        return loop_steps(self, scheduler)
+
     def use_mode(self, mode: Mode, *, fp8: bool = False) -> None:
         """As in `EditWanPipeline`; a causal model has the mode `exact` alone. Raises `ModelError` for another."""
         if mode != "exact":
@@ -218,9 +227,9 @@ class EditCausalWanPipeline(EditWanPipeline):
         """Not for a causal model, which has no guidance. Raises ValueError."""
         raise ValueError("cfg_parallel computes the two branches of guidance on two GPUs; a causal model has one.")
 
-    def encode_text(self, prompt: str | list[str] | None, prompt_embeds: Tensor | None) -> Tensor:
+    def encode_text(self, prompt: Any, prompt_embeds: Tensor | None, max_sequence_length: int) -> Tensor:
         """Embeddings [B, L, D] of a stream's new prompt, in the transformer's dtype."""
-        return self._texts_of(1.0, prompt, None, 1, prompt_embeds, None, 512)[0]
+        return self._texts_of(1.0, prompt, None, 1, prompt_embeds, None, max_sequence_length)[0]
 
     @one_call_at_a_time
     @torch.no_grad()

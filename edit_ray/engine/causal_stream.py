@@ -64,6 +64,7 @@ class CausalStream:
         num_chunks: int | None = None,
         guidance_scale: float = 1.0,
         attention_kwargs: dict[str, Any] | None = None,
+        max_sequence_length: int = 512,
         history: Tensor | None = None,
         callback: Any = None,
         callback_tensor_inputs: tuple[str, ...] = ("latents",),
@@ -72,6 +73,7 @@ class CausalStream:
         self.options, self.kv, self.num_chunks = options, kv, num_chunks
         self.guidance_scale, self.attention_kwargs = guidance_scale, attention_kwargs
         self._pipe, self._texts, self._shape, self._seeds = pipe, texts, shape, seeds
+        self._max_sequence_length = max_sequence_length
         rows, columns = pipe.denoiser.config.patch_size[1:]
         self._attention = CausalAttention(pipe.transformer, kv, options, (shape[-2] // rows, shape[-1] // columns))
         self._callback, self._tensor_inputs = callback, callback_tensor_inputs
@@ -116,7 +118,7 @@ class CausalStream:
             raise ValueError(f"The stream has ended after {self._made} chunks; it takes no further prompt.")
         if prompt is None and prompt_embeds is None:
             raise ValueError("send() needs a prompt, or prompt_embeds.")
-        cond = self._pipe.encode_text(prompt, prompt_embeds)
+        cond = self._pipe.encode_text(prompt, prompt_embeds, self._max_sequence_length)
         if len(cond) != self._shape[0]:
             raise ValueError(f"send() has {len(cond)} prompts, for a stream of {self._shape[0]} videos.")
         self._pending.append((known, (cond, self._texts[1])))
@@ -163,7 +165,7 @@ class CausalStream:
             index,
             latents,
             self._attention,
-            StepSchedule(len(self.options.sigmas), self.options.sigmas),
+            schedule_of(self.options),
             lambda step: self._generators(index, step),
             *self._texts,
             context_noise=self.options.context_noise,
@@ -178,3 +180,8 @@ class CausalStream:
         where: dict[str, Any] = {"device": self._pipe._execution_device, "dtype": torch.float32}
         noise: Tensor = randn_tensor(self._shape, generator=self._generators(index, 0), **where)
         return noise
+
+
+def schedule_of(options: CausalOptions) -> StepSchedule:
+    """The steps of each chunk."""
+    return StepSchedule(len(options.timesteps), options.sigmas)

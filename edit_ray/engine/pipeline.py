@@ -40,7 +40,6 @@ from edit_ray.engine.precompute import Precompute
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 _lock = threading.Lock()
 _running: set[int] = set()  # ids of pipelines; kept here, so that a copy or a pickle takes none of it along
 
@@ -154,13 +153,18 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
             device = check_device(device)
         path = str(pretrained_model_name_or_path)
         path = locate_model(path) if path.startswith(BUILTIN_PREFIX) else path
-        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        check_kind(cls.load_config(path, **hub), path, causal=cls._causal)
         if torch_dtype is not None:
             kwargs["dtype"] = torch_dtype  # diffusers' own name for it since 0.42
         kwargs.setdefault("use_safetensors", True)  # pickles run code
         pipe: Self = super().from_pretrained(path, **kwargs)
         return pipe if device is None else pipe.to(device)
+
+    @classmethod
+    def load_config(cls, path: str | PathLike[str], **kwargs: Any) -> Any:
+        """As diffusers', which `from_pretrained` calls before it loads any part; checks the kind of model."""
+        config = super().load_config(path, **kwargs)
+        check_kind(config if isinstance(config, dict) else config[0], path, causal=cls._causal)
+        return config
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as diffusers' pipeline for this kind of model, with the model's cache calibration."""
