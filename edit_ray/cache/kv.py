@@ -206,17 +206,23 @@ class KVWindow:
         self._compact()
         self.version += 1
 
-    def write(self, branch: str, layer: int, key: Tensor, value: Tensor) -> None:
-        """Write what the current chunk's forward has computed, [B, tokens, heads, head_dim] each."""
+    def write(self, branch: str, layer: int, key: Tensor, value: Tensor) -> bool:
+        """Write what the current chunk's forward has computed, [B, tokens, heads, head_dim] each.
+
+        Returns whether a hook has changed it.
+        """
         assert self.current is not None, "a chunk has begun"
+        edited = False
         if self.finished:
             for hook in list(self._hooks):
                 answer = hook(KVWrite(branch, layer, self.current, key, value))
                 if answer is not None:
+                    edited = True
                     key, value = (self._checked(a, b) for a, b in zip(answer, ("key", "value"), strict=True))
         entry = self._entry(self.current, layer, branch)
         entry[0].copy_(key)
         entry[1].copy_(value)
+        return edited
 
     def window(self, branch: str, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, slots, tokens, heads, head_dim] of all that is attended to, by slot, as views."""

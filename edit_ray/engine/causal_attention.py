@@ -19,7 +19,7 @@ from edit_ray.cache.kv import KVWindow
 from edit_ray.engine.causal_options import CausalOptions
 
 Table = tuple[Tensor, Tensor]
-"""Cosines and sines [1, tokens, 1, D / 2] of the tokens' angles."""
+"""Cosines and sines [1, tokens, 1, D] of the tokens' angles, two for each pair of channels."""
 
 
 class CausalAttention:
@@ -66,24 +66,29 @@ class CausalAttention:
             for attn, processor in replaced:
                 attn.set_processor(processor)
 
-    def extend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Write the chunk's un-rotated keys and values [B, N, heads, D] of a layer.
+    @property
+    def here(self) -> Table:
+        """The table of the current chunk."""
+        return self._tables_now()[0]
 
-        Returns the rotated query [B, N, heads, D], and keys and values [B, n · N, heads, D] of the window.
+    def extend(self, layer: int, key: Tensor, rotated: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the chunk's keys and values of a layer, [B, N, heads, D] each: keys as they are, and rotated.
+
+        Returns keys and values [B, n · N, heads, D] of the window, to attend to.
         """
         relative, kv, which = self.options.rope == "relative", self.kv, (self.branch, layer)
-        here, window = self._tables_now()
-        kv.write(*which, key if relative else rotate(key, here), value)
+        edited = kv.write(*which, key if relative else rotated, value)
         keys, values = kv.window(*which)
         if relative:
-            keys = self._renumbered(which, keys, window, here)
-        return rotate(query, here), keys.flatten(1, 2), values.flatten(1, 2)
+            own = rotate(keys[:, kv.slot], self.here) if edited else rotated
+            keys = self._renumbered(which, keys, own)
+        return keys.flatten(1, 2), values.flatten(1, 2)
 
     def free(self) -> None:
         """Free the second ring."""
         self._rotated.clear()
 
-    def _renumbered(self, which: tuple[str, int], keys: Tensor, window: Table, here: Table) -> Tensor:
+    def _renumbered(self, which: tuple[str, int], keys: Tensor, own: Tensor) -> Tensor:
         """The keys [B, n, N, heads, D] rotated; those of earlier chunks only if the window has changed."""
         if which not in self._rotated:
             layout = self.kv.layout
@@ -92,10 +97,9 @@ class CausalAttention:
             self._rotated[which] = torch.empty(shape, dtype=layout.dtype, device=layout.device)
         rotated = self._rotated[which][:, : keys.shape[1]]
         if self._rotated_for.get(which) != self.kv.version:
-            rotated.copy_(rotate(keys.flatten(1, 2), window).view_as(rotated))
+            rotated.copy_(rotate(keys.flatten(1, 2), self._tables_now()[1]).view_as(rotated))
             self._rotated_for[which] = self.kv.version
-        else:
-            rotated[:, self.kv.slot] = rotate(keys[:, self.kv.slot], here)
+        rotated[:, self.kv.slot] = own
         return rotated
 
     def _tables_now(self) -> tuple[Table, Table]:
@@ -117,11 +121,11 @@ class CausalAttention:
         frames = torch.tensor([chunk * size + frame for chunk in chunks for frame in range(size)])
         frames = frames.to(rope.freqs_cos.device)
         made = []
-        for first, source in ((0, rope.freqs_cos), (1, rope.freqs_sin)):  # each pair of channels has one angle
+        for source in (rope.freqs_cos, rope.freqs_sin):
             t, h, w = source.split([rope.t_dim, rope.h_dim, rope.w_dim], dim=1)
             parts = (t[frames].view(-1, 1, 1, t.shape[1]), h[None, :height, None], w[None, None, :width])
             whole = torch.cat([part.expand(len(frames), height, width, -1) for part in parts], dim=-1)
-            made.append(whole.flatten(0, 2)[None, :, None, first::2])
+            made.append(whole.flatten(0, 2)[None, :, None])
         return made[0], made[1]
 
     def _check_position(self, index: int) -> None:
@@ -151,8 +155,11 @@ class ChunkProcessor(_Processor):
 
     def __call__(self, attn: WanAttention, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         query, key, value = _get_qkv_projections(attn, hidden_states, None)
-        heads = [each.unflatten(2, (attn.heads, -1)) for each in (attn.norm_q(query), attn.norm_k(key), value)]
-        return self.attend(attn, *self.attention.extend(self.layer, *heads))
+        query, key, value = (
+            each.unflatten(2, (attn.heads, -1)) for each in (attn.norm_q(query), attn.norm_k(key), value)
+        )
+        query, rotated = rotate(query, self.attention.here), rotate(key, self.attention.here)
+        return self.attend(attn, query, *self.attention.extend(self.layer, key, rotated, value))
 
 
 class TextProcessor(_Processor):
@@ -174,5 +181,5 @@ class TextProcessor(_Processor):
 def rotate(x: Tensor, table: Table) -> Tensor:
     """`x` [B, tokens, heads, D] turned pair by pair, with the bits of diffusers' processor."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table
+    cos, sin = table[0][..., 0::2], table[1][..., 1::2]
     return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).type_as(x)

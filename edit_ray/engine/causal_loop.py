@@ -78,7 +78,8 @@ def denoise_chunk(pipe: Any, request: ChunkRequest) -> Tensor:
 def remember_chunk(pipe: Any, request: ChunkRequest) -> None:
     """Compute the K/V of a chunk whose `latents` are clean: of a given beginning, or anew for another prompt."""
     latents, texts = request.latents, (request.prompt_embeds, request.negative_prompt_embeds)
-    with request.attention.chunk(request.index):
+    request.schedule.set_on(pipe.scheduler, latents.device)
+    with pipe.precompute.loop(pipe, latents, request.prompt_embeds), request.attention.chunk(request.index):
         show_clean(pipe, request.attention, latents, request.context_noise, *texts)
 
 

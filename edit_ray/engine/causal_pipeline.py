@@ -28,9 +28,7 @@ from edit_ray.engine.caching import loop_steps
 from edit_ray.engine.causal_options import INDEX_KEY, CausalOptions, causal_options, latents_of_chunks
 from edit_ray.engine.causal_stream import CausalStream, VideoChunk, schedule_of
 from edit_ray.engine.loop import StepCallback
-from edit_ray.engine.options import Mode
 from edit_ray.engine.pipeline import EditWanOutput, EditWanPipeline, one_call_at_a_time
-from edit_ray.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -216,12 +214,6 @@ class EditCausalWanPipeline(EditWanPipeline):
         scheduler = noise_scheduler_of(self.causal.sampler)
         schedule_of(self.causal).set_on(scheduler, torch.device("cpu"))
         return loop_steps(self, scheduler)
-
-    def use_mode(self, mode: Mode, *, fp8: bool = False) -> None:
-        """As in `EditWanPipeline`; a causal model has the mode `exact` alone. Raises `ModelError` for another."""
-        if mode != "exact":
-            raise ModelError(f"The mode is {mode!r}; a causal model has the mode 'exact' alone.")
-        super().use_mode(mode, fp8=fp8)
 
     def enable_cfg_parallel(self, *_: object, **__: object) -> NoReturn:
         """Not for a causal model, which has no guidance. Raises ValueError."""

@@ -9,6 +9,8 @@ from edit_ray import EditCausalWanPipeline, EditWanPipeline
 from edit_ray.cache import CPUOffloadStore
 from edit_ray.cache.kv_retention import Similar
 from edit_ray.engine.causal_options import CausalOptions, latents_of_chunks
+from edit_ray.engine.fast_transformer import FastTransformer, Functions
+from edit_ray.engine.precompute import Precompute
 from edit_ray.errors import ConfigError, ModelError
 from edit_ray.testing import save_random_wan
 
@@ -196,6 +198,18 @@ def test_blocks_in_host_memory_and_a_saved_copy_give_the_same_bits(pipe, tmp_pat
     assert torch.equal(latents_of(stream_of(pipe, sampler="renoise"), 3), expected)
 
 
+@pytest.mark.parametrize("rope", ["relative", "absolute"])
+def test_the_fast_blocks_make_the_same_chunks_up_to_rounding(pipe, rope, monkeypatch):
+    expected = latents_of(stream_of(pipe, rope=rope), 4)
+    fast = FastTransformer(pipe.transformer, functions=Functions())
+    monkeypatch.setattr(Precompute, "_choose_fast", lambda self, *_: self._fast.update(transformer=fast))
+    made = latents_of(stream := stream_of(pipe, rope=rope), 4)
+    assert not torch.equal(made, expected), "other arithmetic"
+    assert (made - expected).abs().max() < 1e-3
+    stream.send(prompt=CALL["prompt"])
+    assert next(stream).statistics.window == (0, 3, 4)
+
+
 def test_memory_of_a_stream_does_not_grow(pipe):
     stream = stream_of(pipe)
     sizes = [(next(stream).statistics.kv_bytes, len(stream._latents), len(stream.kv.entries())) for _ in range(12)]
@@ -256,8 +270,6 @@ def test_what_a_stream_cannot_do_is_said(pipe):
         stream.send(prompt="a")
     with pytest.raises(ValueError, match=r"`history` is \[1, 4, 4, 4, 6\]; valid is \[1, 4, 'n \* 3', 4, 6\]"):
         stream_of(pipe, history=torch.zeros(1, 4, 4, 4, 6))
-    with pytest.raises(ModelError, match="a causal model has the mode 'exact' alone"):
-        pipe.use_mode("fast")
     with pytest.raises(ValueError, match="a causal model has one"):
         pipe.enable_cfg_parallel("cpu")
     with pytest.raises(ValueError, match="no stream of this pipeline is open"):
