@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -58,7 +59,7 @@ class EditCausalWanPipeline(EditWanPipeline):
     """
 
     _causal = True
-    _kv: KVWindow | None = None
+    _kv: Callable[[], KVWindow | None] | None = None  # a weak reference: a dropped stream frees its K/V
 
     def __init__(
         self,
@@ -74,9 +75,11 @@ class EditCausalWanPipeline(EditWanPipeline):
         image_encoder: CLIPVisionModel | None = None,
         causal: Mapping[str, Any] | None = None,
     ) -> None:
+        if transformer_2 is not None or boundary_ratio is not None:
+            raise ValueError("A causal model has one transformer; here are transformer_2 and boundary_ratio as well.")
         parts: dict[str, Any] = {"image_processor": image_processor, "image_encoder": image_encoder}
-        parts |= {"expand_timesteps": expand_timesteps, "boundary_ratio": boundary_ratio}
-        super().__init__(tokenizer, text_encoder, vae, scheduler, transformer, transformer_2, **parts)
+        parts["expand_timesteps"] = expand_timesteps
+        super().__init__(tokenizer, text_encoder, vae, scheduler, transformer, **parts)
         self.causal = causal_options(causal or {})
         self.register_to_config(causal=self.causal.model_dump())
 
@@ -92,9 +95,14 @@ class EditCausalWanPipeline(EditWanPipeline):
     @property
     def kv(self) -> KVWindow:
         """The K/V of the stream that has made the last chunk, to see and to edit. Raises ValueError without one."""
-        if self._kv is None:
+        kv = None if self._kv is None else self._kv()
+        if kv is None or not kv.device_bytes:
             raise ValueError("There is no K/V: no stream of this pipeline is open.")
-        return self._kv
+        return kv
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state of a copy or a pickle, which has no stream."""
+        return {**super().__getstate__(), "_kv": None}
 
     def to_json_string(self) -> str:
         """The configuration as `save_pretrained` writes it."""
@@ -206,7 +214,7 @@ class EditCausalWanPipeline(EditWanPipeline):
         """The next chunk of a stream."""
         self.scheduler = noise_scheduler_of(stream.options.sampler)
         self._begin_call(stream.guidance_scale, None, stream.attention_kwargs)
-        self._kv = stream.kv
+        self._kv = weakref.ref(stream.kv)
         return stream.make()
 
     def planned_steps(self, num_inference_steps: int) -> list[LoopStep]:

@@ -81,12 +81,12 @@ class CausalStream:
         self._latents: dict[int, Tensor] = {}  # of the chunks whose K/V may be computed anew
         self._pending: list[tuple[Switch | None, Texts]] = []  # what changes before the next chunk
         self._closed, self._made, self.next_chunk = False, 0, 0
+        self._denoised: Tensor | None = None  # the next chunk, if it has yet to be decoded
+        self._decoded = torch.empty(1, *shape[1:])[:, :, :0]  # the last latents that the decoder depends on
         if history is not None:
             self._latents = dict(enumerate(history.split(options.chunk_size, dim=2)))
-            self.next_chunk = len(self._latents)
+            self._decoded, self.next_chunk = history[:1].cpu(), len(self._latents)
             self._pending.append((None, texts))
-            if self._decoder is not None:
-                self._decoder.rebuild(history[:1], history.shape[2])
 
     def __iter__(self) -> Self:
         return self
@@ -134,31 +134,45 @@ class CausalStream:
     def make(self) -> VideoChunk:
         """The next chunk; called by the pipeline, one call at a time."""
         begun, index = time.perf_counter(), self.next_chunk
-        for switch, texts in self._pending:
-            self._change(switch, texts)
-        self._pending = []
-        latents = denoise_chunk(self._pipe, self._request(index, self._noise(index)))
-        self._latents[index] = latents
-        known = {*self.kv.chunks, *self.kv.stored}
-        self._latents = {chunk: each for chunk, each in self._latents.items() if chunk in known}
-        self.next_chunk, self._made = index + 1, self._made + 1
-        frames = None if self._decoder is None else to_uint8(self._decoder.decode(latents[:1])).cpu().numpy()
+        if self._denoised is None:
+            while self._pending:
+                self._change(*self._pending[0])
+                del self._pending[0]
+            self._denoised = self._latents[index] = denoise_chunk(self._pipe, self._request(index, self._noise(index)))
+            known = {*self.kv.chunks, *self.kv.stored}
+            self._latents = {chunk: each for chunk, each in self._latents.items() if chunk in known}
+        latents, frames = self._denoised, self._decode(self._denoised)
+        self._denoised, self.next_chunk, self._made = None, index + 1, self._made + 1
         self._closed |= self._pipe.interrupt
         statistics = ChunkStatistics(time.perf_counter() - begun, self.kv.chunks, self.kv.device_bytes)
         return VideoChunk(index, latents, frames, statistics)
 
+    def _decode(self, latents: Tensor) -> NDArray[np.uint8] | None:
+        """The chunk's frames; after an error the decoder's state is made anew."""
+        if self._decoder is None:
+            return None
+        position = self.next_chunk * self.options.chunk_size
+        if self._decoder.position != position:
+            self._decoder.rebuild(self._decoded, position)
+        video = self._decoder.decode(latents[:1])
+        self._decoded = torch.cat([self._decoded, latents[:1].cpu()], dim=2)[:, :, -self._decoder.lookback :]
+        frames: NDArray[np.uint8] = to_uint8(video).cpu().numpy()
+        return frames
+
     def _change(self, switch: Switch | None, texts: Texts) -> None:
-        """Continue with other texts; without a switch they belong to a given beginning, which is shown to the model."""
+        """Continue with other texts; without a switch all latents at hand are shown to the model, with these texts."""
         self._texts = texts
+        if switch == "keep":
+            return
         if switch == "cut":
             self._latents.clear()
             self._attention.origin = self.next_chunk
-        if switch != "keep":
-            again = tuple(self._latents) if switch is None else self.kv.chunks
-            latents = {chunk: self._latents[chunk] for chunk in again if chunk in self._latents}
-            self.kv.clear()
-            for chunk, each in latents.items():
-                remember_chunk(self._pipe, self._request(chunk, each))
+        elif switch == "recache":
+            self._latents = {chunk: self._latents[chunk] for chunk in self.kv.chunks}
+            self._pending[0] = (None, texts)  # as far as this is, should it fail
+        self.kv.clear()
+        for chunk, latents in self._latents.items():
+            remember_chunk(self._pipe, self._request(chunk, latents))
 
     def _request(self, index: int, latents: Tensor) -> ChunkRequest:
         return ChunkRequest(

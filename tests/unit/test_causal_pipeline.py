@@ -1,5 +1,6 @@
 """A causal model as a library: calls, streams, prompts that change, caches, and what is refused."""
 
+import copy
 import logging
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from edit_ray import EditCausalWanPipeline, EditWanPipeline
 from edit_ray.cache import CPUOffloadStore
 from edit_ray.cache.kv_retention import Similar
+from edit_ray.engine import causal_stream
 from edit_ray.engine.causal_options import CausalOptions, latents_of_chunks
 from edit_ray.engine.fast_transformer import FastTransformer, Functions
 from edit_ray.engine.precompute import Precompute
@@ -104,15 +106,24 @@ def test_a_switch_keeps_makes_anew_or_drops_what_came_before(pipe, rope):
     assert not torch.equal(b, c)
 
 
-def test_a_switch_before_a_given_beginning_is_shown_keeps_its_prompt(pipe):
+def test_a_cut_is_a_beginning(pipe):
+    for rope in ("relative", "absolute"):
+        stream, new = stream_of(pipe, rope=rope), stream_of(pipe, rope=rope, prompt="a blue square")
+        latents_of(stream, 4)
+        stream.send(prompt="a blue square", switch="cut")
+        new.next_chunk = new._attention.origin = 4
+        assert torch.equal(latents_of(stream, 3), latents_of(new, 3))
+
+
+def test_a_given_beginning_keeps_its_prompt_when_another_is_sent_before_it_is_shown(pipe):
     history = latents_of(stream_of(pipe), 2)
     early, late = (stream_of(pipe, history=history) for _ in range(2))
+    latents_of(late, 1)
     early.send(prompt="a blue square", switch="keep")
-    late._change(None, late._texts)
-    late._pending.clear()
-    late.send(prompt="a blue square", switch="keep")
-    with torch.no_grad():
-        assert torch.equal(next(early).latents, next(late).latents)
+    latents_of(early, 1)
+    kept = [stream.kv.get(1, 2) for stream in (early, late)]
+    assert torch.equal(*kept)
+    assert not torch.equal(*[stream.kv.get(2, 2) for stream in (early, late)])
 
 
 def test_a_chunk_that_failed_is_made_again(pipe):
@@ -132,6 +143,40 @@ def test_a_chunk_that_failed_is_made_again(pipe):
         except RuntimeError:
             assert all(type(block.attn1.processor).__name__ == "WanAttnProcessor" for block in pipe.transformer.blocks)
     assert torch.equal(torch.cat(made, dim=2), expected)
+
+
+def test_a_decoder_or_a_recache_that_failed_goes_on_where_it_was(pipe, monkeypatch):
+    def chunks(failing=None):
+        stream, made = stream_of(pipe, decode=True), []
+        while len(made) < 4:
+            if len(made) == 3 and not stream._pending:
+                stream.send(prompt="a blue square")
+            if failing == len(made):
+                failing = None
+                with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="not now"):
+                    patch.setattr(pipe.vae.decoder.conv_out, "forward", fails)
+                    patch.setattr(causal_stream, "remember_chunk", fails_at_the_second(causal_stream.remember_chunk))
+                    next(stream)
+            made.append(next(stream))
+        return made
+
+    def fails(*_):
+        raise RuntimeError("not now")
+
+    def fails_at_the_second(remember):
+        calls = []
+
+        def remembered(*arguments):
+            calls.append(arguments)
+            return fails() if len(calls) == 2 else remember(*arguments)
+
+        return remembered
+
+    expected = chunks()
+    for failing in (1, 3):
+        for chunk, other in zip(chunks(failing), expected, strict=True):
+            assert torch.equal(chunk.latents, other.latents)
+            assert (chunk.frames == other.frames).all()
 
 
 def test_a_callback_sees_each_step_and_may_end_the_stream(pipe):
@@ -162,7 +207,7 @@ def test_a_residual_cache_that_never_skips_changes_no_bit(pipe, sampler):
     keys = [stream.kv.get(1, layer) for layer in range(3)]
     stream.send(prompt=CALL["prompt"], switch="recache")
     with torch.no_grad():
-        stream._change(*stream._pending.pop())
+        stream._change(*stream._pending[0])
     assert all(torch.equal(stream.kv.get(1, layer), key) for layer, key in enumerate(keys)), "of the whole clean chunk"
 
 
@@ -272,8 +317,12 @@ def test_what_a_stream_cannot_do_is_said(pipe):
         stream_of(pipe, history=torch.zeros(1, 4, 4, 4, 6))
     with pytest.raises(ValueError, match="a causal model has one"):
         pipe.enable_cfg_parallel("cpu")
-    with pytest.raises(ValueError, match="no stream of this pipeline is open"):
-        EditCausalWanPipeline(**pipe.components).kv  # noqa: B018
+    assert copy.deepcopy(pipe).causal == pipe.causal
+    for other in (pipe, copy.deepcopy(pipe)):
+        with pytest.raises(ValueError, match="no stream of this pipeline is open"):
+            other.kv  # noqa: B018
+    with pytest.raises(ValueError, match="A causal model has one transformer"):
+        EditCausalWanPipeline(**pipe.components | {"transformer_2": pipe.transformer})
 
 
 def test_absolute_positions_end_with_the_models_table(pipe):
