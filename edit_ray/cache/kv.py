@@ -7,6 +7,7 @@ attention reads them where they are. Attention does not depend on the order of k
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -80,15 +81,10 @@ class KVWindow:
         sink_chunks: int = 0,
         branches: Sequence[str] = ("cond",),
         store: CacheStore | None = None,
-        name: str = "stream",
+        name: str | None = None,
     ) -> None:
-        self.layout, self.retention, self.sink_chunks, self.store, self.name = (
-            layout,
-            retention,
-            sink_chunks,
-            store,
-            name,
-        )
+        self.layout, self.retention, self.sink_chunks, self.store = layout, retention, sink_chunks, store
+        self.name = name or uuid.uuid4().hex  # several windows may share a store
         self.current: int | None = None  # the chunk at work
         self.version = 0  # grows when other chunks are in the window, or their content has changed
         self.finished = False  # whether the current chunk is clean, so that what is written now stays
@@ -120,7 +116,7 @@ class KVWindow:
     def entries(self) -> list[KVEntry]:
         """Every entry: by branch, chunk and layer."""
         size = self.layout.entry_shape, self.layout.entry_bytes
-        where = [(chunk, self.layout.device.type) for chunk in self.chunks]
+        where = [(chunk, "device") for chunk in self.chunks]
         where += [(chunk, getattr(self.store, "tier", type(self.store).__name__)) for chunk in self.stored]
         return [
             KVEntry(branch, layer, chunk, self._tier_of(self._key(branch, chunk, layer), tier), *size)
@@ -161,8 +157,10 @@ class KVWindow:
         """Forget a chunk, on the device or in the store. Raises LookupError if it is in neither."""
         if chunk in self._stored:
             self._forget_stored(chunk)
+        elif chunk in self.chunks:
+            self._free(self._slots.index(chunk))
         else:
-            self._free(self._slot_of(chunk))
+            raise LookupError(f"There is no chunk {chunk}; there are {[*self.chunks, *self.stored]}.")
         self._summaries.pop(chunk, None)
 
     def clear(self) -> None:
@@ -201,8 +199,7 @@ class KVWindow:
             self._load(wanted)
         while len(self._stored) > self.retention.stored_chunks:
             self.drop(min(self._stored))
-        self._compact()
-        self._slots[self._slots.index(None)] = self.current = chunk
+        self._slots[self._slots.index(None)] = self.current = chunk  # mostly that of the one that left: nothing moves
         self._compact()
         self.version += 1
 

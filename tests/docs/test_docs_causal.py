@@ -32,7 +32,9 @@ def test_the_code_runs(tmp_path, monkeypatch, capsys):
         exec(compile(code, f"<{PAGE}>", "exec"), names)
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[:5]] == ["0", "1", "2", "3", "4"]
-    assert printed[5].startswith("KVEntry(branch='cond', layer=0, chunk=0, tier='cpu', shape=(2, 1, 12, 2, 12), bytes=")
+    assert printed[5].startswith(
+        "KVEntry(branch='cond', layer=0, chunk=0, tier='device', shape=(2, 1, 12, 2, 12), bytes="
+    )
     assert len(printed) == 7
     assert names["video"].shape == (81, 32, 32, 3)
 

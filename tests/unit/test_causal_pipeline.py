@@ -231,7 +231,7 @@ def test_old_chunks_come_back_from_host_memory(pipe):
     assert len(stream.kv.chunks) == 4
     assert stream.kv.chunks[-1] - stream.kv.chunks[0] == 7
     assert sorted([*stream.kv.chunks, *stream.kv.stored]) == list(range(8))
-    assert {entry.tier for entry in stream.kv.entries()} == {"cpu", "host"}
+    assert {entry.tier for entry in stream.kv.entries()} == {"device", "host"}
 
 
 def test_blocks_in_host_memory_and_a_saved_copy_give_the_same_bits(pipe, tmp_path):

@@ -47,7 +47,7 @@ def check(window, expected):
 
 
 def made(retention=None, **options):
-    return KVWindow(LAYOUT, retention or WindowSink(), branches=BRANCHES, **options)
+    return KVWindow(LAYOUT, retention or WindowSink(), branches=BRANCHES, name="stream", **options)
 
 
 @settings(max_examples=60)
@@ -85,13 +85,21 @@ def test_old_chunks_come_back_from_a_store_if_they_are_like_the_latest(make_stor
     assert window.stored == (2, 3, 4)
     assert torch.equal(window.get(3, 1), kv_of(3, 1))
     tiers = {entry.chunk: entry.tier for entry in window.entries()}
-    assert tiers[0] == "cpu"
+    assert tiers[0] == "device"
     assert tiers[3] in ("host", "device")
     assert sum(entry.bytes for entry in window.entries()) == 7 * 2 * 2 * LAYOUT.entry_bytes
     window.drop(2)
     window.clear()
     assert window.entries() == []
     assert len(window.store) == 0
+
+
+def test_in_the_steady_state_the_new_chunk_takes_the_slot_of_the_one_that_left():
+    window, order = made(sink_chunks=1), []
+    for chunk in range(8):
+        append(window, chunk)
+        order.append(window.order)
+    assert order[3:] == [(0, 1, 2, 3), (0, 4, 2, 3), (0, 4, 5, 3), (0, 4, 5, 6), (0, 7, 5, 6)]
 
 
 def test_what_the_store_has_lost_is_not_attended_to():
@@ -144,8 +152,10 @@ def test_kv_of_another_shape_or_type_is_refused(value, said):
 def test_what_is_not_there_is_said():
     window = made()
     append(window, 0)
-    with pytest.raises(LookupError, match="no chunk 4 on the device; there are \\[0\\]"):
+    with pytest.raises(LookupError, match=r"no chunk 4; there are \[0\]"):
         window.drop(4)
+    with pytest.raises(LookupError, match=r"no chunk 4 on the device; there are \[0\]"):
+        window.replace(4, 0)
     with pytest.raises(LookupError, match="no layer 2 of the branch 'cond'; there are layers 0 to 1 of cond, uncond"):
         window.get(0, 2)
 
