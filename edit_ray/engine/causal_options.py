@@ -13,6 +13,8 @@ from edit_ray.options import Options, describe, node_at
 
 INDEX_KEY = "causal"
 """Where `model_index.json` has them; a bidirectional model has no such key."""
+FOREIGN_CLASS = "CausalWanTransformer3DModel"
+"""FastVideo's transformer; its weights have diffusers' names."""
 Switch = Literal["recache", "keep", "cut"]
 
 
@@ -86,6 +88,12 @@ def check_kind(index: Mapping[str, Any], path: object, *, causal: bool) -> None:
     Raises:
         ModelError: it is not; the sentence says what would load it.
     """
+    transformer = index.get("transformer")
+    if INDEX_KEY not in index and isinstance(transformer, list) and transformer[-1:] == [FOREIGN_CLASS]:
+        raise ModelError(
+            f"{str(path)!r} is a causal model with the class {FOREIGN_CLASS}, which diffusers does not have: "
+            "`edit-ray convert` makes one of it that EditCausalWanPipeline loads."
+        )
     if causal and INDEX_KEY not in index:
         raise ModelError(
             f"{str(path)!r} is a bidirectional model, which sees a whole clip at once: EditWanPipeline loads it; "

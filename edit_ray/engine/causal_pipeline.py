@@ -261,7 +261,7 @@ class EditCausalWanPipeline(EditWanPipeline):
             head_dim=config.attention_head_dim,
             chunks=causal.chunks,
             dtype=self.denoiser.dtype,
-            device=self._execution_device,
+            device=torch.empty(0, device=self._execution_device).device,  # with its number, as tensors say it
         )
         branches = ("cond", "uncond") if guided else ("cond",)
         sink_chunks = causal.sink // causal.chunk_size

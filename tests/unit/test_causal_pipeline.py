@@ -1,6 +1,7 @@
 """A causal model as a library: calls, streams, prompts that change, caches, and what is refused."""
 
 import copy
+import json
 import logging
 
 import pytest
@@ -194,14 +195,34 @@ def test_a_callback_sees_each_step_and_may_end_the_stream(pipe):
     assert seen == [*steps, *steps[:2]]
 
 
-@pytest.mark.parametrize("sampler", ["renoise", "unipc", "euler"])
-def test_a_residual_cache_that_never_skips_changes_no_bit(pipe, sampler):
-    expected = latents_of(stream_of(pipe, sampler=sampler), 4)
-    pipe.enable_cache("teacache", rel_l1_thresh=0.0, coefficients=[1.0, 0.0])
-    assert torch.equal(latents_of(stream_of(pipe, sampler=sampler), 4), expected)
-    pipe.disable_cache()
+NEVER = {"teacache": {"rel_l1_thresh": 0.0, "coefficients": [1.0, 0.0]}, "fbcache": {"rel_l1_thresh": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "policy", "granularity", "guidance_scale"),
+    [
+        ("renoise", "teacache", "stack", 1.0),
+        ("unipc", "teacache", "per_block", 1.0),
+        ("euler", "fbcache", "stack", 2.0),
+        ("renoise", "always", 2, 2.0),
+    ],
+)
+def test_a_residual_cache_that_never_skips_changes_no_bit(pipe, sampler, policy, granularity, guidance_scale):
+    changes = {"sampler": sampler, "guidance_scale": guidance_scale}
+    expected = latents_of(stream_of(pipe, **changes), 5)
+    pipe.enable_cache(policy, granularity=granularity, **NEVER.get(policy, {}))
+    stream = stream_of(pipe, **changes)
+    assert torch.equal(latents_of(stream, 4), expected[:, :, :12])
+    remove = pipe.cache.on_unit(lambda ctx: (lambda residual: residual * 0.9) if ctx.step == 1 else None)
+    assert not torch.equal(latents_of(stream, 1), expected[:, :, 12:])
+    remove()
+    assert torch.equal(latents_of(stream_of(pipe, **changes), 1), expected[:, :, :3])
+
+
+def test_a_chunk_whose_steps_are_skipped_has_whole_kv(pipe):
+    expected = latents_of(stream_of(pipe), 2)
     pipe.enable_cache("schedule", mask=[True, False, True, False])
-    stream = stream_of(pipe, sampler=sampler)
+    stream = stream_of(pipe)
     skipped = latents_of(stream, 2)
     assert pipe.cache.plan()["transformer", "cond", 0] == (True, False, True, False)
     assert not torch.equal(skipped, expected[:, :, :6])
@@ -276,6 +297,12 @@ def test_a_model_of_the_other_kind_is_refused(folder, tmp_path):
         EditWanPipeline.from_pretrained(folder)
     with pytest.raises(ModelError, match=r"is a bidirectional model, .* EditWanPipeline loads it"):
         EditCausalWanPipeline.from_pretrained(save_random_wan(tmp_path))
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["transformer"] = ["diffusers", "CausalWanTransformer3DModel"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for kind in (EditWanPipeline, EditCausalWanPipeline):
+        with pytest.raises(ModelError, match=r"class CausalWanTransformer3DModel, .* `edit-ray convert` makes one"):
+            kind.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
