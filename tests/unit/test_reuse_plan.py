@@ -146,15 +146,3 @@ def test_the_policy_itself_reads_what_was_planned(window):
             if not done.computed:
                 read[step] = divmod(int(done.output.item()), 100)
         assert read == {planned.step: (planned.key.segment, planned.step) for planned in plan.segments[segment].reads}
-
-
-def test_mistakes_are_named():
-    for changes, message in (
-        ({"window": -1}, "window must be 0 or more; got -1"),
-        ({"warm_steps": -1}, "warm_steps must be 0 or more; got -1"),
-        ({"experts": ["other"]}, "lacks the expert other; it has transformer"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            small(**changes)
-    with pytest.raises(ValueError, match="num_segments must be 1 or more"):
-        make_reuse_plan("run", 0, window=1, warm_steps=1, experts=[], unit_bytes={})
