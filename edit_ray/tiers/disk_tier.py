@@ -338,7 +338,6 @@ class DiskTier:
         False if it was dropped or written anew before that. Its error is DiskFull where room must be made, else an
         OSError; the key has no entry then.
         """
-        self._check_open()
         ticket, aside = self.files.begin(key)
         future = self._threads.submit(self.files.write, key, ticket, memory, dtype, shape)
         self._remove(aside)
@@ -346,16 +345,17 @@ class DiskTier:
 
     def read(self, key: Key, into: memoryview) -> Future[FileEntry | None]:
         """Read an entry; None, with `into` undefined, if there is none or it cannot be read."""
-        self._check_open()
         return self._threads.submit(self.files.read, key, into)
 
     def drop(self, key: Key) -> None:
         """Forget an entry at once, also one that is being written; a thread removes its file."""
-        self._check_open()
         self._remove(self.files.drop(key))
 
     def close(self) -> None:
-        """Cancel queued work, wait for transfers, end the threads, unlock the folder. Entries stay on disk."""
+        """Cancel queued work, wait for transfers, end the threads, unlock the folder. Entries stay on disk.
+
+        Every later call raises RuntimeError.
+        """
         if self._closed:
             return
         self._closed = True
@@ -367,7 +367,3 @@ class DiskTier:
     def _remove(self, aside: Path | None) -> None:
         if aside is not None:
             self._threads.submit(self.files.remove, aside)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("The disk tier is closed.")

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
-from edit_ray.cache.stores.memory import HostStore
 from tests.unit.entry_folder import files_in, lost
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
@@ -55,7 +54,7 @@ def test_a_later_put_replaces_and_drops_forget(store):
 
 
 def test_the_least_recently_used_is_evicted_first_and_what_is_larger_than_the_budget_refused():
-    store = HostStore(budget_bytes=3)
+    store = CPUOffloadStore(budget_bytes=3)
     for name in "abc":
         store.put((name,), bytes_of(1))
     store.get(("a",))
@@ -71,7 +70,7 @@ def test_the_least_recently_used_is_evicted_first_and_what_is_larger_than_the_bu
     steps=st.lists(st.tuples(st.sampled_from(["put", "get", "drop"]), st.integers(0, 4), st.integers(0, 6))),
 )
 def test_the_budget_holds_and_nothing_wrong_comes_back(budget, steps):
-    store, last = HostStore(budget), {}
+    store, last = CPUOffloadStore(budget), {}
     for fill, (action, name, size) in enumerate(steps):
         key = ("run", name)
         if action == "put":
@@ -163,7 +162,7 @@ def test_what_is_no_key_is_refused_by_every_store_alike(store, key):
 
 @pytest.mark.parametrize(("kind", "live"), [("device", True), ("host", True), ("disk", False)])
 def test_which_store_returns_its_own_tensor_and_which_a_copy(kind, live, tmp_path):
-    store = {"device": GPUStore(), "host": HostStore(), "disk": on_disk(tmp_path)}[kind]
+    store = {"device": GPUStore(), "host": CPUOffloadStore(), "disk": on_disk(tmp_path)}[kind]
     put = torch.zeros(4)
     store.put(("a",), put)
     one, other = store.get(("a",)), store.get(("a",))

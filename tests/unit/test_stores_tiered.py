@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
 from edit_ray.cache.stores.eviction import EvictionPolicy
-from edit_ray.cache.stores.memory import HostStore
 from tests.unit.entry_folder import files_in
 
 
@@ -94,7 +93,7 @@ def test_what_the_tiers_held_before_is_found_and_counted(tmp_path):
     assert torch.equal(store.get(("b",)), bytes_of(2, ord("b")))
     assert store.tier_of(("b",)) == "device"
 
-    host, disk = HostStore(), on_disk(tmp_path / "other")
+    host, disk = CPUOffloadStore(), on_disk(tmp_path / "other")
     host.put(("a",), bytes_of(1, 1))
     disk.put(("a",), bytes_of(1, 2))
     store = TieredStore([(host, 1), (disk, 1)])
@@ -116,7 +115,7 @@ def test_tiers_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="The tiers are none"):
         TieredStore([])
     with pytest.raises(ValueError, match="The tiers are host, host"):
-        TieredStore([(HostStore(), 1), (HostStore(), 1)])
+        TieredStore([(CPUOffloadStore(), 1), (CPUOffloadStore(), 1)])
 
 
 NAMES = st.integers(0, 7)
