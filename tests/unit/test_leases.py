@@ -282,22 +282,6 @@ def test_a_store_that_was_not_told_of_a_run_removes_its_entries_of_an_earlier_st
     store.close()
 
 
-def test_stores_of_several_gpu_actors_keep_out_of_each_other_s_folders(tmp_path):
-    """The second one finds nothing of the first's when it starts, and removes nothing that the first is writing."""
-    directory, stores = tmp_path / ".cache_store", [StoreHere(worker) for worker in range(2)]
-    first, second = (leases_on(store, tmp_path) for store in stores)
-    make_segment(first, 0)
-    draft = directory / ("0" * 32 + "-1.unfinished")
-    draft.touch()
-    make_segment(second, 0)
-    assert draft.exists()
-    assert len(list(directory.glob("*.safetensors"))) == len(list((directory / "worker-1").glob("*.safetensors"))) == 8
-    assert make_segment(first, 1)[0] == make_segment(second, 1)[0] == 8
-    for leases, store in zip((first, second), stores, strict=True):
-        leases.close()
-        store.close()
-
-
 @pytest.mark.parametrize("kind", ["run", "rolling"])
 def test_with_room_for_all_nothing_is_waited_for_or_read_at_the_segment_s_start(leases_for, kind):
     _, leases = leases_for(host=100, num_segments=6, kind=kind, ahead=100)

@@ -94,35 +94,22 @@ def test_what_takes_an_entry_s_place_is_not_read(tmp_path, kind):
     assert len(make(tmp_path / "disk")) == 0
 
 
-def test_stores_of_two_clusters_on_one_directory_keep_out_of_each_other_s_way(tmp_path):
+@pytest.mark.parametrize(("worker", "own"), [(0, "other-1"), (1, "worker-1")], ids=["two clusters", "two GPU actors"])
+def test_stores_on_one_directory_keep_out_of_each_other_s_way(tmp_path, worker, own):
     """Both are at work on runs of one name; the second has a folder of its own, and each finds its own again."""
-    directory, stores = tmp_path / ".cache_store", [StoreHere(), StoreHere()]
+    directory, stores = tmp_path / ".cache_store", [StoreHere(), StoreHere(worker)]
     first, second = (leases_on(store, tmp_path, "require") for store in stores)
     make_segment(first, 0)
     draft = directory / ("0" * 32 + "-1.unfinished")
     draft.touch()
     make_segment(second, 0)
     assert draft.exists()
-    assert len(list(directory.glob("*.safetensors"))) == len(list((directory / "other-1").glob("*.safetensors"))) == 8
+    assert len(list(directory.glob("*.safetensors"))) == len(list((directory / own).glob("*.safetensors"))) == 8
     assert make_segment(first, 1)[0] == make_segment(second, 1)[0] == 8
     for leases, store in zip((first, second), stores, strict=True):
         leases.close()
         store.call("drop_run", RUN, directory)()
         store.close()
-    assert list(directory.rglob("*.safetensors")) == []
-
-
-def test_what_stores_that_are_no_more_have_left_is_removed_with_the_run(tmp_path):
-    directory, stores = tmp_path / ".cache_store", [StoreHere(), StoreHere()]
-    for leases in [leases_on(store, tmp_path, "require") for store in stores]:
-        make_segment(leases, 0)
-        leases._arena.close()
-    for store in stores:
-        store.close()
-    assert len(list(directory.rglob("*.safetensors"))) == 16
-    StoreHere().call("drop_run", "another", directory)()
-    assert len(list(directory.rglob("*.safetensors"))) == 16
-    StoreHere().call("drop_run", RUN, directory)()
     assert list(directory.rglob("*.safetensors")) == []
 
 

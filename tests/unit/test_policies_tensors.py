@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from edit_ray.cache.policies import DiCache, FirstBlockCache, SeaCache
 from edit_ray.cache.policies.dicache import alignment
-from edit_ray.cache.policies.seacache import distance, wiener_filter
+from edit_ray.cache.policies.seacache import wiener_filter
 from tests.unit.policy_unit import RecordedSignals, Unit
 
 SEEDS = st.integers(0, 2**32)
@@ -158,11 +158,6 @@ def test_the_filter_is_diffusers_for_each_video_of_a_batch(seed, sigma, power_ex
         theirs = _apply_sea_filter(video.movedim(0, -1), sigma, power_exp).movedim(-1, 0)
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max()
-
-
-def test_a_distance_is_the_mean_over_the_videos_of_a_batch():
-    before = torch.tensor([[1.0, 3.0], [10.0, 10.0]])
-    assert distance(before + 1, before) == pytest.approx((1 / 2 + 1 / 10) / 2)
 
 
 def test_units_of_one_forward_share_its_filtered_latents():

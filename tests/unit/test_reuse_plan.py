@@ -58,16 +58,6 @@ def test_order_is_that_of_the_loop():
     assert reads == [(step, branch, unit) for step in (0, 1) for branch in ("cond", "uncond") for unit in (0, 1)]
 
 
-def test_each_expert_reuses_what_it_has_stored_itself():
-    plan = small(
-        warm_steps=3,
-        experts=["transformer", "transformer", "transformer_2"],
-        unit_bytes={"transformer": [10], "transformer_2": [20]},
-    )
-    slots = [(read.key.expert, read.key.step, read.size) for read in plan.segments[1].reads]
-    assert slots == [("transformer", 0, 10), ("transformer", 1, 10), ("transformer_2", 2, 20)]
-
-
 def test_what_does_not_fit_is_computed_and_the_bytes_that_it_lacks_are_said():
     plan = small(warm_steps=2, unit_bytes={"transformer": [30, 10]}, budget=50)
     assert plan.needed_bytes == 80

@@ -4,11 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
-from tests.unit.entry_folder import files_in, lost
+from tests.unit.entry_folder import files_in
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
 
@@ -35,24 +33,6 @@ def store(request, tmp_path):
     }[request.param]
 
 
-def test_a_later_put_replaces_and_drops_forget(store):
-    for value in (1, 2):
-        for name in "abc":
-            store.put((name,), bytes_of(40, value))
-    assert all(torch.equal(store.get((name,)), bytes_of(40, 2)) for name in "abc")
-    assert store.bytes_resident == sum(store.sizes().values()) == 120
-    store.drop(("a",))
-    store.drop(("unknown", None))
-    assert store.get(("a",)) is None
-    assert (len(store), store.bytes_resident) == (2, 80)
-    store.drop(("b",))
-    assert store.get(("b",)) is None
-    assert torch.equal(store.get(("c",)), bytes_of(40, 2))
-    store.prefetch([("c",), ("a",)])
-    store.clear()
-    assert (len(store), store.bytes_resident, store.get(("c",))) == (0, 0, None)
-
-
 def test_the_least_recently_used_is_evicted_first_and_what_is_larger_than_the_budget_refused():
     store = CPUOffloadStore(budget_bytes=3)
     for name in "abc":
@@ -61,41 +41,7 @@ def test_the_least_recently_used_is_evicted_first_and_what_is_larger_than_the_bu
     store.put(("d",), bytes_of(1))
     store.put(("large",), bytes_of(4))
     assert list(store.sizes()) == [("c",), ("a",), ("d",)]
-    assert (store.num_evictions, store.num_refused) == (1, 1)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    budget=st.integers(0, 12),
-    steps=st.lists(st.tuples(st.sampled_from(["put", "get", "drop"]), st.integers(0, 4), st.integers(0, 6))),
-)
-def test_the_budget_holds_and_nothing_wrong_comes_back(budget, steps):
-    store, last = CPUOffloadStore(budget), {}
-    for fill, (action, name, size) in enumerate(steps):
-        key = ("run", name)
-        if action == "put":
-            last[key] = bytes_of(size, fill % 256)
-            store.put(key, last[key])
-        elif action == "drop":
-            last.pop(key, None)
-            store.drop(key)
-        else:
-            found = store.get(key)
-            assert found is None or torch.equal(found, last[key])
-        assert 0 <= store.bytes_resident <= budget
-    store.clear()
-    assert store.bytes_resident == 0
-
-
-def test_disk_entries_are_found_when_the_directory_is_opened_again(tmp_path):
-    first = on_disk(tmp_path / "a" / "b")
-    put = {(name, 3, None, -1): torch.randn(5).to(torch.bfloat16) for name in ("z", "é\n", "")}
-    for key, tensor in put.items():
-        first.put(key, tensor)
-    first.close()
-    again = on_disk(tmp_path / "a" / "b")
-    assert all(torch.equal(again.get(key), tensor) for key, tensor in put.items())
-    assert (len(again), again.bytes_resident, lost(again)) == (3, 30, 0)
+    assert (store.num_evictions, store.num_refused, store.bytes_resident) == (1, 1, 3)
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path):
