@@ -113,7 +113,9 @@ def test_teacache_masks_are_the_official_ones_on_random_signals(seed, which, num
 
 @pytest.mark.parametrize(("change", "threshold"), [(-5.0, 0.0), (-5.0, -1.0), (math.nan, 1.0), (math.inf, 1.0)])
 def test_accumulation_computes_at_no_threshold_and_at_what_is_no_number(change, threshold):
-    assert accumulate(0.0, change, threshold)[0] is True
+    unit = Unit(TeaCache(coefficients=[1.0]), 2)
+    ctx = unit.step(0, signals=RecordedSignals(e=torch.ones(1, 2))).ctx
+    assert accumulate(ctx, change, threshold) is True
 
 
 def test_teacache_notes_what_it_compared(recorded):
