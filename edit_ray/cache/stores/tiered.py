@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edit_ray.cache.stores.base import CacheStore, Keys, check_budget, keys_of
-from edit_ray.cache.stores.eviction import EVICTIONS, EvictionPolicy, Order
+from edit_ray.cache.stores.eviction import EVICTIONS, EvictionPolicy
 from edit_ray.tiers.reuse_plan import Key, check_key
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class _Level:
 
     def ranked(self) -> list[_Stored]:
         """The entries in eviction order. There are few, as each is a residual of a unit."""
-        return sorted(self.entries.values(), key=lambda entry: self.eviction.order(entry.key))
+        return [self.entries[key] for key in sorted(self.entries, key=self.eviction.order)]
 
     def victims(self, size: int) -> list[_Stored]:
         """The entries to evict so that `size` bytes fit."""
@@ -62,10 +62,6 @@ class _Level:
                 found.append(entry)
                 short -= entry.size
         return found
-
-    def accepts(self, size: int, order: Order) -> bool:
-        """Whether a new entry of this size and order would not be the first to be evicted."""
-        return self.could_hold(size) and all(self.eviction.order(each.key) <= order for each in self.victims(size))
 
 
 class TieredStore:
@@ -144,9 +140,9 @@ class TieredStore:
                 return
             self._eviction.touch(key)
             try:
-                level = self._best_level(key, size, range(len(self._levels)))
-                if level is not None:
-                    self._make_room(level, size)
+                if place := self._find_place(key, size, range(len(self._levels))):
+                    level, victims = place
+                    self._make_room(level, victims)
                     entry = _Stored(key, size, level, tensor.device)
                     if self._write(level, key, tensor):
                         self._keep(entry)
@@ -163,9 +159,8 @@ class TieredStore:
             entry = self._entries.get(key)
             if entry is None:
                 return None
-            target = self._best_level(key, entry.size, range(entry.level)) if self.promote else None
-            if target is not None:
-                self._move(entry, target)
+            if self.promote and (place := self._find_place(key, entry.size, range(entry.level))):
+                self._move(entry, *place)
             tensor = self._levels[entry.level].store.get(key) if key in self._entries else None
             if tensor is None and key in self._entries:  # lost by the store itself
                 self._drop(entry, "lost")
@@ -184,7 +179,7 @@ class TieredStore:
                 self._eviction.touch(entry.key)
             for entry in chosen:
                 if entry.level > 0 and entry.key in self._entries:
-                    self._move(entry, 0)
+                    self._move(entry, 0, first.victims(entry.size))
 
     def drop(self, key: Key) -> None:
         with self._lock:
@@ -231,22 +226,26 @@ class TieredStore:
 
     # Moves
 
-    def _best_level(self, key: Key, size: int, levels: range) -> int | None:
-        """The first of these tiers that accepts an entry."""
+    def _find_place(self, key: Key, size: int, levels: range) -> tuple[int, list[_Stored]] | None:
+        """The first of these tiers in which an entry would not be the first to be evicted, and what has to leave it."""
         order = self._eviction.order(key)
-        return next((level for level in levels if self._levels[level].accepts(size, order)), None)
+        for level in levels:
+            tier = self._levels[level]
+            victims = tier.victims(size) if tier.could_hold(size) else None
+            if victims is not None and all(self._eviction.order(victim.key) <= order for victim in victims):
+                return level, victims
+        return None
 
-    def _make_room(self, level: int, size: int) -> None:
-        """Spill until `size` bytes fit. Raises what a store raises; the entry that it refused is dropped then."""
-        for victim in self._levels[level].victims(size):
-            lower = self._best_level(victim.key, victim.size, range(level + 1, len(self._levels)))
-            if lower is None:
-                self._drop(victim, "evicted")
+    def _make_room(self, level: int, victims: list[_Stored]) -> None:
+        """Spill entries of a tier. Raises what a store raises; the entry that it refused is dropped then."""
+        for victim in victims:
+            if place := self._find_place(victim.key, victim.size, range(level + 1, len(self._levels))):
+                self._move(victim, *place)
             else:
-                self._move(victim, lower)
+                self._drop(victim, "evicted")
 
-    def _move(self, entry: _Stored, level: int) -> None:
-        """Move an entry to another tier and make room there. If that fails, an entry that moves down is dropped; one
+    def _move(self, entry: _Stored, level: int, victims: list[_Stored]) -> None:
+        """Move an entry to another tier, which victims leave. If that fails, an entry that moves down is dropped; one
         that moves up stays where it was.
         """
         source, target, down = self._levels[entry.level], self._levels[level], level > entry.level
@@ -256,7 +255,7 @@ class TieredStore:
         source.remove(entry)  # an entry that spills from above may take its place
         reason = "spill_failed"
         try:
-            self._make_room(level, entry.size)
+            self._make_room(level, victims)
             if target.name == "device" and entry.device is not None:
                 tensor = tensor.to(entry.device)
             if self._write(level, entry.key, tensor):
@@ -268,7 +267,7 @@ class TieredStore:
         finally:
             self._levels[entry.level].add(entry)
             if entry.level != level:
-                self._drop(entry, reason) if down else self._make_room(entry.level, 0)
+                self._drop(entry, reason) if down else self._make_room(entry.level, source.victims(0))
 
     def _write(self, level: int, key: Key, tensor: torch.Tensor) -> bool:
         """Put a tensor into a tier with room for it; False if the store is full below its budget, twice."""
