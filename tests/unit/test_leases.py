@@ -14,7 +14,6 @@ from benchmarks.rolling_plan import rolling_plan
 from edit_ray import files
 from edit_ray.actors.cache_store import CacheStoreActor
 from edit_ray.actors.messages import RunSpec, run_key
-from edit_ray.cache import DiskOffloadStore
 from edit_ray.config import Config
 from edit_ray.errors import EntryLost, StaleLease
 from edit_ray.tiers import leases as leases_module
@@ -23,6 +22,7 @@ from edit_ray.tiers.leases import Reuse, SegmentLeases, reuse_statistics
 from edit_ray.tiers.protocol import EntryForm
 from edit_ray.tiers.reuse_plan import make_reuse_plan
 from tests.store_here import StoreHere
+from tests.unit.entry_folder import on_disk
 
 EXPERT = "transformer"
 RUN = f"{run_key('run', '')}.0"  # as the store knows it
@@ -369,9 +369,9 @@ def test_the_end_of_the_last_run_frees_the_memory_of_a_store_that_was_killed(tmp
 @pytest.mark.parametrize("folder", ["", "worker-1", "worker-1/other-1"])
 def test_the_end_of_a_run_removes_what_it_has_left_beside_another_actor(tmp_path, folder):
     left = tmp_path / folder
-    with contextlib.closing(DiskOffloadStore(left, allow_tmpfs=True)) as store:
+    with contextlib.closing(on_disk(left)) as store:
         for run in (RUN, "another"):
             store.put((run, 0), torch.ones(3))
     CacheStoreActor(2).drop_run(RUN, tmp_path)
-    with contextlib.closing(DiskOffloadStore(left, allow_tmpfs=True)) as store:
+    with contextlib.closing(on_disk(left)) as store:
         assert (store.get((RUN, 0)), store.get(("another", 0)) is None) == (None, False)

@@ -6,18 +6,9 @@ import pytest
 import torch
 
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
-from tests.unit.entry_folder import files_in
+from tests.unit.entry_folder import bytes_of, files_in, on_disk
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
-
-
-def bytes_of(count: int, fill: int = 0) -> torch.Tensor:
-    return torch.full((count,), fill, dtype=torch.uint8)
-
-
-def on_disk(path):
-    """A store in a folder of the test's, which on some machines lies in memory."""
-    return DiskOffloadStore(path, allow_tmpfs=True)
 
 
 @pytest.fixture(params=["device", "host", "disk", "tiered", "tiered on disk"])

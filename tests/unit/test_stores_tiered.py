@@ -12,16 +12,7 @@ from hypothesis import strategies as st
 
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
 from edit_ray.cache.stores.eviction import EvictionPolicy
-from tests.unit.entry_folder import files_in
-
-
-def bytes_of(count: int, fill: int = 0) -> torch.Tensor:
-    return torch.full((count,), fill, dtype=torch.uint8)
-
-
-def on_disk(path):
-    """A store in a folder of the test's, which on some machines lies in memory."""
-    return DiskOffloadStore(path, allow_tmpfs=True)
+from tests.unit.entry_folder import bytes_of, files_in, on_disk
 
 
 def tiers(path, *budgets, **options):

@@ -20,6 +20,7 @@ from edit_ray.tiers.reuse_plan import make_reuse_plan
 from edit_ray.tiers.service import TABLES_BYTES, TierService
 from edit_ray.tiers.slots import divide
 from edit_ray.tiers.store_client import PlannedStore
+from tests.unit.entry_folder import NoListing
 
 RUN, EXPERT = "run", "transformer"
 SHAPE = (1, 64, 32)
@@ -264,11 +265,6 @@ def test_a_segment_that_cannot_be_synced_is_not_complete(tiers_in):
     with files.swapped(Syncs(errno.EIO)), pytest.raises(OSError, match="Input/output"):
         tiers.end(0)
     tiers.make(0, attempt=1)
-
-
-class NoListing(files.Disk):
-    def listdir(self, _path):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 @pytest.mark.parametrize("trouble", ["none", "no folder", "no listing"])
