@@ -85,8 +85,7 @@ class EntryFolder:
         self.faults: dict[Fault, int] = dict.fromkeys(get_args(Fault), 0)
         self.bytes_resident = 0
         self._entries: dict[Key, FileEntry] = {}
-        self._writing: dict[Key, int] = {}  # the ticket of the write that may publish a key
-        self._tickets = 0
+        self._writing: dict[Key, object] = {}  # the ticket of the write that may publish a key
         self._lock = threading.RLock()
         try:
             self._scan()
@@ -107,17 +106,15 @@ class EntryFolder:
         """One readable entry."""
         return self._entries.get(key)
 
-    def begin(self, key: Key) -> tuple[int, Path | None]:
+    def begin(self, key: Key) -> tuple[object, Path | None]:
         """Forget the entry of a key that will be written: the ticket for `write`, and a file for `remove`."""
         check_key(key)
         self._check_open()
         with self._lock:
-            aside = self._set_aside(key)
-            self._tickets += 1
-            self._writing[key] = self._tickets
-            return self._tickets, aside
+            ticket = self._writing[key] = object()
+            return ticket, self._set_aside(key)
 
-    def write(self, key: Key, ticket: int, memory: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    def write(self, key: Key, ticket: object, memory: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> bool:
         """Write a tensor from memory that starts at a multiple of 4096 and has `whole_pages` of its bytes.
 
         False if the key was dropped or written anew since the ticket was given. Raises OSError, DiskFull if there is
@@ -128,14 +125,14 @@ class EntryFolder:
             header, entry = _described(key, memory, dtype, tuple(shape))
             self.files.write(draft, [header, memory[: whole_pages(entry.nbytes)]], len(header) + entry.nbytes)
             with self._lock:
-                if published := self._writing.get(key) == ticket:
+                if published := self._writing.get(key) is ticket:
                     files.disk.replace(draft, self._path(key))
                     del self._writing[key]
                     self._add(key, entry)
         except BaseException as error:
             self.remove(draft)
             with self._lock:
-                if self._writing.get(key) == ticket:
+                if self._writing.get(key) is ticket:
                     del self._writing[key]
             if isinstance(error, OSError):
                 error = as_disk_full(error)

@@ -47,7 +47,7 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # follows no link under a name of ours, waits for no pipe
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 T = TypeVar("T")
 
@@ -135,7 +135,7 @@ class DiskFull(OSError):
 
 def as_disk_full(error: OSError) -> OSError:
     """A DiskFull if the error says that there is no room, else the error itself."""
-    if error.errno not in _FULL or isinstance(error, DiskFull):
+    if error.errno not in FULL or isinstance(error, DiskFull):
         return error
     return DiskFull(error.errno, error.strerror, error.filename)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -11,12 +10,11 @@ from typing import TYPE_CHECKING
 
 from edit_ray.cache.stores.base import CacheStore, Keys, check_budget, keys_of
 from edit_ray.cache.stores.eviction import EVICTIONS, EvictionPolicy
+from edit_ray.tiers.entry_file import FULL
 from edit_ray.tiers.reuse_plan import Key, check_key
 
 if TYPE_CHECKING:
     import torch
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(slots=True, eq=False)
@@ -277,7 +275,7 @@ class TieredStore:
                 tier.store.put(key, tensor)
                 return True
             except OSError as error:
-                if error.errno not in _FULL:
+                if error.errno not in FULL:
                     raise
             short = tensor.nbytes if attempt == 1 else 0
             for victim in tier.ranked():
