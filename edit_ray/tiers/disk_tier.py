@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from xxhash import xxh3_64_hexdigest
 
 from edit_ray import files
 from edit_ray.tiers.entry_file import (
@@ -25,7 +26,6 @@ from edit_ray.tiers.entry_file import (
     aligned_buffer,
     as_disk_full,
     check_dtype,
-    checksum_of,
     file_name,
     header_of,
     is_tmpfs,
@@ -211,7 +211,7 @@ class EntryFolder:
             return "length"
         if header != expected:
             return "header"
-        return None if checksum_of(into[: entry.nbytes]) == entry.checksum else "checksum"
+        return None if xxh3_64_hexdigest(into[: entry.nbytes]) == entry.checksum else "checksum"
 
     def _scan(self) -> None:
         self.remove_unfinished()
@@ -271,7 +271,7 @@ def _described(
     size = FileEntry(dtype, shape, "").nbytes
     if len(memory) < whole_pages(size):
         raise ValueError(f"memory has {len(memory)} bytes; {key} needs {whole_pages(size)}.")
-    entry = FileEntry(dtype, shape, checksum_of(memory[:size]))
+    entry = FileEntry(dtype, shape, xxh3_64_hexdigest(memory[:size]))
     text = header_of(key, entry)
     header = memory_of(aligned_buffer(len(text)))
     header[:] = text

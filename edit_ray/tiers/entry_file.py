@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a file holds: a tensor's dtype, its shape and the `checksum_of` its bytes."""
+    """What a file holds: a tensor's dtype, its shape, and the xxh3_64 of its bytes as 16 hexadecimal digits."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -64,11 +64,6 @@ class FileEntry:
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def checksum_of(memory: memoryview) -> str:
-    """xxh3_64 as 16 hexadecimal digits."""
-    return xxh3_64_hexdigest(memory)
 
 
 def file_name(key: Key) -> str:
