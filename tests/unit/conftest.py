@@ -5,7 +5,10 @@ import inspect
 
 import pytest
 
+from edit_ray import EditWanPipeline
+from edit_ray.cache import remove_cache_from_transformer
 from edit_ray.testing import save_random_wan
+from tests.unit.cached import quiet
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -21,6 +24,27 @@ def pytest_pyfunc_call(pyfuncitem):
 def model(tmp_path_factory):
     """The path of a tiny Wan of random weights that conditions on context latents."""
     return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The path of a Wan of five blocks with random weights."""
+    return save_random_wan(tmp_path_factory.mktemp("wan"), num_layers=5)
+
+
+@pytest.fixture(scope="session")
+def loaded(folder):
+    return quiet(EditWanPipeline.from_pretrained(folder))
+
+
+@pytest.fixture
+def pipe(loaded):
+    """A pipeline of that model, which has no cache after the test, and the parts that it had before."""
+    transformer, scheduler = loaded.transformer, loaded.scheduler
+    yield loaded
+    loaded.disable_cache()
+    remove_cache_from_transformer(transformer)
+    loaded.transformer, loaded.scheduler = transformer, scheduler
 
 
 @pytest.fixture
