@@ -42,7 +42,7 @@ class CacheStoreActor:
         self._made_for: tuple[StoreOptions, Path, dict[int, int]] | None = None
         self._root: Path | None = None  # of the runs
         self._runs: set[str] = set()
-        self._life, self._sequence = secrets.token_hex(8), 0  # of this actor's snapshots
+        self._life = secrets.token_hex(8)  # the incarnation of this actor's snapshots
         self._counts: Counter[SeriesId] = Counter()  # of the tiers, as read last
         self._earlier: Counter[SeriesId] = Counter()  # of tiers that are closed, and of the actor itself
         self._lock = threading.Lock()
@@ -54,8 +54,7 @@ class CacheStoreActor:
         """All counts since the actor's start, and what its tiers hold now."""
         with self._lock:
             gauges = self._read_stats()
-            self._sequence += 1
-            return Snapshot(self._life, self._sequence, self._earlier + self._counts, gauges)
+            return Snapshot(self._life, self._earlier + self._counts, gauges)
 
     def _read_stats(self) -> dict[SeriesId, float]:
         """Read the tiers' counts; returns their gauges. Failed tiers hold nothing."""
