@@ -30,21 +30,6 @@ _WAIT: dict[str, Any] = {
 Command = Callable[[argparse.Namespace], int]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
-    with escaping():
-        options = parser().parse_args(arguments)
-        try:
-            command: Command = options.command
-            return command(options)
-        except EditRayError as error:
-            print(f"edit-ray: {error}", file=sys.stderr)
-            return 2 if isinstance(error, ValueError | LookupError) else 1
-        except KeyboardInterrupt:
-            print("edit-ray: interrupted", file=sys.stderr)
-            return 130
-
-
 class _Escaping:
     """A stream that prints every unprintable character except the newline as its escape sequence."""
 
@@ -64,6 +49,21 @@ def escaping() -> Iterator[None]:
     """Escapes control characters in stdout and stderr: prompts, manifests and errors come from others."""
     with contextlib.redirect_stdout(_Escaping(sys.stdout)), contextlib.redirect_stderr(_Escaping(sys.stderr)):
         yield
+
+
+@escaping()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    options = parser().parse_args(arguments)
+    try:
+        command: Command = options.command
+        return command(options)
+    except EditRayError as error:
+        print(f"edit-ray: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError | LookupError) else 1
+    except KeyboardInterrupt:
+        print("edit-ray: interrupted", file=sys.stderr)
+        return 130
 
 
 class _Parser(argparse.ArgumentParser):
