@@ -126,9 +126,7 @@ class CacheStoreActor:
         try:
             tiers.complete(run_id, segment, attempt, holder, store)
         except OSError as error:
-            if (
-                error.filename is not None and self._made_for is not None
-            ):  # the configured folder is the same for every run
+            if error.filename is not None and self._made_for is not None:  # the user knows the configured folder
                 error.filename, error.filename2 = str(self._made_for[1]), None
             raise
         return tiers.statistics()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import edit_ray
-from edit_ray.cli import delete_runs, follow_run, inspect_run, model_commands, plan_reuse, run_commands, setup_commands
+from edit_ray.cli import follow_run, inspect_run, model_commands, plan_reuse, run_commands, setup_commands
 from edit_ray.config.mistakes import printable
 from edit_ray.errors import EditRayError
 
@@ -146,8 +146,8 @@ def _add_runs(commands: _Commands) -> None:
 
 def _add_removal(commands: _Commands) -> None:
     ended = ["done", "failed", "cancelled"]
-    deleted = commands.add("delete", delete_runs.delete, "delete an inactive run", run_id=True, force=_FORCE)
-    pruned = commands.add("prune", delete_runs.prune, "delete your own runs that have not changed for some time")
+    deleted = commands.add("delete", run_commands.delete, "delete an inactive run", run_id=True, force=_FORCE)
+    pruned = commands.add("prune", run_commands.prune, "delete your own runs that have not changed for some time")
     pruned.add_argument("--older-than", required=True, metavar="AGE", help="time since the last change: 30d, 12h")
     pruned.add_argument(
         "--state", nargs="+", choices=[*ended, "open"], default=ended, help="(default: every state of an ended run)"

@@ -43,7 +43,7 @@ class MediaPlaylist:
     longest: int
     sliding: bool = False
 
-    def text(self, parts: Iterable[Part], *, first: int = 0, ended: bool = False) -> str:
+    def text(self, parts: Iterable[Part], *, first: int = 0) -> str:
         """The playlist of `parts`, the first of which is fragment number `first` of the video."""
         target_s = math.ceil(self.longest / self.fps)
         lines = [
@@ -51,7 +51,7 @@ class MediaPlaylist:
             *([] if self.sliding else ["#EXT-X-PLAYLIST-TYPE:EVENT"]),
             *("#EXT-X-INDEPENDENT-SEGMENTS", '#EXT-X-MAP:URI="init.mp4"'),
         ]
-        return "\n".join(lines) + "\n" + "".join(map(self.lines_of, parts)) + (ENDLIST if ended else "")
+        return "\n".join(lines) + "\n" + "".join(map(self.lines_of, parts))
 
     def lines_of(self, part: Part) -> str:
         """The lines that list one fragment; its path is relative to the playlist."""
