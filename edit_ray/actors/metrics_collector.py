@@ -15,8 +15,7 @@ from edit_ray.actors.watchdog import best_effort
 from edit_ray.errors import RunCancelled, StaleWork
 from edit_ray.metrics.catalog import Role
 from edit_ray.metrics.collect import ActorMetrics, MetricValues, RunMetrics, Snapshot, Standing
-from edit_ray.metrics.exporter import Exporter, remove_targets, write_targets
-from edit_ray.metrics.options import MetricsOptions
+from edit_ray.metrics.exporter import Exporter, MetricsOptions, remove_targets, write_targets
 from edit_ray.runs.events import RunState, Work
 
 POLL_S = 1.0

@@ -212,7 +212,7 @@ class Stages:
         gone += [spec.folder.record(index, spec.segment(index).take) for index in media]
         gone += [spec.latents(index) for index in range(max(first, before.latents_from), after.latents_from)]
         await run.on_disk(spec.folder.remove, gone)
-        await run.on_disk(run.file.forget_statistics, media.start, media.stop)
+        await run.on_disk(run.manifest.segments.forget_statistics, media.start, media.stop)
         run.removed = after
 
     async def _finalize(self, run: LiveRun, work: Work) -> None:

@@ -96,10 +96,6 @@ class ManifestFile:
                 return self.manifest
         raise RunLocked(f"{self.path} is being written by other processes; this one leaves the run alone")
 
-    def forget_statistics(self, first: int, before: int) -> None:
-        """Frees the statistics of segments `first` to `before` - 1, which only the file has from then on."""
-        self.manifest.segments.forget_statistics(first, before)
-
     def close(self) -> None:
         """Releases the lock: another process may work on the run."""
         files.disk.close(self._descriptor)

@@ -85,25 +85,6 @@ def test_ray_job_submit_with_a_working_dir(ray_head, config, model, tmp_path, ru
     assert f"'{manifest_of(tmp_path / run_id).begun.job}'" in done.stdout, "the submission is recorded"
 
 
-def test_a_bad_configuration_fails_the_job_with_its_sentences(start_job, config):
-    job = start_job("--config", str(config(more="cachee: {}\n")), "--set", "sampling.height=65")
-    said, _ = job.communicate(timeout=60)
-    assert job.returncode == 2, said
-    assert "cachee" in said, "every mistake is named"
-    assert "sampling.height" in said
-    assert "Traceback" not in said
-
-
-def test_a_run_id_is_used_once(start_job, config, tmp_path, run_id):
-    (tmp_path / "taken").mkdir()
-    job = start_job("--config", str(config()), "--output", str(tmp_path), "--run-id", "taken")
-    said, _ = job.communicate(timeout=60)
-    assert job.returncode == 2, said
-    assert "error: run id 'taken' is taken" in said
-    assert "Traceback" not in said
-    assert list((tmp_path / "taken").iterdir()) == []
-
-
 def test_sigterm_stops_the_run_and_the_driver_within_two_seconds(start_job, config, tmp_path, run_id):
     path = config(steps=400)
     job = start_job("--config", str(path), "--output", str(tmp_path), "--run-id", run_id)

@@ -14,8 +14,7 @@ from edit_ray.client import LongVideoClient
 from edit_ray.errors import ConfigError, ResourcesUnavailable, StaleWork
 from edit_ray.metrics.collect import MetricValues, RunMetrics
 from edit_ray.runs.folder import RunFolder
-from tests.unit.test_actors import Pool, config_for
-from tests.unit.test_actors_recovery import end_of, submit
+from tests.runs_here import Pool, config_for, done, end_of, submit
 from tests.unit.test_run_metrics import Segment
 
 
@@ -136,4 +135,4 @@ async def test_a_question_for_a_far_segment_takes_only_what_is_there(start, tmp_
     assert (status.state, status.committed) == ("paused", 1)
     reply = await scheduler.wait_segment("one", 3, 60)  # who waits for the last one takes those before it
     assert reply.record is not None
-    assert (await end_of(scheduler, "one")).state == "done"
+    await done(scheduler, "one")

@@ -23,13 +23,6 @@ def histories(draw):
     return snapshots
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
 @given(histories())
 def test_each_thing_is_counted_once(snapshots):
     values = MetricValues()
@@ -43,8 +36,8 @@ def test_each_thing_is_counted_once(snapshots):
     assert values.value("edit_ray_actor_restarts_total", actor="denoiser") == restarts
 
 
-def test_gauges_are_those_of_the_newest_snapshot():
-    held, clock = series("edit_ray_tier_bytes", tier="host"), Clock()
+def test_gauges_are_those_of_the_newest_snapshot(clock):
+    held = series("edit_ray_tier_bytes", tier="host")
     actors = ActorMetrics(MetricValues(), clock)
     for clock.now, (incarnation, value) in enumerate([("1", 20), ("1", 10), ("2", 30)]):
         actors.take("cache_store", 0, Snapshot(incarnation, {}, {held: value}))

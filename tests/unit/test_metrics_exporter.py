@@ -14,23 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from edit_ray.errors import ConfigError
 from edit_ray.metrics.catalog import CATALOG
 from edit_ray.metrics.collect import STALE_S, ActorMetrics, MetricValues, Snapshot, series
-from edit_ray.metrics.exporter import Exporter, write_targets
-from edit_ray.metrics.options import MetricsOptions
+from edit_ray.metrics.exporter import Exporter, MetricsOptions, write_targets
 from tests.prometheus import need, samples_of
 
 TOKEN = "a token of many characters"
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
 
 
 @pytest.fixture

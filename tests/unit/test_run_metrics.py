@@ -16,18 +16,6 @@ class Segment:
     statistics: dict = field(default_factory=dict)
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
 @pytest.fixture
 def totals():
     return MetricValues()
