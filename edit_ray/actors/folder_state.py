@@ -93,10 +93,7 @@ def last_worker(spec: RunSpec) -> int | None:
 
 
 def can_be_made(spec: RunSpec, segment_index: int) -> bool:
-    """Whether the latents exist that a segment continues and from which its decoder's state is rebuilt.
-
-    Raises ModelError.
-    """
+    """Whether the latents exist that a segment continues and its decoder looks back at. Raises ModelError."""
     if spec.config.output.keep_segments is None or not spec.layout.history_latents:
         return True
     needed = spec.layout.history_latents + read_model_info(spec.config.model.path).lookback_latents

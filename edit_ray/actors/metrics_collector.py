@@ -25,10 +25,7 @@ Live = Callable[[], Iterable[tuple[LiveRun, RunState]]]
 
 
 class MetricsCollector:
-    """Counts what the segment scheduler does. All in the event loop, except for scrapes.
-
-    Only `serve` raises: no count may fail a run.
-    """
+    """Counts what the segment scheduler does, in its event loop. Only `serve` raises: no count may fail a run."""
 
     def __init__(self, pool: ActorPool, live: Live, waiting: Callable[[], int]) -> None:
         self._pool, self._live, self._waiting = pool, live, waiting

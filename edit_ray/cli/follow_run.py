@@ -26,10 +26,7 @@ _Found = TypeVar("_Found")
 
 
 def wait_for_run(read: Callable[[], _Found], wait_s: float) -> _Found:
-    """The result of `read`, retried for `wait_s` seconds while no such run exists: a job takes time to create it.
-
-    Raises UnknownRun.
-    """
+    """The result of `read`, retried while there is no such run yet. Raises UnknownRun after `wait_s` seconds."""
     deadline, warned = time.monotonic() + wait_s, False
     while True:
         try:

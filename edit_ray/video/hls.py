@@ -131,10 +131,7 @@ class StreamFiles:
         self._write_playlist()
 
     def append(self, part: Part) -> None:
-        """Adds the segment that follows; the last one again changes nothing.
-
-        Raises ValueError if its first frame is not the next one.
-        """
+        """Adds the segment that follows; the last one again changes nothing. Raises ValueError for any other."""
         if part in self._parts[-1:]:
             return
         end = self._parts[-1].first_frame + self._parts[-1].num_frames if self._parts else part.first_frame
