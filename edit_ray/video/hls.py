@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +104,7 @@ class StreamFiles:
     """
 
     def __init__(self, folder: Path, *, fps: float, longest: int, keep: int | None = None) -> None:
-        self.part_written: Callable[[], None] = lambda: None  # called after each segment that a long copy writes
+        self.copied = 0  # segments, by long copies of many: it shows that one makes progress
         self._folder = folder
         self._keep = keep
         self._playlist = MediaPlaylist(fps, longest, sliding=keep is not None)
@@ -197,7 +197,7 @@ class StreamFiles:
         with files.replacing(path) as stream:
             for name in ("init.mp4", *(part.path for part in self._parts)):
                 stream.write(files.read_bytes(self._folder / name))
-                self.part_written()
+                self.copied += 1
         self._bytes = stream.size
 
     def _write_playlist(self, ending: str = "") -> None:

@@ -80,8 +80,7 @@ async def test_without_a_cache_every_step_counts_as_computed(finish, tmp_path, m
 
 
 async def test_a_segment_scheduler_that_is_started_again_has_the_same_counts(start, tmp_path, model):
-    pool = Dying(9)
-    first = start(pool)
+    first = start(pool := Dying(9))
     await submit(first, tmp_path, "one", config_for(model, **REUSE))
     await pool.now.wait()
     await die(first)

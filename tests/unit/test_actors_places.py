@@ -52,8 +52,7 @@ async def until(scheduler, run_id, there):
 
 @pytest.mark.parametrize("tells", [True, False])
 async def test_runs_beyond_what_the_cluster_holds_wait_and_say_why(start, tmp_path, model, tells):
-    pool = Small(1, tells)
-    scheduler = start(pool)
+    scheduler = start(Small(1, tells))
     for name in ("one", "two"):
         await submit(scheduler, tmp_path, name, config_for(model, **SHORT, **MANY), name)
     waits = await until(scheduler, "two", lambda status: status.state == "queued" and status.warning)
@@ -67,8 +66,7 @@ async def test_runs_beyond_what_the_cluster_holds_wait_and_say_why(start, tmp_pa
 
 
 async def test_a_run_goes_on_as_soon_as_a_node_comes(start, tmp_path, model):
-    pool = Small(1, tells=True)
-    scheduler = start(pool)
+    scheduler = start(pool := Small(1, tells=True))
     await submit(scheduler, tmp_path, "endless", config_for(model, **FOREVER), "endless")
     await submit(scheduler, tmp_path, "two", config_for(model, **SHORT, **MANY), "two")
     assert (await scheduler.status("two")).state == "queued"
@@ -79,8 +77,7 @@ async def test_a_run_goes_on_as_soon_as_a_node_comes(start, tmp_path, model):
 
 
 async def test_a_run_whose_gpu_actor_has_lost_its_place_is_resumed_on_another(start, tmp_path, model):
-    pool = Small(2)
-    scheduler = start(pool)
+    scheduler = start(pool := Small(2))
     await submit(scheduler, tmp_path, "endless", config_for(model, **FOREVER), "endless")
     await submit(scheduler, tmp_path, "two", config_for(model, **SHORT, **MANY), "two")
     await until(scheduler, "two", lambda status: status.state == "running")
@@ -103,8 +100,7 @@ async def test_a_node_that_is_lost_at_work_hands_its_run_over_to_another(start, 
                 raise ActorGone("the node is lost")
             return await super().denoiser(worker, method, *arguments)
 
-    pool = Shrinking(2)
-    scheduler = start(pool)
+    scheduler = start(Shrinking(2))
     await submit(scheduler, tmp_path, "endless", config_for(model, **FOREVER), "endless")
     await submit(scheduler, tmp_path, "two", config_for(model, **SHORT, **MANY), "two")
     waits = await until(scheduler, "two", lambda status: status.state == "queued" and status.warning)

@@ -72,8 +72,7 @@ class Slow(Dying):
 
 
 async def test_a_recovery_that_dies_half_way_forgets_no_run(start, tmp_path, model, whole):
-    pool = Slow(4)
-    first = start(pool)
+    first = start(pool := Slow(4))
     for run_id in ("one", "two"):
         await submit(first, tmp_path, run_id, config_for(model))
     await pool.now.wait()
@@ -93,8 +92,7 @@ async def test_a_recovery_that_dies_half_way_forgets_no_run(start, tmp_path, mod
 
 
 async def test_a_submission_that_is_asked_for_again_is_the_same_run(start, tmp_path, model):
-    pool = LocalPool()
-    first = start(pool)
+    first = start(pool := LocalPool())
     await submit(first, tmp_path, "one", config_for(model))
     await submit(first, tmp_path, "one", config_for(model))
     await die(first)
@@ -125,8 +123,7 @@ async def test_a_run_goes_on_from_its_folder_alone(start, tmp_path, model, whole
 
 async def test_a_run_goes_on_beside_the_residuals_that_it_has_left(start, tmp_path, model, whole):
     """It was on the second GPU actor, and comes to the second one again, though the first is free."""
-    pool = LocalPool()
-    first = start(pool)
+    first = start(pool := LocalPool())
     engine = {"engine": {"cpu_threads": 1, "gpu_actors": 2}}
     for run_id, changes in (("other", {}), ("reuse", REUSE)):
         await submit(first, tmp_path, run_id, config_for(model, **changes, **engine))

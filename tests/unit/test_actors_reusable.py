@@ -119,8 +119,7 @@ async def test_runs_of_one_name_in_two_folders_do_not_read_each_others_residuals
         (tmp_path / name).mkdir()
         await half(name, seed)
     for name in runs:
-        pool = LocalPool()
-        scheduler = start(pool)
+        scheduler = start(pool := LocalPool())
         await scheduler.resume("one", str(tmp_path / name), False)
         await done(scheduler, "one")
         await pool.end()
@@ -149,8 +148,7 @@ async def test_a_gpu_actor_that_comes_back_on_other_hardware_is_noticed(start, t
         if dies == "at work":
             raise ConnectionError("the node is lost")
 
-    pool = Nodes("an abacus", strikes={("denoise_segment", 2): come_back})
-    scheduler = start(pool)
+    scheduler = start(Nodes("an abacus", strikes={("denoise_segment", 2): come_back}))
     await submit(scheduler, tmp_path, "one", config_of(model, 4, window=3))
     failed = await end_of(scheduler, "one")
     with pytest.raises(HardwareDiffers, match="device was 'an abacus' and is 'a sundial'"):
@@ -170,8 +168,7 @@ async def test_a_gpu_actor_that_comes_back_on_other_hardware_is_noticed(start, t
 
 async def test_each_run_is_on_the_hardware_that_its_manifest_names(start, tmp_path, model):
     """Two GPU actors of two kinds: a run that goes on is compared with the one that it comes to."""
-    pool = Nodes("an abacus", "a sundial")
-    scheduler = start(pool)
+    scheduler = start(Nodes("an abacus", "a sundial"))
     config = config_of(model, 3, engine={"gpu_actors": 2})
     for run_id in ("one", "two"):
         await submit(scheduler, tmp_path, run_id, config)

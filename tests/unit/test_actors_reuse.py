@@ -232,8 +232,7 @@ async def test_entries_of_runs_that_have_ended_go_and_those_of_runs_that_have_no
     stays = {leave("killed"), leave("killed", plan=3)}
     left.close()
 
-    pool = Pool()
-    scheduler = start(pool)
+    scheduler = start(pool := Pool())
     await submit(scheduler, tmp_path, "one", config_for(model), "")
     await scheduler.wait_segment("one", 0, 60)
     found = {key[0] for key in pool.workers[0].store._tiers.disk.files.entries()}

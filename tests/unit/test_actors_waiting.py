@@ -239,8 +239,7 @@ class Forgetful(Dying):
 
 
 async def test_a_key_value_store_that_is_away_keeps_no_run_from_its_end(start, tmp_path, model):
-    pool = Forgetful(1)
-    scheduler = start(pool)
+    scheduler = start(pool := Forgetful(1))
     await submit(scheduler, tmp_path, "one", config_for(model, **SHORT))
     await pool.now.wait()
     pool.away = True
@@ -264,8 +263,7 @@ async def test_actors_that_take_long_to_start_hold_no_thread_that_a_run_needs(st
 
     asked, over = threading.Semaphore(0), threading.Event()
     monkeypatch.setattr("edit_ray.actors.launch.placement_group_table", never)
-    pool = Dying(0)
-    scheduler = start(pool)
+    scheduler = start()
     config = config_for(model)
     config = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
     spec = RunSpec("waiting", tmp_path, config, 3)
