@@ -278,7 +278,13 @@ class LongVideoClient:
                     raise failed.cause from None
                 raise
             except ray.exceptions.RayActorError:
-                deadline, called = _pause(deadline), True
+                called, deadline = True, deadline or time.monotonic() + launch.RESTART_TIMEOUT_S
+                if time.monotonic() > deadline:
+                    raise ResourcesUnavailable(
+                        f"the segment scheduler was not back within {launch.RESTART_TIMEOUT_S:g} s; what is committed "
+                        "is safe: look at the Ray cluster, then go on with `edit-ray resume RUN`"
+                    ) from None
+                time.sleep(RETRY_S)
         which = f"run {arguments[0]!r}" if arguments else "no run"
         raise UnknownRun(f"{which} is not running: no segment scheduler lives in this Ray")
 
@@ -334,15 +340,3 @@ class SegmentStream(Iterator[Segment], AsyncIterator[Segment]):
             ) from None
         plan = (record.index, record.prompt, record.seed, record.first_frame, record.num_frames)
         return Segment(*plan, status.fps, path, dict(record.statistics), frames, latents)
-
-
-def _pause(deadline: float | None) -> float:
-    """Wait before the next call to a segment scheduler that is being restarted; returns the deadline of the calls."""
-    deadline = time.monotonic() + launch.RESTART_TIMEOUT_S if deadline is None else deadline
-    if time.monotonic() > deadline:
-        raise ResourcesUnavailable(
-            f"the segment scheduler was not back within {launch.RESTART_TIMEOUT_S:g} s; what is committed is safe: "
-            "look at the Ray cluster, then go on with `edit-ray resume RUN`"
-        ) from None
-    time.sleep(RETRY_S)
-    return deadline

@@ -7,9 +7,9 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -165,17 +165,18 @@ class CacheStoreActor:
         with self._lock:
             self._close()
 
-    def _folders(self, directory: Path) -> Iterator[Path]:
-        """The folders that this actor's disk tier may have on this node. It takes the first that no store has open."""
+    def _disk_tier(self, directory: Path, allow_tmpfs: bool) -> DiskTier:
+        """In this actor's folder on this node, or in the first below it that no other store has open."""
         here = on_this_node(directory)
         own = here / f"worker-{self._worker}" if self._worker else here
-        yield own
-        for number in count(1):
-            yield own / f"other-{number}"
+        folders = chain([own], (own / f"other-{number}" for number in count(1)))
+        while True:
+            with suppress(FolderTaken):
+                return DiskTier(next(folders), allow_tmpfs=allow_tmpfs)
 
     def _make(self, options: StoreOptions, directory: Path, slots: Mapping[int, int]) -> TierService:
         try:
-            disk = _first_free(self._folders(directory), options.allow_tmpfs)
+            disk = self._disk_tier(directory, options.allow_tmpfs)
         except FolderUnusable as error:
             raise ConfigError([f"store.directory is {str(directory)!r}, {error.why}"]) from None
         except ValueError as error:  # of `on_this_node`
@@ -222,13 +223,6 @@ class CacheStoreActor:
         self._runs.clear()
         if tiers is not None:
             tiers.close()
-
-
-def _first_free(folders: Iterator[Path], allow_tmpfs: bool) -> DiskTier:
-    """A disk tier in the first folder that no other store has open, such as one of another cluster."""
-    while True:
-        with suppress(FolderTaken):
-            return DiskTier(next(folders), allow_tmpfs=allow_tmpfs)
 
 
 def _cleaned(folder: Path, unwanted: Callable[[str], bool]) -> bool:

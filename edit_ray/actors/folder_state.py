@@ -30,7 +30,6 @@ Change = Callable[[Manifest, RunSpec], Extended | Rerolled]
 Damage = Mapping[Path, tuple[int, str]]
 """Each damaged file with the first segment that needs it, and what is wrong with it."""
 
-_CHUNK = 4 << 20
 _NAMED = 3  # files that a refusal names
 _ENDLESS = 100  # segments that must fit on the disk for a run without an end
 _SAID = {"config": "run.yaml was edited", "model": "the model's files are others than those it was begun with"}
@@ -192,15 +191,9 @@ def _is_joined(path: Path, parts: Sequence[Path]) -> bool:
     """Whether a file holds the bytes of the parts, one after the other."""
     try:
         with path.open("rb") as whole:
-            chunks = (chunk for part in parts for chunk in _chunks(part))
-            return all(whole.read(len(chunk)) == chunk for chunk in chunks) and not whole.read(1)
+            return all(whole.read(len(data)) == data for data in map(Path.read_bytes, parts)) and not whole.read(1)
     except OSError:
         return False
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        yield from iter(lambda: file.read(_CHUNK), b"")
 
 
 def _wrong_of(
