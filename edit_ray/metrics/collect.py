@@ -65,12 +65,6 @@ class MetricValues:
             for of, amount in increments.items():
                 self._counts[of] = self._counts.get(of, 0) + amount
 
-    def value(self, name: str, part: str = "", **labels: str) -> float:
-        """The value of a series, 0 if it has none."""
-        of = series(name, part, **labels)
-        with self._lock:
-            return self._gauges.get(of, self._counts.get(of, 0))
-
     def snapshot(self, incarnation: str) -> Snapshot:
         """All values at one moment."""
         with self._lock:

@@ -8,6 +8,7 @@ from edit_ray.engine.loading import second_gpu
 from edit_ray.engine.options import ModelOptions
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.metrics.collect import MetricValues
+from tests.prometheus import value_of
 
 MIB = 2**20
 
@@ -15,7 +16,9 @@ MIB = 2**20
 def shown():
     totals = MetricValues()
     show_memory(totals, torch.device("cuda"))
-    return {kind: totals.value("edit_ray_gpu_memory_bytes", kind=kind) for kind in ("allocated", "reserved", "total")}
+    return {
+        kind: value_of(totals, "edit_ray_gpu_memory_bytes", kind=kind) for kind in ("allocated", "reserved", "total")
+    }
 
 
 def test_what_is_held_is_shown():

@@ -14,6 +14,7 @@ from edit_ray.client import LongVideoClient
 from edit_ray.errors import ConfigError, ResourcesUnavailable, StaleWork
 from edit_ray.metrics.collect import MetricValues, RunMetrics
 from edit_ray.runs.folder import RunFolder
+from tests.prometheus import value_of
 from tests.runs_here import Pool, config_for, done, end_of, submit
 from tests.unit.test_run_metrics import Segment
 
@@ -93,7 +94,7 @@ def test_no_statistic_of_a_manifest_fails_the_metrics(bad):
         runs = RunMetrics(totals)
         runs.opened("a", "none", 0)
         runs.committed("a", [Segment(0, 8, {key: bad}), Segment(1, 8, {key: 2.0})])
-        assert totals.value("edit_ray_segments_total") == 2
+        assert value_of(totals, "edit_ray_segments_total") == 2
         assert all(math.isfinite(value) for value in totals.snapshot("").counts.values())
 
 

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edit_ray.metrics.collect import SUM, ActorMetrics, MetricValues, Snapshot, series
+from tests.prometheus import value_of
 
 FRAMES = series("edit_ray_frames_total")
 READ = series("edit_ray_reuse_bytes_total", direction="read")
@@ -30,10 +31,10 @@ def test_each_thing_is_counted_once(snapshots):
     for actor, snapshot in snapshots:
         actors.take("denoiser", actor, snapshot)
         latest[actor, snapshot.incarnation] = snapshot.counts
-        assert values.value("edit_ray_frames_total") == sum(counts[FRAMES] for counts in latest.values())
-    assert values.value("edit_ray_reuse_bytes_total", direction="read") == sum(of[READ] for of in latest.values())
+        assert value_of(values, "edit_ray_frames_total") == sum(counts[FRAMES] for counts in latest.values())
+    assert value_of(values, "edit_ray_reuse_bytes_total", direction="read") == sum(of[READ] for of in latest.values())
     restarts = len(latest) - len({actor for actor, _ in latest})
-    assert values.value("edit_ray_actor_restarts_total", actor="denoiser") == restarts
+    assert value_of(values, "edit_ray_actor_restarts_total", actor="denoiser") == restarts
 
 
 def test_gauges_are_those_of_the_newest_snapshot(clock):
@@ -52,14 +53,14 @@ def test_a_histogram_adds_up():
         values.observe("edit_ray_step_seconds", value, decision="computed")
     ActorMetrics(other).take("denoiser", 0, values.snapshot("1"))
     for bucket, count in {"0.005": 2, "0.25": 1, "+Inf": 1, "0.01": 0}.items():
-        assert other.value("edit_ray_step_seconds", bucket, decision="computed") == count
-    assert other.value("edit_ray_step_seconds", SUM, decision="computed") == pytest.approx(100.206)
+        assert value_of(other, "edit_ray_step_seconds", bucket, decision="computed") == count
+    assert value_of(other, "edit_ray_step_seconds", SUM, decision="computed") == pytest.approx(100.206)
 
 
 def test_an_unknown_value_of_a_label_counts_as_other():
     totals = MetricValues()
     totals.inc("edit_ray_entries_dropped_total", reason="melted")
-    assert totals.value("edit_ray_entries_dropped_total", reason="other") == 1
+    assert value_of(totals, "edit_ray_entries_dropped_total", reason="other") == 1
 
 
 def test_counters_do_not_go_back():
