@@ -15,7 +15,7 @@ REUSE = {"cache": WARM, "store": {"host_bytes": 4 * 4096, "allow_tmpfs": True}}
 PLAIN_AND_REUSE = {"plain": {}, "reuse": REUSE}
 
 
-def config_for(model, **changes):
+def config_for(model, /, **changes):
     values = {
         "model": {"path": str(model)},
         "sampling": {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 3, "seed": 5},
