@@ -13,6 +13,8 @@ from pathlib import Path
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from edit_ray.metrics.collect import series
+from edit_ray.metrics.exporter import TARGETS
 from jobs.demo import free_port
 from monitoring.rules import rules_yaml, span
 from tests.unit.chromium import require
@@ -35,6 +37,19 @@ def samples_of(page):
         for sample in family.samples
     }
     return lambda name, **labels: found.get((name, *sorted(labels.items())))
+
+
+def value_of(values, name, part="", **labels):
+    """A series among a process's own values, 0 if it has none."""
+    known, of = values.snapshot(""), series(name, part, **labels)
+    return known.gauges.get(of, known.counts.get(of, 0))
+
+
+def page_of(root):
+    """What the exporter serves that is named in a folder of runs."""
+    (target,) = json.loads((root / TARGETS).read_text())[0]["targets"]
+    with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+        return answer.read()
 
 
 class Prometheus:

@@ -64,10 +64,18 @@ def start():
         asyncio.run(pool.end())
 
 
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """Gives the folder of the run of a configuration to which nothing has happened."""
+    from tests.runs_here import Whole
+
+    return Whole(tmp_path_factory.mktemp("whole"))
+
+
 @pytest.fixture
 def finish(start, tmp_path):
     """Makes a run of the segment scheduler's class from its submission to its end; returns its status."""
-    from tests.unit.test_actors_recovery import end_of, submit
+    from tests.runs_here import end_of, submit
 
     async def finish(config, run_id="one", pool=None, root=tmp_path):
         scheduler = start(pool)
@@ -75,3 +83,16 @@ def finish(start, tmp_path):
         return await end_of(scheduler, run_id)
 
     return finish
+
+
+@pytest.fixture
+def clock():
+    """A clock that shows the `now` to which a test sets it."""
+
+    class Clock:
+        now = 0.0
+
+        def __call__(self):
+            return self.now
+
+    return Clock()
