@@ -28,23 +28,19 @@ def prompts(config: Config) -> tuple[str, ...]:
 
 def check_written(config: Config, folder: Path) -> None:
     """It is read back equal from JSON, and from YAML with and without its empty options."""
-    assert Config.model_validate(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+    read = [Config.model_validate(json.loads(json.dumps(config.model_dump(mode="json"))))]
     for empty in (False, True):
         text = dump_yaml(config, empty=empty)
         assert ("directory: null" in text) == empty
         (folder / "run.yaml").write_text(text, encoding="utf-8")
-        assert load_config(folder / "run.yaml", check_model=False) == config
+        read.append(load_config(folder / "run.yaml", check_model=False))
+    assert all((again, again.cache.policy_options) == (config, config.cache.policy_options) for again in read)
 
 
 def test_shipped_configurations_load_and_survive_writing(tmp_path: Path) -> None:
     assert {path.stem for path in SHIPPED} == {"tiny", "wan21_t2v_1_3b", "wan21_t2v_14b"}
     for path in SHIPPED:
         check_written(load_config(path, check_model=False), tmp_path)
-
-
-def test_a_start_of_0_needs_no_unit() -> None:
-    (scene,) = config_of({"start": 0, "prompt": "a"}).prompt_segments
-    assert (scene.start, type(scene.start)) == (0.0, float)
 
 
 def test_the_default_video_is_what_the_readme_promises() -> None:
@@ -60,9 +56,11 @@ def test_the_default_video_is_what_the_readme_promises() -> None:
 
 def test_prompts_hold_from_the_segment_that_contains_their_start() -> None:
     # 33 frames a segment at 16 fps: segment 1 is from 2.0625 s to 4.125 s.
-    first, last = {"start": "0s", "prompt": "a"}, {"segment": 3, "prompt": "c"}
-    for start in ("2.1s", "4.1s"):
-        assert prompts(config_of(first, {"start": start, "prompt": "b"}, last)) == ("a", "b", "b", "c")
+    for zero, start in ((0, "2.1s"), ("0s", "4.1s")):  # 0 needs no unit
+        first, last = {"start": zero, "prompt": "a"}, {"segment": 3, "prompt": "c"}
+        config = config_of(first, {"start": start, "prompt": "b"}, last)
+        assert prompts(config) == ("a", "b", "b", "c")
+        assert type(config.prompt_segments[0].start) is float
 
 
 def test_a_storyboard_changes_more_than_the_prompt() -> None:
@@ -86,32 +84,6 @@ def test_an_endless_video_has_no_number_of_segments_and_survives_writing(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"video": {}}, "neither num_segments nor duration"),
-        ({"video": {"num_segments": None}, "cache": {"policy": "warmstart_reuse", "reuse_window": 1}}, "the window 0"),
-        ({"engine": {"cfg_parallel": True}, "model": {"device": "cpu"}}, "needs two GPUs"),
-        (
-            {"engine": {"cfg_parallel": True}, "cache": {"policy": "warmstart_reuse", "reuse_window": 1}},
-            "with two GPUs it must be 0",
-        ),
-        (
-            {
-                "cache": {"policy": "warmstart_reuse", "reuse_window": 1},
-                "prompt_segments": [{"segment": 0, "prompt": "a", "guidance_scale": 1.0}],
-            },
-            "both must be above 1 or neither",
-        ),
-    ],
-)
-def test_what_cannot_be_together_is_refused(change: dict[str, object], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        Config.model_validate(
-            {"video": {"num_segments": 4}, "prompt_segments": [{"segment": 0, "prompt": "a"}]} | change
-        )
-
-
-@pytest.mark.parametrize(
     ("continuity", "duration", "segments", "frames"),
     [
         ({"mode": "none"}, "2.0625s", 1, 33),
@@ -130,17 +102,15 @@ def test_a_duration_is_covered(continuity: dict[str, object], duration: str, seg
 
 def test_segments_that_reuse_residuals_alone_are_clips_of_their_own() -> None:
     cache = {"policy": "warmstart_reuse", "reuse_window": 2, "inner": "always"}
-    config = config_of(
-        {"segment": 0, "prompt": "a"}, video={"num_segments": 3}, continuity={"mode": "warm_start"}, cache=cache
-    )
-    assert config.num_frames_total == 3 * 33
+    config = config_of({"segment": 0, "prompt": "a"}, continuity={"mode": "warm_start"}, cache=cache)
+    assert config.num_frames_total == 4 * 33
     assert not config.layout.denoise_needs_frames
 
 
 @pytest.mark.parametrize(("source", "needs"), [("hybrid", True), ("reencode", True), ("latent", False)])
 def test_what_is_encoded_anew_must_be_decoded_first(source: str, needs: bool) -> None:
     continuity = {"mode": "overlap", "overlap_source": source}
-    config = config_of({"segment": 0, "prompt": "a"}, video={"num_segments": 3}, continuity=continuity)
+    config = config_of({"segment": 0, "prompt": "a"}, continuity=continuity)
     assert config.layout.denoise_needs_frames == needs
 
 
@@ -152,21 +122,9 @@ def test_sections_can_be_given_as_objects_and_are_frozen() -> None:
         config.sampling.seed = 3
 
 
-@pytest.mark.parametrize(
-    ("given", "count"),
-    [
-        (5, 5),
-        ("256MiB", 2**28),
-        ("1GiB", 2**30),
-        ("1e6", 10**6),
-        (1e6, 10**6),
-        ("1.5kB", 1500),
-        ("0", 0),
-        ("1 GB", 10**9),
-    ],
-)
-def test_bytes_are_read_with_their_units(given: object, count: int) -> None:
-    assert StoreOptions.model_validate({"host_bytes": given}).host_bytes == count
+def test_bytes_are_read_with_their_units() -> None:
+    read = {5: 5, 1e6: 10**6, "0": 0, "1e6": 10**6, "1.5kB": 1500, "1 GB": 10**9, "256MiB": 2**28, "1GiB": 2**30}
+    assert {given: StoreOptions.model_validate({"host_bytes": given}).host_bytes for given in read} == read
 
 
 @pytest.mark.parametrize("given", ["", "MiB", "-1", "1XB", "0.3B", "1e99", "1TiBs", True, None, 0.5, -1, 2**60])
@@ -175,11 +133,9 @@ def test_what_is_no_number_of_bytes_is_refused(given: object) -> None:
         StoreOptions.model_validate({"host_bytes": given})
 
 
-@pytest.mark.parametrize(
-    ("given", "seconds"), [("6.5s", 6.5), ("2m", 120), ("1m30s", 90), ("1h", 3600), ("0s", 0), (" 3s ", 3)]
-)
-def test_durations_are_read_with_their_units(given: str, seconds: float) -> None:
-    assert parse_duration(given) == seconds
+def test_durations_are_read_with_their_units() -> None:
+    read = {"6.5s": 6.5, "2m": 120, "1m30s": 90, "1h": 3600, "0s": 0, " 3s ": 3}
+    assert {given: parse_duration(given) for given in read} == read
 
 
 @pytest.mark.parametrize("given", ["", "s", "5", "-1s", "1s2m", "1e3s", "8000000000s", "1d", "٣s", "1 s"])
@@ -208,9 +164,8 @@ def test_written_yaml_is_read_back_exactly(data: dict[str, object]) -> None:
 
 def test_plain_scalars_mean_what_they_look_like() -> None:
     values = {"1e6": 1e6, "true": True, "~": None, "": None, "007": 7, "-.5": -0.5}
-    for plain, value in (
-        values | {text: text for text in ("no", "on", "1:30", "0x10", "2026-01-01", "=", "<<")}
-    ).items():
+    values |= {text: text for text in ("no", "on", "1:30", "0x10", "2026-01-01", "=", "<<")}
+    for plain, value in values.items():
         document = parse(f"key: {plain}\n")
         assert document.mistakes == []
         assert document.data == {"key": value}

@@ -33,11 +33,11 @@ def test_the_root_is_absolute_private_and_left_empty(tmp_path: Path, monkeypatch
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert problem_of(str(tmp_path / "file"), {}) == (
-        f"--output is {str(tmp_path / 'file')!r}, a file; it must be a folder that can be written."
-    )
-    assert "below a file" in problem_of(None, {"EDIT_RAY_OUTPUT": str(tmp_path / "file" / "below")})
+    file = tmp_path / "file"
+    file.touch()
+    said = f"--output is {str(file)!r}, a file; it must be a folder that can be written."
+    assert problem_of(str(file), {}) == said
+    assert "below a file" in problem_of(None, {"EDIT_RAY_OUTPUT": str(file / "below")})
 
 
 @pytest.mark.parametrize("option", ["/proc/edit_ray", "/sys/edit_ray", "/dev/null/x", "", "  ", "nul\0l", "x" * 300])
