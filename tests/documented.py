@@ -31,7 +31,7 @@ BLOCKS = {
     ),
     ("docs/caching.md", "toml"): ("tests/docs/test_docs.py::test_the_entry_point_is_the_one_that_is_looked_up",),
     ("docs/conditioning.md", "python"): ("tests/docs/test_docs.py::test_the_code_of_the_page_on_conditions_runs",),
-    ("docs/long-video.md", "python"): ("tests/docs/test_docs_long_video.py::test_the_code_runs",),
+    ("docs/long-video.md", "python"): ("tests/docs/test_docs.py::test_the_code_of_the_page_on_long_videos_runs",),
     ("docs/tutorial.md", "python"): (TUTORIAL,),
     ("docs/tutorial.md", "toml"): (TUTORIAL,),
     ("docs/sizing.md", "text"): ("tests/docs/test_site.py::test_pages_that_are_made_from_the_code_are_fresh",),
@@ -113,6 +113,16 @@ def blocks(page, *languages):
         for indent, language, code in found
         if not languages or language in languages
     ]
+
+
+def run_code(page, codes, replaced, names=None):
+    """Runs the code of a page one after the other, with some of its text replaced; the names that it leaves."""
+    names = {} if names is None else names
+    for code in codes:
+        for old, new in replaced.items():
+            code = code.replace(old, new)
+        exec(compile(code, f"<{page}>", "exec"), names)
+    return names
 
 
 def commands(page):

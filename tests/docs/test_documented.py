@@ -35,6 +35,7 @@ from tests.documented import (
     commands,
     replaced,
     run_by,
+    run_code,
     runner_of,
 )
 from tests.prometheus import need
@@ -130,8 +131,7 @@ def test_a_dear_command_runs(page, command, tmp_path):
 def test_the_code_of_the_model_card_runs(monkeypatch):
     monkeypatch.chdir(ROOT)
     (block,) = blocks(MODEL_CARD, "python")
-    names = {}
-    exec(compile(block.code, f"<{MODEL_CARD}>", "exec"), names)
+    names = run_code(MODEL_CARD, [block.code], {})
     assert names["video"].shape == (33, 128, 128, 3)
 
 

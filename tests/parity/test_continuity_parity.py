@@ -33,9 +33,9 @@ def new_engine(folder):
     return engine
 
 
-def make(engine, continuity, parts, until, *, decode=True):
+def make(engine, continuity, parts, until, *, decode=True, sampling=SAMPLING, seed=int):
     """Segments from len(parts) on, appended to `parts`; their frames, as the GPU actor makes them."""
-    layout, frames = layout_of(SAMPLING, continuity), []
+    layout, frames = layout_of(sampling, continuity), []
 
     def preceding(count):
         return torch.cat(parts[:index], dim=2)[:, :, -count:]
@@ -43,7 +43,7 @@ def make(engine, continuity, parts, until, *, decode=True):
     for index in range(len(parts), until):
         position = layout.first_latent(index)
         context = engine.context(continuity, "run", position=position, preceding=preceding) if index else {}
-        latents = engine.denoise(SAMPLING, prompt="a red circle", seed=index, **context)
+        latents = engine.denoise(sampling, prompt="a red circle", seed=seed(index), **context)
         parts.append(latents[:, :, position - layout.first_latent(index + 1) :])
         if decode:
             run_id = "run" if continuity.carried_latents else None
