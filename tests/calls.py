@@ -1,5 +1,9 @@
 """What tests call a pipeline with."""
 
+import torch
+
+from edit_ray import EditWanPipeline
+
 TINY = {
     "prompt": "a red circle",
     "height": 32,
@@ -21,3 +25,19 @@ AS_TRAINED = {
     "return_dict": False,
 }
 """A prompt and sizes that the embedded model was trained on."""
+
+
+def quiet(pipe):
+    """The pipeline, without its progress bar."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load(folder, **options):
+    """The quiet `EditWanPipeline` of a folder."""
+    return quiet(EditWanPipeline.from_pretrained(folder, **options))
+
+
+def latents(pipe, seed=0, **call):
+    """The latents of a tiny call."""
+    return pipe(**(TINY | call), generator=torch.Generator().manual_seed(seed))[0]

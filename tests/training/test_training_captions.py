@@ -4,6 +4,7 @@ import random
 
 import torch
 
+from training import scenes
 from training.captions import Named, named, read_caption, thinned, vocabulary, worded, world_captions
 from training.models import CAPTION_TOKENS, build_tokenizer
 from training.world import draw_worlds
@@ -36,9 +37,11 @@ def test_captions_vary_and_leave_out() -> None:
 
 
 def test_captions_stay_inside_the_tokenizer() -> None:
-    texts = world_captions(WORLDS, torch.Generator().manual_seed(4)) + world_captions(WORLDS)
-    tokenizer = build_tokenizer()
-    assert {word.strip(",") for text in texts for word in text.split()} == set(vocabulary())
-    batch = tokenizer(texts, padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt").input_ids
-    assert batch.shape == (len(texts), CAPTION_TOKENS), "none is longer"
-    assert not (batch == tokenizer.unk_token_id).any()
+    draw, tokenizer = torch.Generator().manual_seed(4), build_tokenizer()
+    of_worlds = world_captions(WORLDS, draw) + world_captions(WORLDS)
+    of_scenes = scenes.captions(scenes.draw_scenes(400, draw), draw)
+    for texts, words in ((of_worlds, vocabulary()), (of_scenes, scenes.vocabulary())):
+        assert {word.strip(",") for text in texts for word in text.split()} == set(words)
+        batch = tokenizer(texts, padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt").input_ids
+        assert batch.shape == (len(texts), CAPTION_TOKENS), "none is longer"
+        assert not (batch == tokenizer.unk_token_id).any()
