@@ -1,5 +1,7 @@
 """What tests call a pipeline with."""
 
+from contextlib import contextmanager
+
 import torch
 
 from edit_ray import EditWanPipeline
@@ -21,6 +23,7 @@ AS_TRAINED = {
     "width": 128,
     "num_frames": 33,
     "guidance_scale": 4.0,
+    "max_sequence_length": 512,
     "output_type": "latent",
     "return_dict": False,
 }
@@ -41,3 +44,12 @@ def load(folder, **options):
 def latents(pipe, seed=0, **call):
     """The latents of a tiny call."""
     return pipe(**(TINY | call), generator=torch.Generator().manual_seed(seed))[0]
+
+
+@contextmanager
+def cached(pipe, *arguments, **options):
+    """The cache that a pipeline has for a while."""
+    try:
+        yield pipe.enable_cache(*arguments, **options)
+    finally:
+        pipe.disable_cache()

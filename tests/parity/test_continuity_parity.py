@@ -14,12 +14,8 @@ from tests.decoding import decode_at_once
 
 SEGMENTS, RESUMED = 5, 4
 SAMPLING = SamplingOptions(height=32, width=32, num_frames=49, num_inference_steps=2, guidance_scale=1.0)
-CARRIED = {
-    "history": {"mode": "history"},
-    "overlap-hybrid": {"mode": "overlap", "overlap_source": "hybrid"},
-    "overlap-latent": {"mode": "overlap", "overlap_source": "latent"},
-    "overlap-reencode": {"mode": "overlap", "overlap_source": "reencode"},
-}
+CARRIED = {"history": {"mode": "history"}}
+CARRIED |= {f"overlap-{of}": {"mode": "overlap", "overlap_source": of} for of in ("hybrid", "latent", "reencode")}
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +24,7 @@ def folder(tmp_path_factory):
 
 
 def new_engine(folder):
-    engine = SegmentEngine.load(ModelOptions(path=str(folder), device="cpu"), cpu_threads=1)
-    engine.pipe.set_progress_bar_config(disable=True)
-    return engine
+    return SegmentEngine.load(ModelOptions(path=str(folder), device="cpu"), cpu_threads=1)
 
 
 def make(engine, continuity, parts, until, *, decode=True, sampling=SAMPLING, seed=int):
