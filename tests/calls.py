@@ -43,7 +43,7 @@ def load(folder, **options):
 
 def latents(pipe, seed=0, **call):
     """The latents of a tiny call."""
-    return pipe(**(TINY | call), generator=torch.Generator().manual_seed(seed))[0]
+    return pipe(**({"generator": torch.Generator().manual_seed(seed)} | TINY | call))[0]
 
 
 @contextmanager
