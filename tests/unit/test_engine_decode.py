@@ -69,15 +69,6 @@ def test_frames_are_rounded_as_diffusers_frames_are(vae, dtype):
 
 
 @pytest.mark.parametrize(
-    ("num_res_blocks", "temperal_downsample", "lookback"),
-    [(2, [False, True, True], 41), (1, [False, True, True], 33), (2, [False, False, False], 63)],
-)
-def test_lookback_is_the_reach_of_the_convolutions(num_res_blocks, temperal_downsample, lookback):
-    config = {"num_res_blocks": num_res_blocks, "temperal_downsample": temperal_downsample}
-    assert lookback_latents(config) == lookback
-
-
-@pytest.mark.parametrize(
     "vae", [pytest.param(name, marks=pytest.mark.slow if name != "wan22" else ()) for name in VAES], indirect=True
 )
 def test_lookback_is_enough_and_a_fourth_of_it_is_not(vae):

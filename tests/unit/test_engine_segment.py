@@ -1,10 +1,13 @@
 """The engine that a GPU actor wraps: segments equal the library's, errors end segments and not the engine."""
 
 import copy
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
 
 from edit_ray.engine import segment
 from edit_ray.engine.decode import to_uint8
@@ -20,7 +23,7 @@ SAMPLING = SamplingOptions(
     height=32, width=48, num_frames=9, num_inference_steps=3, guidance_scale=4.0, negative_prompt="black"
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")]
 
 
 @pytest.fixture(scope="module")
@@ -144,14 +147,6 @@ def test_a_lost_or_misplaced_decoder_is_rebuilt(engine, stream):
         engine.decode("run", parts[1][1], position=3)
 
 
-def test_without_a_run_every_segment_is_a_stream_of_its_own(engine, stream):
-    (_, first), (_, second), *_ = stream[0]
-    for latents in (first, second):
-        assert torch.equal(engine.decode(None, latents), frames_at_once(engine, latents))
-    engine.decode("run", first)
-    assert torch.equal(engine.decode("run", second), frames_at_once(engine, second)), "position 0 begins anew"
-
-
 def test_threads_are_set_and_default_to_all_cores(model):
     before = torch.get_num_threads()
     options = ModelOptions(path=str(model), device="cpu", torch_dtype="bfloat16")
@@ -183,6 +178,25 @@ def test_a_model_that_cannot_be_used_is_named(tmp_path, model):
         load_pipeline(ModelOptions(path=str(tmp_path), device="cpu"))
     with pytest.raises(ModelError, match="'float16'; it must be one of float32, bfloat16"):
         load_pipeline(ModelOptions(path=str(model), device="cpu", torch_dtype="float16"))
+
+
+def test_models_that_are_loaded_at_once_have_all_their_weights(model):
+    with ThreadPoolExecutor(3) as threads:
+        pipes = list(threads.map(load_pipeline, [ModelOptions(path=str(model), device="cpu")] * 6))
+    weights = [pipe.transformer.state_dict() for pipe in pipes]
+    assert all(not weight.is_meta for of_pipe in weights for weight in of_pipe.values())
+    assert all(weights[0][name].equal(other[name]) for other in weights[1:] for name in weights[0])
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_weights_that_are_a_pickle_are_refused_unread(model, tmp_path, part):
+    folder = shutil.copytree(model, tmp_path / "wan")
+    (weights,) = (folder / part).glob("*.safetensors")
+    name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+    torch.save(load_file(weights), weights.with_name(name))
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"safetensors"):
+        load_pipeline(ModelOptions(path=str(folder), device="cpu"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

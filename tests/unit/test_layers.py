@@ -1,7 +1,9 @@
-"""The house's rules that a linter of imports cannot see: what is really loaded, and how large things have grown."""
+"""The house's rules that a linter of imports cannot see: what is loaded, exported, and how large things have grown."""
 
 import ast
 import importlib
+import importlib.metadata
+import pkgutil
 import re
 import statistics
 import subprocess
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+import edit_ray
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "edit_ray"
@@ -150,3 +154,25 @@ def test_everything_public_says_what_it_is() -> None:
         if tree.body and ast.get_docstring(tree) is None:
             silent.append(name_of(path))
     assert silent == []
+
+
+PACKAGES = ["edit_ray", *(info.name for info in pkgutil.walk_packages(edit_ray.__path__, "edit_ray.") if info.ispkg)]
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_every_listed_name_exists_once(name: str) -> None:
+    package = importlib.import_module(name)
+    names = list(getattr(package, "__all__", []))
+    assert [name for name in names if not hasattr(package, name)] == []
+    assert len(names) == len(set(names))
+    assert set(names) <= set(dir(package)), "names that are loaded lazily belong in dir() too"
+
+
+def test_the_public_names_are_classes_that_say_what_they_are() -> None:
+    assert set(edit_ray.__all__) == {"EditWanPipeline", "LongVideoClient", "__version__"}
+    for exported in (edit_ray.EditWanPipeline, edit_ray.LongVideoClient):
+        assert exported.__name__ in edit_ray.__all__
+        assert exported.__doc__
+    assert edit_ray.__version__ == importlib.metadata.version("edit_ray")
+    with pytest.raises(AttributeError, match="EditWanPipelin"):
+        edit_ray.EditWanPipelin  # noqa: B018
