@@ -6,12 +6,11 @@ import re
 import numpy as np
 import pytest
 
-from edit_ray.cache.policies import POLICIES, CachePolicy, PolicyContext, TeaCache, WarmstartReuse
+from edit_ray.cache.policies import POLICIES, CachePolicy, PolicyContext, WarmstartReuse
 from edit_ray.cache.policies.policy import UnitState
 from edit_ray.cli.main import parser
 from edit_ray.config import load_config
 from edit_ray.engine.options import CLIPS, PICTURES, ContinuityOptions
-from edit_ray.runs.run_plan import FrameLayout
 from edit_ray.video.encode import OutputOptions, encode
 from edit_ray.video.fragments import Part, write_part
 from edit_ray.video.hls import StreamFiles
@@ -123,13 +122,6 @@ def test_the_tables_for_writers_are_those_of_the_classes():
         assert default == ("all" if name == "granularities" else f"`{value}`")
 
 
-def test_mappings_are_keyed_as_it_says():
-    sentence = " ".join(PAGE.split()).partition("one entry per branch")[2].partition(".")[0]
-    keys = re.findall(r'"([^"]+)"', sentence)
-    assert len(keys) == 3
-    assert list(TeaCache(coefficients={key: [1] for key in keys}).coefficients) == keys
-
-
 # docs/conditioning.md and docs/long-video.md
 
 
@@ -168,14 +160,6 @@ def test_the_commands_in_the_text_on_long_videos_are_understood():
         parser().parse_args(command.split())
 
 
-def test_the_table_of_frames_is_the_layout_s():
-    frames, latents, k, segments = 33, 9, 3, 4
-    of_clip, later = FrameLayout(frames, k, 16, init_latents=k), 4 * (latents - k)
-    assert of_clip.total_frames(segments) == segments * later
-    assert FrameLayout(frames, k, 16).total_frames(segments) == frames + (segments - 1) * later
-    assert FrameLayout(frames, 0, 16).total_frames(segments) == segments * frames
-
-
 # docs/watching.md
 
 
@@ -208,8 +192,3 @@ def test_the_figures_are_those_of_a_segment(run):
     assert f"at most {LARGEST_SCORE:g} |" in WATCHING
     assert RADIUS == 8
     assert "up to eight frames on each side" in " ".join(WATCHING.split())
-
-
-def test_the_picture_is_there_and_small():
-    (picture,) = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", WATCHING)
-    assert (ROOT / "docs" / picture).stat().st_size < 200_000

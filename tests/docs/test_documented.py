@@ -68,14 +68,6 @@ def test_every_test_that_is_named_is_there_and_has_something_to_run():
     assert all(run_by(test) for _, _, test in COMMANDS)
 
 
-def test_make_knows_its_targets():
-    targets = sorted({command.split()[1] for _, command in EVERYWHERE if re.fullmatch(r"make \w+", command)})
-    done = subprocess.run(["make", "-n", *targets], cwd=ROOT, text=True, capture_output=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "jobs/demo.py" in done.stdout
-    assert len(targets) >= 8
-
-
 def test_the_drawings_name_what_is_there():
     tree, layers, states, _ = (block.code for block in blocks("docs/architecture.md", ""))
     folders = re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)

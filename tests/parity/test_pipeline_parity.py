@@ -69,14 +69,6 @@ def test_latents_and_frames_are_equal(pair, noise_scheduler, guidance_scale, hei
     assert latents[-1].shape[2:] == (2, height // 8, 8)
 
 
-@pytest.mark.one_in(3)
-def test_prompts_seeds_and_guidance_matter(pair):
-    """Otherwise the equalities above would say little."""
-    base = generate(pair.ours)
-    for other in ({"prompt": SQUARES}, {"seed": 8}, {"guidance_scale": 1.0}, {"negative_prompt": SQUARES}):
-        assert not torch.equal(base, generate(pair.ours, **other)), other
-
-
 @pytest.mark.parametrize("name", ["random", "random-expand"])
 def test_bfloat16_is_cast_at_the_same_places(pair_of, name):
     pair = pair_of(name, torch.bfloat16)

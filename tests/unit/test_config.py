@@ -44,17 +44,6 @@ def test_shipped_configurations_load_and_survive_writing(tmp_path: Path) -> None
         check_written(load_config(path, check_model=False), tmp_path)
 
 
-def test_the_default_video_is_what_the_readme_promises() -> None:
-    config = load_config(ROOT / "configs" / "tiny.yaml", check_model=False)
-    sampling = config.sampling
-    assert (sampling.height, sampling.width, sampling.num_frames) == (128, 128, 33)
-    assert sampling.num_inference_steps >= 20
-    assert sampling.guidance_scale > 1
-    assert config.continuity.mode == "history"
-    assert (config.num_segments, config.num_frames_total) == (4, 105)
-    assert len(set(prompts(config))) == 2
-
-
 def test_prompts_hold_from_the_segment_that_contains_their_start() -> None:
     # 33 frames a segment at 16 fps: segment 1 is from 2.0625 s to 4.125 s.
     for zero, start in ((0, "2.1s"), ("0s", "4.1s")):  # 0 needs no unit
