@@ -1,15 +1,11 @@
 """With skipping on, latents do not depend on where residuals are: every store, every granularity, through the arena."""
 
-import os
 import random
-import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.store_process import StoreProcess
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
 from edit_ray.config import Config
@@ -155,35 +151,6 @@ def test_through_the_actor(pipe, expected, tmp_path, store_here, granularity, op
 def test_a_store_that_dies_in_the_midst_of_a_segment(pipe, expected, tmp_path, store_here, granularity, kill_in, way):
     made = through_the_actor(pipe, granularity, tmp_path, store_here, way=way, kill_in=kill_in)
     assert torch.equal(made, expected[granularity])
-
-
-class KilledProcess(StoreProcess):
-    """A store in a process of its own, that gets SIGKILL."""
-
-    def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
-        self.close()
-        self.__init__()
-
-    def call(self, method, *arguments):
-        try:
-            return super().call(method, *arguments)
-        except (EOFError, OSError) as gone:
-            raise ConnectionError(str(gone)) from None
-
-
-@pytest.mark.slow
-def test_a_store_process_that_is_killed_in_the_midst_of_a_segment_leaves_nothing(pipe, expected, tmp_path):
-    store = KilledProcess()
-    pids = [store.pid]
-    made = through_the_actor(pipe, 3, tmp_path, store, kill_in=2)
-    pids.append(store.pid)
-    assert torch.equal(made, expected[3])
-    store.call("drop_run", RunSpec("run", tmp_path, None).residuals_id)()
-    store.close()
-    assert len(set(pids)) == 2
-    assert list((tmp_path / "disk").glob("*.*")) == [tmp_path / "disk" / ".lock"]
-    assert [path for pid in pids for path in Path("/dev/shm").glob(f"edit_ray-{pid}-*")] == []
 
 
 @pytest.mark.parametrize("granularity", GROUPS_ELSE_SLOW)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from edit_ray.config import load_config, strict_yaml
 from edit_ray.errors import ConfigError
@@ -316,3 +318,22 @@ def test_thousands_of_mistakes_are_counted_not_listed(tmp_path: Path) -> None:
     problems = problems_in(tmp_path, with_prompts(*["segment: 0, prompt: a"] * 1000))
     assert len(problems) == 101
     assert "899 more mistakes" in problems[-1]
+
+
+# Whatever else a configuration holds: it is understood, or refused in sentences that any terminal can print.
+
+fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+keys = st.sampled_from(["model", "sampling", "prompt_segments", "num_segments", "start", "path", "mode", "0", "1", "x"])
+
+
+@fuzz
+@given(st.binary(max_size=200) | st.text("ab:- \n{}[]&*!|>'\"%#?,\\0u\t", max_size=60).map(str.encode))
+def test_random_bytes_and_yaml_are_refused_in_words(tmp_path: Path, content: bytes) -> None:
+    assert problems_in(tmp_path, content)
+
+
+@fuzz
+@given(st.lists(st.tuples(st.lists(keys, max_size=4), st.text(max_size=9)), max_size=4))
+def test_random_options_raise_nothing_else(tmp_path: Path, options: list[tuple[list[str], str]]) -> None:
+    nonsense = [f"{'.'.join(key)}={value}" for key, value in options]
+    problems_in(tmp_path, GOOD, [*nonsense, "no option"])
