@@ -68,14 +68,9 @@ class Prometheus:
         program, port = need("prometheus"), free_port()
         self.url = f"http://127.0.0.1:{port}/api/v1/"
         self._log = (folder / "log").open("w")
-        self._process = subprocess.Popen(
-            [
-                *(program, f"--config.file={folder / 'prometheus.yml'}"),
-                *(f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address=127.0.0.1:{port}"),
-            ],
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
+        command = [program, f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
+        command.append(f"--web.listen-address=127.0.0.1:{port}")
+        self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
 
     def ask(self, path, **parameters):
         url = f"{self.url}{path}?{urllib.parse.urlencode(parameters)}"

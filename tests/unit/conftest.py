@@ -47,6 +47,14 @@ def pipe(loaded):
     loaded.transformer, loaded.scheduler = transformer, scheduler
 
 
+def model_without_weights(tmp_path_factory):
+    """What a configuration is checked against: the JSON files of a tiny Wan. No test changes them."""
+    folder = save_random_wan(tmp_path_factory.mktemp("json") / "wan", expand_timesteps=True)
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    return folder
+
+
 @pytest.fixture
 def start():
     """Starts the segment scheduler's class on a pool, by default a new one; the pools end with the test."""
