@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file
 from transformers import UMT5Config, UMT5EncoderModel
 
-from edit_ray import EditCausalWanPipeline, EditWanPipeline
+from edit_ray import EditCausalWanPipeline
 from edit_ray.cli.main import main, parser
 from edit_ray.engine.model_info import read_model_info
 from edit_ray.engine.segment import SegmentEngine
