@@ -27,7 +27,7 @@ from edit_ray.actors.gpu_work import (
 from edit_ray.actors.messages import Progress, RunSpec, code_version, rounded
 from edit_ray.engine.continuity import load_latents, save_latents
 from edit_ray.engine.loading import choose_device, provenance_of, usable_cores
-from edit_ray.engine.model_files import model_digest
+from edit_ray.engine.lora_files import weights_digest
 from edit_ray.engine.model_info import lookback_latents
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.errors import EditRayError, OutOfMemory, SegmentFailed
@@ -73,8 +73,9 @@ class DenoiserActor:
         engine = spec.config.engine
         threads = engine.cpu_threads or usable_cores()
         here = provenance_of(choose_device(spec.config.model.device), threads, engine.mode, engine.fp8)
-        model = model_digest(spec.config.model.path)
-        return here | {"ffmpeg": ffmpeg_version()} | ({} if model is None else {"model": model})
+        model, loras = weights_digest(spec.config.model)
+        files = {name: digest for name, digest in (("model", model), ("loras", loras)) if digest}
+        return here | {"ffmpeg": ffmpeg_version()} | files
 
     def progress(self) -> Progress | None:
         return self._progress
@@ -171,6 +172,7 @@ class DenoiserActor:
                 cache=spec.config.cache,
                 segment_index=segment.index - spec.planned_from,
                 store=store,
+                lora_weights=segment.lora_weights,
             )
             return added_by(latents, spec, segment.index)
 

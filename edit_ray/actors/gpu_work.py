@@ -15,7 +15,7 @@ from edit_ray.actors.messages import RunSpec
 from edit_ray.cache.records import Record
 from edit_ray.engine.continuity import latent_tail, load_latents, match_statistics
 from edit_ray.engine.loading import usable_cores
-from edit_ray.engine.model_files import model_digest
+from edit_ray.engine.lora_files import weights_digest
 from edit_ray.engine.segment import KEPT_PROMPTS, SegmentEngine
 from edit_ray.engine.vae_stream import Preceding
 from edit_ray.errors import NotAdopted, RunCancelled, StaleWork
@@ -102,12 +102,12 @@ class LoadedModel:
         self.loaded_for: object = None
         self.loading = False
         self.thread = OneThread("torch")
-        self._weights: str | None = None  # the digest of the loaded files
+        self._weights: object = None  # the digests of the loaded files
         self.threads = 0  # of torch
 
     def forget_replaced(self, spec: RunSpec) -> None:
         """Have the model loaded anew if the files at its path are no longer those that were loaded."""
-        if self._weights != model_digest(spec.config.model.path):
+        if self._weights != weights_digest(spec.config.model):
             self.loaded_for = None
 
     def ready(self, spec: RunSpec, segment_index: int = 0) -> SegmentEngine:
@@ -122,7 +122,7 @@ class LoadedModel:
         try:
             if self.engine is None or self.loaded_for != wanted:
                 self.engine = None  # frees the last model before the next one is loaded
-                weights = model_digest(config.model.path)
+                weights = weights_digest(config.model)
                 self.engine = SegmentEngine.load(config.model, self.threads, cfg_parallel=config.engine.cfg_parallel)
                 self.loaded_for, self._weights = wanted, weights
             torch.set_num_threads(self.threads)

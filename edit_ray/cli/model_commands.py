@@ -42,7 +42,10 @@ def calibrate(options: argparse.Namespace) -> int:
         if importlib.util.find_spec("matplotlib") is not None:
             plot = options.file.with_suffix(f".{options.policy}.png")
             plot_fit(measured, fitted).savefig(plot)
-    write_calibration(options.file, options.policy, fitted, {"prompts": len(prompts), "seed": seed, **call})
+    measured_with: dict[str, Any] = {"prompts": len(prompts), "seed": seed, **call}
+    if pipe.lora_digest:
+        measured_with["loras"] = pipe.lora_digest
+    write_calibration(options.file, options.policy, fitted, measured_with)
     print(options.file)
     if plot is not None:
         print(plot)
@@ -85,18 +88,22 @@ def tune(options: argparse.Namespace) -> int:
 
 
 def _load(config: Config) -> EditWanPipeline:
-    from edit_ray.engine.loading import load_pipeline, with_flow_shift
+    from edit_ray.engine.loading import load_pipeline, noise_scheduler_for
 
     pipe = load_pipeline(config.model.model_copy(update={"offload": "none"}))  # prompts run one at a time
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = with_flow_shift(pipe.scheduler, config.sampling.flow_shift)
+    pipe.scheduler = noise_scheduler_for(pipe.scheduler, config.sampling)
+    if config.sampling.boundary_ratio is not None:
+        pipe.register_to_config(boundary_ratio=config.sampling.boundary_ratio)
     return pipe
 
 
 def _call(config: Config) -> dict[str, Any]:
     """The pipeline's arguments except prompt and seed."""
     names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt")
-    return {name: getattr(config.sampling, name) for name in names}
+    given = {name: getattr(config.sampling, name) for name in ("sigmas", "guidance_scale_2")}
+    few = {name: value for name, value in given.items() if value is not None}
+    return {name: getattr(config.sampling, name) for name in names} | few
 
 
 def _rank(measure: SkipMeasure) -> dict[str, Any]:

@@ -109,7 +109,8 @@ class VideoOptions(Options):
 class PromptSegment(Options):
     """A prompt and its start, in seconds or as a segment. It holds until the next entry starts.
 
-    The other values hold as long; their defaults are those of `sampling`.
+    The other values hold as long; their defaults are those of `sampling`, and of `model.loras` for `lora_weights`,
+    which are weights by adapter.
     """
 
     start: Instant | None = None
@@ -118,6 +119,9 @@ class PromptSegment(Options):
     negative_prompt: str | None = Field(default=None, max_length=2000)
     guidance_scale: float | None = Field(default=None, ge=0, le=100)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
+    lora_weights: dict[str, Annotated[float, Field(ge=-10, le=10)]] | None = Field(
+        default=None, json_schema_extra={"valid": "numbers from -10 to 10 by the names of adapters"}
+    )
 
     @model_validator(mode="after")
     def _check_one_is_given(self) -> Self:
@@ -197,6 +201,7 @@ class Config(Options):
                 Scene(
                     start=entry.first_segment(layout),
                     prompt=entry.prompt,
+                    lora_weights=entry.lora_weights or {},
                     **defaults | {name: own for name in names if (own := getattr(entry, name)) is not None},
                 )
                 for entry in self.prompt_segments

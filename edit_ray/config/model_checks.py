@@ -9,8 +9,9 @@ from edit_ray.config.mistakes import KeyPath, Mistake, mistake_at
 from edit_ray.config.model import Config
 from edit_ray.engine.calibration import check_target, policy_of
 from edit_ray.engine.init_file import read_init
+from edit_ray.engine.lora_files import lora_mistakes
 from edit_ray.engine.model_info import ModelInfo, dtype_problem, read_model_info
-from edit_ray.engine.options import ContinuityOptions, frames_of
+from edit_ray.engine.options import ContinuityOptions, ModelOptions, frames_of
 from edit_ray.errors import ConfigError, ModelError
 from edit_ray.runs.run_plan import TEMPORAL_FACTOR
 
@@ -59,14 +60,14 @@ def texts_in(data: Any) -> Iterator[Text]:
 def model_mistakes(config: Config, texts: Iterable[Text]) -> list[Mistake]:
     """Everything that the model or the device does not support; `texts` are the prompts with their keys."""
     steps, model = config.sampling.num_inference_steps, config.model
-    mistakes = [*_init(config.continuity), *_cache(config.cache, steps, model.path)]
+    mistakes = [*_init(config.continuity), *_cache(config.cache, steps, model)]
     if problem := dtype_problem(model.torch_dtype, model.device):
         mistakes.append(mistake_at("model.torch_dtype", problem, "model.device"))
     try:
         info = read_model_info(model.path)
     except ModelError as error:
         return [*mistakes, Mistake(("model", "path"), f"model.path: {error}")]
-    return [*mistakes, *_shape(config, info), *_words(texts, info)]
+    return [*mistakes, *_shape(config, info), *_experts(config, info), *_loras(config, info), *_words(texts, info)]
 
 
 def _init(continuity: ContinuityOptions) -> Iterator[Mistake]:
@@ -103,6 +104,22 @@ def _shape(config: Config, info: ModelInfo) -> Iterator[Mistake]:
         )
 
 
+def _experts(config: Config, info: ModelInfo) -> Iterator[Mistake]:
+    if len(info.num_blocks) == 2:
+        return
+    for name in ("guidance_scale_2", "boundary_ratio"):
+        if (given := getattr(config.sampling, name)) is not None:
+            yield mistake_at(
+                f"sampling.{name}", f"is {given:g}; it must be null for this model, which has one expert.", "model.path"
+            )
+
+
+def _loras(config: Config, info: ModelInfo) -> Iterator[Mistake]:
+    """Reads the headers of the files, and compares them with the model."""
+    for index, key, says in lora_mistakes(config.model, info):
+        yield mistake_at(("model", "loras", index, key), says, "model.path")
+
+
 def _words(texts: Iterable[Text], info: ModelInfo) -> Iterator[Mistake]:
     if info.vocabulary is None:
         return
@@ -119,8 +136,8 @@ def _listed(words: list[str], most: int) -> str:
     return ", ".join(words[:most]) + (", …" if len(words) > most else "")
 
 
-def _cache(cache: CacheOptions, num_inference_steps: int, model_path: str) -> Iterator[Mistake]:
-    """Mistakes in the section; the calibration of the model at `model_path` may complete it."""
+def _cache(cache: CacheOptions, num_inference_steps: int, model: ModelOptions) -> Iterator[Mistake]:
+    """Mistakes in the section; the calibration of the `model` may complete it."""
     options = cache.policy_options
     if cache.policy == "none":
         of_policy = {"target_speedup": cache.target_speedup is not None, "reuse_window": cache.reuse_window > 0}
@@ -141,7 +158,7 @@ def _cache(cache: CacheOptions, num_inference_steps: int, model_path: str) -> It
     elif options.get("align", "step") == "last":
         yield mistake_at("cache.align", "is 'last', which works in the library; in a run it must be 'step'.")
     try:
-        policy = policy_of(cache, model_path)
+        policy = policy_of(cache, model)
         check_granularity(policy, cache.granularity)
         policy.check(num_inference_steps)
         if cache.target_speedup is not None:

@@ -7,7 +7,7 @@ and settings that `EditWanPipeline` has as well, so the bits are theirs.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from typing import Any, Literal
@@ -53,7 +53,7 @@ class StepSchedule:
     """
 
     num_inference_steps: int
-    sigmas: list[float] | None = None
+    sigmas: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         levels = self.sigmas
@@ -62,7 +62,7 @@ class StepSchedule:
         elif not levels or any(low >= high for high, low in pairwise([*levels, 0.0])) or levels[0] > 1:
             raise ValueError(f"`sigmas` is {levels}; valid are falling numbers, from at most 1 to above 0.")
 
-    def set_on(self, noise_scheduler: Any, device: torch.device) -> None:
+    def set_on(self, noise_scheduler: Any, device: torch.device | None = None) -> None:
         """Set the steps of a noise scheduler.
 
         Raises:

@@ -2,10 +2,12 @@
 
 import os
 import re
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import Annotated, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, Field, PlainValidator, Strict, WithJsonSchema, model_validator
 
 from edit_ray.options import Options
 
@@ -22,6 +24,13 @@ def _init_path(path: str) -> str:
     """The absolute path, because the actors' working directory is another one."""
     if not path.lower().endswith(PICTURES + CLIPS):
         raise ValueError("neither a picture nor a clip")
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _lora_path(path: str) -> str:
+    """The absolute path, because the actors' working directory is another one."""
+    if not path.endswith(".safetensors"):
+        raise ValueError("no .safetensors file")
     return os.path.abspath(os.path.expanduser(path))
 
 
@@ -48,6 +57,13 @@ def _frame_rate(given: object) -> int | float:
     return rate.numerator if rate.denominator == 1 else float(rate)
 
 
+def _falling(levels: tuple[float, ...]) -> tuple[float, ...]:
+    if not levels or levels[0] > 1 or any(low >= high for high, low in pairwise([*levels, 0.0])):
+        raise ValueError("no falling noise levels")
+    return levels
+
+
+Sampler = Literal["unipc", "euler", "dpm++", "renoise"]
 FrameRate = Annotated[
     int | float,
     PlainValidator(_frame_rate),
@@ -55,27 +71,87 @@ FrameRate = Annotated[
 ]
 
 
+class LoraOptions(Options):
+    """A LoRA file, in any dialect of keys that diffusers converts.
+
+    `weight` is its factor, `expert` the transformer that it changes. `adapter` names it for `lora_weights`; without a
+    name it is `lora_` and its position in the list, from 0.
+    """
+
+    path: Annotated[str, AfterValidator(_lora_path)] = Field(
+        min_length=1, max_length=4096, json_schema_extra={"valid": "the path of a .safetensors file"}
+    )
+    weight: float = Field(default=1.0, ge=-10, le=10)
+    expert: Literal["transformer", "transformer_2"] = "transformer"
+    adapter: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_-]{1,64}$",
+        json_schema_extra={"valid": "1 to 64 letters, digits, - and _"},
+    )
+
+
+def adapter_names(loras: Sequence[LoraOptions]) -> list[str]:
+    """The adapters' names: their own, or `lora_` and the position."""
+    return [lora.adapter or f"lora_{index}" for index, lora in enumerate(loras)]
+
+
 class ModelOptions(Options):
-    """Which model, in which precision, where."""
+    """Which model, in which precision, where, and with which LoRAs.
+
+    With `fuse_lora` they are added to the weights, and cost no time; without, their weights may change with the
+    storyboard (`lora_weights`).
+    """
 
     path: Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_model_path)] = "builtin:tiny_wan"
     torch_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     offload: Literal["none", "text_encoder"] = "text_encoder"
+    # Not strict: YAML and JSON have lists in place of tuples.
+    loras: tuple[LoraOptions, ...] = Field(
+        default=(),
+        max_length=16,
+        strict=False,
+        json_schema_extra={"valid": "a list of 0 to 16 entries such as {path: …, weight: 1.0, expert: transformer}"},
+    )
+    fuse_lora: bool = True
 
 
 class SamplingOptions(Options):
-    """One segment's arguments, named as in diffusers."""
+    """One segment's arguments, named as in diffusers.
+
+    `sigmas` are noise levels in place of `num_inference_steps`; the noise scheduler applies `flow_shift` to them.
+    `sampler` is the noise scheduler, by default the model's own; `renoise` estimates the clean latents in each step and
+    adds fresh noise, as models distilled to a few steps expect. `guidance_scale_2` and `boundary_ratio` are for models
+    with two experts: the guidance below the boundary, by default that above it, and where the boundary is, by default
+    where the model says.
+    """
 
     height: int = Field(default=128, ge=16, le=4096)
     width: int = Field(default=128, ge=16, le=4096)
     num_frames: int = Field(default=33, ge=1, le=1025)
     fps: FrameRate = 16
     num_inference_steps: int = Field(default=30, ge=1, le=1000)
+    # Not strict: YAML and JSON have lists in place of tuples.
+    sigmas: Annotated[tuple[Annotated[float, Strict()], ...], AfterValidator(_falling)] | None = Field(
+        default=None,
+        max_length=1000,
+        strict=False,
+        json_schema_extra={"valid": "a list of falling numbers, from at most 1 to above 0, such as [1.0, 0.75, 0.5]"},
+    )
+    sampler: Sampler | None = None
     guidance_scale: float = Field(default=4.0, ge=0, le=100)
+    guidance_scale_2: float | None = Field(default=None, ge=0, le=100)
+    boundary_ratio: float | None = Field(default=None, gt=0, lt=1)
     flow_shift: float = Field(default=3.0, gt=0, le=100)
     seed: int = Field(default=0, ge=0, lt=2**63)
     negative_prompt: str = Field(default="", max_length=2000)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_sigmas(cls, given: Any) -> Any:
+        """The number of steps is that of the noise levels, and is known to everybody who only counts steps."""
+        levels = given.get("sigmas") if isinstance(given, dict) else None
+        return {"num_inference_steps": len(levels), **given} if isinstance(levels, list | tuple) and levels else given
 
 
 class ContinuityOptions(Options):

@@ -31,6 +31,7 @@ from edit_ray.engine.continuity import ContextLatents, check_context
 from edit_ray.engine.decode import denormalise
 from edit_ray.engine.fast_transformer import check_mode
 from edit_ray.engine.loop import Request, StepCallback, denoise
+from edit_ray.engine.lora import LoraControl
 from edit_ray.engine.model_files import BUILTIN_PREFIX, locate_model
 from edit_ray.engine.offload import OffloadControl
 from edit_ray.engine.options import Mode
@@ -83,7 +84,7 @@ class EditWanOutput(WanPipelineOutput):  # type: ignore[misc]  # diffusers ships
         return tuple(self.frames)
 
 
-class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  # type: ignore[misc]
+class EditWanPipeline(CacheControl, CfgControl, OffloadControl, LoraControl, WanPipeline):  # type: ignore[misc]
     """Wan with diffusers' components, arguments and results, and one loop that can be read and edited.
 
     It loads text-to-video, image-to-video (Wan2.1, Wan2.2), text- and image-to-video (TI2V) and VACE models. A call's

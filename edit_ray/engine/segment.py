@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, Self
@@ -18,8 +18,9 @@ from edit_ray.cache.stores.memory import GPUStore
 from edit_ray.engine.decode import StreamingDecoder, to_uint8
 from edit_ray.engine.fast_vae import fast_decoder
 from edit_ray.engine.init_file import read_init
-from edit_ray.engine.loading import load_pipeline, second_gpu, streamed, usable_cores, with_flow_shift
-from edit_ray.engine.options import ContinuityOptions, Mode, ModelOptions, SamplingOptions, frames_of
+from edit_ray.engine.loading import load_pipeline, noise_scheduler_for, second_gpu, streamed, usable_cores
+from edit_ray.engine.lora import weigh_loras
+from edit_ray.engine.options import ContinuityOptions, LoraOptions, Mode, ModelOptions, SamplingOptions, frames_of
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.reuse import plan_run_reuse
 from edit_ray.engine.vae_stream import Preceding, RunStream, encode_video, to_video
@@ -28,7 +29,8 @@ from edit_ray.tiers.leases import Reuse
 from edit_ray.tiers.store_client import PlannedStore
 
 MAX_SEQUENCE_LENGTH = 512  # the pipeline's default, so that embeddings equal the library's
-ARGUMENTS = {"height", "width", "num_frames", "num_inference_steps", "guidance_scale"}  # of the pipeline's call
+ARGUMENTS = {"height", "width", "num_frames", "num_inference_steps", "sigmas", "guidance_scale", "guidance_scale_2"}
+"""Of the pipeline's call."""
 UNCACHED = CacheOptions()
 KEPT_PROMPTS = 256  # at Wan's size an embedding takes 4 MB of host memory
 PROMPTS_AT_ONCE = 32  # for which the text encoder's weights are copied to the device once
@@ -40,8 +42,12 @@ class SegmentEngine:
     It keeps the decoder states of the `max_live_decoders` runs that were decoded last; others are rebuilt.
     """
 
-    def __init__(self, pipe: EditWanPipeline, *, offload_text_encoder: bool = False) -> None:
-        self.pipe = pipe
+    def __init__(
+        self, pipe: EditWanPipeline, *, offload_text_encoder: bool = False, loras: Sequence[LoraOptions] = ()
+    ) -> None:
+        """`loras` are those on `pipe` that are not fused."""
+        self.pipe, self._loras = pipe, loras
+        self._own_scheduler, self._own_boundary = pipe.scheduler, pipe.config.boundary_ratio
         self.device = torch.device(pipe.device)  # diffusers searches every module for it
         self._offload_text_encoder = offload_text_encoder
         self._embeds: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [1, L, D] on the CPU
@@ -65,7 +71,8 @@ class SegmentEngine:
         pipe = load_pipeline(model)
         if second is not None:
             pipe.enable_cfg_parallel(second)
-        return cls(pipe, offload_text_encoder=model.offload == "text_encoder")
+        loras = () if model.fuse_lora else model.loras
+        return cls(pipe, offload_text_encoder=model.offload == "text_encoder", loras=loras)
 
     def use_mode(self, mode: Mode, *, fp8: bool = False) -> None:
         """Compute in this mode from now on, `fast` with the blocks' linear layers in FP8 if `fp8`.
@@ -112,17 +119,18 @@ class SegmentEngine:
         cache: CacheOptions = UNCACHED,
         segment_index: int = 0,
         store: PlannedStore | None = None,
+        lora_weights: Mapping[str, float] | None = None,
     ) -> Tensor:
         """One segment's normalised latents [1, C, T, h, w], float32, on the CPU, its context first.
 
         Equal, bit for bit, to `pipe(prompt, negative_prompt, generator=torch.Generator().manual_seed(seed),
         output_type="latent", …)` on the same hardware and threads. `on_step(done, total)` is called after each step;
         an exception from it ends the segment and leaves the engine usable. With a cache `self.record` then holds its
-        decisions. `store` follows the run's reuse plan, for a policy that reuses between segments. Raises
-        `SegmentFailed` if a value is not finite.
+        decisions. `store` follows the run's reuse plan, for a policy that reuses between segments. `lora_weights`
+        replace those of LoRAs that are not fused, by adapter. Raises `SegmentFailed` if a value is not finite.
         """
         self.encode_prompts([prompt], sampling.negative_prompt)
-        self._use_cache(cache, sampling)
+        self._use(cache, sampling, lora_weights or {})
         if (enabled := self.pipe.cache) is not None:
             stored = [] if store is None else store.planned_reads()
             enabled.use_store(GPUStore() if store is None else store, stored)
@@ -157,7 +165,7 @@ class SegmentEngine:
         """What the segments of a run reuse of each other; None without a reuse window."""
         if not cache.reuse_window:
             return None
-        self._use_cache(cache, sampling)
+        self._use(cache, sampling, {})
         return plan_run_reuse(self.pipe, run_id, num_segments, cache.reuse_window, sampling, budget)
 
     @property
@@ -252,16 +260,20 @@ class SegmentEngine:
         stream.tiled_from = tiled_from
         return stream
 
-    def _use_cache(self, cache: CacheOptions, sampling: SamplingOptions) -> None:
-        """Set the flow shift, and enable the cache of a segment's options unless the last segment had the same."""
-        self.pipe.scheduler = with_flow_shift(self.pipe.scheduler, sampling.flow_shift)
-        wanted = (cache, sampling.num_inference_steps, sampling.flow_shift)
+    def _use(self, cache: CacheOptions, sampling: SamplingOptions, lora_weights: Mapping[str, float]) -> None:
+        """Set noise scheduler, experts' boundary, LoRAs and cache, unless the last segment had the same."""
+        self.pipe.scheduler = noise_scheduler_for(self._own_scheduler, sampling)
+        self.pipe.register_to_config(boundary_ratio=sampling.boundary_ratio or self._own_boundary)
+        steps = (sampling.num_inference_steps, sampling.sigmas, sampling.sampler, sampling.flow_shift)
+        wanted = (cache, steps, sampling.boundary_ratio, dict(lora_weights))
         if self._cached_for == wanted and (self.pipe.cache is not None or cache.policy == "none"):
             return
         self.pipe.disable_cache()
         self._cached_for = None
+        if self._loras:
+            weigh_loras(self.pipe, self._loras, lora_weights)
         if cache.policy != "none":
-            options = {"target_speedup": cache.target_speedup, **cache.policy_options}
+            options = {"target_speedup": cache.target_speedup, "sigmas": sampling.sigmas, **cache.policy_options}
             self.pipe.enable_cache(cache.policy, sampling.num_inference_steps, cache.granularity, **options)
         self._cached_for = wanted
 

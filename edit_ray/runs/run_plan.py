@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from edit_ray.runs.ids import Count, Seed
 
@@ -105,6 +105,7 @@ class SegmentPlan:
     seed: int
     first_frame: int
     num_frames: int
+    lora_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class Scene:
     negative_prompt: str
     guidance_scale: float
     seed: int
+    lora_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,7 @@ class Storyboard:
             seed=segment_seed(seed, index),
             first_frame=self.layout.first_frame(index),
             num_frames=self.layout.frames_of(index),
+            lora_weights=scene.lora_weights,
         )
 
 
