@@ -19,13 +19,15 @@ MEASURED_MS, MEASURED_TOKENS, MEASURED_WIDTH, MEASURED_BLOCKS = 181.6, 14_040, 1
 
 def plan(options: argparse.Namespace) -> int:
     """Prints what the configured run will reuse. Loads no weights. Raises ConfigError, ModelError."""
-    from edit_ray.cli.reuse_estimate import ReuseEstimate
+    from edit_ray.cli.reuse_estimate import ReuseEstimate, what_can_be_skipped
     from edit_ray.config import load_config
 
     forward_ms: float | None = options.forward_ms
     if forward_ms is not None and not 0 < forward_ms < math.inf:
         raise ConfigError([f"--forward-ms is {forward_ms:g}; it must be a number of milliseconds above 0"])
     config = load_config(options.config, options.set)
+    if (skipped := what_can_be_skipped(config)) is not None:
+        print(f"steps: {skipped}")
     if not config.cache.reuse_window:
         print("cache.reuse_window is 0: no segment of this run reuses residuals of another.")
         return 0

@@ -181,6 +181,17 @@ class ReuseEstimate:
         )
 
 
+def what_can_be_skipped(config: Config) -> str | None:
+    """A sentence on the steps that the cache can skip at most; None without a cache."""
+    cache, steps = config.cache, config.sampling.num_inference_steps
+    if cache.policy == "none":
+        return None
+    most = policy_of(cache, config.model).most_skips(steps)
+    if most <= 0:
+        return f"{steps} a segment, of which {cache.policy} can skip none; cache.policy none computes the same"
+    return f"{steps} a segment, of which {cache.policy} can skip {most} at most"
+
+
 def what_does_not_fit(config: Config) -> str | None:
     """A sentence on the residuals that exceed `store.disk_bytes` and are computed by every segment; None if all fit."""
     capacity = config.store.disk_bytes

@@ -55,13 +55,10 @@ def load_pipeline(options: ModelOptions) -> EditWanPipeline:
             pipe = EditWanPipeline.from_pretrained(folder, torch_dtype=dtype)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"model.path {options.path!r} ({folder}) cannot be loaded as a Wan model: {error}") from error
+    load_loras(pipe, options)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and not (name == "text_encoder" and options.offload == "text_encoder"):
             part.to(device)
-    try:
-        load_loras(pipe, options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.loras cannot be loaded: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

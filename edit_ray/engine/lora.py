@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from diffusers.loaders import WanLoraLoaderMixin
+from safetensors import SafetensorError
 
 from edit_ray.engine.caching import experts_of
 from edit_ray.engine.lora_files import fit_problem, layers_of, loras_digest
+from edit_ray.engine.model_files import allowed_file
 from edit_ray.engine.options import LoraOptions, ModelOptions, adapter_names
+from edit_ray.errors import ModelError
 
 
 @contextmanager
@@ -33,6 +36,8 @@ def _changed_weights(pipe: Any, *, layers: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        if not pipe.had_fused_lora and not any(getattr(t, "peft_config", None) for t in experts_of(pipe).values()):
+            pipe.lora_digest = ""
         for transformer in experts_of(pipe).values():
             torch.autograd.graph.increment_version([p for p in transformer.parameters() if not p.is_inference()])
         if pipe.cache is not None:
@@ -43,6 +48,7 @@ def _changing(name: str, *, layers: bool = True) -> Any:
     @wraps(getattr(WanLoraLoaderMixin, name))
     def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _changed_weights(self, layers=layers):
+            self.had_fused_lora |= name == "fuse_lora"
             return getattr(super(LoraControl, self), name)(*args, **kwargs)
 
     return changing
@@ -57,7 +63,8 @@ class LoraControl:
     """
 
     lora_digest: str | None = ""
-    """The digest of the LoRAs that act, empty for none; None if they were changed since `load_loras`."""
+    """The digest of the LoRAs that act, empty for none; None if that is not known."""
+    had_fused_lora = False  # the weights are others then, even after it was unfused, by rounding
 
     load_lora_weights = _changing("load_lora_weights")
     fuse_lora = _changing("fuse_lora")
@@ -81,14 +88,20 @@ def load_loras(pipe: Any, model: ModelOptions) -> None:
     """Load the LoRAs of a configuration, and fuse them unless it says otherwise.
 
     Fused, their layers are gone afterwards: the transformers are as diffusers loads them, with other weights.
+
+    Raises:
+        ModelError: a file is missing, or does not fit.
     """
     if not model.loras:
         return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of the LoRA before it
         for lora, name in zip(model.loras, adapter_names(model.loras), strict=True):
-            second = lora.expert == "transformer_2"
-            pipe.load_lora_weights(lora.path, adapter_name=name, load_into_transformer_2=second)
+            file, second = str(allowed_file(lora.path)), lora.expert == "transformer_2"
+            try:
+                pipe.load_lora_weights(file, adapter_name=name, load_into_transformer_2=second)
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                raise ModelError(f"The LoRA {file!r} cannot be loaded: {error}") from error
     weigh_loras(pipe, model.loras)
     if model.fuse_lora:
         pipe.fuse_lora(components=list(dict.fromkeys(lora.expert for lora in model.loras)))

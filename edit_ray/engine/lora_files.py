@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from xxhash import xxh3_64
 
-from edit_ray.engine.model_files import check_allowed, file_digest, locate_model, model_digest
+from edit_ray.engine.model_files import allowed_file, file_digest, locate_model, model_digest
 from edit_ray.engine.model_info import ModelInfo
 from edit_ray.engine.options import LoraOptions, ModelOptions
 from edit_ray.errors import ModelError
@@ -41,22 +40,19 @@ def lora_mistakes(model: ModelOptions, info: ModelInfo) -> Iterator[tuple[int, s
             shapes = _shapes_of(lora)
             if lora.expert not in layers:
                 layers[lora.expert] = _layers_in(model.path, lora.expert)
-            problem = _file_problem(shapes, layers[lora.expert])
         except ModelError as error:
-            problem = str(error)
-        if problem is not None:
+            yield index, "path", f"cannot be used: {error}"
+            continue
+        if (problem := _file_problem(shapes, layers[lora.expert])) is not None:
             yield index, "path", f"is {lora.path!r}, which {problem}"
 
 
-def loras_digest(loras: Iterable[LoraOptions]) -> str:
+def loras_digest(loras: Sequence[LoraOptions]) -> str:
     """xxh3_64 of the files, with weights and experts, in 16 hexadecimal digits; empty for none. Raises ModelError."""
-    known, digest = list(loras), xxh3_64()
-    for lora in known:
-        try:
-            digest.update(f"{file_digest(Path(lora.path))} {lora.weight!r} {lora.expert}\n".encode())
-        except OSError as error:
-            raise ModelError(f"The LoRA {lora.path!r} cannot be read: {error}") from None
-    return digest.hexdigest() if known else ""
+    digest = xxh3_64()
+    for lora in loras:
+        digest.update(f"{file_digest(lora.path)} {lora.weight!r} {lora.expert}\n".encode())
+    return digest.hexdigest() if loras else ""
 
 
 def weights_digest(model: ModelOptions) -> tuple[str | None, str]:
@@ -126,15 +122,11 @@ def _shapes_of(lora: LoraOptions) -> dict[str, Shape]:
     """The shapes in a file's header. Raises ModelError."""
     from safetensors import SafetensorError, safe_open
 
-    file = Path(lora.path)
-    check_allowed(file.resolve(), lora.path)
-    if not file.is_file():
-        raise ModelError("does not exist.")
     try:
-        with safe_open(file, framework="np") as held:
+        with safe_open(allowed_file(lora.path), framework="np") as held:
             return {key: held.get_slice(key).get_shape() for key in held.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"cannot be read as safetensors: {error}.") from None
+        raise ModelError(f"{lora.path!r} cannot be read as safetensors: {error}.") from None
 
 
 def _layers_in(path: str, expert: str) -> Layers:
@@ -147,7 +139,7 @@ def _layers_in(path: str, expert: str) -> Layers:
         with torch.device("meta"):
             return layers_of(getattr(diffusers, config["_class_name"]).from_config(config))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"cannot be compared with {path!r}, whose {expert}/config.json is damaged: {error}") from None
+        raise ModelError(f"{path!r} has a {expert}/config.json that is damaged: {error}") from None
 
 
 def _listed(names: Sequence[str], most: int = 3) -> str:

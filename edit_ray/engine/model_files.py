@@ -49,10 +49,10 @@ def locate_model(path: str) -> str:
         return _checked_folder(_ASSETS / name, path)
     folder = local_folder(path)
     if folder is not None:
-        check_allowed(folder.resolve(), path)
+        _check_allowed(folder.resolve(), path)
         return _checked_folder(folder, path)
     if _HUB_ID.fullmatch(path) is not None and ".." not in path and "--" not in path:
-        check_allowed(None, path)
+        _check_allowed(None, path)
         return path
     raise ModelError(f"{path!r} is neither a folder nor a hub id like org/name.")
 
@@ -66,13 +66,21 @@ def local_folder(path: str) -> Path | None:
         return None
 
 
-def check_allowed(folder: Path | None, path: str) -> None:
-    """Raises ModelError for a folder or file outside of `$EDIT_RAY_MODEL_ROOTS`; None is on the hub."""
+def _check_allowed(folder: Path | None, path: str) -> None:
     roots = [Path(root) for root in os.environ.get(ROOTS_VARIABLE, "").split(os.pathsep) if root]
     inside = folder is not None and any(folder.is_relative_to(root.resolve()) for root in (_ASSETS, *roots))
     if roots and not inside:
         said = os.pathsep.join(map(str, roots))
         raise ModelError(f"{path!r} is not allowed here; models are {BUILTIN_PREFIX}… or folders in {said}.")
+
+
+def allowed_file(path: str) -> Path:
+    """A model's single file. Raises ModelError: there is none, or it is outside `$EDIT_RAY_MODEL_ROOTS`."""
+    file = Path(path)
+    if not file.is_file():
+        raise ModelError(f"{path!r} is no file.")
+    _check_allowed(file.resolve(), path)
+    return file
 
 
 def _checked_folder(folder: Path, path: str) -> str:
@@ -94,19 +102,26 @@ def model_digest(path: str) -> str | None:
         found = [folder / INDEX_FILE, *(file for part in parts for file in sorted(part.rglob("*")) if file.is_file())]
         digest = xxh3_64()
         for file in found:
-            digest.update(f"{file.relative_to(folder)} {file_digest(file)}\n".encode())
+            digest.update(f"{file.relative_to(folder)} {_digest(file)}\n".encode())
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path {path!r} ({folder}) cannot be read: {error}") from None
     return digest.hexdigest()
 
 
-def file_digest(file: Path) -> int:
-    """xxh3_64 of a file, read again only if its size, time of change or inode differ."""
+def _digest(file: Path) -> int:
     there = os.stat(file)
     key = str(file), there.st_size, there.st_mtime_ns, there.st_ino
     if key not in _digests:
         _digests[key] = digest_of_file(file)
     return _digests[key]
+
+
+def file_digest(path: str) -> str:
+    """xxh3_64 of a file, as 16 hexadecimal digits; read again only when it has changed. Raises ModelError."""
+    try:
+        return f"{_digest(allowed_file(path)):016x}"
+    except OSError as error:
+        raise ModelError(f"{path!r} cannot be read: {error}.") from None
 
 
 class HubUnreachable(Exception):

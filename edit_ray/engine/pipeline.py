@@ -160,7 +160,7 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, LoraControl, Wan
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as diffusers' pipeline for this kind of model, with the model's cache calibration."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        source, target = self.calibration, Path(save_directory, FILE_NAME)
+        source, target = None if self.lora_digest != "" else self.calibration, Path(save_directory, FILE_NAME)
         if source is not None and not (target.exists() and source.samefile(target)):
             shutil.copyfile(source, target)
 

@@ -25,7 +25,7 @@ from edit_ray.runs.folder import RunFolder
 from edit_ray.video.encode import read_frames
 
 
-def config_for(model, **changes):
+def config_for(model, /, **changes):
     values = {
         "model": {"path": str(model)},
         "sampling": {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 3, "seed": 5},
