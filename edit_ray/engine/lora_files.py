@@ -12,7 +12,7 @@ from typing import Any
 
 from xxhash import xxh3_64
 
-from edit_ray.engine.model_files import allowed_file, file_digest, locate_model, model_digest
+from edit_ray.engine.model_files import allowed_file, known_digest, locate_model, model_digest
 from edit_ray.engine.model_info import ModelInfo
 from edit_ray.engine.options import LoraOptions, ModelOptions
 from edit_ray.errors import ModelError
@@ -51,7 +51,10 @@ def loras_digest(loras: Sequence[LoraOptions]) -> str:
     """xxh3_64 of the files, with weights and experts, in 16 hexadecimal digits; empty for none. Raises ModelError."""
     digest = xxh3_64()
     for lora in loras:
-        digest.update(f"{file_digest(lora.path)} {lora.weight!r} {lora.expert}\n".encode())
+        try:
+            digest.update(f"{known_digest(allowed_file(lora.path))} {lora.weight!r} {lora.expert}\n".encode())
+        except OSError as error:
+            raise ModelError(f"{lora.path!r} cannot be read: {error}.") from None
     return digest.hexdigest() if loras else ""
 
 

@@ -139,8 +139,9 @@ def test_mappings_are_keyed_as_it_says():
     assert list(TeaCache(coefficients={key: [1] for key in keys}).coefficients) == keys
 
 
-def test_the_code_of_the_page_on_conditions_runs():
+def test_the_code_of_the_page_on_conditions_runs(tmp_path, monkeypatch):
     """In one piece: later blocks use the pipeline of earlier ones."""
+    monkeypatch.chdir(tmp_path)
     names = {}
     for code in blocks("python", (ROOT / "docs" / "conditioning.md").read_text()):
         for old, new in SMALLER.items():
