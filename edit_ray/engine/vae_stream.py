@@ -103,6 +103,11 @@ def to_video(frames: NDArray[np.uint8]) -> Tensor:
     return (torch.tensor(frames).float() / 127.5 - 1).permute(3, 0, 1, 2)[None]
 
 
+def encode_still(vae: AutoencoderKLWan, picture: Tensor) -> Tensor:
+    """A picture [B, 3, 1, H, W] as [B, C, 2, h, w]: alone, and as a later latent of a clip that stands still."""
+    return encode_video(vae, picture.expand(-1, -1, 5, -1, -1))
+
+
 @torch.no_grad()
 def encode_video(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     """A clip [B, 3, 4(k-1)+1, H, W] in [-1, 1] as normalised latents [B, C, k, h, w], float32.
