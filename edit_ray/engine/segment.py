@@ -24,7 +24,7 @@ from edit_ray.engine.loading import load_pipeline, second_gpu, streamed, usable_
 from edit_ray.engine.options import ContinuityOptions, Mode, ModelOptions, SamplingOptions, frames_of
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.reuse import plan_run_reuse
-from edit_ray.engine.vae_stream import Preceding, RunStream, encode_still, encode_video, to_video
+from edit_ray.engine.vae_stream import Preceding, RunStream, encode_picture, encode_video, to_video
 from edit_ray.errors import ModelError, SegmentFailed
 from edit_ray.tiers.leases import Reuse
 from edit_ray.tiers.store_client import PlannedStore
@@ -195,11 +195,9 @@ class SegmentEngine:
             return conditions | {"image_latents": torch.cat([conditions["image_latents"], preceding(1)], dim=2)}
         with self._video():
             stream = self._stream(run_id, tiled_from)
-            if continuity.mode != "image":
+            if continuity.mode != "image" or self.pipe.kind != "image":
                 return stream.context(continuity, position, preceding)
-            frame = to_uint8(stream.last_frames(1, position, preceding)).cpu().numpy()
-        conditions = self.picture(continuity, frame)
-        return {name: value[:, :, -1:] if name == "history" else value for name, value in conditions.items()}
+            return self.picture(continuity, to_uint8(stream.last_frames(1, position, preceding)).cpu().numpy())
 
     def picture(self, continuity: ContinuityOptions, frame: Frames) -> dict[str, Any]:
         """What a segment that begins with a picture, uint8 [1, H, W, 3], is conditioned on, as arguments of `denoise`.
@@ -209,18 +207,14 @@ class SegmentEngine:
         """
         if self.pipe.kind == "first frame":
             with self._video():
-                return {"history": self._encode_picture(frame, still=continuity.picture_as == "still")}
+                return {"history": encode_picture(self.pipe.vae, to_video(frame), continuity).cpu()}
         shown = {"image": Image.fromarray(frame[0])}
         if continuity.mode != "svi":
             return shown
         if self._anchor is None or not np.array_equal(self._anchor[0], frame):
             with self._video():
-                self._anchor = frame, self._encode_picture(frame)
+                self._anchor = frame, encode_video(self.pipe.vae, to_video(frame)).cpu()
         return shown | {"image_latents": self._anchor[1]}
-
-    def _encode_picture(self, frame: Frames, *, still: bool = False) -> Tensor:
-        video = to_video(frame)
-        return (encode_still if still else encode_video)(self.pipe.vae, video).cpu()
 
     def encode_init(self, continuity: ContinuityOptions, sampling: SamplingOptions) -> Tensor:
         """The latents [1, C, n, h, w] of the user's picture or clip, float32, on the CPU; raises `ConfigError`.
@@ -230,10 +224,9 @@ class SegmentEngine:
         assert continuity.init is not None, "the caller has checked it"
         count = frames_of(continuity.init_latents)
         frames = read_init(continuity.init, frames=count, height=sampling.height, width=sampling.width)
+        encode = partial(encode_picture, continuity=continuity) if continuity.begins_with_picture else encode_video
         with self._video():
-            return self._encode_picture(
-                frames, still=continuity.begins_with_picture and continuity.picture_as == "still"
-            )
+            return encode(self.pipe.vae, to_video(frames)).cpu()
 
     def decode(
         self,
