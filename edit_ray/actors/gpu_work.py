@@ -209,7 +209,7 @@ def _read_pictures(spec: RunSpec, segment: SegmentPlan) -> tuple[dict[str, Any],
             f"a picture of run {spec.run_id!r} was edited while the run was at work; put it back, then go on with "
             f"`edit-ray resume {spec.run_id}`"
         )
-    read = partial(read_picture, height=sampling.height, width=sampling.width, key="prompt_segments")
+    read = partial(read_picture, height=sampling.height, width=sampling.width, key="a picture of the run")
     given: dict[str, Any] = {}
     if files.last_image is not None:
         given["last_image"] = Image.fromarray(read(files.last_image)[0])

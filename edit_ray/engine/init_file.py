@@ -72,7 +72,7 @@ def pictures_digest(paths: Sequence[str]) -> str:
         try:
             digests.append(f"{known_digest(Path(path)):016x}")
         except OSError as error:
-            raise _unusable("prompt_segments", path, f"cannot be read ({error.strerror})") from None
+            raise _unusable("a picture of the run", path, f"cannot be read ({error.strerror})") from None
     return f"{digest_of(' '.join(digests).encode()):016x}"
 
 

@@ -1,6 +1,7 @@
 """Runs that see pictures: `image`, `svi`, those of the storyboard; through the actors' plain classes."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,11 @@ from edit_ray.engine.decode import StreamingDecoder, to_uint8
 from edit_ray.engine.init_file import read_picture
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.vae_stream import encode_still, encode_video, to_video
+from edit_ray.errors import ConfigError, HardwareDiffers
+from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
+from tests.unit.test_actors import Pool
+from tests.unit.test_actors_recovery import end_of
 
 SEGMENTS, SIZE = 6, {"height": 32, "width": 32}
 SAMPLING = {**SIZE, "num_frames": 17, "num_inference_steps": 2, "seed": 5, "guidance_scale": 1.0}
@@ -79,7 +84,7 @@ def make(spec, *, lose=False):
 
         return call
 
-    for index in range(SEGMENTS):
+    for index in range(spec.num_segments):
         segment = spec.segment(index)
         actor().denoise_segment(spec, segment, 0)
         actor().decode_segment(spec, segment)
@@ -89,7 +94,7 @@ def make(spec, *, lose=False):
 
 
 def latents_of(spec):
-    return [load_latents(spec.latents(index)) for index in range(SEGMENTS)]
+    return [load_latents(spec.latents(index)) for index in range(spec.num_segments)]
 
 
 def image_of(path):
@@ -105,7 +110,8 @@ def pipeline(model, spec, index, **conditions):
     return pipe(segment.prompt, "", **arguments, generator=generator, output_type="latent", **conditions).frames
 
 
-@pytest.mark.parametrize("layout", ["TI2V", "Wan2.2", "Wan2.1"])
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("layout", ["TI2V", "Wan2.1", "Wan2.2"])
 def test_image_begins_each_segment_with_the_last_frame(tmp_path, models, files, layout):
     """Frames exact in number, one encoding a segment, the pipeline's latents, one decoder for the whole video."""
     ends = {} if layout == "Wan2.1" else {"last_image": files["b"]}
@@ -131,6 +137,7 @@ def test_image_begins_each_segment_with_the_last_frame(tmp_path, models, files, 
         assert torch.equal(latents[-1][:, :, -1:], still[:, :, -1:]), "a model that holds latents reaches it"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("layout", ["Wan2.2", "Wan2.1"])
 def test_svi_holds_on_to_one_picture_and_continues_latents(tmp_path, models, files, layout):
     last = {} if layout == "Wan2.1" else {"last_image": files["b"]}
@@ -165,6 +172,7 @@ STORIES = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("story", STORIES)
 def test_a_gpu_actor_that_dies_between_any_two_calls_changes_nothing(tmp_path, models, files, story):
     layout, continuity, *entries = STORIES[story]
@@ -177,10 +185,58 @@ def test_a_gpu_actor_that_dies_between_any_two_calls_changes_nothing(tmp_path, m
         return values | paths
 
     one, other = (
-        spec_for(tmp_path, models[layout], filled(continuity), *map(filled, entries), run_id=run_id)
+        spec_for(
+            tmp_path,
+            models[layout],
+            filled(continuity),
+            *map(filled, entries),
+            run_id=run_id,
+            video={"num_segments": 4},
+        )
         for run_id in ("one", "other")
     )
     (whole, _), (hurt, _) = make(one), make(other, lose=True)
-    assert [len(part) for part in whole] == [one.segment(index).num_frames for index in range(SEGMENTS)]
+    assert [len(part) for part in whole] == [one.segment(index).num_frames for index in range(4)]
     assert all(torch.equal(*parts) for parts in zip(latents_of(one), latents_of(other), strict=True))
     assert all(np.array_equal(*parts) for parts in zip(whole, hurt, strict=True))
+
+
+async def test_a_picture_that_was_edited_stops_the_run_and_what_ends_with_one_is_not_extended(
+    start, tmp_path, models, files
+):
+    """Its digest is that of the manifest's first line; a re-roll keeps the pictures."""
+    values = spec_for(
+        tmp_path / "spec",
+        models["TI2V"],
+        {"mode": "image", "init": files["a"]},
+        {},
+        CUT | {"image": files["c"], "last_image": files["b"]},
+        video={"num_segments": 4},
+    ).config.model_dump(mode="json")
+    picture, folder = Path(files["c"]), RunFolder(tmp_path, "one")
+    content = picture.read_bytes()
+
+    async def edit(*_):
+        picture.write_bytes(Path(files["d"]).read_bytes())
+
+    scheduler = start(Pool({("denoise_segment", 2): edit}))
+    await scheduler.submit("one", values, str(tmp_path), str(tmp_path), "")
+    status = await end_of(scheduler, "one")
+    assert status.state == "failed"
+    assert "a picture of run 'one' was edited while the run was at work; put it back" in status.error
+    assert folder.read_manifest().begun.provenance["pictures"]
+    with pytest.raises(HardwareDiffers, match="its pictures are others than those it was begun with"):
+        await scheduler.resume("one", str(tmp_path), False)
+    picture.unlink()
+    with pytest.raises(ConfigError, match=r"c\.png', which cannot be read \(No such file"):
+        await scheduler.resume("one", str(tmp_path), False)
+    picture.write_bytes(content)
+    await scheduler.resume("one", str(tmp_path), False)
+    assert (await end_of(scheduler, "one")).state == "done"
+    with pytest.raises(ConfigError, match=r"the run ends with '.*b\.png' \(last_image of its last prompt\)"):
+        await scheduler.extend("one", str(tmp_path), 1, False)
+    await scheduler.reroll("one", str(tmp_path), 3, None, None, False)
+    assert (await end_of(scheduler, "one")).state == "done"
+    takes = [load_latents(folder.latents(3, take)) for take in (0, 1)]
+    assert torch.equal(*(latents[:, :, -1:] for latents in takes)), "the end"
+    assert not torch.equal(*takes)
