@@ -21,7 +21,7 @@ from edit_ray.video.encode import OutputOptions
 MAX_PROMPTS = 10_000
 VALID_PROMPTS = f"a list of 1 to {MAX_PROMPTS} entries such as {{start: 0s, prompt: …}} or {{segment: 0, prompt: …}}"
 MAX_REFERENCES = 16
-VALID_REFERENCES = f"a list of at most {MAX_REFERENCES} paths of pictures"
+VALID_REFERENCES = f"a list of 1 to {MAX_REFERENCES} paths of pictures"
 MAX_DURATION_S = 7 * 86400.0
 
 _NUMBER = r"[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE]-[0-9]{1,3})?"
@@ -125,8 +125,12 @@ class PromptSegment(Options):
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     image: Picture | None = None
     last_image: Picture | None = None
-    reference_images: tuple[Picture, ...] = Field(
-        default=(), max_length=MAX_REFERENCES, strict=False, json_schema_extra={"valid": VALID_REFERENCES}
+    reference_images: tuple[Picture, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_REFERENCES,
+        strict=False,
+        json_schema_extra={"valid": VALID_REFERENCES},
     )
 
     @model_validator(mode="after")

@@ -121,7 +121,7 @@ def _pictures_of(entries: tuple[PromptSegment, ...]) -> Iterator[tuple[KeyPath, 
         for name in ("image", "last_image"):
             if (file := getattr(entry, name)) is not None:
                 yield ("prompt_segments", index, name), file
-        for at, file in enumerate(entry.reference_images):
+        for at, file in enumerate(entry.reference_images or ()):
             yield ("prompt_segments", index, "reference_images", at), file
 
 

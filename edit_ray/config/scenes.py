@@ -23,7 +23,9 @@ def storyboard_of(config: Config) -> Storyboard:
     for index, (entry, start, end) in enumerate(zip(entries, starts, [*starts[1:], config.num_segments], strict=True)):
         own = {name: value for name in _INHERITED if (value := getattr(entry, name)) is not None}
         image = entry.image or default_image(config, index)
-        whole = Scene(start, entry.prompt, **defaults | own, pictures=Pictures(image, None, entry.reference_images))
+        whole = Scene(
+            start, entry.prompt, **defaults | own, pictures=Pictures(image, None, entry.reference_images or ())
+        )
         scenes += _parts(whole, end, entry.last_image, chained=config.continuity.mode == "image")
     return Storyboard(tuple(scenes), layout)
 
