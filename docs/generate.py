@@ -33,7 +33,9 @@ A run's configuration is one YAML file; `--set SECTION.KEY=VALUE` overrides one 
 them. Only `video` and `prompt_segments` are required. An unknown key is an error that suggests the nearest known one.
 All mistakes are reported at once, and nothing starts before they are fixed. [configs/tiny.yaml](../configs/tiny.yaml)
 has every key with a comment. Others are for published models: [Wan2.1 1.3B](../configs/wan21_t2v_1_3b.yaml) and
-[14B](../configs/wan21_t2v_14b.yaml), [Wan2.2 TI2V-5B](../configs/wan22_ti2v_5b.yaml).
+[14B](../configs/wan21_t2v_14b.yaml), [Wan2.1 14B from a picture](../configs/wan21_i2v_14b.yaml),
+[Wan2.2 A14B from a picture in four steps](../configs/wan22_i2v_a14b_lightning.yaml),
+[Wan2.2 TI2V-5B](../configs/wan22_ti2v_5b.yaml).
 """
 
 ENVIRONMENT = """## Environment

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from edit_ray.config.mistakes import KeyPath, Mistake, mistake_at
+from edit_ray.config.picture_checks import mode_mistakes
 from edit_ray.engine.options import adapter_names
 from edit_ray.runs.ids import MAX_SEGMENTS
 from edit_ray.runs.run_plan import TEMPORAL_FACTOR, FrameLayout
@@ -24,6 +25,7 @@ def cross_field_mistakes(config: Config) -> Iterator[Mistake]:
     """Every mistake; those of the video's length only if its segments are valid."""
     of_segments = [*_shape(config), *_continuity(config)]
     yield from of_segments or _length_and_storyboard(config)
+    yield from mode_mistakes(config)
     yield from _reuse(config)
     yield from _steps(config)
     yield from _loras(config)
@@ -37,6 +39,13 @@ def _shape(config: Config) -> Iterator[Mistake]:
         below = (frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1
         near = f"{below} or {below + TEMPORAL_FACTOR}"
         yield mistake_at("sampling.num_frames", f"is {frames}; it must be {TEMPORAL_FACTOR}k+1, such as {near}.")
+    elif continuity.mode in ("image", "svi") and continuity.carried_latents >= latents:
+        yield mistake_at(
+            "sampling.num_frames",
+            f"is {frames}, {latents} latents a segment; it must be at least "
+            f"{TEMPORAL_FACTOR * continuity.carried_latents + 1} where continuity.mode is {continuity.mode}.",
+            "continuity.mode",
+        )
     elif continuity.carried_latents >= latents:
         yield mistake_at(
             "continuity.history_latents",
@@ -68,8 +77,8 @@ def _continuity(config: Config) -> Iterator[Mistake]:
     if continuity.init is not None:
         yield mistake_at(
             "continuity.init",
-            f"is {continuity.init!r}; it needs continuity.mode history or overlap, as with {mode} no segment continues "
-            "anything.",
+            f"is {continuity.init!r}; it needs continuity.mode history, overlap, image or svi, as with {mode} no "
+            "segment continues anything.",
             "continuity.mode",
         )
     if continuity.adain:

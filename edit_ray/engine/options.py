@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -20,10 +21,10 @@ def is_clip(path: str) -> bool:
     return path.lower().endswith(CLIPS)
 
 
-def _init_path(path: str) -> str:
+def _path_of(names: tuple[str, ...], path: str) -> str:
     """The absolute path, because the actors' working directory is another one."""
-    if not path.lower().endswith(PICTURES + CLIPS):
-        raise ValueError("neither a picture nor a clip")
+    if not path.lower().endswith(names):
+        raise ValueError("another kind of file")
     return os.path.abspath(os.path.expanduser(path))
 
 
@@ -32,6 +33,15 @@ def _lora_path(path: str) -> str:
     if not path.endswith(".safetensors"):
         raise ValueError("no .safetensors file")
     return os.path.abspath(os.path.expanduser(path))
+
+
+_OF_A_PICTURE = f"the path of a picture ({', '.join(PICTURES)})"
+Picture = Annotated[
+    str,
+    Field(min_length=1, max_length=4096, json_schema_extra={"valid": _OF_A_PICTURE}),
+    AfterValidator(partial(_path_of, PICTURES)),
+]
+"""The absolute path of a picture."""
 
 
 def _model_path(path: str) -> str:
@@ -160,46 +170,57 @@ class ContinuityOptions(Options):
     `none`: not at all. `warm_start`: it reuses residuals, and nothing else. `history`: it sees the last
     `history_latents` latents clean, in models with per-token timesteps. `overlap`: it sees them as noisy as the rest,
     in any model; `overlap_source` says whether they are taken as they are (`latent`), encoded anew from their frames
-    (`reencode`), or only the first of them is (`hybrid`). `adain` moves each segment's colours by this factor towards
-    those of the first. `init` is what segment 0 continues: a picture becomes the video's first frame, a clip is
-    continued from its end and not shown again. `picture_as` says how the model sees a picture: as the first latent of
-    a clip, which stands for one frame, or as a later latent of a still clip, which stands for four.
+    (`reencode`), or only the first of them is (`hybrid`). `image`: it begins with the last frame, in models that take
+    a picture. `svi`: an image-to-video model sees the latent of `init` and behind it the last latent. `adain` moves
+    each segment's colours by this factor towards those of the first. `init` is what segment 0 continues: a picture
+    becomes the video's first frame, a clip is continued from its end and not shown again. `picture_as` says how a
+    model that holds latents sees a picture: as the first latent of a clip, which stands for one frame, or as a later
+    latent of a still clip, which stands for four.
     """
 
-    mode: Literal["none", "warm_start", "history", "overlap"] = "none"
+    mode: Literal["none", "warm_start", "history", "overlap", "image", "svi"] = "none"
     history_latents: int = Field(default=3, ge=1, le=64)
     overlap_source: Literal["hybrid", "latent", "reencode"] = "hybrid"
     adain: float = Field(default=0.0, ge=0, le=0.25)
-    init: Annotated[str, AfterValidator(_init_path)] | None = Field(
+    init: Annotated[str, AfterValidator(partial(_path_of, PICTURES + CLIPS))] | None = Field(
         default=None,
         min_length=1,
         max_length=4096,
-        json_schema_extra={"valid": f"the path of a picture ({', '.join(PICTURES)}) or of a clip ({', '.join(CLIPS)})"},
+        json_schema_extra={"valid": f"{_OF_A_PICTURE} or of a clip ({', '.join(CLIPS)})"},
     )
     picture_as: Literal["first_frame", "still"] = "first_frame"
 
     @property
     def carried_latents(self) -> int:
-        """Latents that a segment takes over from its predecessor, k; 0 if each is a clip of its own."""
-        return self.history_latents if self.mode in ("history", "overlap") else 0
+        """Latents at the beginning of a later segment that are not new, k; 0 if each is a clip of its own.
+
+        With `image` the last frame's, with `svi` the picture's and the last one of the segment before.
+        """
+        return {"image": 1, "svi": 2}.get(self.mode, self.history_latents if self._continues_latents else 0)
+
+    @property
+    def _continues_latents(self) -> bool:
+        return self.mode in ("history", "overlap")
 
     @property
     def carried_frames(self) -> int:
-        """Frames before a segment that must be decoded before it starts: those of its k latents, or 0."""
+        """Frames before a segment that must be decoded before it starts: those of its k latents, the last one, or 0."""
+        if self.mode == "image":
+            return 1
         needs_frames = self.mode == "overlap" and self.overlap_source != "latent"
         return frames_of(self.history_latents) if needs_frames else 0
 
     @property
     def init_latents(self) -> int:
-        """Latents that segment 0 takes over from `init`: one of a picture, k of a clip."""
-        if self.init is None:
+        """Latents that segment 0 takes over from `init`: one of a picture, k of a clip, none in modes of pictures."""
+        if self.init is None or not self._continues_latents:
             return 0
         return self.history_latents if is_clip(self.init) else 1
 
     @property
     def begins_with_picture(self) -> bool:
         """Whether the first latent of the run's stream is that of the user's picture."""
-        return self.init is not None and not is_clip(self.init)
+        return self.init is not None and self.init_latents > 0 and not is_clip(self.init)
 
     @property
     def preceding_latents(self) -> int:

@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from edit_ray.cli.main import parser
 from edit_ray.config import load_config
-from edit_ray.engine.options import CLIPS, PICTURES, ContinuityOptions
+from edit_ray.config.model import layout_of
+from edit_ray.engine.options import CLIPS, PICTURES, ContinuityOptions, SamplingOptions
 from edit_ray.runs.run_plan import FrameLayout
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "long-video.md").read_text()
@@ -49,6 +51,16 @@ def test_the_storyboard_is_understood(tmp_path):
     assert (last.guidance_scale, "square" in last.prompt) == (6.0, True)
 
 
+def test_the_pictures_are_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in re.findall(r"\w+\.png", blocks("yaml")[2]):
+        Image.new("RGB", (16, 16)).save(name)
+    Path("run.yaml").write_text(blocks("yaml")[2] + "video: {num_segments: 4}\n")
+    board = load_config(Path("run.yaml")).storyboard
+    shown = [board.segment(index).pictures for index in range(4)]
+    assert [[Path(path).stem for path in pictures.paths] for pictures in shown] == [["first"], [], ["second"], ["last"]]
+
+
 def test_the_commands_are_understood():
     commands = re.findall(r"`edit-ray ([^`]+)`", PAGE)
     assert len(commands) >= 4
@@ -62,3 +74,6 @@ def test_the_table_of_frames_is_the_layout_s():
     assert of_clip.total_frames(segments) == segments * later
     assert FrameLayout(frames, k, 16).total_frames(segments) == frames + (segments - 1) * later
     assert FrameLayout(frames, 0, 16).total_frames(segments) == segments * frames
+    for mode, taken in (("image", 1), ("svi", 2)):
+        layout = layout_of(SamplingOptions(num_frames=frames), ContinuityOptions(mode=mode))
+        assert layout.total_frames(segments) == frames + (segments - 1) * 4 * (latents - taken)

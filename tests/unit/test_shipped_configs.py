@@ -20,6 +20,8 @@ LAYOUTS = {
     "tiny": None,
     "wan21_t2v_1_3b": {},
     "wan21_t2v_14b": {},
+    "wan21_i2v_14b": {"layout": "image_clip"},
+    "wan22_i2v_a14b_lightning": {"layout": "image", "two_experts": True},
     "wan22_ti2v_5b": {"expand_timesteps": True},
 }
 SMALL = {"height": 32, "width": 32, "num_frames": 17, "negative_prompt": ""}
