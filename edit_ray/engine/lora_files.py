@@ -22,7 +22,7 @@ Layers = Mapping[str, tuple[int, int]]  # features out and in, by the layer's na
 
 PREFIX = "transformer."  # of every key, once diffusers has converted it
 IMAGE_LAYERS = ("add_k_proj", "add_v_proj", "image_embedder")  # of Wan2.1: a LoRA for it suits Wan2.2 without them
-_MATRIX = re.compile(r"transformer\.(?P<layer>.+)\.(?P<role>lora_A|lora_B)\.weight")
+_MATRIX = re.compile(r"transformer\.(?P<layer>.+)\.(?:(?P<down>lora_A|lora\.down)|lora_B|lora\.up)\.weight")
 
 
 def lora_mistakes(model: ModelOptions, info: ModelInfo) -> Iterator[tuple[int, str, str]]:
@@ -71,24 +71,27 @@ def layers_of(transformer: Any) -> Layers:
     return {name: (each.out_features, each.in_features) for name, each in named if isinstance(each, nn.Linear)}
 
 
-def fit_problem(shapes: Mapping[str, Shape], layers: Layers) -> str | None:
+def fit_problem(shapes: Mapping[str, Shape], layers: Layers, held: Sequence[str] = ()) -> str | None:
     """Why a LoRA does not fit a transformer, as the end of a sentence; None if it fits.
 
     Args:
         shapes: Of its tensors, by the keys that diffusers has converted.
         layers: The transformer's linear layers.
+        held: The keys before that.
     """
+    if any(".lokr_" in key for key in shapes):  # products of another kind, which diffusers checks
+        return None
     pairs: dict[str, dict[str, Shape]] = {}
     for key, shape in shapes.items():
         if match := _MATRIX.fullmatch(key):
-            pairs.setdefault(match["layer"], {})[match["role"]] = shape
+            pairs.setdefault(match["layer"], {})["down" if match["down"] else "up"] = shape
     if not pairs.keys() & layers.keys():
-        return f"matches nothing in the transformer; it holds {_listed(list(shapes))}."
+        return f"matches nothing in the transformer; it holds {_listed(held or list(shapes))}."
     absent = [name for name in pairs.keys() - layers.keys() if not any(part in name for part in IMAGE_LAYERS)]
     if absent:
         return f"is of another model: this transformer has no {_listed(sorted(absent))}."
     for name in sorted(pairs.keys() & layers.keys()):
-        down, up = pairs[name].get("lora_A"), pairs[name].get("lora_B")
+        down, up = pairs[name].get("down"), pairs[name].get("up")
         if down is None or up is None or len(down) != 2 or len(up) != 2:
             return f"has no two matrices for {name}."
         if down[0] != up[1]:
@@ -116,9 +119,7 @@ def _file_problem(shapes: Mapping[str, Shape], layers: Layers) -> str | None:
         converted = WanPipeline.lora_state_dict(tensors)
     except Exception as error:  # what the conversion does not expect raises anything
         return f"has no keys that diffusers converts ({type(error).__name__}); it holds {_listed(list(shapes))}."
-    if not any(_MATRIX.fullmatch(key) for key in converted):
-        return f"matches nothing in the transformer; it holds {_listed(list(shapes))}."
-    return fit_problem({key: tuple(tensor.shape) for key, tensor in converted.items()}, layers)
+    return fit_problem({key: tuple(tensor.shape) for key, tensor in converted.items()}, layers, list(shapes))
 
 
 def _shapes_of(lora: LoraOptions) -> dict[str, Shape]:

@@ -49,6 +49,7 @@ class SegmentEngine:
     ) -> None:
         """`loras` are those on `pipe` that are not fused."""
         self.pipe, self._loras = pipe, loras
+        self._lora_weights: Mapping[str, float] = {}  # in place of their own
         self._own_scheduler, self._own_boundary = pipe.scheduler, pipe.config.boundary_ratio
         self.device = torch.device(pipe.device)  # diffusers searches every module for it
         self._offload_text_encoder = offload_text_encoder
@@ -299,8 +300,9 @@ class SegmentEngine:
             return
         self.pipe.disable_cache()
         self._cached_for = None
-        if self._loras:
+        if lora_weights != self._lora_weights:
             weigh_loras(self.pipe, self._loras, lora_weights)
+            self._lora_weights = lora_weights
         if cache.policy != "none":
             options = {"target_speedup": cache.target_speedup, "sigmas": sampling.sigmas, **cache.policy_options}
             self.pipe.enable_cache(cache.policy, sampling.num_inference_steps, cache.granularity, **options)
