@@ -94,9 +94,13 @@ def _load(config: Config) -> EditWanPipeline:
 
 
 def _call(config: Config) -> dict[str, Any]:
-    """The pipeline's arguments except prompt and seed."""
-    names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt")
-    return {name: getattr(config.sampling, name) for name in names}
+    """The pipeline's arguments except prompt and seed; the pictures are those of segment 0."""
+    from edit_ray.engine.init_file import picture_arguments
+
+    names, sampling = ("num_frames", "num_inference_steps", "guidance_scale", "negative_prompt"), config.sampling
+    size = {"height": sampling.height, "width": sampling.width}
+    pictures = picture_arguments(config.storyboard.segment(0).pictures, **size)
+    return {**size, **{name: getattr(sampling, name) for name in names}, **pictures}
 
 
 def _rank(measure: SkipMeasure) -> dict[str, Any]:
