@@ -8,17 +8,16 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from PIL import Image
 
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache.records import Record
 from edit_ray.config.scenes import picture_files
 from edit_ray.engine.continuity import latent_tail, load_latents, match_statistics
-from edit_ray.engine.init_file import Frames, pictures_digest, read_picture
+from edit_ray.engine.init_file import picture_arguments, pictures_digest
 from edit_ray.engine.loading import usable_cores
 from edit_ray.engine.lora_files import weights_digest
 from edit_ray.engine.segment import KEPT_PROMPTS, SegmentEngine
@@ -176,7 +175,9 @@ def conditions_of(engine: SegmentEngine, spec: RunSpec, segment: SegmentPlan) ->
     Raises ConfigError if a picture cannot be read, HardwareDiffers if one has changed since the run was begun.
     """
     continuity, index = spec.config.continuity, segment.index
-    given, frame = _read_pictures(spec, segment)
+    given = _read_pictures(spec, segment)
+    image = given.pop("image", None)
+    frame = None if image is None else np.asarray(image)[None]
     stream, start = spec.stream(index)
     if frame is not None and (index == start or not continuity.carried_latents):
         shown = engine.picture(continuity, frame)
@@ -201,21 +202,15 @@ def conditions_of(engine: SegmentEngine, spec: RunSpec, segment: SegmentPlan) ->
     return SegmentInput(given | context)
 
 
-def _read_pictures(spec: RunSpec, segment: SegmentPlan) -> tuple[dict[str, Any], Frames | None]:
-    """The last frame and the references as the pipeline takes them, and the image, uint8 [1, H, W, 3]."""
-    files, sampling = segment.pictures, spec.config.sampling
-    if files.paths and spec.pictures not in (None, pictures_digest(picture_files(spec.config))):
+def _read_pictures(spec: RunSpec, segment: SegmentPlan) -> dict[str, Any]:
+    """The segment's pictures as the pipeline's arguments, if they are those that the run was begun with."""
+    if segment.pictures.paths and spec.pictures not in (None, pictures_digest(picture_files(spec.config))):
         raise HardwareDiffers(
             f"a picture of run {spec.run_id!r} was edited while the run was at work; put it back, then go on with "
             f"`edit-ray resume {spec.run_id}`"
         )
-    read = partial(read_picture, height=sampling.height, width=sampling.width, key="a picture of the run")
-    given: dict[str, Any] = {}
-    if files.last_image is not None:
-        given["last_image"] = Image.fromarray(read(files.last_image)[0])
-    if files.reference_images:
-        given["reference_images"] = [Image.fromarray(read(path)[0]) for path in files.reference_images]
-    return given, None if files.image is None else read(files.image)
+    sampling = spec.config.sampling
+    return picture_arguments(segment.pictures, height=sampling.height, width=sampling.width)
 
 
 def tiled_position(spec: RunSpec, segment_index: int) -> int | None:

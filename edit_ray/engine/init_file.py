@@ -8,6 +8,7 @@ import tempfile
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +18,13 @@ from edit_ray.engine.model_files import known_digest
 from edit_ray.engine.options import is_clip
 from edit_ray.errors import ConfigError
 from edit_ray.files import digest_of
+from edit_ray.runs.run_plan import Pictures
 from edit_ray.video.encode import EncodeError, Patience, watched
 
 MAX_PIXELS = 2**26  # of a picture, or of a frame of a clip
 MAX_CLIP_FRAMES = 100_000
 _PATIENCE = Patience()
-_INIT = "continuity.init"
+_INIT, _PICTURE = "continuity.init", "a picture of the run"
 
 Frames = npt.NDArray[np.uint8]
 
@@ -65,6 +67,18 @@ def read_picture(path: str, *, height: int, width: int, key: str = _INIT) -> Fra
     raise _unusable(key, path, f"has {size[0]}x{size[1]} pixels; a picture must have at most {MAX_PIXELS}")
 
 
+def picture_arguments(pictures: Pictures, *, height: int, width: int) -> dict[str, Any]:
+    """The pictures as the pipeline's arguments, those that there are. Raises `ConfigError`."""
+
+    def read(path: str) -> Image.Image:
+        return Image.fromarray(read_picture(path, height=height, width=width, key=_PICTURE)[0])
+
+    files = {"image": pictures.image, "last_image": pictures.last_image}
+    given: dict[str, Any] = {name: read(path) for name, path in files.items() if path is not None}
+    references = [read(path) for path in pictures.reference_images]
+    return given | ({"reference_images": references} if references else {})
+
+
 def pictures_digest(paths: Sequence[str]) -> str:
     """xxh3_64 of all these files, as 16 hexadecimal digits. Raises `ConfigError` for one that cannot be read."""
     digests = []
@@ -72,7 +86,7 @@ def pictures_digest(paths: Sequence[str]) -> str:
         try:
             digests.append(f"{known_digest(Path(path)):016x}")
         except OSError as error:
-            raise _unusable("a picture of the run", path, f"cannot be read ({error.strerror})") from None
+            raise _unusable(_PICTURE, path, f"cannot be read ({error.strerror})") from None
     return f"{digest_of(' '.join(digests).encode()):016x}"
 
 

@@ -74,8 +74,9 @@ class RunStream:
         if not slots:
             return {}
         if continuity.mode == "image":
-            shown = self.last_frames(1, position, preceding).mul(0.5).add(0.5).mul(255).round().div(127.5).sub(1)
-            return {"history": encode_picture(self._vae, shown.float(), continuity)[:, :, -1:].cpu()}
+            shown = self.last_frames(1, position, preceding) * 0.5 + 0.5
+            shown = shown.float().mul(255).round() / 127.5 - 1  # operation by operation as `to_uint8` and `to_video`
+            return {"history": encode_picture(self._vae, shown, continuity)[:, :, -1:].cpu()}
         latents = preceding(slots)
         if not continuity.carried_frames:
             return {continuity.mode: latents}
