@@ -191,7 +191,9 @@ def _add_models(commands: _Commands) -> None:
     made = commands.add(
         "make-model", setup_commands.make_model, "write a published Wan model with random weights", common=False
     )
-    made.add_argument("--variant", choices=["t2v-1.3B", "t2v-14B", "ti2v-5B"], required=True)
+    made.add_argument(
+        "--variant", choices=["t2v-1.3B", "t2v-14B", "ti2v-5B", "causal-1.3B", "causal-14B"], required=True
+    )
     made.add_argument("--output", dest="folder", type=Path, required=True, help="a new folder (diffusers layout)")
     made.add_argument(
         "--text-encoder", choices=["full", "tiny", "none"], default="full", help="UMT5-XXL, a small one, or none"
@@ -199,3 +201,18 @@ def _add_models(commands: _Commands) -> None:
     made.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the weights")
     made.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to draw the weights")
     made.add_argument("--seed", type=int, default=0)
+    _add_convert(commands)
+
+
+def _add_convert(commands: _Commands) -> None:
+    converted = commands.add(
+        "convert", setup_commands.convert, "write a published causal checkpoint as a model folder", common=False
+    )
+    converted.add_argument(
+        "source", metavar="SOURCE", type=Path, help="the checkpoint: a .pt or .safetensors file, or a diffusers folder"
+    )
+    converted.add_argument("--base", default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", help="the model that it was made of")
+    converted.add_argument("--output", dest="folder", type=Path, required=True, help="a new folder (diffusers layout)")
+    for name in ("chunk_size", "window", "sink"):
+        converted.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="LATENTS", help="as it was trained")
+    converted.add_argument("--rope", choices=["relative", "absolute"], help="(default: relative)")

@@ -95,7 +95,7 @@ class CacheControl:
                 policy_kwargs[option] = value
         elif target_speedup is not None:
             raise ValueError("target_speedup needs the name of a policy, whose threshold it then chooses.")
-        num_steps = len(planned_steps(pipe, schedule))
+        num_steps = len(self.planned_steps(schedule))
         cache = self._cache = apply_cache_on_transformer(
             experts_of(self),
             policy,
@@ -103,7 +103,7 @@ class CacheControl:
             granularity,
             store,
             history_len,
-            lambda: planned_steps(pipe, schedule),
+            lambda: self.planned_steps(schedule),
             None if pipe.cfg_parallel is None else pipe.cfg_parallel.transformers,
             **policy_kwargs,
         )
@@ -133,6 +133,13 @@ class CacheControl:
     def has_target_speedup(self) -> bool:
         """Whether a cache is enabled whose threshold was chosen for a speedup, with the weights of that moment."""
         return self.cache is not None and self._target_steps is not None
+
+    def planned_steps(self, schedule: StepSchedule) -> list[LoopStep]:
+        """The steps of a loop with this schedule; the pipeline's scheduler stays as it is."""
+        pipe: Any = self
+        scheduler = copy.deepcopy(pipe.scheduler)
+        schedule.set_on(scheduler)
+        return loop_steps(pipe, scheduler)
 
     def disable_cache(self) -> None:
         """Compute everything again; without a cache, nothing happens."""
@@ -175,10 +182,3 @@ def expert_name(pipe: WanPipeline, t: Tensor) -> str:
     boundary = pipe.config.boundary_ratio
     high = boundary is None or t >= boundary * pipe.scheduler.config.num_train_timesteps
     return "transformer" if high else "transformer_2"
-
-
-def planned_steps(pipe: Any, schedule: StepSchedule) -> list[LoopStep]:
-    """The steps of a loop with this schedule; the pipeline's scheduler stays as it is."""
-    scheduler = copy.deepcopy(pipe.scheduler)
-    schedule.set_on(scheduler)
-    return loop_steps(pipe, scheduler)

@@ -8,12 +8,14 @@ from functools import cache, partial
 from typing import Any, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
 
 from edit_ray.engine import fast_block
+from edit_ray.engine.causal_attention import ChunkProcessor
 from edit_ray.engine.fast_block import BlockWeights, Layer, Rope, Sizes, quantise
 from edit_ray.engine.options import Mode
 from edit_ray.errors import ModelError
@@ -38,12 +40,15 @@ class Functions(NamedTuple):
     embed: Callable[..., Tensor] = fast_block.embed
     block: Callable[..., Tensor] = fast_block.block
     head: Callable[..., Tensor] = fast_block.head
+    enter: Callable[..., tuple[Tensor, ...]] = fast_block.enter
+    leave: Callable[..., Tensor] = fast_block.leave
 
 
 @cache
 def compiled() -> Functions:
     """Compiled once in a process for each form of their tensors."""
-    return Functions(*(torch.compile(function, dynamic=False, fullgraph=True) for function in Functions()))
+    made: list[Any] = [torch.compile(function, dynamic=False, fullgraph=True) for function in Functions()]
+    return Functions(*made)
 
 
 class FastTransformer:
@@ -85,7 +90,7 @@ class FastTransformer:
         attention_kwargs: dict[str, Any] | None = None,  # diffusers' scale of adapters: there are none
     ) -> tuple[Tensor] | Transformer2DModelOutput:
         """The transformer's forward, with diffusers' arguments and results."""
-        whole, (embed, _, head) = self.transformer, self._functions
+        whole, embed, head = self.transformer, self._functions.embed, self._functions.head
         patch = whole.config.patch_size
         grid = tuple(size // of for size, of in zip(hidden_states.shape[2:], patch, strict=True))
         rotary_emb = whole.rope(hidden_states)
@@ -107,7 +112,14 @@ class FastTransformer:
         text_k, text_v = self._text_of(encoder_hidden_states)[index]
         each = self._blocks[index]
         sizes = Sizes(each.attn1.heads, each.norm1.eps, each.attn1.norm_q.eps)
-        return self._functions.block(x, text_k, text_v, temb, self._rope_of(rotary_emb), self._weights[index], sizes)
+        weights, processor = self._weights[index], each.attn1.processor
+        if not isinstance(processor, ChunkProcessor):
+            return self._functions.block(x, text_k, text_v, temb, self._rope_of(rotary_emb), weights, sizes)
+        rope = self._rope_of(processor.attention.here)
+        query, *own = self._functions.enter(x, temb, rope, weights, sizes)
+        key, value = processor.attention.extend(processor.layer, *own)
+        attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        return self._functions.leave(x, attended, text_k, text_v, temb, weights, sizes)
 
     def _text_of(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of a projected text in each block, the same in all steps."""

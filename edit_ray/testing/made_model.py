@@ -21,6 +21,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from edit_ray.engine.causal_options import INDEX_KEY, causal_options
 from edit_ray.testing.wan import SPECIAL_TOKENS, UNKNOWN, fast_tokenizer, name_tokenizer_class
 
 TextEncoder = Literal["full", "tiny", "none"]
@@ -48,6 +49,7 @@ class Variant:
     vae: Config = field(default_factory=dict)
     text_encoder: Config = field(default_factory=lambda: _UMT5_XXL)
     expand_timesteps: bool = False
+    causal: Config | None = None  # the options of a causal model
 
     def text_encoder_config(self, size: TextEncoder) -> Config | None:
         """UMT5's config: as published, one narrow layer that gives embeddings of the same width, or None."""
@@ -65,6 +67,8 @@ def _transformer(heads: int, ffn_dim: int, num_layers: int, channels: int = 16) 
 VARIANTS: Mapping[str, Variant] = {
     "t2v-1.3B": Variant(_transformer(12, 8960, 30), flow_shift=3.0),
     "t2v-14B": Variant(_transformer(40, 13824, 40), flow_shift=3.0),
+    "causal-1.3B": Variant(_transformer(12, 8960, 30), flow_shift=5.0, causal={"window": 12, "sink": 3}),
+    "causal-14B": Variant(_transformer(40, 13824, 40), flow_shift=5.0, causal={"window": 12, "sink": 3}),
     "ti2v-5B": Variant(_transformer(24, 14336, 30, 48), flow_shift=5.0, vae=_WAN22_VAE, expand_timesteps=True),
 }
 
@@ -106,6 +110,8 @@ def make_model(
     parts["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"] if has_text else [None, None]
     index = {"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__, **parts}
     index |= {"boundary_ratio": None, "expand_timesteps": sizes.expand_timesteps}
+    if sizes.causal is not None:
+        index |= {"_class_name": "EditCausalWanPipeline", INDEX_KEY: causal_options(sizes.causal).model_dump()}
     (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     if has_text:
         byte_tokenizer().save_pretrained(directory / "tokenizer")
