@@ -122,7 +122,11 @@ def test_two_of_them_fused_and_unfused_are_diffusers(pair, tmp_path):
 def test_a_fused_lora_leaves_fast_and_precomputing_on(pair, tmp_path):
     _, ours = pair
     transformer = ours.transformer.to(torch.bfloat16)
-    inputs = {"hidden_states": torch.randn(1, 4, 2, 4, 4), "encoder_hidden_states": torch.randn(1, 5, 32)}
+    drawn, shapes = (
+        torch.Generator().manual_seed(0),
+        {"hidden_states": (1, 4, 4, 8, 8), "encoder_hidden_states": (1, 9, 32)},
+    )
+    inputs = {name: torch.randn(shape, generator=drawn) for name, shape in shapes.items()}
     inputs = {name: value.bfloat16() for name, value in inputs.items()} | {"timestep": torch.tensor([500])}
     fast = FastTransformer(transformer, functions=Functions())
 
@@ -144,8 +148,8 @@ def test_a_fused_lora_leaves_fast_and_precomputing_on(pair, tmp_path):
         assert can_be_fast(transformer)
         assert can_precompute(transformer)
         fused, with_lora = distance()
-        assert with_lora < 1.5 * without + 1e-3
-        assert (fused - plain).norm() > 0.05 * plain.norm()
+        assert with_lora < 2 * without < 0.02  # both are roundings of bfloat16
+        assert (fused - plain).norm() > 0.2 * plain.norm()
 
 
 def test_weights_in_eight_bits_follow_a_lora(pair, tmp_path):
