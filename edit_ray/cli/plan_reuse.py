@@ -19,7 +19,7 @@ MEASURED_MS, MEASURED_TOKENS, MEASURED_WIDTH, MEASURED_BLOCKS = 181.6, 14_040, 1
 
 def plan(options: argparse.Namespace) -> int:
     """Prints what the configured run will reuse. Loads no weights. Raises ConfigError, ModelError."""
-    from edit_ray.cli.reuse_estimate import ReuseEstimate
+    from edit_ray.cli.reuse_estimate import ReuseEstimate, what_can_be_skipped
     from edit_ray.config import load_config
 
     forward_ms: float | None = options.forward_ms
@@ -28,6 +28,8 @@ def plan(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.set)
     if not config.cache.reuse_window:
         print("cache.reuse_window is 0: no segment of this run reuses residuals of another.")
+        if (skipped := what_can_be_skipped(config)) is not None:
+            print(f"steps     {skipped}")
         return 0
     try:
         estimate = ReuseEstimate(config)
@@ -63,13 +65,14 @@ def lines(config: Config, estimate: ReuseEstimate, forward_ms: float | None) -> 
 
 
 def _run_lines(config: Config, estimate: ReuseEstimate, forward_ms: float | None) -> list[str]:
-    from edit_ray.cli.reuse_estimate import HOST_TO_DISK
+    from edit_ray.cli.reuse_estimate import HOST_TO_DISK, what_can_be_skipped
 
     cache, plan, size = config.cache, estimate.plan, estimate.size
     _, tokens, width = estimate.shape
     found = [
         f"model     {config.model.path}",
         f"run       {config.num_segments} segments, reuse window {cache.reuse_window}, granularity {cache.granularity}",
+        f"steps     {what_can_be_skipped(config)}",
         f"residual  {size:,} bytes ({_bytes(size)}): {tokens:,} tokens of width {width:,}, {config.model.torch_dtype}",
     ]
     alike: dict[tuple[int, int], list[int]] = {}

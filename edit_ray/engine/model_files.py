@@ -74,6 +74,15 @@ def _check_allowed(folder: Path | None, path: str) -> None:
         raise ModelError(f"{path!r} is not allowed here; models are {BUILTIN_PREFIX}… or folders in {said}.")
 
 
+def allowed_file(path: str) -> Path:
+    """A model's single file. Raises ModelError: there is none, or it is outside `$EDIT_RAY_MODEL_ROOTS`."""
+    file = Path(path)
+    if not file.is_file():
+        raise ModelError(f"{path!r} is no file.")
+    _check_allowed(file.resolve(), path)
+    return file
+
+
 def _checked_folder(folder: Path, path: str) -> str:
     if not (folder / INDEX_FILE).is_file():
         raise ModelError(f"{path!r} is the folder {folder}, which has no {INDEX_FILE}; a diffusers model has one.")
@@ -93,13 +102,14 @@ def model_digest(path: str) -> str | None:
         found = [folder / INDEX_FILE, *(file for part in parts for file in sorted(part.rglob("*")) if file.is_file())]
         digest = xxh3_64()
         for file in found:
-            digest.update(f"{file.relative_to(folder)} {_digest(file)}\n".encode())
+            digest.update(f"{file.relative_to(folder)} {known_digest(file)}\n".encode())
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path {path!r} ({folder}) cannot be read: {error}") from None
     return digest.hexdigest()
 
 
-def _digest(file: Path) -> int:
+def known_digest(file: Path) -> int:
+    """xxh3_64 of a file, read again when its size, time of change or inode differ. Raises OSError."""
     there = os.stat(file)
     key = str(file), there.st_size, there.st_mtime_ns, there.st_ino
     if key not in _digests:
