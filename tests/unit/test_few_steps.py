@@ -1,6 +1,5 @@
 """Few steps in a run: noise levels, samplers, fresh noise, two experts; and what a cache can skip in them."""
 
-import asyncio
 import copy
 
 import pytest
@@ -14,7 +13,6 @@ from diffusers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.cache.policies import make_policy
 from edit_ray.cli import main
 from edit_ray.cli.reuse_estimate import what_can_be_skipped
@@ -27,9 +25,8 @@ from edit_ray.errors import ModelError
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
 from tests.chaos.storm import die
+from tests.runs_here import Dying, check_same, config_for, done, made, submit
 from tests.unit.policy_unit import RecordedSignals, Unit
-from tests.unit.test_actors import config_for
-from tests.unit.test_actors_recovery import Dying, end_of, make, same, submit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
@@ -85,27 +82,23 @@ RENOISE = {"sampling": {"sigmas": FOUR, "num_inference_steps": 4, "sampler": "re
 
 
 @pytest.mark.parametrize("calls", [2, pytest.param(5, marks=pytest.mark.slow), 7])
-def test_fresh_noise_is_the_same_after_a_resume(start, tmp_path, model, calls):
-    async def scenario():
-        await make(tmp_path / "whole", model, one=RENOISE)
-        pool = Dying(calls)
-        first = start(pool)
-        await submit(first, tmp_path / "hurt", "one", config_for(model, **RENOISE))
-        await pool.now.wait()
-        await die(first)
-        second = SegmentSchedulerActor(pool)
-        await second.resume("one", str(tmp_path / "hurt"), False)
-        assert (await end_of(second, "one")).state == "done"
-
+async def test_fresh_noise_is_the_same_after_a_resume(start, tmp_path, model, calls):
     for name in ("whole", "hurt"):
         (tmp_path / name).mkdir()
-    asyncio.run(scenario())
-    whole, hurt = (RunFolder(tmp_path / name, "one") for name in ("whole", "hurt"))
+    config = config_for(model, **RENOISE)
+    whole = await made(start(), tmp_path / "whole", "one", config)
+    first = start(pool := Dying(calls))
+    await submit(first, tmp_path / "hurt", "one", config)
+    await pool.now.wait()
+    await die(first)
+    second = start(pool)
+    await second.resume("one", str(tmp_path / "hurt"), False)
+    await done(second, "one")
+    hurt = RunFolder(tmp_path / "hurt", "one")
     assert hurt.read_manifest().incarnation == 2
-    assert all(same(whole, hurt, index) for index in range(4))
-    assert whole.final.read_bytes() == hurt.final.read_bytes()
-    first, second = (load_latents(whole.latents(index)) for index in range(2))
-    assert not torch.equal(first[:, :, -1:], second[:, :, -1:])
+    check_same(hurt, whole)
+    noises = [load_latents(whole.latents(index))[:, :, -1:] for index in range(2)]
+    assert not torch.equal(*noises)
 
 
 # What a cache can skip.
