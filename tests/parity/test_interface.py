@@ -23,7 +23,7 @@ def test_the_call_has_every_parameter_and_default_of_diffusers():
     ours = list(inspect.signature(EditWanPipeline.__call__).parameters.values())
     same, extras = ours[: len(stock)], ours[len(stock) :]
     assert [(p.name, p.default, p.kind) for p in same] == [(p.name, p.default, p.kind) for p in stock]
-    names = {"image", "last_image", "image_embeds", "video", "strength", "mask", "reference_images"}
+    names = {"image", "last_image", "image_embeds", "image_latents", "video", "strength", "mask", "reference_images"}
     names |= {"conditioning_scale", "sigmas", "history", "overlap"}
     defaults = dict.fromkeys(names) | {"reset_cache": True, "prefetch_reuse": False}
     assert {p.name: p.default for p in extras} == defaults
