@@ -215,7 +215,10 @@ def _image(
 
 
 def _held(held: Tensor, rest: Tensor) -> Tensor:
-    """`rest` [B, C, T, h, w] with the latents `held` [B or 1, C, n, h, w] in its first n slots, n < T."""
+    """`rest` [B, C, T, h, w] with the latents `held` [B or 1, C, n, h, w] in its first n slots, n < T.
+
+    Source: Stable Video Infinity (github.com/vita-epfl/Stable-Video-Infinity).
+    """
     slots = held.shape[2] if held.ndim == 5 else 0
     if not 0 < slots < rest.shape[2] or held.shape[1] != rest.shape[1] or held.shape[3:] != rest.shape[3:]:
         batch, channels, frames, height, width = rest.shape

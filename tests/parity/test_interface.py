@@ -29,7 +29,7 @@ def extras_of(method):
 
 def test_the_call_and_the_components_are_those_of_diffusers():
     extras = extras_of("__call__")
-    names = {"image", "last_image", "image_embeds", "video", "strength", "mask", "reference_images"}
+    names = {"image", "last_image", "image_embeds", "image_latents", "video", "strength", "mask", "reference_images"}
     names |= {"conditioning_scale", "sigmas", "history", "overlap"}
     defaults = dict.fromkeys(names) | {"reset_cache": True, "prefetch_reuse": False}
     assert {p.name: p.default for p in extras} == defaults
