@@ -73,7 +73,7 @@ class DenoiserActor:
         engine = spec.config.engine
         threads = engine.cpu_threads or usable_cores()
         here = provenance_of(choose_device(spec.config.model.device), threads, engine.mode, engine.fp8)
-        model = model_digest(spec.config.model.path)
+        model = model_digest(spec.config.model.path, spec.config.model.files.values())
         return here | {"ffmpeg": ffmpeg_version()} | ({} if model is None else {"model": model})
 
     def progress(self) -> Progress | None:

@@ -107,7 +107,7 @@ class LoadedModel:
 
     def forget_replaced(self, spec: RunSpec) -> None:
         """Have the model loaded anew if the files at its path are no longer those that were loaded."""
-        if self._weights != model_digest(spec.config.model.path):
+        if self._weights != model_digest(spec.config.model.path, spec.config.model.files.values()):
             self.loaded_for = None
 
     def ready(self, spec: RunSpec, segment_index: int = 0) -> SegmentEngine:
@@ -122,7 +122,7 @@ class LoadedModel:
         try:
             if self.engine is None or self.loaded_for != wanted:
                 self.engine = None  # frees the last model before the next one is loaded
-                weights = model_digest(config.model.path)
+                weights = model_digest(config.model.path, config.model.files.values())
                 self.engine = SegmentEngine.load(config.model, self.threads, cfg_parallel=config.engine.cfg_parallel)
                 self.loaded_for, self._weights = wanted, weights
             torch.set_num_threads(self.threads)

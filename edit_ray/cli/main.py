@@ -20,6 +20,7 @@ _COMMON = (
     ("--output", "the folder of runs (default: $EDIT_RAY_OUTPUT or ~/edit_ray_outputs)"),
 )
 _FORCE = "also if the run belongs to another owner"
+MADE_VARIANTS = ("t2v-1.3B", "t2v-14B", "i2v-14B", "vace-1.3B", "vace-14B", "t2v-A14B", "i2v-A14B", "ti2v-5B")
 _WAIT: dict[str, Any] = {
     "type": float,
     "default": 30.0,
@@ -191,7 +192,7 @@ def _add_models(commands: _Commands) -> None:
     made = commands.add(
         "make-model", setup_commands.make_model, "write a published Wan model with random weights", common=False
     )
-    made.add_argument("--variant", choices=["t2v-1.3B", "t2v-14B", "ti2v-5B"], required=True)
+    made.add_argument("--variant", choices=MADE_VARIANTS, required=True)
     made.add_argument("--output", dest="folder", type=Path, required=True, help="a new folder (diffusers layout)")
     made.add_argument(
         "--text-encoder", choices=["full", "tiny", "none"], default="full", help="UMT5-XXL, a small one, or none"

@@ -25,6 +25,7 @@ def cross_field_mistakes(config: Config) -> Iterator[Mistake]:
     yield from of_segments or _length_and_storyboard(config)
     yield from _reuse(config)
     yield from _engine(config)
+    yield from _weights(config)
 
 
 def _shape(config: Config) -> Iterator[Mistake]:
@@ -161,4 +162,44 @@ def _engine(config: Config) -> Iterator[Mistake]:
     if engine.fp8 and engine.mode != "fast":
         yield mistake_at(
             "engine.fp8", f"is true and engine.mode {engine.mode}; 8 bits must go with the mode fast.", "engine.mode"
+        )
+
+
+def _weights(config: Config) -> Iterator[Mistake]:
+    """What the transformers' weights in host memory, in fewer bits or in single files exclude."""
+    model, engine = config.model, config.engine
+    blocks = model.offload == "blocks"
+    if blocks != (model.device_bytes is not None):
+        said = (
+            "is 'blocks', and model.device_bytes is not given; it must be what the transformers' weights may take on "
+            "the device, which `edit-ray plan` tells."
+            if blocks
+            else f"is {model.offload!r} and model.device_bytes {model.device_bytes}; that must go with 'blocks'."
+        )
+        yield mistake_at("model.offload", said, "model.device_bytes")
+    if blocks and engine.cfg_parallel:
+        yield mistake_at(
+            "engine.cfg_parallel",
+            "is true and model.offload 'blocks'; with two GPUs all weights must be on them.",
+            "model.offload",
+        )
+    if model.storage == "int8" and (blocks or model.files):
+        other = "offload" if blocks else next(iter(model.files))
+        yield mistake_at(
+            "model.storage",
+            f"is 'int8' and model.{other} {getattr(model, other)!r}; torchao's weights must be on the device and made "
+            "of the model's own files.",
+            f"model.{other}",
+        )
+    if model.storage == "fp8" and model.in_gguf:
+        name = model.in_gguf[0]
+        yield mistake_at(
+            "model.storage", f"is 'fp8' and model.{name} GGUF, which has a storage of its own.", f"model.{name}"
+        )
+    reasons = {"offload": blocks, "storage": model.storage != "torch_dtype", **dict.fromkeys(model.in_gguf, True)}
+    for name in [name for name, excludes in reasons.items() if excludes and engine.mode == "fast"][:1]:
+        yield mistake_at(
+            "engine.mode",
+            f"is fast and model.{name} {getattr(model, name)!r}; the compiled blocks need whole weights on the device.",
+            f"model.{name}",
         )

@@ -62,6 +62,7 @@ def model_mistakes(config: Config, texts: Iterable[Text]) -> list[Mistake]:
     mistakes = [*_init(config.continuity), *_cache(config.cache, steps, model.path)]
     if problem := dtype_problem(model.torch_dtype, model.device):
         mistakes.append(mistake_at("model.torch_dtype", problem, "model.device"))
+    mistakes += [mistake_at(f"model.{name}", problem) for name, problem in model.problems_here().items()]
     try:
         info = read_model_info(model.path)
     except ModelError as error:

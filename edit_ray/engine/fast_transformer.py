@@ -154,10 +154,15 @@ class FastTransformer:
 
 
 def can_be_fast(transformer: Any) -> bool:
-    """Whether a transformer is diffusers' own, as loaded: without adapters, hooks, image conditions, fused layers."""
+    """Whether a transformer is diffusers' own, as loaded: no adapters, hooks, fused layers, or quantised weights."""
     if not isinstance(transformer, WanTransformer3DModel) or transformer.condition_embedder.image_embedder is not None:
         return False
     if any(block.attn1.fused_projections or block.attn2.add_k_proj is not None for block in transformer.blocks):
+        return False
+    if any(
+        type(parameter.data) is not Tensor or not parameter.is_floating_point()
+        for parameter in transformer.parameters()
+    ):
         return False
     return all(map(is_unmodified, transformer.modules()))
 

@@ -3,14 +3,17 @@
 import os
 import re
 from fractions import Fraction
+from importlib.util import find_spec
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema
 
 from edit_ray.options import Options
+from edit_ray.tiers.options import ByteCount
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CLIPS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
+WEIGHTS = (".safetensors", ".gguf")
 
 
 def is_clip(path: str) -> bool:
@@ -22,6 +25,13 @@ def _init_path(path: str) -> str:
     """The absolute path, because the actors' working directory is another one."""
     if not path.lower().endswith(PICTURES + CLIPS):
         raise ValueError("neither a picture nor a clip")
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _weights_path(path: str) -> str:
+    """The absolute path of a file of one transformer's weights."""
+    if not path.lower().endswith(WEIGHTS):
+        raise ValueError("no file of weights")
     return os.path.abspath(os.path.expanduser(path))
 
 
@@ -55,13 +65,61 @@ FrameRate = Annotated[
 ]
 
 
+WeightsFile = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=4096,
+        json_schema_extra={"valid": f"the path of a file of weights ({', '.join(WEIGHTS)})"},
+    ),
+    AfterValidator(_weights_path),
+]
+
+
 class ModelOptions(Options):
-    """Which model, in which precision, where."""
+    """Which model, in which precision, where.
+
+    `transformer` and `transformer_2` are single files of weights in place of the model's own: GGUF, or safetensors in
+    Wan's or diffusers' names, also in 8 bits with scales. `storage` keeps the weights of the transformers' blocks in
+    fewer bits: `fp8` rounds them and computes in `torch_dtype`; `int8` is torchao's. GGUF and torchao are in the extra
+    `quant`. `offload` leaves parts in host memory: the text encoder, of which one block at a time is on the device, or
+    with `blocks` also those of the transformers; then `device_bytes` is what their weights may take on the device.
+    """
 
     path: Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_model_path)] = "builtin:tiny_wan"
+    transformer: WeightsFile | None = None
+    transformer_2: WeightsFile | None = None
     torch_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    storage: Literal["torch_dtype", "fp8", "int8"] = "torch_dtype"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    offload: Literal["none", "text_encoder"] = "text_encoder"
+    offload: Literal["none", "text_encoder", "blocks"] = "text_encoder"
+    device_bytes: ByteCount | None = None
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The single files, by the transformer that they are loaded as."""
+        files = {"transformer": self.transformer, "transformer_2": self.transformer_2}
+        return {name: file for name, file in files.items() if file is not None}
+
+    @property
+    def in_gguf(self) -> list[str]:
+        """The transformers that are loaded from GGUF."""
+        return [name for name, file in self.files.items() if file.lower().endswith(".gguf")]
+
+    def problems_here(self) -> dict[str, str]:
+        """Why options cannot be used on this machine, as predicates by their names: a file or a package is missing."""
+        needed = dict.fromkeys(self.in_gguf, "gguf") | ({"storage": "torchao"} if self.storage == "int8" else {})
+        problems = {
+            name: f"is {file!r}, which is no file." for name, file in self.files.items() if not os.path.isfile(file)
+        }
+        for name, package in needed.items():
+            if find_spec(package) is None:
+                given = getattr(self, name)
+                problems[name] = (
+                    f"is {given!r}, which needs the package {package}, and it is not installed: "
+                    "pip install 'edit_ray[quant]'."
+                )
+        return problems
 
 
 class SamplingOptions(Options):

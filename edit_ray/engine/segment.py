@@ -65,7 +65,7 @@ class SegmentEngine:
         pipe = load_pipeline(model)
         if second is not None:
             pipe.enable_cfg_parallel(second)
-        return cls(pipe, offload_text_encoder=model.offload == "text_encoder")
+        return cls(pipe, offload_text_encoder=model.offload != "none")
 
     def use_mode(self, mode: Mode, *, fp8: bool = False) -> None:
         """Compute in this mode from now on, `fast` with the blocks' linear layers in FP8 if `fp8`.

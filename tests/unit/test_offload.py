@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from edit_ray import EditWanPipeline
 from edit_ray.cache.loop_position import LoopStep
 from edit_ray.engine.offload import AHEAD, plan_loads, uses_of_loop
+from edit_ray.engine.options import ModelOptions, SamplingOptions
+from edit_ray.engine.segment import SegmentEngine
 from edit_ray.testing import save_random_wan
 
 STEPS, LAYERS = 6, 8
@@ -120,6 +122,20 @@ def test_what_a_mask_skips_is_not_copied(pipe):
     computed = sum(count.computed for count in counts)
     assert computed < 0.7 * (computed + sum(count.skipped for count in counts))
     assert pipe.block_offload.copied_bytes <= computed * LAYERS * block
+
+
+def test_a_run_has_its_blocks_in_host_memory(folder):
+    """And both experts in turn, in the room of one."""
+    sampling = SamplingOptions(height=32, width=32, num_frames=5, num_inference_steps=4)
+    model = ModelOptions(path=str(folder), device="cpu")
+    found = []
+    for offload in ({}, {"offload": "blocks", "device_bytes": 250_000}):
+        engine = SegmentEngine.load(model.model_copy(update=offload), torch.get_num_threads())
+        found.append(engine.denoise(sampling, prompt="a red circle", seed=1))
+    assert torch.equal(*found)
+    assert engine.pipe.block_offload.copied_bytes > 0
+    weights = sum(t.nbytes for e in (engine.pipe.transformer, engine.pipe.transformer_2) for t in e.parameters())
+    assert weights > 250_000
 
 
 def test_a_forward_that_no_loop_announced_is_computed(pipe):
