@@ -56,11 +56,12 @@ words.
 The size of a residual is the number of a segment's tokens, times the model's width, times the bytes of its type. The
 tables list how many residuals are live at once, which `store.disk_bytes` must hold, and how much is written and read.
 `store.host_bytes` must hold at least two residuals; more only saves disk reads. The simulated times assume the speeds
-below each table; they are not measurements of a run.
+below each table; they are not measurements of a run. What fits on a card is estimated from the configs;
+[On my card](on-my-card.md) says more.
 """
 
 # The sizes of Wan2.1 that a plan depends on, from the JSON files of the published models.
-WAN = {"1.3B": (12, 30), "14B": (40, 40)}
+WAN = {"1.3B": (12, 30, 8960), "14B": (40, 40, 13824)}
 CASES = (
     ("The embedded model, as in `configs/tiny.yaml`", None, "configs/tiny.yaml", ()),
     ("Wan2.1 1.3B, 480 × 832, whole stack", "1.3B", "configs/wan21_t2v_1_3b.yaml", ()),
@@ -225,7 +226,7 @@ def _said(command: str, arguments: list[str]) -> str:
     return said.getvalue()
 
 
-def _wan(folder: Path, heads: int, layers: int) -> Path:
+def _wan(folder: Path, heads: int, layers: int, ffn_dim: int) -> Path:
     """A folder with the JSON files of a Wan2.1 model that a plan reads."""
     files: dict[str, Any] = {
         "model_index.json": {
@@ -240,6 +241,7 @@ def _wan(folder: Path, heads: int, layers: int) -> Path:
             "num_attention_heads": heads,
             "attention_head_dim": 128,
             "num_layers": layers,
+            "ffn_dim": ffn_dim,
         },
         "vae/config.json": {"z_dim": 16},
     }

@@ -187,8 +187,9 @@ def _add_models(commands: _Commands) -> None:
     tune.add_argument("--psnr", type=float, required=True, help="the lowest mean PSNR against uncached frames, in dB")
     tune.add_argument("--seeds", type=int, default=1, help="videos per prompt")
     tune.add_argument("--policies", help="the policies to try, such as teacache,dicache (default: all)")
-    plan = add("plan", plan_reuse.plan, "estimate what a run's segments reuse, and its memory and transfers")
+    plan = add("plan", plan_reuse.plan, "estimate what a run's segments reuse, and what fits on which card")
     plan.add_argument("--forward-ms", type=float, help="time of one transformer forward in milliseconds")
+    plan.add_argument("--card", type=float, nargs="+", metavar="GB", help="cards' memory (default: 12 16 24 48 80)")
     made = commands.add(
         "make-model", setup_commands.make_model, "write a published Wan model with random weights", common=False
     )

@@ -7,9 +7,11 @@ from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.policies import POLICIES, OptionError, check_granularity
 from edit_ray.config.mistakes import KeyPath, Mistake, mistake_at
 from edit_ray.config.model import Config
+from edit_ray.config.run_memory import run_of
 from edit_ray.engine.calibration import check_target, policy_of
+from edit_ray.engine.card_memory import LEAST_SLOTS, needs_of
 from edit_ray.engine.init_file import read_init
-from edit_ray.engine.model_info import ModelInfo, dtype_problem, read_model_info
+from edit_ray.engine.model_info import ModelInfo, dtype_problem, read_configs, read_model_info
 from edit_ray.engine.options import ContinuityOptions, frames_of
 from edit_ray.errors import ConfigError, ModelError
 from edit_ray.runs.run_plan import TEMPORAL_FACTOR
@@ -67,7 +69,7 @@ def model_mistakes(config: Config, texts: Iterable[Text]) -> list[Mistake]:
         info = read_model_info(model.path)
     except ModelError as error:
         return [*mistakes, Mistake(("model", "path"), f"model.path: {error}")]
-    return [*mistakes, *_shape(config, info), *_words(texts, info)]
+    return [*mistakes, *_shape(config, info), *_device_bytes(config), *_words(texts, info)]
 
 
 def _init(continuity: ContinuityOptions) -> Iterator[Mistake]:
@@ -101,6 +103,20 @@ def _shape(config: Config, info: ModelInfo) -> Iterator[Mistake]:
             "continuity.mode",
             "is 'history'; it must be none, warm_start or overlap for this model, because history needs per-token "
             "timesteps (expand_timesteps: true in its model_index.json).",
+        )
+
+
+def _device_bytes(config: Config) -> Iterator[Mistake]:
+    """Of offloaded blocks some must be on the device."""
+    given = config.model.device_bytes
+    if config.model.offload != "blocks" or given is None or config.model.problems_here():
+        return
+    configs, per_token = read_configs(config.model.path)
+    least = needs_of(configs, run_of(config), per_token=per_token).least
+    if given < least:
+        yield mistake_at(
+            "model.device_bytes",
+            f"is {given}; it must be at least {least}: {LEAST_SLOTS} blocks, and what is around the blocks.",
         )
 
 
