@@ -8,17 +8,19 @@ from functools import cache, partial
 from typing import Any, NamedTuple, get_args
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
 
 from edit_ray.engine import fast_block
-from edit_ray.engine.fast_block import BlockWeights, Layer, Rope, Sizes, quantise
+from edit_ray.engine.fast_block import BlockWeights, Layer, Rope, Sizes, TextKeys, quantise
 from edit_ray.engine.options import Mode
 from edit_ray.errors import ModelError
 
 FP8_CAPABILITY = (8, 9)
+TEXT_TOKENS = 512
+WanModel = WanTransformer3DModel | WanVACETransformer3DModel
 
 
 def check_mode(mode: str, fp8: bool, device: torch.device) -> None:
@@ -47,26 +49,26 @@ def compiled() -> Functions:
 
 
 class FastTransformer:
-    """Replaces the forwards of one transformer and its blocks while a loop runs."""
+    """Replaces the forwards of one transformer, its blocks and VACE's control blocks while a loop runs."""
 
-    def __init__(
-        self, transformer: WanTransformer3DModel, *, fp8: bool = False, functions: Functions | None = None
-    ) -> None:
+    def __init__(self, transformer: Any, *, fp8: bool = False, functions: Functions | None = None) -> None:
         self.transformer, self.fp8 = transformer, fp8
         self._functions = functions or compiled()
-        self._blocks: list[Any] = []
+        self._blocks: list[Any] = []  # control blocks last
         self._weights: list[BlockWeights] = []
         self._quantised: dict[int, tuple[list[int | None], Layer]] = {}  # by a weight's address, with versions
-        self._texts: list[tuple[Tensor, int | None, list[tuple[Tensor, Tensor]]]] = []
+        self._texts: list[tuple[Tensor, int | None, list[TextKeys]]] = []
+        self._joined: list[tuple[Tensor, Tensor, Tensor]] = []  # text, image, both in one
         self._rope: tuple[Tensor, Rope] | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Inside, the forwards are the fast ones."""
-        self._blocks = list(self.transformer.blocks)
+        controls = list(getattr(self.transformer, "vace_blocks", ()))
+        self._blocks = [*self.transformer.blocks, *controls]
         self._weights = [self._gather(each) for each in self._blocks]
         for index, each in enumerate(self._blocks):
-            each.forward = partial(self._block, index)
+            each.forward = partial(self._control if each in controls else self._block, index)
         self.transformer.forward = self._forward
         try:
             yield
@@ -74,6 +76,7 @@ class FastTransformer:
             for module in (self.transformer, *self._blocks):
                 del module.forward
             self._texts.clear()
+            self._joined.clear()
 
     def _forward(
         self,
@@ -81,6 +84,8 @@ class FastTransformer:
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         encoder_hidden_states_image: Tensor | None = None,
+        control_hidden_states: Tensor | None = None,
+        control_hidden_states_scale: Tensor | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,  # diffusers' scale of adapters: there are none
     ) -> tuple[Tensor] | Transformer2DModelOutput:
@@ -93,23 +98,63 @@ class FastTransformer:
         per_token = timestep.shape[1] if timestep.ndim == 2 else None
         times = timestep if per_token is None else timestep.flatten()
         texts = encoder_hidden_states, encoder_hidden_states_image
-        temb, timestep_proj, text, _ = whole.condition_embedder(times, *texts, timestep_seq_len=per_token)
+        temb, timestep_proj, text, image = whole.condition_embedder(times, *texts, timestep_seq_len=per_token)
+        text = text if image is None else self._join(text, image)
         timestep_proj = timestep_proj.unflatten(-1, (6, -1))
-        for each in whole.blocks:
+        hints = {}
+        if control_hidden_states is not None:
+            hints = self._hints(x, text, control_hidden_states, control_hidden_states_scale, timestep_proj, rotary_emb)
+        for index, each in enumerate(whole.blocks):
             x = each(x, text, timestep_proj, rotary_emb)
+            if index in hints:
+                hint, scale = hints.pop(index)
+                x = x + hint * scale
         layer = Layer(whole.proj_out.weight, whole.proj_out.bias)
         output = head(x, temb, whole.scale_shift_table, layer, (*grid, *patch), whole.norm_out.eps)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
+    def _hints(
+        self, x: Tensor, text: Tensor, control: Tensor, scale: Tensor | None, temb: Tensor, rotary_emb: Any
+    ) -> dict[int, tuple[Any, Tensor]]:
+        """VACE's hints and their scales, by the block after which they are added."""
+        whole = self.transformer
+        embedding, layers = whole.vace_patch_embedding, whole.config.vace_layers
+        scales = control.new_ones(len(layers)) if scale is None else scale
+        control = self._functions.embed(control, embedding.weight, embedding.bias)
+        control = torch.cat([control, control.new_zeros(len(control), x.shape[1] - control.shape[1], x.shape[2])], 1)
+        hints = {}
+        for index, each, of in zip(layers, whole.vace_blocks, scales.unbind(), strict=True):
+            hint, control = each(x, text, control, temb, rotary_emb)
+            hints[index] = (hint, of)
+        return hints
+
     def _block(
         self, index: int, x: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
     ) -> Tensor:
-        text_k, text_v = self._text_of(encoder_hidden_states)[index]
+        text = self._text_of(encoder_hidden_states)[index]
         each = self._blocks[index]
         sizes = Sizes(each.attn1.heads, each.norm1.eps, each.attn1.norm_q.eps)
-        return self._functions.block(x, text_k, text_v, temb, self._rope_of(rotary_emb), self._weights[index], sizes)
+        return self._functions.block(x, text, temb, self._rope_of(rotary_emb), self._weights[index], sizes)
 
-    def _text_of(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _control(
+        self, index: int, x: Tensor, text: Tensor, control: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """A control block's hint and what the next control block is given."""
+        each = self._blocks[index]
+        control = control if each.proj_in is None else each.proj_in(control) + x
+        control = self._block(index, control, text, temb, rotary_emb)
+        return each.proj_out(control), control
+
+    def _join(self, text: Tensor, image: Tensor) -> Tensor:
+        """CLIP's features and the text in one, the same tensor in all steps."""
+        for known_text, known_image, joined in self._joined:
+            if known_text is text and known_image is image:
+                return joined
+        joined = torch.cat([image, text], dim=1)
+        self._joined = [(text, image, joined), *self._joined[:1]]
+        return joined
+
+    def _text_of(self, text: Tensor) -> list[TextKeys]:
         """Keys and values of a projected text in each block, the same in all steps."""
         for known, version, made in self._texts:
             if known is text and version is not None and version == version_of(text):
@@ -155,14 +200,12 @@ class FastTransformer:
 
 def can_be_fast(transformer: Any) -> bool:
     """Whether a transformer is diffusers' own, as loaded: no adapters, hooks, fused layers, or quantised weights."""
-    if not isinstance(transformer, WanTransformer3DModel) or transformer.condition_embedder.image_embedder is not None:
+    if not isinstance(transformer, WanModel):
         return False
-    if any(block.attn1.fused_projections or block.attn2.add_k_proj is not None for block in transformer.blocks):
+    if any(block.attn1.fused_projections or block.attn2.fused_projections for block in transformer.blocks):
         return False
-    if any(
-        type(parameter.data) is not Tensor or not parameter.is_floating_point()
-        for parameter in transformer.parameters()
-    ):
+    weights = [parameter.data for parameter in transformer.parameters()]
+    if any(type(weight) is not Tensor or not weight.is_floating_point() for weight in weights):
         return False
     return all(map(is_unmodified, transformer.modules()))
 
@@ -204,8 +247,12 @@ def fused_qkv(attn: WanAttention) -> Layer:
     return fused
 
 
-def _keys_and_values(attn: WanAttention, text: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, heads, L, head_dim] each."""
-    key, value = attn.norm_k(attn.to_k(text)), attn.to_v(text)
-    split = [part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (key, value)]
-    return split[0], split[1]
+def _keys_and_values(attn: WanAttention, text: Tensor) -> TextKeys:
+    def split(key: Tensor, value: Tensor) -> list[Tensor]:
+        return [part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (key, value)]
+
+    image: list[Tensor] = []
+    if attn.add_k_proj is not None:  # diffusers takes the last tokens for the text
+        shown, text = text[:, :-TEXT_TOKENS], text[:, -TEXT_TOKENS:]
+        image = split(attn.norm_added_k(attn.add_k_proj(shown)), attn.add_v_proj(shown))
+    return TextKeys(*split(attn.norm_k(attn.to_k(text)), attn.to_v(text)), *image)

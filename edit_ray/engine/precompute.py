@@ -97,7 +97,7 @@ class Precompute:
             elif name not in self._warned:
                 self._warned.add(name)
                 logger.warning(
-                    "%s is not as diffusers loads it (adapters, hooks, image conditions, fused or compiled layers): "
+                    "%s is not as diffusers loads it (adapters, hooks, fused, quantised or compiled layers): "
                     "the mode fast leaves it to diffusers.",
                     name,
                 )

@@ -86,7 +86,7 @@ def latents(pipe, steps=STEPS):
 
 def sizes(pipe):
     """Bytes of one block as it lies in memory, and of all that is no block."""
-    experts = (pipe.transformer, pipe.transformer_2)
+    experts = [expert for expert in (pipe.transformer, pipe.transformer_2) if expert is not None]
     inside = [tensor for expert in experts for tensor in expert.blocks.parameters()]
     whole = [tensor for expert in experts for tensor in (*expert.parameters(), *expert.buffers())]
     others = sum(tensor.nbytes for tensor in whole) - sum(tensor.nbytes for tensor in inside)
