@@ -196,10 +196,16 @@ def _weights(config: Config) -> Iterator[Mistake]:
         yield mistake_at(
             "model.storage", f"is 'fp8' and model.{name} GGUF, which has a storage of its own.", f"model.{name}"
         )
-    reasons = {"offload": blocks, "storage": model.storage != "torch_dtype", **dict.fromkeys(model.in_gguf, True)}
+    reasons = {"storage": model.storage != "torch_dtype", **dict.fromkeys(model.in_gguf, True)}
     for name in [name for name, excludes in reasons.items() if excludes and engine.mode == "fast"][:1]:
         yield mistake_at(
             "engine.mode",
-            f"is fast and model.{name} {getattr(model, name)!r}; the compiled blocks need whole weights on the device.",
+            f"is fast and model.{name} {getattr(model, name)!r}; the compiled blocks need weights in torch_dtype.",
             f"model.{name}",
+        )
+    if engine.fp8 and blocks:
+        yield mistake_at(
+            "engine.fp8",
+            "is true and model.offload 'blocks'; weights in 8 bits must stay on the device.",
+            "model.offload",
         )

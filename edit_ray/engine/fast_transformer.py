@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple, get_args
@@ -51,13 +51,16 @@ def compiled() -> Functions:
 class FastTransformer:
     """Replaces the forwards of one transformer, its blocks and VACE's control blocks while a loop runs."""
 
-    def __init__(self, transformer: Any, *, fp8: bool = False, functions: Functions | None = None) -> None:
-        self.transformer, self.fp8 = transformer, fp8
+    def __init__(
+        self, transformer: Any, *, fp8: bool = False, offloaded: bool = False, functions: Functions | None = None
+    ) -> None:
+        """`offloaded`: a block's weights are where they compute only while its forward runs."""
+        self.transformer, self.fp8, self.offloaded = transformer, fp8, offloaded
         self._functions = functions or compiled()
         self._blocks: list[Any] = []  # control blocks last
         self._weights: list[BlockWeights] = []
         self._quantised: dict[int, tuple[list[int | None], Layer]] = {}  # by a weight's address, with versions
-        self._texts: list[tuple[Tensor, int | None, list[TextKeys]]] = []
+        self._texts: list[tuple[Tensor, int | None, dict[int, TextKeys]]] = []  # by block
         self._joined: list[tuple[Tensor, Tensor, Tensor]] = []  # text, image, both in one
         self._rope: tuple[Tensor, Rope] | None = None
 
@@ -66,7 +69,7 @@ class FastTransformer:
         """Inside, the forwards are the fast ones."""
         controls = list(getattr(self.transformer, "vace_blocks", ()))
         self._blocks = [*self.transformer.blocks, *controls]
-        self._weights = [self._gather(each) for each in self._blocks]
+        self._weights = [] if self.offloaded else [self._gather(each) for each in self._blocks]
         for index, each in enumerate(self._blocks):
             each.forward = partial(self._control if each in controls else self._block, index)
         self.transformer.forward = self._forward
@@ -131,10 +134,11 @@ class FastTransformer:
     def _block(
         self, index: int, x: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
     ) -> Tensor:
-        text = self._text_of(encoder_hidden_states)[index]
         each = self._blocks[index]
+        text, weights = self._text_of(index, encoder_hidden_states), self._weights[index : index + 1]
         sizes = Sizes(each.attn1.heads, each.norm1.eps, each.attn1.norm_q.eps)
-        return self._functions.block(x, text, temb, self._rope_of(rotary_emb), self._weights[index], sizes)
+        (weights_of,) = weights or [self._gather(each)]
+        return self._functions.block(x, text, temb, self._rope_of(rotary_emb), weights_of, sizes)
 
     def _control(
         self, index: int, x: Tensor, text: Tensor, control: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
@@ -154,14 +158,18 @@ class FastTransformer:
         self._joined = [(text, image, joined), *self._joined[:1]]
         return joined
 
-    def _text_of(self, text: Tensor) -> list[TextKeys]:
-        """Keys and values of a projected text in each block, the same in all steps."""
-        for known, version, made in self._texts:
-            if known is text and version is not None and version == version_of(text):
-                return made
-        made = [_keys_and_values(each.attn2, text) for each in self._blocks]
-        self._texts = [(text, version_of(text), made), *self._texts[:1]]
-        return made
+    def _text_of(self, index: int, text: Tensor) -> TextKeys:
+        """Keys and values of a projected text in a block, the same in all steps."""
+        version = version_of(text)
+        made = next(
+            (made for known, of, made in self._texts if known is text and version is not None and version == of), None
+        )
+        if made is None:
+            made = {}
+            self._texts = [(text, version, made), *self._texts[:1]]
+        if index not in made:
+            made[index] = _keys_and_values(self._blocks[index].attn2, text)
+        return made[index]
 
     def _rope_of(self, rotary_emb: tuple[Tensor, Tensor]) -> Rope:
         cos, sin = rotary_emb
@@ -198,8 +206,11 @@ class FastTransformer:
         return self._quantised[key][1]
 
 
-def can_be_fast(transformer: Any) -> bool:
-    """Whether a transformer is diffusers' own, as loaded: no adapters, hooks, fused layers, or quantised weights."""
+def can_be_fast(transformer: Any, *, offloaded: bool = False) -> bool:
+    """Whether a transformer is diffusers' own, as loaded: no adapters, hooks, fused layers, or quantised weights.
+
+    Blocks that are offloaded have two hooks, which only move their weights.
+    """
     if not isinstance(transformer, WanModel):
         return False
     if any(block.attn1.fused_projections or block.attn2.fused_projections for block in transformer.blocks):
@@ -207,11 +218,12 @@ def can_be_fast(transformer: Any) -> bool:
     weights = [parameter.data for parameter in transformer.parameters()]
     if any(type(weight) is not Tensor or not weight.is_floating_point() for weight in weights):
         return False
-    return all(map(is_unmodified, transformer.modules()))
+    hooked = set(transformer.blocks) if offloaded else set()
+    return all(is_unmodified(module, hooks=2 if module in hooked else 0) for module in transformer.modules())
 
 
-def is_unmodified(module: nn.Module, *, replaced: bool = False) -> bool:
-    """Whether a module is torch's or diffusers' own, without hooks, not compiled, and with its class's forward.
+def is_unmodified(module: nn.Module, *, replaced: bool = False, hooks: int = 0) -> bool:
+    """Whether a module is torch's or diffusers' own, with so many hooks, not compiled, and with its class's forward.
 
     `replaced` skips the forward. Hooks of diffusers that were removed leave the class's forward on the module.
     """
@@ -221,7 +233,7 @@ def is_unmodified(module: nn.Module, *, replaced: bool = False) -> bool:
     return (
         type(module).__module__.startswith(("torch.nn.", "diffusers."))
         and (replaced or own_forward)
-        and not (module._forward_hooks or module._forward_pre_hooks)
+        and len(module._forward_hooks) + len(module._forward_pre_hooks) == hooks
         and module._compiled_call_impl is None
     )
 
@@ -232,19 +244,22 @@ def version_of(tensor: Tensor) -> int | None:
 
 
 def fused_qkv(attn: WanAttention) -> Layer:
-    """Weight [3D, D] and bias [3D] of query, key and value in one tensor; the layers' own become views of it."""
+    """Weight [3D, D] and bias [3D] of query, key and value in one tensor; the layers' own are views of it."""
     layers = (attn.to_q, attn.to_k, attn.to_v)
-    fused: Layer | None = attn.__dict__.get("_edit_ray_qkv")
-    addresses = [layer.weight.data_ptr() for layer in layers]
-    if fused is None or [part.data_ptr() for part in fused.weight.chunk(3)] != addresses:
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-        for index, layer in enumerate(layers):
-            layer.weight.data = weight.chunk(3)[index]
-            if bias is not None:
-                layer.bias.data = bias.chunk(3)[index]
-        fused = attn.__dict__["_edit_ray_qkv"] = Layer(weight, bias)
-    return fused
+    weight = _in_one([layer.weight for layer in layers])
+    return Layer(weight, None if attn.to_q.bias is None else _in_one([layer.bias for layer in layers]))
+
+
+def _in_one(parts: Sequence[nn.Parameter]) -> Tensor:
+    """The parts as one tensor; where they do not lie behind each other they are moved into a new one."""
+    first, size = parts[0].detach(), parts[0].nbytes
+    alike = {part.untyped_storage().data_ptr() for part in parts} == {first.untyped_storage().data_ptr()}
+    if not alike or [part.data_ptr() - first.data_ptr() for part in parts] != [size * n for n in range(len(parts))]:
+        joined = torch.cat([part.detach() for part in parts])
+        for part, chunk in zip(parts, joined.chunk(len(parts)), strict=True):
+            part.data = chunk
+        return joined
+    return first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride())
 
 
 def _keys_and_values(attn: WanAttention, text: Tensor) -> TextKeys:

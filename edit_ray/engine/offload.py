@@ -109,7 +109,8 @@ class HostBlock:
 
     def __init__(self, block: nn.Module, device: torch.device) -> None:
         self.block = block
-        self._tensors = _tensors(block)
+        # Matrices first: so query, key and value lie behind each other, and the mode fast takes them as one.
+        self._tensors = sorted(_tensors(block), key=lambda tensor: tensor.ndim == 1)
         self._places, size = [], 0
         for tensor in self._tensors:
             self._places.append(size)

@@ -15,6 +15,7 @@ from edit_ray.engine import fast_block, fast_vae
 from edit_ray.engine.decode import StreamingDecoder
 from edit_ray.engine.fast_transformer import FastTransformer, Functions, can_be_fast
 from edit_ray.engine.loading import streamed
+from edit_ray.engine.offload import BlockOffload
 from edit_ray.errors import ModelError
 from edit_ray.testing import Variant, fill_random, random_transformer, random_vae, save_random_wan
 
@@ -70,6 +71,28 @@ def test_every_kind_of_condition_is_what_diffusers_computes(kind):
     with fast.installed():
         assert (forward_of(kind) - exact).abs().max() < 0.06 < exact.std()
     assert torch.equal(forward_of(kind), exact)
+
+
+@pytest.mark.parametrize("heads", [2, 8])  # of 8, the biases lie behind each other in an offloaded block
+@pytest.mark.parametrize("masked", [False, True])
+def test_offloaded_blocks_compute_the_same_in_fast(heads, masked):
+    sizes = SIZES | {"num_attention_heads": heads, "num_layers": 6}
+    whole = random_transformer(Variant(sizes, flow_shift=3.0), device=CPU, dtype=torch.bfloat16)
+    offloaded, before = copy.deepcopy(whole), whole.state_dict()
+    blocks = sum(parameter.nbytes for parameter in whole.blocks.parameters())
+    around = sum(tensor.nbytes for tensor in (*whole.parameters(), *whole.buffers())) - blocks
+    offload = BlockOffload({"transformer": offloaded}, CPU, around + blocks * 5 // 6)
+    assert not can_be_fast(offloaded)
+    assert can_be_fast(offloaded, offloaded=True)
+    found = []
+    for transformer in (whole, offloaded):
+        cache = apply_cache_on_transformer(transformer, "schedule", 2, mask=[True, not masked])
+        with FastTransformer(transformer, offloaded=transformer is offloaded, functions=Functions()).installed():
+            found.append(forward_of((transformer, {}), steps=2))
+        cache.remove()
+    assert torch.equal(*found)
+    offload.remove()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in offloaded.state_dict().items())
 
 
 def test_a_cache_skips_in_fast_what_it_skips_in_diffusers(kind):

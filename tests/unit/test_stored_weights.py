@@ -236,7 +236,7 @@ BLOCKS = {"offload": "blocks", "device_bytes": 1_000_000}
             "model.offload is 'text_encoder' and model.device_bytes 1; that must go with 'blocks'",
         ),
         (BLOCKS, {"cfg_parallel": True}, "engine.cfg_parallel is true and model.offload 'blocks'"),
-        (BLOCKS, {"mode": "fast"}, "engine.mode is fast and model.offload 'blocks'"),
+        (BLOCKS, {"mode": "fast", "fp8": True}, "engine.fp8 is true and model.offload 'blocks'"),
         (BLOCKS | {"storage": "int8"}, {}, "model.storage is 'int8' and model.offload 'blocks'"),
         ({"storage": "int8", "transformer": "/x.safetensors"}, {}, "model.storage is 'int8' and model.transformer"),
         ({"storage": "fp8", "transformer": "/x.gguf"}, {}, "model.storage is 'fp8' and model.transformer GGUF"),
