@@ -16,10 +16,13 @@ from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.policies import POLICIES
 from edit_ray.cache.policies.option_types import option_schema
 from edit_ray.cli import main
+from edit_ray.cli.plan_cards import CARDS
 from edit_ray.config import Config
 from edit_ray.config.model import PromptSegment
 from edit_ray.config.strict_yaml import dump
+from edit_ray.engine.card_memory import Needs, Run, most_frames, needs_of, place
 from edit_ray.options import Options, describe
+from edit_ray.testing import VARIANTS
 from edit_ray.tiers.options import NODE_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +71,20 @@ CASES = (
     ("Wan2.1 1.3B, 480 × 832, groups of 10 blocks", "1.3B", "configs/wan21_t2v_1_3b.yaml", ("cache.granularity=10",)),
     ("Wan2.1 14B, whole stack", "14B", "configs/wan21_t2v_14b.yaml", ()),
 )
+# Of the page on cards: a name, the variant, its size, how its blocks are stored.
+AT_480, AT_720 = (480, 832, 81), (720, 1280, 81)
+ON_CARDS = (
+    ("Wan2.1 T2V 1.3B", "t2v-1.3B", AT_480, "torch_dtype"),
+    ("Wan2.1 VACE 1.3B", "vace-1.3B", AT_480, "torch_dtype"),
+    ("Wan2.2 TI2V 5B", "ti2v-5B", (704, 1280, 121), "torch_dtype"),
+    ("Wan2.1 T2V 14B", "t2v-14B", AT_480, "torch_dtype"),
+    ("Wan2.1 T2V 14B", "t2v-14B", AT_720, "torch_dtype"),
+    ("Wan2.1 I2V 14B", "i2v-14B", AT_480, "torch_dtype"),
+    ("Wan2.1 VACE 14B", "vace-14B", AT_480, "torch_dtype"),
+    ("Wan2.2 A14B, T2V or I2V", "i2v-A14B", AT_480, "torch_dtype"),
+    ("the same, `storage: fp8`", "i2v-A14B", AT_480, "fp8"),
+    ("Wan2.2 A14B, T2V or I2V", "i2v-A14B", AT_720, "torch_dtype"),
+)
 REUSE = ("policy=warmstart_reuse", "inner=teacache", "warm_steps=2", "reuse_window=4")
 
 
@@ -76,6 +93,7 @@ def generated() -> dict[str, str]:
     return {
         "docs/configuration.md": configuration_page(),
         "docs/sizing.md": sizing_page(),
+        "docs/on-my-card.md": _filled("docs/on-my-card.md", "cards", cards()),
         "docs/policies.md": _filled("docs/policies.md", "front", best_below_half()),
         "docs/comparison.md": _filled("docs/comparison.md", "measured", measured()),
     }
@@ -140,6 +158,35 @@ def _table(section: type[Options], node: dict[str, Any], schema: dict[str, Any])
 
 def _shown(value: Any) -> str:
     return dump({"x": value})[3:].strip().removesuffix("\n...")
+
+
+def cards() -> str:
+    """What of each model fits on each card; a cell is a row of `edit-ray plan`."""
+    lines = [
+        "| model | size | weights | " + " | ".join(f"{card} GB" for card in CARDS) + " |",
+        "|---" * (3 + len(CARDS)) + "|",
+    ]
+    for title, name, (height, width, num_frames), storage in ON_CARDS:
+        variant = VARIANTS[name]
+        configs = {"transformer": variant.transformer, "vae": variant.vae}
+        configs |= {} if variant.boundary_ratio is None else {"transformer_2": variant.transformer}
+        configs |= {} if variant.image_encoder is None else {"image_encoder": variant.image_encoder}
+        run = Run(height, width, num_frames, branches=2, storage=storage)
+        needs = needs_of(configs, run, per_token=variant.expand_timesteps)
+        cells = [_cell(needs, configs, run, card * 10**9, variant.expand_timesteps) for card in CARDS]
+        size = f"{height}×{width}×{num_frames}"
+        lines.append(f"| {title} | {size} | {needs.whole / 1e9:.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(needs: Needs, configs: dict[str, Any], run: Run, card: int, per_token: bool) -> str:
+    placed = place(needs, card)
+    if placed is None:
+        fewer = most_frames(configs, run, card, per_token=per_token)
+        return f"{fewer} frames" if fewer else "no"
+    if placed.device_bytes is None:
+        return f"all: {placed.peak / 1e9:.1f}"
+    return f"{placed.device_bytes / 1e9:.1f}{', tiled' if placed.tiled else ''}"
 
 
 def best_below_half() -> str:

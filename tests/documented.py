@@ -39,7 +39,13 @@ BLOCKS = {
     (MODEL_CARD, "python"): (f"{HERE}::test_the_code_of_the_model_card_runs",),
     **{
         (page, "yaml"): ("tests/docs/test_site.py::test_configurations_are_valid",)
-        for page in ("monitoring/README.md", "docs/caching.md", "docs/long-video.md", "docs/speed.md")
+        for page in (
+            "monitoring/README.md",
+            "docs/caching.md",
+            "docs/long-video.md",
+            "docs/on-my-card.md",
+            "docs/speed.md",
+        )
     },
 }
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edit_ray.cache.blocks import split_blocks
 from edit_ray.config.run_memory import run_of
 from edit_ray.engine.calibration import policy_of
-from edit_ray.engine.card_memory import Placement, Run, needs_of, place
+from edit_ray.engine.card_memory import Placement, Run, most_frames, needs_of, place
 from edit_ray.engine.model_info import read_configs
 
 if TYPE_CHECKING:
@@ -44,7 +44,11 @@ def card_lines(config: Config, cards: Sequence[float] = CARDS) -> list[str]:
         on_card = needs.least if placed is None else placed.device_bytes or needs.whole
         numbers = (on_card, needs.residuals, denoising, decoding)
         peak = needs.least + needs.beside(tiled=True) if placed is None else placed.peak
-        said = _said(placed) if placed is not None else _too_small(configs, run, per_token, int(card * 1e9))
+        said = (
+            _said(placed)
+            if placed is not None
+            else _fewer(most_frames(configs, run, int(card * 1e9), per_token=per_token))
+        )
         rows.append((f"{card:g} GB", *(_gb(number) for number in (*numbers, peak)), said))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ["  ".join([*map(str.rjust, row[:-1], widths), row[-1]]) for row in rows]
@@ -61,11 +65,8 @@ def _said(placed: Placement) -> str:
     return f"blocks, {math.ceil(placed.device_bytes / 1e7) / 100:.2f}GB{', tiled' if placed.tiled else ''}"
 
 
-def _too_small(configs: Mapping[str, Mapping[str, Any]], run: Run, per_token: bool, card: int) -> str:
-    for fewer in run.fewer_frames():
-        if place(needs_of(configs, fewer, per_token=per_token), card) is not None:
-            return f"too small; num_frames {fewer.num_frames} would fit"
-    return "too small at any num_frames"
+def _fewer(num_frames: int) -> str:
+    return f"too small; num_frames {num_frames} would fit" if num_frames else "too small at any num_frames"
 
 
 def _gb(count: int) -> str:

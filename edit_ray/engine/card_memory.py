@@ -7,7 +7,7 @@ decoder, of one latent frame at its highest resolution. Both grow linearly with 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,11 +116,6 @@ class Run:
     fast: bool = False
     file_bytes: Mapping[str, int] | None = None  # of transformers in GGUF
 
-    def fewer_frames(self) -> Iterator[Run]:
-        """The same with fewer and fewer frames."""
-        for frames in range(self.num_frames - 4, 0, -4):
-            yield replace(self, num_frames=frames)
-
 
 def needs_of(configs: Mapping[str, PartConfig], run: Run, *, per_token: bool) -> Needs:
     """The needs of a run of the model whose parts have these configs, by the parts' names.
@@ -158,6 +153,14 @@ def needs_of(configs: Mapping[str, PartConfig], run: Run, *, per_token: bool) ->
         decoder_state=int(STATE_CHANNELS[residual] * channels * item * pixels),
         tiled=int(at_work * min(pixels, TILE * TILE)),
     )
+
+
+def most_frames(configs: Mapping[str, PartConfig], run: Run, card: int, *, per_token: bool) -> int:
+    """The most frames, fewer than the run's, with which it fits on a card of so many bytes; 0 if it never does."""
+    for num_frames in range(run.num_frames - 4, 0, -4):
+        if place(needs_of(configs, replace(run, num_frames=num_frames), per_token=per_token), card) is not None:
+            return num_frames
+    return 0
 
 
 def width_of(config: PartConfig) -> int:
