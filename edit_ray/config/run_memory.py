@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from edit_ray.engine.card_memory import Run
@@ -24,5 +23,5 @@ def run_of(config: Config) -> Run:
         torch_dtype=model.torch_dtype,
         storage=model.storage,
         fast=config.engine.mode == "fast",
-        file_bytes={name: os.path.getsize(model.files[name]) for name in model.in_gguf},
+        file_bytes=model.gguf_bytes,
     )

@@ -155,6 +155,21 @@ def needs_of(configs: Mapping[str, PartConfig], run: Run, *, per_token: bool) ->
     )
 
 
+def card_problem(needs: Needs, card: int, device_bytes: int | None) -> str | None:
+    """Why a model's weights are too large for a card of so many bytes, and what would fit; None if they are not."""
+    taken = needs.weights + (needs.whole if device_bytes is None else device_bytes)
+    if taken <= card:
+        return None
+    least = needs.weights + needs.least
+    would = (
+        f"with model.offload: blocks and a model.device_bytes from {needs.least} to {card - needs.weights} they fit; "
+        "`edit-ray plan` says which is best"
+        if least <= card
+        else f"with model.offload: blocks the least is {least / 1e9:.1f} GB"
+    )
+    return f"the model's weights take {taken / 1e9:.1f} GB of the GPU's {card / 1e9:.1f}; {would}."
+
+
 def most_frames(configs: Mapping[str, PartConfig], run: Run, card: int, *, per_token: bool) -> int:
     """The most frames, fewer than the run's, with which it fits on a card of so many bytes; 0 if it never does."""
     for num_frames in range(run.num_frames - 4, 0, -4):

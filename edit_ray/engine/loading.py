@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from edit_ray.engine.caching import experts_of
+from edit_ray.engine.card_memory import Run, card_problem, needs_of
 from edit_ray.engine.model_files import locate_model
-from edit_ray.engine.model_info import dtype_problem
+from edit_ray.engine.model_info import dtype_problem, read_configs
 from edit_ray.engine.options import Mode, ModelOptions
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.stored_weights import load_transformers, storing
@@ -37,11 +38,13 @@ def load_pipeline(options: ModelOptions) -> EditWanPipeline:
     An offloaded text encoder stays in host memory, and so do offloaded blocks.
 
     Raises `ModelError` if the path is no Wan model, the device is missing or it cannot run the dtype, a package is
-    missing, and if `device_bytes` is too little.
+    missing, the GPU cannot hold the weights, and if `device_bytes` is too little.
     """
     device = choose_device(options.device)
     dtype = choose_dtype(options.torch_dtype, device)
     folder = locate_model(options.path)
+    if device.type == "cuda":
+        _check_card(options, torch.cuda.get_device_properties(device).total_memory)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:
@@ -65,6 +68,17 @@ def load_pipeline(options: ModelOptions) -> EditWanPipeline:
             raise ModelError(f"model.device_bytes: {error}") from None
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _check_card(options: ModelOptions, card: int) -> None:
+    """Raises `ModelError` for weights that the GPU cannot hold, before they are read."""
+    (configs, per_token), sizes = (
+        read_configs(options.path),
+        {"height": 16, "width": 16, "num_frames": 1, "branches": 1},
+    )
+    run = Run(**sizes, torch_dtype=options.torch_dtype, storage=options.storage, file_bytes=options.gguf_bytes)
+    if problem := card_problem(needs_of(configs, run, per_token=per_token), card, options.device_bytes):
+        raise ModelError(f"model.path is {options.path!r}: {problem}")
 
 
 def _read_parts(options: ModelOptions, location: str, dtype: torch.dtype) -> EditWanPipeline:

@@ -106,6 +106,11 @@ class ModelOptions(Options):
         """The transformers that are loaded from GGUF."""
         return [name for name, file in self.files.items() if file.lower().endswith(".gguf")]
 
+    @property
+    def gguf_bytes(self) -> dict[str, int]:
+        """The sizes of their files. Raises OSError for one that is not there."""
+        return {name: os.path.getsize(self.files[name]) for name in self.in_gguf}
+
     def problems_here(self) -> dict[str, str]:
         """Why options cannot be used on this machine, as predicates by their names: a file or a package is missing."""
         needed = dict.fromkeys(self.in_gguf, "gguf") | ({"storage": "torchao"} if self.storage == "int8" else {})

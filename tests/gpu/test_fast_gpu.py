@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from torch._dynamo.utils import counters
 
 from edit_ray import EditWanPipeline
@@ -10,7 +11,7 @@ from edit_ray.engine.loading import load_pipeline
 from edit_ray.engine.options import ModelOptions, SamplingOptions
 from edit_ray.engine.segment import MAX_SEQUENCE_LENGTH, SegmentEngine
 from edit_ray.engine.vae_stream import RunStream
-from edit_ray.testing import VARIANTS, Variant, make_model
+from edit_ray.testing import VARIANTS, Variant, make_model, save_random_wan
 from tests.gpu.test_cache_gpu import KNOWN, STEPS, latents, synchronisations_in_the_loop
 
 TINY = "builtin:tiny_wan"
@@ -112,3 +113,25 @@ def test_a_text_encoder_comes_block_by_block_with_the_same_bits(tmp_path):
     engine.encode_prompts(PROMPTS)
     assert torch.cuda.max_memory_allocated() - before < size / 4
     assert all(torch.equal(engine._embeds[prompt], embeds) for prompt, embeds in zip(PROMPTS, wanted, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["image", "image_clip", "vace"])
+def test_other_conditions_are_close_and_compiled_once(tmp_path, layout):
+    folder = save_random_wan(tmp_path / "wan", layout=layout, num_layers=4)
+    picture = Image.new("RGB", (128, 128), "teal")
+    given = {"reference_images": [picture]} if layout == "vace" else {"image": picture}
+
+    def loop(pipe):
+        call = {"height": 128, "width": 128, "num_frames": 9, "num_inference_steps": STEPS, "output_type": "latent"}
+        return pipe(PROMPTS[0], **call, **given, generator=torch.manual_seed(0)).frames
+
+    pipe = EditWanPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, device="cuda")
+    wide = EditWanPipeline.from_pretrained(folder, device="cuda")
+    for each in (pipe, wide):
+        each.set_progress_bar_config(disable=True)
+    exact, wanted = loop(pipe), loop(wide)
+    pipe.use_mode("fast")
+    fast, compiled = loop(pipe), graphs()
+    assert torch.equal(loop(pipe), fast)
+    assert graphs() == compiled
+    assert likeness(fast, wanted) > likeness(exact, wanted) - 3

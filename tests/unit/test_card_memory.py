@@ -14,10 +14,20 @@ from torch.utils._pytree import tree_iter
 
 from edit_ray.cli.plan_cards import card_lines
 from edit_ray.config import config_of
-from edit_ray.engine import decode
-from edit_ray.engine.card_memory import CONVOLUTIONS, FREE, Run, forward_bytes, needs_of, place, vae_parameters
+from edit_ray.engine import decode, loading
+from edit_ray.engine.card_memory import (
+    CONVOLUTIONS,
+    FREE,
+    Run,
+    card_problem,
+    forward_bytes,
+    needs_of,
+    place,
+    vae_parameters,
+)
 from edit_ray.engine.offload import AHEAD, BlockOffload
-from edit_ray.errors import ConfigError
+from edit_ray.engine.options import ModelOptions
+from edit_ray.errors import ConfigError, ModelError
 from edit_ray.testing import VARIANTS, Variant, meta_transformer, random_transformer, save_random_wan
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -156,6 +166,21 @@ def test_what_is_placed_fits_and_larger_cards_hold_more(name, card, height, num_
     if larger.tiled == placed.tiled:
         assert (larger.device_bytes or found.whole) >= (placed.device_bytes or found.whole)
     assert placed.device_bytes is None or found.least <= placed.device_bytes <= found.whole
+
+
+def test_weights_that_a_gpu_cannot_hold_are_one_sentence_before_they_are_read(model):
+    found = needs("t2v-A14B")
+    assert card_problem(found, 80 * GB, None) is None
+    assert card_problem(found, 24 * GB, 15 * GB) is None
+    problem = card_problem(found, 24 * GB, None)
+    assert problem.startswith(
+        "the model's weights take 57.5 GB of the GPU's 24.0; with model.offload: blocks and a model.d"
+    )
+    assert "the least is 3.4 GB" in card_problem(found, 3 * GB, None)
+    for weights in model.rglob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(ModelError, match=r"model.path is .*: the model's weights take 0.0 GB of the GPU's 0.0; with"):
+        loading._check_card(ModelOptions(path=str(model)), 100_000)
 
 
 @pytest.mark.parametrize("layers", [4, 9])
