@@ -72,11 +72,9 @@ def load_pipeline(options: ModelOptions) -> EditWanPipeline:
 
 def _check_card(options: ModelOptions, card: int) -> None:
     """Raises `ModelError` for weights that the GPU cannot hold, before they are read."""
-    (configs, per_token), sizes = (
-        read_configs(options.path),
-        {"height": 16, "width": 16, "num_frames": 1, "branches": 1},
-    )
-    run = Run(**sizes, torch_dtype=options.torch_dtype, storage=options.storage, file_bytes=options.gguf_bytes)
+    configs, per_token = read_configs(options.path)
+    stored: dict[str, Any] = {"storage": options.storage, "torch_dtype": options.torch_dtype}
+    run = Run(height=16, width=16, num_frames=1, branches=1, file_bytes=options.gguf_bytes, **stored)
     if problem := card_problem(needs_of(configs, run, per_token=per_token), card, options.device_bytes):
         raise ModelError(f"model.path is {options.path!r}: {problem}")
 

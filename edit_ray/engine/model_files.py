@@ -106,15 +106,16 @@ def model_digest(path: str, files: Iterable[str] = ()) -> str | None:
             parts = [folder / name for name in sorted(json.loads((folder / INDEX_FILE).read_bytes()))]
             found = [file for part in parts for file in sorted(part.rglob("*")) if file.is_file()]
             for file in (folder / INDEX_FILE, *found):
-                digest.update(f"{file.relative_to(folder)} {_digest(file)}\n".encode())
+                digest.update(f"{file.relative_to(folder)} {known_digest(file)}\n".encode())
         for file in singles:
-            digest.update(f"{_digest(file)}\n".encode())
+            digest.update(f"{known_digest(file)}\n".encode())
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path {path!r} ({folder}) cannot be read: {error}") from None
     return digest.hexdigest()
 
 
-def _digest(file: Path) -> int:
+def known_digest(file: Path) -> int:
+    """xxh3_64 of a file, read again when its size, time of change or inode differ. Raises OSError."""
     there = os.stat(file)
     key = str(file), there.st_size, there.st_mtime_ns, there.st_ino
     if key not in _digests:
