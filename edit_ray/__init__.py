@@ -5,12 +5,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from edit_ray.client import LongVideoClient
+    from edit_ray.engine.causal_pipeline import EditCausalWanPipeline
     from edit_ray.engine.pipeline import EditWanPipeline
 
 __version__ = "0.1.0"
-__all__ = ["EditWanPipeline", "LongVideoClient", "__version__"]
+__all__ = ["EditCausalWanPipeline", "EditWanPipeline", "LongVideoClient", "__version__"]
 
-_HOME = {"EditWanPipeline": "edit_ray.engine.pipeline", "LongVideoClient": "edit_ray.client"}
+_HOME = {
+    "EditCausalWanPipeline": "edit_ray.engine.causal_pipeline",
+    "EditWanPipeline": "edit_ray.engine.pipeline",
+    "LongVideoClient": "edit_ray.client",
+}
 
 
 def __getattr__(name: str) -> object:

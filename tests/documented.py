@@ -31,6 +31,7 @@ BLOCKS = {
     ),
     ("docs/caching.md", "toml"): ("tests/docs/test_docs.py::test_the_entry_point_is_the_one_that_is_looked_up",),
     ("docs/conditioning.md", "python"): ("tests/docs/test_docs.py::test_the_code_of_the_page_on_conditions_runs",),
+    ("docs/causal.md", "python"): ("tests/docs/test_docs_causal.py::test_the_code_runs",),
     ("docs/long-video.md", "python"): ("tests/docs/test_docs_long_video.py::test_the_code_runs",),
     ("docs/tutorial.md", "python"): (TUTORIAL,),
     ("docs/tutorial.md", "toml"): (TUTORIAL,),
@@ -58,6 +59,7 @@ COMMANDS = (
     ("monitoring/README.md", "make monitor", f"{HERE}::test_a_prometheus_is_started"),
     # Those are what `generated` runs: the folder of their models holds what a plan reads, and no weights.
     ("docs/sizing.md", ".*", "tests/docs/test_site.py::test_pages_that_are_made_from_the_code_are_fresh"),
+    ("docs/causal.md", "edit-ray convert .*", "tests/docs/test_docs_causal.py::test_the_command_converts"),
     (".*", r"edit-ray (plan|report record\.json|make-model).*", f"{HERE}::test_a_quick_command_runs"),
     (".*", r"edit-ray (calibrate|tune) .*|python benchmarks/.*", f"{HERE}::test_a_dear_command_runs"),
     (".*", "export RAY_AUTH_MODE=token", "tests/ray/test_readme_job.py::test_readme_job"),

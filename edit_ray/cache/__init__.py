@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from edit_ray.cache.cache import Cache as Cache
     from edit_ray.cache.install import apply_cache_on_transformer as apply_cache_on_transformer
     from edit_ray.cache.install import remove_cache_from_transformer as remove_cache_from_transformer
+    from edit_ray.cache.kv import KVWindow as KVWindow
+    from edit_ray.cache.kv_retention import RetentionPolicy as RetentionPolicy
+    from edit_ray.cache.kv_retention import register_retention as register_retention
     from edit_ray.cache.policies import CachePolicy as CachePolicy
     from edit_ray.cache.policies import PolicyContext as PolicyContext
     from edit_ray.cache.policies import register_policy as register_policy
@@ -27,6 +30,8 @@ _NAMES = {
     "adapters": ("ModelAdapter", "register_adapter"),
     "cache": ("Cache",),
     "install": ("apply_cache_on_transformer", "remove_cache_from_transformer"),
+    "kv": ("KVWindow",),
+    "kv_retention": ("RetentionPolicy", "register_retention"),
     "policies": ("CachePolicy", "PolicyContext", "register_policy", "relative_l1"),
     "stores.disk_store": ("DiskOffloadStore",),
     "stores.memory": ("CPUOffloadStore", "GPUStore", "HostStore"),

@@ -20,7 +20,10 @@ _COMMON = (
     ("--output", "the folder of runs (default: $EDIT_RAY_OUTPUT or ~/edit_ray_outputs)"),
 )
 _FORCE = "also if the run belongs to another owner"
-MADE_VARIANTS = ("t2v-1.3B", "t2v-14B", "i2v-14B", "vace-1.3B", "vace-14B", "t2v-A14B", "i2v-A14B", "ti2v-5B")
+MADE_VARIANTS = (
+    *("t2v-1.3B", "t2v-14B", "t2v-A14B", "i2v-14B", "i2v-A14B", "ti2v-5B", "vace-1.3B", "vace-14B"),
+    *("causal-1.3B", "causal-14B"),
+)
 _WAIT: dict[str, Any] = {
     "type": float,
     "default": 30.0,
@@ -201,3 +204,18 @@ def _add_models(commands: _Commands) -> None:
     made.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the weights")
     made.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to draw the weights")
     made.add_argument("--seed", type=int, default=0)
+    _add_convert(commands)
+
+
+def _add_convert(commands: _Commands) -> None:
+    converted = commands.add(
+        "convert", setup_commands.convert, "write a published causal checkpoint as a model folder", common=False
+    )
+    converted.add_argument(
+        "source", metavar="SOURCE", type=Path, help="the checkpoint: a .pt or .safetensors file, or a diffusers folder"
+    )
+    converted.add_argument("--base", default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", help="the model that it was made of")
+    converted.add_argument("--output", dest="folder", type=Path, required=True, help="a new folder (diffusers layout)")
+    for name in ("chunk_size", "window", "sink"):
+        converted.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="LATENTS", help="as it was trained")
+    converted.add_argument("--rope", choices=["relative", "absolute"], help="(default: relative)")

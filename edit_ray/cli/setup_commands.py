@@ -159,6 +159,25 @@ def make_model(options: argparse.Namespace) -> int:
     return 0
 
 
+def convert(options: argparse.Namespace) -> int:
+    """Writes a published causal checkpoint as a folder that EditCausalWanPipeline loads."""
+    from edit_ray.engine.causal_options import CausalOptions, causal_options
+    from edit_ray.engine.convert import convert as convert_model
+
+    folder, source = options.folder.expanduser(), options.source.expanduser()
+    given = {name: getattr(options, name, None) for name in CausalOptions.model_fields}
+    causal = causal_options({name: value for name, value in given.items() if value is not None})
+    if not source.exists():
+        raise ConfigError([f"SOURCE is {source}, which does not exist"])
+    if folder.exists():
+        raise ConfigError([f"--output is {folder}, which exists; it must be a new folder"])
+    try:
+        print(convert_model(source, options.base, folder, causal))
+    except OSError as error:
+        raise ConfigError([f"--output is {folder}, which cannot be written ({error.strerror or error})"]) from None
+    return 0
+
+
 def dashboards(options: argparse.Namespace) -> int:
     """Writes the dashboards, rules and metrics page whose files are missing or stale."""
     clone = Path(edit_ray.__file__).resolve().parents[1]

@@ -90,7 +90,7 @@ class CacheControl:
                 policy_kwargs[option] = value
         elif target_speedup is not None:
             raise ValueError("target_speedup needs the name of a policy, whose threshold it then chooses.")
-        num_steps = len(planned_steps(pipe, num_inference_steps))
+        num_steps = len(self.planned_steps(num_inference_steps))
         cache = self._cache = apply_cache_on_transformer(
             experts_of(self),
             policy,
@@ -98,7 +98,7 @@ class CacheControl:
             granularity,
             store,
             history_len,
-            lambda: planned_steps(pipe, num_inference_steps),
+            lambda: self.planned_steps(num_inference_steps),
             None if pipe.cfg_parallel is None else pipe.cfg_parallel.transformers,
             **policy_kwargs,
         )
@@ -123,6 +123,13 @@ class CacheControl:
             return sum(decisions) / len(decisions)
 
         return option, threshold_for(option, target_speedup, computed_share)
+
+    def planned_steps(self, num_inference_steps: int) -> list[LoopStep]:
+        """The steps of a loop of this length; the pipeline's scheduler stays as it is."""
+        pipe: Any = self
+        scheduler = copy.deepcopy(pipe.scheduler)
+        scheduler.set_timesteps(num_inference_steps)
+        return loop_steps(pipe, scheduler)
 
     def disable_cache(self) -> None:
         """Compute everything again; without a cache, nothing happens."""
@@ -165,10 +172,3 @@ def expert_name(pipe: WanPipeline, t: Tensor) -> str:
     boundary = pipe.config.boundary_ratio
     high = boundary is None or t >= boundary * pipe.scheduler.config.num_train_timesteps
     return "transformer" if high else "transformer_2"
-
-
-def planned_steps(pipe: Any, num_inference_steps: int) -> list[LoopStep]:
-    """The steps of a loop of this length; the pipeline's scheduler stays as it is."""
-    scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(num_inference_steps)
-    return loop_steps(pipe, scheduler)

@@ -68,15 +68,22 @@ class Rope(NamedTuple):
 
 def block(x: Tensor, text: TextKeys, temb: Tensor, rope: Rope, w: BlockWeights, sizes: Sizes) -> Tensor:
     """The block's output [B, N, D] for `x` [B, N, D]; `temb` is [B, 6, D] or [B, N, 6, D]."""
+    q, k, v = _query_key_value(x, temb, w, sizes)
+    q, k = rotate(q, rope, x.dtype), rotate(k, rope, x.dtype)
+    return leave(x, F.scaled_dot_product_attention(q, k, v.transpose(1, 2)), text, temb, w, sizes)
+
+
+def enter(x: Tensor, temb: Tensor, rope: Rope, w: BlockWeights, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The part of a block before its attention: query, key, rotated key and value [B, N, heads, head_dim]."""
+    q, k, v = _query_key_value(x, temb, w, sizes)
+    turned = [rotate(part, rope, x.dtype).transpose(1, 2) for part in (q, k)]
+    return turned[0], k.to(x.dtype), turned[1], v
+
+
+def leave(x: Tensor, attended: Tensor, text: TextKeys, temb: Tensor, w: BlockWeights, sizes: Sizes) -> Tensor:
+    """The part of a block after its attention, whose result is `attended` [B, heads, N, head_dim]."""
     dtype = x.dtype
-    modulation = (w.table if temb.ndim == 3 else w.table[None]) + temb.float()
-    shift, scale, gate, ff_shift, ff_scale, ff_gate = (
-        part if temb.ndim == 4 else part[:, None] for part in modulation.unbind(-2)
-    )
-    h = (_normalised(x, sizes.eps) * (1 + scale) + shift).to(dtype)
-    q, k, v = linear(h, w.qkv).chunk(3, dim=-1)
-    q, k = (rotate(_rms(part, norm, sizes), rope, dtype) for part, norm in ((q, w.norm_q), (k, w.norm_k)))
-    attended = F.scaled_dot_product_attention(q, k, _heads(v, sizes.heads).transpose(1, 2))
+    _, _, gate, ff_shift, ff_scale, ff_gate = _modulation(temb, w)
     x = (x.float() + linear(attended.transpose(1, 2).flatten(2), w.out).float() * gate).to(dtype)
 
     h = x
@@ -92,6 +99,20 @@ def block(x: Tensor, text: TextKeys, temb: Tensor, rope: Rope, w: BlockWeights, 
     h = feed_forward(h, w.up, w.down)
     out: Tensor = (x.float() + h.float() * ff_gate).to(dtype)
     return out
+
+
+def _query_key_value(x: Tensor, temb: Tensor, w: BlockWeights, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, N, heads, head_dim] each; query and key normalised, in float32."""
+    shift, scale, *_ = _modulation(temb, w)
+    h = (_normalised(x, sizes.eps) * (1 + scale) + shift).to(x.dtype)
+    q, k, v = linear(h, w.qkv).chunk(3, dim=-1)
+    return _rms(q, w.norm_q, sizes), _rms(k, w.norm_k, sizes), _heads(v, sizes.heads)
+
+
+def _modulation(temb: Tensor, w: BlockWeights) -> list[Tensor]:
+    """The six parts [B, 1 or N, D] of a block's modulation."""
+    modulation = (w.table if temb.ndim == 3 else w.table[None]) + temb.float()
+    return [part if temb.ndim == 4 else part[:, None] for part in modulation.unbind(-2)]
 
 
 def embed(latents: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,12 +8,14 @@ from functools import cache, partial
 from typing import Any, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
 
 from edit_ray.engine import fast_block
+from edit_ray.engine.causal_attention import ChunkProcessor
 from edit_ray.engine.fast_block import BlockWeights, Layer, Rope, Sizes, TextKeys, quantise
 from edit_ray.engine.options import Mode
 from edit_ray.errors import ModelError
@@ -40,12 +42,15 @@ class Functions(NamedTuple):
     embed: Callable[..., Tensor] = fast_block.embed
     block: Callable[..., Tensor] = fast_block.block
     head: Callable[..., Tensor] = fast_block.head
+    enter: Callable[..., tuple[Tensor, ...]] = fast_block.enter
+    leave: Callable[..., Tensor] = fast_block.leave
 
 
 @cache
 def compiled() -> Functions:
     """Compiled once in a process for each form of their tensors."""
-    return Functions(*(torch.compile(function, dynamic=False, fullgraph=True) for function in Functions()))
+    made: list[Any] = [torch.compile(function, dynamic=False, fullgraph=True) for function in Functions()]
+    return Functions(*made)
 
 
 class FastTransformer:
@@ -93,7 +98,7 @@ class FastTransformer:
         attention_kwargs: dict[str, Any] | None = None,  # diffusers' scale of adapters: there are none
     ) -> tuple[Tensor] | Transformer2DModelOutput:
         """The transformer's forward, with diffusers' arguments and results."""
-        whole, (embed, _, head) = self.transformer, self._functions
+        whole, embed, head = self.transformer, self._functions.embed, self._functions.head
         patch = whole.config.patch_size
         grid = tuple(size // of for size, of in zip(hidden_states.shape[2:], patch, strict=True))
         rotary_emb = whole.rope(hidden_states)
@@ -138,7 +143,14 @@ class FastTransformer:
         text, weights = self._text_of(index, encoder_hidden_states), self._weights[index : index + 1]
         sizes = Sizes(each.attn1.heads, each.norm1.eps, each.attn1.norm_q.eps)
         (weights_of,) = weights or [self._gather(each)]
-        return self._functions.block(x, text, temb, self._rope_of(rotary_emb), weights_of, sizes)
+        processor = each.attn1.processor
+        if not isinstance(processor, ChunkProcessor):
+            return self._functions.block(x, text, temb, self._rope_of(rotary_emb), weights_of, sizes)
+        rope = self._rope_of(processor.attention.here)
+        query, *own = self._functions.enter(x, temb, rope, weights_of, sizes)
+        key, value = processor.attention.extend(processor.layer, *own)
+        attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        return self._functions.leave(x, attended, text, temb, weights_of, sizes)
 
     def _control(
         self, index: int, x: Tensor, text: Tensor, control: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]

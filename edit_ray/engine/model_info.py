@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from edit_ray.engine.causal_options import check_kind
 from edit_ray.engine.model_files import INDEX_FILE, HubUnreachable, hub_file, local_folder, locate_model
 from edit_ray.errors import ModelError
 
@@ -157,6 +158,7 @@ class _ModelFiles:
 
 def _read(files: _ModelFiles) -> ModelInfo:
     path, index = files.path, files.json(INDEX_FILE)
+    check_kind(index, path, causal=False)
     classes = {name: _class_of(index, name) for name in ("transformer", "transformer_2", "vae", "tokenizer")}
     transformer_class = classes["transformer"] or classes["transformer_2"]
     if (transformer_class, classes["vae"]) != (TRANSFORMER_CLASS, VAE_CLASS):

@@ -25,6 +25,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from edit_ray.engine.caching import CacheControl, experts_of
 from edit_ray.engine.calibration import FILE_NAME
+from edit_ray.engine.causal_options import check_kind
 from edit_ray.engine.cfg_parallel import CfgControl, check_device
 from edit_ray.engine.conditioning import SAVED_AS, Kind, StepSchedule, Window, check_given, kind_of, prepare
 from edit_ray.engine.continuity import ContextLatents, check_context
@@ -111,6 +112,7 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
     _optional_components: ClassVar = [
         *WanPipeline._optional_components, "text_encoder", "tokenizer", "image_encoder", "image_processor"
     ]  # fmt: skip
+    _causal: ClassVar[bool] = False  # whether models of this pipeline are causal
     model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->vae"
 
     def __init__(
@@ -144,7 +146,8 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
 
         Everything else (`revision`, `cache_dir`, `local_files_only`, components, …) goes to diffusers as it is, which
         resolves hub ids. Weights must be safetensors unless `use_safetensors` says otherwise. Raises `ModelError` for
-        an unknown builtin name and for a device that does not exist, and what diffusers raises.
+        an unknown builtin name, for a device that does not exist and for a model of the other kind (causal or
+        bidirectional), and what diffusers raises.
         """
         if device is not None:
             device = check_device(device)
@@ -155,6 +158,13 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
         kwargs.setdefault("use_safetensors", True)  # pickles run code
         pipe: Self = super().from_pretrained(path, **kwargs)
         return pipe if device is None else pipe.to(device)
+
+    @classmethod
+    def load_config(cls, path: str | PathLike[str], **kwargs: Any) -> Any:
+        """As diffusers', which `from_pretrained` calls before it loads any part; checks the kind of model."""
+        config = super().load_config(path, **kwargs)
+        check_kind(config if isinstance(config, dict) else config[0], path, causal=cls._causal)
+        return config
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as diffusers' pipeline for this kind of model, with the model's cache calibration."""

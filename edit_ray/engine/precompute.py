@@ -65,7 +65,7 @@ class Precompute:
         """Surrounds one loop over `latents` [B, …] with a prompt's `text` [B, L, D], once the steps are set."""
         transformers = _transformers(pipe)
         with ExitStack() as stack:
-            self._choose_fast(transformers, latents.device, offloaded=pipe.block_offload is not None)
+            self._choose_fast(transformers, latents.device, pipe.block_offload is not None)
             self._choose_conditions(transformers)
             self._noise_steps = plan_noise_steps(pipe.scheduler, latents.device, self._noise_steps)
             if self._noise_steps is not None:
@@ -83,7 +83,7 @@ class Precompute:
         for conditions in self._conditions.values():
             conditions.refresh()
 
-    def _choose_fast(self, transformers: Mapping[str, Any], device: torch.device, *, offloaded: bool) -> None:
+    def _choose_fast(self, transformers: Mapping[str, Any], device: torch.device, offloaded: bool) -> None:
         """Replace the blocks of unmodified transformers in the mode `fast`, which is exact on a CPU."""
         known, self._fast = self._fast, {}
         if self.mode == "exact" or device.type != "cuda":

@@ -181,6 +181,14 @@ def segment_seed(seed: int, segment_index: int) -> int:
     return seed if segment_index == 0 else _derived(f"{seed}:{segment_index}")
 
 
+def chunk_seed(seed: int, chunk: int, step: int) -> int:
+    """The seed of the noise that a chunk begins with (step 0), or that its step draws, in [0, 2**63).
+
+    `seed` is that of the segment, whose chunks count from 0.
+    """
+    return _derived(f"{seed}:chunk:{chunk}:{step}")
+
+
 def take_seed(seed: int, take: int) -> int:
     """The seed of a re-roll that was requested without one, in [0, 2**63)."""
     return _derived(f"{seed}:take:{take}")

@@ -21,6 +21,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from edit_ray.engine.causal_options import INDEX_KEY, causal_options
 from edit_ray.engine.conditioning import SAVED_AS, kind_of
 from edit_ray.testing.wan import SPECIAL_TOKENS, UNKNOWN, fast_tokenizer, image_processor, name_tokenizer_class
 
@@ -55,6 +56,7 @@ class Variant:
     expand_timesteps: bool = False
     boundary_ratio: float | None = None
     image_encoder: Config | None = None
+    causal: Config | None = None  # the options of a causal model
 
     def text_encoder_config(self, size: TextEncoder) -> Config | None:
         """UMT5's config: as published, one narrow layer that gives embeddings of the same width, or None."""
@@ -82,6 +84,8 @@ _CLIP: Config = {**_IMAGE, "image_dim": 1280, "added_kv_proj_dim": 5120}
 VARIANTS: Mapping[str, Variant] = {
     "t2v-1.3B": Variant(_transformer(*_SMALL), flow_shift=3.0),
     "t2v-14B": Variant(_transformer(*_LARGE), flow_shift=3.0),
+    "causal-1.3B": Variant(_transformer(*_SMALL), flow_shift=5.0, causal={"window": 12, "sink": 3}),
+    "causal-14B": Variant(_transformer(*_LARGE), flow_shift=5.0, causal={"window": 12, "sink": 3}),
     "i2v-14B": Variant(_transformer(*_LARGE, **_CLIP), flow_shift=3.0, image_encoder=_CLIP_VIT_H),
     "vace-1.3B": Variant(_transformer(*_SMALL, vace_layers=list(range(0, 30, 2))), flow_shift=3.0),
     "vace-14B": Variant(_transformer(*_LARGE, vace_layers=list(range(0, 40, 5))), flow_shift=5.0),
@@ -138,6 +142,8 @@ def make_model(
     index |= {"boundary_ratio": sizes.boundary_ratio}
     if kind != "vace":
         index["expand_timesteps"] = sizes.expand_timesteps
+    if sizes.causal is not None:
+        index |= {"_class_name": "EditCausalWanPipeline", INDEX_KEY: causal_options(sizes.causal).model_dump()}
     (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     if has_text:
         byte_tokenizer().save_pretrained(directory / "tokenizer")

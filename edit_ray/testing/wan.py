@@ -1,6 +1,7 @@
 """A real model at toy size: tests need no mocks and no download."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from edit_ray.engine.causal_pipeline import EditCausalWanPipeline
 from edit_ray.engine.pipeline import EditWanPipeline
 
 SPECIAL_TOKENS = PAD, END, UNKNOWN = ("<pad>", "</s>", "<unk>")
@@ -33,6 +35,7 @@ def save_random_wan(
     boundary_ratio: float | None = None,
     num_layers: int = 2,
     layout: Layout = "text",
+    causal: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a complete Wan model with random weights in diffusers' folder layout; returns `directory`.
 
@@ -40,13 +43,15 @@ def save_random_wan(
     a megabyte. `two_experts` adds a `transformer_2`, used below `boundary_ratio` (0.5 unless given). The same seed
     gives the same weights; the caller's random state stays as it is. `layout` is what the model takes beside text:
     an image as Wan2.2 ("image") or Wan2.1 ("image_clip", and with a last image "first_last_clip"), or VACE's controls.
+    With `causal` it is a causal model of these options (`CausalOptions`).
     """
     flow: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     text = {"vocab_size": len(WORDS) + 3, "d_model": TEXT_DIM, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 1}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with_clip = layout.endswith("clip")
-        pipe = EditWanPipeline(
+        parts: dict[str, Any] = {} if causal is None else {"causal": causal}
+        pipe = (EditWanPipeline if causal is None else EditCausalWanPipeline)(
             tokenizer=_word_tokenizer(),
             text_encoder=UMT5EncoderModel(UMT5Config(**text, dropout_rate=0.0)).eval(),
             vae=random_vae(),
@@ -57,6 +62,7 @@ def save_random_wan(
             image_encoder=_image_encoder() if with_clip else None,
             boundary_ratio=(boundary_ratio or 0.5) if two_experts else None,
             expand_timesteps=expand_timesteps,
+            **parts,
         )
     pipe.save_pretrained(directory)
     name_tokenizer_class(directory)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edit_ray.engine.caching import planned_steps
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.segment import MAX_SEQUENCE_LENGTH
 from edit_ray.tuning.tune import psnr_of
@@ -62,7 +61,7 @@ class SkipMeasure:
         self.num_steps = int(call["num_inference_steps"])
         guided = call["guidance_scale"] > 1
         self.branches = ("cond", "uncond") if guided else ("cond",)
-        self._experts = [step.expert for step in planned_steps(pipe, self.num_steps)]  # of each step
+        self._experts = [step.expert for step in pipe.planned_steps(self.num_steps)]  # of each step
         self._batches: list[tuple[range, dict[str, Any]]] = []  # seeds, embeddings
         options = {"max_sequence_length": MAX_SEQUENCE_LENGTH, "device": pipe._execution_device}
         for start in range(0, len(prompts), batch_size):

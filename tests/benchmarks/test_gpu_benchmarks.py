@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu_page, long_video, memory_bound, skip_cost, wan_table
+from benchmarks import causal, gpu_page, long_video, memory_bound, skip_cost, wan_table
 from benchmarks.gpu_results import LeftOut, Results, write_report
 from benchmarks.real_size import TASKS, mask_of
 from benchmarks.stand_in_ffmpeg import use_stand_in
@@ -127,7 +127,7 @@ def test_the_table_has_ours_and_what_was_not_run(tmp_path, monkeypatch, results)
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("benchmark", [wan_table, skip_cost, long_video, memory_bound])
+@pytest.mark.parametrize("benchmark", [wan_table, skip_cost, long_video, memory_bound, causal])
 def test_all_of_it(benchmark, tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -89,7 +89,7 @@ def test_every_weight_is_counted(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("name", sorted({*VARIANTS} - {"t2v-A14B"}))
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "t2v-A14B" and not VARIANTS[name].causal])
 def test_a_forward_takes_what_its_largest_moment_takes(name, dtype):
     """Of fewer layers than the model's, on which it does not depend."""
     sizes, dtype = {**VARIANTS[name].transformer, "num_layers": 3}, getattr(torch, dtype)

@@ -21,8 +21,8 @@ def test_every_listed_name_exists_once(name: str) -> None:
 
 
 def test_the_public_names_are_classes_that_say_what_they_are() -> None:
-    assert set(edit_ray.__all__) == {"EditWanPipeline", "LongVideoClient", "__version__"}
-    for exported in (edit_ray.EditWanPipeline, edit_ray.LongVideoClient):
+    assert set(edit_ray.__all__) == {"EditCausalWanPipeline", "EditWanPipeline", "LongVideoClient", "__version__"}
+    for exported in (edit_ray.EditCausalWanPipeline, edit_ray.EditWanPipeline, edit_ray.LongVideoClient):
         assert exported.__name__ in edit_ray.__all__
         assert exported.__doc__
     assert edit_ray.__version__ == importlib.metadata.version("edit_ray")

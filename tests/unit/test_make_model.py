@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import UMT5Config, UMT5EncoderModel
 
-from edit_ray import EditWanPipeline
+from edit_ray import EditCausalWanPipeline, EditWanPipeline
 from edit_ray.cli.main import main, parser
 from edit_ray.engine.model_info import read_model_info
 from edit_ray.engine.segment import SegmentEngine
@@ -29,6 +29,7 @@ PUBLISHED = {
     "vace-1.3B": 2_153_972_032,
     "vace-14B": 17_337_592_896,
 }
+PUBLISHED |= {"causal-1.3B": PUBLISHED["t2v-1.3B"], "causal-14B": PUBLISHED["t2v-14B"]}
 SMALL = Variant(
     {
         "num_attention_heads": 2,
@@ -138,3 +139,13 @@ def test_the_command_knows_every_variant_and_keeps_what_is_there(tmp_path, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert main(["make-model", "--variant", "t2v-1.3B", "--output", str(tmp_path / ("x" * 300))]) == 2
     assert "cannot be written (File name too long)" in capsys.readouterr().err
+
+
+def test_a_causal_variant_makes_a_causal_model(tmp_path):
+    make_model(tmp_path, replace(SMALL, causal={"window": 6, "sink": 3}))
+    pipe = EditCausalWanPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    assert (pipe.causal.window, pipe.causal.sink, pipe.causal.chunk_size) == (6, 3, 3)
+    assert pipe("any text", height=32, width=32, num_frames=9)[0].shape == (9, 32, 32, 3)
+    with pytest.raises(ModelError, match="EditCausalWanPipeline loads it"):
+        read_model_info(str(tmp_path))
