@@ -152,6 +152,13 @@ def test_a_single_file_takes_the_place_of_the_models_own(folder, whole, file_of,
     assert can_be_fast(pipe.transformer) == (name != "one.gguf" and not blocks)
 
 
+def test_a_file_in_gguf_computes_in_the_models_type(folder, whole, file_of):
+    pipe = load(path=str(folder), transformer=file_of("one.gguf"), torch_dtype="bfloat16")
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert pipe.transformer.blocks[0].norm2.weight.dtype == torch.float32
+    assert unlike(latents(pipe).float(), latents(whole)) < 0.1
+
+
 def test_fp8_is_stored_and_computed_with_in_the_models_type(folder, whole):
     pipe = load(path=str(folder), storage="fp8")
     assert pipe.transformer.blocks[0].attn1.to_q.weight.dtype == torch.float8_e4m3fn
