@@ -124,7 +124,7 @@ class LongVideoClient:
         probe.touch(0o600)
         try:
             settings, root, owner = config.model_dump(mode="json"), str(self.output), self.owner
-            self._admit("submit", run_id, settings, root, str(probe), token, owner.name, owner.job)
+            self._ask("submit", run_id, settings, root, str(probe), token, owner.name, owner.job, starts=True)
         finally:
             files.remove(probe)
         return run_id
@@ -217,10 +217,9 @@ class LongVideoClient:
         if reply is not None and self._is_meant(reply.status):
             return reply
         folder = RunFolder(self.output, check_run_id(run_id))
-        latest = self._latest
-        if latest is None or latest[0] != run_id:
-            latest = self._latest = (run_id, ManifestReader(folder.manifest))
-        manifest = folder.read_manifest(latest[1])
+        if self._latest is None or self._latest[0] != run_id:
+            self._latest = run_id, ManifestReader(folder.manifest)
+        manifest = folder.read_manifest(self._latest[1])
         status = RunStatus.of(folder.path, manifest)
         record = manifest.segments[index] if index < len(manifest.segments) else None
         if record is None and not status.ended:
@@ -236,7 +235,8 @@ class LongVideoClient:
 
     def _go_on(self, method: str, run_id: str, force: bool, *arguments: Any) -> RunStatus:
         self.check_mine(self._status_on_disk(check_run_id(run_id)), force)
-        return self._admit(method, run_id, str(self.output), *arguments)
+        status: RunStatus = self._ask(method, run_id, str(self.output), *arguments, starts=True)
+        return status
 
     def _status_on_disk(self, run_id: str) -> RunStatus:
         folder = RunFolder(self.output, run_id)
@@ -249,19 +249,15 @@ class LongVideoClient:
         except UnknownRun:
             return None
 
-    def _admit(self, method: str, *arguments: Any) -> RunStatus:
-        """Have the segment scheduler begin a run or go on with it. Starts a Ray and a scheduler if there is none."""
-        if connection.connect(self._address):
-            self._started_ray = True
-            atexit.register(self.close)  # before Ray's own handler, which was registered when Ray was imported
-        status: RunStatus = self._ask(method, *arguments, starts=True)
-        return status
-
     def _ask(self, method: str, *arguments: Any, timeout_s: float | None = None, starts: bool = False) -> Any:
         """The segment scheduler's answer. A scheduler that is being restarted is called again.
 
-        Raises errors of ours without Ray's wrapping, and UnknownRun if no scheduler is alive and this starts none.
+        `starts`: a Ray and a scheduler are started if there is none. Raises errors of ours without Ray's wrapping, and
+        UnknownRun if no scheduler is alive and none is to be started.
         """
+        if starts and connection.connect(self._address):
+            self._started_ray = True
+            atexit.register(self.close)  # before Ray's own handler, which was registered when Ray was imported
         deadline: float | None = None if timeout_s is None else time.monotonic() + timeout_s
         called = False
         while starts or (self._connect and ray.is_initialized()):
@@ -282,7 +278,13 @@ class LongVideoClient:
                     raise failed.cause from None
                 raise
             except ray.exceptions.RayActorError:
-                deadline, called = _pause(deadline), True
+                called, deadline = True, deadline or time.monotonic() + launch.RESTART_TIMEOUT_S
+                if time.monotonic() > deadline:
+                    raise ResourcesUnavailable(
+                        f"the segment scheduler was not back within {launch.RESTART_TIMEOUT_S:g} s; what is committed "
+                        "is safe: look at the Ray cluster, then go on with `edit-ray resume RUN`"
+                    ) from None
+                time.sleep(RETRY_S)
         which = f"run {arguments[0]!r}" if arguments else "no run"
         raise UnknownRun(f"{which} is not running: no segment scheduler lives in this Ray")
 
@@ -324,7 +326,11 @@ class SegmentStream(Iterator[Segment], AsyncIterator[Segment]):
         path, init = folder / record.media, folder / "init.mp4"
         try:
             frames = read_frames(path, height=status.height, width=status.width, init=init) if self._frames else None
-            latents = _load_latents(folder / record.latents) if self._latents else None
+            latents = None
+            if self._latents:
+                from edit_ray.engine.continuity import load_latents  # needs torch
+
+                latents = load_latents(folder / record.latents)
         except (OSError, EncodeError, EditRayError):
             if path.exists():
                 raise
@@ -332,24 +338,5 @@ class SegmentStream(Iterator[Segment], AsyncIterator[Segment]):
                 f"segment {record.index} of run {self._run_id!r} is dropped (output.keep_segments); "
                 f"the first that is there is {self._client.status(self._run_id).dropped_before}"
             ) from None
-        known = {name: getattr(record, name) for name in ("index", "prompt", "seed", "first_frame", "num_frames")}
-        statistics = dict(record.statistics)
-        return Segment(fps=status.fps, path=path, statistics=statistics, frames=frames, latents=latents, **known)
-
-
-def _pause(deadline: float | None) -> float:
-    """Wait before the next call to a segment scheduler that is being restarted; returns the deadline of the calls."""
-    deadline = time.monotonic() + launch.RESTART_TIMEOUT_S if deadline is None else deadline
-    if time.monotonic() > deadline:
-        raise ResourcesUnavailable(
-            f"the segment scheduler was not back within {launch.RESTART_TIMEOUT_S:g} s; what is committed is safe: "
-            "look at the Ray cluster, then go on with `edit-ray resume RUN`"
-        ) from None
-    time.sleep(RETRY_S)
-    return deadline
-
-
-def _load_latents(path: Path) -> torch.Tensor:
-    from edit_ray.engine.continuity import load_latents
-
-    return load_latents(path)
+        plan = (record.index, record.prompt, record.seed, record.first_frame, record.num_frames)
+        return Segment(*plan, status.fps, path, dict(record.statistics), frames, latents)

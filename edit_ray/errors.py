@@ -1,31 +1,4 @@
-"""All errors that edit_ray raises on purpose, each with one clear sentence.
-
-EditRayError
-├── ConfigError            (also ValueError)   the configuration is wrong; lists every mistake
-├── ModelError             (also ValueError)   a path that is not a usable Wan model
-├── RunExists              (also ValueError)   the run id is taken
-├── RunLive                (also ValueError)   the run must end first
-├── NotYourRun             (also ValueError)   a run of another owner
-├── RunLocked              (also ValueError)   another process works on the run
-├── ManifestUnreadable     (also ValueError)   a manifest that is damaged or of another version
-├── HardwareDiffers        (also ValueError)   the run would continue with other bits
-├── RunDamaged             (also ValueError)   committed files are damaged or missing
-├── UnknownRun             (also LookupError)  no run has the id
-├── RunFolderGone                              the folder of an active run vanished
-├── SegmentGone            (also LookupError)  the files of a segment were dropped to save space
-├── ResourcesUnavailable                       the cluster lacks resources for the actors
-│   ├── HostMemoryShort                        a node has too little memory for the host tier
-│   └── NoPlace                                no node has the resources of a GPU actor
-├── ActorVersionMismatch                       living actors run other code than the caller
-├── SegmentFailed                              a segment used up its retries
-├── OutOfMemory                                out of GPU memory, after everything else was freed
-├── EntryLost                                  a stored residual that the plan promised is lost
-│   └── StoreDied                              its store died
-├── StaleLease                                 a lease of a store or a holder that is gone
-├── StaleWork                                  work for a past life of a run
-├── NotAdopted                                 work for a run that the GPU actor does not know
-└── RunCancelled                               the run was stopped on request
-"""
+"""All errors that edit_ray raises on purpose, each with one clear sentence."""
 
 from collections.abc import Sequence
 

@@ -36,10 +36,6 @@ class Registry(Generic[T]):
         """All names, sorted."""
         return sorted({*self._classes, *entry_points(group=self.group).names})
 
-    def registered(self, name: str) -> bool:
-        """Whether a module of this process has registered the name; ignores installed packages."""
-        return name in self._classes
-
     def find(self, name: str) -> type[T]:
         """The class of a name.
 

@@ -13,7 +13,6 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # the code beside the job, even if the package is not installed
 
+from edit_ray.cli.follow_run import live_bar  # noqa: E402
 from edit_ray.cli.main import escaping  # noqa: E402
 from edit_ray.config import Config, dump_yaml, load_config, output_root  # noqa: E402
 from edit_ray.errors import ConfigError, EditRayError, RunCancelled  # noqa: E402
@@ -35,12 +35,8 @@ DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 130
 DEFAULT_CONFIG = REPOSITORY / "configs" / "tiny.yaml"
 
 
+@escaping()
 def main(arguments: Sequence[str] | None = None) -> int:
-    with escaping():
-        return _main(arguments)
-
-
-def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     try:
         config = load_config(options.config or DEFAULT_CONFIG, options.set)
@@ -95,7 +91,7 @@ def _run(config: Config, root: Path, options: argparse.Namespace) -> int:
             print(f"reuse: {unkept}", flush=True)
     started, frames, figures = time.perf_counter(), 0, list[Mapping[str, float]]()
     try:
-        with _live_bar(client, run_id, config, status.num_segments):
+        with live_bar(client, run_id):
             for segment in client.stream(run_id, start, frames=False):
                 frames += segment.num_frames
                 figures.append(segment.statistics)
@@ -169,34 +165,6 @@ def _line(segment: Segment) -> str:
     took = {name.removesuffix("_s"): value for name, value in segment.statistics.items() if name.endswith("_s")}
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in took.items())
     return f"segment {segment.index}: {segment.num_frames} frames, {seconds} | {segment.prompt}"
-
-
-@contextlib.contextmanager
-def _live_bar(client: LongVideoClient, run_id: str, config: Config, num_segments: int | None) -> Iterator[None]:
-    """Draws a bar over all denoising steps on a terminal."""
-    if not sys.stdout.isatty():
-        yield
-        return
-    from rich.progress import Progress
-
-    steps, over = config.sampling.num_inference_steps, threading.Event()
-
-    def follow(bar: Progress) -> None:
-        total = None if num_segments is None else steps * num_segments
-        task = bar.add_task("denoising", total=total)
-        while not over.wait(0.5):
-            with contextlib.suppress(Exception):  # a failing bar must not end the job
-                at = client.status(run_id).progress
-                bar.update(task, completed=at.segment_index * steps + at.step if at else None)
-
-    with Progress(transient=True) as bar:
-        follower = threading.Thread(target=follow, args=(bar,), daemon=True)
-        follower.start()
-        try:
-            yield
-        finally:
-            over.set()
-            follower.join()
 
 
 def _how_to_go_on(root: Path, run_id: str) -> str:

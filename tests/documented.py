@@ -17,62 +17,48 @@ PAGES = [
 ]
 SHELL = ("console", "bash")
 
-# What is not a command: (page, language) -> the tests that run every such block of the page.
-HERE, ON_RAY = "tests/docs/test_documented.py", "tests/ray/test_documented.py"
+HERE, ON_RAY, SITE, OF_DOCS = (
+    f"tests/{name}.py" for name in ("docs/test_documented", "ray/test_documented", "docs/test_site", "docs/test_docs")
+)
 TUTORIAL = "tests/ray/test_tutorial.py::test_the_tutorial"
+FRESH = f"{SITE}::test_pages_that_are_made_from_the_code_are_fresh"
+OF_README = f"{SITE}::test_the_code_of_the_readme_runs"
+# What is not a command: (page, language) -> the tests that run every such block of the page.
 BLOCKS = {
-    ("README.md", "python"): (
-        "tests/docs/test_site.py::test_the_code_of_the_readme_runs",
-        "tests/ray/test_examples.py::test_the_client_of_the_readme_runs",
-    ),
-    ("docs/caching.md", "python"): (
-        "tests/docs/test_docs.py::test_the_quick_start_runs",
-        "tests/docs/test_docs.py::test_a_section_runs",
-    ),
-    ("docs/caching.md", "toml"): ("tests/docs/test_docs.py::test_the_entry_point_is_the_one_that_is_looked_up",),
-    ("docs/conditioning.md", "python"): ("tests/docs/test_docs.py::test_the_code_of_the_page_on_conditions_runs",),
+    ("README.md", "python"): (OF_README, "tests/ray/test_examples.py::test_the_client_of_the_readme_runs"),
+    ("docs/caching.md", "python"): (f"{OF_DOCS}::test_the_quick_start_runs", f"{OF_DOCS}::test_a_section_runs"),
+    ("docs/caching.md", "toml"): (f"{OF_DOCS}::test_the_entry_point_is_the_one_that_is_looked_up",),
+    ("docs/conditioning.md", "python"): (f"{OF_DOCS}::test_the_code_of_the_page_on_conditions_runs",),
     ("docs/causal.md", "python"): ("tests/docs/test_docs_causal.py::test_the_code_runs",),
-    ("docs/long-video.md", "python"): ("tests/docs/test_docs_long_video.py::test_the_code_runs",),
+    ("docs/long-video.md", "python"): (f"{OF_DOCS}::test_the_code_of_the_page_on_long_videos_runs",),
     ("docs/tutorial.md", "python"): (TUTORIAL,),
     ("docs/tutorial.md", "toml"): (TUTORIAL,),
-    ("docs/sizing.md", "text"): ("tests/docs/test_site.py::test_pages_that_are_made_from_the_code_are_fresh",),
+    ("docs/sizing.md", "text"): (FRESH,),
     ("docs/architecture.md", ""): (f"{HERE}::test_the_drawings_name_what_is_there",),
     (MODEL_CARD, "python"): (f"{HERE}::test_the_code_of_the_model_card_runs",),
-    **{
-        (page, "yaml"): ("tests/docs/test_site.py::test_configurations_are_valid",)
-        for page in (
-            "monitoring/README.md",
-            "docs/caching.md",
-            "docs/long-video.md",
-            "docs/on-my-card.md",
-            "docs/speed.md",
-        )
-    },
 }
+WITH_YAML = ("monitoring/README.md", "docs/caching.md", "docs/long-video.md", "docs/on-my-card.md", "docs/speed.md")
+BLOCKS |= {(page, "yaml"): (f"{SITE}::test_configurations_are_valid",) for page in WITH_YAML}
 
 # Pages and commands as expressions, and the test that runs all that match and that no earlier line has.
 COMMANDS = (
     ("docs/tutorial.md", ".*", TUTORIAL),
     ("README.md", r".*pip install .*|python3 -m venv .*", f"{HERE}::test_it_is_installed_as_the_readme_says"),
     ("README.md", "make demo", f"{ON_RAY}::test_the_demo"),
-    ("CONTRIBUTING.md", "make docs", "tests/docs/test_site.py::test_the_site_is_built_without_a_warning"),
+    ("CONTRIBUTING.md", "make docs", f"{SITE}::test_the_site_is_built_without_a_warning"),
     ("monitoring/README.md", "make monitor", f"{HERE}::test_a_prometheus_is_started"),
     # Those are what `generated` runs: the folder of their models holds what a plan reads, and no weights.
-    ("docs/sizing.md", ".*", "tests/docs/test_site.py::test_pages_that_are_made_from_the_code_are_fresh"),
+    ("docs/sizing.md", ".*", FRESH),
     ("docs/causal.md", "edit-ray convert .*", "tests/docs/test_docs_causal.py::test_the_command_converts"),
     (".*", r"edit-ray (plan|report record\.json|make-model).*", f"{HERE}::test_a_quick_command_runs"),
     (".*", r"edit-ray (calibrate|tune) .*|python benchmarks/.*", f"{HERE}::test_a_dear_command_runs"),
     (".*", "export RAY_AUTH_MODE=token", "tests/ray/test_readme_job.py::test_readme_job"),
     # What the shared Ray of the tests was started with, at ports and in a folder of its own.
-    (
-        ".*",
-        r"(EDIT_RAY_MODEL_ROOTS=\S+ )?ray start --head( --dashboard-host 127\.0\.0\.1)?",
-        "tests/conftest.py::ray_head",
-    ),
+    (".*", r"(EDIT_RAY_MODEL_ROOTS=\S+ )?ray start --head( --dashboard-host [\d.]+)?", "tests/conftest.py::ray_head"),
     (".*", r"ray (job submit|get-auth-token) .*|edit-ray .*", f"{ON_RAY}::test_the_commands_of_runs"),
 )
 
-# Run by no test, and why; `make -n` knows the targets.
+# Run by no test, and why.
 LEFT_OUT = {
     "make test": "this is a part of it",
     "make fix": "it would change the clone; `make check` asks for the same without changing",
@@ -123,6 +109,16 @@ def blocks(page, *languages):
     ]
 
 
+def run_code(page, codes, replaced, names=None):
+    """Runs the code of a page one after the other, with some of its text replaced; the names that it leaves."""
+    names = {} if names is None else names
+    for code in codes:
+        for old, new in replaced.items():
+            code = code.replace(old, new)
+        exec(compile(code, f"<{page}>", "exec"), names)
+    return names
+
+
 def commands(page):
     """The commands of a page, each as it is printed, without the comment behind it."""
     text = re.sub(r"\\\n *", "", "".join(block.code for block in blocks(page, *SHELL)))
@@ -131,10 +127,9 @@ def commands(page):
 
 def runner_of(page, command):
     """The test that runs a command of a page; None where none does."""
-    named = (
-        by for pages, expression, by in COMMANDS if re.fullmatch(pages, page) and re.fullmatch(expression, command)
-    )
-    return None if command in LEFT_OUT else next(named, None)
+    if command in LEFT_OUT:
+        return None
+    return next((by for of, each, by in COMMANDS if re.fullmatch(of, page) and re.fullmatch(each, command)), None)
 
 
 def run_by(test):

@@ -13,6 +13,8 @@ from pathlib import Path
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from edit_ray.metrics.collect import series
+from edit_ray.metrics.exporter import TARGETS
 from jobs.demo import free_port
 from monitoring.rules import rules_yaml, span
 from tests.unit.chromium import require
@@ -37,6 +39,19 @@ def samples_of(page):
     return lambda name, **labels: found.get((name, *sorted(labels.items())))
 
 
+def value_of(values, name, part="", **labels):
+    """A series among a process's own values, 0 if it has none."""
+    known, of = values.snapshot(""), series(name, part, **labels)
+    return known.gauges.get(of, known.counts.get(of, 0))
+
+
+def page_of(root):
+    """What the exporter serves that is named in a folder of runs."""
+    (target,) = json.loads((root / TARGETS).read_text())[0]["targets"]
+    with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+        return answer.read()
+
+
 class Prometheus:
     """A Prometheus that runs on the repository's own configuration, only faster."""
 
@@ -53,14 +68,9 @@ class Prometheus:
         program, port = need("prometheus"), free_port()
         self.url = f"http://127.0.0.1:{port}/api/v1/"
         self._log = (folder / "log").open("w")
-        self._process = subprocess.Popen(
-            [
-                *(program, f"--config.file={folder / 'prometheus.yml'}"),
-                *(f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address=127.0.0.1:{port}"),
-            ],
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
+        command = [program, f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
+        command.append(f"--web.listen-address=127.0.0.1:{port}")
+        self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
 
     def ask(self, path, **parameters):
         url = f"{self.url}{path}?{urllib.parse.urlencode(parameters)}"

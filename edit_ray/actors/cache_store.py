@@ -7,9 +7,9 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class CacheStoreActor:
         self._made_for: tuple[StoreOptions, Path, dict[int, int]] | None = None
         self._root: Path | None = None  # of the runs
         self._runs: set[str] = set()
-        self._life, self._sequence = secrets.token_hex(8), 0  # of this actor's snapshots
+        self._life = secrets.token_hex(8)  # the incarnation of this actor's snapshots
         self._counts: Counter[SeriesId] = Counter()  # of the tiers, as read last
         self._earlier: Counter[SeriesId] = Counter()  # of tiers that are closed, and of the actor itself
         self._lock = threading.Lock()
@@ -54,8 +54,7 @@ class CacheStoreActor:
         """All counts since the actor's start, and what its tiers hold now."""
         with self._lock:
             gauges = self._read_stats()
-            self._sequence += 1
-            return Snapshot(self._life, self._sequence, self._earlier + self._counts, gauges)
+            return Snapshot(self._life, self._earlier + self._counts, gauges)
 
     def _read_stats(self) -> dict[SeriesId, float]:
         """Read the tiers' counts; returns their gauges. Failed tiers hold nothing."""
@@ -127,9 +126,7 @@ class CacheStoreActor:
         try:
             tiers.complete(run_id, segment, attempt, holder, store)
         except OSError as error:
-            if (
-                error.filename is not None and self._made_for is not None
-            ):  # the configured folder is the same for every run
+            if error.filename is not None and self._made_for is not None:  # the user knows the configured folder
                 error.filename, error.filename2 = str(self._made_for[1]), None
             raise
         return tiers.statistics()
@@ -168,17 +165,18 @@ class CacheStoreActor:
         with self._lock:
             self._close()
 
-    def _folders(self, directory: Path) -> Iterator[Path]:
-        """The folders that this actor's disk tier may have on this node. It takes the first that no store has open."""
+    def _disk_tier(self, directory: Path, allow_tmpfs: bool) -> DiskTier:
+        """In this actor's folder on this node, or in the first below it that no other store has open."""
         here = on_this_node(directory)
         own = here / f"worker-{self._worker}" if self._worker else here
-        yield own
-        for number in count(1):
-            yield own / f"other-{number}"
+        folders = chain([own], (own / f"other-{number}" for number in count(1)))
+        while True:
+            with suppress(FolderTaken):
+                return DiskTier(next(folders), allow_tmpfs=allow_tmpfs)
 
     def _make(self, options: StoreOptions, directory: Path, slots: Mapping[int, int]) -> TierService:
         try:
-            disk = _first_free(self._folders(directory), options.allow_tmpfs)
+            disk = self._disk_tier(directory, options.allow_tmpfs)
         except FolderUnusable as error:
             raise ConfigError([f"store.directory is {str(directory)!r}, {error.why}"]) from None
         except ValueError as error:  # of `on_this_node`
@@ -225,13 +223,6 @@ class CacheStoreActor:
         self._runs.clear()
         if tiers is not None:
             tiers.close()
-
-
-def _first_free(folders: Iterator[Path], allow_tmpfs: bool) -> DiskTier:
-    """A disk tier in the first folder that no other store has open, such as one of another cluster."""
-    while True:
-        with suppress(FolderTaken):
-            return DiskTier(next(folders), allow_tmpfs=allow_tmpfs)
 
 
 def _cleaned(folder: Path, unwanted: Callable[[str], bool]) -> bool:

@@ -243,12 +243,10 @@ class DenoiserActor:
         """Join the segments from `first` on, those before being dropped, into `final.mp4`."""
         self._adopted.check(spec)
         assert spec.num_segments is not None, "a run without an end has no final video"
-        started = time.perf_counter()
         media = [spec.media(index) for index in range(first, spec.num_segments)]
         with replacing(spec.folder.final) as draft:
             join(spec.folder.init, media, draft.path, comment=spec.settings, patience=self._patience(spec))
-            digest = digest_of_file(draft.path, self._count_beat)
-        return rounded(finalize_s=time.perf_counter() - started) | {"final_xxh3": digest}
+            return {"final_xxh3": digest_of_file(draft.path, self._count_beat)}
 
     def _patience(self, spec: RunSpec) -> Patience:
         """Half of a step's time: an encoder that hangs ends before the watchdog finds that this actor hangs."""

@@ -17,15 +17,7 @@ from edit_ray.runs.event_log import latest_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.ids import MAX_SEGMENTS
 from edit_ray.runs.manifest import Extended, Manifest, Rerolled, SegmentRecord
-from edit_ray.runs.retention import (
-    SegmentSize,
-    bytes_to_come,
-    first_guess,
-    first_made_again,
-    first_needed,
-    measured,
-    shortage,
-)
+from edit_ray.runs.retention import BITS_PER_PIXEL, first_made_again, first_needed, shortage
 from edit_ray.runs.run_plan import Take, take_seed
 from edit_ray.runs.scheduler import LEAD
 
@@ -38,7 +30,6 @@ Change = Callable[[Manifest, RunSpec], Extended | Rerolled]
 Damage = Mapping[Path, tuple[int, str]]
 """Each damaged file with the first segment that needs it, and what is wrong with it."""
 
-_CHUNK = 4 << 20
 _NAMED = 3  # files that a refusal names
 _ENDLESS = 100  # segments that must fit on the disk for a run without an end
 _SAID = {"config": "run.yaml was edited", "model": "the model's files are others than those it was begun with"}
@@ -101,10 +92,7 @@ def last_worker(spec: RunSpec) -> int | None:
 
 
 def can_be_made(spec: RunSpec, segment_index: int) -> bool:
-    """Whether the latents exist that a segment continues and from which its decoder's state is rebuilt.
-
-    Raises ModelError.
-    """
+    """Whether the latents exist that a segment continues and its decoder looks back at. Raises ModelError."""
     if spec.config.output.keep_segments is None or not spec.layout.history_latents:
         return True
     needed = spec.layout.history_latents + read_model_info(spec.config.model.path).lookback_latents
@@ -203,15 +191,9 @@ def _is_joined(path: Path, parts: Sequence[Path]) -> bool:
     """Whether a file holds the bytes of the parts, one after the other."""
     try:
         with path.open("rb") as whole:
-            chunks = (chunk for part in parts for chunk in _chunks(part))
-            return all(whole.read(len(chunk)) == chunk for chunk in chunks) and not whole.read(1)
+            return all(whole.read(len(data)) == data for data in map(Path.read_bytes, parts)) and not whole.read(1)
     except OSError:
         return False
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        yield from iter(lambda: file.read(_CHUNK), b"")
 
 
 def _wrong_of(
@@ -242,16 +224,17 @@ def shortage_before(spec: RunSpec) -> str | None:
     """A sentence if a new run's output will not fit on its disk. Raises ModelError."""
     info, sampling = read_model_info(spec.config.model.path), spec.config.sampling
     pixels = (sampling.height // info.scale_factor_spatial) * (sampling.width // info.scale_factor_spatial)
-    latent_bytes = 4 * info.z_dim * spec.layout.latent_frames * pixels
-    size = first_guess(sampling.num_frames, sampling.height, sampling.width, latent_bytes)
-    return _shortage(spec, 0, size, spec.root)
+    latents = 4 * info.z_dim * spec.layout.latent_frames * pixels
+    media = int(sampling.num_frames * sampling.height * sampling.width * BITS_PER_PIXEL / 8)
+    return _shortage(spec, 0, latents, media, spec.root)
 
 
 def shortage_after(spec: RunSpec, records: Sequence[SegmentRecord]) -> str | None:
-    """The same once segments exist, from the bytes that they take."""
+    """The same once segments exist, from the bytes that the latest take."""
     latest = spec.latents(len(records) - 1)
-    size = measured(records, SegmentSize(latest.stat().st_size if latest.exists() else 0, 0))
-    return _shortage(spec, len(records), size, spec.folder.path)
+    latents = latest.stat().st_size if latest.exists() else 0
+    media = max(int(record.statistics.get("media_bytes", 0)) for record in records[-8:])
+    return _shortage(spec, len(records), latents, media, spec.folder.path)
 
 
 def is_full(error: BaseException) -> bool:
@@ -271,9 +254,8 @@ def usable_disk(root: Path) -> Iterator[None]:
         raise ResourcesUnavailable(f"{where} cannot be used ({why}); ask again once it can be") from None
 
 
-def _shortage(spec: RunSpec, committed: int, size: SegmentSize, path: Path) -> str | None:
+def _shortage(spec: RunSpec, committed: int, latents: int, media: int, path: Path) -> str | None:
     to_come = (spec.num_segments - committed) if spec.num_segments is not None else _ENDLESS
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    status = os.statvfs(there)
-    needed = bytes_to_come(to_come, size, spec.config.output.keep_segments)
-    return shortage(needed, status.f_bavail * status.f_frsize)
+    status = os.statvfs(next(folder for folder in (path, *path.parents) if folder.exists()))
+    free = status.f_bavail * status.f_frsize
+    return shortage(to_come, latents, media, spec.config.output.keep_segments, free)

@@ -70,15 +70,9 @@ class LiveRun(Watched):
     stats: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))  # of uncommitted segments
     beginning: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while its GPU actor is prepared
     _disk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "folder"))
-    _parts_written: int = 0  # of the stream's files, which shows that a long write makes progress
 
     def __post_init__(self) -> None:
         self.stream = self.spec.stream_files()
-
-        def part_written() -> None:
-            self._parts_written += 1
-
-        self.stream.part_written = part_written
 
     @property
     def folder(self) -> RunFolder:
@@ -112,9 +106,9 @@ class LiveRun(Watched):
         done = asyncio.wrap_future(self._disk.submit(work, *arguments))
         try:
             while not done.done():
-                before = self._parts_written
+                before = self.stream.copied
                 await asyncio.wait({done}, timeout=timeout_s)
-                if not done.done() and self._parts_written == before:
+                if not done.done() and self.stream.copied == before:
                     folder = f"the run's folder {self.folder.path}"
                     raise FolderSilent(f"{folder} did not answer for {timeout_s:g} s (engine.step_timeout_s)")
             return done.result()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,8 +15,7 @@ from edit_ray.actors.watchdog import best_effort
 from edit_ray.errors import RunCancelled, StaleWork
 from edit_ray.metrics.catalog import Role
 from edit_ray.metrics.collect import ActorMetrics, MetricValues, RunMetrics, Snapshot, Standing
-from edit_ray.metrics.exporter import Exporter, remove_targets, write_targets
-from edit_ray.metrics.options import MetricsOptions
+from edit_ray.metrics.exporter import Exporter, MetricsOptions, remove_targets, write_targets
 from edit_ray.runs.events import RunState, Work
 
 POLL_S = 1.0
@@ -27,16 +25,12 @@ Live = Callable[[], Iterable[tuple[LiveRun, RunState]]]
 
 
 class MetricsCollector:
-    """Counts what the segment scheduler does. All in the event loop, except for scrapes.
-
-    Only `serve` raises: no count may fail a run.
-    """
+    """Counts what the segment scheduler does, in its event loop. Only `serve` raises: no count may fail a run."""
 
     def __init__(self, pool: ActorPool, live: Live, waiting: Callable[[], int]) -> None:
         self._pool, self._live, self._waiting = pool, live, waiting
         self.values = MetricValues()
         self._runs, self._actors = RunMetrics(self.values), ActorMetrics(self.values)
-        self._incarnation, self._ticks = secrets.token_hex(8), 0
         self._exporter: Exporter | None = None
         self._serving: MetricsOptions | None = None
         self._beginning = asyncio.Lock()
@@ -165,8 +159,7 @@ class MetricsCollector:
                 with self._counting_cpu():
                     waiting = [Standing("waiting", 0, 0)] * self._waiting()
                     self._runs.standing(waiting + [self._standing(run, state) for run, state in self._live()])
-                    self._ticks += 1
-                    self._actors.take("segment_scheduler", 0, Snapshot(self._incarnation, self._ticks))
+                    self._actors.take("segment_scheduler", 0, Snapshot("this one"))
                 await asyncio.sleep(POLL_S)
         finally:
             if self._exporter is not None and asyncio.current_task() in self._tasks.values():

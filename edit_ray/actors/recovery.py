@@ -133,10 +133,7 @@ class WaitingRun(Watched):
 
 
 class Recovery:
-    """Owns the runs that wait.
-
-    `come_back` takes over a run that can go on, `forget` one that needs no more work.
-    """
+    """Owns the runs that wait. `come_back` takes over a run that can go on, `forget` one that needs no more work."""
 
     def __init__(
         self,

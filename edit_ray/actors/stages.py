@@ -163,26 +163,23 @@ class Stages:
 
     async def _commit(self, run: LiveRun, work: Work) -> None:
         """Latents and media are durable: now the stream's files, then the manifest's line, which is the commit."""
-        segment = _segment(run, work)
+        segment, spec = _segment(run, work), run.spec
         if segment.index == len(run.manifest.segments):  # else this repeats a commit whose line was written
-            await self._append(run, segment)
+            publish_at, began = time.time(), time.perf_counter()
+            await run.on_disk(run.stream.append, spec.part(segment))
+            published = rounded(publish_at=publish_at, publish_s=time.perf_counter() - began)
+            stats = run.stats.get(segment.index, {})
+            names = ("index", "take", "prompt", "seed", "first_frame", "num_frames")
+            record = SegmentRecord(
+                **{name: getattr(segment, name) for name in names},
+                latents=spec.folder.relative(spec.latents(segment.index)),
+                media=spec.folder.relative(spec.media(segment.index)),
+                statistics={name: value for name, value in stats.items() if not name.endswith(_DIGEST)} | published,
+                digests=digests_in(stats),
+            )
+            await run.append(Committed(spec.incarnation, record))
         run.stats.pop(segment.index, None)
         await self._clean_up(run)
-
-    async def _append(self, run: LiveRun, segment: SegmentPlan) -> None:
-        spec, publish_at, began = run.spec, time.time(), time.perf_counter()
-        await run.on_disk(run.stream.append, spec.part(segment))
-        published = rounded(publish_at=publish_at, publish_s=time.perf_counter() - began)
-        stats = run.stats.get(segment.index, {})
-        names = ("index", "take", "prompt", "seed", "first_frame", "num_frames")
-        record = SegmentRecord(
-            **{name: getattr(segment, name) for name in names},
-            latents=spec.folder.relative(spec.latents(segment.index)),
-            media=spec.folder.relative(spec.media(segment.index)),
-            statistics={name: value for name, value in stats.items() if not name.endswith(_DIGEST)} | published,
-            digests=digests_in(stats),
-        )
-        await run.append(Committed(spec.incarnation, record))
 
     async def _clean_up(self, run: LiveRun) -> None:
         """Remove old files, and forecast the disk space. What fails here is repeated after the next commit."""
@@ -212,7 +209,7 @@ class Stages:
         gone += [spec.folder.record(index, spec.segment(index).take) for index in media]
         gone += [spec.latents(index) for index in range(max(first, before.latents_from), after.latents_from)]
         await run.on_disk(spec.folder.remove, gone)
-        await run.on_disk(run.file.forget_statistics, media.start, media.stop)
+        await run.on_disk(run.manifest.segments.forget_statistics, media.start, media.stop)
         run.removed = after
 
     async def _finalize(self, run: LiveRun, work: Work) -> None:

@@ -24,10 +24,7 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def best_effort(what: str) -> Iterator[None]:
-    """Log an error of the block and continue: for statistics, clean-up and notes.
-
-    `what` says what was tried, such as "count a segment".
-    """
+    """Log an error of the block and continue: for statistics, clean-up and notes. `what` is such as "count work"."""
     try:
         yield
     except Exception as error:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from edit_ray.cache.stores.disk_store import DiskOffloadStore as DiskOffloadStore
     from edit_ray.cache.stores.memory import CPUOffloadStore as CPUOffloadStore
     from edit_ray.cache.stores.memory import GPUStore as GPUStore
-    from edit_ray.cache.stores.memory import HostStore as HostStore
     from edit_ray.cache.stores.spread import SpreadStore as SpreadStore
     from edit_ray.cache.stores.tiered import TieredStore as TieredStore
 
@@ -34,7 +33,7 @@ _NAMES = {
     "kv_retention": ("RetentionPolicy", "register_retention"),
     "policies": ("CachePolicy", "PolicyContext", "register_policy", "relative_l1"),
     "stores.disk_store": ("DiskOffloadStore",),
-    "stores.memory": ("CPUOffloadStore", "GPUStore", "HostStore"),
+    "stores.memory": ("CPUOffloadStore", "GPUStore"),
     "stores.spread": ("SpreadStore",),
     "stores.tiered": ("TieredStore",),
 }

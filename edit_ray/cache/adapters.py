@@ -76,15 +76,11 @@ class WanVACEAdapter(WanAdapter):
 
 def adapter_of(transformer: nn.Module) -> ModelAdapter:
     """The adapter registered for the class of a transformer, or for one of its bases. Raises ValueError."""
-    names = [cls.__name__ for cls in type(transformer).__mro__]
-    for name in names:
-        if ADAPTERS.registered(name):
-            return ADAPTERS.find(name)()
     known = ADAPTERS.names()
-    for name in names:
-        if name in known:
-            return ADAPTERS.find(name)()
+    for cls in type(transformer).__mro__:
+        if cls.__name__ in known:
+            return ADAPTERS.find(cls.__name__)()
     raise ValueError(
-        f"The cache knows no {names[0]}; it knows {', '.join(known)}. "
+        f"The cache knows no {type(transformer).__name__}; it knows {', '.join(known)}. "
         "Another model needs an adapter: edit_ray.cache.register_adapter."
     )

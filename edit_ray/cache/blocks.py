@@ -29,14 +29,10 @@ class Unit:
 def split_blocks(num_blocks: int, granularity: str | int) -> tuple[Unit, ...]:
     """The units of a stack: one, one per block, or groups of k blocks, of which the last may be smaller.
 
-    Raises:
-        ValueError: no block, or no such granularity.
+    Raises ValueError: fewer blocks than a group has.
     """
-    if num_blocks < 1:
-        raise ValueError("The model has no blocks to cache.")
-    sizes = {"stack": num_blocks, "per_block": 1}
-    size = sizes.get(granularity) if isinstance(granularity, str) else granularity
-    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= num_blocks:
+    size = {"stack": num_blocks, "per_block": 1}.get(str(granularity)) or int(granularity)
+    if not 1 <= size <= num_blocks:
         raise ValueError(
             f"granularity is {granularity!r}; valid are 'stack', 'per_block' and a group size from 1 to {num_blocks}."
         )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
-from threading import Lock
+from collections.abc import Callable, Iterator
+from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edit_ray.cli.run_commands import client_of, line_of
@@ -25,10 +26,7 @@ _Found = TypeVar("_Found")
 
 
 def wait_for_run(read: Callable[[], _Found], wait_s: float) -> _Found:
-    """The result of `read`, retried for `wait_s` seconds while no such run exists: a job takes time to create it.
-
-    Raises UnknownRun.
-    """
+    """The result of `read`, retried while there is no such run yet. Raises UnknownRun after `wait_s` seconds."""
     deadline, warned = time.monotonic() + wait_s, False
     while True:
         try:
@@ -43,45 +41,53 @@ def wait_for_run(read: Callable[[], _Found], wait_s: float) -> _Found:
 
 
 def watch(options: argparse.Namespace) -> int:
-    """Returns when the run has ended: 0 if it is done, 1 if it is not or nobody works on it."""
-    client = client_of(options)
-    follow = _draw if sys.stdout.isatty() else _print_changes
-    last = follow(client, wait_for_run(lambda: client.status(options.run_id), options.wait))
-    print(line_of(last))
-    if last.error:
-        print(last.error)
-    return 0 if last.state == "done" else 1
+    """Follows a run to its end by a bar on a terminal, else by a line when its state or number of segments changes.
+
+    Returns 0 if it is done, 1 if it is not or nobody works on it.
+    """
+    client, before, draws = client_of(options), None, sys.stdout.isatty()
+    status = wait_for_run(lambda: client.status(options.run_id), options.wait)
+    with live_bar(client, options.run_id):
+        while not status.ended and status.state != "open":
+            now = status.state, status.committed
+            if now != before and not draws:
+                print(line_of(status), flush=True)
+            before = now
+            time.sleep(POLL_S)
+            status = client.status(status.run_id)
+    print(line_of(status))
+    if status.error:
+        print(status.error)
+    return 0 if status.state == "done" else 1
 
 
-def _active(status: RunStatus) -> bool:
-    return not status.ended and status.state != "open"
-
-
-def _print_changes(client: LongVideoClient, status: RunStatus) -> RunStatus:
-    """Prints a line when the state or the number of segments changes."""
-    print(line_of(status), flush=True)
-    while _active(status):
-        time.sleep(POLL_S)
-        now = client.status(status.run_id)
-        if (now.state, now.committed) != (status.state, status.committed) and _active(now):
-            print(line_of(now), flush=True)
-        status = now
-    return status
-
-
-def _draw(client: LongVideoClient, status: RunStatus) -> RunStatus:
-    """Draws a bar over all denoising steps, with the remaining time at the current pace."""
+@contextlib.contextmanager
+def live_bar(client: LongVideoClient, run_id: str) -> Iterator[None]:
+    """Draws, on a terminal, a bar over all denoising steps, with the remaining time at the current pace."""
+    if not sys.stdout.isatty():
+        yield
+        return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    over = Event()
+
+    def follow(bar: Progress) -> None:
+        task = bar.add_task(run_id, total=None)
+        while not over.wait(POLL_S):
+            with contextlib.suppress(Exception):  # a failing bar must not end what it shows
+                status = client.status(run_id)
+                done, total = steps_of(status)
+                bar.update(task, description=description_of(status), completed=done, total=total)
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
-        task = bar.add_task(status.run_id, total=None)
-        while _active(status):
-            done, total = steps_of(status)
-            bar.update(task, description=description_of(status), completed=done, total=total)
-            time.sleep(POLL_S)
-            status = client.status(status.run_id)
-    return status
+        follower = Thread(target=follow, args=(bar,), daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            over.set()
+            follower.join()
 
 
 def steps_of(status: RunStatus) -> tuple[float, float | None]:

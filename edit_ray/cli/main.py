@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import edit_ray
-from edit_ray.cli import delete_runs, follow_run, inspect_run, model_commands, plan_reuse, run_commands, setup_commands
+from edit_ray.cli import follow_run, inspect_run, model_commands, plan_reuse, run_commands, setup_commands
 from edit_ray.config.mistakes import printable
 from edit_ray.errors import EditRayError
 
@@ -34,21 +34,6 @@ _WAIT: dict[str, Any] = {
 Command = Callable[[argparse.Namespace], int]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
-    with escaping():
-        options = parser().parse_args(arguments)
-        try:
-            command: Command = options.command
-            return command(options)
-        except EditRayError as error:
-            print(f"edit-ray: {error}", file=sys.stderr)
-            return 2 if isinstance(error, ValueError | LookupError) else 1
-        except KeyboardInterrupt:
-            print("edit-ray: interrupted", file=sys.stderr)
-            return 130
-
-
 class _Escaping:
     """A stream that prints every unprintable character except the newline as its escape sequence."""
 
@@ -68,6 +53,21 @@ def escaping() -> Iterator[None]:
     """Escapes control characters in stdout and stderr: prompts, manifests and errors come from others."""
     with contextlib.redirect_stdout(_Escaping(sys.stdout)), contextlib.redirect_stderr(_Escaping(sys.stderr)):
         yield
+
+
+@escaping()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    options = parser().parse_args(arguments)
+    try:
+        command: Command = options.command
+        return command(options)
+    except EditRayError as error:
+        print(f"edit-ray: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError | LookupError) else 1
+    except KeyboardInterrupt:
+        print("edit-ray: interrupted", file=sys.stderr)
+        return 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -150,8 +150,8 @@ def _add_runs(commands: _Commands) -> None:
 
 def _add_removal(commands: _Commands) -> None:
     ended = ["done", "failed", "cancelled"]
-    deleted = commands.add("delete", delete_runs.delete, "delete an inactive run", run_id=True, force=_FORCE)
-    pruned = commands.add("prune", delete_runs.prune, "delete your own runs that have not changed for some time")
+    deleted = commands.add("delete", run_commands.delete, "delete an inactive run", run_id=True, force=_FORCE)
+    pruned = commands.add("prune", run_commands.prune, "delete your own runs that have not changed for some time")
     pruned.add_argument("--older-than", required=True, metavar="AGE", help="time since the last change: 30d, 12h")
     pruned.add_argument(
         "--state", nargs="+", choices=[*ended, "open"], default=ended, help="(default: every state of an ended run)"

@@ -105,10 +105,7 @@ def _call(config: Config) -> dict[str, Any]:
 
 
 def _rank(measure: SkipMeasure) -> dict[str, Any]:
-    """The options of `ranked` for a model; prints its progress to stderr.
-
-    Raises ConfigError.
-    """
+    """The options of `ranked` for a model; prints its progress to stderr. Raises ConfigError."""
     from edit_ray.cache.policies.schedule import ranks_of
     from edit_ray.tuning.rank import MOST_SKIPPED, rank_skips
 

@@ -132,24 +132,14 @@ def _tier_lines(config: Config, estimate: ReuseEstimate, forward_ms: float | Non
     from edit_ray.cli.reuse_estimate import DISK_TO_HOST, HOST_TO_DISK, HOST_TO_GPU
 
     on_gpu = config.model.device != "cpu"
-    tiers = {"host": config.store.host_bytes, "disk": config.store.disk_bytes}
-    budgets = [f"{name} {'unlimited' if size is None else _bytes(size)}" for name, size in tiers.items()]
-    rows: list[tuple[str, ...]] = [
-        ("eviction", "host hits", "disk hits", "misses", "stall", "recompute", "of the bound")
-    ]
-    for name, result in estimate.simulated().items():
-        hits = result.hits.total()
-        stall = result.stall_seconds + (hits * estimate.size / HOST_TO_GPU if on_gpu else 0)
-        recompute = _computing(result.recompute_seconds, forward_ms)
-        counts = (result.hits["host"], result.hits["disk"], result.reads - hits)
-        rows.append((name, *map(str, counts), f"{stall:.4g} s", recompute, f"{result.ratio:.1%}"))
+    host, disk = estimate.simulated()
+    moving = disk * estimate.size / DISK_TO_HOST + ((host + disk) * estimate.size / HOST_TO_GPU if on_gpu else 0)
     to_gpu = f"host to GPU {HOST_TO_GPU / 1e9:g}, " if on_gpu else ""
     known = "unknown (give --forward-ms)" if forward_ms is None else f"{forward_ms:g} ms"
     return [
-        "Simulated with all residuals planned and no prefetch:",
-        f"{', '.join(budgets)}; segments 0 to {estimate.simulated_segments - 1}",
-        *_columns(rows),
-        "Bound: the most computation that any eviction order can save; stall: time that prefetch must hide.",
+        f"Simulated with a host tier of {_bytes(config.store.host_bytes)}, segments 0 to "
+        f"{estimate.simulated_segments - 1}:",
+        f"reads     {host} from the host tier, {disk} from disk; prefetch has {moving:.4g} s to hide",
         f"Assumed, GB/s as measured on one H200's host: {to_gpu}disk to host {DISK_TO_HOST / 1e9:g}, "
         f"host to disk {HOST_TO_DISK / 1e9:g}.",
         f"Assumed, one forward: {known}.",

@@ -10,14 +10,13 @@ from types import SimpleNamespace
 
 from edit_ray.cache.blocks import split_blocks
 from edit_ray.cache.policies import WarmstartReuse, check_granularity
-from edit_ray.cache.stores.eviction import EVICTIONS
-from edit_ray.cache.stores.simulate import Simulated, accesses_of, simulate
 from edit_ray.config import Config
 from edit_ray.engine.calibration import policy_of
 from edit_ray.engine.model_info import read_model_info
 from edit_ray.engine.reuse import branches_of, plan_from_numbers, residual_shape
 from edit_ray.errors import ModelError
-from edit_ray.tiers.reuse_plan import CacheKey, ReusePlan, make_reuse_plan
+from edit_ray.tiers.planner import simulate
+from edit_ray.tiers.reuse_plan import ReusePlan, make_reuse_plan
 from edit_ray.tiers.slots import slot_bytes
 
 # Bytes per second, measured on the host of one H200, 2026-11-22; the disk with O_DIRECT.
@@ -89,7 +88,8 @@ class ReuseEstimate:
     @property
     def saved(self) -> float:
         """Forwards that the run saves."""
-        return sum(self._share(read.key) for segment in self.plan.segments for read in segment.reads)
+        reads = (read.key for segment in self.plan.segments for read in segment.reads)
+        return sum(self._shares[key.expert][key.unit] for key in reads)
 
     @property
     def lost(self) -> float:
@@ -98,15 +98,14 @@ class ReuseEstimate:
 
     @property
     def simulated_segments(self) -> int:
-        most = max(2 * (self._config.cache.reuse_window + 1), MAX_ACCESSES // max(1, _entries(self._whole)))
+        most = max(2 * (self._config.cache.reuse_window + 1), MAX_ACCESSES // max(1, _entries(self.plan)))
         return min(most, self._num_segments)
 
-    def simulated(self) -> dict[str, Simulated]:
-        """Each eviction policy over the first segments, with all residuals planned."""
-        first = replace(self._whole, segments=self._whole.segments[: self.simulated_segments])
-        accesses = [replace(access, size=slot_bytes(access.size)) for access in accesses_of(first, self._share)]
-        tiers = [("host", self._config.store.host_bytes), ("disk", self._config.store.disk_bytes)]
-        return {name: simulate(accesses, tiers, name, {("disk", "host"): DISK_TO_HOST}) for name in EVICTIONS.names()}
+    def simulated(self) -> tuple[int, int]:
+        """The reads that the store finds in the host tier, and those that it loads from disk, in the first segments."""
+        first, store = replace(self.plan, segments=self.plan.segments[: self.simulated_segments]), self._config.store
+        counts = simulate(first, store.host_bytes, store.disk_bytes)
+        return counts["tier_lookups", "host", "hit"], counts["tier_lookups", "disk", "hit"]
 
     def choices(self) -> Iterator[Choice]:
         """Several windows for the configured granularity and the others that the policy supports."""
@@ -162,9 +161,6 @@ class ReuseEstimate:
             expert: [(unit.last + 1 - unit.first - probe) / blocks for unit in split_blocks(blocks, granularity)]
             for expert, blocks in self.model.num_blocks.items()
         }
-
-    def _share(self, key: CacheKey) -> float:
-        return self._shares[key.expert][key.unit]
 
     def _plan_within(self, budget: int | None) -> ReusePlan:
         return plan_from_numbers(

@@ -75,18 +75,16 @@ def _ray(address: str | None) -> Finding:
         return "problem", str(error)
     if known not in ("", "auto", "local"):
         return "ok", f"one answers at {known}"
-    taken = [f"{port} ({option})" for port, option in _RAY_PORTS.items() if _answers("127.0.0.1", port)]
+    taken = [f"{port} ({option})" for port, option in _RAY_PORTS.items() if _answers(port)]
     if not taken:
         return "ok", "not running on this machine; its ports are free"
     return "warning", f"ports in use: {', '.join(taken)}; if not by Ray, pass others to `ray start` with these options"
 
 
-def _answers(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=2.0).close()
-    except OSError:
-        return False
-    return True
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(2.0)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _token() -> Finding:

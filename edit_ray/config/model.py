@@ -10,7 +10,7 @@ from edit_ray.config.cross_checks import cross_field_mistakes
 from edit_ray.config.mistakes import Mistakes
 from edit_ray.config.strict_yaml import dump
 from edit_ray.engine.options import ContinuityOptions, EngineOptions, ModelOptions, SamplingOptions
-from edit_ray.metrics.options import MetricsOptions
+from edit_ray.metrics.exporter import MetricsOptions
 from edit_ray.options import Options
 from edit_ray.runs.ids import MAX_SEGMENTS
 from edit_ray.runs.run_plan import FrameLayout, Scene, Storyboard

@@ -25,10 +25,9 @@ STALE_S = 15.0  # an actor without a snapshot for this long is down
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The counts of one incarnation of an actor since its start; later snapshots have a higher `sequence`."""
+    """The counts of one incarnation of an actor since its start, which never fall, and its gauges."""
 
     incarnation: str
-    sequence: int
     counts: Mapping[SeriesId, float] = field(default_factory=dict)
     gauges: Mapping[SeriesId, float] = field(default_factory=dict)
 
@@ -40,7 +39,6 @@ class MetricValues:
         self._lock = threading.Lock()
         self._counts: dict[SeriesId, float] = {}
         self._gauges: dict[SeriesId, float] = {}
-        self._sequence = 0
 
     def inc(self, name: str, amount: float = 1, **labels: str) -> None:
         """Adds to a counter. Raises ValueError for a negative amount, KeyError for an unknown metric or label."""
@@ -67,33 +65,24 @@ class MetricValues:
             for of, amount in increments.items():
                 self._counts[of] = self._counts.get(of, 0) + amount
 
-    def value(self, name: str, part: str = "", **labels: str) -> float:
-        """The value of a series, 0 if it has none."""
-        of = series(name, part, **labels)
-        with self._lock:
-            return self._gauges.get(of, self._counts.get(of, 0))
-
     def snapshot(self, incarnation: str) -> Snapshot:
         """All values at one moment."""
         with self._lock:
-            self._sequence += 1
-            return Snapshot(incarnation, self._sequence, dict(self._counts), dict(self._gauges))
+            return Snapshot(incarnation, dict(self._counts), dict(self._gauges))
 
 
 @dataclass
 class _Actor:
-    role: Role
     heard: float  # time of its latest snapshot, or of the first request
     answers: bool = False
-    incarnations: dict[str, Snapshot] = field(default_factory=dict)  # last snapshot of each, newest last
-    gauges: dict[SeriesId, float] = field(default_factory=dict)
+    last: Snapshot | None = None
 
 
 class ActorMetrics:
     """Adds the counters of actors to `values`, each count once, and keeps the gauges of actors that are not stale.
 
-    A counter of an incarnation never falls. So a snapshot adds the growth since the last one of its incarnation, and
-    one that arrives twice or late adds nothing.
+    A snapshot adds the growth since the one before it: each actor is asked by one task, one request at a time, and runs
+    the code of this process.
     """
 
     def __init__(self, values: MetricValues, clock: Callable[[], float] = time.monotonic) -> None:
@@ -104,33 +93,29 @@ class ActorMetrics:
     def take(self, role: Role, worker: int, snapshot: Snapshot | None) -> None:
         """Takes an actor's snapshot; None if it did not answer."""
         with self._lock:
-            actor = self._actors.setdefault((role, worker), _Actor(role, self._clock()))
+            actor = self._actors.setdefault((role, worker), _Actor(self._clock()))
             actor.answers = snapshot is not None
             if snapshot is None:
                 return
-            last = actor.incarnations.get(snapshot.incarnation)
-            if last is not None and snapshot.sequence <= last.sequence:
-                return
-            before = {} if last is None else last.counts
-            grown = {of: max(0.0, value - before.get(of, 0)) for of, value in snapshot.counts.items()}
-            if last is None and actor.incarnations:
-                grown[series("edit_ray_actor_restarts_total", actor=role)] = 1
-            self._values.add(known_series(grown))
-            actor.incarnations[snapshot.incarnation] = snapshot
-            if snapshot.incarnation == next(reversed(actor.incarnations)):
-                actor.heard, actor.gauges = self._clock(), known_series(snapshot.gauges)
+            before: Mapping[SeriesId, float] = {}
+            if actor.last is not None and actor.last.incarnation == snapshot.incarnation:
+                before = actor.last.counts
+            elif actor.last is not None:
+                self._values.inc("edit_ray_actor_restarts_total", actor=role)
+            self._values.add({of: value - before.get(of, 0) for of, value in snapshot.counts.items()})
+            actor.heard, actor.last = self._clock(), snapshot
 
     def gauges(self) -> dict[SeriesId, float]:
         """The gauges of all actors that are not stale, summed, and whether the actors are up."""
         found: dict[SeriesId, float] = defaultdict(float)
         with self._lock:
-            for actor in self._actors.values():
+            for (role, _), actor in self._actors.items():
                 age = self._clock() - actor.heard
-                for of, value in actor.gauges.items() if age <= STALE_S else ():
+                for of, value in actor.last.gauges.items() if actor.last is not None and age <= STALE_S else ():
                     found[of] += value
-                up = series("edit_ray_actor_up", actor=actor.role)
+                up = series("edit_ray_actor_up", actor=role)
                 found[up] = min(found.get(up, 1.0), float(age <= STALE_S and actor.answers))
-                oldest = series("edit_ray_actor_snapshot_age_seconds", actor=actor.role)
+                oldest = series("edit_ray_actor_snapshot_age_seconds", actor=role)
                 found[oldest] = max(found.get(oldest, 0.0), age)
         return dict(found)
 
@@ -140,7 +125,8 @@ def series(name: str, part: str = "", **labels: str) -> SeriesId:
     metric = CATALOG[name]
     if set(labels) != set(metric.labels):
         raise KeyError(f"{name} has the labels {metric.labels}, not {tuple(labels)}")
-    return name, tuple(_known(label, str(labels[label])) for label in metric.labels), part
+    known = {label: value if value in (LABELS[label] or (value,)) else OTHER for label, value in labels.items()}
+    return name, tuple(known[label] for label in metric.labels), part
 
 
 def observed(name: str, value: float, **labels: str) -> dict[SeriesId, float]:
@@ -150,27 +136,9 @@ def observed(name: str, value: float, **labels: str) -> dict[SeriesId, float]:
     return {series(name, bucket, **labels): 1, series(name, SUM, **labels): value}
 
 
-def known_series(values: Mapping[SeriesId, float]) -> dict[SeriesId, float]:
-    """Series of a process of another version: unknown series are dropped, unknown label values become `other`."""
-    known: dict[SeriesId, float] = {}
-    for (name, labels, part), value in values.items():
-        metric = CATALOG.get(name)
-        if metric is None or len(labels) != len(metric.labels):
-            continue
-        if part in ((*bounds(metric), SUM) if metric.kind == "histogram" else ("",)):
-            of = (name, tuple(map(_known, metric.labels, labels)), part)
-            known[of] = known.get(of, 0) + value
-    return known
-
-
 def bounds(metric: Metric) -> tuple[str, ...]:
     """The upper bounds of a histogram's buckets in Prometheus' notation."""
     return (*map(str, metric.buckets), "+Inf")
-
-
-def _known(label: str, value: str) -> str:
-    values = LABELS[label]
-    return value if not values or value in values else OTHER
 
 
 MOST_AT_ONCE = 1000  # segments, which take about 15 ms
@@ -311,7 +279,7 @@ def _counts(records: Sequence[CommittedView], policy: str) -> Mapping[SeriesId, 
     counts[series("edit_ray_frames_total")] = sum(record.num_frames for record in records)
     for record in records:
         for name, value in record.statistics.items():
-            if not isinstance(value, (int, float)) or not 0 <= value < _LIMIT:  # a damaged file may hold anything
+            if not 0 <= value < _LIMIT:  # a damaged file may hold any number
                 continue
             if (counter := counters.get(name)) is not None:
                 counts[counter] += value

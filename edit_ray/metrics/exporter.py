@@ -14,20 +14,21 @@ from http.server import BaseHTTPRequestHandler
 from itertools import accumulate
 from pathlib import Path
 from socketserver import ThreadingTCPServer
-from typing import Any
+from typing import Any, Self
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
+from pydantic import Field, model_validator
 
 from edit_ray.errors import ConfigError
 from edit_ray.files import read_bytes, remove, remove_drafts, write_atomic
 from edit_ray.metrics.catalog import CATALOG
 from edit_ray.metrics.collect import SUM, ActorMetrics, MetricValues, bounds
-from edit_ray.metrics.options import MetricsOptions
+from edit_ray.options import Options
 
 MIN_TOKEN = 16  # characters
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 TARGETS = "edit_ray_targets.json"
 _POLL_S = 0.05  # between checks for the shutdown
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
@@ -36,6 +37,27 @@ _FAMILIES: dict[str, Any] = {
     "gauge": GaugeMetricFamily,
     "histogram": HistogramMetricFamily,
 }
+
+
+class MetricsOptions(Options):
+    """The exporter in the segment scheduler, at `http://address:port/metrics`; port 0 is any free port.
+
+    Requests from other machines need the token in `token_file`.
+    """
+
+    enabled: bool = True
+    address: str = Field(default="127.0.0.1", min_length=1, max_length=253)
+    port: int = Field(default=0, ge=0, le=65535)
+    token_file: str | None = Field(default=None, min_length=1, max_length=4096)
+
+    @model_validator(mode="after")
+    def _check_token(self) -> Self:
+        if self.address not in LOOPBACK and self.token_file is None:
+            raise ValueError(
+                f"has the address {self.address!r}, which other machines may reach, and no token_file; "
+                "it must have one, or the address 127.0.0.1."
+            )
+        return self
 
 
 class Exporter(Collector):
@@ -104,7 +126,7 @@ class _Server(ThreadingTCPServer):
     def __init__(self, address: tuple[str, int], family: int, token: str | None, exporter: Exporter) -> None:
         self.address_family, self.exporter = family, exporter
         self.expected = None if token is None else f"Bearer {token}".encode()
-        self.names = {*_LOOPBACK, address[0], f"[{address[0]}]"}
+        self.names = {*LOOPBACK, "[::1]", address[0], f"[{address[0]}]"}
         super().__init__(address, _ScrapeHandler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -117,18 +139,16 @@ class _ScrapeHandler(BaseHTTPRequestHandler):
     timeout = 10  # seconds without a byte from the client
 
     def do_GET(self) -> None:
-        expected = self.server.expected
+        expected, token = self.server.expected, self.headers.get("Authorization", "").encode()
         if expected is None and self._host() not in self.server.names:
             # DNS rebinding: a web page whose name resolves to this machine still sends its own name.
-            return self._answer(403, b"without metrics.token_file the metrics are for this machine's own names only\n")
-        token = self.headers.get("Authorization", "").encode()
-        if expected is not None and not hmac.compare_digest(token, expected):
+            self._answer(403, b"without metrics.token_file the metrics are for this machine's own names only\n")
+        elif expected is not None and not hmac.compare_digest(token, expected):
             self._answer(401, b"this needs the token in metrics.token_file\n", ("WWW-Authenticate", "Bearer"))
         elif self.path.partition("?")[0] != "/metrics":
             self._answer(404, b"the metrics are at /metrics\n")
         else:
             self._answer(200, self.server.exporter.timed_page())
-        return None
 
     def _host(self) -> str:
         """The host name of the request, without its port."""

@@ -176,7 +176,7 @@ class Records(Sequence[SegmentRecord]):
         return longer
 
     def forget_statistics(self, first: int, before: int) -> None:
-        """Frees the statistics of records `first` to `before` - 1, in all sequences that share them."""
+        """Frees the statistics of records `first` to `before` - 1, here and in sequences that share them."""
         for index in range(first, min(before, self._length)):
             self._shared[index] = replace(self._shared[index], statistics={})
 

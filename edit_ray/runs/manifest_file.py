@@ -96,10 +96,6 @@ class ManifestFile:
                 return self.manifest
         raise RunLocked(f"{self.path} is being written by other processes; this one leaves the run alone")
 
-    def forget_statistics(self, first: int, before: int) -> None:
-        """Frees the statistics of segments `first` to `before` - 1, which only the file has from then on."""
-        self.manifest.segments.forget_statistics(first, before)
-
     def close(self) -> None:
         """Releases the lock: another process may work on the run."""
         files.disk.close(self._descriptor)
@@ -159,8 +155,9 @@ class ManifestReader:
 
     def _read_on(self, descriptor: int) -> None:
         """Reads what is new, piece by piece, so that the file is never in memory as a whole."""
-        fold, piece, start = self._fold, _PIECE, self._fold.size
-        with _no_collections():
+        fold, piece, start, collects = self._fold, _PIECE, self._fold.size, gc.isenabled()
+        gc.disable()  # a collection would visit all lines so far in vain
+        try:
             while True:
                 lines, content = fold.lines, files.read_at(descriptor, fold.size, piece)
                 fold.add(content)
@@ -168,20 +165,11 @@ class ManifestReader:
                     break
                 if fold.lines == lines:  # a line, or torn bytes, are longer than a piece
                     piece *= 2
+        finally:
+            if collects:
+                gc.enable()
         if fold.size - start > _PIECE:
             gc.freeze()  # these records will stay: collections need not visit them
-
-
-@contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
-    """Suspends garbage collection, which would visit all lines so far in vain."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager

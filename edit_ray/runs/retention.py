@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edit_ray.runs.manifest import SegmentRecord
 from edit_ray.runs.run_plan import FrameLayout
 
 
@@ -66,33 +64,13 @@ MARGIN_BYTES = 64 << 20
 """Left free for other users of the file system."""
 
 
-@dataclass(frozen=True)
-class SegmentSize:
-    """Bytes that one segment adds to the run's folder."""
+def shortage(segments: int, latents: int, media: int, keep_segments: int | None, free: int) -> str | None:
+    """One sentence if `segments` more segments do not fit into `free` bytes of the disk.
 
-    latents: int
-    media: int
-
-
-def first_guess(frames: int, height: int, width: int, latent_bytes: int) -> SegmentSize:
-    """An estimate before any segment is made."""
-    return SegmentSize(latent_bytes, int(frames * height * width * BITS_PER_PIXEL / 8))
-
-
-def measured(records: Sequence[SegmentRecord], guess: SegmentSize) -> SegmentSize:
-    """A size measured in the latest segments, where there are some."""
-    sizes = [int(record.statistics["media_bytes"]) for record in records[-8:] if "media_bytes" in record.statistics]
-    return SegmentSize(guess.latents, max(sizes)) if sizes else guess
-
-
-def bytes_to_come(segments: int, size: SegmentSize, keep_segments: int | None) -> int:
-    """The bytes that `segments` more segments add, at most `keep_segments` of which are kept at a time."""
+    Each takes so many bytes of latents and of media, and at most `keep_segments` are kept at a time (None: all).
+    """
     kept = segments if keep_segments is None else min(segments, keep_segments + 1)
-    return kept * (size.latents + COPIES_OF_MEDIA * size.media)
-
-
-def shortage(needed: int, free: int) -> str | None:
-    """One sentence where the disk has too little space."""
+    needed = kept * (latents + COPIES_OF_MEDIA * media)
     if needed + MARGIN_BYTES <= free:
         return None
     return (

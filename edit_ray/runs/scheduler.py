@@ -59,7 +59,15 @@ class ScheduledRun:
 
     def begin(self) -> list[Work]:
         """All work that can begin now, in the order of what viewers wait for."""
-        return [self._begin(stage) for stage in self._ready() if stage not in self.in_flight]
+        begun, run_id, incarnation = [], self.plan.run_id, self.plan.incarnation
+        for stage in self._ready():
+            if stage not in self.in_flight:
+                assert self.worker is not None, f"{stage} of a run that has no GPU actor"
+                segment_index = self.made.get(stage)
+                attempt = self.failures.get((stage, segment_index), Counter()).total()
+                work = self.in_flight[stage] = Work(run_id, incarnation, stage, segment_index, attempt, self.worker)
+                begun.append(work)
+        return begun
 
     def done(self, stage: Stage) -> None:
         """The work in flight for this stage has succeeded."""
@@ -120,14 +128,6 @@ class ScheduledRun:
             and (plan.max_ahead is None or k < self.consumed + plan.max_ahead)
             and (not plan.frames_first or k <= self.made["decode"])
         )
-
-    def _begin(self, stage: Stage) -> Work:
-        assert self.worker is not None, f"{stage} of a run that has no GPU actor"
-        segment_index = self.made.get(stage)
-        attempt = self.failures.get((stage, segment_index), Counter()).total()
-        run_id, incarnation = self.plan.run_id, self.plan.incarnation
-        self.in_flight[stage] = Work(run_id, incarnation, stage, segment_index, attempt, self.worker)
-        return self.in_flight[stage]
 
 
 class SegmentScheduler:

@@ -59,10 +59,8 @@ class Arena:
 
         Raises:
             SharedMemoryFull: less is free.
-            ValueError: there is no such folder, or `size_bytes` is below 1.
+            ValueError: there is no such folder.
         """
-        if size_bytes < 1:
-            raise ValueError(f"size_bytes is {size_bytes}; valid is 1 or more.")
         folder = Path(directory)
         if not folder.is_dir():
             raise ValueError(f"directory is {str(directory)!r}, which is no folder; valid is one in shared memory.")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from xxhash import xxh3_64_hexdigest
 
 from edit_ray import files
 from edit_ray.tiers.entry_file import (
@@ -25,7 +26,6 @@ from edit_ray.tiers.entry_file import (
     aligned_buffer,
     as_disk_full,
     check_dtype,
-    checksum_of,
     file_name,
     header_of,
     is_tmpfs,
@@ -85,8 +85,7 @@ class EntryFolder:
         self.faults: dict[Fault, int] = dict.fromkeys(get_args(Fault), 0)
         self.bytes_resident = 0
         self._entries: dict[Key, FileEntry] = {}
-        self._writing: dict[Key, int] = {}  # the ticket of the write that may publish a key
-        self._tickets = 0
+        self._writing: dict[Key, object] = {}  # the ticket of the write that may publish a key
         self._lock = threading.RLock()
         try:
             self._scan()
@@ -107,17 +106,15 @@ class EntryFolder:
         """One readable entry."""
         return self._entries.get(key)
 
-    def begin(self, key: Key) -> tuple[int, Path | None]:
+    def begin(self, key: Key) -> tuple[object, Path | None]:
         """Forget the entry of a key that will be written: the ticket for `write`, and a file for `remove`."""
         check_key(key)
         self._check_open()
         with self._lock:
-            aside = self._set_aside(key)
-            self._tickets += 1
-            self._writing[key] = self._tickets
-            return self._tickets, aside
+            ticket = self._writing[key] = object()
+            return ticket, self._set_aside(key)
 
-    def write(self, key: Key, ticket: int, memory: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    def write(self, key: Key, ticket: object, memory: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> bool:
         """Write a tensor from memory that starts at a multiple of 4096 and has `whole_pages` of its bytes.
 
         False if the key was dropped or written anew since the ticket was given. Raises OSError, DiskFull if there is
@@ -128,14 +125,14 @@ class EntryFolder:
             header, entry = _described(key, memory, dtype, tuple(shape))
             self.files.write(draft, [header, memory[: whole_pages(entry.nbytes)]], len(header) + entry.nbytes)
             with self._lock:
-                if published := self._writing.get(key) == ticket:
+                if published := self._writing.get(key) is ticket:
                     files.disk.replace(draft, self._path(key))
                     del self._writing[key]
                     self._add(key, entry)
         except BaseException as error:
             self.remove(draft)
             with self._lock:
-                if self._writing.get(key) == ticket:
+                if self._writing.get(key) is ticket:
                     del self._writing[key]
             if isinstance(error, OSError):
                 error = as_disk_full(error)
@@ -214,7 +211,7 @@ class EntryFolder:
             return "length"
         if header != expected:
             return "header"
-        return None if checksum_of(into[: entry.nbytes]) == entry.checksum else "checksum"
+        return None if xxh3_64_hexdigest(into[: entry.nbytes]) == entry.checksum else "checksum"
 
     def _scan(self) -> None:
         self.remove_unfinished()
@@ -274,7 +271,7 @@ def _described(
     size = FileEntry(dtype, shape, "").nbytes
     if len(memory) < whole_pages(size):
         raise ValueError(f"memory has {len(memory)} bytes; {key} needs {whole_pages(size)}.")
-    entry = FileEntry(dtype, shape, checksum_of(memory[:size]))
+    entry = FileEntry(dtype, shape, xxh3_64_hexdigest(memory[:size]))
     text = header_of(key, entry)
     header = memory_of(aligned_buffer(len(text)))
     header[:] = text
@@ -338,7 +335,6 @@ class DiskTier:
         False if it was dropped or written anew before that. Its error is DiskFull where room must be made, else an
         OSError; the key has no entry then.
         """
-        self._check_open()
         ticket, aside = self.files.begin(key)
         future = self._threads.submit(self.files.write, key, ticket, memory, dtype, shape)
         self._remove(aside)
@@ -346,16 +342,17 @@ class DiskTier:
 
     def read(self, key: Key, into: memoryview) -> Future[FileEntry | None]:
         """Read an entry; None, with `into` undefined, if there is none or it cannot be read."""
-        self._check_open()
         return self._threads.submit(self.files.read, key, into)
 
     def drop(self, key: Key) -> None:
         """Forget an entry at once, also one that is being written; a thread removes its file."""
-        self._check_open()
         self._remove(self.files.drop(key))
 
     def close(self) -> None:
-        """Cancel queued work, wait for transfers, end the threads, unlock the folder. Entries stay on disk."""
+        """Cancel queued work, wait for transfers, end the threads, unlock the folder. Entries stay on disk.
+
+        Every later call raises RuntimeError.
+        """
         if self._closed:
             return
         self._closed = True
@@ -367,7 +364,3 @@ class DiskTier:
     def _remove(self, aside: Path | None) -> None:
         if aside is not None:
             self._threads.submit(self.files.remove, aside)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("The disk tier is closed.")

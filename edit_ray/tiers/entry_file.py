@@ -47,14 +47,14 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # follows no link under a name of ours, waits for no pipe
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a file holds: a tensor's dtype, its shape and the `checksum_of` its bytes."""
+    """What a file holds: a tensor's dtype, its shape, and the xxh3_64 of its bytes as 16 hexadecimal digits."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -64,11 +64,6 @@ class FileEntry:
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def checksum_of(memory: memoryview) -> str:
-    """xxh3_64 as 16 hexadecimal digits."""
-    return xxh3_64_hexdigest(memory)
 
 
 def file_name(key: Key) -> str:
@@ -135,7 +130,7 @@ class DiskFull(OSError):
 
 def as_disk_full(error: OSError) -> OSError:
     """A DiskFull if the error says that there is no room, else the error itself."""
-    if error.errno not in _FULL or isinstance(error, DiskFull):
+    if error.errno not in FULL or isinstance(error, DiskFull):
         return error
     return DiskFull(error.errno, error.strerror, error.filename)
 

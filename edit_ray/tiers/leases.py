@@ -42,9 +42,7 @@ class Reuse:
 
     def ops(self, segment: int) -> list[Op]:
         """A segment's reads and writes, in the order of use."""
-        planned = self.plan.segments[segment]
-        uses = [(use, False) for use in planned.reads] + [(use, True) for use in planned.writes]
-        return [Op(tuple(use.key), self.form, writes) for use, writes in sorted(uses, key=lambda each: each[0].step)]
+        return [Op(tuple(use.key), self.form, writes) for use, writes in self.plan.segments[segment].in_order]
 
 
 @dataclass(frozen=True)

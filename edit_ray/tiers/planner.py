@@ -15,10 +15,11 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
+from itertools import count
 from typing import Literal, NamedTuple
 
-from edit_ray.tiers.reuse_plan import Key, Uses
-from edit_ray.tiers.slots import AskedOp, Slots, TierEntry
+from edit_ray.tiers.reuse_plan import Key, ReusePlan, Uses
+from edit_ray.tiers.slots import AskedOp, Slots, TierEntry, divide, slot_bytes
 
 DropReason = Literal["evicted", "dropped", "replaced", "lost", "spill_failed", "full"]
 Outcome = Literal["useful", "late", "wasted", "unfulfilled", "cancelled"]
@@ -342,3 +343,26 @@ class TierPlanner:
     def _count_move(self, source: str, target: str, cause: str, size: int) -> None:
         self.counts["tier_moves", source, target, cause] += 1
         self.counts["tier_moved_bytes", source, target, cause] += size
+
+
+def simulate(plan: ReusePlan, host_bytes: int, disk_bytes: int | None) -> Counter[tuple[str, ...]]:
+    """The planner's counts after a run by this plan, in tiers whose loads and saves take no time."""
+    planner, numbers = TierPlanner(divide(host_bytes, plan.demand()), disk_bytes), count(1)
+    planner.follow(plan.uses(), 0)
+    for index, segment in enumerate(plan.segments):
+        ops = [AskedOp(next(numbers), use.key, slot_bytes(use.size), writes) for use, writes in segment.in_order]
+        _carry_out(planner, planner.ask(ops))
+        for op in ops:
+            _carry_out(planner, planner.done(op.number))
+        planner.completed(index)
+    return planner.counts
+
+
+def _carry_out(planner: TierPlanner, instructions: list[Instruction]) -> None:
+    waiting = deque(instructions)
+    while waiting:
+        match waiting.popleft():
+            case Load(entry):
+                waiting += planner.loaded(entry)
+            case Save(entry):
+                waiting += planner.saved(entry)

@@ -65,6 +65,12 @@ class SegmentUses:
     reads: tuple[PlannedUse, ...]
 
     @property
+    def in_order(self) -> list[tuple[PlannedUse, bool]]:
+        """Reads and writes in the order of use, each with whether it writes."""
+        uses = [(use, False) for use in self.reads] + [(use, True) for use in self.writes]
+        return sorted(uses, key=lambda each: each[0].step)
+
+    @property
     def working(self) -> dict[CacheKey, int]:
         """Bytes of every entry that the segment uses: reads in the order of use, then writes."""
         return {use.key: use.size for use in (*self.reads, *self.writes)}
@@ -116,16 +122,7 @@ def make_reuse_plan(
         unit_bytes: For each expert the bytes of one residual of each unit, of one branch.
         branches: In the order in which a step runs them.
         budget: Bytes of the entries that a segment may use; None for no bound.
-
-    Raises:
-        ValueError: an argument is not valid.
     """
-    for name, value, least in (("num_segments", num_segments, 1), ("window", window, 0), ("warm_steps", warm_steps, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be {least} or more; got {value}.")
-    missing = sorted(set(experts) - set(unit_bytes))
-    if missing:
-        raise ValueError(f"unit_bytes lacks the expert {', '.join(missing)}; it has {', '.join(unit_bytes)}.")
     residuals = [
         Residual(expert, branch, unit, step, size)
         for step, expert in enumerate(experts[:warm_steps] if window and num_segments > 1 else ())

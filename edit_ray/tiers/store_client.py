@@ -21,10 +21,9 @@ _CPU = torch.device("cpu")
 
 @dataclass
 class Waits:
-    """The entries that `get` and `put` have moved, and how long and in how many calls they waited for the store."""
+    """The entries that `get` and `put` have moved, and how long they waited for the store."""
 
     seconds: float = 0.0
-    calls: int = 0
     reads: int = 0
     writes: int = 0
     read_bytes: int = 0
@@ -284,5 +283,4 @@ class PlannedStore:
                     raise EntryLost(f"The store did not deliver {self.ops[index].key} in {now - started:.1f} s.")
             time.sleep(_POLL_S)
         self.waits.seconds += time.perf_counter() - started
-        self.waits.calls += 1
         return offset

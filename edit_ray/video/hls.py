@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class MediaPlaylist:
     longest: int
     sliding: bool = False
 
-    def text(self, parts: Iterable[Part], *, first: int = 0, ended: bool = False) -> str:
+    def text(self, parts: Iterable[Part], *, first: int = 0) -> str:
         """The playlist of `parts`, the first of which is fragment number `first` of the video."""
         target_s = math.ceil(self.longest / self.fps)
         lines = [
@@ -51,7 +51,7 @@ class MediaPlaylist:
             *([] if self.sliding else ["#EXT-X-PLAYLIST-TYPE:EVENT"]),
             *("#EXT-X-INDEPENDENT-SEGMENTS", '#EXT-X-MAP:URI="init.mp4"'),
         ]
-        return "\n".join(lines) + "\n" + "".join(map(self.lines_of, parts)) + (ENDLIST if ended else "")
+        return "\n".join(lines) + "\n" + "".join(map(self.lines_of, parts))
 
     def lines_of(self, part: Part) -> str:
         """The lines that list one fragment; its path is relative to the playlist."""
@@ -104,7 +104,7 @@ class StreamFiles:
     """
 
     def __init__(self, folder: Path, *, fps: float, longest: int, keep: int | None = None) -> None:
-        self.part_written: Callable[[], None] = lambda: None  # called after each segment that a long copy writes
+        self.copied = 0  # segments, by long copies of many: it shows that one makes progress
         self._folder = folder
         self._keep = keep
         self._playlist = MediaPlaylist(fps, longest, sliding=keep is not None)
@@ -131,10 +131,7 @@ class StreamFiles:
         self._write_playlist()
 
     def append(self, part: Part) -> None:
-        """Adds the segment that follows; the last one again changes nothing.
-
-        Raises ValueError if its first frame is not the next one.
-        """
+        """Adds the segment that follows; the last one again changes nothing. Raises ValueError for any other."""
         if part in self._parts[-1:]:
             return
         end = self._parts[-1].first_frame + self._parts[-1].num_frames if self._parts else part.first_frame
@@ -200,7 +197,7 @@ class StreamFiles:
         with files.replacing(path) as stream:
             for name in ("init.mp4", *(part.path for part in self._parts)):
                 stream.write(files.read_bytes(self._folder / name))
-                self.part_written()
+                self.copied += 1
         self._bytes = stream.size
 
     def _write_playlist(self, ending: str = "") -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ import torch
 from PIL import Image
 
 from benchmarks import continuity
-from benchmarks.continuity_report import join_strip, verdicts
+from benchmarks.continuity_report import verdicts
 from benchmarks.long_videos import Maker, Seams, Task, load
 from edit_ray.engine.options import ContinuityOptions
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.runs.run_plan import FrameLayout, segment_seed
 from edit_ray.testing import save_random_wan
+from tests.parity.test_continuity_parity import make
 
 SMALL = Task(prompt="a red circle", seeds=2, segments=3, height=32, width=32, num_frames=33, num_inference_steps=2)
 
@@ -32,10 +34,9 @@ def variant(name, *joins, interior=1.0):
 
 
 def test_bars_are_met_or_not():
-    measured = [variant("none", 4.0, 4.0), variant("history", 1.0, 1.5), variant("overlap, latent", 3.0, 3.0)]
-    assert [line.split(":")[0] for line in verdicts(measured)] == ["met", "met", "met"]
-    measured = [variant("none", 4.0, 4.0), variant("history", 2.0, 1.0), variant("overlap, latent", 1.0, 4.1)]
-    assert [line.split(":")[0] for line in verdicts(measured)] == ["NOT MET", "NOT MET", "NOT MET"]
+    for history, overlap, said in (((1.0, 1.5), (3.0, 3.0), "met"), ((2.0, 1.0), (1.0, 4.1), "NOT MET")):
+        measured = [variant("none", 4.0, 4.0), variant("history", *history), variant("overlap, latent", *overlap)]
+        assert [line.split(":")[0] for line in verdicts(measured)] == [said] * 3
     assert "lower for 1 of 2 seeds" in verdicts(measured)[-1]
     assert verdicts([variant("none", 4.0)]) == [], "nothing is said of what was not measured"
 
@@ -66,45 +67,21 @@ def test_videos_are_those_of_runs(model, mode):
     layout = SMALL.layout(options)
     assert made.frames.shape == (2, layout.total_frames(3), 32, 32, 3)
     assert made.blocks == 3 * 2 * 2 * 2, "segments, steps, branches, blocks"
-    engine = SegmentEngine(load(str(model), "cpu"))
-    parts, frames = [], []
-    for index in range(3):
-        position = layout.first_latent(index)
-
-        def preceding(count):
-            return torch.cat(parts, dim=2)[:, :, -count:]
-
-        context = engine.context(options, "run", position=position, preceding=preceding) if index else {}
-        seed = segment_seed(SMALL.first_seed + 1, index)
-        latents = engine.denoise(SMALL.sampling, prompt=SMALL.prompt, seed=seed, **context)
-        parts.append(latents[:, :, position - layout.first_latent(index + 1) :])
-        run_id = "run" if layout.history_latents else None
-        frames.append(engine.decode(run_id, parts[-1], position=position, preceding=preceding))
+    engine, first = SegmentEngine(load(str(model), "cpu")), SMALL.first_seed + 1
+    frames = make(engine, options, [], 3, sampling=SMALL.sampling, seed=partial(segment_seed, first))
     assert np.abs(made.frames[1].astype(int) - torch.cat(frames).numpy()).max() <= 1
-
-
-def test_a_strip_has_the_frames_around_the_join():
-    frames = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 6, 3), np.uint8)
-    strip = np.asarray(join_strip(frames, 10))
-    assert strip.shape == (4, 10 * 6 + 8, 3)
-    assert [strip[0, x, 0] for x in (0, 24, 32, 40)] == [5, 9, 255, 10]
 
 
 @pytest.mark.slow
 def test_all_of_it(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["continuity.py", "--model", str(model), "--prompt", "a red circle", "--quick"])
-    output = ["--output", str(tmp_path / "out"), "--modes", "none; history, adain 0.25", "--seeds", "1"]
-    sys.argv += output
+    asked = ["--model", str(model), "--prompt", "a red circle", "--modes", "none; history, adain 0.25", "--seeds", "1"]
+    monkeypatch.setattr(sys, "argv", ["continuity.py", "--quick", "--output", str(tmp_path / "out"), *asked])
     continuity.main()
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [found["name"] for found in content["variants"]] == ["none", "history, adain 0.25"]
     assert content["task"]["segments"] == 3
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "continuity.md",
-        "continuity.png",
-        "joins.png",
-        "results.json",
-    ]
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert made == {"continuity.md", "continuity.png", "joins.png", "results.json"}
     with Image.open(tmp_path / "out" / "joins.png") as sheet:
         assert sheet.height == 2 * (64 + 4)
     assert "joins / inside" in capsys.readouterr().out

@@ -12,22 +12,13 @@ from benchmarks.reuse_report import differences, verdicts
 from edit_ray.tiers.reuse_plan import make_reuse_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 ALIGNED = [setting for setting in settings() if setting.align == "step"]
 
 
 @pytest.mark.parametrize("setting", ALIGNED, ids=lambda setting: setting.name)
 def test_skips_are_those_of_the_reuse_plan(setting):
-    plan = make_reuse_plan(
-        "run",
-        8,
-        window=setting.window,
-        warm_steps=setting.warm_steps,
-        experts=["transformer"] * 30,
-        unit_bytes={"transformer": [1]},
-        branches=("cond",),
-    )
+    model = {"experts": ["transformer"] * 30, "unit_bytes": {"transformer": [1]}, "branches": ("cond",)}
+    plan = make_reuse_plan("run", 8, window=setting.window, warm_steps=setting.warm_steps, **model)
     assert setting.skips(8) == tuple(len({read.step for read in segment.reads}) for segment in plan.segments)
 
 

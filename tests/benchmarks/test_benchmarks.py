@@ -22,19 +22,9 @@ def point(share, *figures, method="m", group="ours"):
     return Point(method, group, {}, share, share, list(figures), [1.0] * len(figures), [share] * len(figures))
 
 
-def test_identical_videos_have_an_ssim_of_one_and_the_highest_psnr():
-    assert ssim(video(), video()) == pytest.approx(1, abs=1e-12)
+def test_psnr_of_equal_videos_and_of_a_known_error():
     assert psnr(video(), video()) == MOST_DB
-
-
-def test_psnr_of_a_known_error():
     assert psnr(torch.full((3, 1, 8, 8), 0.6), torch.full((3, 1, 8, 8), 0.5)) == pytest.approx(20, abs=1e-4)
-
-
-def test_ssim_of_flat_videos_is_the_luminance_term():
-    a, b = 0.25, 0.75
-    expected = (2 * a * b + 1e-4) / (a * a + b * b + 1e-4)
-    assert ssim(torch.full((1, 1, 16, 16), a), torch.full((1, 1, 16, 16), b)) == pytest.approx(expected, abs=1e-9)
 
 
 def test_ssim_of_an_inverted_window_by_hand():
@@ -77,8 +67,6 @@ def test_the_difference_is_paired():
 
 def test_the_interval_draws_prompts_with_all_their_seeds():
     assert mean_interval([1.0, 3.0, 0.0, 4.0], seeds=2) == pytest.approx((2, 2, 2)), "both prompts have the mean 2"
-    middle, low, high = mean_interval([1.0, 3.0, 0.0, 4.0], seeds=1)
-    assert low < middle == 2 < high
 
 
 def test_the_interval_covers_the_mean_of_a_normal_distribution_about_as_often_as_it_says():
@@ -113,25 +101,17 @@ def results(shard, prompts=3, seeds=2):
 @pytest.mark.parametrize("of", [1, 2, 3])
 def test_shards_join_in_the_order_of_samples_with_times_of_one_alone(of):
     alone = Point("m", "ours", {"skips": 1}, 0.5, 0.6, [1.0], [1.0], [1.0])
-    (found,) = joined([results(Shard(index, of)) for index in range(of)], [alone])
+    shards = [results(Shard(index, of)) for index in range(of)]
+    (found,) = joined(shards, [alone])
     assert found.psnr == found.ssim == found.shares == [0.0, 1.0, 10.0, 11.0, 20.0, 21.0]
     assert (found.time, found.share) == (0.6, 10.5)
-
-
-def test_what_a_shard_lacks_is_not_joined():
-    alone = Point("m", "ours", {"skips": 1}, 0.5, 0.6, [1.0], [1.0], [1.0])
-    assert joined([results(Shard(0, 2)), results(Shard(1, 2)) | {"points": []}], [alone]) == []
-    assert joined([results(Shard(0, 2)), results(Shard(1, 2))], []) == []
+    assert joined([*shards[:-1], shards[-1] | {"points": []}], [alone]) == [], "what one lacks is not joined"
+    task = Task(["a", "b", "c"], seeds=2)
+    parts = [sample for index in range(of) for sample in task.samples(Shard(index, of))]
+    assert sorted(parts, key=lambda sample: sample[1]) == list(task.samples())
 
 
 @pytest.mark.parametrize("text", ["3/3", "-1/2", "1", "x/2", "0/0"])
 def test_a_shard_that_is_none_is_refused(text):
     with pytest.raises(ValueError):  # noqa: PT011 (int has words of its own)
         Shard.parse(text)
-
-
-def test_the_shards_samples_are_those_of_the_whole():
-    task = Task(["a", "b", "c"], seeds=2)
-    parts = [list(task.samples(Shard(index, 2))) for index in range(2)]
-    assert sorted(parts[0] + parts[1], key=lambda sample: sample[1]) == list(task.samples())
-    assert len(parts[0]) == 4

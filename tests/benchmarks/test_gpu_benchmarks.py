@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 
 import numpy as np
@@ -18,19 +19,13 @@ from edit_ray.video.encode import OutputOptions, encode, join, read_frames
 from edit_ray.video.fragments import split
 
 
-@pytest.mark.parametrize("skipped", [0, 1, 11, 17, 20, 28])
-def test_a_mask_skips_as_many_steps_as_it_is_told_and_never_the_first_or_the_last(skipped):
-    mask = mask_of(30, skipped)
-    assert len(mask) == 30
-    assert mask.count(False) == skipped
-    assert mask[0]
-    assert mask[-1]
-
-
-@pytest.mark.parametrize("skipped", [-1, 29])
-def test_a_mask_that_cannot_be_is_refused(skipped):
-    with pytest.raises(ValueError, match="cannot be skipped"):
-        mask_of(30, skipped)
+def test_a_mask_skips_as_many_steps_as_it_is_told_and_never_the_first_or_the_last():
+    for skipped in range(29):
+        mask = mask_of(30, skipped)
+        assert (len(mask), mask.count(False), mask[0], mask[-1]) == (30, skipped, True, True)
+    for skipped in (-1, 29):
+        with pytest.raises(ValueError, match="cannot be skipped"):
+            mask_of(30, skipped)
 
 
 def test_every_policy_is_compared_where_it_never_skips():
@@ -101,8 +96,8 @@ def test_without_ffmpeg_frames_go_through_the_stand_in_as_they_are(tmp_path, mon
 
 
 def test_the_page_and_the_table_are_those_of_the_results():
-    assert gpu_page.PAGE.read_text() == gpu_page.page(), "run benchmarks/gpu_page.py"
     readme = gpu_page.README.read_text()
+    assert gpu_page.PAGE.read_text() == gpu_page.page(), "run benchmarks/gpu_page.py"
     assert gpu_page.BEGIN in readme
     assert gpu_page.filled(readme) == readme
 
@@ -118,8 +113,7 @@ def test_the_table_has_ours_and_what_was_not_run(tmp_path, monkeypatch, results)
     table = gpu_page.readme_table()
     assert "| exact, 17 skipped | 2.00 s | 1.50× | 57% | 5.0 GB |" in table
     assert "were not run" in table
-    assert "fp8" not in table
-    assert "diffusers" not in table
+    assert not re.search("fp8|diffusers", table)
     readme = f"a\n{gpu_page.BEGIN}\nold\n{gpu_page.END}\nb\n"
     assert gpu_page.filled(readme) == f"a\n{gpu_page.BEGIN}\n{table}{gpu_page.END}\nb\n"
     assert gpu_page.filled("no place") == "no place"

@@ -172,7 +172,7 @@ def guards() -> list[Guard]:
         replaced(
             "an entry's checksum",
             "tiers/disk_tier.py",
-            "checksum_of(into[: entry.nbytes]) == entry.checksum",
+            "xxh3_64_hexdigest(into[: entry.nbytes]) == entry.checksum",
             "True",
             "test_disk_damage.py",
         ),

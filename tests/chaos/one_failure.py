@@ -21,7 +21,7 @@ from edit_ray.tiers.disk_tier import LOCK
 from edit_ray.video.hls import newest_playlist
 from tests.chaos.memory import remembered
 from tests.chaos.power_loss import build
-from tests.unit.test_actors_recovery import die
+from tests.chaos.storm import die
 
 RUN, OTHER = "one", "other"
 SEGMENTS = 3

@@ -10,9 +10,10 @@ import secrets
 import time
 from collections import Counter
 
+from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
-from tests.unit.test_actors_clocks import SHORT, WallClock, everything, live_through
-from tests.unit.test_actors_recovery import REUSE, make
+from tests.runs_here import PLAIN_AND_REUSE, SHORT, Whole, check_same, config_for
+from tests.unit.test_actors_clocks import WallClock, live_through
 
 RUNS = int(os.environ.get("CLOCKS", "10"))
 SEED = int(os.environ.get("SEED", str(secrets.randbelow(10**6))))
@@ -22,8 +23,9 @@ STAGES |= {"finalize_run", "release_run", "recovery", "at a look"}
 
 def test_no_byte_and_no_count_depends_on_the_wall_clock(tmp_path, monkeypatch):
     model = save_random_wan(tmp_path / "wan", expand_timesteps=True)
-    asyncio.run(make(tmp_path, model, plain=SHORT, reuse=REUSE | SHORT))
-    undisturbed = {name: everything(tmp_path, name) for name in ("plain", "reuse")}
+    configs = {name: config_for(model, **changes, **SHORT) for name, changes in PLAIN_AND_REUSE.items()}
+    whole = Whole(tmp_path)
+    undisturbed = {name: asyncio.run(whole(config)) for name, config in configs.items()}
     print(f"\nseed {SEED}, {RUNS} runs")
     hit = Counter()
     for number in range(RUNS):
@@ -33,8 +35,9 @@ def test_no_byte_and_no_count_depends_on_the_wall_clock(tmp_path, monkeypatch):
         root.mkdir()
         with monkeypatch.context() as patched:
             patched.setattr(time, "time", clock)
-            asyncio.run(live_through(root, model, name, clock, deaths))
-        assert everything(root, name) == undisturbed[name], (number, name, deaths)
+            asyncio.run(live_through(root, configs[name], name, clock, deaths))
+        print(number, name, deaths)
+        check_same(RunFolder(root, name), undisturbed[name])
         hit += clock.hit
     print(dict(sorted(hit.items())))
     assert set(hit) >= STAGES or RUNS < 10

@@ -1,43 +1,41 @@
-"""docs/caching.md: its code runs, its tables are those of the classes; docs/conditioning.md: its code runs."""
+"""Pages of docs/: their code runs, and their tables, names and numbers are those of the code."""
 
 import inspect
 import re
-from pathlib import Path
 
+import numpy as np
 import pytest
 
-from edit_ray.cache.policies import POLICIES, CachePolicy, PolicyContext, TeaCache, WarmstartReuse
+from edit_ray.cache.policies import POLICIES, CachePolicy, PolicyContext, WarmstartReuse
 from edit_ray.cache.policies.policy import UnitState
+from edit_ray.cli.main import parser
+from edit_ray.config import load_config
+from edit_ray.engine.options import CLIPS, PICTURES, ContinuityOptions
+from edit_ray.video.encode import OutputOptions, encode
+from edit_ray.video.fragments import Part, write_part
+from edit_ray.video.hls import StreamFiles
+from edit_ray.video.seams import LARGEST_SCORE, RADIUS, Joins
+from tests.documented import ROOT, blocks, run_code
+from tests.parity.test_cache_matrix import OPTIONS
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "caching.md").read_text()
+CACHING, CONDITIONING, LONG_VIDEO = "docs/caching.md", "docs/conditioning.md", "docs/long-video.md"
+PAGE, WATCHING = ((ROOT / "docs" / name).read_text() for name in ("caching.md", "watching.md"))
 # What is changed so that the code takes seconds on a CPU; everything else runs as it is printed.
-SMALLER = {
-    "steps = 30": "steps = 6",
-    "height=128": "height=32",
-    "width=128": "width=32",
-    "num_frames=33": "num_frames=5",
-}
-REQUIRED = {
-    "schedule": {"mask": [True]},
-    "ranked": {"skip_rank": [None]},
-    "teacache": {"coefficients": [1.0]},
-    "magcache": {"mag_ratios": [1.0]},
-}
+SMALLER = {"height=128": "height=32", "width=128": "width=32"}
+FEW_STEPS = SMALLER | {"steps = 30": "steps = 6", "num_frames=33": "num_frames=5"}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def blocks(language, text=PAGE):
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+# docs/caching.md
 
 
 def sections():
     """The python code of each section that has some, by its heading, in the order of the page."""
     parts = re.split(r"^## (.*)\n", PAGE, flags=re.MULTILINE)[1:]
-    return {
-        heading: code for heading, text in zip(parts[::2], parts[1::2], strict=True) if (code := blocks("python", text))
-    }
+    code = [block.code for block in blocks(CACHING, "python")]
+    own = ([each for each in code if each in text] for text in parts[1::2])
+    return {heading: found for heading, found in zip(parts[::2], own, strict=True) if found}
 
 
 def rows(heading):
@@ -49,20 +47,12 @@ def rows(heading):
 @pytest.fixture(scope="module")
 def names():
     """What the quick start leaves, which every other section begins with."""
-    found = {}
-    run(found, "Quick start")
+    found = run_code(CACHING, sections()["Quick start"], FEW_STEPS)
     found["pipe"].set_progress_bar_config(disable=True)
     return found
 
 
-def run(names, heading):
-    for code in sections()[heading]:
-        for old, new in SMALLER.items():
-            code = code.replace(old, new)
-        exec(compile(code, f"<docs/caching.md, {heading}>", "exec"), names)
-
-
-def test_the_quick_start_runs(names, capsys):
+def test_the_quick_start_runs(names):
     assert names["video"].shape == (5, 32, 32, 3)
     assert names["pipe"].cache is None
 
@@ -73,7 +63,7 @@ def test_a_section_runs(names, heading, tmp_path, monkeypatch, capsys):
     assert names["pipe"].cache is None
     own = dict(names)
     try:
-        run(own, heading)
+        run_code(CACHING, sections()[heading], FEW_STEPS, own)
     finally:
         own["pipe"].disable_cache()
     if heading == "Warm start":
@@ -82,13 +72,13 @@ def test_a_section_runs(names, heading, tmp_path, monkeypatch, capsys):
 
 
 def test_everything_is_tested():
-    assert sum(map(len, sections().values())) == len(blocks("python"))
-    assert [old for old in SMALLER if old not in "".join(blocks("python"))] == []
+    assert sum(map(len, sections().values())) == len(blocks(CACHING, "python"))
+    assert [old for old in FEW_STEPS if old not in PAGE] == []
 
 
 def test_the_entry_point_is_the_one_that_is_looked_up():
-    (block,) = blocks("toml")
-    assert f'[project.entry-points."{POLICIES.group}"]' in block
+    (block,) = blocks(CACHING, "toml")
+    assert f'[project.entry-points."{POLICIES.group}"]' in block.code
 
 
 def option_of(text):
@@ -109,7 +99,7 @@ def test_the_table_of_policies_is_that_of_the_classes():
         if cls is WarmstartReuse:
             assert (known, granularities) == ("as inner", "as inner")
         else:
-            made = cls(**REQUIRED.get(name, {}))
+            made = cls(**OPTIONS[name][0])
             assert known == ("yes" if made.timestep_only else "no"), name
             assert tuple(granularities.split(", ")) == made.granularities, name
 
@@ -132,20 +122,73 @@ def test_the_tables_for_writers_are_those_of_the_classes():
         assert default == ("all" if name == "granularities" else f"`{value}`")
 
 
-def test_mappings_are_keyed_as_it_says():
-    sentence = " ".join(PAGE.split()).partition("one entry per branch")[2].partition(".")[0]
-    keys = re.findall(r'"([^"]+)"', sentence)
-    assert len(keys) == 3
-    assert list(TeaCache(coefficients={key: [1] for key in keys}).coefficients) == keys
+# docs/conditioning.md and docs/long-video.md
 
 
 def test_the_code_of_the_page_on_conditions_runs():
     """In one piece: later blocks use the pipeline of earlier ones."""
-    names = {}
-    for code in blocks("python", (ROOT / "docs" / "conditioning.md").read_text()):
-        for old, new in SMALLER.items():
-            code = code.replace(old, new)
-        exec(compile(code, "<docs/conditioning.md>", "exec"), names)
+    names = run_code(CONDITIONING, [block.code for block in blocks(CONDITIONING, "python")], FEW_STEPS)
     assert names["pipe"].block_offload is None
     assert len(names["video"]) == len(names["again"]) == 17
     assert names["few"].frames.shape == (1, 17, 32, 32, 3)
+
+
+def test_the_code_of_the_page_on_long_videos_runs(capsys):
+    (block,) = blocks(LONG_VIDEO, "python")
+    run_code(LONG_VIDEO, [block.code], SMALLER | {"num_inference_steps=30": "num_inference_steps=2"})
+    assert capsys.readouterr().out.splitlines()[-1] == "81"
+
+
+def test_the_configuration_of_long_videos_names_every_option(tmp_path):
+    options, storyboard = (block.code for block in blocks(LONG_VIDEO, "yaml"))
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{options}video: {{num_segments: 3}}\nprompt_segments: [{{segment: 0, prompt: a red circle}}]\n")
+    config = load_config(path)
+    assert config.continuity == ContinuityOptions(mode="overlap")
+    assert config.num_frames_total == 33 + 2 * 24
+    assert list(ContinuityOptions.model_fields) == re.findall(r"^  (\w+):", options, re.MULTILINE)
+    assert [suffix for suffix in PICTURES + CLIPS if f"`{suffix}`" not in (ROOT / LONG_VIDEO).read_text()] == []
+    path.write_text(storyboard + "video: {num_segments: 3}\n")
+    last = load_config(path).storyboard.segment(2)
+    assert (last.guidance_scale, "square" in last.prompt) == (6.0, True)
+
+
+def test_the_commands_in_the_text_on_long_videos_are_understood():
+    commands = re.findall(r"`edit-ray ([^`]+)`", (ROOT / LONG_VIDEO).read_text())
+    assert len(commands) >= 4
+    for command in commands:
+        parser().parse_args(command.split())
+
+
+# docs/watching.md
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with two segments of noise, and the figures of the second."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "segments").mkdir()
+    files = StreamFiles(folder, fps=16, longest=16)
+    parts = [Part(f"segments/{index:05d}-t0.m4s", 16 * index, 16) for index in range(2)]
+    for index, part in enumerate(parts):
+        frames = np.random.default_rng(index).integers(0, 256, (16, 32, 32, 3), np.uint8)
+        write_part(folder, part, encode(frames, fps=16, options=OutputOptions()))
+        files.append(part)
+    return folder, Joins().measure("one", folder, parts[1], parts[0], frames)
+
+
+def test_the_files_are_those_of_a_run(run):
+    named = set(re.findall(r"`([\w./-]+\.(?:mp4|m3u8|m4s))`", WATCHING)) - {"final.mp4"}
+    there = {
+        re.sub(r"live-\d+", "live-N", re.sub(r"\d{5}-t\d+", "NNNNN-tT", path.relative_to(run[0]).as_posix()))
+        for path in run[0].rglob("*.m*")
+    }
+    assert named == there
+
+
+def test_the_figures_are_those_of_a_segment(run):
+    named = set(re.findall(r"`(seam_\w+|interior_score|red|green|blue|sharpness)`", WATCHING))
+    assert named == set(run[1])
+    assert f"at most {LARGEST_SCORE:g} |" in WATCHING
+    assert RADIUS == 8
+    assert "up to eight frames on each side" in " ".join(WATCHING.split())

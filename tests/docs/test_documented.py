@@ -22,21 +22,8 @@ from edit_ray.cli.main import main
 from edit_ray.runs.events import RunState
 from edit_ray.testing import VARIANTS
 from jobs.demo import free_port
-from tests.documented import (
-    BLOCKS,
-    COMMANDS,
-    HERE,
-    LEFT_OUT,
-    MODEL_CARD,
-    PAGES,
-    ROOT,
-    SHELL,
-    blocks,
-    commands,
-    replaced,
-    run_by,
-    runner_of,
-)
+from tests import documented
+from tests.documented import HERE, MODEL_CARD, PAGES, ROOT, blocks, commands, replaced, run_by, run_code, runner_of
 from tests.prometheus import need
 from tests.unit.test_make_model import SMALL
 
@@ -50,29 +37,21 @@ def of(name):
 
 def test_no_block_is_left_out():
     found = {(block.page, block.language) for page in PAGES for block in blocks(page)}
-    assert {(page, language) for page, language in found if language not in SHELL} == set(BLOCKS)
+    assert {(page, language) for page, language in found if language not in documented.SHELL} == set(documented.BLOCKS)
 
 
 def test_no_command_is_left_out():
+    printed = {command for _, command in EVERYWHERE}
     run = {command for page, command in EVERYWHERE if runner_of(page, command) is not None}
-    assert {command for _, command in EVERYWHERE} - run - LEFT_OUT.keys() == set()
-    assert LEFT_OUT.keys() - {command for _, command in EVERYWHERE} == set(), "none of them is printed any more"
+    assert printed - run == documented.LEFT_OUT.keys()
 
 
 def test_every_test_that_is_named_is_there_and_has_something_to_run():
-    named = {test for tests in BLOCKS.values() for test in tests} | {test for _, _, test in COMMANDS}
+    named = {test for _, _, test in documented.COMMANDS}.union(*documented.BLOCKS.values())
     for test in named:
         file, _, name = test.partition("::")
         assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE), test
-    assert all(run_by(test) for _, _, test in COMMANDS)
-
-
-def test_make_knows_its_targets():
-    targets = sorted({command.split()[1] for _, command in EVERYWHERE if re.fullmatch(r"make \w+", command)})
-    done = subprocess.run(["make", "-n", *targets], cwd=ROOT, text=True, capture_output=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "jobs/demo.py" in done.stdout
-    assert len(targets) >= 8
+    assert all(run_by(test) for _, _, test in documented.COMMANDS)
 
 
 def test_the_drawings_name_what_is_there():
@@ -133,8 +112,7 @@ def test_a_dear_command_runs(page, command, tmp_path):
 def test_the_code_of_the_model_card_runs(monkeypatch):
     monkeypatch.chdir(ROOT)
     (block,) = blocks(MODEL_CARD, "python")
-    names = {}
-    exec(compile(block.code, f"<{MODEL_CARD}>", "exec"), names)
+    names = run_code(MODEL_CARD, [block.code], {})
     assert names["video"].shape == (33, 128, 128, 3)
 
 

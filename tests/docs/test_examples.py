@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from edit_ray.cache import Cache, CachePolicy, apply_cache_on_transformer
-from edit_ray.cache.adapters import adapter_of
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -47,16 +46,6 @@ class Mask(CachePolicy):
         return ctx.step % self.every == 0
 
 
-def test_other_model_runs_and_skips(capsys):
-    runpy.run_path(str(EXAMPLES / "other_model.py"), run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()
-    never, *_, skipping = [line for line in lines if line.startswith("rel_l1_thresh")]
-    assert "equal: True " in never
-    assert "equal: False" in skipping
-    assert "0 skipped" in lines[1]
-    assert "equal again without the cache: True" in lines[-1]
-
-
 @pytest.mark.parametrize("granularity", ["stack", "per_block", 4])
 def test_ltx_is_cached_exactly(ltx, granularity):
     transformer, denoise, steps = ltx["tiny_ltx"](), ltx["denoise"], ltx["STEPS"]
@@ -75,26 +64,15 @@ def test_ltx_is_cached_exactly(ltx, granularity):
 
 def test_the_adapter_of_ltx_shows_what_the_model_itself_makes(ltx):
     transformer, policy, embedded = ltx["tiny_ltx"](), Mask(1), []
-    hook = transformer.time_embed.register_forward_hook(lambda module, args, output: embedded.append(output))
-    cache = apply_cache_on_transformer(transformer, policy, ltx["STEPS"])
+    transformer.time_embed.register_forward_hook(lambda module, args, output: embedded.append(output))
+    apply_cache_on_transformer(transformer, policy, ltx["STEPS"])
     ltx["denoise"](transformer)
-    hook.remove()
-    cache.remove()
     assert len(policy.seen) == len(embedded) == 2 * ltx["STEPS"]
     for ctx, (e0, e) in zip(policy.seen, embedded, strict=True):
         assert torch.equal(ctx.e, e)
         assert torch.equal(ctx.e0.flatten(1), e0)
         assert ctx.latents.shape == (1, ltx["CHANNELS"], ltx["FRAMES"], ltx["HEIGHT"], ltx["WIDTH"])
         assert ctx.encoder_hidden.shape == (1, 8, 32)
-
-
-def test_the_adapter_stays_small(ltx):
-    adapter = adapter_of(ltx["tiny_ltx"]())
-    assert type(adapter).__name__ == "LTXAdapter"
-    lines = (EXAMPLES / "other_model.py").read_text().splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("@register_adapter"))
-    last = next(i for i, line in enumerate(lines) if i > first and line.startswith("def "))
-    assert last - first <= 60
 
 
 def test_every_example_is_tested():

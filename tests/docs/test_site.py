@@ -17,7 +17,7 @@ import yaml
 
 from edit_ray.cli.main import parser
 from edit_ray.config import load_config
-from tests.documented import PAGES, ROOT, blocks, commands
+from tests.documented import PAGES, ROOT, blocks, commands, run_code
 
 SITE = runpy.run_path(str(ROOT / "docs" / "repository_links.py"))
 # Programs of others, whose arguments are not looked at: tests/documented.py says which test runs them.
@@ -94,10 +94,8 @@ def test_pages_that_are_made_from_the_code_are_fresh():
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     """Of the library; that of the client is in tests/ray."""
     monkeypatch.chdir(tmp_path)
-    names = {}
-    for code in (block.code for block in blocks("README.md", "python")):
-        if "LongVideoClient" not in code:
-            exec(compile(code, "<README.md>", "exec"), names)
+    codes = [block.code for block in blocks("README.md", "python") if "LongVideoClient" not in block.code]
+    names = run_code("README.md", codes, {})
     assert names["video"].shape == (33, 128, 128, 3)
     assert (tmp_path / "circle_and_square.mp4").is_file()
     said, promised = capsys.readouterr().out, re.findall(r"skipped=\(.*?\)", (ROOT / "README.md").read_text())

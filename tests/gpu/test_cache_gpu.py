@@ -1,27 +1,28 @@
 """The cache on a CUDA device: exact where nothing is skipped, and no synchronisation for a known mask."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 
-from edit_ray import EditWanPipeline
+from tests import calls
 from tests.calls import AS_TRAINED
 
 STEPS = 12
-CALL = AS_TRAINED | {"num_inference_steps": STEPS}
+latents = partial(calls.latents, **AS_TRAINED, num_inference_steps=STEPS)
 KNOWN = {
     "magcache": {"threshold": 0.3},
     "schedule": {"mask": [True, False] * (STEPS // 2)},
     "taylorseer": {},
     "teacache": {"rel_l1_thresh": 0.3},
 }
+UNKNOWN = {"fbcache": {"rel_l1_thresh": 0.3}, "dicache": {"rel_l1_thresh": 0.3}, "seacache": {"threshold": 0.3}}
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def pipe(request):
-    pipe = EditWanPipeline.from_pretrained("builtin:tiny_wan", torch_dtype=request.param, device="cuda")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = calls.load("builtin:tiny_wan", torch_dtype=request.param, device="cuda")
     synchronisations_in_the_loop(pipe)  # the first loop, and the first that is watched, wait for the device once more
     return pipe
 
@@ -30,10 +31,6 @@ def pipe(request):
 def _uncached_afterwards(pipe):
     yield
     pipe.disable_cache()
-
-
-def latents(pipe, **changes):
-    return pipe(**(CALL | changes), generator=torch.Generator().manual_seed(0))[0]
 
 
 def synchronisations_in_the_loop(pipe):
@@ -72,12 +69,8 @@ def test_a_known_mask_needs_no_synchronisation(pipe, name, granularity):
     assert pipe.cache.stats["cond"].skipped > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("fbcache", {"rel_l1_thresh": 0.3}), ("dicache", {"rel_l1_thresh": 0.3}), ("seacache", {"threshold": 0.3})],
-)
-def test_the_others_take_at_most_one_a_decision(pipe, name, options):
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_the_others_take_at_most_one_a_decision(pipe, name):
     without = synchronisations_in_the_loop(pipe)
-    pipe.enable_cache(name, STEPS, **options)
-    taken = synchronisations_in_the_loop(pipe) - without
-    assert 0 < taken <= 2 * (STEPS - 1)
+    pipe.enable_cache(name, STEPS, **UNKNOWN[name])
+    assert 0 < synchronisations_in_the_loop(pipe) - without <= 2 * (STEPS - 1)

@@ -3,12 +3,10 @@
 import pytest
 import torch
 
-from edit_ray import EditWanPipeline
 from edit_ray.testing import save_random_wan
-from tests.calls import AS_TRAINED
+from tests.calls import AS_TRAINED, latents, load
 
 STEPS = 12
-CALL = AS_TRAINED | {"num_inference_steps": STEPS}
 CACHES = {
     "none": None,
     "schedule": {"mask": [True, False] * (STEPS // 2)},
@@ -22,14 +20,13 @@ CACHES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_two_gpus_make_the_bits_of_one(policy, dtype, tmp_path):
     folder = save_random_wan(tmp_path / "wan", num_layers=6)
-    pipe = EditWanPipeline.from_pretrained(str(folder), torch_dtype=dtype, device="cuda")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(folder, torch_dtype=dtype, device="cuda")
     found = []
     for parallel in (False, True):
         if parallel:
             pipe.enable_cfg_parallel("cuda:1")
         if policy != "none":
             pipe.enable_cache(policy, STEPS, **CACHES[policy])
-        found.append(pipe(**CALL, generator=torch.Generator().manual_seed(3))[0])
+        found.append(latents(pipe, 3, **AS_TRAINED, num_inference_steps=STEPS))
         pipe.disable_cache()
     assert torch.equal(*found)

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from edit_ray.actors.local import LocalWorker
 from edit_ray.actors.messages import RunSpec
-from tests.unit.test_actors import config_for
+from tests.runs_here import config_for
 
 SEGMENTS = 4
 

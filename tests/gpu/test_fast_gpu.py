@@ -5,14 +5,14 @@ import torch
 from PIL import Image
 from torch._dynamo.utils import counters
 
-from edit_ray import EditWanPipeline
 from edit_ray.engine.decode import to_uint8
 from edit_ray.engine.loading import load_pipeline
 from edit_ray.engine.options import ModelOptions, SamplingOptions
 from edit_ray.engine.segment import MAX_SEQUENCE_LENGTH, SegmentEngine
 from edit_ray.engine.vae_stream import RunStream
 from edit_ray.testing import VARIANTS, Variant, make_model, save_random_wan
-from tests.gpu.test_cache_gpu import KNOWN, STEPS, latents, synchronisations_in_the_loop
+from tests.calls import cached, load
+from tests.gpu.test_cache_gpu import KNOWN, STEPS, UNKNOWN, latents, synchronisations_in_the_loop
 
 TINY = "builtin:tiny_wan"
 PROMPTS = ("a red circle bouncing on a black background", "a blue square bouncing on a white background")
@@ -21,8 +21,7 @@ SAMPLING = SamplingOptions(num_inference_steps=6)
 
 @pytest.fixture
 def pipe():
-    pipe = EditWanPipeline.from_pretrained(TINY, torch_dtype=torch.bfloat16, device="cuda")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(TINY, torch_dtype=torch.bfloat16, device="cuda")
     yield pipe
     pipe.disable_cache()
 
@@ -50,19 +49,15 @@ def test_a_planned_loop_never_waits(pipe, mode, policy):
 @pytest.mark.parametrize("fp8", [False, True])
 def test_fast_is_close_repeatable_and_compiled_once(pipe, fp8):
     exact = latents(pipe)
-    wide = EditWanPipeline.from_pretrained(TINY, device="cuda")
-    wide.set_progress_bar_config(disable=True)
-    wanted = latents(wide)
+    wanted = latents(load(TINY, device="cuda"))
     pipe.use_mode("fast", fp8=fp8)
     fast, compiled = latents(pipe), graphs()
     assert torch.equal(latents(pipe), fast)
     # As near to what the model gives in float32 as diffusers' own order of arithmetic in bfloat16, or nearly.
     assert likeness(fast, wanted) > likeness(exact, wanted) - (10 if fp8 else 3)
     for policy, granularity in (("teacache", "stack"), ("teacache", "per_block"), ("fbcache", 3)):
-        options = KNOWN.get(policy, {"rel_l1_thresh": 0.3})
-        pipe.enable_cache(policy, STEPS, granularity, **options)
-        latents(pipe)
-        pipe.disable_cache()
+        with cached(pipe, policy, STEPS, granularity, **(KNOWN | UNKNOWN)[policy]):
+            latents(pipe)
     latents(pipe, prompt=PROMPTS[1])
     assert graphs() == compiled
     pipe.use_mode("exact")
@@ -125,10 +120,7 @@ def test_other_conditions_are_close_and_compiled_once(tmp_path, layout):
         call = {"height": 128, "width": 128, "num_frames": 9, "num_inference_steps": STEPS, "output_type": "latent"}
         return pipe(PROMPTS[0], **call, **given, generator=torch.manual_seed(0)).frames
 
-    pipe = EditWanPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, device="cuda")
-    wide = EditWanPipeline.from_pretrained(folder, device="cuda")
-    for each in (pipe, wide):
-        each.set_progress_bar_config(disable=True)
+    pipe, wide = load(folder, torch_dtype=torch.bfloat16, device="cuda"), load(folder, device="cuda")
     exact, wanted = loop(pipe), loop(wide)
     pipe.use_mode("fast")
     fast, compiled = loop(pipe), graphs()

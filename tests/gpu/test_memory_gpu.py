@@ -7,7 +7,7 @@ from edit_ray.actors.gpu_work import show_memory
 from edit_ray.engine.loading import second_gpu
 from edit_ray.engine.options import ModelOptions
 from edit_ray.engine.segment import SegmentEngine
-from edit_ray.metrics.collect import MetricValues
+from edit_ray.metrics.collect import MetricValues, series
 
 MIB = 2**20
 
@@ -15,7 +15,8 @@ MIB = 2**20
 def shown():
     totals = MetricValues()
     show_memory(totals, torch.device("cuda"))
-    return {kind: totals.value("edit_ray_gpu_memory_bytes", kind=kind) for kind in ("allocated", "reserved", "total")}
+    gauges = totals.snapshot("").gauges
+    return {kind: gauges[series("edit_ray_gpu_memory_bytes", kind=kind)] for kind in ("allocated", "reserved", "total")}
 
 
 def test_what_is_held_is_shown():

@@ -1,25 +1,23 @@
 """Offloaded blocks on a GPU: copies and computing overlap, and every bit stays."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from edit_ray import EditWanPipeline
 from edit_ray.engine.offload import AHEAD
 from edit_ray.testing import save_random_wan
+from tests import calls
 from tests.unit.test_offload import MASK, STEPS, sizes
 
-
-def latents(pipe):
-    shape = {"height": 128, "width": 128, "num_frames": 33, "num_inference_steps": STEPS, "guidance_scale": 4.0}
-    return pipe("a red circle", **shape, output_type="latent", generator=torch.manual_seed(0)).frames
+latents = partial(calls.latents, **calls.AS_TRAINED, num_inference_steps=STEPS)
 
 
 @pytest.mark.parametrize("slots", [AHEAD + 1, 9, 14])
 @pytest.mark.parametrize("policy", [None, ("schedule", {"mask": MASK}), ("fbcache", {"rel_l1_thresh": 0.3})])
 def test_bits_are_those_of_resident_blocks(tmp_path, policy, slots):
     folder = save_random_wan(tmp_path / "wan", num_layers=16, two_experts=True)
-    pipe = EditWanPipeline.from_pretrained(folder, device="cuda")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = calls.load(folder, device="cuda")
     if policy is not None:
         pipe.enable_cache(policy[0], STEPS, **policy[1])
     expected = latents(pipe)
@@ -34,8 +32,7 @@ def test_bits_are_those_of_resident_blocks(tmp_path, policy, slots):
 @pytest.mark.parametrize("policy", [None, ("schedule", {"mask": MASK})])
 def test_fast_is_that_of_resident_blocks(tmp_path, policy):
     folder = save_random_wan(tmp_path / "wan", num_layers=16, two_experts=True)
-    pipe = EditWanPipeline.from_pretrained(folder, device="cuda", torch_dtype=torch.bfloat16)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = calls.load(folder, device="cuda", torch_dtype=torch.bfloat16)
     pipe.use_mode("fast")
     if policy is not None:
         pipe.enable_cache(policy[0], STEPS, **policy[1])
@@ -48,7 +45,7 @@ def test_fast_is_that_of_resident_blocks(tmp_path, policy):
 
 
 def test_a_page_locked_block_takes_what_it_has(tmp_path):
-    pipe = EditWanPipeline.from_pretrained(save_random_wan(tmp_path / "wan", num_layers=4), device="cuda")
+    pipe = calls.load(save_random_wan(tmp_path / "wan", num_layers=4), device="cuda")
     block, others = sizes(pipe)
     pipe.enable_block_offload("cuda", others + 3 * block)
     kept = pipe.block_offload._blocks["transformer", 0]

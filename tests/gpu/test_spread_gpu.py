@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from edit_ray import EditWanPipeline
 from edit_ray.cache.stores.spread import PinnedStore, SpreadStore
+from tests.calls import AS_TRAINED, cached, latents, load
 
 DEVICE = torch.device("cuda", 0)
 UNITS, STEPS, KEPT = 8, 6, 2
@@ -44,12 +44,8 @@ def test_what_is_read_is_what_was_put_last(ahead):
 
 
 def test_latents_are_those_of_the_device_alone():
-    pipe = EditWanPipeline.from_pretrained("builtin:tiny_wan", torch_dtype=torch.bfloat16, device="cuda")
-    pipe.set_progress_bar_config(disable=True)
-    call = {"height": 128, "width": 128, "num_frames": 33, "num_inference_steps": 12, "output_type": "latent"}
-    made = []
+    pipe, made = load("builtin:tiny_wan", torch_dtype=torch.bfloat16, device="cuda"), []
     for store in (None, SpreadStore(0.5, ahead=2)):
-        pipe.enable_cache("taylorseer", 12, "per_block", store, cache_interval=3, max_order=2)
-        made.append(pipe("a red circle", generator=torch.Generator().manual_seed(0), **call).frames)
-        pipe.disable_cache()
+        with cached(pipe, "taylorseer", 12, "per_block", store, cache_interval=3, max_order=2):
+            made.append(latents(pipe, **AS_TRAINED, num_inference_steps=12))
     assert torch.equal(*made)

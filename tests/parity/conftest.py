@@ -1,7 +1,6 @@
 """Pairs of pipelines over the same weights: diffusers' own and ours, loaded once per model."""
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from diffusers import WanPipeline
 import edit_ray
 from edit_ray import EditWanPipeline
 from edit_ray.testing import save_random_wan
+from tests.calls import quiet
 
 BUILTIN = "builtin:tiny_wan"
 BUILTIN_FOLDER = Path(edit_ray.__file__).parent / "assets" / "tiny_wan"
@@ -30,13 +30,9 @@ class Pair(NamedTuple):
     ours: EditWanPipeline
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small run fastest on one thread, and the number of threads changes bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread) -> None:
+    """The number of threads changes bits."""
 
 
 @functools.cache
@@ -67,13 +63,13 @@ def pair_of(folder_of):
         pipes = Pair(WanPipeline(**components, **config), EditWanPipeline(**components, **config))
         for pipe in pipes:
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-            pipe.set_progress_bar_config(disable=True)
+            quiet(pipe)
         return pipes
 
     return pair
 
 
 @pytest.fixture(params=MODELS)
-def pair(request, pair_of) -> Iterator[Pair]:
+def pair(request, pair_of) -> Pair:
     """Both pipelines, for every model."""
     return pair_of(request.param)

@@ -1,7 +1,7 @@
 """Every policy at every granularity that it declares: never skipping is exact, known masks need no synchronisation."""
 
 import itertools
-from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -11,12 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from edit_ray.cache import apply_cache_on_transformer
 from edit_ray.cache.policies import POLICIES
 from edit_ray.cache.policies.teacache import WAN_COEFFICIENTS
+from tests import calls
 from tests.parity.conftest import BUILTIN
 
 STEPS = 6
 RATIOS = [1.0] * STEPS
 RANKS = {branch: [None, *range(first, 2 * STEPS - 2, 2)] for first, branch in enumerate(("cond", "uncond"))}
 FLAT = [0.0, 0.0, 0.0, 0.0, 1.0]
+TEACACHE = {"rel_l1_thresh": 0.0, "wan_variant": "t2v-1.3B"}, {"rel_l1_thresh": 2.5, "coefficients": FLAT}
 # By policy: options that never skip, and options that skip a lot.
 OPTIONS = {
     "always": ({}, None),
@@ -27,14 +29,7 @@ OPTIONS = {
     "schedule": ({"mask": [True] * STEPS}, {"mask": [True, False] * (STEPS // 2)}),
     "seacache": ({"threshold": 0.0}, {"threshold": 10.0}),
     "taylorseer": ({"cache_interval": 1}, {"cache_interval": 3, "disable_cache_before_step": 1}),
-    "teacache": (
-        {"rel_l1_thresh": 0.0, "wan_variant": "t2v-1.3B"},
-        {"rel_l1_thresh": 2.5, "coefficients": FLAT},
-    ),
-    "warmstart_reuse": (
-        {"rel_l1_thresh": 0.0, "wan_variant": "t2v-1.3B"},
-        {"rel_l1_thresh": 2.5, "coefficients": FLAT},
-    ),
+    **dict.fromkeys(("teacache", "warmstart_reuse"), TEACACHE),
 }
 VALUES = {"stack": "stack", "per_block": "per_block", "groups": 3}
 MATRIX = [
@@ -51,19 +46,9 @@ NEVER = [(name, granularity, OPTIONS[name][0]) for name, granularity in MATRIX] 
 ]
 CALL = {
     "prompt": "a red circle and a blue square bouncing on a black background",
-    "height": 64,
-    "width": 64,
-    "num_frames": 5,
-    "num_inference_steps": STEPS,
-    "guidance_scale": 4.0,
-    "max_sequence_length": 32,
-    "output_type": "latent",
-    "return_dict": False,
+    **{"height": 64, "width": 64, "num_inference_steps": STEPS, "guidance_scale": 4.0},
 }
-
-
-def latents(pipe, seed=0, **changes):
-    return pipe(**(CALL | changes), generator=torch.Generator().manual_seed(seed))[0]
+latents = partial(calls.latents, **CALL)
 
 
 @pytest.fixture(scope="module")
@@ -81,21 +66,11 @@ def test_every_built_in_policy_is_here():
     assert built_in == set(OPTIONS)
 
 
-@contextmanager
-def cached(pipe, name, granularity="stack", *, skips=True):
-    """The pipeline with a cache."""
-    options = skips if isinstance(skips, dict) else OPTIONS[name][skips]
-    try:
-        yield pipe.enable_cache(name, STEPS, granularity, **options)
-    finally:
-        pipe.disable_cache()
-
-
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize(("name", "granularity", "options"), NEVER)
 def test_never_skipping_is_bit_equal_and_removal_restores(builtin, uncached, name, granularity, options):
     keys = list(builtin.transformer.state_dict())
-    with cached(builtin, name, granularity, skips=options) as cache:
+    with calls.cached(builtin, name, STEPS, granularity, **options) as cache:
         assert torch.equal(latents(builtin), uncached)
         assert list(builtin.transformer.state_dict()) == keys
         assert {decision.decision for decision in cache.record} == {"compute"}
@@ -118,7 +93,7 @@ def test_under_stock_diffusers_masks_and_latents_are_the_same_and_guidance_survi
         if ctx.decision == "reuse" and ctx.unit_index == 0:
             reused[ctx.step, ctx.branch] = ctx.residuals.latest()
 
-    with cached(builtin, name, granularity) as cache:
+    with calls.cached(builtin, name, STEPS, granularity, **OPTIONS[name][1]) as cache:
         cache.on_unit(keep)
         ours, record = latents(builtin), cache.record
     assert not torch.equal(ours, uncached)
@@ -126,13 +101,12 @@ def test_under_stock_diffusers_masks_and_latents_are_the_same_and_guidance_survi
     assert both
     assert all((reused[step, "cond"] - reused[step, "uncond"]).abs().max() > 0 for step in both)
 
-    stock = WanPipeline(**builtin.components, expand_timesteps=True)
-    stock.set_progress_bar_config(disable=True)
+    stock = calls.quiet(WanPipeline(**builtin.components, expand_timesteps=True))
     cache = apply_cache_on_transformer(stock.transformer, name, STEPS, granularity, **OPTIONS[name][1])
     try:
         assert torch.equal(latents(stock), ours)
-        same = [(d.step, d.branch, d.expert, d.unit, d.decision) for d in record]
-        assert [(d.step, d.branch, d.expert, d.unit, d.decision) for d in cache.record] == same
+        theirs, same = ([(d.step, d.branch, d.expert, d.unit, d.decision) for d in of] for of in (cache.record, record))
+        assert theirs == same
     finally:
         cache.remove()
 
@@ -173,7 +147,7 @@ def without(builtin):
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["magcache", "ranked", "schedule", "taylorseer", "teacache", "warmstart_reuse"])
 def test_known_masks_are_said_before_and_need_no_synchronisation(builtin, without, name):
-    with cached(builtin, name) as cache:
+    with calls.cached(builtin, name, STEPS, **OPTIONS[name][1]) as cache:
         plan = cache.plan()
         assert synchronisations_in_the_loop(builtin) == without
         for branch in ("cond", "uncond"):
@@ -182,6 +156,6 @@ def test_known_masks_are_said_before_and_need_no_synchronisation(builtin, withou
 
 @pytest.mark.parametrize("name", ["dicache", "fbcache", "seacache"])
 def test_the_others_take_at_most_one_synchronisation_a_decision(builtin, without, name):
-    with cached(builtin, name) as cache:
+    with calls.cached(builtin, name, STEPS, **OPTIONS[name][1]) as cache:
         assert cache.plan() is None
         assert synchronisations_in_the_loop(builtin) - without <= 2 * (STEPS - 1)

@@ -1,6 +1,7 @@
 """First-Block-Cache, MagCache and SeaCache decide and give as diffusers' own hooks do on the embedded model."""
 
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -8,19 +9,13 @@ import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig
 
 from edit_ray.cache import apply_cache_on_transformer, remove_cache_from_transformer
+from tests.calls import cached, latents
 from tests.parity.conftest import BUILTIN
 
 STEPS = 12
 CALL = {
     "prompt": "a red circle bouncing on a black background",
-    "height": 64,
-    "width": 64,
-    "num_frames": 9,
-    "num_inference_steps": STEPS,
-    "guidance_scale": 4.0,
-    "max_sequence_length": 32,
-    "output_type": "latent",
-    "return_dict": False,
+    **{"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": STEPS, "guidance_scale": 4.0},
 }
 CASES = [
     *(("fbcache", {"rel_l1_thresh": at}) for at in (0.2, 0.3, 0.4)),
@@ -32,8 +27,7 @@ CASES = [
 BRANCHES = ("cond", "uncond")
 
 
-def generate(pipe):
-    return pipe(**CALL, generator=torch.Generator().manual_seed(3))[0]
+generate = partial(latents, seed=3, **CALL)
 
 
 @contextmanager
@@ -75,15 +69,14 @@ def diffusers_config(policy, options):
     return SeaCacheConfig(**options)
 
 
-def _one_of_each_policy():
-    """All cases; after the first of each policy they are slow."""
-    seen = set()
-    for policy, options in CASES:
-        yield pytest.param(policy, options, marks=pytest.mark.slow if policy in seen else ())
-        seen.add(policy)
+# After the first of each policy they are slow.
+EACH = [
+    pytest.param(*case, marks=pytest.mark.slow if case[0] == before[0] else ())
+    for before, case in pairwise([("", {}), *CASES])
+]
 
 
-@pytest.mark.parametrize(("policy", "options"), list(_one_of_each_policy()), ids=str)
+@pytest.mark.parametrize(("policy", "options"), EACH, ids=str)
 def test_decisions_and_latents_are_those_of_diffusers_hooks(pair_of, mag_ratios, policy, options):
     pair = pair_of(BUILTIN)
     if policy == "magcache":
@@ -104,11 +97,8 @@ def test_decisions_and_latents_are_those_of_diffusers_hooks(pair_of, mag_ratios,
         assert {branch: cache.record.mask(branch) for branch in BRANCHES} == masks
     finally:
         remove_cache_from_transformer(transformer)
-    pair.ours.enable_cache(policy, STEPS, **options)
-    try:
+    with cached(pair.ours, policy, STEPS, **options) as cache:
         ours = generate(pair.ours)
-        assert {branch: pair.ours.cache.record.mask(branch) for branch in BRANCHES} == masks
-    finally:
-        pair.ours.disable_cache()
+        assert {branch: cache.record.mask(branch) for branch in BRANCHES} == masks
     assert torch.equal(ours, stock)
     assert torch.equal(ours, theirs)

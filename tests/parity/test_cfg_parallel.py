@@ -2,19 +2,18 @@
 
 import copy
 import time
+from functools import partial
 
 import pytest
 import torch
 
-from edit_ray import EditWanPipeline
 from edit_ray.cache import GPUStore
 from edit_ray.testing import save_random_wan
-from tests.calls import TINY
+from tests import calls
 
 STEPS = 6
-CALL = TINY | {"num_inference_steps": STEPS}
+latents = partial(calls.latents, seed=3, num_inference_steps=STEPS)
 CACHES = {
-    "none": None,
     "schedule": {"mask": [True, True, False, True, False, True]},
     "fbcache": {"rel_l1_thresh": 0.5},
     "seacache": {"threshold": 0.6, "retention_steps": 1, "cache_end_steps": 1},
@@ -26,9 +25,7 @@ CACHES = {
 def pipe(request, tmp_path_factory):
     options = {"two_experts": True, "boundary_ratio": 0.8} if request.param else {}
     folder = save_random_wan(tmp_path_factory.mktemp("wan"), num_layers=3, **options)
-    pipe = EditWanPipeline.from_pretrained(str(folder))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return calls.load(str(folder))
 
 
 @pytest.fixture(autouse=True)
@@ -38,29 +35,24 @@ def _as_it_was(pipe):
     pipe.disable_cfg_parallel()
 
 
-def latents(pipe, guidance_scale=5.0):
-    return pipe(**CALL, guidance_scale=guidance_scale, generator=torch.Generator().manual_seed(3))[0]
-
-
 @pytest.mark.parametrize("policy", CACHES)
 def test_every_policy_makes_the_same_bits_and_the_same_decisions(pipe, policy):
     found = []
     for parallel in (False, True):
         if parallel:
             pipe.enable_cfg_parallel("cpu")
-        cache = None if policy == "none" else pipe.enable_cache(policy, STEPS, **CACHES[policy])
-        found.append((latents(pipe), None if cache is None else cache.record.decisions))
+        cache = pipe.enable_cache(policy, STEPS, **CACHES[policy])
+        found.append((latents(pipe), cache.record.decisions))
         pipe.disable_cache()
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
-    if policy != "none":
-        assert any(decision.decision == "reuse" for decision in found[0][1])
+    assert any(decision.decision == "reuse" for decision in found[0][1])
 
 
-def test_without_guidance_there_is_one_branch(pipe):
-    alone = latents(pipe, guidance_scale=1.0)
+def test_without_a_cache_and_without_guidance_too(pipe):
+    alone = {scale: latents(pipe, guidance_scale=scale) for scale in (1.0, 5.0)}
     pipe.enable_cfg_parallel("cpu")
-    assert torch.equal(latents(pipe, guidance_scale=1.0), alone)
+    assert all(torch.equal(latents(pipe, guidance_scale=scale), made) for scale, made in alone.items())
 
 
 def test_the_copies_share_nothing_and_leave_nothing(pipe):

@@ -14,12 +14,8 @@ from tests.decoding import decode_at_once
 
 SEGMENTS, RESUMED = 5, 4
 SAMPLING = SamplingOptions(height=32, width=32, num_frames=49, num_inference_steps=2, guidance_scale=1.0)
-CARRIED = {
-    "history": {"mode": "history"},
-    "overlap-hybrid": {"mode": "overlap", "overlap_source": "hybrid"},
-    "overlap-latent": {"mode": "overlap", "overlap_source": "latent"},
-    "overlap-reencode": {"mode": "overlap", "overlap_source": "reencode"},
-}
+CARRIED = {"history": {"mode": "history"}}
+CARRIED |= {f"overlap-{of}": {"mode": "overlap", "overlap_source": of} for of in ("hybrid", "latent", "reencode")}
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +24,12 @@ def folder(tmp_path_factory):
 
 
 def new_engine(folder):
-    engine = SegmentEngine.load(ModelOptions(path=str(folder), device="cpu"), cpu_threads=1)
-    engine.pipe.set_progress_bar_config(disable=True)
-    return engine
+    return SegmentEngine.load(ModelOptions(path=str(folder), device="cpu"), cpu_threads=1)
 
 
-def make(engine, continuity, parts, until, *, decode=True):
+def make(engine, continuity, parts, until, *, decode=True, sampling=SAMPLING, seed=int):
     """Segments from len(parts) on, appended to `parts`; their frames, as the GPU actor makes them."""
-    layout, frames = layout_of(SAMPLING, continuity), []
+    layout, frames = layout_of(sampling, continuity), []
 
     def preceding(count):
         return torch.cat(parts[:index], dim=2)[:, :, -count:]
@@ -43,7 +37,7 @@ def make(engine, continuity, parts, until, *, decode=True):
     for index in range(len(parts), until):
         position = layout.first_latent(index)
         context = engine.context(continuity, "run", position=position, preceding=preceding) if index else {}
-        latents = engine.denoise(SAMPLING, prompt="a red circle", seed=index, **context)
+        latents = engine.denoise(sampling, prompt="a red circle", seed=seed(index), **context)
         parts.append(latents[:, :, position - layout.first_latent(index + 1) :])
         if decode:
             run_id = "run" if continuity.carried_latents else None

@@ -8,6 +8,7 @@ import torch
 import edit_ray.cache
 from edit_ray import EditWanPipeline
 from edit_ray.cache import CachePolicy, DiskOffloadStore, GPUStore, TieredStore, register_policy
+from tests.calls import quiet
 from tests.unit.entry_folder import files_in
 
 REPLACED = {
@@ -121,9 +122,7 @@ def run(snippet, **names):
 
 @pytest.fixture(scope="module")
 def loaded():
-    pipe = run(QUICK_START)["pipe"]
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(run(QUICK_START)["pipe"])
 
 
 @pytest.fixture

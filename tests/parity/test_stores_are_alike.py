@@ -1,16 +1,11 @@
 """With skipping on, latents do not depend on where residuals are: every store, every granularity, through the arena."""
 
-import os
 import random
-import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.store_process import StoreProcess
-from edit_ray import EditWanPipeline
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
 from edit_ray.config import Config
@@ -20,11 +15,12 @@ from edit_ray.errors import EntryLost, StaleLease
 from edit_ray.testing import save_random_wan
 from edit_ray.tiers.disk_tier import EntryFolder
 from edit_ray.tiers.leases import SegmentLeases
+from tests.calls import latents, load
 from tests.store_here import StoreHere
 
 SEGMENTS, WINDOW, STEPS = 6, 4, 6
-SAMPLING = SamplingOptions(height=32, width=32, num_frames=5, num_inference_steps=STEPS, guidance_scale=3.0)
 CALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": STEPS, "guidance_scale": 3.0}
+SAMPLING = SamplingOptions(**CALL)
 WARM = {"warm_steps": 3, "inner": "taylorseer", "cache_interval": 2, "disable_cache_before_step": 2, "max_order": 1}
 RESIDUAL = 8 * 24 * 4  # [1, 8 tokens, 24] in float32
 GRANULARITIES = ("stack", "per_block", 3)
@@ -33,23 +29,13 @@ GROUPS_ELSE_SLOW = [*(pytest.param(granularity, marks=pytest.mark.slow) for gran
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
-    folder = save_random_wan(tmp_path_factory.mktemp("model") / "wan", num_layers=6)
-    pipe = EditWanPipeline.from_pretrained(folder, device="cpu")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return load(save_random_wan(tmp_path_factory.mktemp("model") / "wan", num_layers=6), device="cpu")
 
 
 def segment_latents(pipe, segment, on_step=None):
     """One segment; its own prompt and noise."""
-    return pipe(
-        ("a red circle", "a blue square")[segment // 4],
-        **CALL,
-        generator=torch.Generator().manual_seed(segment),
-        output_type="latent",
-        max_sequence_length=16,
-        reset_cache=False,
-        callback_on_step_end=on_step,
-    ).frames
+    prompt = ("a red circle", "a blue square")[segment // 4]
+    return latents(pipe, segment, **CALL, prompt=prompt, reset_cache=False, callback_on_step_end=on_step)
 
 
 def in_process(pipe, granularity, store, prefetch=False):
@@ -97,13 +83,13 @@ def through_the_actor(pipe, granularity, folder, store, *, host_entries=2, ahead
     made, peak = [], 0
     for segment in range(SEGMENTS):
         try:
-            latents, figures = attempt_at(segment, 0, die if segment == kill_in else None)
+            of_segment, figures = attempt_at(segment, 0, die if segment == kill_in else None)
         except (EntryLost, StaleLease, ConnectionError):
             assert segment == kill_in
             cache = pipe.enable_cache("warmstart_reuse", STEPS, granularity, **WARM)  # an error has taken it away
-            latents, figures = attempt_at(segment, 1)
+            of_segment, figures = attempt_at(segment, 1)
             kill_in = None
-        made.append(latents)
+        made.append(of_segment)
         peak = max(peak, figures["peak_bytes"]["host"])
     assert kill_in is None, "it died and nobody noticed"
     cache.use_store(GPUStore())
@@ -167,35 +153,6 @@ def test_a_store_that_dies_in_the_midst_of_a_segment(pipe, expected, tmp_path, s
     assert torch.equal(made, expected[granularity])
 
 
-class KilledProcess(StoreProcess):
-    """A store in a process of its own, that gets SIGKILL."""
-
-    def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
-        self.close()
-        self.__init__()
-
-    def call(self, method, *arguments):
-        try:
-            return super().call(method, *arguments)
-        except (EOFError, OSError) as gone:
-            raise ConnectionError(str(gone)) from None
-
-
-@pytest.mark.slow
-def test_a_store_process_that_is_killed_in_the_midst_of_a_segment_leaves_nothing(pipe, expected, tmp_path):
-    store = KilledProcess()
-    pids = [store.pid]
-    made = through_the_actor(pipe, 3, tmp_path, store, kill_in=2)
-    pids.append(store.pid)
-    assert torch.equal(made, expected[3])
-    store.call("drop_run", RunSpec("run", tmp_path, None).residuals_id)()
-    store.close()
-    assert len(set(pids)) == 2
-    assert list((tmp_path / "disk").glob("*.*")) == [tmp_path / "disk" / ".lock"]
-    assert [path for pid in pids for path in Path("/dev/shm").glob(f"edit_ray-{pid}-*")] == []
-
-
 @pytest.mark.parametrize("granularity", GROUPS_ELSE_SLOW)
 @pytest.mark.parametrize("longest_s", [0.02, pytest.param(0.2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", ["require", "never"])
@@ -204,16 +161,14 @@ def test_random_delays_in_every_transfer(
 ):
     noise = random.Random(1)
 
-    def delay(owner, name):
-        call = getattr(owner, name)
-
-        def delayed(*arguments):
+    def delayed(call):
+        def later(*arguments):
             time.sleep(noise.random() * longest_s)
             return call(*arguments)
 
-        monkeypatch.setattr(owner, name, delayed)
+        return later
 
     for name in ("read", "write"):
-        delay(EntryFolder, name)
+        monkeypatch.setattr(EntryFolder, name, delayed(getattr(EntryFolder, name)))
     made = through_the_actor(pipe, granularity, tmp_path, store_here, host_entries=3, way=way)
     assert torch.equal(made, expected[granularity])

@@ -25,6 +25,11 @@ prompt_segments: [{{start: 0s, prompt: a red circle}}]
 continuity: {{mode: history, history_latents: 2}}
 engine: {{start_timeout_s: 60, cpu_threads: 1}}
 """
+# One residual: [1, 5 * 4 * 4, 24] in float32, 2 pages; so the host tier holds two of the eight.
+REUSE = """
+cache: {policy: warmstart_reuse, inner: fbcache, rel_l1_thresh: 0.2, warm_steps: 4, reuse_window: 3}
+store: {host_bytes: 16KiB, allow_tmpfs: true}
+"""
 
 
 @pytest.fixture(scope="session")

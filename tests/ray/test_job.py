@@ -16,6 +16,7 @@ from edit_ray.cache.records import Record
 from edit_ray.engine.continuity import load_latents
 from edit_ray.metrics.exporter import TARGETS
 from edit_ray.video.encode import read_frames
+from tests.parity.test_seed_readme import CUSTOM_POLICY
 from tests.ray.conftest import REPOSITORY, manifest_of, typed, wait_until
 
 FRAMES = 17 + 3 * 4 * (5 - 2)
@@ -32,33 +33,13 @@ def latents_of_the_library(model):
     return pipe("a red circle", "", height=64, width=64, num_frames=17, num_inference_steps=4, **seeded).frames
 
 
-MY_POLICY = """
-from edit_ray.cache import CachePolicy, register_policy, relative_l1
-
-@register_policy("my_policy")
-class MyPolicy(CachePolicy):
-    needs_first_block_probe = False
-
-    def __init__(self, *, rel_l1_thresh=0.1):
-        self.rel_l1_thresh = rel_l1_thresh
-
-    def reset(self, state):
-        state.user["prev"] = None
-
-    def should_compute(self, ctx) -> bool:
-        prev = ctx.state.user["prev"]
-        ctx.state.user["prev"] = ctx.e0.clone()
-        return prev is None or relative_l1(ctx.e0, prev) >= self.rel_l1_thresh
-"""
-
-
 def test_a_policy_of_an_installed_package_runs_in_the_job(ray_head, config, tmp_path, run_id):
     """The policy of the README of the system we come from, as printed, found through its package's entry point."""
     package = tmp_path / "site" / "mine-1.0.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text("[edit_ray.policies]\nmy_policy = my_policies:MyPolicy\n")
-    (package.parent / "my_policies.py").write_text(MY_POLICY)
+    (package.parent / "my_policies.py").write_text(CUSTOM_POLICY.replace("edit.cache", "edit_ray.cache"))
     launch.end_actors()  # those that live were started without the package
     environment = json.dumps({"env_vars": {"PYTHONPATH": str(package.parent)}})
     job = ["python", "jobs/long_video.py", "--config", str(config()), "--output", str(tmp_path), "--run-id", run_id]
@@ -83,25 +64,6 @@ def test_ray_job_submit_with_a_working_dir(ray_head, config, model, tmp_path, ru
     log = [line for line in done.stdout.splitlines() if line.startswith("output: ")]
     assert log == [f"output: {tmp_path}", f"output: {tmp_path}/{run_id}/final.mp4"]
     assert f"'{manifest_of(tmp_path / run_id).begun.job}'" in done.stdout, "the submission is recorded"
-
-
-def test_a_bad_configuration_fails_the_job_with_its_sentences(start_job, config):
-    job = start_job("--config", str(config(more="cachee: {}\n")), "--set", "sampling.height=65")
-    said, _ = job.communicate(timeout=60)
-    assert job.returncode == 2, said
-    assert "cachee" in said, "every mistake is named"
-    assert "sampling.height" in said
-    assert "Traceback" not in said
-
-
-def test_a_run_id_is_used_once(start_job, config, tmp_path, run_id):
-    (tmp_path / "taken").mkdir()
-    job = start_job("--config", str(config()), "--output", str(tmp_path), "--run-id", "taken")
-    said, _ = job.communicate(timeout=60)
-    assert job.returncode == 2, said
-    assert "error: run id 'taken' is taken" in said
-    assert "Traceback" not in said
-    assert list((tmp_path / "taken").iterdir()) == []
 
 
 def test_sigterm_stops_the_run_and_the_driver_within_two_seconds(start_job, config, tmp_path, run_id):

@@ -1,13 +1,11 @@
 """A real Prometheus scrapes a real run whose actors die: every panel has something to show, and it is true."""
 
 import contextlib
-import json
 import os
 import re
 import signal
 import threading
 import time
-import urllib.request
 from collections import Counter, defaultdict
 from dataclasses import replace
 from itertools import product
@@ -22,15 +20,10 @@ from edit_ray.metrics.catalog import CATALOG, LABELS
 from edit_ray.runs.folder import RunFolder
 from monitoring.alerts import ALERTS, Durations
 from monitoring.boards import DASHBOARDS
-from tests.prometheus import Prometheus, samples_of
-from tests.ray.conftest import wait_until
+from tests.prometheus import Prometheus, page_of, samples_of
+from tests.ray.conftest import REUSE, pid_of, wait_until
 
 FAST = replace(Durations().scaled(1 / 60), scrape=1.0)
-# One residual: [1, 5 * 4 * 4, 24] in float32, 2 pages; so the host tier holds two of the eight.
-RUN = """
-cache: {policy: warmstart_reuse, inner: fbcache, rel_l1_thresh: 0.2, warm_steps: 4, reuse_window: 3}
-store: {host_bytes: 16KiB, allow_tmpfs: true}
-"""
 TOLD_BY_THE_FIRST = (
     "rate(edit_ray_first_segment_seconds_count[10s])",
     'rate(edit_ray_actor_restarts_total{actor="denoiser"}[10s])',
@@ -44,10 +37,6 @@ def ray_targets():
     """Where the Ray of this session names what Prometheus may scrape of it."""
     node = ray._private.worker.global_worker.node
     return os.path.join(node.get_temp_dir_path(), "prom_metrics_service_discovery.json")
-
-
-def pid_of(name):
-    return ray.get(ray.get_actor(name, namespace="edit_ray").describe.remote())["pid"]
 
 
 def kill(name):
@@ -91,12 +80,6 @@ def damage(folder):
             last = file.read(1)[0]
             file.seek(-1, os.SEEK_END)
             file.write(bytes([last ^ 1]))
-
-
-def page_of(root):
-    (target,) = json.loads((root / "edit_ray_targets.json").read_text())[0]["targets"]
-    with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
-        return answer.read()
 
 
 def counted(manifest):
@@ -162,7 +145,7 @@ def test_every_panel_has_something_to_show_and_it_is_true(prometheus, config, tm
     client, began = LongVideoClient(output=tmp_path / "runs"), time.time()
     client.submit(config(steps=1, segments=1), run_id=f"{run_id}-before")
     wait_until(lambda: prometheus.up("edit_ray") == 1)  # so that all of the next run is seen
-    path = config(steps=12, segments=8, more=RUN)
+    path = config(steps=12, segments=8, more=REUSE)
     # What dies must die before the run is made: so it waits for its client.
     path.write_text(path.read_text().replace("engine: {", "engine: {max_ahead: 2, "))
     client.submit(path, run_id=run_id)
@@ -196,7 +179,7 @@ def test_every_panel_has_something_to_show_and_it_is_true(prometheus, config, tm
 @pytest.mark.timed
 def test_scrapes_are_quick_and_cost_next_to_nothing(ray_head, config, tmp_path, run_id):
     client = LongVideoClient(output=tmp_path)
-    client.submit(config(steps=60, segments=1000, more=RUN), run_id=run_id)
+    client.submit(config(steps=60, segments=1000, more=REUSE), run_id=run_id)
     wait_until(lambda: client.status(run_id).committed)
     actors = (launch.SCHEDULER, launch.DENOISER, launch.CACHE_STORE)
     spent = -sum(cpu_seconds(pid_of(actor)) for actor in actors)
@@ -235,7 +218,7 @@ def test_every_alert_fires_where_a_run_misbehaves(ray_head, config, tmp_path, ru
     runs, fired = tmp_path / "runs", []
     runs.mkdir()
     # Of 32 residuals the host tier holds two, and the disk tier could hold all.
-    more = RUN.replace("16KiB", "16KiB, disk_bytes: 256KiB").replace("warm_steps: 4", "warm_steps: 16")
+    more = REUSE.replace("16KiB", "16KiB, disk_bytes: 256KiB").replace("warm_steps: 4", "warm_steps: 16")
     path = config(steps=40, segments=1000, more=more)
     path.write_text(path.read_text().replace("engine: {", "engine: {segment_retries: 20, "))
     client = LongVideoClient(output=runs)

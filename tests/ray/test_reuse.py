@@ -10,15 +10,9 @@ import torch
 from edit_ray import LongVideoClient
 from edit_ray.actors import launch
 from edit_ray.runs.event_log import read_events
-from tests.ray.conftest import pids, wait_until
+from tests.ray.conftest import REUSE, pids, wait_until
 from tests.unit.entry_folder import files_in
 from tests.unit.test_leases import RUN, leases_on, make_segment
-
-# One residual: [1, 5 * 4 * 4, 24] in float32, 2 pages; so the host tier holds two of the eight.
-REUSE = """
-cache: {policy: warmstart_reuse, inner: fbcache, rel_l1_thresh: 0.2, warm_steps: 4, reuse_window: 3}
-store: {host_bytes: 16KiB, allow_tmpfs: true}
-"""
 
 
 def generate(client, config, run_id, kills=None):

@@ -16,7 +16,7 @@ from edit_ray.config import Config
 from edit_ray.engine.init_file import read_init
 from edit_ray.runs.folder import RunFolder
 from edit_ray.video.encode import read_frames
-from tests.unit.test_actors_recovery import submit
+from tests.runs_here import submit
 from training.scenes import captions, draw_scenes, render
 
 pytestmark = pytest.mark.slow

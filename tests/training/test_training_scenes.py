@@ -2,24 +2,12 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 
 from training.judge import background_colour, judge
-from training.models import CAPTION_TOKENS, build_tokenizer
+from training.models import build_tokenizer
 from training.recipe import SMOKE
-from training.scenes import (
-    BACKGROUNDS,
-    COLOURS,
-    FORMS,
-    SIZE,
-    Scenes,
-    captions,
-    draw_scenes,
-    positions,
-    render,
-    vocabulary,
-)
+from training.scenes import BACKGROUNDS, COLOURS, FORMS, SIZE, Scenes, captions, draw_scenes, positions, render
 from training.sources import FADE_FRAMES, sources_of
 
 
@@ -30,8 +18,7 @@ def scenes_of(number: int, seed: int, objects: int | None = None) -> Scenes:
 def test_render_is_a_function_of_the_seed() -> None:
     first, again, other = (render(scenes_of(3, seed), 5) for seed in (7, 7, 8))
     assert first.shape == (3, 3, 5, SIZE, SIZE)
-    assert first.min() >= -1
-    assert first.max() <= 1
+    assert first.abs().max() <= 1
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -42,14 +29,8 @@ def test_objects_move_and_stay_in_the_frame() -> None:
     reach = 1.2 * scenes.radius[:, :, None, None]
     assert (centres >= reach - 1e-3).all()
     assert (centres <= SIZE - reach + 1e-3).all()
-    step = centres.diff(dim=2).norm(dim=-1)
-    assert (step.amax(-1) <= 3.001).all()
-    assert (step.amax(-1) >= 0.999).all()
-
-
-def test_two_objects_have_different_colours() -> None:
-    scenes = scenes_of(500, 2, objects=2)
-    assert (scenes.colour[:, 0] != scenes.colour[:, 1]).all()
+    fastest = centres.diff(dim=2).norm(dim=-1).amax(-1)
+    assert ((fastest >= 0.999) & (fastest <= 3.001)).all()
 
 
 def test_a_change_fades_from_one_scene_to_the_other() -> None:
@@ -64,22 +45,13 @@ def test_a_change_fades_from_one_scene_to_the_other() -> None:
 
 
 def test_first_wording_names_everything() -> None:
-    scenes = scenes_of(1, 0, objects=2)
+    scenes = scenes_of(500, 0, objects=2)
+    assert (scenes.colour[:, 0] != scenes.colour[:, 1]).all()
     words = captions(scenes)[0].split()
     assert words[-1] == "background"
     assert words[-2] == list(BACKGROUNDS)[scenes.background[0]]
     assert [word for word in words if word in COLOURS] == [list(COLOURS)[index] for index in scenes.colour[0]]
     assert [word for word in words if word in FORMS] == [list(FORMS)[index] for index in scenes.form[0]]
-
-
-def test_captions_stay_inside_the_closed_vocabulary() -> None:
-    generator = torch.Generator().manual_seed(5)
-    texts = captions(draw_scenes(400, generator), generator)
-    assert {word for text in texts for word in text.split()} == set(vocabulary())
-    tokenizer = build_tokenizer()
-    batch = tokenizer(texts, padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt").input_ids
-    assert batch.shape == (400, CAPTION_TOKENS)  # none is longer
-    assert not (batch == tokenizer.unk_token_id).any()
 
 
 def test_tokenizer_splits_punctuation_ignores_case_and_marks_other_words() -> None:
@@ -89,18 +61,10 @@ def test_tokenizer_splits_punctuation_ignores_case_and_marks_other_words() -> No
     assert tokenizer("").input_ids == [tokenizer.eos_token_id]
 
 
-@pytest.fixture(scope="module")
-def rendered() -> tuple[torch.Tensor, Scenes]:
+def test_judge_is_right_on_rendered_clips_and_wrong_on_shuffled_captions() -> None:
     scenes = scenes_of(40, 6)
-    return render(scenes, 2), scenes
-
-
-def test_judge_is_right_on_rendered_clips(rendered: tuple[torch.Tensor, Scenes]) -> None:
-    assert judge(*rendered).everything().float().mean() >= 0.99
-
-
-def test_judge_is_wrong_on_shuffled_captions(rendered: tuple[torch.Tensor, Scenes]) -> None:
-    clip, scenes = rendered
+    clip = render(scenes, 2)
+    assert judge(clip, scenes).everything().float().mean() >= 0.99
     verdict = judge(clip.roll(1, 0), scenes)
     assert verdict.everything().float().mean() <= 0.3
     assert verdict.colours.float().mean() <= 0.3
@@ -112,8 +76,7 @@ def test_judge_reads_a_form_where_nothing_touches_it() -> None:
     covered = replace(scenes, start=scenes.start[:, :1].expand(-1, 2, -1), radius=scenes.radius[:, :1].expand(-1, 2))
     clip = torch.cat([render(covered, 3), render(scenes, 2)], 2)
     verdict = judge(clip, scenes)
-    assert verdict.forms.all()
-    assert not verdict.forms_first.all()
+    assert (bool(verdict.forms.all()), bool(verdict.forms_first.all())) == (True, False)
 
 
 def test_background_colour_ignores_the_objects() -> None:

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
 from edit_ray import EditWanPipeline
+from tests.calls import load
 from training.criteria import Size
 from training.evaluate_world import BARS, judge_drift, judge_joins, judge_storyboard, sampled
 from training.loop import Call, Loop
@@ -119,11 +120,13 @@ def test_every_turn_of_the_recipe_trains() -> None:
         assert torch.isfinite(loss(step, 0.5)), turn
 
 
-def test_stock_pipeline_loads_it(model: Path) -> None:
+def test_stock_pipeline_loads_it_and_it_names_no_place(model: Path) -> None:
     pipe = WanPipeline.from_pretrained(model / "model")
     assert {pipe.vae.dtype, pipe.transformer.dtype, pipe.text_encoder.dtype} == {torch.float32}
-    assert pipe.config.expand_timesteps
-    assert pipe.scheduler.config.flow_shift == 3.0
+    assert (pipe.config.expand_timesteps, pipe.scheduler.config.flow_shift) == (True, 3.0)
+    files = [path for path in (model / "model").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert not any(str(model) in path.read_text() for path in files if path.suffix == ".json")
 
 
 def test_matrices_are_stored_in_eight_bits_and_load_as_they_were(model: Path) -> None:
@@ -136,21 +139,21 @@ def test_matrices_are_stored_in_eight_bits_and_load_as_they_were(model: Path) ->
         assert (loaded - trained).norm() <= 0.05 * trained.norm() + 1e-3
 
 
-def test_the_small_world_is_evaluated(model: Path) -> None:
-    pipe = EditWanPipeline.from_pretrained(model / "model", torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+@pytest.fixture
+def pipe(model: Path) -> EditWanPipeline:
+    return load(model / "model", torch_dtype=torch.float32)
+
+
+def test_the_small_world_is_evaluated(model: Path, pipe: EditWanPipeline) -> None:
     size = Size(samples=1, continuations=1, chains=1, segments=2, batch=1, world_size=(16, 32), world_steps=1)
     judge = load_judge(model / "state", RECIPE, "cpu")
     one = sampled(pipe, judge, size, negative="blurry")
     assert set(BARS) < set(one.right)
     joins, drift, story = judge_joins(pipe, size, one), judge_drift(pipe, size), judge_storyboard(pipe, judge, size)
-    for result in (*joins, *drift, *story):
-        assert result.figure >= 0
+    assert all(result.figure >= 0 for result in (*joins, *drift, *story))
 
 
-def test_samples_and_continuations(model: Path) -> None:
-    pipe = EditWanPipeline.from_pretrained(model / "model", torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+def test_samples_and_continuations(pipe: EditWanPipeline) -> None:
     prompts = ["a red circle bouncing on a black background"]
     latents = sample_latents(pipe, prompts, [1], num_inference_steps=2)
     assert latents.shape == (1, FULL.vae_z_dim, 9, 16, 16)
@@ -165,12 +168,6 @@ def test_autoencoder_samples_its_mode_and_is_normalised(model: Path) -> None:
     assert all(std > 0 for std in vae.config.latents_std)
     distribution = vae.encode(torch.rand(1, 3, 5, 16, 16)).latent_dist
     torch.testing.assert_close(distribution.sample(), distribution.mode(), rtol=0, atol=1e-3)
-
-
-def test_saved_folder_names_no_place(model: Path) -> None:
-    for path in (model / "model").rglob("*.json"):
-        assert str(model) not in path.read_text()
-    assert {path.suffix for path in (model / "model").rglob("*") if path.is_file()} == {".json", ".safetensors"}
 
 
 def test_shift_keeps_the_ends_and_raises_the_middle() -> None:

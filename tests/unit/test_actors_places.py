@@ -8,9 +8,8 @@ from edit_ray.actors import segment_scheduler, stages
 from edit_ray.actors.local import LocalPool
 from edit_ray.actors.pool import ActorGone
 from edit_ray.errors import NoPlace
-from tests.unit.test_actors import config_for
-from tests.unit.test_actors_clocks import everything
-from tests.unit.test_actors_recovery import end_of, make, submit
+from edit_ray.runs.folder import RunFolder
+from tests.runs_here import check_same, config_for, done, end_of, submit
 
 SHORT = {
     "video": {"num_segments": 2},
@@ -53,14 +52,12 @@ async def until(scheduler, run_id, there):
 
 @pytest.mark.parametrize("tells", [True, False])
 async def test_runs_beyond_what_the_cluster_holds_wait_and_say_why(start, tmp_path, model, tells):
-    pool = Small(1, tells)
-    scheduler = start(pool)
+    scheduler = start(Small(1, tells))
     for name in ("one", "two"):
         await submit(scheduler, tmp_path, name, config_for(model, **SHORT, **MANY), name)
     waits = await until(scheduler, "two", lambda status: status.state == "queued" and status.warning)
-    ends = {name: await end_of(scheduler, name) for name in ("one", "two")}
-    assert {name: status.error for name, status in ends.items()} == dict.fromkeys(ends)
-    assert {status.state for status in ends.values()} == {"done"}
+    for name in ("one", "two"):
+        await done(scheduler, name)
     sentence = (
         "engine.gpu_actors asks for 4 GPU actors, and the nodes of this Ray cluster have places for 1; further runs "
         "wait until one of those is free"
@@ -69,21 +66,18 @@ async def test_runs_beyond_what_the_cluster_holds_wait_and_say_why(start, tmp_pa
 
 
 async def test_a_run_goes_on_as_soon_as_a_node_comes(start, tmp_path, model):
-    pool = Small(1, tells=True)
-    scheduler = start(pool)
+    scheduler = start(pool := Small(1, tells=True))
     await submit(scheduler, tmp_path, "endless", config_for(model, **FOREVER), "endless")
     await submit(scheduler, tmp_path, "two", config_for(model, **SHORT, **MANY), "two")
     assert (await scheduler.status("two")).state == "queued"
     pool.holds = 2
-    status = await end_of(scheduler, "two")
+    await done(scheduler, "two")
     await scheduler.cancel("endless")
     await end_of(scheduler, "endless")
-    assert status.state == "done", status.error
 
 
 async def test_a_run_whose_gpu_actor_has_lost_its_place_is_resumed_on_another(start, tmp_path, model):
-    pool = Small(2)
-    scheduler = start(pool)
+    scheduler = start(pool := Small(2))
     await submit(scheduler, tmp_path, "endless", config_for(model, **FOREVER), "endless")
     await submit(scheduler, tmp_path, "two", config_for(model, **SHORT, **MANY), "two")
     await until(scheduler, "two", lambda status: status.state == "running")
@@ -92,11 +86,10 @@ async def test_a_run_whose_gpu_actor_has_lost_its_place_is_resumed_on_another(st
         await end_of(scheduler, name)
     pool.holds = 1
     await scheduler.resume("two", str(tmp_path), False)
-    status = await end_of(scheduler, "two")
-    assert status.state == "done", status.error
+    await done(scheduler, "two")
 
 
-async def test_a_node_that_is_lost_at_work_hands_its_run_over_to_another(start, tmp_path, model):
+async def test_a_node_that_is_lost_at_work_hands_its_run_over_to_another(start, tmp_path, model, whole):
     """The second GPU actor dies while segment 1 is denoised, and finds no place any more."""
 
     class Shrinking(Small):
@@ -107,14 +100,11 @@ async def test_a_node_that_is_lost_at_work_hands_its_run_over_to_another(start, 
                 raise ActorGone("the node is lost")
             return await super().denoiser(worker, method, *arguments)
 
-    pool = Shrinking(2)
-    scheduler = start(pool)
+    scheduler = start(Shrinking(2))
     await submit(scheduler, tmp_path, "endless", config_for(model, **FOREVER), "endless")
     await submit(scheduler, tmp_path, "two", config_for(model, **SHORT, **MANY), "two")
     waits = await until(scheduler, "two", lambda status: status.state == "queued" and status.warning)
+    assert waits.warning == "the GPU actor found no place in this Ray cluster"
     await scheduler.cancel("endless")
-    status = await end_of(scheduler, "two")
-    assert (waits.warning, status.state) == ("the GPU actor found no place in this Ray cluster", "done"), status.error
-    (tmp_path / "whole").mkdir()
-    await make(tmp_path / "whole", model, two=SHORT | MANY)
-    assert everything(tmp_path, "two") == everything(tmp_path / "whole", "two")
+    await done(scheduler, "two")
+    check_same(RunFolder(tmp_path, "two"), await whole(config_for(model, **SHORT, **MANY)))

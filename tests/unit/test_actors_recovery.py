@@ -11,67 +11,18 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
-import torch
 
 from edit_ray.actors import stages
 from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.actors.stages import LONGEST_RETRY_PAUSE_S, pause_before
-from edit_ray.engine.continuity import load_latents
 from edit_ray.errors import HardwareDiffers, ResourcesUnavailable, UnknownRun
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
 from tests.chaos.storm import die
-from tests.unit.test_actors import config_for
+from tests.runs_here import PLAIN_AND_REUSE, REUSE, SEGMENTS, Dying, check_same, config_for, done, end_of, made, submit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SEGMENTS = 4
-WARM = {"policy": "warmstart_reuse", "inner": "fbcache", "rel_l1_thresh": 0.2, "warm_steps": 2, "reuse_window": 2}
-REUSE = {"cache": WARM, "store": {"host_bytes": 4 * 4096, "allow_tmpfs": True}}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(model, tmp_path_factory):
-    """The folders of a run without reuse and of one with it, to which nothing has happened."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    asyncio.run(make(root, model, plain={}, reuse=REUSE))
-    return root
-
-
-async def make(root, model, **runs):
-    """A run for each of these changes of the configuration, one after the other."""
-    pool = LocalPool()
-    scheduler = SegmentSchedulerActor(pool)
-    for name, changes in runs.items():
-        await submit(scheduler, root, name, config_for(model, **changes))
-        assert (await end_of(scheduler, name)).state == "done"
-    await pool.end()
-
-
-async def submit(scheduler, root, run_id, config, token="mine"):
-    return await scheduler.submit(run_id, config.model_dump(mode="json"), str(root), str(root), token)
-
-
-async def end_of(scheduler, run_id):
-    async with asyncio.timeout(60):
-        while not (status := (await scheduler.wait_segment(run_id, 10**6, 5)).status).ended:
-            pass
-    return status
-
-
-class Dying(LocalPool):
-    """Says when so many pieces of work were asked for."""
-
-    def __init__(self, calls):
-        super().__init__()
-        self.left, self.now = calls, asyncio.Event()
-
-    async def denoiser(self, worker, method, *arguments):
-        if method in ("prepare_run", "denoise_segment", "decode_segment", "encode_segment", "finalize_run"):
-            self.left -= 1
-            if self.left == 0:
-                self.now.set()
-        return await super().denoiser(worker, method, *arguments)
 
 
 async def leave_half_made(root, run_id, config):
@@ -84,17 +35,13 @@ async def leave_half_made(root, run_id, config):
     await pool.end()
 
 
-def same(one, other, index):
-    return torch.equal(load_latents(one.latents(index)), load_latents(other.latents(index)))
-
-
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("calls", [1, 2, 4, 6, 9, 11])
 @pytest.mark.parametrize("name", ["plain", "reuse"])
-async def test_the_next_segment_scheduler_goes_on_to_the_same_bytes(start, tmp_path, model, undisturbed, name, calls):
-    pool = Dying(calls)
+async def test_the_next_segment_scheduler_goes_on_to_the_same_bytes(start, tmp_path, model, whole, name, calls):
+    pool, config = Dying(calls), config_for(model, **PLAIN_AND_REUSE[name])
     first = start(pool)
-    await submit(first, tmp_path, name, config_for(model, **(REUSE if name == "reuse" else {})))
+    await submit(first, tmp_path, name, config)
     await pool.now.wait()
     await die(first)
     second = start(pool)
@@ -105,12 +52,10 @@ async def test_the_next_segment_scheduler_goes_on_to_the_same_bytes(start, tmp_p
     assert reply.status.state == "done", reply.status.error
     assert await pool.recall() == {}
     assert seen == list(range(SEGMENTS))
-    whole, hurt = RunFolder(undisturbed, name), RunFolder(tmp_path, name)
-    assert all(same(whole, hurt, index) for index in range(SEGMENTS))
-    assert whole.final.read_bytes() == hurt.final.read_bytes()
+    hurt = RunFolder(tmp_path, name)
+    check_same(await whole(config), hurt)
     assert hurt.read_manifest().incarnation == 2
     assert all("denoise_s" in record.statistics for record in hurt.read_manifest().segments)
-    assert [path.name for path in hurt.path.rglob(".*")] == []
     assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
 
 
@@ -126,9 +71,8 @@ class Slow(Dying):
         return await super().denoiser(worker, method, *arguments)
 
 
-async def test_a_recovery_that_dies_half_way_forgets_no_run(start, tmp_path, model, undisturbed):
-    pool = Slow(4)
-    first = start(pool)
+async def test_a_recovery_that_dies_half_way_forgets_no_run(start, tmp_path, model, whole):
+    first = start(pool := Slow(4))
     for run_id in ("one", "two"):
         await submit(first, tmp_path, run_id, config_for(model))
     await pool.now.wait()
@@ -142,21 +86,19 @@ async def test_a_recovery_that_dies_half_way_forgets_no_run(start, tmp_path, mod
     await die(second)
     pool.slow_run = None
     third = start(pool)
-    ends = [await end_of(third, run_id) for run_id in ("one", "two")]
-    assert [status.state for status in ends] == ["done", "done"]
     for run_id in ("one", "two"):
-        assert RunFolder(tmp_path, run_id).final.read_bytes() == RunFolder(undisturbed, "plain").final.read_bytes()
+        await done(third, run_id)
+        check_same(RunFolder(tmp_path, run_id), await whole(config_for(model)))
 
 
 async def test_a_submission_that_is_asked_for_again_is_the_same_run(start, tmp_path, model):
-    pool = LocalPool()
-    first = start(pool)
+    first = start(pool := LocalPool())
     await submit(first, tmp_path, "one", config_for(model))
     await submit(first, tmp_path, "one", config_for(model))
     await die(first)
     second = start(pool)
     await submit(second, tmp_path, "one", config_for(model))
-    assert (await end_of(second, "one")).state == "done"
+    await done(second, "one")
     await die(second)
     third = start(pool)
     status = await submit(third, tmp_path, "one", config_for(model))
@@ -164,60 +106,57 @@ async def test_a_submission_that_is_asked_for_again_is_the_same_run(start, tmp_p
     await end_of(third, "one")
 
 
-async def test_a_run_goes_on_from_its_folder_alone(start, tmp_path, model, undisturbed):
+async def test_a_run_goes_on_from_its_folder_alone(start, tmp_path, model, whole):
     """As after the loss of the whole cluster: other actors, and nobody who remembers."""
     await leave_half_made(tmp_path, "plain", config_for(model))
-    other = LocalPool()
-    second = start(other)
+    second = start()
     with pytest.raises(UnknownRun):
         await second.status("plain")
     assert (await second.resume("plain", str(tmp_path), False)).state in ("queued", "preparing")
     assert (await second.resume("plain", str(tmp_path), False)).run_id == "plain", "what lives is left as it is"
-    assert (await end_of(second, "plain")).state == "done"
+    await done(second, "plain")
     assert (await second.resume("plain", str(tmp_path), False)).state == "done"
     with pytest.raises(UnknownRun, match="no run 'nobody'"):
         await second.resume("nobody", str(tmp_path), False)
-    assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
+    check_same(RunFolder(tmp_path, "plain"), await whole(config_for(model)))
 
 
-async def test_a_run_goes_on_beside_the_residuals_that_it_has_left(start, tmp_path, model, undisturbed):
+async def test_a_run_goes_on_beside_the_residuals_that_it_has_left(start, tmp_path, model, whole):
     """It was on the second GPU actor, and comes to the second one again, though the first is free."""
-    pool = LocalPool()
-    first = start(pool)
+    first = start(pool := LocalPool())
     engine = {"engine": {"cpu_threads": 1, "gpu_actors": 2}}
     for run_id, changes in (("other", {}), ("reuse", REUSE)):
         await submit(first, tmp_path, run_id, config_for(model, **changes, **engine))
     await first.wait_segment("reuse", 0, 60)
     await die(first)
     await pool.end()
-    again = LocalPool()
-    second = start(again)
+    second = start()
     await second.resume("reuse", str(tmp_path), False)
-    assert (await end_of(second, "reuse")).state == "done"
+    await done(second, "reuse")
     assert (second._runs["reuse"].worker) == 1
-    folder, whole = RunFolder(tmp_path, "reuse"), RunFolder(undisturbed, "reuse")
-    assert whole.final.read_bytes() == folder.final.read_bytes()
+    folder = RunFolder(tmp_path, "reuse")
+    check_same(await whole(config_for(model, **REUSE)), folder, but=["run.yaml"])
     assert [record.statistics["segments_made_again"] for record in folder.read_manifest().segments] == [0] * SEGMENTS
 
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["plain", "reuse"])
-async def test_a_stopped_run_goes_on_to_the_same_bytes(start, tmp_path, model, undisturbed, name):
-    folder = RunFolder(tmp_path, name)
+async def test_a_stopped_run_goes_on_to_the_same_bytes(start, tmp_path, model, whole, name):
+    folder, config = RunFolder(tmp_path, name), config_for(model, **PLAIN_AND_REUSE[name])
     scheduler = start()
-    await submit(scheduler, tmp_path, name, config_for(model, **(REUSE if name == "reuse" else {})))
+    await submit(scheduler, tmp_path, name, config)
     await scheduler.wait_segment(name, 1, 60)
     await scheduler.cancel(name)
     assert (await end_of(scheduler, name)).state == "cancelled"
     before = read_events(folder.events)
     await scheduler.resume(name, str(tmp_path), False)
-    assert (await end_of(scheduler, name)).state == "done"
+    await done(scheduler, name)
     after = read_events(folder.events)
     made = {event["segment"] for event in before if event["event"] == "segment_made"}
     begun = {event["segment"] for event in after[len(before) :] if event["event"] == "segment_begun"}
     assert begun == set(range(SEGMENTS)) - made, "what was denoised is not denoised again"
     assert all("denoise_s" in record.statistics for record in folder.read_manifest().segments)
-    assert RunFolder(undisturbed, name).final.read_bytes() == RunFolder(tmp_path, name).final.read_bytes()
+    assert (await whole(config)).final.read_bytes() == folder.final.read_bytes()
     assert list((tmp_path / ".cache_store").glob("*.safetensors")) == []
 
 
@@ -229,13 +168,12 @@ class OtherHardware(LocalPool):
 
 async def test_other_hardware_is_refused_by_name(start, tmp_path, model):
     await leave_half_made(tmp_path, "one", config_for(model))
-    other = OtherHardware()
-    second = start(other)
+    second = start(OtherHardware())
     with pytest.raises(HardwareDiffers, match=r"device was 'cpu \w+' and is 'an abacus', threads was 1 and is 64"):
         await second.resume("one", str(tmp_path), False)
     assert RunFolder(tmp_path, "one").read_manifest().incarnation == 1, "nothing was written"
     await second.resume("one", str(tmp_path), True)
-    assert (await end_of(second, "one")).state == "done"
+    await done(second, "one")
     assert RunFolder(tmp_path, "one").read_manifest().provenance["device"] == "an abacus"
 
 
@@ -267,12 +205,10 @@ class FullDisk:
         self.sync(descriptor)
 
 
-async def test_a_full_disk_loses_nothing_that_is_committed(start, tmp_path, model, undisturbed, monkeypatch):
+async def test_a_full_disk_loses_nothing_that_is_committed(start, tmp_path, model, whole, monkeypatch):
     """First it is full until the run gives up, then, when it has been resumed, once for every kind of file."""
-    disk = FullDisk()
-
+    folder, disk, undisturbed = RunFolder(tmp_path, "reuse"), FullDisk(), await whole(config_for(model, **REUSE))
     monkeypatch.setattr(os, "fsync", disk)
-    folder, whole = RunFolder(tmp_path, "reuse"), RunFolder(undisturbed, "reuse")
     scheduler = start()
     config = config_for(model, **REUSE, engine={"cpu_threads": 1, "segment_retries": 5})
     disk.left = set()
@@ -286,20 +222,17 @@ async def test_a_full_disk_loses_nothing_that_is_committed(start, tmp_path, mode
     disk.full = False
     await scheduler.resume("reuse", str(tmp_path), False)
     disk.left = set(SYNCED) - {"init.mp4", "live.m3u8"}  # these are there
-    done = await end_of(scheduler, "reuse")
+    ended = await end_of(scheduler, "reuse")
     assert failed.state == "failed"
     assert f"no space is left for {folder.path}; free some, then go on with `edit-ray resume reuse`" in failed.error
     assert (there.state, len(there.segments) >= 1) == ("open", True), "its end could not be recorded"
     assert folder.read_manifest().segments[: len(there.segments)] == there.segments
-    assert (done.state, disk.left) == ("done", set()), done.error
-    assert all(same(whole, folder, index) for index in range(SEGMENTS))
-    assert whole.final.read_bytes() == folder.final.read_bytes()
-    assert (folder.path / "stream.mp4").read_bytes() == (whole.path / "stream.mp4").read_bytes()
-    assert [path.name for path in folder.path.rglob(".*")] == []
+    assert (ended.state, disk.left) == ("done", set()), ended.error
+    check_same(undisturbed, folder, but=["run.yaml"])
 
 
 @pytest.mark.slow
-def test_a_file_system_that_is_really_full_loses_nothing(tmp_path, model, undisturbed):
+def test_a_file_system_that_is_really_full_loses_nothing(tmp_path, model, whole):
     """With a little more room each time, so that all kinds of files are in turn the one that does not fit."""
     room = tmp_path / "room"
     room.mkdir()
@@ -308,6 +241,7 @@ def test_a_file_system_that_is_really_full_loses_nothing(tmp_path, model, undist
     mount = 'mount -t tmpfs -o size=96m none "$0"'
     if shutil.which("unshare") is None or subprocess.run([*mounted, mount, room], check=False).returncode:
         pytest.skip("needs user namespaces, to mount a small file system without privileges")
+    undisturbed = asyncio.run(whole(config_for(model, **REUSE))).path
     script = [sys.executable, "-m", "tests.unit.disk_full", model, room, undisturbed]
     command = [*mounted, f'{mount} && exec "$@"', room, *script]
     done = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, check=False)
@@ -328,17 +262,16 @@ exec "{ffmpeg}" "$@"
 """
 
 
-async def test_an_encoder_that_is_killed_is_started_again(tmp_path, model, undisturbed, monkeypatch):
-    killed = tmp_path / "killed"
+async def test_an_encoder_that_is_killed_is_started_again(start, tmp_path, model, whole, monkeypatch):
+    undisturbed, killed = await whole(config_for(model)), tmp_path / "killed"
     killed.mkdir()
     script = tmp_path / "ffmpeg"
     script.write_text(KILLED.format(flags=killed, ffmpeg=imageio_ffmpeg.get_ffmpeg_exe()))
     script.chmod(0o700)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
-    await make(tmp_path, model, plain={"engine": {"segment_retries": 0}})
+    folder = await made(start(), tmp_path, "one", config_for(model, engine={"segment_retries": 0}))
     assert {path.name for path in killed.iterdir()} >= {"encode", "join"}
-    assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
-    assert [path.name for path in (tmp_path / "plain").rglob(".*")] == []
+    check_same(undisturbed, folder, but=["run.yaml"])
 
 
 def test_what_failed_is_tried_again_after_a_while_that_grows_and_is_bounded(monkeypatch):

@@ -3,17 +3,15 @@
 import asyncio
 
 import pytest
-import torch
 
 from edit_ray.actors.local import LocalPool, LocalWorker
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.engine.continuity import load_latents
 from edit_ray.errors import ConfigError, HardwareDiffers, RunExists
 from edit_ray.runs.event_log import read_events
 from edit_ray.runs.folder import RunFolder
+from tests.chaos.storm import die
 from tests.removal import remove_folder
-from tests.unit.test_actors import Pool, config_for
-from tests.unit.test_actors_recovery import die, end_of, submit
+from tests.runs_here import Pool, check_same, config_for, done, end_of, made, submit
 
 WARM = {"policy": "warmstart_reuse", "inner": "fbcache", "rel_l1_thresh": 0.2, "warm_steps": 1}
 STORE = {"host_bytes": 16 * 4096, "allow_tmpfs": True}
@@ -43,16 +41,6 @@ class Halted(Pool):
         await asyncio.sleep(3600)
 
 
-async def whole(root, config, run_id="one"):
-    """An undisturbed run's folder."""
-    pool = LocalPool()
-    scheduler = SegmentSchedulerActor(pool)
-    await submit(scheduler, root, run_id, config)
-    assert (status := await end_of(scheduler, run_id)).state == "done", status.error
-    await pool.end()
-    return RunFolder(root, run_id)
-
-
 async def cancelled(root, config, at, run_id="one"):
     """A scheduler whose run was cancelled just before a call of its GPU actor, and its pool."""
 
@@ -67,10 +55,6 @@ async def cancelled(root, config, at, run_id="one"):
     return scheduler, pool
 
 
-def same(one, other, segments):
-    return [torch.equal(load_latents(one.latents(k)), load_latents(other.latents(k))) for k in range(segments)]
-
-
 @pytest.mark.parametrize(
     "at",
     [
@@ -79,15 +63,13 @@ def same(one, other, segments):
     ],
     ids=str,
 )
-async def test_a_cancelled_run_that_is_extended_is_one_that_was_as_long_from_the_start(tmp_path, model, at):
+async def test_a_cancelled_run_that_is_extended_is_one_that_was_as_long_from_the_start(tmp_path, model, whole, at):
     """Whatever had latents when the cancel came, and whatever was committed."""
-    (tmp_path / "whole").mkdir()
     scheduler, pool = await cancelled(tmp_path, config_of(model, 5, window=2), at)
     await scheduler.extend("one", str(tmp_path), 2, False)
-    status = await end_of(scheduler, "one")
+    await done(scheduler, "one")
     await pool.end()
-    undisturbed = await whole(tmp_path / "whole", config_of(model, 7, window=2))
-    assert status.state == "done", status.error
+    undisturbed = await whole(config_of(model, 7, window=2))
     assert undisturbed.final.read_bytes() == RunFolder(tmp_path, "one").final.read_bytes()
 
 
@@ -102,11 +84,9 @@ async def lose_the_node(pool, worker, *_):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cancelled", "node lost"])
-async def test_what_is_dropped_is_not_needed_to_make_lost_residuals_again(start, tmp_path, model, kind):
+async def test_what_is_dropped_is_not_needed_to_make_lost_residuals_again(start, tmp_path, model, whole, kind):
     """Segments 4 to 7 reuse what 4 has left; it is made again from its own context, of 21 latents a segment."""
     config = config_of(model, 8, 3, sampling=LONG, output={"keep_segments": 1}, continuity={"history_latents": 1})
-
-    (tmp_path / "whole").mkdir()
     if kind == "cancelled":
         scheduler, pool = await cancelled(tmp_path, config, ("denoise_segment", 7))
         await scheduler.resume("one", str(tmp_path), False)
@@ -115,13 +95,11 @@ async def test_what_is_dropped_is_not_needed_to_make_lost_residuals_again(start,
         pool.root = tmp_path
         scheduler = start(pool)
         await submit(scheduler, tmp_path, "one", config)
-    status = await end_of(scheduler, "one")
-    undisturbed = await whole(tmp_path / "whole", config)
-    assert status.state == "done", status.error
-    assert undisturbed.final.read_bytes() == RunFolder(tmp_path, "one").final.read_bytes()
+    await done(scheduler, "one")
+    assert (await whole(config)).final.read_bytes() == RunFolder(tmp_path, "one").final.read_bytes()
 
 
-async def test_runs_of_one_name_in_two_folders_do_not_read_each_others_residuals(start, tmp_path, model):
+async def test_runs_of_one_name_in_two_folders_do_not_read_each_others_residuals(start, tmp_path, model, whole):
     """Both have the store's folder of one node, and both were lost with their cluster."""
 
     async def half(name, seed):
@@ -136,21 +114,17 @@ async def test_runs_of_one_name_in_two_folders_do_not_read_each_others_residuals
         values["store"]["directory"] = str(tmp_path / "nvme")
         return type(config_of(model, 4)).model_validate(values)
 
-    for name in ("alice", "bob", "whole"):
+    runs = {"alice": 5, "bob": 6}
+    for name, seed in runs.items():
         (tmp_path / name).mkdir()
-    await half("alice", 5)
-    await half("bob", 6)
-    ended = []
-    for name in ("alice", "bob"):
-        pool = LocalPool()
-        scheduler = start(pool)
+        await half(name, seed)
+    for name in runs:
+        scheduler = start(pool := LocalPool())
         await scheduler.resume("one", str(tmp_path / name), False)
-        ended.append((await end_of(scheduler, "one")).state)
+        await done(scheduler, "one")
         await pool.end()
-    undisturbed = [await whole(tmp_path / "whole", of(seed), f"seed-{seed}") for seed in (5, 6)]
-    assert ended == ["done", "done"]
-    for name, other in zip(("alice", "bob"), undisturbed, strict=True):
-        assert same(RunFolder(tmp_path / name, "one"), other, 4) == [True] * 4
+    for name, seed in runs.items():
+        check_same(RunFolder(tmp_path / name, "one"), await whole(of(seed)))
     assert list((tmp_path / "nvme").rglob("*.safetensors")) == []
 
 
@@ -174,8 +148,7 @@ async def test_a_gpu_actor_that_comes_back_on_other_hardware_is_noticed(start, t
         if dies == "at work":
             raise ConnectionError("the node is lost")
 
-    pool = Nodes("an abacus", strikes={("denoise_segment", 2): come_back})
-    scheduler = start(pool)
+    scheduler = start(Nodes("an abacus", strikes={("denoise_segment", 2): come_back}))
     await submit(scheduler, tmp_path, "one", config_of(model, 4, window=3))
     failed = await end_of(scheduler, "one")
     with pytest.raises(HardwareDiffers, match="device was 'an abacus' and is 'a sundial'"):
@@ -195,8 +168,7 @@ async def test_a_gpu_actor_that_comes_back_on_other_hardware_is_noticed(start, t
 
 async def test_each_run_is_on_the_hardware_that_its_manifest_names(start, tmp_path, model):
     """Two GPU actors of two kinds: a run that goes on is compared with the one that it comes to."""
-    pool = Nodes("an abacus", "a sundial")
-    scheduler = start(pool)
+    scheduler = start(Nodes("an abacus", "a sundial"))
     config = config_of(model, 3, engine={"gpu_actors": 2})
     for run_id in ("one", "two"):
         await submit(scheduler, tmp_path, run_id, config)
@@ -228,11 +200,8 @@ async def test_a_run_may_go_on_on_other_hardware_and_reuses_nothing_from_before(
 
 async def test_a_reroll_that_lacks_latents_is_refused_before_anything_is_written(start, tmp_path, model):
     """Segments of 21 latents, of which the decoder looks back at more than those of one."""
-    config = config_of(model, 5, sampling=LONG, output={"keep_segments": 3})
-    folder = RunFolder(tmp_path, "one")
-    scheduler = start()
-    await submit(scheduler, tmp_path, "one", config)
-    assert (await end_of(scheduler, "one")).state == "done"
+    scheduler, config = start(), config_of(model, 5, sampling=LONG, output={"keep_segments": 3})
+    folder = await made(scheduler, tmp_path, "one", config)
     before = folder.manifest.read_bytes()
     refused = r"--from is 2; .* from \d to 4, as the latents .* were dropped"
     with pytest.raises(ConfigError, match=refused) as said:
@@ -240,8 +209,7 @@ async def test_a_reroll_that_lacks_latents_is_refused_before_anything_is_written
     assert folder.manifest.read_bytes() == before
     first = int(str(said.value).split(" from ")[1][0])
     await scheduler.reroll("one", str(tmp_path), first, None, None, False)
-    status = await end_of(scheduler, "one")
-    assert status.state == "done", status.error
+    await done(scheduler, "one")
     assert [record.take for record in folder.read_manifest().segments] == [0] * first + [1] * (5 - first)
 
 
@@ -249,19 +217,15 @@ async def test_a_reroll_that_lacks_latents_is_refused_before_anything_is_written
 async def test_the_first_segment_that_is_there_may_be_made_again(start, tmp_path, model, keep):
     """Nothing is continued here; only its seam cannot be measured, as what was before is gone."""
     config = config_of(model, 4, continuity={"mode": "none", "history_latents": 1}, output={"keep_segments": keep})
-    scheduler = start()
-    await submit(scheduler, tmp_path, "one", config)
-    assert (await end_of(scheduler, "one")).state == "done"
+    await made(scheduler := start(), tmp_path, "one", config)
     await scheduler.reroll("one", str(tmp_path), 4 - keep, None, None, False)
-    status = await end_of(scheduler, "one")
-    assert status.state == "done", status.error
+    await done(scheduler, "one")
 
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("window", [0, 2])
-async def test_a_removed_run_leaves_nothing_to_the_next_one_of_its_name(start, tmp_path, model, window):
+async def test_a_removed_run_leaves_nothing_to_the_next_one_of_its_name(start, tmp_path, model, whole, window):
     """Its scheduler was dead when its folder was removed, so that nobody told the other actors."""
-    (tmp_path / "whole").mkdir()
     scheduler = start(pool := Halted(("encode_segment", 2)))  # decoded, and not encoded yet
     await submit(scheduler, tmp_path, "one", config_of(model, 4, window), token="first")
     await pool.now.wait()
@@ -273,11 +237,10 @@ async def test_a_removed_run_leaves_nothing_to_the_next_one_of_its_name(start, t
     await die(scheduler)
     remove_folder(tmp_path / "one")
     scheduler = start(pool)
-    await submit(scheduler, tmp_path, "one", config_of(model, 4, window, sampling={"seed": 6}), token="second")
-    status = await end_of(scheduler, "one")
-    undisturbed = await whole(tmp_path / "whole", config_of(model, 4, window, sampling={"seed": 6}))
-    assert status.state == "done", status.error
-    assert undisturbed.final.read_bytes() == RunFolder(tmp_path, "one").final.read_bytes()
+    config = config_of(model, 4, window, sampling={"seed": 6})
+    await submit(scheduler, tmp_path, "one", config, token="second")
+    await done(scheduler, "one")
+    check_same(await whole(config), RunFolder(tmp_path, "one"))
     assert list((tmp_path / ".cache_store").rglob("*.safetensors")) == []
 
 

@@ -16,7 +16,7 @@ from edit_ray.runs.manifest import Ended
 from edit_ray.testing import save_random_wan
 from edit_ray.tiers.disk_tier import DiskTier
 from edit_ray.tiers.entry_file import aligned_buffer, file_name, memory_of
-from tests.unit.test_actors import Pool, lose_the_gpu_actor
+from tests.runs_here import Pool, lose_the_gpu_actor, submit
 from tests.unit.test_actors import generate as make
 from tests.unit.test_manifest import BEGUN
 
@@ -232,9 +232,8 @@ async def test_entries_of_runs_that_have_ended_go_and_those_of_runs_that_have_no
     stays = {leave("killed"), leave("killed", plan=3)}
     left.close()
 
-    pool = Pool()
-    scheduler = start(pool)
-    await scheduler.submit("one", config_for(model).model_dump(mode="json"), str(tmp_path), str(tmp_path), "")
+    scheduler = start(pool := Pool())
+    await submit(scheduler, tmp_path, "one", config_for(model), "")
     await scheduler.wait_segment("one", 0, 60)
     found = {key[0] for key in pool.workers[0].store._tiers.disk.files.entries()}
     await scheduler.cancel("one")

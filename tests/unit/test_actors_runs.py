@@ -17,16 +17,8 @@ from edit_ray.engine.model_info import lookback_latents
 from edit_ray.errors import ConfigError, RunLive
 from edit_ray.runs.folder import RunFolder
 from edit_ray.video.hls import newest_playlist
-from tests.unit.test_actors import Pool, config_for
-from tests.unit.test_actors_recovery import REUSE, SEGMENTS, die, end_of, make, submit
-
-
-@pytest.fixture(scope="module")
-def undisturbed(model, tmp_path_factory):
-    """The folder of a run to which nothing has happened."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    asyncio.run(make(root, model, plain={}))
-    return root
+from tests.chaos.storm import die
+from tests.runs_here import PLAIN_AND_REUSE, SEGMENTS, SHORT, Pool, check_same, config_for, done, end_of, made, submit
 
 
 @pytest.mark.one_in(2)
@@ -34,13 +26,13 @@ def undisturbed(model, tmp_path_factory):
 async def test_a_run_is_extended_and_rerolled_and_its_old_takes_are_kept(start, tmp_path, model, name):
     folder = RunFolder(tmp_path, name)
     scheduler = start()
-    await submit(scheduler, tmp_path, name, config_for(model, **(REUSE if name == "reuse" else {})))
+    await submit(scheduler, tmp_path, name, config_for(model, **PLAIN_AND_REUSE[name]))
     with pytest.raises(RunLive, match="is at work; wait for its end"):
         await scheduler.extend(name, str(tmp_path), 2, False)
     await end_of(scheduler, name)
     before = folder.read_manifest()
     assert (await scheduler.extend(name, str(tmp_path), 2, False)).num_segments == SEGMENTS + 2
-    assert (await end_of(scheduler, name)).state == "done"
+    await done(scheduler, name)
     extended = folder.read_manifest()
     assert extended.segments[:SEGMENTS] == before.segments
     for start, words in ((-1, "--from is -1"), (6, "from 0 to 5")):
@@ -49,7 +41,7 @@ async def test_a_run_is_extended_and_rerolled_and_its_old_takes_are_kept(start, 
     with pytest.raises(ConfigError, match="--segments is 0"):
         await scheduler.extend(name, str(tmp_path), 0, False)
     await scheduler.reroll(name, str(tmp_path), 4, 99, "a blue square", False)
-    assert (await end_of(scheduler, name)).state == "done"
+    await done(scheduler, name)
     manifest = folder.read_manifest()
     assert [record.take for record in manifest.segments] == [0, 0, 0, 0, 1, 1]
     assert manifest.earlier_takes == extended.segments[4:]
@@ -80,26 +72,23 @@ def listed(records):
     return [(record.media, record.num_frames) for record in records]
 
 
-async def test_an_extended_run_is_the_run_that_was_as_long_from_the_start(start, tmp_path, model, undisturbed):
+async def test_an_extended_run_is_the_run_that_was_as_long_from_the_start(start, tmp_path, model, whole):
     scheduler = start()
-    await submit(scheduler, tmp_path, "plain", config_for(model, video={"num_segments": SEGMENTS - 1}))
-    await end_of(scheduler, "plain")
+    folder = await made(scheduler, tmp_path, "plain", config_for(model, video={"num_segments": SEGMENTS - 1}))
     await scheduler.extend("plain", str(tmp_path), 1, False)
-    assert (await end_of(scheduler, "plain")).state == "done"
-    assert RunFolder(tmp_path, "plain").final.read_bytes() == RunFolder(undisturbed, "plain").final.read_bytes()
+    await done(scheduler, "plain")
+    assert folder.final.read_bytes() == (await whole(config_for(model))).final.read_bytes()
 
 
-async def test_a_reroll_with_the_same_seed_makes_the_same_segments(start, tmp_path, model, undisturbed):
+async def test_a_reroll_with_the_same_seed_makes_the_same_segments(start, tmp_path, model, whole):
     """Another take of all segments with the run's own seed: nothing but its name tells it from the first."""
-    scheduler = start()
-    config = config_for(model)
-    await submit(scheduler, tmp_path, "plain", config)
-    await end_of(scheduler, "plain")
+    scheduler, config = start(), config_for(model)
+    folder = await made(scheduler, tmp_path, "plain", config)
     await scheduler.reroll("plain", str(tmp_path), 1, config.sampling.seed, None, False)
-    assert (await end_of(scheduler, "plain")).state == "done"
-    folder, whole = RunFolder(tmp_path, "plain"), RunFolder(undisturbed, "plain")
+    await done(scheduler, "plain")
     for index in range(1, SEGMENTS):
-        assert torch.equal(load_latents(folder.latents(index, 1)), load_latents(whole.latents(index, 0)))
+        first = (await whole(config)).latents(index, 0)
+        assert torch.equal(load_latents(folder.latents(index, 1)), load_latents(first))
 
 
 @pytest.mark.parametrize("cpu_threads", [1, 2])
@@ -135,14 +124,14 @@ def test_a_segment_is_decoded_while_the_next_one_is_denoised(tmp_path, model, cp
     worker.end()
 
 
-async def test_an_actor_that_answers_and_makes_no_step_is_restarted(finish, tmp_path, model, undisturbed):
+async def test_an_actor_that_answers_and_makes_no_step_is_restarted(finish, tmp_path, model, whole):
     async def hang(*_):
         await asyncio.Event().wait()
 
     pool = Pool({("denoise_segment", 1): hang})
     status = await finish(config_for(model, engine={"cpu_threads": 1, "step_timeout_s": 2.0}), "plain", pool)
     assert (status.state, pool.calls.count(("denoise_segment", 1))) == ("done", 2), status.error
-    assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
+    check_same(await whole(config_for(model)), RunFolder(tmp_path, "plain"), but=["run.yaml"])
 
 
 async def test_latents_that_are_not_finite_are_tried_again_and_never_written(finish, start, tmp_path, model):
@@ -198,47 +187,40 @@ class Crowded(LocalPool):
 
 
 @pytest.mark.parametrize("times", [1, 2])
-async def test_memory_that_does_not_do_is_tried_once_more_then_named(finish, tmp_path, model, undisturbed, times):
+async def test_memory_that_does_not_do_is_tried_once_more_then_named(finish, tmp_path, model, whole, times):
     status = await finish(config_for(model), "plain", Crowded(times))
     if times == 1:
         assert status.state == "done", status.error
-        assert RunFolder(undisturbed, "plain").final.read_bytes() == RunFolder(tmp_path, "plain").final.read_bytes()
+        check_same(await whole(config_for(model)), RunFolder(tmp_path, "plain"))
     else:
         assert status.error.startswith("denoise of segment 1 failed: out of GPU memory (CUDA out of memory.")
 
 
-async def test_memory_that_does_not_do_for_decoding_does_for_tiles_and_stays_so(start, tmp_path, model, undisturbed):
+async def test_memory_that_does_not_do_for_decoding_does_for_tiles_and_stays_so(start, tmp_path, model, whole):
     """What is resumed by other actors, which have memory enough, is decoded as it would have been."""
-    config = config_for(model, video={"num_segments": 3})
-
-    pool = Crowded(1, "decode_segment")
+    config, pool = config_for(model, **SHORT), Crowded(1, "decode_segment")
     scheduler = start(pool)
-    await submit(scheduler, tmp_path, "whole", config)
-    ended = [await end_of(scheduler, "whole")]
+    tiled = await made(scheduler, tmp_path, "whole", config)
     pool.times = 1
     await submit(scheduler, tmp_path, "hurt", config)
     await scheduler.wait_segment("hurt", 1, 60)
     await die(scheduler)
     await pool.end()
-    other = Crowded(0)
-    again = start(other)
+    again = start(Crowded(0))
     await again.resume("hurt", str(tmp_path), False)
-    ended.append(await end_of(again, "hurt"))
-    assert [status.state for status in ended] == ["done", "done"]
-    before, whole, hurt = (RunFolder(*of) for of in ((undisturbed, "plain"), (tmp_path, "whole"), (tmp_path, "hurt")))
-    assert whole.read_manifest().tiled_from == hurt.read_manifest().tiled_from == 1
+    await done(again, "hurt")
+    before, hurt = await whole(config), RunFolder(tmp_path, "hurt")
+    assert tiled.read_manifest().tiled_from == hurt.read_manifest().tiled_from == 1
     assert [record.statistics["decode_tiled"] for record in hurt.read_manifest().segments] == [0, 1, 1]
-    assert hurt.final.read_bytes() == whole.final.read_bytes()
-    assert [before.media(k).read_bytes() == whole.media(k).read_bytes() for k in range(3)] == [True, False, False]
+    check_same(hurt, tiled)
+    assert [before.media(k).read_bytes() == tiled.media(k).read_bytes() for k in range(3)] == [True, False, False]
 
 
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize(("tiled_decode", "times"), [("auto", 2), ("always", 1), ("never", 1)])
 async def test_memory_that_does_not_even_do_for_tiles_is_named(finish, tmp_path, model, tiled_decode, times):
     engine = {"cpu_threads": 1, "tiled_decode": tiled_decode}
-    status = await finish(
-        config_for(model, engine=engine, video={"num_segments": 3}), "one", Crowded(times, "decode_segment")
-    )
+    status = await finish(config_for(model, engine=engine, **SHORT), "one", Crowded(times, "decode_segment"))
     assert status.error.startswith("decode of segment 1 failed: out of GPU memory (CUDA out of memory.")
     assert RunFolder(tmp_path, "one").read_manifest().tiled_from == (1 if tiled_decode == "auto" else None)
 
@@ -248,7 +230,7 @@ async def test_what_a_killed_actor_had_begun_to_write_goes_with_the_end_of_the_r
     await submit(scheduler, tmp_path, "plain", config_for(model))
     draft = tmp_path / "plain" / "segments" / ".00000-t0.m4s.1.part"
     draft.write_bytes(b"half a segm")
-    assert (await end_of(scheduler, "plain")).state == "done"
+    await done(scheduler, "plain")
     assert not draft.exists()
 
 
@@ -293,14 +275,13 @@ async def test_an_endless_run_keeps_a_bounded_number_of_files(start, tmp_path, m
     assert -(-needed // 3) <= latents <= -(-needed // 3) + 2, "each segment adds three"
 
 
-async def test_two_gpu_actors_make_two_runs_at_once(start, tmp_path, model, undisturbed):
+async def test_two_gpu_actors_make_two_runs_at_once(start, tmp_path, model, whole):
     scheduler = start(pool := LocalPool())
     config = config_for(model, engine={"cpu_threads": 1, "gpu_actors": 2})
     await submit(scheduler, tmp_path, "one", config)
     await submit(scheduler, tmp_path, "two", config)
     assert [status.state for status in await scheduler.runs()] == ["preparing", "preparing"]
-    ends = [await end_of(scheduler, run_id) for run_id in ("one", "two")]
-    assert [status.state for status in ends] == ["done", "done"]
-    assert sorted(pool.workers) == [0, 1]
     for run_id in ("one", "two"):
-        assert RunFolder(tmp_path, run_id).final.read_bytes() == RunFolder(undisturbed, "plain").final.read_bytes()
+        await done(scheduler, run_id)
+        check_same(RunFolder(tmp_path, run_id), await whole(config_for(model)), but=["run.yaml"])
+    assert sorted(pool.workers) == [0, 1]

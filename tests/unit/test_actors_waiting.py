@@ -17,19 +17,10 @@ from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.cli.run_commands import line_of
 from edit_ray.errors import ConfigError, NoPlace, ResourcesUnavailable, RunExists, RunLive
 from edit_ray.runs.folder import RunFolder
-from tests.unit.test_actors import config_for
-from tests.unit.test_actors_clocks import everything
-from tests.unit.test_actors_recovery import Dying, die, end_of, make, submit
+from tests.chaos.storm import die
+from tests.runs_here import SHORT, Dying, check_same, config_for, done, end_of, submit
 
 TWO_ACTORS = {"engine": {"cpu_threads": 1, "gpu_actors": 2}}
-SHORT = {"video": {"num_segments": 3}}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(model, tmp_path_factory):
-    root = tmp_path_factory.mktemp("undisturbed")
-    asyncio.run(make(root, model, plain=SHORT))
-    return everything(root, "plain")
 
 
 class Troubled(Dying):
@@ -73,7 +64,7 @@ DAMAGE["all of it"] = b"".join(DAMAGE.values())
     "damage",
     [*(pytest.param(name, marks=pytest.mark.slow) for name in DAMAGE if name != "all of it"), "all of it", "a folder"],
 )
-async def test_no_damage_to_the_event_log_costs_anything(start, tmp_path, model, undisturbed, damage):
+async def test_no_damage_to_the_event_log_costs_anything(start, tmp_path, model, whole, damage):
     async with died_at_work(tmp_path, model, "plain") as pool:
         log = RunFolder(tmp_path, "plain").events
         if damage == "a folder":
@@ -82,9 +73,8 @@ async def test_no_damage_to_the_event_log_costs_anything(start, tmp_path, model,
         else:
             with log.open("ab") as file:
                 file.write(DAMAGE[damage])
-        status = await end_of(start(pool), "plain")
-    assert status.state == "done", status.error
-    assert everything(tmp_path, "plain") == undisturbed
+        await done(start(pool), "plain")
+    check_same(RunFolder(tmp_path, "plain"), await whole(config_for(model, **SHORT)))
 
 
 TROUBLES = {
@@ -97,7 +87,7 @@ TROUBLES = {
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("trouble", TROUBLES)
-async def test_a_run_waits_until_its_trouble_is_over(start, tmp_path, model, undisturbed, trouble):
+async def test_a_run_waits_until_its_trouble_is_over(start, tmp_path, model, whole, trouble):
     async with died_at_work(tmp_path, model, "plain") as pool:
         pool.trouble, pool.times = TROUBLES[trouble], 2
         second = start(pool)
@@ -114,13 +104,12 @@ async def test_a_run_waits_until_its_trouble_is_over(start, tmp_path, model, und
             await second.resume("plain", str(tmp_path / "elsewhere"), False)
         with pytest.raises(RunExists, match="taken"):
             await submit(second, tmp_path, "plain", config_for(model), "another")
-        status = await end_of(second, "plain")
-    assert status.state == "done", status.error
-    assert everything(tmp_path, "plain") == undisturbed
+        await done(second, "plain")
+    check_same(RunFolder(tmp_path, "plain"), await whole(config_for(model, **SHORT)))
 
 
 async def test_a_lock_that_a_dead_node_holds_for_a_while_costs_only_that_while(
-    start, tmp_path, model, undisturbed, monkeypatch
+    start, tmp_path, model, whole, monkeypatch
 ):
     """As NFS does until the lease is over. The other run is served, and the committed segments of this one too."""
     monkeypatch.setattr("edit_ray.actors.admission.LOCK_PATIENCE_S", 0.5)
@@ -129,7 +118,7 @@ async def test_a_lock_that_a_dead_node_holds_for_a_while_costs_only_that_while(
         lease = os.open(RunFolder(tmp_path, "plain").manifest, os.O_RDWR)
         fcntl.flock(lease, fcntl.LOCK_EX)
         second = start(pool)
-        assert (await end_of(second, "other")).state == "done"
+        await done(second, "other")
         status = await second.status("plain")
         assert (status.state, status.committed) == ("waiting", len(manifest.segments))
         assert "another process is at work on the run" in status.warning
@@ -138,12 +127,11 @@ async def test_a_lock_that_a_dead_node_holds_for_a_while_costs_only_that_while(
         reply = await second.wait_segment("plain", len(manifest.segments), 0.1)
         assert (reply.record, reply.status.state) == (None, "waiting")
         os.close(lease)
-        status = await end_of(second, "plain")
-    assert status.state == "done", status.error
-    assert everything(tmp_path, "plain") | {"run.yaml": b""} == undisturbed | {"run.yaml": b""}
+        await done(second, "plain")
+    check_same(RunFolder(tmp_path, "plain"), await whole(config_for(model, **SHORT)), but=["run.yaml"])
 
 
-async def test_a_folder_that_is_away_for_a_while_is_waited_for(start, tmp_path, model, undisturbed):
+async def test_a_folder_that_is_away_for_a_while_is_waited_for(start, tmp_path, model, whole):
     async with died_at_work(tmp_path, model, "plain") as pool:
         (tmp_path / "plain").rename(tmp_path / "unmounted")
         second = start(pool)
@@ -151,9 +139,8 @@ async def test_a_folder_that_is_away_for_a_while_is_waited_for(start, tmp_path, 
         assert (status.state, status.committed) == ("waiting", 0)
         assert "no run 'plain' under" in status.warning
         (tmp_path / "unmounted").rename(tmp_path / "plain")
-        result = await end_of(second, "plain")
-    assert result.state == "done"
-    assert everything(tmp_path, "plain") == undisturbed
+        await done(second, "plain")
+    check_same(RunFolder(tmp_path, "plain"), await whole(config_for(model, **SHORT)))
 
 
 @pytest.mark.one_in(2)
@@ -181,9 +168,8 @@ async def test_a_run_that_waits_can_be_cancelled(start, tmp_path, model, monkeyp
         os.close(lease)
         pool.times = 0
         await second.resume("plain", str(tmp_path), False)
-        ends, status = before(), await end_of(second, "plain")
-    assert ends == ([] if locked else ["cancelled"])
-    assert status.state == "done", status.error
+        assert before() == ([] if locked else ["cancelled"])
+        await done(second, "plain")
 
 
 async def test_a_run_whose_folder_is_silent_after_a_restart_can_be_cancelled(start, tmp_path, model, monkeypatch):
@@ -201,7 +187,7 @@ async def test_a_run_whose_folder_is_silent_after_a_restart_can_be_cancelled(sta
         assert await pool.recall() == {}, "the next one does not wait for it either"
         answers.set()
         await second.resume("plain", str(tmp_path), False)
-        assert (await end_of(second, "plain")).state == "done"
+        await done(second, "plain")
 
 
 async def test_a_run_that_waits_is_tried_at_once_when_that_is_asked_for(start, tmp_path, model):
@@ -215,8 +201,7 @@ async def test_a_run_that_waits_is_tried_at_once_when_that_is_asked_for(start, t
         async with asyncio.timeout(20):
             assert (await second.resume("plain", str(tmp_path), False)).state != "waiting"
             assert (await submit(second, tmp_path, "plain", config_for(model), "plain")).run_id == "plain"
-        result = await end_of(second, "plain")
-    assert result.state == "done"
+        await done(second, "plain")
 
 
 async def test_what_fails_after_a_run_was_opened_leaves_it_unlocked(start, tmp_path, model):
@@ -234,8 +219,7 @@ async def test_what_fails_after_a_run_was_opened_leaves_it_unlocked(start, tmp_p
         RunFolder(tmp_path, "plain").open().close()  # raises where somebody holds it
         token.write_text(words)
         await second.resume("plain", str(tmp_path), False)
-        result = await end_of(second, "plain")
-    assert result.state == "done"
+        await done(second, "plain")
 
 
 class Forgetful(Dying):
@@ -255,8 +239,7 @@ class Forgetful(Dying):
 
 
 async def test_a_key_value_store_that_is_away_keeps_no_run_from_its_end(start, tmp_path, model):
-    pool = Forgetful(1)
-    scheduler = start(pool)
+    scheduler = start(pool := Forgetful(1))
     await submit(scheduler, tmp_path, "one", config_for(model, **SHORT))
     await pool.now.wait()
     pool.away = True
@@ -280,8 +263,7 @@ async def test_actors_that_take_long_to_start_hold_no_thread_that_a_run_needs(st
 
     asked, over = threading.Semaphore(0), threading.Event()
     monkeypatch.setattr("edit_ray.actors.launch.placement_group_table", never)
-    pool = Dying(0)
-    scheduler = start(pool)
+    scheduler = start()
     config = config_for(model)
     config = config.model_copy(update={"model": config.model.model_copy(update={"device": "cpu"})})
     spec = RunSpec("waiting", tmp_path, config, 3)
@@ -290,10 +272,9 @@ async def test_actors_that_take_long_to_start_hold_no_thread_that_a_run_needs(st
     while not asked.acquire(blocking=False):
         await asyncio.sleep(0.01)
     await submit(scheduler, tmp_path, "one", config_for(model, **SHORT))
-    status = await end_of(scheduler, "one")
+    await done(scheduler, "one")
     over.set()
     await asyncio.gather(*starts, return_exceptions=True)
-    assert status.state == "done"
 
 
 @pytest.mark.parametrize("there", [True, False])

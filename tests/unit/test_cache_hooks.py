@@ -1,41 +1,20 @@
 """Edits by unit hooks: each acts once on each use, stored residuals stay as they were computed, mistakes are said."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from edit_ray import EditWanPipeline
-from edit_ray.cache import CachePolicy, CPUOffloadStore, apply_cache_on_transformer, remove_cache_from_transformer
-from edit_ray.testing import save_random_wan
-from tests.calls import TINY
+from edit_ray.cache import CPUOffloadStore, apply_cache_on_transformer, remove_cache_from_transformer
+from tests.unit import cached
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MASK = (True, False, False, True)
-STEPS = len(MASK)
-CALL = TINY | {"num_inference_steps": STEPS}
+STEPS = 4
+latents = partial(cached.latents, num_inference_steps=STEPS)
 
 
-class Mask(CachePolicy):
-    """Computes where the mask says so."""
-
-    def should_compute(self, ctx):
-        return MASK[ctx.step]
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    pipe = EditWanPipeline.from_pretrained(save_random_wan(tmp_path_factory.mktemp("wan"), num_layers=3))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture
-def pipe(loaded):
-    yield loaded
-    remove_cache_from_transformer(loaded.transformer)
-
-
-def latents(pipe, **changes):
-    return pipe(**(CALL | changes), generator=torch.Generator().manual_seed(0))[0]
+def masked():
+    return cached.Mask((True, False, False, True), timestep_only=False)
 
 
 def in_place(residual):
@@ -46,7 +25,7 @@ def in_place(residual):
 def added_by_first_unit(pipe, edit):
     """What the first unit adds at each step of a loop over one input, and what is stored of it by then."""
     model, hidden, added, stored = pipe.transformer, {}, [], []
-    cache = apply_cache_on_transformer(model, Mask(), STEPS, "per_block")
+    cache = apply_cache_on_transformer(model, masked(), STEPS, "per_block")
 
     def watch(ctx):
         hidden[ctx.unit_index] = ctx.hidden.clone()
@@ -78,7 +57,7 @@ def test_an_edit_acts_once_on_each_use_and_never_on_what_is_stored(pipe, edit):
 
 
 @pytest.mark.parametrize("granularity", ["stack", "per_block"])
-@pytest.mark.parametrize("policy", [Mask(), "fbcache", "taylorseer"])
+@pytest.mark.parametrize("policy", [masked(), "fbcache", "taylorseer"])
 def test_an_edit_in_place_equals_one_that_returns_another_tensor(pipe, granularity, policy):
     if (policy, granularity) == ("fbcache", "per_block"):
         granularity = 2
@@ -96,7 +75,7 @@ def test_an_edit_in_place_equals_one_that_returns_another_tensor(pipe, granulari
 
 def test_edits_of_several_hooks_act_one_after_the_other(pipe):
     def edited(*edits):
-        pipe.enable_cache(Mask(), STEPS)
+        pipe.enable_cache(masked(), STEPS)
         for edit in edits:
             pipe.cache.on_unit(lambda ctx, edit=edit: edit)
         made = latents(pipe)
@@ -109,7 +88,7 @@ def test_edits_of_several_hooks_act_one_after_the_other(pipe):
 @pytest.mark.parametrize("store", [None, "host"])
 def test_what_a_hook_reads_is_its_own(pipe, store):
     def made(hook):
-        pipe.enable_cache(Mask(), STEPS, history_len=2, store=CPUOffloadStore() if store else None)
+        pipe.enable_cache(masked(), STEPS, history_len=2, store=CPUOffloadStore() if store else None)
         pipe.cache.on_unit(hook)
         result = latents(pipe)
         pipe.disable_cache()
@@ -139,7 +118,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_a_tensor_of_another_shape_or_dtype_is_refused_by_name(pipe, wrong, how):
     before = latents(pipe)
-    pipe.enable_cache(Mask(), STEPS)
+    pipe.enable_cache(masked(), STEPS)
     step = 1 if how == "reused" else 0
     seen = []
 
@@ -160,7 +139,7 @@ def test_a_tensor_of_another_shape_or_dtype_is_refused_by_name(pipe, wrong, how)
 
 
 def test_an_edit_that_returns_nothing_is_refused(pipe):
-    pipe.enable_cache(Mask(), STEPS)
+    pipe.enable_cache(masked(), STEPS)
     pipe.cache.on_unit(lambda ctx: lambda residual: None)
     with pytest.raises(TypeError, match=r"The function of a unit hook returned None; valid is a tensor \["):
         latents(pipe)

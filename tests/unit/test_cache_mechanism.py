@@ -1,5 +1,7 @@
 """The mechanism on a small random Wan: never-skip is exact, skips do what they say, nothing leaks, removal is whole."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import WanPipeline
@@ -12,53 +14,19 @@ from edit_ray.cache import (
     remove_cache_from_transformer,
 )
 from edit_ray.testing import save_random_wan
-from tests.calls import TINY
+from tests.unit import cached
+from tests.unit.cached import Mask, quiet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 5
-CALL = TINY | {"num_inference_steps": STEPS}
+latents = partial(cached.latents, num_inference_steps=STEPS)
 GRANULARITIES = ["stack", 2]
-
-
-class Mask(CachePolicy):
-    """Computes where its mask says so."""
-
-    def __init__(self, mask=(True,) * STEPS, timestep_only=True):
-        self.mask, self.timestep_only = mask, timestep_only
-
-    def should_compute(self, ctx):
-        return self.mask[ctx.step]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("wan"), num_layers=5)
 
 
 @pytest.fixture(scope="module")
 def two_experts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wan22")
     return save_random_wan(folder, num_layers=3, two_experts=True, boundary_ratio=0.8)
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return quiet(EditWanPipeline.from_pretrained(folder))
-
-
-@pytest.fixture
-def pipe(loaded):
-    yield loaded
-    remove_cache_from_transformer(loaded.transformer)
-
-
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def latents(pipe, seed=0, **changes):
-    return pipe(**(CALL | changes), generator=torch.Generator().manual_seed(seed))[0]
 
 
 def keys(module):
@@ -124,23 +92,6 @@ def test_the_plan_is_said_before_the_loop(pipe):
     pipe.disable_cache()
     pipe.enable_cache(Mask(mask, timestep_only=False), STEPS)
     assert pipe.cache.plan() is None
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_a_skip_on_identical_input_is_exact_to_rounding(pipe, granularity):
-    model = pipe.transformer
-    apply_cache_on_transformer(model, Mask((True, False, True, True, True)), STEPS, granularity)
-    inputs = {
-        "hidden_states": torch.randn(1, 4, 2, 4, 4),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, 8, 32),
-        "return_dict": False,
-    }
-    outputs = []
-    for step in (0, 1):
-        with torch.no_grad(), model.cache_context("cond", step_index=step, num_inference_steps=STEPS):
-            outputs.append(model(**inputs)[0])
-    assert (outputs[1] - outputs[0]).abs().max() <= 1e-5 * outputs[0].abs().max()
 
 
 def test_two_experts_keep_separate_counts(two_experts):

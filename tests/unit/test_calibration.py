@@ -1,6 +1,7 @@
 """What a policy knows of a model: stored in the model's folder, used where no option is given; and target speedups."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,21 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edit_ray import EditWanPipeline
 from edit_ray.cache.policies import make_policy
 from edit_ray.engine.calibration import (
     FILE_NAME,
     calibrated_options,
-    check_target,
     read_calibration,
     threshold_for,
     write_calibration,
 )
 from edit_ray.testing import save_random_wan
-from tests.calls import TINY
+from tests import calls
 
 STEPS = 6
-CALL = TINY | {"num_inference_steps": STEPS, "guidance_scale": 4.0}
+latents = partial(calls.latents, seed=5, num_inference_steps=STEPS, guidance_scale=4.0)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,19 +42,6 @@ def test_a_threshold_comes_as_near_to_the_speedup_as_any_can(jumps, counts, spee
     reachable = [abs(30 / count - speedup) for count in counts[: len(jumps) + 1]]
     chosen = threshold_for("threshold", speedup, computed_share)
     assert abs(1 / computed_share(chosen) - speedup) == pytest.approx(min(reachable))
-
-
-def test_targets_need_a_threshold_that_nobody_gave():
-    ratios = {"mag_ratios": [1.0]}
-    check_target("magcache", make_policy("magcache", ratios), ratios)
-    with pytest.raises(ValueError, match=r"needs a policy .*: teacache, magcache, ranked; the policy is 'fb"):
-        check_target("fbcache", make_policy("fbcache", {}), {})
-    for name, option, given_ in (
-        ("teacache", "rel_l1_thresh", {"coefficients": [1.0], "rel_l1_thresh": 0.1}),
-        ("magcache", "threshold", {**ratios, "threshold": 0.1}),
-    ):
-        with pytest.raises(ValueError, match=f"target_speedup and {option} were both given"):
-            check_target(name, make_policy(name, given_), given_)
 
 
 FITTED = {"coefficients": [1, 2], "use_ret_steps": True}
@@ -122,9 +108,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def pipe(folder):
-    pipe = EditWanPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    yield pipe
+    yield calls.load(folder)
     (folder / FILE_NAME).unlink(missing_ok=True)
 
 
@@ -139,21 +123,16 @@ def calibrated(pipe, folder):
     return pipe
 
 
-def latents(pipe):
-    return pipe(**CALL, generator=torch.Generator().manual_seed(5))[0]
-
-
 def test_a_pipeline_picks_up_its_models_calibration(calibrated):
-    calibrated.enable_cache("teacache", STEPS, rel_l1_thresh=1.5)
-    own = latents(calibrated)
-    assert 0 < calibrated.cache.stats["cond"].skipped < STEPS
-    calibrated.disable_cache()
-    calibrated.enable_cache("teacache", STEPS, rel_l1_thresh=1.5, **LINE)
-    assert torch.equal(latents(calibrated), own)
-    calibrated.disable_cache()
-    calibrated.enable_cache("teacache", STEPS, rel_l1_thresh=1.5, coefficients=[0.0])
-    latents(calibrated)
-    assert calibrated.cache.record.mask() == [True, *[False] * (STEPS - 2), True], "what is given wins"
+    given = partial(calls.cached, calibrated, "teacache", STEPS, rel_l1_thresh=1.5)
+    with given() as cache:
+        own = latents(calibrated)
+        assert 0 < cache.stats["cond"].skipped < STEPS
+    with given(**LINE):
+        assert torch.equal(latents(calibrated), own)
+    with given(coefficients=[0.0]) as cache:
+        latents(calibrated)
+        assert cache.record.mask() == [True, *[False] * (STEPS - 2), True], "what is given wins"
 
 
 def test_without_its_calibration_the_model_needs_options(pipe, folder):
@@ -167,8 +146,8 @@ def test_without_its_calibration_the_model_needs_options(pipe, folder):
 
 def share(pipe, policy, **options):
     """Of all forwards, those that compute."""
-    plan = pipe.enable_cache(policy, STEPS, **options).plan()
-    pipe.disable_cache()
+    with calls.cached(pipe, policy, STEPS, **options) as cache:
+        plan = cache.plan()
     return sum(map(sum, plan.values())) / sum(map(len, plan.values()))
 
 
@@ -183,16 +162,15 @@ def test_a_target_is_met_as_nearly_as_any_threshold_can(calibrated, policy, opti
 
 
 def test_half_of_the_forwards_are_half(calibrated):
-    calibrated.enable_cache("teacache", STEPS, "per_block", target_speedup=2.0)
-    latents(calibrated)
-    assert {branch: count.skip_rate for branch, count in calibrated.cache.stats.items()} == {"cond": 0.5, "uncond": 0.5}
+    assert share(calibrated, "teacache", granularity="per_block", target_speedup=2.0) == 0.5
 
 
 def test_a_target_that_means_nothing_is_refused_and_leaves_no_cache(calibrated):
     for policy, options, words in (
-        ("fbcache", {}, "needs a policy whose mask"),
+        ("fbcache", {}, "needs a policy .*: teacache, magcache, ranked; the policy is 'fb"),
         ("schedule", {"mask": [True] * STEPS}, "needs a policy whose mask"),
-        ("teacache", {"rel_l1_thresh": 0.1}, "were both given"),
+        ("teacache", {"rel_l1_thresh": 0.1}, "target_speedup and rel_l1_thresh were both given"),
+        ("magcache", {"threshold": 0.1}, "target_speedup and threshold were both given"),
         (make_policy("always", {}), {}, "needs the name of a policy"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+import time
+from threading import Event
 
 import pytest
 
 from edit_ray.actors.messages import Progress, RunStatus
-from edit_ray.cli.follow_run import description_of, steps_of
+from edit_ray.cli import follow_run
+from edit_ray.cli.follow_run import description_of, live_bar, steps_of
 from edit_ray.cli.main import parser
 from edit_ray.cli.run_commands import line_of
+from edit_ray.errors import UnknownRun
 from tests.documented import ROOT
 
 
@@ -29,6 +33,25 @@ def test_progress_counts_steps_and_never_goes_back_behind_what_is_committed():
     assert steps_of(status(progress=Progress("mine", 1, 0, 30), num_segments=None)) == (3, None)
     assert description_of(status(progress=at)) == "mine running: 3/8 segments, segment 4 step 12/30"
     assert description_of(status(state="paused")) == "mine paused: 3/8 segments"
+
+
+def test_a_terminal_shows_a_bar_and_what_fails_in_it_ends_nothing(monkeypatch, capsys):
+    class Client:
+        asked = Event()
+
+        def status(self, run_id):
+            if self.asked.is_set():
+                raise UnknownRun(run_id)
+            self.asked.set()
+            return status(progress=Progress("mine", 4, 12, 30))
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(follow_run, "POLL_S", 0.01)
+    monkeypatch.setenv("COLUMNS", "120")
+    with live_bar(Client(), "mine"):
+        assert Client.asked.wait(10)
+        time.sleep(0.3)  # rich draws ten times a second
+    assert "mine running: 3/8 segments, segment 4 step 12/30" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Good configurations: what they mean, and that they survive being sent and written."""
+"""Good configurations: what they mean, and that they survive being sent and written; and where runs are written."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edit_ray.config import Config, PromptSegment, VideoOptions, dump_yaml, load_config
+from edit_ray.config import Config, PromptSegment, VideoOptions, dump_yaml, load_config, output_root
 from edit_ray.config.model import MAX_DURATION_S, format_duration, parse_duration
 from edit_ray.config.strict_yaml import dump, parse
 from edit_ray.engine.options import SamplingOptions
+from edit_ray.errors import ConfigError
 from edit_ray.runs.run_plan import segment_seed
 from edit_ray.tiers.options import StoreOptions
 
@@ -28,12 +29,13 @@ def prompts(config: Config) -> tuple[str, ...]:
 
 def check_written(config: Config, folder: Path) -> None:
     """It is read back equal from JSON, and from YAML with and without its empty options."""
-    assert Config.model_validate(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+    read = [Config.model_validate(json.loads(json.dumps(config.model_dump(mode="json"))))]
     for empty in (False, True):
         text = dump_yaml(config, empty=empty)
         assert ("directory: null" in text) == empty
         (folder / "run.yaml").write_text(text, encoding="utf-8")
-        assert load_config(folder / "run.yaml", check_model=False) == config
+        read.append(load_config(folder / "run.yaml", check_model=False))
+    assert all((again, again.cache.policy_options) == (config, config.cache.policy_options) for again in read)
 
 
 def test_shipped_configurations_load_and_survive_writing(tmp_path: Path) -> None:
@@ -42,27 +44,13 @@ def test_shipped_configurations_load_and_survive_writing(tmp_path: Path) -> None
         check_written(load_config(path, check_model=False), tmp_path)
 
 
-def test_a_start_of_0_needs_no_unit() -> None:
-    (scene,) = config_of({"start": 0, "prompt": "a"}).prompt_segments
-    assert (scene.start, type(scene.start)) == (0.0, float)
-
-
-def test_the_default_video_is_what_the_readme_promises() -> None:
-    config = load_config(ROOT / "configs" / "tiny.yaml", check_model=False)
-    sampling = config.sampling
-    assert (sampling.height, sampling.width, sampling.num_frames) == (128, 128, 33)
-    assert sampling.num_inference_steps >= 20
-    assert sampling.guidance_scale > 1
-    assert config.continuity.mode == "history"
-    assert (config.num_segments, config.num_frames_total) == (4, 105)
-    assert len(set(prompts(config))) == 2
-
-
 def test_prompts_hold_from_the_segment_that_contains_their_start() -> None:
     # 33 frames a segment at 16 fps: segment 1 is from 2.0625 s to 4.125 s.
-    first, last = {"start": "0s", "prompt": "a"}, {"segment": 3, "prompt": "c"}
-    for start in ("2.1s", "4.1s"):
-        assert prompts(config_of(first, {"start": start, "prompt": "b"}, last)) == ("a", "b", "b", "c")
+    for zero, start in ((0, "2.1s"), ("0s", "4.1s")):  # 0 needs no unit
+        first, last = {"start": zero, "prompt": "a"}, {"segment": 3, "prompt": "c"}
+        config = config_of(first, {"start": start, "prompt": "b"}, last)
+        assert prompts(config) == ("a", "b", "b", "c")
+        assert type(config.prompt_segments[0].start) is float
 
 
 def test_a_storyboard_changes_more_than_the_prompt() -> None:
@@ -86,32 +74,6 @@ def test_an_endless_video_has_no_number_of_segments_and_survives_writing(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"video": {}}, "neither num_segments nor duration"),
-        ({"video": {"num_segments": None}, "cache": {"policy": "warmstart_reuse", "reuse_window": 1}}, "the window 0"),
-        ({"engine": {"cfg_parallel": True}, "model": {"device": "cpu"}}, "needs two GPUs"),
-        (
-            {"engine": {"cfg_parallel": True}, "cache": {"policy": "warmstart_reuse", "reuse_window": 1}},
-            "with two GPUs it must be 0",
-        ),
-        (
-            {
-                "cache": {"policy": "warmstart_reuse", "reuse_window": 1},
-                "prompt_segments": [{"segment": 0, "prompt": "a", "guidance_scale": 1.0}],
-            },
-            "both must be above 1 or neither",
-        ),
-    ],
-)
-def test_what_cannot_be_together_is_refused(change: dict[str, object], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        Config.model_validate(
-            {"video": {"num_segments": 4}, "prompt_segments": [{"segment": 0, "prompt": "a"}]} | change
-        )
-
-
-@pytest.mark.parametrize(
     ("continuity", "duration", "segments", "frames"),
     [
         ({"mode": "none"}, "2.0625s", 1, 33),
@@ -130,17 +92,15 @@ def test_a_duration_is_covered(continuity: dict[str, object], duration: str, seg
 
 def test_segments_that_reuse_residuals_alone_are_clips_of_their_own() -> None:
     cache = {"policy": "warmstart_reuse", "reuse_window": 2, "inner": "always"}
-    config = config_of(
-        {"segment": 0, "prompt": "a"}, video={"num_segments": 3}, continuity={"mode": "warm_start"}, cache=cache
-    )
-    assert config.num_frames_total == 3 * 33
+    config = config_of({"segment": 0, "prompt": "a"}, continuity={"mode": "warm_start"}, cache=cache)
+    assert config.num_frames_total == 4 * 33
     assert not config.layout.denoise_needs_frames
 
 
 @pytest.mark.parametrize(("source", "needs"), [("hybrid", True), ("reencode", True), ("latent", False)])
 def test_what_is_encoded_anew_must_be_decoded_first(source: str, needs: bool) -> None:
     continuity = {"mode": "overlap", "overlap_source": source}
-    config = config_of({"segment": 0, "prompt": "a"}, video={"num_segments": 3}, continuity=continuity)
+    config = config_of({"segment": 0, "prompt": "a"}, continuity=continuity)
     assert config.layout.denoise_needs_frames == needs
 
 
@@ -152,21 +112,9 @@ def test_sections_can_be_given_as_objects_and_are_frozen() -> None:
         config.sampling.seed = 3
 
 
-@pytest.mark.parametrize(
-    ("given", "count"),
-    [
-        (5, 5),
-        ("256MiB", 2**28),
-        ("1GiB", 2**30),
-        ("1e6", 10**6),
-        (1e6, 10**6),
-        ("1.5kB", 1500),
-        ("0", 0),
-        ("1 GB", 10**9),
-    ],
-)
-def test_bytes_are_read_with_their_units(given: object, count: int) -> None:
-    assert StoreOptions.model_validate({"host_bytes": given}).host_bytes == count
+def test_bytes_are_read_with_their_units() -> None:
+    read = {5: 5, 1e6: 10**6, "0": 0, "1e6": 10**6, "1.5kB": 1500, "1 GB": 10**9, "256MiB": 2**28, "1GiB": 2**30}
+    assert {given: StoreOptions.model_validate({"host_bytes": given}).host_bytes for given in read} == read
 
 
 @pytest.mark.parametrize("given", ["", "MiB", "-1", "1XB", "0.3B", "1e99", "1TiBs", True, None, 0.5, -1, 2**60])
@@ -175,11 +123,9 @@ def test_what_is_no_number_of_bytes_is_refused(given: object) -> None:
         StoreOptions.model_validate({"host_bytes": given})
 
 
-@pytest.mark.parametrize(
-    ("given", "seconds"), [("6.5s", 6.5), ("2m", 120), ("1m30s", 90), ("1h", 3600), ("0s", 0), (" 3s ", 3)]
-)
-def test_durations_are_read_with_their_units(given: str, seconds: float) -> None:
-    assert parse_duration(given) == seconds
+def test_durations_are_read_with_their_units() -> None:
+    read = {"6.5s": 6.5, "2m": 120, "1m30s": 90, "1h": 3600, "0s": 0, " 3s ": 3}
+    assert {given: parse_duration(given) for given in read} == read
 
 
 @pytest.mark.parametrize("given", ["", "s", "5", "-1s", "1s2m", "1e3s", "8000000000s", "1d", "٣s", "1 s"])
@@ -208,9 +154,8 @@ def test_written_yaml_is_read_back_exactly(data: dict[str, object]) -> None:
 
 def test_plain_scalars_mean_what_they_look_like() -> None:
     values = {"1e6": 1e6, "true": True, "~": None, "": None, "007": 7, "-.5": -0.5}
-    for plain, value in (
-        values | {text: text for text in ("no", "on", "1:30", "0x10", "2026-01-01", "=", "<<")}
-    ).items():
+    values |= {text: text for text in ("no", "on", "1:30", "0x10", "2026-01-01", "=", "<<")}
+    for plain, value in values.items():
         document = parse(f"key: {plain}\n")
         assert document.mistakes == []
         assert document.data == {"key": value}
@@ -229,3 +174,60 @@ def test_options_are_written_over_the_file() -> None:
 def test_options_alone_are_enough() -> None:
     options = ["video.num_segments=1", "prompt_segments.0.segment=0", "prompt_segments.0.prompt=a cat"]
     assert prompts(load_config(None, options, check_model=False)) == ("a cat",)
+
+
+# Where runs are written
+
+
+def problem_of(option: str | None, environ: dict[str, str]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        output_root(option, environ)
+    (problem,) = caught.value.problems
+    return problem
+
+
+def test_the_option_comes_before_the_variable_before_the_home(tmp_path: Path) -> None:
+    environ = {"HOME": str(tmp_path / "home"), "EDIT_RAY_OUTPUT": str(tmp_path / "variable")}
+    assert output_root(str(tmp_path / "option"), environ) == tmp_path / "option"
+    assert output_root(None, environ) == tmp_path / "variable"
+    assert output_root(None, environ | {"EDIT_RAY_OUTPUT": ""}) == tmp_path / "home" / "edit_ray_outputs"
+    assert output_root("~/mine", environ) == tmp_path / "home" / "mine"
+
+
+def test_the_root_is_absolute_private_and_left_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = output_root("a/../b", {})
+    assert root == tmp_path / "b"
+    assert root.stat().st_mode & 0o777 == 0o700
+    assert list(root.iterdir()) == []
+    assert output_root("b", {}) == root
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    said = f"--output is {str(file)!r}, a file; it must be a folder that can be written."
+    assert problem_of(str(file), {}) == said
+    assert "below a file" in problem_of(None, {"EDIT_RAY_OUTPUT": str(file / "below")})
+
+
+@pytest.mark.parametrize("option", ["/proc/edit_ray", "/sys/edit_ray", "/dev/null/x", "", "  ", "nul\0l", "x" * 300])
+def test_what_is_no_path_or_cannot_be_written_even_by_root_is_refused(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert problem_of(option, {}).startswith("--output is ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ray_job_s_unpacked_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tmp_path / "session_1" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    problem = problem_of("out", {})
+    assert "'out'" in problem
+    assert "inside a Ray job's unpacked files" in problem
+    assert not (job / "out").exists()
+    (tmp_path / "link").symlink_to(job)
+    assert "inside a Ray job" in problem_of(str(tmp_path / "link" / "out"), {})
+    assert output_root(str(tmp_path / "out"), {}) == tmp_path / "out"

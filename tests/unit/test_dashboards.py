@@ -49,13 +49,9 @@ def test_a_dashboard_asks_for_its_datasource_job_and_instance(board):
     made = json.loads(board.to_json())
     assert "__inputs" not in board.to_json()
     variables = {variable["name"]: variable for variable in made["templating"]["list"]}
-    assert {name: variable["type"] for name, variable in variables.items()} == {
-        "datasource": "datasource",
-        "job": "query",
-        "run": "query",
-        "instance": "query",
-    }
-    assert all(variables[name]["includeAll"] and variables[name]["multi"] for name in ("job", "run", "instance"))
+    assert variables.pop("datasource")["type"] == "datasource"
+    assert variables.keys() == {"job", "run", "instance"}
+    assert all(of["type"] == "query" and of["includeAll"] and of["multi"] for of in variables.values())
     assert all('run_id=~"$run"' in target.expr for panel in board.panels for target in panel.targets)
     for panel in made["panels"]:
         if panel["type"] != "row":
@@ -75,15 +71,11 @@ def test_a_dashboard_asks_for_its_datasource_job_and_instance(board):
         assert panel.unit in UNITS
         assert panel.targets
         assert all(target.legend for target in panel.targets)
-
-
-@pytest.mark.parametrize("board", DASHBOARDS, ids=lambda board: board.name)
-def test_panels_do_not_overlap(board):
     taken = set()
-    for place in (panel["gridPos"] for panel in json.loads(board.to_json())["panels"]):
+    for place in (panel["gridPos"] for panel in made["panels"]):
         columns, rows = range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"])
         cells = {(x, y) for x in columns for y in rows}
-        assert taken.isdisjoint(cells)
+        assert taken.isdisjoint(cells), "panels do not overlap"
         assert all(0 <= x < 24 for x, _ in cells)
         taken |= cells
 
@@ -128,24 +120,14 @@ def test_rules_name_what_there_is():
         for name in re.findall(r"(?<!:)edit_ray_\w+", expr):
             assert name in CATALOG or re.sub(r"_(bucket|sum|count)$", "", name) in CATALOG
         assert set(re.findall(r"edit_ray:[\w:]+", expr)) <= set(RECORDED)
-    assert {alert.name for alert in ALERTS} == {
-        "GenerationStalled",
-        "TierNearlyFull",
-        "PrefetchLate",
-        "ActorRestarting",
-        "SegmentFailures",
-        "TargetDown",
-    }
+    names = {"GenerationStalled", "TierNearlyFull", "PrefetchLate", "ActorRestarting", "SegmentFailures", "TargetDown"}
+    assert {alert.name for alert in ALERTS} == names
 
 
 def test_durations_stand_in_one_place():
     assert [span(seconds) for seconds in (0.25, 2, 90, 300)] == ["250ms", "2s", "90s", "5m"]
     text = rules_yaml(Durations(**dict.fromkeys(vars(Durations()), 7)))
-    assert set(re.findall(r"\[(\w+)\]|^ +for: (\w+)$|interval: (\w+)$", text, re.MULTILINE)) == {
-        ("7s", "", ""),
-        ("", "7s", ""),
-        ("", "", "7s"),
-    }
+    assert set(re.findall(r"(?:\[|^ +for: |interval: )(\w+)(?:\]|$)", text, re.MULTILINE)) == {"7s"}
 
 
 @pytest.mark.parametrize(
@@ -154,9 +136,12 @@ def test_durations_stand_in_one_place():
     ids=" ".join,
 )
 def test_promtool_agrees(arguments):
-    checked = subprocess.run(
-        [need("promtool"), *arguments], cwd=MONITORING / "prometheus", capture_output=True, text=True, timeout=60
-    )
+    promtool(*arguments)
+
+
+def promtool(*arguments):
+    command = [need("promtool"), *arguments]
+    checked = subprocess.run(command, cwd=MONITORING / "prometheus", capture_output=True, text=True, timeout=60)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
@@ -179,9 +164,7 @@ def test_a_selected_run_limits_a_panel_to_the_times_at_which_it_was_live(tmp_pat
     inputs = [{"series": name, "values": values} for name, values in series.items()]
     cases = [{"interval": "1m", "input_series": inputs, "promql_expr_test": asked}]
     (tmp_path / "test.yml").write_text(json.dumps({"rule_files": [], "evaluation_interval": "1m", "tests": cases}))
-    command = [need("promtool"), "test", "rules", str(tmp_path / "test.yml")]
-    checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+    promtool("test", "rules", str(tmp_path / "test.yml"))
 
 
 def test_nothing_has_a_password_or_listens_to_everybody():
@@ -192,9 +175,8 @@ def test_nothing_has_a_password_or_listens_to_everybody():
 
 
 def test_without_a_clone_the_command_says_what_it_needs(tmp_path):
-    shutil.copytree(
-        ROOT / "edit_ray", tmp_path / "edit_ray", ignore=shutil.ignore_patterns("node_modules", "*.safetensors")
-    )
+    ignored = shutil.ignore_patterns("node_modules", "*.safetensors")
+    shutil.copytree(ROOT / "edit_ray", tmp_path / "edit_ray", ignore=ignored)
     command = [sys.executable, "-c", "from edit_ray.cli.main import main; raise SystemExit(main(['dashboards']))"]
     installed = {**os.environ, "PYTHONPATH": str(tmp_path)}
     ran = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True, timeout=60)

@@ -10,15 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from edit_ray.cache import DiskOffloadStore
 from edit_ray.tiers.entry_file import file_name
-from tests.unit.entry_folder import files_in, lost
+from tests.unit.entry_folder import files_in, lost, on_disk
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
-
-
-def make(path):
-    return DiskOffloadStore(path, allow_tmpfs=True)
 
 
 class Executed:
@@ -93,7 +88,7 @@ def damage_some(folder, seed, count):
     """Put `count` entries, damage half of the files or more, read all; how often which was done, how many differed."""
     chosen = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    store, expected, done = make(folder), {}, Counter()
+    store, expected, done = on_disk(folder), {}, Counter()
     for number in range(count):
         shape = chosen.choice([(), (7,), (3, 50), (50, 3), (1024,), (2, 9, 70), (4, 0)])
         tensor = (torch.randn(shape, generator=generator) * 50).to(chosen.choice(DTYPES))
@@ -109,7 +104,7 @@ def damage_some(folder, seed, count):
     damaged = {key for key, content in whole.items() if (folder / file_name(key)).read_bytes() != content}
     if seed % 2:
         store.close()
-        store = make(folder)
+        store = on_disk(folder)
     for key, tensor in expected.items():
         found = store.get(key)
         if key in damaged:
@@ -133,17 +128,8 @@ def test_damaged_entries_are_misses(tmp_path, rounds):
     assert sum(number for _, number in results) >= 45 * rounds
 
 
-@pytest.mark.parametrize("change", [-1, 1, -5000, 4096])
-def test_a_file_of_another_length_goes_when_the_folder_is_opened(tmp_path, change):
-    make(tmp_path).put(("a",), torch.ones(5000))
-    (path,) = files_in(tmp_path)
-    os.truncate(path, path.stat().st_size + change)
-    store = make(tmp_path)
-    assert (len(store), store.files.faults["length"], path.exists()) == (0, 1, False)
-
-
 def test_an_earlier_file_of_the_same_key_is_not_taken_for_the_later(tmp_path):
-    store = make(tmp_path)
+    store = on_disk(tmp_path)
     store.put(("a",), torch.zeros(4))
     (path,) = files_in(tmp_path)
     earlier = path.read_bytes()
@@ -157,7 +143,7 @@ def test_a_length_out_of_bounds_takes_no_memory(tmp_path, length):
     path = tmp_path / file_name(("a",))
     path.write_bytes(length.to_bytes(8, "little") + b"{}")
     tracemalloc.start()
-    store = make(tmp_path)
+    store = on_disk(tmp_path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
     assert (len(store), lost(store), files_in(tmp_path)) == (0, 1, [])
@@ -169,7 +155,7 @@ def test_names_like_ours_that_are_no_files_stay(tmp_path):
     (tmp_path / file_name(("a",))).symlink_to(target)
     (tmp_path / file_name(("b",))).mkdir()
     os.mkfifo(tmp_path / file_name(("c",)))
-    store = make(tmp_path)
+    store = on_disk(tmp_path)
     assert (len(store), lost(store), len(files_in(tmp_path))) == (0, 0, 4)
     store.put(("a",), torch.ones(3))
     assert torch.equal(store.get(("a",)), torch.ones(3))

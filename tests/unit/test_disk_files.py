@@ -19,7 +19,7 @@ from edit_ray import files
 from edit_ray.cache import DiskOffloadStore
 from edit_ray.tiers.disk_tier import LOCK, EntryFolder
 from edit_ray.tiers.entry_file import LONGEST_HEADER, DirectFiles, DiskFull, aligned_buffer, is_tmpfs, memory_of
-from tests.unit.entry_folder import Calls, files_in, lost
+from tests.unit.entry_folder import Calls, NoListing, files_in, lost
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -295,11 +295,6 @@ def test_a_direct_read_of_an_odd_size_stays_in_its_room(tmp_path):
     assert (neighbours[3 * 4096 :] == 77).all()
     with pytest.raises(ValueError, match=r"into has 4096 bytes; .* needs 8192"):
         store.files.read(KEY, memory_of(neighbours)[:4096])
-
-
-class NoListing(files.Disk):
-    def listdir(self, path):
-        raise OSError(errno.EIO, "Input/output error", str(path))
 
 
 def test_a_folder_that_could_not_be_listed_is_free_at_once(tmp_path):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from edit_ray import files
-from edit_ray.tiers.arena import Arena
 from edit_ray.tiers.disk_tier import DiskTier
 from edit_ray.tiers.entry_file import aligned_buffer, file_name, memory_of
 from tests.unit.entry_folder import Calls, files_in
@@ -59,29 +58,6 @@ def open_tier(tmp_path):
     yield open_tier
     for tier in tiers:
         tier.close()
-
-
-def test_from_arena_to_file_and_back(open_tier, tmp_path):
-    tier = open_tier()
-    with Arena.create(64 * PAGE, tmp_path) as arena:
-        size, source, target = 4 * PAGE, 0, 8 * PAGE
-        for number, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)):
-            for shape in ((3, 50), (), (0,), (2, PAGE // dtype.itemsize), (1, 777)):
-                key, value = ("run", number, None, *shape), (torch.randn(shape) * 10).to(dtype)
-                arena.memory(source, size)[:] = b"?" * size
-                arena.memory(4 * PAGE, 12 * PAGE)[:] = b"?" * 12 * PAGE
-                arena.tensor(source, dtype, shape).copy_(value)
-                assert tier.write(key, arena.memory(source, size), dtype, shape).result()
-                entry = tier.read(key, arena.memory(target, size)).result()
-                assert entry == tier.files.entry(key)
-                assert (entry.dtype, entry.shape, entry.nbytes) == (dtype, shape, value.nbytes)
-                assert torch.equal(arena.tensor(target, *(entry.dtype, entry.shape)), value)
-                assert set(arena.memory(12 * PAGE, 4 * PAGE)) == {ord("?")}
-    assert tier.files.bytes_resident == sum(entry.nbytes for entry in tier.files.entries().values())
-    entries = tier.files.entries()
-    tier.close()
-    tier = open_tier()
-    assert tier.files.entries() == entries
 
 
 def test_many_entries_at_once_over_all_threads(open_tier, tmp_path):
@@ -176,7 +152,7 @@ def test_closing_with_a_full_queue_cancels_what_waits_and_leaves_no_drafts(open_
     assert begun.result()
     assert {path.name for path in files_in(tmp_path)} == {file_name((name,)) for name in ("a", "b")}
     for call in (lambda: write(tier, ("a",), 1), lambda: tier.read(("a",), filled(0)), lambda: tier.drop(("a",))):
-        with pytest.raises(RuntimeError, match="is closed"):
+        with pytest.raises(RuntimeError, match=r"is closed|after shutdown"):
             call()
     assert read(open_tier(), ("a",)) == 1
 
@@ -185,9 +161,6 @@ def test_memory_that_is_too_short_is_refused(open_tier, tmp_path):
     tier = open_tier()
     with pytest.raises(ValueError, match=r"memory has 4096 bytes; \('a',\) needs 8192"):
         tier.write(("a",), filled(0), torch.float32, (1025,)).result()
-    assert write(tier, ("a",), 1, 2 * PAGE).result()
-    with pytest.raises(ValueError, match=r"into has 4096 bytes; .* needs 8192"):
-        tier.read(("a",), filled(0)).result()
     with pytest.raises(TypeError):
         tier.write((1.5,), filled(0), torch.uint8, (1,))
-    assert len(files_in(tmp_path)) == 1
+    assert files_in(tmp_path) == []

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from edit_ray import EditWanPipeline
 from edit_ray.engine.continuity import (
     ContextLatents,
     check_context,
@@ -19,8 +18,9 @@ from edit_ray.engine.continuity import (
 )
 from edit_ray.errors import EditRayError
 from edit_ray.testing import save_random_wan
+from tests.calls import latents, load
 
-SIZE = {"height": 32, "width": 32, "num_frames": 17, "num_inference_steps": 3, "max_sequence_length": 32}
+SIZE = {"num_frames": 17, "num_inference_steps": 3}
 KINDS = {
     "unipc": {},
     "flow-match-euler": {},
@@ -78,15 +78,13 @@ def test_the_tail_is_the_end_of_the_stream_bit_for_bit(tmp_path_factory, lengths
 
 
 def test_what_is_no_latents_file_is_named(tmp_path):
-    path = tmp_path / "a.safetensors"
-    with pytest.raises(EditRayError, match="cannot read the latents"):
-        load_latents(path)
-    path.write_bytes(b"\0" * 64)
-    with pytest.raises(EditRayError, match="cannot read the latents"):
-        load_latents(path)
-    save_file({"latents": torch.zeros(2, 3)}, path)
-    with pytest.raises(EditRayError, match=r"not float32 \[1, C, t, h, w\]"):
-        load_latents(path)
+    missing, damaged, other = (tmp_path / name for name in "abc")
+    damaged.write_bytes(b"\0" * 64)
+    save_file({"latents": torch.zeros(2, 3)}, other)
+    cannot, shape = "cannot read the latents", r"not float32 \[1, C, t, h, w\]"
+    for path, says in ((missing, cannot), (damaged, cannot), (other, shape)):
+        with pytest.raises(EditRayError, match=says):
+            load_latents(path)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +94,7 @@ def pipes(tmp_path_factory):
     class Pipes(dict):
         def __missing__(self, kind):
             folder = save_random_wan(tmp_path_factory.mktemp("wan"), **KINDS[kind])
-            pipe = self[kind] = EditWanPipeline.from_pretrained(folder)
-            pipe.set_progress_bar_config(disable=True)
+            pipe = self[kind] = load(folder)
             if kind == "flow-match-euler":
                 pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
             return pipe
@@ -118,23 +115,18 @@ def continued(request, pipes):
 
 
 def generate(pipe, **kwargs) -> torch.Tensor:
-    arguments = {"prompt": "a red circle", "output_type": "latent", "latents": noise(), "guidance_scale": 4.0}
-    return pipe(**(arguments | SIZE | kwargs)).frames
+    return latents(pipe, **(SIZE | {"latents": noise(), "guidance_scale": 4.0} | kwargs))
 
 
 def forwards_of(pipe, **kwargs):
     """The latents of a call, and the arguments of its forwards."""
-    seen = []
-    experts = [expert for expert in (pipe.transformer, pipe.transformer_2) if expert is not None]
-    handles = [
-        expert.register_forward_pre_hook(lambda _module, _args, given: seen.append(given), with_kwargs=True)
-        for expert in experts
-    ]
-    try:
-        return generate(pipe, **kwargs), seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    seen, experts = [], [expert for expert in (pipe.transformer, pipe.transformer_2) if expert is not None]
+    note = {"hook": lambda _module, _args, given: seen.append(given), "with_kwargs": True}
+    handles = [expert.register_forward_pre_hook(**note) for expert in experts]
+    made = generate(pipe, **kwargs)
+    for handle in handles:
+        handle.remove()
+    return made, seen
 
 
 def test_a_noisy_context_is_as_noisy_as_the_step_and_clean_at_the_end(pipe):
@@ -203,28 +195,6 @@ def test_the_noise_of_the_new_slots_is_that_of_the_whole_window(pipes):
     assert all(torch.equal(drawn, latents) for latents in given_)
 
 
-def test_it_equals_a_velocity_that_leads_to_the_context(pipe):
-    """The same thing said otherwise: in the first slots the model would have said noise minus context."""
-    context = noise(2, seed=1)
-    velocity = noise()[:, :, :2] - context
-
-    def override(module, args, output):
-        return (torch.cat([velocity, output[0][:, :, 2:]], dim=2),)
-
-    experts = [expert for expert in (pipe.transformer, pipe.transformer_2) if expert is not None]
-    handles = [expert.register_forward_hook(override) for expert in experts]
-    try:
-        started = noise()
-        pipe.scheduler.set_timesteps(SIZE["num_inference_steps"])
-        first = float(pipe.scheduler.sigmas[0])
-        started[:, :, :2] = (1 - first) * context + first * started[:, :, :2]
-        expected = generate(pipe, latents=started)
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert torch.allclose(generate(pipe, overlap=context), expected, atol=1e-5)
-
-
 def test_what_makes_no_sense_is_refused(continued):
     pipe, name = continued
     with pytest.raises(ValueError, match="both given"):
@@ -240,11 +210,7 @@ def test_models_without_per_token_timesteps_refuse_history(pipes):
         generate(pipes["unipc"], history=noise(2))
 
 
-def test_frames_cover_the_whole_window(pipes):
-    assert generate(pipes[HISTORY[0]], history=noise(2), output_type="np").shape == (1, 17, 32, 32, 3)
-
-
 def test_bfloat16_keeps_history_in_full_precision(tmp_path):
     folder = save_random_wan(tmp_path, expand_timesteps=True)
-    pipe, history = EditWanPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16), noise(2, seed=1)
+    pipe, history = load(folder, torch_dtype=torch.bfloat16), noise(2, seed=1)
     assert torch.equal(generate(pipe, history=history)[:, :, :2], history.to(generate(pipe).dtype))

@@ -1,19 +1,21 @@
 """The engine that a GPU actor wraps: segments equal the library's, errors end segments and not the engine."""
 
 import copy
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
 
 from edit_ray.engine import segment
 from edit_ray.engine.decode import to_uint8
-from edit_ray.engine.loading import choose_device, choose_dtype, load_pipeline, usable_cores, with_flow_shift
+from edit_ray.engine.loading import choose_device, load_pipeline, usable_cores, with_flow_shift
 from edit_ray.engine.options import ModelOptions, SamplingOptions
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.errors import ModelError, RunCancelled, SegmentFailed
 from edit_ray.runs.run_plan import FrameLayout
-from edit_ray.testing import save_random_wan
 from tests.decoding import decode_at_once
 
 PROMPTS = ("a red circle", "a blue square")
@@ -21,17 +23,12 @@ SAMPLING = SamplingOptions(
     height=32, width=48, num_frames=9, num_inference_steps=3, guidance_scale=4.0, negative_prompt="black"
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("wan"), expand_timesteps=True)
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return load_pipeline(ModelOptions(path=str(folder), device="cpu"))
+def loaded(model):
+    return load_pipeline(ModelOptions(path=str(model), device="cpu"))
 
 
 @pytest.fixture
@@ -150,17 +147,9 @@ def test_a_lost_or_misplaced_decoder_is_rebuilt(engine, stream):
         engine.decode("run", parts[1][1], position=3)
 
 
-def test_without_a_run_every_segment_is_a_stream_of_its_own(engine, stream):
-    (_, first), (_, second), *_ = stream[0]
-    for latents in (first, second):
-        assert torch.equal(engine.decode(None, latents), frames_at_once(engine, latents))
-    engine.decode("run", first)
-    assert torch.equal(engine.decode("run", second), frames_at_once(engine, second)), "position 0 begins anew"
-
-
-def test_threads_are_set_and_default_to_all_cores(folder):
+def test_threads_are_set_and_default_to_all_cores(model):
     before = torch.get_num_threads()
-    options = ModelOptions(path=str(folder), device="cpu", torch_dtype="bfloat16")
+    options = ModelOptions(path=str(model), device="cpu", torch_dtype="bfloat16")
     try:
         for given, expected in ((None, usable_cores()), (1, 1)):
             engine = SegmentEngine.load(options, given)
@@ -182,46 +171,56 @@ def test_flow_shift_is_called_shift_by_flow_match_euler():
     assert not torch.equal(rebuilt.sigmas, noise_scheduler.sigmas)
 
 
-def test_a_model_that_cannot_be_used_is_named(tmp_path, folder):
-    (tmp_path / "model_index.json").write_text(
-        '{"_class_name": "WanPipeline", "vae": ["diffusers", "AutoencoderKLWan"]}'
-    )
+def test_a_model_that_cannot_be_used_is_named(tmp_path, model):
+    index = '{"_class_name": "WanPipeline", "vae": ["diffusers", "AutoencoderKLWan"]}'
+    (tmp_path / "model_index.json").write_text(index)
     with pytest.raises(ModelError, match="cannot be loaded as a Wan model"):
         load_pipeline(ModelOptions(path=str(tmp_path), device="cpu"))
     with pytest.raises(ModelError, match="'float16'; it must be one of float32, bfloat16"):
-        load_pipeline(ModelOptions(path=str(folder), device="cpu", torch_dtype="float16"))
+        load_pipeline(ModelOptions(path=str(model), device="cpu", torch_dtype="float16"))
 
 
-def test_devices_and_types():
-    assert choose_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
-    assert choose_device("cpu") == torch.device("cpu")
-    if torch.cuda.is_available():
-        assert choose_device("auto").type == "cuda"
-    else:
-        assert choose_device("auto").type == "cpu"
-        with pytest.raises(ModelError, match="no CUDA device"):
-            choose_device("cuda")
+def test_models_that_are_loaded_at_once_have_all_their_weights(model):
+    with ThreadPoolExecutor(3) as threads:
+        pipes = list(threads.map(load_pipeline, [ModelOptions(path=str(model), device="cpu")] * 6))
+    weights = [pipe.transformer.state_dict() for pipe in pipes]
+    assert all(not weight.is_meta for of_pipe in weights for weight in of_pipe.values())
+    assert all(weights[0][name].equal(other[name]) for other in weights[1:] for name in weights[0])
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_weights_that_are_a_pickle_are_refused_unread(model, tmp_path, part):
+    folder = shutil.copytree(model, tmp_path / "wan")
+    (weights,) = (folder / part).glob("*.safetensors")
+    name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+    torch.save(load_file(weights), weights.with_name(name))
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"safetensors"):
+        load_pipeline(ModelOptions(path=str(folder), device="cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_devices_without_cuda():
+    assert choose_device("cpu").type == choose_device("auto").type == "cpu"
+    with pytest.raises(ModelError, match="no CUDA device"):
+        choose_device("cuda")
 
 
 @pytest.mark.parametrize(("kept", "decoded"), [(1, 13), (2, 9)])
 def test_the_decoder_states_of_the_latest_runs_are_kept(engine, kept, decoded):
     """Three runs take turns; what was given up is made again from latents, one by one, to the same frames."""
     engine.max_live_decoders, count = kept, []
-    latents = {
-        run: torch.randn(1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(i)) for i, run in enumerate("abc")
-    }
+    latents = dict(zip("abc", torch.randn(3, 1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0)), strict=True))
     hook = engine.pipe.vae.decoder.register_forward_pre_hook(lambda *_: count.append(1))
     frames = {run: [] for run in latents}
+
+    def preceding(number):
+        return latents[run][:, :, position - number : position]
+
     for run in "ababcba":
-        of_run, position = latents[run], len(frames[run])
-        frames[run].append(
-            engine.decode(
-                run,
-                of_run[:, :, position : position + 1],
-                position=position,
-                preceding=lambda n, of_run=of_run, position=position: of_run[:, :, position - n : position],
-            )
-        )
+        position = len(frames[run])
+        new = latents[run][:, :, position : position + 1]
+        frames[run].append(engine.decode(run, new, position=position, preceding=preceding))
     assert len(count) == decoded
     hook.remove()
     for run, parts in frames.items():

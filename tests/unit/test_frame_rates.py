@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_ray.config import Config, dump_yaml, load_config
+from edit_ray.config import Config, load_config
 from edit_ray.errors import ConfigError
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Begun
 from edit_ray.video.encode import OutputOptions, encode, join, time_scale
 from edit_ray.video.fragments import Part, write_part
 from edit_ray.video.hls import StreamFiles
+from tests.unit.test_config import check_written
 from tests.unit.video_frames import FFMPEG, numbered, shown_by
 
 GIVEN = ["video.num_segments=3", "prompt_segments.0.segment=0", "prompt_segments.0.prompt=a red circle"]
@@ -25,27 +26,16 @@ def config_at(fps: object) -> Config:
     return load_config(None, [*GIVEN, f"sampling.fps={fps}"])
 
 
-@pytest.mark.parametrize(
-    ("written", "meant"),
-    [
-        ("23.976", FILM),
-        ("24000/1001", FILM),
-        ("29.97", TELEVISION),
-        ("12.5", 12.5),
-        ("24", 24),
-        ("25.0", 25),
-        ("50/2", 25),
-    ],
-)
+WRITTEN = {"23.976": FILM, "24000/1001": FILM, "29.97": TELEVISION, "12.5": 12.5, "24": 24, "25.0": 25, "50/2": 25}
+
+
+@pytest.mark.parametrize(("written", "meant"), WRITTEN.items())
 def test_a_frame_rate_is_read_as_it_is_written(written, meant, tmp_path):
     config = config_at(written)
     assert config.sampling.fps == meant
     assert isinstance(config.sampling.fps, int) == (meant == round(meant)), "a whole one stays what it was"
     assert config.layout.segments_for(60) == -(-60 * Fraction(meant).limit_denominator(1001) // 33)
-    assert Config.model_validate(config.model_dump(mode="json")) == config
-    path = tmp_path / "run.yaml"
-    path.write_text(dump_yaml(config))
-    assert load_config(path) == config
+    check_written(config, tmp_path)
 
 
 @pytest.mark.parametrize(

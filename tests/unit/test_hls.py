@@ -13,7 +13,7 @@ PARTS = [Part("segments/00000-t0.m4s", 0, 33), Part("segments/00001-t0.m4s", 33,
 
 
 def test_the_whole_text_of_an_event():
-    assert EVENT.text(PARTS, ended=True) == (
+    assert EVENT.text(PARTS) == (
         "#EXTM3U\n"
         "#EXT-X-VERSION:7\n"
         "#EXT-X-TARGETDURATION:3\n"
@@ -25,7 +25,6 @@ def test_the_whole_text_of_an_event():
         "segments/00000-t0.m4s\n"
         "#EXTINF:1.500000,\n"
         "segments/00001-t0.m4s\n"
-        "#EXT-X-ENDLIST\n"
     )
 
 
@@ -49,11 +48,12 @@ def test_an_event_may_only_grow(before, after, was_ended, is_ended, reroll_from)
     old = [Part(f"{index}-t0", 8 * index, 8) for index in range(before)]
     new = [Part(f"{index}-t{int(index >= reroll_from)}", 8 * index, 8) for index in range(after)]
     grows = new[:before] == old and (not was_ended or (is_ended and new == old))
-    assert EVENT.may_replace(EVENT.text(new, ended=is_ended), EVENT.text(old, ended=was_ended)) == grows
+    text, present = EVENT.text(new) + ENDLIST * is_ended, EVENT.text(old) + ENDLIST * was_ended
+    assert EVENT.may_replace(text, present) == grows
 
 
 def test_a_sliding_one_may_change_until_it_has_ended():
-    ended = SLIDING.text(PARTS, ended=True)
+    ended = SLIDING.text(PARTS) + ENDLIST
     assert SLIDING.may_replace(SLIDING.text(PARTS[1:], first=1), SLIDING.text(PARTS))
     assert SLIDING.may_replace(ended, SLIDING.text(PARTS))
     assert SLIDING.may_replace(ended, ended)

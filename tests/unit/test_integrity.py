@@ -13,17 +13,8 @@ from edit_ray.cli.main import main
 from edit_ray.errors import HardwareDiffers, RunDamaged
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest_file import ManifestReader
-from edit_ray.testing import save_random_wan
-from tests.unit.test_actors import config_for
-from tests.unit.test_actors_recovery import REUSE, end_of, submit
+from tests.runs_here import REUSE, config_for, end_of, made, submit
 from tests.unit.test_manifest import line_of
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 class Stopping(LocalPool):
@@ -194,8 +185,7 @@ def test_other_weights_at_the_same_path_are_noticed_and_loaded_anew(tmp_path, mo
                 await crew.end()
                 crew = LocalPool()
                 crew.scheduler = SegmentSchedulerActor(crew)
-            await submit(crew.scheduler, tmp_path, run_id, config_for(own))
-            assert (await end_of(crew.scheduler, run_id)).state == "done"
+            await made(crew.scheduler, tmp_path, run_id, config_for(own))
         await crew.end()
 
     asyncio.run(both())

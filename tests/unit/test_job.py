@@ -50,8 +50,8 @@ def test_a_mistake_ends_with_code_2_and_a_sentence(arguments, words):
     assert all(any(word in line for line in lines) for word in words), done.stderr
 
 
-def test_nothing_that_others_wrote_is_obeyed_by_a_terminal(monkeypatch, capsys):
+def test_nothing_that_others_wrote_is_obeyed_by_a_terminal(monkeypatch, capsys, tmp_path):
     """Such as the prompts that it shows with each segment."""
-    monkeypatch.setattr(long_video, "_main", lambda _: print("segment 0 | \x1b]0;owned\x07\x1b[2J\u202e") or 0)
-    assert long_video.main([]) == 0
+    monkeypatch.setattr(long_video, "_run", lambda *_: print("segment 0 | \x1b]0;owned\x07\x1b[2J\u202e") or 0)
+    assert long_video.main(["--output", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "segment 0 | \\x1b]0;owned\\x07\\x1b[2J\\u202e\n"

@@ -1,7 +1,9 @@
-"""The house's rules that a linter of imports cannot see: what is really loaded, and how large things have grown."""
+"""The house's rules that a linter of imports cannot see: what is loaded, exported, and how large things have grown."""
 
 import ast
 import importlib
+import importlib.metadata
+import pkgutil
 import re
 import statistics
 import subprocess
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+import edit_ray
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "edit_ray"
@@ -91,16 +95,12 @@ def test_import_loads_neither_ray_nor_torch(names: list[str]) -> None:
     assert loaded == "[]"
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "runs").rglob("*.py")), ids=name_of)
-def test_runs_need_only_the_standard_library_and_pydantic(path: Path) -> None:
+def test_runs_need_only_the_standard_library_and_pydantic() -> None:
     """Pydantic reads a manifest of 100,000 lines in half the time that `json` alone takes."""
     allowed = ("edit_ray.errors", "edit_ray.files", "edit_ray.runs", "pydantic")
-    foreign = [
-        name
-        for name in imported_names(path)
-        if name.partition(".")[0] not in sys.stdlib_module_names and not name.startswith(allowed)
-    ]
-    assert foreign == []
+    names = {name for path in (PACKAGE / "runs").rglob("*.py") for name in imported_names(path)}
+    foreign = {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert {name for name in foreign if not name.startswith(allowed)} == set()
 
 
 def test_modules_and_functions_stay_small() -> None:
@@ -132,9 +132,8 @@ EVERYWHERE = {"actors/denoiser.py", "engine/cfg_parallel.py", "engine/fast_trans
 
 def test_what_only_a_gpu_runs_is_named() -> None:
     """In CONTRIBUTING.md, by module, with the names in it and the tests that run them."""
-    section = (
-        (ROOT / "CONTRIBUTING.md").read_text().partition("## What only a GPU runs through")[2].partition("\n## ")[0]
-    )
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    section = page.partition("## What only a GPU runs through")[2].partition("\n## ")[0]
     named = set(re.findall(r"`(\w+/[\w/]+\.py)`", section))
     asking = {str(path.relative_to(PACKAGE)) for path in MODULES if CUDA.search(path.read_text())}
     assert named == asking - EVERYWHERE
@@ -155,3 +154,25 @@ def test_everything_public_says_what_it_is() -> None:
         if tree.body and ast.get_docstring(tree) is None:
             silent.append(name_of(path))
     assert silent == []
+
+
+PACKAGES = ["edit_ray", *(info.name for info in pkgutil.walk_packages(edit_ray.__path__, "edit_ray.") if info.ispkg)]
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_every_listed_name_exists_once(name: str) -> None:
+    package = importlib.import_module(name)
+    names = list(getattr(package, "__all__", []))
+    assert [name for name in names if not hasattr(package, name)] == []
+    assert len(names) == len(set(names))
+    assert set(names) <= set(dir(package)), "names that are loaded lazily belong in dir() too"
+
+
+def test_the_public_names_are_classes_that_say_what_they_are() -> None:
+    assert set(edit_ray.__all__) == {"EditCausalWanPipeline", "EditWanPipeline", "LongVideoClient", "__version__"}
+    for exported in (edit_ray.EditCausalWanPipeline, edit_ray.EditWanPipeline, edit_ray.LongVideoClient):
+        assert exported.__name__ in edit_ray.__all__
+        assert exported.__doc__
+    assert edit_ray.__version__ == importlib.metadata.version("edit_ray")
+    with pytest.raises(AttributeError, match="EditWanPipelin"):
+        edit_ray.EditWanPipelin  # noqa: B018

@@ -18,24 +18,19 @@ def layouts(draw: st.DrawFn) -> FrameLayout:
     return FrameLayout(4 * (latents - 1) + 1, history, draw(st.integers(1, 120)), init)
 
 
-def test_the_embedded_model_s_video_has_105_frames() -> None:
-    layout = FrameLayout(33, 3, 16)
-    assert layout.latent_frames == 9
-    assert [layout.frames_of(index) for index in range(4)] == [33, 24, 24, 24]
-    assert [layout.first_frame(index) for index in range(4)] == [0, 33, 57, 81]
-    assert layout.total_frames(4) == 105
-
-
-def test_without_history_every_segment_adds_all_its_frames() -> None:
-    layout = FrameLayout(81, 0, 16)
-    assert [layout.frames_of(0), layout.frames_of(5), layout.total_frames(6)] == [81, 81, 486]
-
-
-def test_a_clip_that_is_continued_is_no_part_of_the_video() -> None:
-    layout = FrameLayout(33, 3, 16, init_latents=3)
-    assert [layout.frames_of(index) for index in range(3)] == [24, 24, 24]
-    assert [layout.first_latent(index) for index in range(3)] == [3, 9, 15]
-    assert FrameLayout(33, 3, 16, init_latents=1).total_frames(4) == 32 + 3 * 24
+@pytest.mark.parametrize(
+    ("layout", "frames_of", "first_latents"),
+    [
+        (FrameLayout(33, 3, 16), [33, 24, 24, 24], [0, 9, 15, 21]),  # the embedded model's video, of 105 frames
+        (FrameLayout(81, 0, 16), [81, 81, 81, 81], [0, 21, 42, 63]),
+        (FrameLayout(33, 3, 16, init_latents=3), [24, 24, 24, 24], [3, 9, 15, 21]),  # a clip is no part of the video
+        (FrameLayout(33, 3, 16, init_latents=1), [32, 24, 24, 24], [1, 9, 15, 21]),
+    ],
+)
+def test_layouts(layout: FrameLayout, frames_of: list[int], first_latents: list[int]) -> None:
+    assert [layout.frames_of(index) for index in range(4)] == frames_of
+    assert [layout.first_latent(index) for index in range(4)] == first_latents
+    assert layout.total_frames(4) == sum(frames_of)
 
 
 @given(layouts(), st.integers(0, 500))
@@ -60,17 +55,13 @@ def test_a_segment_s_first_and_last_frames_are_found_by_their_seconds(layout: Fr
     assert layout.frame_at(last / layout.fps) == last
 
 
-@given(layouts(), st.floats(0.001, 7 * 86400))
-def test_the_fewest_segments_cover_a_duration(layout: FrameLayout, duration_s: float) -> None:
+@given(layouts(), st.floats(0.001, 7 * 86400), st.integers(1, 100_000))
+def test_the_fewest_segments_cover_a_duration(layout: FrameLayout, duration_s: float, whole: int) -> None:
+    assert layout.segments_for(layout.total_frames(whole) / layout.fps) == whole
     num_segments = layout.segments_for(duration_s)
     assert num_segments >= 1
     assert layout.total_frames(num_segments) >= duration_s * layout.fps - 1e-6
     assert num_segments == 1 or layout.total_frames(num_segments - 1) < duration_s * layout.fps
-
-
-@given(layouts(), st.integers(1, 100_000))
-def test_a_whole_number_of_segments_is_its_own_cover(layout: FrameLayout, num_segments: int) -> None:
-    assert layout.segments_for(layout.total_frames(num_segments) / layout.fps) == num_segments
 
 
 def test_binary_rounding_makes_no_extra_segment() -> None:
@@ -102,13 +93,9 @@ def test_nothing_lies_before_the_start(call) -> None:
         call(-1)
 
 
-@pytest.mark.parametrize("run_id", ["a", "0", "my-run_2", "a" * 64])
-def test_a_good_run_id_is_returned(run_id: str) -> None:
-    assert check_run_id(run_id) == run_id
-
-
 @pytest.mark.parametrize("run_id", ["", "A", "-a", "_a", "a/b", "..", "a\n", "a b", "ä", "a" * 65, "a" * 10_000])
 def test_a_bad_run_id_is_named_in_one_short_line(run_id: str) -> None:
+    assert [check_run_id(good) for good in ("a", "0", "my-run_2", "a" * 64)] == ["a", "0", "my-run_2", "a" * 64]
     with pytest.raises(ValueError, match=r"must be 1 to 64 of a-z, 0-9, '_' and '-'") as caught:
         check_run_id(run_id)
     assert repr(run_id)[:60] in str(caught.value)

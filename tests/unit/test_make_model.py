@@ -17,6 +17,7 @@ from edit_ray.engine.segment import SegmentEngine
 from edit_ray.errors import ModelError
 from edit_ray.testing import VARIANTS, Variant, fill_random, make_model, meta_transformer
 from edit_ray.testing.made_model import save_random_weights
+from tests.calls import load
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 PUBLISHED = {
@@ -32,13 +33,8 @@ PUBLISHED = {
 PUBLISHED |= {"causal-1.3B": PUBLISHED["t2v-1.3B"], "causal-14B": PUBLISHED["t2v-14B"]}
 SMALL = Variant(
     {
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "ffn_dim": 48,
-        "num_layers": 2,
-        "text_dim": 32,
-        "freq_dim": 32,
-        "rope_max_seq_len": 64,
+        **{"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 48, "num_layers": 2},
+        **{"text_dim": 32, "freq_dim": 32, "rope_max_seq_len": 64},
     },
     flow_shift=3.0,
     vae={"base_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1},
@@ -80,8 +76,7 @@ def test_the_full_text_encoder_is_umt5_xxl():
 def test_a_made_model_loads_and_runs_in_bfloat16(tmp_path, text_encoder):
     make_model(tmp_path, SMALL, text_encoder=text_encoder, file_bytes=32_000)
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
-    pipe = EditWanPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(tmp_path, torch_dtype=torch.bfloat16)
     call = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2}
     if text_encoder == "none":
         with pytest.raises(ModelError, match="no text encoder"):
@@ -108,9 +103,8 @@ def test_every_kind_is_what_diffusers_loads(tmp_path, kind):
 
 
 def written(folder, **changes):
-    save_random_weights(
-        meta_transformer(SMALL), folder / "w", dtype=torch.float32, device=torch.device("cpu"), **changes
-    )
+    cpu = {"dtype": torch.float32, "device": torch.device("cpu")}
+    save_random_weights(meta_transformer(SMALL), folder / "w", **cpu, **changes)
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         found |= load_file(file)

@@ -14,23 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from edit_ray.errors import ConfigError
 from edit_ray.metrics.catalog import CATALOG
 from edit_ray.metrics.collect import STALE_S, ActorMetrics, MetricValues, Snapshot, series
-from edit_ray.metrics.exporter import Exporter, write_targets
-from edit_ray.metrics.options import MetricsOptions
+from edit_ray.metrics.exporter import Exporter, MetricsOptions, write_targets
 from tests.prometheus import need, samples_of
 
 TOKEN = "a token of many characters"
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
 
 
 @pytest.fixture
@@ -112,14 +99,14 @@ def test_an_actor_that_says_nothing_is_stale_and_not_frozen(serve, clock):
     exporter, _, actors = serve()
     held = series("edit_ray_tier_bytes", tier="host")
     moved = series("edit_ray_entries_dropped_total", reason="dead")
-    actors.take("cache_store", 0, Snapshot("1", 1, {moved: 3}, {held: 10}))
-    actors.take("cache_store", 1, Snapshot("9", 1, {moved: 4}, {held: 5}))
+    actors.take("cache_store", 0, Snapshot("1", {moved: 3}, {held: 10}))
+    actors.take("cache_store", 1, Snapshot("9", {moved: 4}, {held: 5}))
     samples = samples_of(exporter.page())
     assert samples("edit_ray_tier_bytes", tier="host") == 15
     assert samples("edit_ray_entries_dropped_total", reason="dead") == 7
     assert samples("edit_ray_actor_up", actor="cache_store") == 1
     clock.now += STALE_S + 1
-    actors.take("cache_store", 1, Snapshot("9", 2, {moved: 4}, {held: 6}))
+    actors.take("cache_store", 1, Snapshot("9", {moved: 4}, {held: 6}))
     samples = samples_of(exporter.page())
     assert samples("edit_ray_tier_bytes", tier="host") == 6
     assert samples("edit_ray_entries_dropped_total", reason="dead") == 7
@@ -128,7 +115,7 @@ def test_an_actor_that_says_nothing_is_stale_and_not_frozen(serve, clock):
     actors.take("cache_store", 1, None)
     clock.now += STALE_S + 1
     assert samples_of(exporter.page())("edit_ray_tier_bytes", tier="host") is None
-    actors.take("cache_store", 0, Snapshot("2", 1, {moved: 1}, {held: 1}))
+    actors.take("cache_store", 0, Snapshot("2", {moved: 1}, {held: 1}))
     samples = samples_of(exporter.page())
     assert samples("edit_ray_entries_dropped_total", reason="dead") == 8
     assert samples("edit_ray_actor_restarts_total", actor="cache_store") == 1

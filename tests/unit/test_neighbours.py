@@ -9,17 +9,10 @@ from pathlib import Path
 import pytest
 
 from edit_ray.runs.folder import RunFolder
-from edit_ray.testing import save_random_wan
 from tests.chaos.neighbours import config_of, make
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 REPOSITORY = Path(__file__).resolve().parents[2]
 APART = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
 
 
 @pytest.fixture(scope="module")

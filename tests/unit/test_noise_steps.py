@@ -85,27 +85,19 @@ def wan(**config):
     return scheduler
 
 
-def other_sigmas(scheduler, _step):
-    scheduler.sigmas = scheduler.sigmas * 0.9
+CHANGES = {
+    "other sigmas": lambda scheduler: setattr(scheduler, "sigmas", scheduler.sigmas * 0.9),
+    "sigmas in place": lambda scheduler: scheduler.sigmas.mul_(0.9),
+    "another type": lambda scheduler: scheduler.register_to_config(solver_type="bh1"),
+    "a lower order": lambda scheduler: setattr(scheduler, "lower_order_nums", 0),
+}
 
 
-def sigmas_in_place(scheduler, _step):
-    scheduler.sigmas.mul_(0.9)
-
-
-def other_type(scheduler, _step):
-    scheduler.register_to_config(solver_type="bh1")
-
-
-def lower_order(scheduler, _step):
-    scheduler.lower_order_nums = 0
-
-
-@pytest.mark.parametrize("change", [other_sigmas, sigmas_in_place, other_type, lower_order])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_a_callback_changes_acts_at_the_next_step(change):
     def at_the_third(scheduler, step):
         if step == 2:
-            change(scheduler, step)
+            change(scheduler)
 
     stock, ours = wan(), wan()
     wanted = steps_of(stock, torch.float32, between=at_the_third)

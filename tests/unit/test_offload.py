@@ -1,16 +1,18 @@
 """Blocks in host memory: the same bits, the bytes that the plan says, and the same weights afterwards."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_ray import EditWanPipeline
 from edit_ray.cache.loop_position import LoopStep
 from edit_ray.engine.offload import AHEAD, plan_loads, uses_of_loop
 from edit_ray.engine.options import ModelOptions, SamplingOptions
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.testing import save_random_wan
+from tests import calls
 
 STEPS, LAYERS = 6, 8
 MASK = [True, False, True, False, True, False]
@@ -59,15 +61,8 @@ def test_a_loop_uses_what_a_mask_computes():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("wan"), num_layers=LAYERS, two_experts=True)
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    pipe = EditWanPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def loaded(tmp_path_factory):
+    return calls.load(save_random_wan(tmp_path_factory.mktemp("wan"), num_layers=LAYERS, two_experts=True))
 
 
 @pytest.fixture
@@ -77,11 +72,7 @@ def pipe(loaded):
     loaded.disable_block_offload()
 
 
-def latents(pipe, steps=STEPS):
-    return pipe(
-        "a red circle", height=32, width=32, num_frames=5, num_inference_steps=steps, guidance_scale=4.0,
-        max_sequence_length=16, output_type="latent", generator=torch.manual_seed(0),
-    ).frames  # fmt: skip
+latents = partial(calls.latents, num_inference_steps=STEPS, guidance_scale=4.0)
 
 
 def sizes(pipe):
@@ -124,8 +115,9 @@ def test_what_a_mask_skips_is_not_copied(pipe):
     assert pipe.block_offload.copied_bytes <= computed * LAYERS * block
 
 
-def test_a_run_has_its_blocks_in_host_memory(folder):
+def test_a_run_has_its_blocks_in_host_memory(tmp_path):
     """And both experts in turn, in the room of one."""
+    folder = save_random_wan(tmp_path / "wan", num_layers=LAYERS, two_experts=True)
     sampling = SamplingOptions(height=32, width=32, num_frames=5, num_inference_steps=4)
     model = ModelOptions(path=str(folder), device="cpu")
     found = []

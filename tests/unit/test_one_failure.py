@@ -12,10 +12,8 @@ import pytest
 
 from edit_ray.testing import save_random_wan
 from tests.chaos.one_failure import Experiment
-from tests.unit.test_actors import config_for
+from tests.runs_here import ONE, config_for
 from tests.unit.test_power_loss import REUSING, SMALL
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 
 SLICE, SLICES = map(int, os.environ.get("SLICE", "1/20").split("/"))
 LIVES = {"plain": {}, "reuse": REUSING, "keep": {"output": {"keep_segments": 2}}}
@@ -25,10 +23,9 @@ def experiment(root, **changes):
     """A run of three segments, and one of a single segment that is served meanwhile."""
     model = save_random_wan(root / "wan", expand_timesteps=True)
     engine = {"cpu_threads": 1, "idle_exit_s": 3600, "gpu_actors": 2}
-    single = {"video": {"num_segments": 1}, "prompt_segments": [{"segment": 0, "prompt": "a red circle"}]}
     always = {"engine": engine, "metrics": {"enabled": False}}
     one = config_for(model, **{**SMALL, **changes}, **always)
-    return Experiment(root / "root", one, config_for(model, **{**SMALL, **single}, **always))
+    return Experiment(root / "root", one, config_for(model, **{**SMALL, **ONE}, **always))
 
 
 def test_one_failure_anywhere_costs_no_run_a_byte(tmp_path, caplog):

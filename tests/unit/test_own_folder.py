@@ -10,27 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from edit_ray.cache import DiskOffloadStore
 from edit_ray.config import load_config
 from edit_ray.errors import ConfigError
 from edit_ray.tiers.entry_file import file_name
 from edit_ray.tiers.options import StoreOptions
 from tests.store_here import StoreHere
-from tests.unit.entry_folder import files_in
+from tests.unit.entry_folder import files_in, on_disk
 from tests.unit.test_leases import RUN, leases_on, make_segment
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = ("run", 1, None)
 
 
-def make(path):
-    return DiskOffloadStore(path, allow_tmpfs=True)
-
-
 def test_a_folder_and_its_files_are_for_their_user_alone(tmp_path):
     before = os.umask(0o022)
     try:
-        make(tmp_path / "disk" / "tier").put(KEY, torch.ones(3))
+        on_disk(tmp_path / "disk" / "tier").put(KEY, torch.ones(3))
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "disk").rglob("*")}
@@ -39,11 +34,11 @@ def test_a_folder_and_its_files_are_for_their_user_alone(tmp_path):
 
 
 def test_a_second_store_on_a_folder_is_refused_until_the_first_is_closed_or_gone(tmp_path):
-    first = make(tmp_path)
+    first = on_disk(tmp_path)
     first.put(KEY, torch.ones(3))
     (tmp_path / f"{'0' * 32}-1.unfinished").touch()  # a draft of the first one's
     with pytest.raises(ValueError, match=rf"^directory is '{tmp_path}', which another store has open; valid is a "):
-        make(tmp_path)
+        on_disk(tmp_path)
     assert len(files_in(tmp_path)) == 2
     assert torch.equal(first.get(KEY), torch.ones(3))
     first.close()
@@ -51,21 +46,21 @@ def test_a_second_store_on_a_folder_is_refused_until_the_first_is_closed_or_gone
     for call in (lambda: first.put(KEY, torch.zeros(3)), lambda: first.get(KEY), first.clear):
         with pytest.raises(RuntimeError, match="closed"):
             call()
-    second = make(tmp_path)
+    second = on_disk(tmp_path)
     assert torch.equal(second.get(KEY), torch.ones(3))
     del second
-    assert len(make(tmp_path)) == 1
+    assert len(on_disk(tmp_path)) == 1
 
 
 def test_a_forked_child_does_not_unlock_the_folder(tmp_path):
-    store = make(tmp_path)
+    store = on_disk(tmp_path)
     child = os.fork()
     if child == 0:
         store.close()
         os._exit(0)
     os.waitpid(child, 0)
     with pytest.raises(ValueError, match="another store"):
-        make(tmp_path)
+        on_disk(tmp_path)
     store.put(KEY, torch.ones(3))
 
 
@@ -84,45 +79,32 @@ def test_of_processes_that_open_a_folder_by_chance_one_at_a_time_has_it(tmp_path
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
 def test_what_takes_an_entry_s_place_is_not_read(tmp_path, kind):
-    store = make(tmp_path / "disk")
+    store = on_disk(tmp_path / "disk")
     store.put(KEY, torch.ones(3))
     path, moved = tmp_path / "disk" / file_name(KEY), tmp_path / "moved"
     path.rename(moved)
     {"link": lambda: path.symlink_to(moved), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
     assert store.get(KEY) is None
     store.close()
-    assert len(make(tmp_path / "disk")) == 0
+    assert len(on_disk(tmp_path / "disk")) == 0
 
 
-def test_stores_of_two_clusters_on_one_directory_keep_out_of_each_other_s_way(tmp_path):
+@pytest.mark.parametrize(("worker", "own"), [(0, "other-1"), (1, "worker-1")], ids=["two clusters", "two GPU actors"])
+def test_stores_on_one_directory_keep_out_of_each_other_s_way(tmp_path, worker, own):
     """Both are at work on runs of one name; the second has a folder of its own, and each finds its own again."""
-    directory, stores = tmp_path / ".cache_store", [StoreHere(), StoreHere()]
+    directory, stores = tmp_path / ".cache_store", [StoreHere(), StoreHere(worker)]
     first, second = (leases_on(store, tmp_path, "require") for store in stores)
     make_segment(first, 0)
     draft = directory / ("0" * 32 + "-1.unfinished")
     draft.touch()
     make_segment(second, 0)
     assert draft.exists()
-    assert len(list(directory.glob("*.safetensors"))) == len(list((directory / "other-1").glob("*.safetensors"))) == 8
+    assert len(list(directory.glob("*.safetensors"))) == len(list((directory / own).glob("*.safetensors"))) == 8
     assert make_segment(first, 1)[0] == make_segment(second, 1)[0] == 8
     for leases, store in zip((first, second), stores, strict=True):
         leases.close()
         store.call("drop_run", RUN, directory)()
         store.close()
-    assert list(directory.rglob("*.safetensors")) == []
-
-
-def test_what_stores_that_are_no_more_have_left_is_removed_with_the_run(tmp_path):
-    directory, stores = tmp_path / ".cache_store", [StoreHere(), StoreHere()]
-    for leases in [leases_on(store, tmp_path, "require") for store in stores]:
-        make_segment(leases, 0)
-        leases._arena.close()
-    for store in stores:
-        store.close()
-    assert len(list(directory.rglob("*.safetensors"))) == 16
-    StoreHere().call("drop_run", "another", directory)()
-    assert len(list(directory.rglob("*.safetensors"))) == 16
-    StoreHere().call("drop_run", RUN, directory)()
     assert list(directory.rglob("*.safetensors")) == []
 
 

@@ -12,7 +12,7 @@ from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.errors import ConfigError
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.ids import Owner, owner_here
-from tests.unit.test_actors import config_for
+from tests.runs_here import config_for, end_of
 
 
 @pytest.fixture
@@ -25,9 +25,7 @@ def begun(tmp_path, model):
         config = config_for(model).model_dump(mode="json")
         await scheduler.submit("mine", config, str(tmp_path), str(tmp_path), "token", "ada", "raysubmit_1")
         await scheduler.cancel("mine")
-        async with asyncio.timeout(60):
-            while not (status := (await scheduler.wait_segment("mine", 10**6, 5)).status).ended:
-                pass
+        status = await end_of(scheduler, "mine")
         await pool.end()
         return status
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from diffusers import DiffusionPipeline, WanPipeline
 from edit_ray import EditWanPipeline
 from edit_ray.errors import ModelError
 from edit_ray.testing import save_random_wan
-from tests.calls import TINY
+from tests import calls
+from tests.calls import cached, load, quiet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CALL = TINY | {"num_inference_steps": 2}
+latents = partial(calls.latents, num_inference_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -28,37 +30,25 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe(folder):
-    return quiet(EditWanPipeline.from_pretrained(folder))
-
-
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def latents(pipe, **changes):
-    return pipe(**(CALL | changes), generator=torch.Generator().manual_seed(0))[0]
+    return load(folder)
 
 
 def skips(pipe):
     """Of `ranked`, whose ranks only the model's calibration knows."""
-    pipe.enable_cache("ranked", 2, skips=1)
-    plan = pipe.cache.plan()["transformer", "cond", 0]
-    pipe.disable_cache()
-    return plan.count(False)
+    with cached(pipe, "ranked", 2, skips=1) as cache:
+        return cache.plan()["transformer", "cond", 0].count(False)
 
 
 def test_what_is_saved_is_a_pipeline_that_stock_diffusers_loads(pipe, tmp_path):
-    pipe.enable_cache("always", 2)
-    pipe.save_pretrained(tmp_path)
-    pipe.disable_cache()
+    with cached(pipe, "always", 2):
+        pipe.save_pretrained(tmp_path)
     stock = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(stock) is WanPipeline
-    ours = quiet(EditWanPipeline.from_pretrained(tmp_path))
+    ours = load(tmp_path)
     assert torch.equal(latents(ours), latents(quiet(stock)))
     assert skips(ours) == 1
     ours.save_pretrained(tmp_path)  # over itself
-    assert skips(EditWanPipeline.from_pretrained(tmp_path)) == 1
+    assert skips(load(tmp_path)) == 1
 
 
 def test_a_pipeline_made_of_anothers_components_knows_the_models_calibration(pipe, folder):

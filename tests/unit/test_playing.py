@@ -6,47 +6,39 @@ import subprocess
 import numpy as np
 import pytest
 
-from edit_ray.testing import save_random_wan
 from edit_ray.video.encode import read_frames
-from tests.unit.test_actors import config_for, generate
+from tests.runs_here import config_for, made
 from tests.unit.video_frames import reading
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 SIZE = {"height": 32, "width": 32}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
-
-
-async def watch(root, config):
+async def watch(scheduler, root, config):
     """How many frames `stream.mp4` has whenever it is read, and all that ffmpeg sees that follows the playlist."""
-    made = asyncio.create_task(generate(root, config))
+    making = asyncio.create_task(made(scheduler, root, "one", config))
     while not (root / "one" / "live.m3u8").exists():
-        assert not made.done()
+        assert not making.done()
         await asyncio.sleep(0.01)
     command = reading(root / "one" / "live.m3u8", "-live_start_index", "0")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as follower:
         try:
             seen = asyncio.create_task(asyncio.to_thread(follower.communicate, timeout=60))
             counts = []
-            while not made.done():
+            while not making.done():
                 counts.append(len(await asyncio.to_thread(read_frames, root / "one" / "stream.mp4", **SIZE)))
             raw, complaints = await seen
         finally:
             follower.kill()  # it would follow a playlist without an end for ever
     assert (complaints, follower.returncode) == (b"", 0)
-    status, _, _ = await made
-    assert status.state == "done", status.error
+    await making
     return counts, np.frombuffer(raw, np.uint8).reshape(-1, *SIZE.values(), 3)
 
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("fps", [16, 24])
-def test_every_segment_can_be_seen_while_the_next_is_made(tmp_path, model, fps):
+async def test_every_segment_can_be_seen_while_the_next_is_made(start, tmp_path, model, fps):
     config = config_for(model, sampling={"fps": fps, "num_inference_steps": 12})
-    counts, followed = asyncio.run(watch(tmp_path, config))
+    counts, followed = await watch(start(), tmp_path, config)
     ends = [9 + 4 * later for later in range(config.num_segments)]
     assert set(counts) <= set(ends), "whole segments only"
     assert counts == sorted(counts)

@@ -60,38 +60,28 @@ NEVER = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), NEVER, ids=str)
-def test_never_means_never_even_where_nothing_changes(name, options):
+SKIPS = [
+    *((name, {"rel_l1_thresh": 0.01}) for name in ("fbcache", "dicache")),
+    ("magcache", {"threshold": 0.01, "mag_ratios": [1.0]}),
+    ("taylorseer", {"cache_interval": 2}),
+    ("seacache", {"threshold": 0.01}),
+    ("teacache", {"wan_variant": "t2v-14B", "rel_l1_thresh": 0.01}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "skips"), [*((*each, False) for each in NEVER), *((*each, True) for each in SKIPS)], ids=str
+)
+def test_where_nothing_changes_never_means_never_and_a_threshold_above_0_skips(name, options, skips):
     unit = Unit(make_policy(name, options), 12)
     same = RecordedSignals(torch.ones(1, 2), torch.ones(1, 6, 2), torch.ones(1, 1, 2, 2, 2), 0.5)
     hidden, probe = torch.ones(1, 2, 2), torch.full((1, 2, 2), 2.0)
-    assert all(unit.step(step, signals=same, hidden=hidden, probe=probe).computed for step in range(12))
+    mask = [unit.step(step, signals=same, hidden=hidden, probe=probe).computed for step in range(12)]
+    assert all(mask) is not skips
 
 
-def test_the_same_units_skip_above_zero():
-    """Or the test above would say little."""
-    for name, options in (
-        ("fbcache", {"rel_l1_thresh": 0.01}),
-        ("magcache", {"threshold": 0.01, "mag_ratios": [1.0]}),
-        ("taylorseer", {"cache_interval": 2}),
-        ("seacache", {"threshold": 0.01}),
-        ("dicache", {"rel_l1_thresh": 0.01}),
-        ("teacache", {"wan_variant": "t2v-14B", "rel_l1_thresh": 0.01}),
-    ):
-        unit = Unit(make_policy(name, options), 12)
-        same = RecordedSignals(torch.ones(1, 2), torch.ones(1, 6, 2), torch.ones(1, 1, 2, 2, 2), 0.5)
-        hidden, probe = torch.ones(1, 2, 2), torch.full((1, 2, 2), 2.0)
-        mask = [unit.step(step, signals=same, hidden=hidden, probe=probe).computed for step in range(12)]
-        assert not all(mask), name
-
-
-def test_every_policy_is_registered_and_made_by_its_name():
-    assert set(OPTIONS) <= set(POLICIES.names())
-    for name, options in OPTIONS.items():
-        assert type(make_policy(name, options)) is POLICIES.find(name)
-
-
-def test_what_policies_declare():
+def test_every_policy_is_made_by_its_name_and_declares_what_it_needs():
+    assert all(type(make_policy(name, options)) is POLICIES.find(name) for name, options in OPTIONS.items())
     probes = {name for name, options in OPTIONS.items() if make_policy(name, options).needs_first_block_probe}
     static = {name for name, options in OPTIONS.items() if make_policy(name, options).timestep_only}
     assert probes == {"fbcache", "dicache"}
@@ -102,8 +92,6 @@ def test_what_policies_declare():
     ("make", "error", "sentence"),
     [
         (lambda: TeaCache(), ValueError, "(one of t2v-1.3B, t2v-14B, i2v-480p, i2v-720p) or coefficients="),
-        (lambda: TeaCache(wan_variant="t2v-1.3B", coefficients=[1]), ValueError, "was given both"),
-        (lambda: TeaCache(wan_variant="t2v-2B"), ValueError, "wan_variant is 't2v-2B'; valid are t2v-1.3B, t2v-14B"),
         (lambda: TeaCache(coefficients=[]), ValueError, "coefficients is empty"),
         (lambda: TeaCache(coefficients=[1, math.nan]), ValueError, "coefficients[1] is nan; valid is a finite number"),
         (lambda: TeaCache(coefficients="12"), TypeError, "coefficients is '12'; valid is a sequence of finite numbers"),
@@ -112,18 +100,12 @@ def test_what_policies_declare():
         (lambda: TeaCache(coefficients={}), ValueError, "coefficients is an empty mapping"),
         (lambda: TeaCache(coefficients={"both": [1]}), ValueError, "coefficients has the key 'both'; valid are"),
         (lambda: TeaCache(coefficients={"/cond": [1]}), ValueError, "has the key '/cond'"),
-        (lambda: TeaCache(coefficients={"cond": [math.inf]}), ValueError, "coefficients['cond'][0] is inf"),
         (lambda: TeaCache(wan_variant="t2v-14B", use_ret_steps=1), TypeError, "use_ret_steps is 1; valid are True and"),
         (lambda: TeaCache(wan_variant="t2v-14B", rel_l1_thresh=math.nan), ValueError, "rel_l1_thresh is nan; valid is"),
         (lambda: TeaCache(wan_variant="t2v-14B", rel_l1_thresh="0.1"), TypeError, "rel_l1_thresh is '0.1'; valid is"),
         (lambda: TeaCache(wan_variant="t2v-14B", rel_l1_thresh=True), TypeError, "rel_l1_thresh is True"),
-        (lambda: FirstBlockCache(rel_l1_thresh=math.inf), ValueError, "rel_l1_thresh is inf; valid is a finite number"),
-        (lambda: FirstBlockCache(rel_l1_thresh=None), TypeError, "rel_l1_thresh is None"),
-        (lambda: MagCache(), ValueError, "magcache needs mag_ratios="),
-        (lambda: MagCache(mag_ratios=[1, 0]), ValueError, "mag_ratios[1] is 0.0; valid is a finite number above 0"),
         (lambda: MagCache(mag_ratios=[1], threshold=math.nan), ValueError, "threshold is nan"),
         (lambda: MagCache(mag_ratios=[1], max_skip_steps=-1), ValueError, "max_skip_steps is -1; valid is a whole"),
-        (lambda: MagCache(mag_ratios=[1], max_skip_steps=1.5), TypeError, "max_skip_steps is 1.5; valid is a whole"),
         (lambda: MagCache(mag_ratios=[1], retention_ratio=1.2), ValueError, "retention_ratio is 1.2; valid is a"),
         (lambda: TaylorSeer(cache_interval=2.0), TypeError, "cache_interval is 2.0; valid is a whole number."),
         (lambda: TaylorSeer(max_order=-1), ValueError, "max_order is -1; valid is a whole number from 0."),
@@ -161,13 +143,11 @@ def test_bad_options_are_refused_in_a_sentence(make, error, sentence):
 
 
 def test_an_error_names_its_option_also_in_another_process():
-    with pytest.raises(OptionError) as caught:
+    says = "coefficients['cond'][0] is inf; valid is a finite number."
+    with pytest.raises(OptionError, match=re.escape(says)) as caught:
         TeaCache(coefficients={"cond": [math.inf]})
     for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):
-        assert (error.option, str(error)) == (
-            "coefficients",
-            "coefficients['cond'][0] is inf; valid is a finite number.",
-        )
+        assert (error.option, str(error)) == ("coefficients", says)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +155,6 @@ def test_an_error_names_its_option_also_in_another_process():
     [
         ("teacup", {}, ValueError, "no cache policy named 'teacup'; there are always, dicache, fbcache"),
         (3, {}, TypeError, "policy is 3; valid are always, dicache"),
-        ("always", {"thresh": 1}, TypeError, "'always' has no option thresh; it takes none."),
         ("fbcache", {"thresh": 1}, TypeError, "'fbcache' has no option thresh; it takes rel_l1_thresh."),
         ("schedule", {}, TypeError, "'schedule' needs the option mask; it takes mask, residual_order."),
         (FirstBlockCache(), {"rel_l1_thresh": 1}, TypeError, "FirstBlockCache is a policy that is made already"),

@@ -54,17 +54,6 @@ def test_the_latest_or_the_mean_of_those_that_have_computed_the_step():
         assert generation(policy, 3, before=unit, window=(0, 1, 2))[2][:2] == expected
 
 
-@pytest.mark.parametrize("window", [1, 2, 3])
-def test_with_window_w_every_w_plus_first_generation_computes_its_opening(window):
-    """Only computed residuals are stored, so that nothing is rebuilt from what was itself rebuilt."""
-    policy = WarmstartReuse(warm_steps=2, **EVERY_OTHER)
-    unit, openings = None, []
-    for number in range(9):
-        unit, mask, _ = generation(policy, number, before=unit, window=tuple(range(max(0, number - window), number)))
-        openings.append(mask[:2])
-    assert openings == [[number % (window + 1) == 0] * 2 for number in range(9)]
-
-
 def test_a_computed_opening_leaves_the_inner_policy_as_a_warm_one_does():
     """Its accumulator is 0, its previous signal the last step's; but only what was computed serves later steps."""
     policy = WarmstartReuse(warm_steps=2, inner="teacache", coefficients=[0.3], rel_l1_thresh=1.0)

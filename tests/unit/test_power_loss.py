@@ -10,24 +10,15 @@ import random
 
 import pytest
 
-from edit_ray.testing import save_random_wan
 from tests.chaos.power_loss import lose_power, record
-from tests.unit.test_actors import config_for
-from tests.unit.test_actors_recovery import WARM
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+from tests.runs_here import REUSE, config_for
 
 PAIRS, SEED = int(os.environ.get("PAIRS", "20000")), int(os.environ.get("SEED", "7"))
 SMALL = {
     "sampling": {"height": 32, "width": 32, "num_frames": 13, "num_inference_steps": 3},
     "video": {"num_segments": 3},
 }
-REUSING = {**SMALL, "cache": WARM, "store": {"host_bytes": 4 * 4096, "allow_tmpfs": True}}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
+REUSING = SMALL | REUSE
 
 
 def test_what_was_promised_is_there_after_a_loss_of_power(tmp_path, model):

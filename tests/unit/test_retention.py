@@ -11,16 +11,7 @@ from edit_ray.actors.folder_state import shortage_after, shortage_before
 from edit_ray.actors.messages import RunSpec
 from edit_ray.config import Config
 from edit_ray.runs.manifest import Extended, HardwareChanged, Manifest, Opened, Rerolled
-from edit_ray.runs.retention import (
-    KEEP_ALL,
-    MARGIN_BYTES,
-    SegmentSize,
-    bytes_to_come,
-    first_guess,
-    measured,
-    retention,
-    shortage,
-)
+from edit_ray.runs.retention import KEEP_ALL, MARGIN_BYTES, retention, shortage
 from edit_ray.runs.run_plan import FrameLayout, Take
 from edit_ray.tiers.reuse_plan import make_reuse_plan
 from tests.unit.test_manifest import BEGUN, HARDWARE, LINES, fold, record
@@ -97,28 +88,20 @@ def test_a_plan_is_named_by_how_often_it_was_made_anew():
     assert Manifest.start(BEGUN).replanned == 0
 
 
-def test_more_segments_take_more_until_old_ones_go():
-    size = SegmentSize(latents=100, media=10)
-    assert bytes_to_come(4, size, None) == 4 * (100 + 3 * 10)
-    assert bytes_to_come(4, size, 2) == 3 * (100 + 3 * 10), "two that stay and one that is made"
-    assert bytes_to_come(0, size, None) == 0
+@pytest.mark.parametrize(
+    ("segments", "keep", "needed"), [(4, None, 4 * 130), (4, 2, 3 * 130), (0, None, 0)], ids=["all", "two and one", "0"]
+)
+def test_more_segments_take_more_until_old_ones_go(segments, keep, needed):
+    assert shortage(segments, 100, 10, keep, needed + MARGIN_BYTES) is None
+    assert f"about {needed} bytes of disk" in shortage(segments, 100, 10, keep, needed + MARGIN_BYTES - 1)
 
 
-def test_a_shortage_is_one_sentence_and_enough_is_none():
-    assert shortage(100, 100 + MARGIN_BYTES) is None
-    said = shortage(101, 100 + MARGIN_BYTES)
+def test_a_shortage_is_one_sentence():
+    said = shortage(1, 101, 0, None, 100 + MARGIN_BYTES)
     assert "101 bytes of disk, 64 MiB besides must stay free, and 64 MiB are free; free some" in said
-    assert "takes about 2,048 MiB of disk" in shortage(2**31, 0)
-    assert "and 0 bytes are free" in shortage(2**31, 0)
-    assert not any("about 0 " in (shortage(2**power, 0) or "") for power in range(40))
-
-
-def test_the_latest_segments_are_measured():
-    guess = first_guess(33, 128, 128, 5000)
-    assert measured([], guess) == guess
-    assert measured([record(0)], guess) == guess, "of that one nothing was measured"
-    records = [replace(record(k), statistics={"media_bytes": 1000.0 + k}) for k in range(20)]
-    assert measured(records, guess) == SegmentSize(5000, 1019)
+    assert "takes about 2,048 MiB of disk" in shortage(1, 2**31, 0, None, 0)
+    assert "and 0 bytes are free" in shortage(1, 2**31, 0, None, 0)
+    assert not any("about 0 " in shortage(1, 2**power, 0, None, 0) for power in range(40))
 
 
 @pytest.mark.parametrize("video", [{"num_segments": 4}, {"num_segments": None}])
@@ -126,7 +109,10 @@ def test_the_file_system_is_asked(tmp_path, video):
     config = Config.model_validate({"video": video, "prompt_segments": [{"segment": 0, "prompt": "a red circle"}]})
     spec = RunSpec("one", tmp_path / "not" / "yet", config, config.num_segments)
     assert shortage_before(spec) is None
-    assert shortage_after(spec, (record(0),)) is None
+    assert shortage_after(spec, (record(0),)) is None, "of that one nothing was measured"
+    grows = [replace(record(k), statistics={"media_bytes": 2.0**40 * k}) for k in range(20)]
+    asked = f"{3 * 19 * 2**20 * (100 if video['num_segments'] is None else 4 - 20):,} MiB of disk"
+    assert (asked in (shortage_after(spec, grows) or "")) == (video["num_segments"] is None)
     huge = config.model_copy(update={"sampling": config.sampling.model_copy(update={"height": 2**24, "width": 2**24})})
     assert "MiB of disk" in shortage_before(RunSpec("one", tmp_path, huge, config.num_segments))
 

@@ -58,16 +58,6 @@ def test_order_is_that_of_the_loop():
     assert reads == [(step, branch, unit) for step in (0, 1) for branch in ("cond", "uncond") for unit in (0, 1)]
 
 
-def test_each_expert_reuses_what_it_has_stored_itself():
-    plan = small(
-        warm_steps=3,
-        experts=["transformer", "transformer", "transformer_2"],
-        unit_bytes={"transformer": [10], "transformer_2": [20]},
-    )
-    slots = [(read.key.expert, read.key.step, read.size) for read in plan.segments[1].reads]
-    assert slots == [("transformer", 0, 10), ("transformer", 1, 10), ("transformer_2", 2, 20)]
-
-
 def test_what_does_not_fit_is_computed_and_the_bytes_that_it_lacks_are_said():
     plan = small(warm_steps=2, unit_bytes={"transformer": [30, 10]}, budget=50)
     assert plan.needed_bytes == 80
@@ -146,15 +136,3 @@ def test_the_policy_itself_reads_what_was_planned(window):
             if not done.computed:
                 read[step] = divmod(int(done.output.item()), 100)
         assert read == {planned.step: (planned.key.segment, planned.step) for planned in plan.segments[segment].reads}
-
-
-def test_mistakes_are_named():
-    for changes, message in (
-        ({"window": -1}, "window must be 0 or more; got -1"),
-        ({"warm_steps": -1}, "warm_steps must be 0 or more; got -1"),
-        ({"experts": ["other"]}, "lacks the expert other; it has transformer"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            small(**changes)
-    with pytest.raises(ValueError, match="num_segments must be 1 or more"):
-        make_reuse_plan("run", 0, window=1, warm_steps=1, experts=[], unit_bytes={})

@@ -13,10 +13,9 @@ import pytest
 
 from edit_ray.cli.main import main
 from edit_ray.testing import save_random_wan
-from tests.unit.test_actors import config_for, generate
+from tests.runs_here import config_for
+from tests.unit.test_actors import generate
 from tests.unit.test_cache_report import Page
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,12 @@ class Owner:
         for index in indices:
             self.table.give(index, index * ROOM)
 
+    def ready(self):
+        """Every op has its place, and reads find their number there."""
+        places = [self.fill(index, index) for index in range(len(self.ops))]
+        self.give(*range(len(self.ops)))
+        return places
+
     def states(self):
         return self.table.states().tolist()
 
@@ -84,8 +90,7 @@ def test_a_fence_stands_between_a_word_and_the_bytes_that_it_is_about(arena, mon
 
 def test_reads_are_loaded_ahead_in_the_order_of_use_as_far_as_there_is_room(arena):
     owner = Owner(arena, *reads(4))
-    places = [owner.fill(i, i) for i in range(4)]
-    owner.give(0, 1, 2, 3)
+    places = owner.ready()
     store = owner.store(ahead=2)
     for place in places:
         place.fill_(99)  # what was loaded before this shows no trace of it
@@ -155,9 +160,7 @@ def test_a_wait_lets_go_what_gets_its_place_meanwhile(arena, monkeypatch):
 
 def test_what_is_passed_over_is_skipped_unless_it_was_loaded_ahead(arena):
     owner = Owner(arena, *reads(3))
-    for index in range(3):
-        owner.fill(index, index)
-    owner.give(0, 1, 2)
+    owner.ready()
     store = owner.store(ahead=1)
     assert store.get(key(2)).mean() == 2
     assert owner.states() == [DONE, SKIPPED, DONE]
@@ -217,8 +220,7 @@ def test_the_room_that_was_left_for_what_is_handed_over_is_used_once_it_is_there
 
 def test_what_was_to_be_handed_over_and_was_not_is_read(arena):
     owner = Owner(arena, (key(0), False))
-    owner.fill(0, 4)
-    owner.give(0)
+    owner.ready()[0].fill_(4)
     store = owner.store(ahead=2, handed=[("run", *key(0))])
     store.adopt({})
     assert store.get(key(0)).mean() == 4
@@ -281,9 +283,7 @@ def test_a_device_without_memory_for_another_tensor_has_one_less(monkeypatch):
 
 def test_what_was_read_is_its_readers_and_another_tensor_takes_its_place(arena):
     owner, pool = Owner(arena, *reads(ENTRIES)), pool_of(2)
-    for index in range(ENTRIES):
-        owner.fill(index, index)
-    owner.give(*range(ENTRIES))
+    owner.ready()
     store = owner.store(ahead=2, pool=pool)
     assert pool.free == 0, "both are filled ahead"
     found = []

@@ -12,17 +12,7 @@ from hypothesis import strategies as st
 
 from edit_ray.cache import CPUOffloadStore, DiskOffloadStore, GPUStore, TieredStore
 from edit_ray.cache.stores.eviction import EvictionPolicy
-from edit_ray.cache.stores.memory import HostStore
-from tests.unit.entry_folder import files_in
-
-
-def bytes_of(count: int, fill: int = 0) -> torch.Tensor:
-    return torch.full((count,), fill, dtype=torch.uint8)
-
-
-def on_disk(path):
-    """A store in a folder of the test's, which on some machines lies in memory."""
-    return DiskOffloadStore(path, allow_tmpfs=True)
+from tests.unit.entry_folder import bytes_of, files_in, on_disk
 
 
 def tiers(path, *budgets, **options):
@@ -94,7 +84,7 @@ def test_what_the_tiers_held_before_is_found_and_counted(tmp_path):
     assert torch.equal(store.get(("b",)), bytes_of(2, ord("b")))
     assert store.tier_of(("b",)) == "device"
 
-    host, disk = HostStore(), on_disk(tmp_path / "other")
+    host, disk = CPUOffloadStore(), on_disk(tmp_path / "other")
     host.put(("a",), bytes_of(1, 1))
     disk.put(("a",), bytes_of(1, 2))
     store = TieredStore([(host, 1), (disk, 1)])
@@ -116,43 +106,29 @@ def test_tiers_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="The tiers are none"):
         TieredStore([])
     with pytest.raises(ValueError, match="The tiers are host, host"):
-        TieredStore([(HostStore(), 1), (HostStore(), 1)])
+        TieredStore([(CPUOffloadStore(), 1), (CPUOffloadStore(), 1)])
 
 
 NAMES = st.integers(0, 7)
-
-
-@st.composite
-def plans(draw):
-    """Uses of some names, in order; no plan if there are none."""
-    uses = {}
-    for order, (position, name) in enumerate(sorted(draw(st.lists(st.tuples(st.integers(0, 3), NAMES), max_size=25)))):
-        uses.setdefault((name,), []).append((position, order))
-    return uses
 
 
 @settings(max_examples=150, deadline=None)
 @given(
     budgets=st.tuples(st.integers(0, 6), st.integers(0, 8), st.integers(0, 12)),
     promote=st.booleans(),
-    plan=st.just({}) | plans(),
     steps=st.lists(
         st.one_of(
             st.tuples(st.just("put"), NAMES, st.integers(0, 9)),
             st.tuples(st.sampled_from(["get", "drop"]), NAMES),
             st.tuples(st.just("prefetch"), NAMES | st.lists(NAMES, max_size=6)),
-            st.tuples(st.just("advance"), st.integers(0, 3)),
         ),
         max_size=25,
     ),
 )
-def test_tiers_keep_their_budgets_and_account_for_every_entry(budgets, promote, plan, steps):
-    """The run follows its plan or not, whatever the plan."""
+def test_tiers_keep_their_budgets_and_account_for_every_entry(budgets, promote, steps):
     with tempfile.TemporaryDirectory() as folder:
         stores = [GPUStore(), CPUOffloadStore(), on_disk(folder)]
-        eviction = "furthest_next_use" if plan else "lru"
-        store = TieredStore(list(zip(stores, budgets, strict=True)), promote=promote, eviction=eviction)
-        store.follow(plan)
+        store = TieredStore(list(zip(stores, budgets, strict=True)), promote=promote)
         last, removed = {}, 0
         for fill, (action, name, *size) in enumerate(steps):
             before = len(store)
@@ -167,15 +143,13 @@ def test_tiers_keep_their_budgets_and_account_for_every_entry(budgets, promote, 
             elif action == "drop":
                 store.drop((name,))
                 removed += before - len(store)
-            elif action == "advance":
-                store.advance(name)
             else:
                 store.prefetch((name,) if isinstance(name, int) else [(key,) for key in name])
             assert list(store.tier_bytes.values()) == [one.bytes_resident for one in stores]
             assert all(one.bytes_resident <= budget for one, budget in zip(stores, budgets, strict=True))
             assert len(files_in(folder)) == len(stores[2])
         puts = sum(step[0] == "put" for step in steps)
-        assert plan or puts == len(store) + removed + store.num_evictions + store.num_refused
+        assert puts == len(store) + removed + store.num_evictions + store.num_refused
         assert sum(len(one) for one in stores) == len(store)
 
 
@@ -205,36 +179,6 @@ def test_equal_sizes_lie_in_the_order_of_their_last_use(budgets, steps):
 # Other choices of victims
 
 
-PLAN = {("a",): [(2, 3)], ("b",): [(0, 0), (1, 1)], ("c",): [(1, 2)]}
-
-
-def test_by_a_plan_what_is_needed_last_spills_and_what_is_dead_is_not_written(tmp_path):
-    store = tiers(tmp_path, 2, None, eviction="furthest_next_use")
-    store.follow(PLAN)
-    for name in "abc":
-        store.put((name,), bytes_of(1, ord(name)))
-    assert [store.tier_of((name,)) for name in "abc"] == ["host", "device", "device"]
-    assert torch.equal(store.get(("b",)), bytes_of(1, ord("b")))
-    store.advance(1)
-    for name in "bc":
-        assert torch.equal(store.get((name,)), bytes_of(1, ord(name)))
-        assert store.tier_of((name,)) is None, "nobody will read it again"
-    assert store.drops == {"dead": 2}
-    store.advance(2)
-    assert torch.equal(store.get(("a",)), bytes_of(1, ord("a")))
-    assert (len(store), store.bytes_resident, store.num_spills) == (0, 0, 1)
-
-
-def test_a_run_that_leaves_its_plan_loses_nothing_by_it(tmp_path):
-    store = tiers(tmp_path, 1, None, eviction="furthest_next_use")
-    store.follow(PLAN)
-    for name in "abc":
-        store.put((name,), bytes_of(1, ord(name)))
-    for name in "aabbcc":  # none of these is planned at position 0, but b
-        assert torch.equal(store.get((name,)), bytes_of(1, ord(name)))
-        assert store.tier_of((name,)) == "device", "from here on the least recently used goes first"
-
-
 class Biggest(EvictionPolicy):
     """What is biggest goes first: from outside of the package, and told the sizes by the keys."""
 
@@ -243,8 +187,7 @@ class Biggest(EvictionPolicy):
 
     def touch(self, key): ...
 
-    def read(self, key):
-        return False
+    def read(self, key): ...
 
     def forget(self, key): ...
 
@@ -254,9 +197,9 @@ def test_victims_are_chosen_by_whatever_is_given(tmp_path):
     for size in (1, 3, 2):
         store.put(("entry", size), bytes_of(size))
     assert [store.tier_of(("entry", size)) for size in (1, 2, 3)] == ["device", "device", "host"]
-    with pytest.raises(ValueError, match="no eviction policy named 'lifo'; there are furthest_next_use, lru"):
+    with pytest.raises(ValueError, match="no eviction policy named 'lifo'; there are lru"):
         tiers(tmp_path, 1, eviction="lifo")
-    with pytest.raises(TypeError, match="eviction is 3"):
+    with pytest.raises(ValueError, match="no eviction policy named 3; there are lru"):
         tiers(tmp_path, 1, eviction=3)
 
 

@@ -4,8 +4,6 @@ import pytest
 
 from tests.chaos.storm import storm
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
-
 
 def test_whatever_happens_to_a_run_every_file_is_what_it_would_be(tmp_path):
     counts = storm(tmp_path, range(3), long_share=0.0)

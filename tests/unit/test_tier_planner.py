@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edit_ray.metrics.catalog import CATALOG, LABELS
-from edit_ray.tiers.planner import MOST_LOADS, Give, Load, Remove, Save, TierPlanner
+from edit_ray.tiers.planner import MOST_LOADS, Give, Load, Remove, Save, TierPlanner, simulate
 from edit_ray.tiers.reuse_plan import make_reuse_plan
 from edit_ray.tiers.slots import PAGE, AskedOp, Slots, TierEntry, divide, slot_bytes
 
@@ -393,23 +393,9 @@ def test_slots_count_the_bytes_in_use_and_their_peak():
     assert (slots.used, slots.peak) == (6 * PAGE, 7 * PAGE)
 
 
-def test_a_plan_that_fits_the_disk_is_served_without_a_miss():
-    """And the disk never holds more than one segment uses."""
+@pytest.mark.parametrize("host", [3 * PAGE, 6 * PAGE, 15 * PAGE])
+def test_a_plan_that_fits_the_disk_is_served_without_a_miss(host):
     plan = make_reuse_plan("run", 9, window=2, warm_steps=3, experts=["t"] * 5, unit_bytes={"t": [PAGE, 2 * PAGE]})
-    for host in (1, 2, 5):
-        planner = TierPlanner({PAGE: host, 2 * PAGE: host}, plan.needed_bytes)
-        planner.follow(plan.uses(), 0)
-        number, waiting = 0, []
-        for index, segment in enumerate(plan.segments):
-            for use, writes in [*((use, False) for use in segment.reads), *((use, True) for use in segment.writes)]:
-                number += 1
-                out = planner.ask([AskedOp(number, use.key, use.size, writes)])
-                while number not in offered(out):
-                    waiting += moves(out)
-                    move = waiting.pop()
-                    out = planner.loaded(move.entry) if isinstance(move, Load) else planner.saved(move.entry)
-                assert offered(out)[number] is not None
-                waiting += moves(planner.done(number))
-            planner.completed(index)
-        assert planner.counts["tier_lookups", "disk", "miss"] == 0
-        assert planner.disk_peak == plan.needed_bytes
+    counts = simulate(plan, host, plan.needed_bytes)
+    assert counts["tier_lookups", "disk", "miss"] == 0
+    assert counts["tier_lookups", "host", "hit"] + counts["tier_lookups", "disk", "hit"] == 6 * 12

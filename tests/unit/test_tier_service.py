@@ -20,6 +20,7 @@ from edit_ray.tiers.reuse_plan import make_reuse_plan
 from edit_ray.tiers.service import TABLES_BYTES, TierService
 from edit_ray.tiers.slots import divide
 from edit_ray.tiers.store_client import PlannedStore
+from tests.unit.entry_folder import NoListing
 
 RUN, EXPERT = "run", "transformer"
 SHAPE = (1, 64, 32)
@@ -115,24 +116,6 @@ def test_a_run_reads_what_it_wrote_in_however_little_memory(tiers_in, entries, a
     assert tiers.entries() == 0
 
 
-def test_a_completed_segment_outlives_its_store(tiers_in):
-    first = tiers_in()
-    first.make(0)
-    use(first.begin(1), upto=4)
-    first.close()  # as if it had died
-    second = tiers_in(segment=1)
-    with pytest.raises(StaleLease, match="Segment 1 of 'run' was given to another"):
-        second.end(1)
-    assert second.make(1, attempt=1) == reads_of(1)
-
-
-@pytest.mark.parametrize("segment", [0, 2, 4, 7])
-def test_a_complete_segment_may_be_made_again(tiers_in, segment):
-    tiers = tiers_in(2)
-    for index, attempt in [*((index, 0) for index in range(segment)), *((segment, attempt) for attempt in range(3))]:
-        assert tiers.make(index, attempt) == reads_of(index)
-
-
 def test_a_lost_entry_and_an_uncomputed_write_raise(tiers_in):
     tiers = tiers_in(1)
     store = tiers.begin(0)
@@ -147,16 +130,6 @@ def test_a_lost_entry_and_an_uncomputed_write_raise(tiers_in):
     with pytest.raises(EntryLost, match="has lost"):
         use(tiers.begin(1))
     assert tiers.statistics()["faults"]["checksum"] > 0
-
-
-def test_skipped_reads_make_room(tiers_in):
-    tiers = tiers_in(2)
-    tiers.make(0)
-    store = tiers.begin(1)
-    last = store.ops[-1]
-    assert torch.equal(store.get(last.key[1:]), tensor_of(last.key))
-    store.finish()
-    tiers.end(1)
 
 
 def test_own_residuals_stay_as_long_as_they_are_read(tiers_in):
@@ -292,11 +265,6 @@ def test_a_segment_that_cannot_be_synced_is_not_complete(tiers_in):
     with files.swapped(Syncs(errno.EIO)), pytest.raises(OSError, match="Input/output"):
         tiers.end(0)
     tiers.make(0, attempt=1)
-
-
-class NoListing(files.Disk):
-    def listdir(self, _path):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 @pytest.mark.parametrize("trouble", ["none", "no folder", "no listing"])

@@ -69,9 +69,7 @@ class DiCache(CachePolicy):
             return True
         assert ctx.base is not None
         ctx.signal = relative_l1(ctx.base, previous)
-        compute, ctx.accumulated = accumulate(user["accumulated"], ctx.signal, self.rel_l1_thresh)
-        user["accumulated"] = ctx.accumulated
-        return compute
+        return accumulate(ctx, ctx.signal, self.rel_l1_thresh)
 
     def warm(self, ctx: PolicyContext) -> None:
         """As after a computed step."""

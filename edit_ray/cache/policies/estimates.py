@@ -20,14 +20,14 @@ def relative_l1(current: Tensor, previous: Tensor) -> float:
     return float(((current.float() - previous).abs().mean() / previous.abs().mean()).item())
 
 
-def accumulate(total: float, change: float, threshold: float) -> tuple[bool, float]:
-    """Whether to compute, and the new total, which the caller resets to 0 on a computed step.
+def accumulate(ctx: PolicyContext, change: float, threshold: float) -> bool:
+    """Add to the unit's `accumulated`; whether to compute. The caller resets it to 0 on a computed step.
 
     TeaCache, SeaCache and DiCache share this rule. A threshold of 0 or below always computes, and so does a change
     that is not a number.
     """
-    total += change
-    return not (threshold > 0 and total < threshold), total
+    ctx.accumulated = ctx.state.user["accumulated"] = ctx.state.user["accumulated"] + change
+    return not (threshold > 0 and ctx.accumulated < threshold)
 
 
 def forecast(history: Sequence[tuple[int, Tensor]], step: int, max_order: int) -> Tensor:
@@ -35,10 +35,13 @@ def forecast(history: Sequence[tuple[int, Tensor]], step: int, max_order: int) -
 
     Divided differences D0 = F, D(j+1) = (Dj - Dj of the computed step before) / (steps between the two) stand for the
     derivatives; the result is the sum of Dj k^j / j!, k steps after the newest. The newest `max_order` + 1 residuals
-    determine them: that equals updating them at each computed step. In float32, returned in the residuals' dtype.
+    determine them: that equals updating them at each computed step. In float32, returned in the residuals' dtype;
+    order 0 is the newest residual itself.
 
     Source: J. Liu et al., "From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers".
     """
+    if max_order == 0:
+        return history[0][1]
     factors: list[Tensor] = []
     last = 0
     for computed, residual in reversed(history[: max_order + 1]):
@@ -74,10 +77,5 @@ def read_history(ctx: PolicyContext, count: int) -> list[tuple[int, Tensor]] | N
 
 def add_forecast(ctx: PolicyContext, max_order: int, predict: Forecast = forecast) -> Tensor | None:
     """The unit's output [B, N, D] with a predicted residual; None if a residual that it needs is missing."""
-    if ctx.base is None:
-        return None
-    if max_order == 0:
-        residual = ctx.residuals.latest()
-        return None if residual is None else ctx.base + residual
     history = read_history(ctx, max_order + 1)
-    return None if history is None else ctx.base + predict(history, ctx.step, max_order)
+    return None if history is None or ctx.base is None else ctx.base + predict(history, ctx.step, max_order)

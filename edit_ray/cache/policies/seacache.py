@@ -87,9 +87,7 @@ class SeaCache(CachePolicy):
         if previous is None or previous.shape != current.shape or self._must_compute(ctx):
             return True
         ctx.signal = self._distance(current, previous)
-        compute, ctx.accumulated = accumulate(user["accumulated"], ctx.signal, self.threshold)
-        user["accumulated"] = ctx.accumulated
-        return compute
+        return accumulate(ctx, ctx.signal, self.threshold)
 
     def warm(self, ctx: PolicyContext) -> None:
         """As after a computed step."""

@@ -6,9 +6,9 @@ coefficients for Wan2.1 are those of github.com/ali-vilab/TeaCache, `TeaCache4Wa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
 from edit_ray.cache.policies.estimates import accumulate, relative_l1
@@ -43,14 +43,6 @@ WAN_COEFFICIENTS: dict[WanVariant, tuple[tuple[float, ...], tuple[float, ...]]] 
         (-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683),
     ),
 }
-
-
-def polynomial(coefficients: Sequence[float], x: float) -> float:
-    """Its value at x, coefficients from the highest power down."""
-    value = 0.0
-    for coefficient in coefficients:
-        value = value * x + coefficient
-    return value
 
 
 def must_compute(step: int, num_steps: int, use_ret_steps: bool) -> bool:
@@ -113,9 +105,9 @@ class TeaCache(CachePolicy):
             user["accumulated"] = 0.0
             return True
         coefficients = pick_per_branch("coefficients", self.coefficients or {}, ctx.expert, ctx.branch)
-        change = polynomial(coefficients, ctx.signal)
-        compute, ctx.accumulated = accumulate(user["accumulated"], change, self.rel_l1_thresh)
-        user["accumulated"] = 0.0 if compute else ctx.accumulated
+        compute = accumulate(ctx, float(np.polyval(coefficients, ctx.signal)), self.rel_l1_thresh)
+        if compute:
+            user["accumulated"] = 0.0
         return compute
 
     def warm(self, ctx: PolicyContext) -> None:

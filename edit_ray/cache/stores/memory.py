@@ -27,7 +27,7 @@ class GPUStore(HeldTensors[torch.Tensor]):
         return self._entries.get(key)
 
 
-class HostStore(HeldTensors[torch.Tensor]):
+class CPUOffloadStore(HeldTensors[torch.Tensor]):
     """A `CacheStore` in RAM. `budget_bytes` None means no bound.
 
     Counts tensors that it refuses (larger than the whole budget) and those that it evicts, least recently used first.
@@ -71,6 +71,3 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to("cpu", copy=True).contiguous()
     memory = mmap(-1, tensor.nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
-
-
-CPUOffloadStore = HostStore  # its name in the library's documentation

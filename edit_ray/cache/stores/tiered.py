@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import threading
-from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edit_ray.cache.stores.base import CacheStore, Keys, check_budget, keys_of
-from edit_ray.cache.stores.eviction import EvictionPolicy, Order, make_eviction
-from edit_ray.tiers.reuse_plan import Key, Uses, check_key
+from edit_ray.cache.stores.eviction import EVICTIONS, EvictionPolicy
+from edit_ray.tiers.entry_file import FULL
+from edit_ray.tiers.reuse_plan import Key, check_key
 
 if TYPE_CHECKING:
     import torch
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(slots=True, eq=False)
@@ -26,36 +23,43 @@ class _Stored:
     size: int
     level: int
     device: torch.device | None = None  # from which it was put, and to which it returns
-    rank: tuple[Order, int] | None = None
 
 
 @dataclass(eq=False)
 class _Level:
-    """One tier: its store, and its entries in eviction order."""
+    """One tier: its store and its entries."""
 
     name: str
     store: CacheStore
     budget: int | None
+    eviction: EvictionPolicy
     used: int = 0
-    ranked: list[tuple[Order, int, _Stored]] = field(default_factory=list)
+    entries: dict[Key, _Stored] = field(default_factory=dict)
 
     def could_hold(self, size: int) -> bool:
         """Whether `size` bytes fit into the empty tier."""
         return self.budget is None or size <= self.budget
 
+    def add(self, entry: _Stored) -> None:
+        self.entries[entry.key] = entry
+        self.used += entry.size
+
+    def remove(self, entry: _Stored) -> None:
+        del self.entries[entry.key]
+        self.used -= entry.size
+
+    def ranked(self) -> list[_Stored]:
+        """The entries in eviction order. There are few, as each is a residual of a unit."""
+        return [self.entries[key] for key in sorted(self.entries, key=self.eviction.order)]
+
     def victims(self, size: int) -> list[_Stored]:
         """The entries to evict so that `size` bytes fit."""
         short, found = 0 if self.budget is None else self.used + size - self.budget, []
-        for _, _, entry in self.ranked if short > 0 else ():
+        for entry in self.ranked() if short > 0 else ():
             if entry.size and short > 0:
                 found.append(entry)
                 short -= entry.size
         return found
-
-    def accepts(self, size: int, order: Order) -> bool:
-        """Whether a new entry of this size and order would not be the first to be evicted."""
-        victims = self.victims(size) if self.could_hold(size) else None
-        return victims is not None and all(victim.rank is None or victim.rank[0] <= order for victim in victims)
 
 
 class TieredStore:
@@ -66,9 +70,8 @@ class TieredStore:
     `num_evictions` count that, `num_refused` entries that are larger than every tier. With `promote`, an entry that
     `get` finds moves up again. The stores should have no bound of their own. Thread-safe.
 
-    `eviction` is "lru", the least recently used first; "furthest_next_use", which follows a reuse plan by `follow` and
-    `advance`; another registered name; or an EvictionPolicy object. `drops` counts the entries that left all tiers, by
-    reason.
+    `eviction` is "lru", the least recently used first; another registered name; or an EvictionPolicy object. `drops`
+    counts the entries that left all tiers, by reason.
 
     Examples:
         >>> TieredStore([(GPUStore(), 384 << 20), (CPUOffloadStore(), 768 << 20), (DiskOffloadStore(directory), None)])
@@ -91,12 +94,12 @@ class TieredStore:
         self.num_spills = 0  # moves down, one for each entry and tier
         self.num_refused = 0  # tensors larger than every tier
         self.drops: Counter[str] = Counter()
+        self._eviction = eviction if isinstance(eviction, EvictionPolicy) else EVICTIONS.find(eviction)()
         self._levels = [
-            _Level(name, store, check_budget(budget)) for name, (store, budget) in zip(names, tiers, strict=True)
+            _Level(name, store, check_budget(budget), self._eviction)
+            for name, (store, budget) in zip(names, tiers, strict=True)
         ]
-        self._eviction = make_eviction(eviction)
         self._entries: dict[Key, _Stored] = {}
-        self._serial = 0
         self._lock = threading.RLock()
         for level, tier in enumerate(self._levels):
             held: dict[Key, int] = tier.store.sizes() if hasattr(tier.store, "sizes") else {}
@@ -135,13 +138,12 @@ class TieredStore:
                 return
             self._eviction.touch(key)
             try:
-                level = None if self._eviction.dead(key) else self._best_level(size, self._eviction.order(key), 0)
-                if level is not None:
-                    self._make_room(level, size)
+                if place := self._find_place(key, size, range(len(self._levels))):
+                    level, victims = place
+                    self._make_room(level, victims)
                     entry = _Stored(key, size, level, tensor.device)
-                    if self._write(level, entry, tensor):
-                        self._entries[key] = entry
-                        self._rank(entry)
+                    if self._write(level, key, tensor):
+                        self._keep(entry)
                     else:
                         self.drops["full"] += 1
             finally:
@@ -151,20 +153,15 @@ class TieredStore:
     def get(self, key: Key) -> torch.Tensor | None:
         """The tensor or None. One from the host or the disk is on the CPU, unless it is promoted to the device."""
         with self._lock:
-            if self._eviction.read(key):
-                self._rerank(self._entries)
+            self._eviction.read(key)
             entry = self._entries.get(key)
             if entry is None:
                 return None
-            if self.promote and not self._eviction.dead(key):
-                target = self._best_level(entry.size, self._eviction.order(key), 0, entry.level)
-                if target is not None:
-                    self._unrank(entry)
-                    self._move(entry, target)
+            if self.promote and (place := self._find_place(key, entry.size, range(entry.level))):
+                self._move(entry, *place)
             tensor = self._levels[entry.level].store.get(key) if key in self._entries else None
             if tensor is None and key in self._entries:  # lost by the store itself
                 self._drop(entry, "lost")
-            self._rerank((key,))
         return tensor
 
     def prefetch(self, keys: Keys) -> None:
@@ -176,33 +173,15 @@ class TieredStore:
                     if not first.could_hold(entry.size + sum(one.size for one in chosen)):
                         break
                     chosen.append(entry)
+            for entry in reversed(chosen):  # so that what is used last is evicted first
+                self._eviction.touch(entry.key)
             for entry in chosen:
-                self._unrank(entry)  # none of them makes room for another
-            try:
-                for entry in chosen:
-                    if entry.level > 0:
-                        self._move(entry, 0)
-            finally:
-                for entry in reversed(chosen):  # so that what is used last is evicted first
-                    if entry.key in self._entries:
-                        self._eviction.touch(entry.key)
-                        self._rerank((entry.key,))
-
-    def follow(self, uses: Uses) -> None:
-        """Follow this plan from position 0: the position and the order of each read, by key."""
-        with self._lock:
-            self._eviction.follow(uses)
-            self._rerank(self._entries)
-
-    def advance(self, position: int) -> None:
-        """The plan has reached this position: the index of the current segment."""
-        with self._lock:
-            self._rerank(self._eviction.advance(position))
+                if entry.level > 0 and entry.key in self._entries:
+                    self._move(entry, 0, first.victims(entry.size))
 
     def drop(self, key: Key) -> None:
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is not None:
+            if (entry := self._entries.get(key)) is not None:
                 self._drop(entry, "dropped")
 
     def clear(self) -> None:
@@ -212,7 +191,8 @@ class TieredStore:
 
     def sizes(self) -> dict[Key, int]:
         """Bytes of every entry, from the slowest tier to the fastest, in eviction order."""
-        return {entry.key: entry.size for tier in reversed(self._levels) for _, _, entry in tier.ranked}
+        with self._lock:
+            return {entry.key: entry.size for tier in reversed(self._levels) for entry in tier.ranked()}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -227,104 +207,78 @@ class TieredStore:
             return
         for victim in tier.victims(size):
             self._drop(victim, "evicted")
-        tier.used += size
         self._eviction.touch(key)
-        self._entries[key] = entry = _Stored(key, size, level)
-        self._rank(entry)
+        self._keep(_Stored(key, size, level))
+
+    def _keep(self, entry: _Stored) -> None:
+        self._entries[entry.key] = entry
+        self._levels[entry.level].add(entry)
 
     def _drop(self, entry: _Stored, reason: str) -> None:
-        self._unrank(entry)
+        tier = self._levels[entry.level]
+        tier.remove(entry)
+        tier.store.drop(entry.key)
         del self._entries[entry.key]
         self._eviction.forget(entry.key)
-        tier = self._levels[entry.level]
-        tier.used -= entry.size
-        tier.store.drop(entry.key)
         self.drops[reason] += 1
-
-    def _rank(self, entry: _Stored) -> None:
-        """Insert an entry into its tier's eviction order, or drop it if it is known that nobody reads it again."""
-        if self._eviction.dead(entry.key):
-            return self._drop(entry, "dead")
-        self._serial += 1
-        entry.rank = (self._eviction.order(entry.key), self._serial)
-        insort(self._levels[entry.level].ranked, (*entry.rank, entry))
-
-    def _unrank(self, entry: _Stored) -> None:
-        if entry.rank is not None:
-            ranked = self._levels[entry.level].ranked
-            del ranked[bisect_left(ranked, entry.rank)]
-            entry.rank = None
-
-    def _rerank(self, keys: Iterable[Key]) -> None:
-        """The order of these keys has changed."""
-        for entry in [self._entries[key] for key in keys if key in self._entries]:
-            self._unrank(entry)
-            self._rank(entry)
 
     # Moves
 
-    def _best_level(self, size: int, order: Order, first: int, last: int | None = None) -> int | None:
-        """The first tier from `first` to before `last` that accepts an entry of this size and order."""
-        levels = range(first, len(self._levels) if last is None else last)
-        return next((level for level in levels if self._levels[level].accepts(size, order)), None)
+    def _find_place(self, key: Key, size: int, levels: range) -> tuple[int, list[_Stored]] | None:
+        """The first of these tiers in which an entry would not be the first to be evicted, and what has to leave it."""
+        order = self._eviction.order(key)
+        for level in levels:
+            tier = self._levels[level]
+            victims = tier.victims(size) if tier.could_hold(size) else None
+            if victims is not None and all(self._eviction.order(victim.key) <= order for victim in victims):
+                return level, victims
+        return None
 
-    def _make_room(self, level: int, size: int) -> None:
-        """Spill until `size` bytes fit. Raises what a store raises; the entry that it refused is dropped then."""
-        for victim in self._levels[level].victims(size):
-            order = self._eviction.order(victim.key)
-            self._unrank(victim)
-            lower = self._best_level(victim.size, order, level + 1)
-            if lower is None:
-                self._drop(victim, "evicted")
+    def _make_room(self, level: int, victims: list[_Stored]) -> None:
+        """Spill entries of a tier. Raises what a store raises; the entry that it refused is dropped then."""
+        for victim in victims:
+            if place := self._find_place(victim.key, victim.size, range(level + 1, len(self._levels))):
+                self._move(victim, *place)
             else:
-                self._move(victim, lower)
-                if victim.key in self._entries:
-                    self._rank(victim)
+                self._drop(victim, "evicted")
 
-    def _move(self, entry: _Stored, level: int) -> None:
-        """Move an entry to another tier and make room there. If that fails, an entry that moves down is dropped; one
+    def _move(self, entry: _Stored, level: int, victims: list[_Stored]) -> None:
+        """Move an entry to another tier, which victims leave. If that fails, an entry that moves down is dropped; one
         that moves up stays where it was.
         """
-        source, down = self._levels[entry.level], level > entry.level
+        source, target, down = self._levels[entry.level], self._levels[level], level > entry.level
         tensor = source.store.get(entry.key)
         if tensor is None:
             return self._drop(entry, "lost")
-        before = entry.level
-        source.used -= entry.size  # an entry that spills from above may take its place
+        source.remove(entry)  # an entry that spills from above may take its place
+        reason = "spill_failed"
         try:
-            self._make_room(level, entry.size)
-            if self._levels[level].name == "device" and entry.device is not None:
+            self._make_room(level, victims)
+            if target.name == "device" and entry.device is not None:
                 tensor = tensor.to(entry.device)
-            kept = self._write(level, entry, tensor)
-        except BaseException:
-            source.used += entry.size
-            if down:
-                self._drop(entry, "spill_failed")
+            if self._write(level, entry.key, tensor):
+                source.store.drop(entry.key)
+                entry.level = level
+                self.num_spills += down
             else:
-                self._make_room(before, 0)
-                self._rank(entry)
-            raise
-        if kept:
-            source.store.drop(entry.key)
-            entry.level = level
-            self.num_spills += down
-        else:
-            source.used += entry.size
-            self._drop(entry, "full") if down else self._make_room(before, 0)
+                reason = "full"
+        finally:
+            self._levels[entry.level].add(entry)
+            if entry.level != level:
+                self._drop(entry, reason) if down else self._make_room(entry.level, source.victims(0))
 
-    def _write(self, level: int, entry: _Stored, tensor: torch.Tensor) -> bool:
+    def _write(self, level: int, key: Key, tensor: torch.Tensor) -> bool:
         """Put a tensor into a tier with room for it; False if the store is full below its budget, twice."""
         tier = self._levels[level]
         for attempt in (1, 2):
             try:
-                tier.store.put(entry.key, tensor)
-                tier.used += entry.size
+                tier.store.put(key, tensor)
                 return True
             except OSError as error:
-                if error.errno not in _FULL:
+                if error.errno not in FULL:
                     raise
-            short = entry.size if attempt == 1 else 0
-            for _, _, victim in list(tier.ranked):
+            short = tensor.nbytes if attempt == 1 else 0
+            for victim in tier.ranked():
                 if short > 0:
                     short -= victim.size
                     self._drop(victim, "evicted")
