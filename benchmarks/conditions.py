@@ -8,6 +8,7 @@ with another prompt, half and most of the steps made anew (`video`, `strength`).
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from edit_ray import EditWanPipeline
 
-CALL = {"height": 128, "width": 128, "num_frames": 17, "num_inference_steps": 12, "guidance_scale": 4.0}
+CALL: dict[str, Any] = {"height": 128, "width": 128, "num_frames": 17, "num_inference_steps": 12, "guidance_scale": 4.0}
 SHOWN, EDGE = range(0, 17, 2), 2
 
 
@@ -28,7 +29,7 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     red, blue = (f"a {colour} circle bouncing on a black background" for colour in ("red", "blue"))
 
-    def make(prompt: str, seed: int = 7, **given: object) -> list[Image.Image]:
+    def make(prompt: str, seed: int = 7, **given: Any) -> list[Image.Image]:
         generator = torch.Generator().manual_seed(seed)
         frames: list[Image.Image] = pipe(prompt, **CALL, **given, output_type="pil", generator=generator)[0]
         return frames
@@ -36,11 +37,9 @@ def main() -> None:
     first = make(red)
     rows = [first, make(red, image=first[-1])]
     rows += [make(blue, video=first, strength=strength) for strength in (0.5, 0.8)]
-    rows = [
-        [np.pad(np.asarray(row[at]), ((EDGE, EDGE), (EDGE, EDGE), (0, 0)), constant_values=255) for at in SHOWN]
-        for row in rows
-    ]
-    Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows])).save(sys.argv[1])
+    edge = ((EDGE, EDGE), (EDGE, EDGE), (0, 0))
+    framed = [[np.pad(np.asarray(row[at]), edge, constant_values=255) for at in SHOWN] for row in rows]
+    Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in framed])).save(sys.argv[1])
 
 
 if __name__ == "__main__":
