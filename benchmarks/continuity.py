@@ -63,6 +63,8 @@ VARIANTS = [
     Variant("warm_start", ContinuityOptions(mode="warm_start"), reuse=True),
     Variant("history, adain 0.25", ContinuityOptions(mode="history", adain=0.25)),
     overlapping("hybrid", 0.25),
+    Variant("image, still", ContinuityOptions(mode="image", picture_as="still")),
+    Variant("image, first_frame", ContinuityOptions(mode="image")),
 ]
 
 

@@ -21,6 +21,7 @@ from edit_ray.config import Config
 from edit_ray.config.model import PromptSegment
 from edit_ray.config.strict_yaml import dump
 from edit_ray.engine.card_memory import Needs, Run, most_frames, needs_of, place
+from edit_ray.engine.options import LoraOptions, ModelOptions
 from edit_ray.options import Options, describe
 from edit_ray.testing import VARIANTS
 from edit_ray.tiers.options import NODE_VARIABLES
@@ -34,8 +35,10 @@ Generated from the configuration's models by `python docs/generate.py`; do not e
 A run's configuration is one YAML file; `--set SECTION.KEY=VALUE` overrides one value, `--print-config` prints all of
 them. Only `video` and `prompt_segments` are required. An unknown key is an error that suggests the nearest known one.
 All mistakes are reported at once, and nothing starts before they are fixed. [configs/tiny.yaml](../configs/tiny.yaml)
-has every key with a comment, [wan21_t2v_1_3b.yaml](../configs/wan21_t2v_1_3b.yaml) and
-[wan21_t2v_14b.yaml](../configs/wan21_t2v_14b.yaml) are for Wan2.1.
+has every key with a comment. Others are for published models: [Wan2.1 1.3B](../configs/wan21_t2v_1_3b.yaml) and
+[14B](../configs/wan21_t2v_14b.yaml), [Wan2.1 14B from a picture](../configs/wan21_i2v_14b.yaml),
+[Wan2.2 A14B from a picture in four steps](../configs/wan22_i2v_a14b_lightning.yaml),
+[Wan2.2 TI2V-5B](../configs/wan22_ti2v_5b.yaml).
 """
 
 ENVIRONMENT = """## Environment
@@ -122,6 +125,9 @@ def configuration_page() -> str:
             f"## {name}\n\n{'A list of:' + chr(10) + chr(10) if section is PromptSegment else ''}{_paragraphs(about)}\n"
         )
         parts.append(_table(section, schema["$defs"][section.__name__], schema))
+        if section is ModelOptions:
+            parts.append(f"### loras\n\n{_paragraphs((LoraOptions.__doc__ or '').strip())}\n")
+            parts.append(_table(LoraOptions, schema["$defs"]["LoraOptions"], schema))
         if section is CacheOptions:
             parts += _policies()
     variables = ", ".join(f"`${name}`" for name in NODE_VARIABLES)

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(config: Config, root: Path, options: argparse.Namespace) -> int:
-    from edit_ray.cli.reuse_estimate import what_does_not_fit
+    from edit_ray.cli.reuse_estimate import what_can_be_skipped, what_does_not_fit
     from edit_ray.client import LongVideoClient
 
     print(f"output: {root}", flush=True)
@@ -87,6 +87,8 @@ def _run(config: Config, root: Path, options: argparse.Namespace) -> int:
     if start:
         print(f"resumed: segments 0 to {start - 1} were committed before", flush=True)
     with contextlib.suppress(EditRayError, ValueError):  # the model may exist only on the nodes of the run
+        if (skipped := what_can_be_skipped(config)) is not None:
+            print(f"steps: {skipped}", flush=True)
         if (unkept := what_does_not_fit(config)) is not None:
             print(f"reuse: {unkept}", flush=True)
     started, frames, figures = time.perf_counter(), 0, list[Mapping[str, float]]()

@@ -37,7 +37,10 @@ BLOCKS = {
     ("docs/architecture.md", ""): (f"{HERE}::test_the_drawings_name_what_is_there",),
     (MODEL_CARD, "python"): (f"{HERE}::test_the_code_of_the_model_card_runs",),
 }
-WITH_YAML = ("monitoring/README.md", "docs/caching.md", "docs/long-video.md", "docs/on-my-card.md", "docs/speed.md")
+WITH_YAML = (
+    "monitoring/README.md",
+    *(f"docs/{name}.md" for name in ("caching", "conditioning", "long-video", "on-my-card", "speed")),
+)
 BLOCKS |= {(page, "yaml"): (f"{SITE}::test_configurations_are_valid",) for page in WITH_YAML}
 
 # Pages and commands as expressions, and the test that runs all that match and that no earlier line has.

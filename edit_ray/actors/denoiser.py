@@ -19,15 +19,17 @@ from edit_ray.actors.gpu_work import (
     StepTimes,
     added_by,
     cache_stats,
-    context_of,
+    conditions_of,
     preceding_of,
     show_memory,
     tiled_position,
 )
 from edit_ray.actors.messages import Progress, RunSpec, code_version, rounded
+from edit_ray.config.scenes import picture_files
 from edit_ray.engine.continuity import load_latents, save_latents
+from edit_ray.engine.init_file import pictures_digest
 from edit_ray.engine.loading import choose_device, provenance_of, usable_cores
-from edit_ray.engine.model_files import model_digest
+from edit_ray.engine.lora_files import weights_digest
 from edit_ray.engine.model_info import lookback_latents
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.errors import EditRayError, OutOfMemory, SegmentFailed
@@ -69,12 +71,14 @@ class DenoiserActor:
         return {"version": code_version(), "pid": os.getpid(), "device": device, "gpus": torch.cuda.device_count()}
 
     def provenance(self, spec: RunSpec) -> dict[str, str | int]:
-        """What the run's bits would depend on here, beside its configuration. Raises ModelError."""
+        """What the run's bits would depend on here, beside its configuration. Raises ModelError, ConfigError."""
         engine = spec.config.engine
         threads = engine.cpu_threads or usable_cores()
         here = provenance_of(choose_device(spec.config.model.device), threads, engine.mode, engine.fp8)
-        model = model_digest(spec.config.model.path, spec.config.model.files.values())
-        return here | {"ffmpeg": ffmpeg_version()} | ({} if model is None else {"model": model})
+        model, loras = weights_digest(spec.config.model)
+        shown = picture_files(spec.config)
+        files = {"model": model, "loras": loras, "pictures": pictures_digest(shown) if shown else None}
+        return here | {"ffmpeg": ffmpeg_version()} | {name: digest for name, digest in files.items() if digest}
 
     def progress(self) -> Progress | None:
         return self._progress
@@ -110,7 +114,7 @@ class DenoiserActor:
         self.adopt_run(spec)
         self._model.forget_replaced(spec)
         engine, config = self._ready_engine(spec), spec.config
-        if config.continuity.init is not None and not spec.folder.init_latents.exists():
+        if config.continuity.init_latents and not spec.folder.init_latents.exists():
             latents, _, _ = self._compute(engine, lambda: engine.encode_init(config.continuity, config.sampling))
             save_latents(spec.folder.init_latents, latents)
         lookback = lookback_latents(engine.pipe.vae.config) if spec.layout.history_latents else 0
@@ -162,17 +166,19 @@ class DenoiserActor:
 
         def work() -> torch.Tensor:
             times.begin()
+            conditions = conditions_of(engine, spec, segment)
             latents = engine.denoise(
                 sampling,
                 prompt=segment.prompt,
                 seed=segment.seed,
-                **context_of(engine, spec, segment.index),
                 on_step=on_step,
                 cache=spec.config.cache,
                 segment_index=segment.index - spec.planned_from,
                 store=store,
+                lora_weights=segment.lora_weights,
+                **conditions.arguments,
             )
-            return added_by(latents, spec, segment.index)
+            return added_by(latents, spec, segment.index, conditions.first)
 
         self._let_decoding_go_first(engine)
         return self._compute(engine, work, denoises=True)
@@ -292,20 +298,22 @@ class DenoiserActor:
 
         def work() -> torch.Tensor:
             return engine.decode(
-                spec.key if spec.layout.history_latents else None,
+                spec.stream(segment.index)[0] if spec.layout.history_latents else None,
                 latents,
-                position=spec.layout.first_latent(segment.index),
+                position=spec.position(segment.index),
                 preceding=preceding_of(spec, segment.index),
                 keep_frames=spec.config.continuity.carried_frames,
-                tiled_from=tiled_position(spec),
+                tiled_from=tiled_position(spec, segment.index),
             )
 
         with self._decoding:  # from the call on: the next segment's denoising is requested at the same moment
             engine = self._ready_engine(spec, segment.index)
             latents = load_latents(spec.latents(segment.index))
             frames, decode_at, decode_s = self._compute(engine, work, again=again)
-        assert len(frames) == segment.num_frames, f"{len(frames)} frames decoded, {segment.num_frames} planned"
-        return frames.numpy(), decode_at, decode_s
+        # A picture where others continue the segment before is seen by the model, and is not one frame more.
+        shown = frames[1:] if segment.index and spec.stream(segment.index)[1] == segment.index else frames
+        assert len(shown) == segment.num_frames, f"{len(shown)} frames decoded, {segment.num_frames} planned"
+        return shown.numpy(), decode_at, decode_s
 
     def _compute(
         self, engine: SegmentEngine, work: Callable[[], T], *, denoises: bool = False, again: bool = True

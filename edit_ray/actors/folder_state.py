@@ -32,7 +32,11 @@ Damage = Mapping[Path, tuple[int, str]]
 
 _NAMED = 3  # files that a refusal names
 _ENDLESS = 100  # segments that must fit on the disk for a run without an end
-_SAID = {"config": "run.yaml was edited", "model": "the model's files are others than those it was begun with"}
+_SAID = {
+    "config": "run.yaml was edited",
+    "model": "the model's files are others than those it was begun with",
+    "pictures": "its pictures are others than those it was begun with",
+}
 
 
 # Hardware.
@@ -112,6 +116,8 @@ def can_be_made_again(spec: RunSpec, committed: int) -> bool:
 
 def extension(segments: int, manifest: Manifest, spec: RunSpec) -> Extended:
     """`segments` more. Raises ConfigError."""
+    if (last := spec.config.prompt_segments[-1].last_image) is not None:
+        raise ConfigError([f"the run ends with {last!r} (last_image of its last prompt), and nothing follows an end"])
     if manifest.num_segments is None:
         raise ConfigError(["the run goes on until it is stopped (video.num_segments is null); resume it instead"])
     most = MAX_SEGMENTS - manifest.num_segments

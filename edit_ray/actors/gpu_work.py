@@ -5,20 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache.records import Record
+from edit_ray.config.scenes import picture_files
 from edit_ray.engine.continuity import latent_tail, load_latents, match_statistics
+from edit_ray.engine.init_file import picture_arguments, pictures_digest
 from edit_ray.engine.loading import usable_cores
-from edit_ray.engine.model_files import model_digest
+from edit_ray.engine.lora_files import weights_digest
 from edit_ray.engine.segment import KEPT_PROMPTS, SegmentEngine
 from edit_ray.engine.vae_stream import Preceding
-from edit_ray.errors import NotAdopted, RunCancelled, StaleWork
+from edit_ray.errors import HardwareDiffers, NotAdopted, RunCancelled, StaleWork
 from edit_ray.files import write_atomic
 from edit_ray.metrics.collect import MetricValues
 from edit_ray.runs.run_plan import SegmentPlan
@@ -102,12 +106,12 @@ class LoadedModel:
         self.loaded_for: object = None
         self.loading = False
         self.thread = OneThread("torch")
-        self._weights: str | None = None  # the digest of the loaded files
+        self._weights: object = None  # the digests of the loaded files
         self.threads = 0  # of torch
 
     def forget_replaced(self, spec: RunSpec) -> None:
         """Have the model loaded anew if the files at its path are no longer those that were loaded."""
-        if self._weights != model_digest(spec.config.model.path, spec.config.model.files.values()):
+        if self._weights != weights_digest(spec.config.model):
             self.loaded_for = None
 
     def ready(self, spec: RunSpec, segment_index: int = 0) -> SegmentEngine:
@@ -122,7 +126,7 @@ class LoadedModel:
         try:
             if self.engine is None or self.loaded_for != wanted:
                 self.engine = None  # frees the last model before the next one is loaded
-                weights = model_digest(config.model.path, config.model.files.values())
+                weights = weights_digest(config.model)
                 self.engine = SegmentEngine.load(config.model, self.threads, cfg_parallel=config.engine.cfg_parallel)
                 self.loaded_for, self._weights = wanted, weights
             torch.set_num_threads(self.threads)
@@ -138,42 +142,89 @@ class LoadedModel:
 # What a segment takes from those before it and adds to the run's stream, from committed files alone.
 
 
-def added_by(latents: torch.Tensor, spec: RunSpec, segment_index: int) -> torch.Tensor:
-    """Those of a window's latents that the segment adds to the stream, with their colours matched to the first segment.
+@dataclass(frozen=True)
+class SegmentInput:
+    """What a segment is conditioned on beside its prompt.
 
-    If the run begins with the user's picture, the first latent is the picture's.
+    `arguments` are those of `SegmentEngine.denoise`. `first` [1, C, 1, h, w] is the latent of the picture that it
+    begins with, which takes the place of its first one.
     """
-    first_latent, continuity = spec.layout.first_latent, spec.config.continuity
-    added = latents[:, :, first_latent(segment_index) - first_latent(segment_index + 1) :]
-    if segment_index == 0 and continuity.begins_with_picture:
-        return torch.cat([load_latents(spec.folder.init_latents)[:, :, :1], added[:, :, 1:]], dim=2)
-    if continuity.adain and segment_index:
-        return match_statistics(added, load_latents(spec.latents(0)), continuity.adain)
+
+    arguments: Mapping[str, Any]
+    first: torch.Tensor | None = None
+
+
+def added_by(latents: torch.Tensor, spec: RunSpec, segment_index: int, first: torch.Tensor | None) -> torch.Tensor:
+    """Those of a window's latents that the segment adds to its stream, with their colours matched to the run's first.
+
+    `first` is that of the segment's `SegmentInput`.
+    """
+    index, first_latent, adain = segment_index, spec.layout.first_latent, spec.config.continuity.adain
+    index -= spec.stream(index)[1]
+    added = latents[:, :, first_latent(index) - first_latent(index + 1) :]
+    if first is not None:
+        return torch.cat([first, added[:, :, 1:]], dim=2)
+    if adain and index:
+        return match_statistics(added, load_latents(spec.latents(0)), adain)
     return added
 
 
-def context_of(engine: SegmentEngine, spec: RunSpec, segment_index: int) -> dict[str, torch.Tensor]:
-    """A segment's context latents, as arguments of `SegmentEngine.denoise`."""
-    continuity = spec.config.continuity
-    if segment_index == 0:
-        if continuity.init is None:
-            return {}
-        return {continuity.mode: load_latents(spec.folder.init_latents)[:, :, -continuity.init_latents :]}
-    position, preceding = spec.layout.first_latent(segment_index), preceding_of(spec, segment_index)
-    tiled_from = tiled_position(spec)
-    return engine.context(continuity, spec.key, position=position, preceding=preceding, tiled_from=tiled_from)
+def conditions_of(engine: SegmentEngine, spec: RunSpec, segment: SegmentPlan) -> SegmentInput:
+    """What a segment takes from those before it, and from the user's pictures.
+
+    Raises ConfigError if a picture cannot be read, HardwareDiffers if one has changed since the run was begun.
+    """
+    continuity, index = spec.config.continuity, segment.index
+    given = _read_pictures(spec, segment)
+    image = given.pop("image", None)
+    frame = None if image is None else np.asarray(image)[None]
+    stream, start = spec.stream(index)
+    if frame is not None and (index == start or not continuity.carried_latents):
+        shown = engine.picture(continuity, frame)
+        history = shown.get("history")
+        if history is None:
+            return SegmentInput(given | shown)
+        return SegmentInput(given | {"history": history[:, :, -1:]}, history[:, :, :1])
+    if index == 0:
+        if not continuity.init_latents:
+            return SegmentInput(given)
+        init = load_latents(spec.folder.init_latents)
+        first = init[:, :, :1] if continuity.begins_with_picture else None
+        return SegmentInput(given | {continuity.mode: init[:, :, -continuity.init_latents :]}, first)
+    context = engine.context(
+        continuity,
+        stream,
+        position=spec.position(index),
+        preceding=preceding_of(spec, index),
+        tiled_from=tiled_position(spec, index),
+        picture=frame,
+    )
+    return SegmentInput(given | context)
 
 
-def tiled_position(spec: RunSpec) -> int | None:
-    """The first latent of the run's stream that is decoded in tiles."""
-    return None if spec.first_tiled is None else spec.layout.first_latent(spec.first_tiled)
+def _read_pictures(spec: RunSpec, segment: SegmentPlan) -> dict[str, Any]:
+    """The segment's pictures as the pipeline's arguments, if they are those that the run was begun with."""
+    if segment.pictures.paths and spec.pictures not in (None, pictures_digest(picture_files(spec.config))):
+        raise HardwareDiffers(
+            f"a picture of run {spec.run_id!r} was edited while the run was at work; put it back, then go on with "
+            f"`edit-ray resume {spec.run_id}`"
+        )
+    sampling = spec.config.sampling
+    return picture_arguments(segment.pictures, height=sampling.height, width=sampling.width)
+
+
+def tiled_position(spec: RunSpec, segment_index: int) -> int | None:
+    """The first latent of the segment's stream that is decoded in tiles."""
+    start = spec.stream(segment_index)[1]
+    return None if spec.first_tiled is None else spec.layout.first_latent(max(0, spec.first_tiled - start))
 
 
 def preceding_of(spec: RunSpec, segment_index: int) -> Preceding:
     """Reads the last latents of the stream before a segment."""
 
     def preceding(count: int) -> torch.Tensor:
-        segments = range(max(0, segment_index - count), segment_index)  # each adds one latent at least
+        start = spec.stream(segment_index)[1]
+        segments = range(max(start, segment_index - count), segment_index)  # each adds one latent at least
         before = [spec.latents(index) for index in segments]
         if spec.layout.init_latents and segments.start == 0:
             before.insert(0, spec.folder.init_latents)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,14 @@ class RunSpec:
     tiled_from: int | None = None
     submission: str = ""
     replanned: int = 0
+    pictures: str | None = None  # the digest of its pictures, if it has some
 
     @classmethod
     def of(cls, root: Path, config: Config, manifest: Manifest) -> RunSpec:
         """The run as its manifest describes it now."""
         names = ("num_segments", "incarnation", "takes", "planned_from", "tiled_from", "replanned")
         begun, standing = manifest.begun, {name: getattr(manifest, name) for name in names}
+        standing["pictures"] = manifest.provenance.get("pictures")
         return cls(begun.run_id, root, config, submission=begun.submission, **standing)
 
     @cached_property
@@ -113,6 +115,18 @@ class RunSpec:
     def segment(self, index: int) -> SegmentPlan:
         return self.storyboard.segment(index)
 
+    def stream(self, index: int) -> tuple[str, int]:
+        """The name of the stream of latents that a segment belongs to, and the segment with which it begins.
+
+        A run is one stream, unless one of its segments begins with a picture where others continue.
+        """
+        start = self.storyboard.stream_start(index)
+        return f"{self.key}/{start}" if start else self.key, start
+
+    def position(self, index: int) -> int:
+        """The position in its stream of the first latent that a segment adds."""
+        return self.layout.first_latent(index - self.stream(index)[1])
+
     @property
     def first_tiled(self) -> int | None:
         """The first segment whose frames are decoded in tiles; None if none is."""
@@ -157,7 +171,11 @@ class RunSpec:
         """What determines the frames, as JSON; the same for every run of the same configuration."""
         said = self.config.model_dump(mode="json", include={"model", "sampling", "continuity", "cache"})
         every = [self.segment(index) for index in range(self.num_segments or 0)]
-        segments = [{"prompt": segment.prompt, "seed": segment.seed} for segment in every]
+        segments = [
+            {"prompt": segment.prompt, "seed": segment.seed}
+            | {name: value for name, value in asdict(segment.pictures).items() if value}
+            for segment in every
+        ]
         return json.dumps({"edit_ray": edit_ray.__version__, **said, "segments": segments})
 
     def begun(self, submission: str, provenance: Mapping[str, str | int], owner: str = "", job: str = "") -> Begun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -65,7 +66,10 @@ class WanAdapter:
         linear = embedder.time_embedder.linear_1.weight
         e = embedder.time_embedder(embedder.timesteps_proj(timestep).to(linear.dtype)).float()
         project = embedder.time_proj
-        e0 = F.linear(embedder.act_fn(e), project.weight.float(), project.bias.float())
+        if hasattr(project, "base_layer"):  # under a LoRA, which its own forward adds
+            e0 = copy.deepcopy(project).float()(embedder.act_fn(e))
+        else:
+            e0 = F.linear(embedder.act_fn(e), project.weight.float(), project.bias.float())
         return e, e0.unflatten(1, (6, -1))
 
 

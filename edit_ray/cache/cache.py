@@ -163,6 +163,10 @@ class Cache:
         if clear_store:
             self._index.clear()
 
+    def drop_residuals(self) -> None:
+        """Drop every residual that this cache has stored, also within a call, whose next skips then compute."""
+        self._index.clear()
+
     def prefetch_reuse(self) -> None:
         """Prefetch the residuals that the next call may read from the reuse window, in the order of use."""
         self._index.store.prefetch(self._index.window_keys(self.policy.keeps))

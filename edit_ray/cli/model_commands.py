@@ -26,7 +26,8 @@ def calibrate(options: argparse.Namespace) -> int:
     from edit_ray.tuning.calibrate import fit_magcache, fit_teacache, observe, plot_fit
     from edit_ray.tuning.rank import SkipMeasure
 
-    pipe, call, seed = _load(config), _call(config), config.sampling.seed
+    pipe, sampling, seed = _load(config), _sampling(config), config.sampling.seed
+    call = sampling | _pictures(config)
     plot = None
     if options.policy == "ranked":
         fitted = _rank(SkipMeasure(pipe, prompts, seed, call, options.batch_size))
@@ -42,7 +43,10 @@ def calibrate(options: argparse.Namespace) -> int:
         if importlib.util.find_spec("matplotlib") is not None:
             plot = options.file.with_suffix(f".{options.policy}.png")
             plot_fit(measured, fitted).savefig(plot)
-    write_calibration(options.file, options.policy, fitted, {"prompts": len(prompts), "seed": seed, **call})
+    measured_with: dict[str, Any] = {"prompts": len(prompts), "seed": seed, **sampling}
+    if pipe.lora_digest:
+        measured_with["loras"] = pipe.lora_digest
+    write_calibration(options.file, options.policy, fitted, measured_with)
     print(options.file)
     if plot is not None:
         print(plot)
@@ -64,7 +68,7 @@ def tune(options: argparse.Namespace) -> int:
     policies = list(TUNABLE) if options.policies is None else [name.strip() for name in options.policies.split(",")]
     if unknown := [name for name in policies if name not in TUNABLE]:
         raise ConfigError([f"--policies has {', '.join(unknown)}; valid are {', '.join(TUNABLE)}"])
-    videos = Videos(_load(config), prompts, config.sampling.seed, _call(config), options.seeds)
+    videos = Videos(_load(config), prompts, config.sampling.seed, _sampling(config) | _pictures(config), options.seeds)
     trials = []
     for trial in trials_of(videos, options.psnr, policies):
         trials.append(trial)
@@ -85,7 +89,7 @@ def tune(options: argparse.Namespace) -> int:
 
 
 def _load(config: Config) -> EditWanPipeline:
-    from edit_ray.engine.loading import load_pipeline, with_flow_shift
+    from edit_ray.engine.loading import load_pipeline, noise_scheduler_for
 
     model = config.model
     if model.offload == "text_encoder":  # prompts run one at a time
@@ -94,14 +98,26 @@ def _load(config: Config) -> EditWanPipeline:
     if pipe.block_offload is not None and pipe.text_encoder is not None:
         pipe.text_encoder.to(pipe.device)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = with_flow_shift(pipe.scheduler, config.sampling.flow_shift)
+    pipe.scheduler = noise_scheduler_for(pipe.scheduler, config.sampling)
+    if config.sampling.boundary_ratio is not None:
+        pipe.register_to_config(boundary_ratio=config.sampling.boundary_ratio)
     return pipe
 
 
-def _call(config: Config) -> dict[str, Any]:
-    """The pipeline's arguments except prompt and seed."""
+def _sampling(config: Config) -> dict[str, Any]:
+    """The pipeline's arguments except prompt, seed and pictures."""
     names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt")
-    return {name: getattr(config.sampling, name) for name in names}
+    given = {name: getattr(config.sampling, name) for name in ("sigmas", "guidance_scale_2")}
+    few = {name: value for name, value in given.items() if value is not None}
+    return {name: getattr(config.sampling, name) for name in names} | few
+
+
+def _pictures(config: Config) -> dict[str, Any]:
+    """Those of segment 0, as the pipeline's arguments."""
+    from edit_ray.engine.init_file import picture_arguments
+
+    sampling = config.sampling
+    return picture_arguments(config.storyboard.segment(0).pictures, height=sampling.height, width=sampling.width)
 
 
 def _rank(measure: SkipMeasure) -> dict[str, Any]:

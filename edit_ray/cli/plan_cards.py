@@ -24,7 +24,7 @@ def cached_run(config: Config, configs: Mapping[str, Mapping[str, Any]]) -> Run:
     run, cache = run_of(config), config.cache
     if cache.policy == "none":
         return run
-    policy = policy_of(cache, config.model.path)
+    policy = policy_of(cache, config.model)
     stacks = [of.get("num_layers", 40) for name, of in configs.items() if name.startswith("transformer")]
     units = sum(len(split_blocks(blocks, cache.granularity)) for blocks in stacks)
     return replace(run, entries=policy.history_len * units * run.branches, probes=policy.needs_first_block_probe)

@@ -23,6 +23,7 @@ def plan(options: argparse.Namespace) -> int:
     Raises ConfigError, ModelError.
     """
     from edit_ray.cli.plan_cards import CARDS, card_lines
+    from edit_ray.cli.reuse_estimate import what_can_be_skipped
     from edit_ray.config import load_config
 
     forward_ms: float | None = options.forward_ms
@@ -35,6 +36,8 @@ def plan(options: argparse.Namespace) -> int:
     said = ["cache.reuse_window is 0: no segment of this run reuses residuals of another."]
     if config.cache.reuse_window:
         said = _reuse_lines(options, config, forward_ms)
+    elif (skipped := what_can_be_skipped(config)) is not None:
+        said.append(f"steps     {skipped}")
     print("\n".join([*said, "", *card_lines(config, cards)]))
     return 0
 
@@ -76,13 +79,14 @@ def lines(config: Config, estimate: ReuseEstimate, forward_ms: float | None) -> 
 
 
 def _run_lines(config: Config, estimate: ReuseEstimate, forward_ms: float | None) -> list[str]:
-    from edit_ray.cli.reuse_estimate import HOST_TO_DISK
+    from edit_ray.cli.reuse_estimate import HOST_TO_DISK, what_can_be_skipped
 
     cache, plan, size = config.cache, estimate.plan, estimate.size
     _, tokens, width = estimate.shape
     found = [
         f"model     {config.model.path}",
         f"run       {config.num_segments} segments, reuse window {cache.reuse_window}, granularity {cache.granularity}",
+        f"steps     {what_can_be_skipped(config)}",
         f"residual  {size:,} bytes ({_bytes(size)}): {tokens:,} tokens of width {width:,}, {config.model.torch_dtype}",
     ]
     alike: dict[tuple[int, int], list[int]] = {}

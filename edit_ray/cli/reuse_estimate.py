@@ -50,7 +50,7 @@ class ReuseEstimate:
 
     def __init__(self, config: Config) -> None:
         assert config.num_segments is not None, "a run that reuses anything has a number of segments"
-        policy, sampling = policy_of(config.cache, config.model.path), config.sampling
+        policy, sampling = policy_of(config.cache, config.model), config.sampling
         assert isinstance(policy, WarmstartReuse), "the configuration's checks allow no other"
         self._config, self._policy, self._num_segments = config, policy, config.num_segments
         self.model = read_model_info(config.model.path)
@@ -132,13 +132,14 @@ class ReuseEstimate:
     @cached_property
     def _experts(self) -> list[str]:
         """The expert of each step. A model with two experts needs its noise scheduler, and so torch."""
-        steps, path = self._config.sampling.num_inference_steps, self._config.model.path
+        sampling, path = self._config.sampling, self._config.model.path
         if self.model.boundary_ratio is None:
-            return ["transformer"] * steps
+            return ["transformer"] * sampling.num_inference_steps
         import diffusers
 
         from edit_ray.engine.caching import loop_steps
-        from edit_ray.engine.loading import with_flow_shift
+        from edit_ray.engine.conditioning import StepSchedule
+        from edit_ray.engine.loading import noise_scheduler_for
         from edit_ray.engine.model_files import locate_model
 
         location = locate_model(path)
@@ -148,9 +149,9 @@ class ReuseEstimate:
             noise_scheduler = getattr(diffusers, loaded["_class_name"]).from_config(loaded)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ModelError(f"{path!r} has a noise scheduler that cannot be made: {error}") from None
-        noise_scheduler = with_flow_shift(noise_scheduler, self._config.sampling.flow_shift)
-        noise_scheduler.set_timesteps(steps)
-        settings = SimpleNamespace(boundary_ratio=self.model.boundary_ratio)
+        noise_scheduler = noise_scheduler_for(noise_scheduler, sampling)
+        StepSchedule(sampling.num_inference_steps, sampling.sigmas).set_on(noise_scheduler)
+        settings = SimpleNamespace(boundary_ratio=sampling.boundary_ratio or self.model.boundary_ratio)
         pipe = SimpleNamespace(config=settings, scheduler=noise_scheduler)
         return [step.expert for step in loop_steps(pipe, noise_scheduler)]
 
@@ -174,6 +175,17 @@ class ReuseEstimate:
             size=self.size,
             budget=budget,
         )
+
+
+def what_can_be_skipped(config: Config) -> str | None:
+    """A sentence on the steps that the cache can skip at most; None without a cache."""
+    cache, steps = config.cache, config.sampling.num_inference_steps
+    if cache.policy == "none":
+        return None
+    most = policy_of(cache, config.model).most_skips(steps)
+    if most <= 0:
+        return f"{steps} a segment, of which {cache.policy} can skip none; cache.policy none computes the same"
+    return f"{steps} a segment, of which {cache.policy} can skip {most} at most"
 
 
 def what_does_not_fit(config: Config) -> str | None:

@@ -7,6 +7,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from edit_ray.config.mistakes import KeyPath, Mistake, mistake_at
+from edit_ray.config.picture_checks import mode_mistakes
+from edit_ray.engine.options import adapter_names
 from edit_ray.runs.ids import MAX_SEGMENTS
 from edit_ray.runs.run_plan import TEMPORAL_FACTOR, FrameLayout
 
@@ -23,7 +25,10 @@ def cross_field_mistakes(config: Config) -> Iterator[Mistake]:
     """Every mistake; those of the video's length only if its segments are valid."""
     of_segments = [*_shape(config), *_continuity(config)]
     yield from of_segments or _length_and_storyboard(config)
+    yield from mode_mistakes(config)
     yield from _reuse(config)
+    yield from _steps(config)
+    yield from _loras(config)
     yield from _engine(config)
     yield from _weights(config)
 
@@ -35,6 +40,13 @@ def _shape(config: Config) -> Iterator[Mistake]:
         below = (frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1
         near = f"{below} or {below + TEMPORAL_FACTOR}"
         yield mistake_at("sampling.num_frames", f"is {frames}; it must be {TEMPORAL_FACTOR}k+1, such as {near}.")
+    elif continuity.mode in ("image", "svi") and continuity.carried_latents >= latents:
+        yield mistake_at(
+            "sampling.num_frames",
+            f"is {frames}, {latents} latents a segment; it must be at least "
+            f"{TEMPORAL_FACTOR * continuity.carried_latents + 1} where continuity.mode is {continuity.mode}.",
+            "continuity.mode",
+        )
     elif continuity.carried_latents >= latents:
         yield mistake_at(
             "continuity.history_latents",
@@ -66,8 +78,8 @@ def _continuity(config: Config) -> Iterator[Mistake]:
     if continuity.init is not None:
         yield mistake_at(
             "continuity.init",
-            f"is {continuity.init!r}; it needs continuity.mode history or overlap, as with {mode} no segment continues "
-            "anything.",
+            f"is {continuity.init!r}; it needs continuity.mode history, overlap, image or svi, as with {mode} no "
+            "segment continues anything.",
             "continuity.mode",
         )
     if continuity.adain:
@@ -145,6 +157,54 @@ def _reuse(config: Config) -> Iterator[Mistake]:
                 "or neither.",
                 *("cache.reuse_window", "sampling.guidance_scale"),
             )
+
+
+def _steps(config: Config) -> Iterator[Mistake]:
+    sampling, levels = config.sampling, config.sampling.sigmas
+    if levels is not None and len(levels) != sampling.num_inference_steps:
+        yield mistake_at(
+            "sampling.num_inference_steps",
+            f"is {sampling.num_inference_steps}, and sampling.sigmas has {len(levels)} noise levels; one of them must "
+            "be given, not both.",
+            "sampling.sigmas",
+        )
+    if levels is not None and sampling.sampler == "dpm++":
+        yield mistake_at(
+            "sampling.sampler",
+            "is 'dpm++', which takes no noise levels; with sampling.sigmas it must be one of unipc, euler, renoise.",
+            "sampling.sigmas",
+        )
+    if (sampling.guidance_scale_2 or 0) > 1 >= sampling.guidance_scale:
+        yield mistake_at(
+            "sampling.guidance_scale_2",
+            f"is {sampling.guidance_scale_2:g} and sampling.guidance_scale {sampling.guidance_scale:g}; guidance is on "
+            "where both are above 1, or off.",
+            "sampling.guidance_scale",
+        )
+
+
+def _loras(config: Config) -> Iterator[Mistake]:
+    """Weights that change need LoRAs that are not fused, and nothing that outlives the change."""
+    loras, names = config.model.loras, adapter_names(config.model.loras)
+    for index, (lora, name) in enumerate(zip(loras, names, strict=True)):
+        if (lora.expert, name) in [(each.expert, other) for each, other in zip(loras[:index], names, strict=False)]:
+            yield mistake_at(
+                ("model", "loras", index, "adapter"),
+                f"is {name!r}, as another one of {lora.expert} is called; each must have a name of its own.",
+            )
+    others = {
+        "model.fuse_lora": (config.model.fuse_lora, "true; it must be false, as a fused LoRA keeps its weight"),
+        "cache.reuse_window": (config.cache.reuse_window > 0, "above 0; with it, weights must stay the same"),
+        "engine.cfg_parallel": (config.engine.cfg_parallel, "true; with it, weights must stay the same"),
+    }
+    for index, entry in enumerate(config.prompt_segments):
+        path = ("prompt_segments", index, "lora_weights")
+        for unknown in sorted((entry.lora_weights or {}).keys() - set(names)):
+            valid = f"one of {', '.join(dict.fromkeys(names))}" if names else "one of model.loras, which is empty"
+            yield mistake_at((*path, unknown), f"names no adapter; it must be {valid}.", "model.loras")
+        for key, (refused, says) in others.items():
+            if entry.lora_weights and loras and refused:
+                yield mistake_at(path, f"is given, and {key} is {says}.", key)
 
 
 def _engine(config: Config) -> Iterator[Mistake]:

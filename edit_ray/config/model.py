@@ -8,17 +8,20 @@ from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, mo
 from edit_ray.cache.options import CacheOptions
 from edit_ray.config.cross_checks import cross_field_mistakes
 from edit_ray.config.mistakes import Mistakes
+from edit_ray.config.scenes import storyboard_of
 from edit_ray.config.strict_yaml import dump
-from edit_ray.engine.options import ContinuityOptions, EngineOptions, ModelOptions, SamplingOptions
+from edit_ray.engine.options import ContinuityOptions, EngineOptions, ModelOptions, Picture, SamplingOptions
 from edit_ray.metrics.exporter import MetricsOptions
 from edit_ray.options import Options
 from edit_ray.runs.ids import MAX_SEGMENTS
-from edit_ray.runs.run_plan import FrameLayout, Scene, Storyboard
+from edit_ray.runs.run_plan import FrameLayout, Storyboard
 from edit_ray.tiers.options import StoreOptions
 from edit_ray.video.encode import OutputOptions
 
 MAX_PROMPTS = 10_000
 VALID_PROMPTS = f"a list of 1 to {MAX_PROMPTS} entries such as {{start: 0s, prompt: …}} or {{segment: 0, prompt: …}}"
+MAX_REFERENCES = 16
+VALID_REFERENCES = f"a list of 1 to {MAX_REFERENCES} paths of pictures"
 MAX_DURATION_S = 7 * 86400.0
 
 _NUMBER = r"[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE]-[0-9]{1,3})?"
@@ -109,7 +112,10 @@ class VideoOptions(Options):
 class PromptSegment(Options):
     """A prompt and its start, in seconds or as a segment. It holds until the next entry starts.
 
-    The other values hold as long; their defaults are those of `sampling`.
+    The other values hold as long; their defaults are those of `sampling`, and of `model.loras` for `lora_weights`,
+    which are weights by adapter. `image` is the first frame of the entry's
+    segments, with `continuity.mode: image` of its first one, with `svi` what they all show. `last_image` is the last
+    frame of its last segment. A VACE model shows what is in the `reference_images`.
     """
 
     start: Instant | None = None
@@ -118,6 +124,18 @@ class PromptSegment(Options):
     negative_prompt: str | None = Field(default=None, max_length=2000)
     guidance_scale: float | None = Field(default=None, ge=0, le=100)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
+    lora_weights: dict[str, Annotated[float, Field(ge=-10, le=10)]] | None = Field(
+        default=None, json_schema_extra={"valid": "numbers from -10 to 10 by the names of adapters"}
+    )
+    image: Picture | None = None
+    last_image: Picture | None = None
+    reference_images: tuple[Picture, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_REFERENCES,
+        strict=False,
+        json_schema_extra={"valid": VALID_REFERENCES},
+    )
 
     @model_validator(mode="after")
     def _check_one_is_given(self) -> Self:
@@ -190,19 +208,7 @@ class Config(Options):
     @property
     def storyboard(self) -> Storyboard:
         """The scene of each segment: an entry holds from the segment of its start until the next entry's."""
-        layout, names = self.layout, ("negative_prompt", "guidance_scale", "seed")
-        defaults = {name: getattr(self.sampling, name) for name in names}
-        return Storyboard(
-            tuple(
-                Scene(
-                    start=entry.first_segment(layout),
-                    prompt=entry.prompt,
-                    **defaults | {name: own for name in names if (own := getattr(entry, name)) is not None},
-                )
-                for entry in self.prompt_segments
-            ),
-            layout,
-        )
+        return storyboard_of(self)
 
 
 def layout_of(sampling: SamplingOptions, continuity: ContinuityOptions) -> FrameLayout:

@@ -7,13 +7,14 @@ from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.policies import POLICIES, OptionError, check_granularity
 from edit_ray.config.mistakes import KeyPath, Mistake, mistake_at
 from edit_ray.config.model import Config
+from edit_ray.config.picture_checks import file_mistakes, model_takes
 from edit_ray.config.run_memory import run_of
 from edit_ray.engine.calibration import check_target, policy_of
 from edit_ray.engine.card_memory import LEAST_SLOTS, needs_of
-from edit_ray.engine.init_file import read_init
+from edit_ray.engine.lora_files import lora_mistakes
 from edit_ray.engine.model_info import ModelInfo, dtype_problem, read_configs, read_model_info
-from edit_ray.engine.options import ContinuityOptions, frames_of
-from edit_ray.errors import ConfigError, ModelError
+from edit_ray.engine.options import ModelOptions
+from edit_ray.errors import ModelError
 from edit_ray.runs.run_plan import TEMPORAL_FACTOR
 
 MAX_WORDS_NAMED = 100
@@ -61,7 +62,7 @@ def texts_in(data: Any) -> Iterator[Text]:
 def model_mistakes(config: Config, texts: Iterable[Text]) -> list[Mistake]:
     """Everything that the model or the device does not support; `texts` are the prompts with their keys."""
     steps, model = config.sampling.num_inference_steps, config.model
-    mistakes = [*_init(config.continuity), *_cache(config.cache, steps, model.path)]
+    mistakes = [*file_mistakes(config), *_cache(config.cache, steps, model)]
     if problem := dtype_problem(model.torch_dtype, model.device):
         mistakes.append(mistake_at("model.torch_dtype", problem, "model.device"))
     mistakes += [mistake_at(f"model.{name}", problem) for name, problem in model.problems_here().items()]
@@ -69,18 +70,10 @@ def model_mistakes(config: Config, texts: Iterable[Text]) -> list[Mistake]:
         info = read_model_info(model.path)
     except ModelError as error:
         return [*mistakes, Mistake(("model", "path"), f"model.path: {error}")]
-    return [*mistakes, *_shape(config, info), *_device_bytes(config), *_words(texts, info)]
-
-
-def _init(continuity: ContinuityOptions) -> Iterator[Mistake]:
-    """Reads the init file as the run does, at a smaller size."""
-    if continuity.init is None:
-        return
-    try:
-        read_init(continuity.init, frames=frames_of(continuity.init_latents), height=16, width=16)
-    except ConfigError as error:
-        for problem in error.problems:
-            yield Mistake(("continuity", "init"), problem, needs=(("continuity", "history_latents"),))
+    return [
+        *(*mistakes, *_shape(config, info), *model_takes(config, info), *_device_bytes(config)),
+        *(*_experts(config, info), *_loras(config, info), *_words(texts, info)),
+    ]
 
 
 def _shape(config: Config, info: ModelInfo) -> Iterator[Mistake]:
@@ -98,12 +91,22 @@ def _shape(config: Config, info: ModelInfo) -> Iterator[Mistake]:
             f"is {config.model.path!r}, whose VAE makes one latent of {info.scale_factor_temporal} frames; it must be "
             f"{TEMPORAL_FACTOR}.",
         )
-    if config.continuity.mode == "history" and not info.expand_timesteps:
-        yield mistake_at(
-            "continuity.mode",
-            "is 'history'; it must be none, warm_start or overlap for this model, because history needs per-token "
-            "timesteps (expand_timesteps: true in its model_index.json).",
-        )
+
+
+def _experts(config: Config, info: ModelInfo) -> Iterator[Mistake]:
+    if len(info.num_blocks) == 2:
+        return
+    for name in ("guidance_scale_2", "boundary_ratio"):
+        if (given := getattr(config.sampling, name)) is not None:
+            yield mistake_at(
+                f"sampling.{name}", f"is {given:g}; it must be null for this model, which has one expert.", "model.path"
+            )
+
+
+def _loras(config: Config, info: ModelInfo) -> Iterator[Mistake]:
+    """Reads the headers of the files, and compares them with the model."""
+    for index, key, says in lora_mistakes(config.model, info):
+        yield mistake_at(("model", "loras", index, key), says, "model.path")
 
 
 def _device_bytes(config: Config) -> Iterator[Mistake]:
@@ -136,8 +139,8 @@ def _listed(words: list[str], most: int) -> str:
     return ", ".join(words[:most]) + (", …" if len(words) > most else "")
 
 
-def _cache(cache: CacheOptions, num_inference_steps: int, model_path: str) -> Iterator[Mistake]:
-    """Mistakes in the section; the calibration of the model at `model_path` may complete it."""
+def _cache(cache: CacheOptions, num_inference_steps: int, model: ModelOptions) -> Iterator[Mistake]:
+    """Mistakes in the section; the calibration of the `model` may complete it."""
     options = cache.policy_options
     if cache.policy == "none":
         of_policy = {"target_speedup": cache.target_speedup is not None, "reuse_window": cache.reuse_window > 0}
@@ -158,7 +161,7 @@ def _cache(cache: CacheOptions, num_inference_steps: int, model_path: str) -> It
     elif options.get("align", "step") == "last":
         yield mistake_at("cache.align", "is 'last', which works in the library; in a run it must be 'step'.")
     try:
-        policy = policy_of(cache, model_path)
+        policy = policy_of(cache, model)
         check_granularity(policy, cache.granularity)
         policy.check(num_inference_steps)
         if cache.target_speedup is not None:

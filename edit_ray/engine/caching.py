@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,18 @@ from torch import Tensor
 
 from edit_ray.cache.blocks import check_not_compiled
 from edit_ray.cache.cache import Cache
-from edit_ray.cache.install import apply_cache_on_transformer, cache_on, check_steps
+from edit_ray.cache.install import apply_cache_on_transformer, cache_on
 from edit_ray.cache.loop_position import LoopStep
 from edit_ray.cache.policies import CachePolicy, make_policy
 from edit_ray.cache.stores.base import CacheStore
 from edit_ray.engine.calibration import FILE_NAME, THRESHOLD_OF, calibrated_options, check_target, threshold_for
+from edit_ray.engine.conditioning import StepSchedule
 
 
 class CacheControl:
     """`enable_cache`, `disable_cache` and `cache` for a pipeline of diffusers' components."""
 
+    lora_digest: str | None
     _cache: Cache | None = None
     _target_steps: int | None = None  # of the loop that target_speedup has chosen a threshold for
 
@@ -56,6 +59,7 @@ class CacheControl:
         store: CacheStore | None = None,
         history_len: int | None = None,
         target_speedup: float | None = None,
+        sigmas: Sequence[float] | None = None,
         **policy_kwargs: Any,
     ) -> Cache:
         """Skip, in all later calls, what a policy says need not be computed again.
@@ -71,6 +75,7 @@ class CacheControl:
             history_len: How many computed residuals of a unit are stored, at least as many as the policy reads.
             target_speedup: 2, say, chooses the threshold at which half of the forwards are computed, for policies
                 whose mask is known beforehand.
+            sigmas: Those of the calls, in place of `num_inference_steps`.
             policy_kwargs: The policy's own options. What it needs to know of the model comes from the model's
                 calibration, if there is one, unless it is given.
 
@@ -80,17 +85,17 @@ class CacheControl:
         if self.cache is not None:
             raise ValueError("A cache is enabled already; call disable_cache() first.")
         pipe: Any = self
-        check_steps(num_inference_steps)
+        schedule = StepSchedule(num_inference_steps if sigmas is None else len(sigmas), sigmas)
         self._target_steps = None
         if isinstance(policy, str):
             folder = None if self.calibration is None else self.calibration.parent
-            policy_kwargs = calibrated_options(folder, policy, policy_kwargs)
+            policy_kwargs = calibrated_options(folder, policy, policy_kwargs, self.lora_digest)
             if target_speedup is not None:
-                option, value = self._threshold(policy, num_inference_steps, target_speedup, policy_kwargs)
+                option, value = self._threshold(policy, schedule, target_speedup, policy_kwargs)
                 policy_kwargs[option] = value
         elif target_speedup is not None:
             raise ValueError("target_speedup needs the name of a policy, whose threshold it then chooses.")
-        num_steps = len(self.planned_steps(num_inference_steps))
+        num_steps = len(self.planned_steps(schedule))
         cache = self._cache = apply_cache_on_transformer(
             experts_of(self),
             policy,
@@ -98,7 +103,7 @@ class CacheControl:
             granularity,
             store,
             history_len,
-            lambda: self.planned_steps(num_inference_steps),
+            lambda: self.planned_steps(schedule),
             None if pipe.cfg_parallel is None else pipe.cfg_parallel.transformers,
             **policy_kwargs,
         )
@@ -106,7 +111,7 @@ class CacheControl:
         return cache
 
     def _threshold(
-        self, policy: str, num_inference_steps: int, target_speedup: float, options: dict[str, Any]
+        self, policy: str, schedule: StepSchedule, target_speedup: float, options: dict[str, Any]
     ) -> tuple[str, Any]:
         """The option and its value at which a policy computes one forward in `target_speedup`."""
         check_target(policy, make_policy(policy, options), options)
@@ -115,7 +120,7 @@ class CacheControl:
         def computed_share(threshold: Any) -> float:
             try:
                 tried: dict[str, Any] = {**options, option: threshold}
-                cache = self.enable_cache(policy, num_inference_steps, **tried)
+                cache = self.enable_cache(policy, schedule.num_inference_steps, sigmas=schedule.sigmas, **tried)
                 masks = (cache.plan() or {}).values()
             finally:
                 self.disable_cache()
@@ -124,11 +129,16 @@ class CacheControl:
 
         return option, threshold_for(option, target_speedup, computed_share)
 
-    def planned_steps(self, num_inference_steps: int) -> list[LoopStep]:
-        """The steps of a loop of this length; the pipeline's scheduler stays as it is."""
+    @property
+    def has_target_speedup(self) -> bool:
+        """Whether a cache is enabled whose threshold was chosen for a speedup, with the weights of that moment."""
+        return self.cache is not None and self._target_steps is not None
+
+    def planned_steps(self, schedule: StepSchedule) -> list[LoopStep]:
+        """The steps of a loop with this schedule; the pipeline's scheduler stays as it is."""
         pipe: Any = self
         scheduler = copy.deepcopy(pipe.scheduler)
-        scheduler.set_timesteps(num_inference_steps)
+        schedule.set_on(scheduler)
         return loop_steps(pipe, scheduler)
 
     def disable_cache(self) -> None:

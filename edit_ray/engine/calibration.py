@@ -12,7 +12,9 @@ from typing import Any
 
 from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.policies import CachePolicy, OptionError, make_policy
+from edit_ray.engine.lora_files import loras_digest
 from edit_ray.engine.model_files import locate_model
+from edit_ray.engine.options import ModelOptions
 from edit_ray.errors import ModelError
 
 FILE_NAME = "cache_calibration.json"
@@ -31,8 +33,10 @@ WHOLE = frozenset({"skips"})
 _HIGHEST, _HIGHEST_WHOLE = 64.0, 2.0**20  # more forwards than any loop has
 
 
-def calibrated_options(folder: Path | None, policy: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options`, completed by the calibration of the model in `folder`, if it has one.
+def calibrated_options(
+    folder: Path | None, policy: str, options: Mapping[str, Any], lora_digest: str | None = ""
+) -> dict[str, Any]:
+    """`options`, completed by the calibration of the model in `folder`, if it has one with the same LoRAs.
 
     For `warmstart_reuse` the options of its inner policy are completed.
 
@@ -42,20 +46,23 @@ def calibrated_options(folder: Path | None, policy: str, options: Mapping[str, A
     name = str(options.get("inner", "teacache")) if policy == "warmstart_reuse" else policy
     if folder is None or any(key in options for key in CALIBRATED.get(name, ())):
         return dict(options)
-    return {**read_calibration(folder / FILE_NAME).get(name, {}), **options}
+    content = _read(folder / FILE_NAME)
+    if content.get("measured", {}).get(name, {}).get("loras", "") != lora_digest:
+        return dict(options)
+    return {**content.get("policies", {}).get(name, {}), **options}
 
 
-def policy_of(cache: CacheOptions, model_path: str) -> CachePolicy:
+def policy_of(cache: CacheOptions, model: ModelOptions) -> CachePolicy:
     """The policy of a configuration's cache section, completed by the calibration in the model's folder.
 
     Raises:
         ValueError, TypeError: as `make_policy`, or the calibration cannot be read.
     """
     try:
-        folder = Path(locate_model(model_path))
+        folder, digest = Path(locate_model(model.path)), loras_digest(model.loras)
     except ModelError:
-        folder = None
-    return make_policy(cache.policy, calibrated_options(folder, cache.policy, cache.policy_options))
+        folder, digest = None, ""
+    return make_policy(cache.policy, calibrated_options(folder, cache.policy, cache.policy_options, digest))
 
 
 def read_calibration(path: Path) -> dict[str, dict[str, Any]]:

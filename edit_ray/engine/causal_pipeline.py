@@ -28,6 +28,7 @@ from edit_ray.cache.stores.base import CacheStore
 from edit_ray.engine.caching import loop_steps
 from edit_ray.engine.causal_options import INDEX_KEY, CausalOptions, causal_options, latents_of_chunks
 from edit_ray.engine.causal_stream import CausalStream, VideoChunk, schedule_of
+from edit_ray.engine.conditioning import StepSchedule
 from edit_ray.engine.loop import StepCallback
 from edit_ray.engine.pipeline import EditWanOutput, EditWanPipeline, one_call_at_a_time
 
@@ -217,7 +218,7 @@ class EditCausalWanPipeline(EditWanPipeline):
         self._kv = weakref.ref(stream.kv)
         return stream.make()
 
-    def planned_steps(self, num_inference_steps: int) -> list[LoopStep]:
+    def planned_steps(self, schedule: StepSchedule) -> list[LoopStep]:
         """The steps of a chunk, whatever their number elsewhere."""
         scheduler = noise_scheduler_of(self.causal.sampler)
         schedule_of(self.causal).set_on(scheduler, torch.device("cpu"))

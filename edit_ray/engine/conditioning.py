@@ -7,10 +7,10 @@ and settings that `EditWanPipeline` has as well, so the bits are theirs.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from diffusers import WanVACEPipeline, WanVACETransformer3DModel, WanVideoToVide
 from torch import Generator, Tensor
 
 from edit_ray.cache.install import check_steps
-
-Kind = Literal["text", "image", "first frame", "vace"]
+from edit_ray.engine.model_info import Kind
+from edit_ray.engine.vae_stream import encode_still
 
 # The pipeline that a model of each kind is saved as.
 SAVED_AS: Mapping[Kind, str] = {
@@ -30,8 +30,8 @@ SAVED_AS: Mapping[Kind, str] = {
 }
 _TAKES: Mapping[Kind, tuple[str, ...]] = {
     "text": ("video", "strength", "latents", "history", "overlap"),
-    "image": ("image", "last_image", "image_embeds", "latents", "history", "overlap"),
-    "first frame": ("image", "video", "strength", "latents", "history", "overlap"),
+    "image": ("image", "last_image", "image_embeds", "image_latents", "latents", "history", "overlap"),
+    "first frame": ("image", "last_image", "video", "strength", "latents", "history", "overlap"),
     "vace": ("video", "mask", "reference_images", "conditioning_scale", "latents"),
 }
 _IS: Mapping[Kind, str] = {
@@ -53,7 +53,7 @@ class StepSchedule:
     """
 
     num_inference_steps: int
-    sigmas: list[float] | None = None
+    sigmas: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         levels = self.sigmas
@@ -62,7 +62,7 @@ class StepSchedule:
         elif not levels or any(low >= high for high, low in pairwise([*levels, 0.0])) or levels[0] > 1:
             raise ValueError(f"`sigmas` is {levels}; valid are falling numbers, from at most 1 to above 0.")
 
-    def set_on(self, noise_scheduler: Any, device: torch.device) -> None:
+    def set_on(self, noise_scheduler: Any, device: torch.device | None = None) -> None:
         """Set the steps of a noise scheduler.
 
         Raises:
@@ -98,6 +98,7 @@ class Conditioning:
     channels: Tensor | None = None  # [B, M, T, h, w], concatenated to the latents
     arguments: Mapping[str, Tensor] = field(default_factory=dict)  # of the transformer's forward, by name
     history: Tensor | None = None  # [B, C, 1, h, w], the first latent frame, clean
+    end: Tensor | None = None  # the same of the last latent frame
     begin_index: int = 0  # of the noise scheduler's timesteps, the first one that is denoised
     references: int = 0  # latent frames in front of the video
 
@@ -122,8 +123,10 @@ def check_given(kind: Kind, given: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{_quoted(foreign)} cannot be used with {_IS[kind]}; it takes {_quoted(_TAKES[kind])} beside the prompt."
         )
-    if kind == "image" and "image" not in names:
+    if kind == "image" and not names & {"image", "image_latents"}:
         raise ValueError("`image` is missing: an image-to-video model begins with one.")
+    if "image_latents" in names and "last_image" in names and "image" not in names:
+        raise ValueError("`image` is missing: `last_image` is encoded together with it.")
     if "strength" in names and "video" not in names:
         raise ValueError("`strength` says how much of a `video` is made anew, and there is no `video`.")
     if "strength" in names and not 0 < given["strength"] <= 1:
@@ -145,11 +148,17 @@ def prepare(
     """
     if kind == "vace":
         return _vace(pipe, given, window, generator)
-    if given.get("image") is not None:
-        return _image(pipe, kind, given, window, generator)
-    if given.get("video") is not None:
-        return _video(pipe, given, window, generator)
-    return Conditioning(_noise(pipe, window, window.num_frames, generator, given.get("latents")))
+    if kind == "image" or given.get("image") is not None:
+        conditions = _image(pipe, kind, given, window, generator)
+    elif given.get("video") is not None:
+        conditions = _video(pipe, given, window, generator)
+    else:
+        conditions = Conditioning(_noise(pipe, window, window.num_frames, generator, given.get("latents")))
+    if kind == "first frame" and given.get("last_image") is not None:
+        shown = pipe.video_processor.preprocess(given["last_image"], window.height, window.width)
+        end = encode_still(pipe.vae, shown[:, :, None])[:, :, -1:].to(conditions.latents)
+        return replace(conditions, end=end.expand(window.batch, -1, -1, -1, -1))
+    return conditions
 
 
 def _noise(
@@ -167,15 +176,26 @@ def _image(
     from diffusers import WanImageToVideoPipeline  # imports CLIP's image processor, which logs where torchvision lacks
 
     device, transformer = pipe._execution_device, pipe.denoiser
-    image, last_image = given["image"], given.get("last_image")
+    image, last_image, held = given.get("image"), given.get("last_image"), given.get("image_latents")
     arguments = {}
     if transformer.config.image_dim is not None:
         embeds = given.get("image_embeds")
+        if embeds is None and image is None:
+            raise ValueError("`image` is missing: this model also sees CLIP's features of it, or `image_embeds`.")
+        if last_image is not None and embeds is None and transformer.config.pos_embed_seq_len is None:
+            raise ValueError("`last_image` is given, but CLIP's features of one picture are all that this model sees.")
         if embeds is None:
             shown = image if last_image is None else [image, last_image]
             embeds = WanImageToVideoPipeline.encode_image(pipe, shown, device)
         arguments["encoder_hidden_states_image"] = embeds.repeat(window.batch, 1, 1).to(transformer.dtype)
+    if held is not None and last_image is None:
+        noise = _noise(pipe, window, window.num_frames, generator, given.get("latents"))
+        mask = torch.zeros_like(noise[:, :1]).repeat(1, pipe.vae_scale_factor_temporal, 1, 1, 1)
+        mask[:, :, 0] = 1
+        return Conditioning(noise, torch.cat([mask, _held(held, torch.zeros_like(noise))], dim=1), arguments)
     size = (window.height, window.width)
+    if kind == "first frame":
+        last_image = None  # `prepare` holds its latent
     first, last = (
         None if frame is None else pipe.video_processor.preprocess(frame, *size).to(device, dtype=torch.float32)
         for frame in (image, last_image)
@@ -186,7 +206,24 @@ def _image(
     )  # fmt: skip
     if kind == "first frame":
         return Conditioning(prepared[0], history=prepared[1])
-    return Conditioning(prepared[0], channels=prepared[1], arguments=arguments)
+    channels = prepared[1]
+    if held is not None:  # between it and the last frame's latent there is nothing, in latents and not in pixels
+        encoded = channels[:, -transformer.config.out_channels :]
+        between = torch.cat([torch.zeros_like(encoded[:, :, 1:]), encoded[:, :, -1:]], dim=2)
+        channels = torch.cat([channels[:, : -encoded.shape[1]], _held(held, between)], dim=1)
+    return Conditioning(prepared[0], channels=channels, arguments=arguments)
+
+
+def _held(held: Tensor, rest: Tensor) -> Tensor:
+    """`rest` [B, C, T, h, w] with the latents `held` [B or 1, C, n, h, w] in its first n slots, n < T."""
+    slots = held.shape[2] if held.ndim == 5 else 0
+    if not 0 < slots < rest.shape[2] or held.shape[1] != rest.shape[1] or held.shape[3:] != rest.shape[3:]:
+        batch, channels, frames, height, width = rest.shape
+        raise ValueError(
+            f"`image_latents` has the shape {tuple(held.shape)}; valid is [B, C, n, h, w] = "
+            f"({batch}, {channels}, n, {height}, {width}) with n from 1 to {frames - 1}."
+        )
+    return torch.cat([held.to(rest).expand(len(rest), -1, -1, -1, -1), rest[:, :, slots:]], dim=2)
 
 
 def _video(

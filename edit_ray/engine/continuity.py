@@ -23,14 +23,15 @@ from edit_ray.files import digest_of, read_bytes, write_atomic
 
 @dataclass(frozen=True)
 class ContextLatents:
-    """What the first k slots of a segment are held to while it is denoised.
+    """What the first k slots of a segment are held to while it is denoised, and the last one to `end`, if given.
 
     `context` [B, C, k, h, w] are clean latents. With `noise` of the same shape they are mixed with it as sigma says;
-    without, they stay clean and see timestep 0.
+    without, they stay clean and see timestep 0, as `end` [B, C, 1, h, w] always does.
     """
 
     context: Tensor
     noise: Tensor | None = None
+    end: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -44,7 +45,10 @@ class ContextLatents:
 
 def hold(latents: Tensor, context: ContextLatents | None, sigma: float) -> Tensor:
     """`latents` [B, C, T, h, w] with the context in their first k slots, at this noise level; unchanged without one."""
-    return latents if context is None else torch.cat([context.at(sigma), latents[:, :, context.slots :]], dim=2)
+    if context is None:
+        return latents
+    after = [] if context.end is None else [context.end]
+    return torch.cat([context.at(sigma), latents[:, :, context.slots : latents.shape[2] - len(after)], *after], dim=2)
 
 
 def check_context(name: str, context: Tensor, latents: Tensor) -> Tensor:

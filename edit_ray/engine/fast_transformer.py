@@ -243,11 +243,16 @@ def is_unmodified(module: nn.Module, *, replaced: bool = False, hooks: int = 0) 
     bound_to, function = getattr(on_module, "__self__", None), getattr(on_module, "__func__", None)
     own_forward = on_module is None or (bound_to is module and function is type(module).forward)
     return (
-        type(module).__module__.startswith(("torch.nn.", "diffusers."))
+        (type(module).__module__.startswith(("torch.nn.", "diffusers.")) or computes_as_its_base(module))
         and (replaced or own_forward)
         and len(module._forward_hooks) + len(module._forward_pre_hooks) == hooks
         and module._compiled_call_impl is None
     )
+
+
+def computes_as_its_base(module: Any) -> bool:
+    """Whether a module is a layer with a LoRA that is fused into its base layer."""
+    return getattr(module, "merged", False) and not module.disable_adapters
 
 
 def version_of(tensor: Tensor) -> int | None:

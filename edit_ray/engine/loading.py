@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -19,9 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 from edit_ray.engine.caching import experts_of
 from edit_ray.engine.card_memory import Run, card_problem, needs_of
+from edit_ray.engine.lora import load_loras
 from edit_ray.engine.model_files import locate_model
 from edit_ray.engine.model_info import dtype_problem, read_configs
-from edit_ray.engine.options import Mode, ModelOptions
+from edit_ray.engine.options import Mode, ModelOptions, Sampler, SamplingOptions
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.stored_weights import load_transformers, storing
 from edit_ray.errors import ModelError
@@ -29,6 +31,12 @@ from edit_ray.errors import ModelError
 # While a model is loaded a patch of torch, which holds for the whole process, leaves its weights empty: of two models
 # loaded at once, one could keep empty weights.
 _ONE_AT_A_TIME = threading.Lock()
+SAMPLERS: dict[Sampler, str] = {
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "renoise": "FlowMatchLCMScheduler",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -37,8 +45,8 @@ def load_pipeline(options: ModelOptions) -> EditWanPipeline:
 
     An offloaded text encoder stays in host memory, and so do offloaded blocks.
 
-    Raises `ModelError` if the path is no Wan model, the device is missing or it cannot run the dtype, a package is
-    missing, the GPU cannot hold the weights, and if `device_bytes` is too little.
+    Raises `ModelError` if the path is no Wan model, a LoRA does not fit it, the device is missing or it cannot run the
+    dtype, a package is missing, the GPU cannot hold the weights, and if `device_bytes` is too little.
     """
     device = choose_device(options.device)
     dtype = choose_dtype(options.torch_dtype, device)
@@ -54,6 +62,7 @@ def load_pipeline(options: ModelOptions) -> EditWanPipeline:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"model.path {options.path!r} ({folder}) cannot be loaded as a Wan model: {error}") from error
+    load_loras(pipe, options)
     if options.storage == "fp8":
         for transformer in experts_of(pipe).values():
             transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
@@ -136,6 +145,21 @@ def provenance_of(device: torch.device, threads: int, mode: Mode, fp8: bool = Fa
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "mode": f"{mode}, fp8" if fp8 else mode,
     }
+
+
+def noise_scheduler_for(own: SchedulerMixin, sampling: SamplingOptions) -> SchedulerMixin:
+    """The noise scheduler of `sampling`: of its `sampler`, by default the model's `own`, with its `flow_shift`.
+
+    Raises `ModelError` for an own one without a flow shift, or without noise levels where `sigmas` are given.
+    """
+    cls = type(own) if sampling.sampler is None else getattr(diffusers, SAMPLERS[sampling.sampler])
+    if cls is not type(own):
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        settings = flow if "use_flow_sigmas" in inspect.signature(cls).parameters else {}
+        own = cls(num_train_timesteps=own.config.num_train_timesteps, **settings)
+    if sampling.sigmas is not None and "sigmas" not in inspect.signature(own.set_timesteps).parameters:
+        raise ModelError(f"sampling.sigmas are given, but the noise scheduler, {cls.__name__}, takes no noise levels.")
+    return with_flow_shift(own, sampling.flow_shift)
 
 
 def with_flow_shift(noise_scheduler: SchedulerMixin, flow_shift: float) -> SchedulerMixin:

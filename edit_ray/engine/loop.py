@@ -141,9 +141,11 @@ def expert_at(pipe: WanPipeline, t: Tensor, request: Request) -> tuple[WanTransf
 
 
 def clean_tokens(latents: Tensor, context: ContextLatents | None) -> Tensor:
-    """A factor for the timestep of each token [T·h/2·w/2]: 0 in a clean context, else 1."""
+    """A factor for the timestep of each token [T·h/2·w/2]: 0 where the context is clean, else 1."""
     _, _, frames, height, width = latents.shape
     factor = torch.ones(frames, height, width, dtype=torch.float32, device=latents.device)
     if context is not None and context.noise is None:
         factor[: context.slots] = 0
+    if context is not None and context.end is not None:
+        factor[-1] = 0
     return factor[:, ::2, ::2].flatten()

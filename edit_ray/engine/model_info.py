@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
@@ -17,13 +17,18 @@ from edit_ray.engine.model_files import INDEX_FILE, HubUnreachable, hub_file, lo
 from edit_ray.errors import ModelError
 
 TRANSFORMER_CLASS = "WanTransformer3DModel"
+VACE_CLASS = "WanVACETransformer3DModel"
 VAE_CLASS = "AutoencoderKLWan"
 MAX_JSON_BYTES = 64 * 2**20
+
+Kind = Literal["text", "image", "first frame", "vace"]
+"""How a model is conditioned beside its prompt: not at all, by pictures in channels of their own, by a clean first
+latent, by control blocks."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A Wan text-to-video model: sizes in pixels and frames, and the words that it was trained on.
+    """A Wan model: sizes in pixels and frames, and the words that it was trained on.
 
     `width` is that of the transformer's hidden states; `num_blocks` has the experts that the model has.
     """
@@ -32,10 +37,12 @@ class ModelInfo:
     scale_factor_temporal: int
     scale_factor_spatial: int
     z_dim: int
+    kind: Kind
     width: int
     num_blocks: Mapping[str, int]
     expand_timesteps: bool
     boundary_ratio: float | None
+    first_and_last: bool | None  # whether CLIP must see a last frame too; it must not if False, and may without CLIP
     lookback_latents: int  # latents before a point of the stream on which the frames after it depend
     tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)  # if it looks up words
 
@@ -77,7 +84,7 @@ def read_model_info(path: str) -> ModelInfo:
     """What the model's JSON files say; `path` as `locate_model` takes it.
 
     Raises:
-        ModelError: no such model, not reachable, not a Wan text-to-video model, or its files are damaged.
+        ModelError: no such model, not reachable, not a Wan model, or its files are damaged.
     """
     files = _ModelFiles(path)
     try:
@@ -161,11 +168,11 @@ def _read(files: _ModelFiles) -> ModelInfo:
     check_kind(index, path, causal=False)
     classes = {name: _class_of(index, name) for name in ("transformer", "transformer_2", "vae", "tokenizer")}
     transformer_class = classes["transformer"] or classes["transformer_2"]
-    if (transformer_class, classes["vae"]) != (TRANSFORMER_CLASS, VAE_CLASS):
+    if transformer_class not in (TRANSFORMER_CLASS, VACE_CLASS) or classes["vae"] != VAE_CLASS:
         raise ModelError(
             f"{path!r} is a {index.get('_class_name', 'model without a class name')} with the transformer "
-            f"{transformer_class} and the VAE {classes['vae']}; it must be a Wan model, with {TRANSFORMER_CLASS} and "
-            f"{VAE_CLASS}."
+            f"{transformer_class} and the VAE {classes['vae']}; it must be a Wan model, with {TRANSFORMER_CLASS} or "
+            f"{VACE_CLASS} and {VAE_CLASS}."
         )
     experts = {name: files.json(f"{name}/config.json") for name in ("transformer", "transformer_2") if classes[name]}
     transformer, vae = next(iter(experts.values())), files.json("vae/config.json")
@@ -178,10 +185,12 @@ def _read(files: _ModelFiles) -> ModelInfo:
             scale_factor_temporal=int(vae.get("scale_factor_temporal", 4)),
             scale_factor_spatial=int(vae.get("scale_factor_spatial", 8)),
             z_dim=int(vae.get("z_dim", 16)),
+            kind=_kind_of(transformer_class, in_channels, int(vae.get("z_dim", 16)), index),
             width=int(transformer.get("num_attention_heads", 40)) * int(transformer.get("attention_head_dim", 128)),
             num_blocks={name: int(expert.get("num_layers", 40)) for name, expert in experts.items()},
             expand_timesteps=bool(index.get("expand_timesteps", False)),
             boundary_ratio=None if boundary_ratio is None else float(boundary_ratio),
+            first_and_last=None if transformer.get("image_dim") is None else bool(transformer.get("pos_embed_seq_len")),
             lookback_latents=lookback_latents(vae),
             tokenizer=tokenizer,
         )
@@ -193,12 +202,21 @@ def _read(files: _ModelFiles) -> ModelInfo:
         raise ModelError(
             f"{path!r} has sizes that cannot be in its {configs}, vae/config.json or {INDEX_FILE}."
         ) from None
-    if in_channels != info.z_dim:
+    of_pictures = info.scale_factor_temporal + info.z_dim  # a mask for each frame of a latent, and the encoded picture
+    if in_channels not in (info.z_dim, info.z_dim + of_pictures):
         raise ModelError(
             f"{path!r} is a {index.get('_class_name')} whose transformer takes {in_channels} channels where its VAE "
-            f"gives {info.z_dim}; it must be a Wan text-to-video model, which takes as many as the VAE gives."
+            f"gives {info.z_dim}; a Wan model takes as many, or with a picture {info.z_dim + of_pictures}."
         )
     return info
+
+
+def _kind_of(transformer_class: str | None, in_channels: int, z_dim: int, index: Mapping[str, Any]) -> Kind:
+    if transformer_class == VACE_CLASS:
+        return "vace"
+    if in_channels != z_dim:
+        return "image"
+    return "first frame" if index.get("expand_timesteps", False) else "text"
 
 
 def _class_of(index: Mapping[str, Any], part: str) -> str | None:

@@ -27,12 +27,22 @@ from edit_ray.engine.caching import CacheControl, experts_of
 from edit_ray.engine.calibration import FILE_NAME
 from edit_ray.engine.causal_options import check_kind
 from edit_ray.engine.cfg_parallel import CfgControl, check_device
-from edit_ray.engine.conditioning import SAVED_AS, Kind, StepSchedule, Window, check_given, kind_of, prepare
+from edit_ray.engine.conditioning import (
+    SAVED_AS,
+    Conditioning,
+    StepSchedule,
+    Window,
+    check_given,
+    kind_of,
+    prepare,
+)
 from edit_ray.engine.continuity import ContextLatents, check_context
 from edit_ray.engine.decode import denormalise
 from edit_ray.engine.fast_transformer import check_mode
 from edit_ray.engine.loop import Request, StepCallback, denoise
+from edit_ray.engine.lora import LoraControl
 from edit_ray.engine.model_files import BUILTIN_PREFIX, locate_model
+from edit_ray.engine.model_info import Kind
 from edit_ray.engine.offload import OffloadControl
 from edit_ray.engine.options import Mode
 from edit_ray.engine.precompute import Precompute
@@ -84,14 +94,16 @@ class EditWanOutput(WanPipelineOutput):  # type: ignore[misc]  # diffusers ships
         return tuple(self.frames)
 
 
-class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  # type: ignore[misc]
+class EditWanPipeline(CacheControl, CfgControl, OffloadControl, LoraControl, WanPipeline):  # type: ignore[misc]
     """Wan with diffusers' components, arguments and results, and one loop that can be read and edited.
 
     It loads text-to-video, image-to-video (Wan2.1, Wan2.2), text- and image-to-video (TI2V) and VACE models. A call's
     arguments up to `max_sequence_length` mean what they mean in `diffusers.WanPipeline`; `image`, `last_image` and
     `image_embeds` what in `WanImageToVideoPipeline`; with a text-to-video model `video` and `strength` (0.8) what in
     `WanVideoToVideoPipeline`, whose video has its own number of frames; with a VACE model `video`, `mask`,
-    `reference_images` and `conditioning_scale` (1) what in `WanVACEPipeline`.
+    `reference_images` and `conditioning_scale` (1) what in `WanVACEPipeline`. A TI2V model holds its last latent frame
+    to `last_image`, as if the video stood still there. `image_latents` [B, C, n, h, w] are normalised latents that an
+    image-to-video model sees in place of the encoded `image`, followed by zeros; its mask is on the first frame alone.
 
     `sigmas`, in place of `num_inference_steps`, are noise levels for the noise scheduler's `set_timesteps`. A scheduler
     that draws noise in each step (`FlowMatchLCMScheduler`) draws it from `generator`. `history` or `overlap`
@@ -169,16 +181,16 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as diffusers' pipeline for this kind of model, with the model's cache calibration."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        source, target = self.calibration, Path(save_directory, FILE_NAME)
+        source, target = None if self.lora_digest != "" else self.calibration, Path(save_directory, FILE_NAME)
         if source is not None and not (target.exists() and source.samefile(target)):
             shutil.copyfile(source, target)
 
     def to_json_string(self) -> str:
         """The configuration as `save_pretrained` writes it."""
         config = json.loads(super().to_json_string())
-        config["_class_name"] = SAVED_AS[self._kind]
+        config["_class_name"] = SAVED_AS[self.kind]
         unknown = {"image": (), "vace": ("image_encoder", "image_processor", "expand_timesteps")}
-        for name in unknown.get(self._kind, ("image_encoder", "image_processor")):
+        for name in unknown.get(self.kind, ("image_encoder", "image_processor")):
             config.pop(name, None)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
@@ -209,6 +221,7 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
         image: Image | Tensor | None = None,
         last_image: Image | Tensor | None = None,
         image_embeds: Tensor | None = None,
+        image_latents: Tensor | None = None,
         video: list[Image] | Tensor | None = None,
         strength: float | None = None,
         mask: list[Image] | None = None,
@@ -225,16 +238,17 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
         embeds, videos = (prompt_embeds, negative_prompt_embeds), num_videos_per_prompt or 1
         self.check_inputs(prompt, negative_prompt, height, width, *embeds, names, guidance_scale_2)
         given: dict[str, Any] = {"image": image, "last_image": last_image, "image_embeds": image_embeds}
+        given |= {"image_latents": image_latents}
         given |= {"video": video, "strength": strength, "mask": mask, "reference_images": reference_images}
         given |= {"conditioning_scale": conditioning_scale, "latents": latents, "history": history, "overlap": overlap}
-        check_given(self._kind, given)
+        check_given(self.kind, given)
         schedule = StepSchedule(num_inference_steps if sigmas is None else len(sigmas), sigmas)
         size = self._fit(height, width, num_frames)
         self._begin_call(guidance_scale, guidance_scale_2, attention_kwargs)
         cond, uncond = self._embed(prompt, negative_prompt, videos, *embeds, max_sequence_length)
         batch = len(cond) * (1 if prompt is not None else videos)  # diffusers does not repeat given embeddings
-        conditions = prepare(self, self._kind, given, Window(batch, *size, schedule), generator)
-        context = self._context(conditions.history if history is None else history, overlap, conditions.latents)
+        conditions = prepare(self, self.kind, given, Window(batch, *size, schedule), generator)
+        context = self._context(conditions, history, overlap)
         request = Request(
             conditions, cond, uncond, schedule, guidance_scale, self._guidance_scale_2, generator, context,
             callback_on_step_end, tuple(names), reset_cache, prefetch_reuse,
@@ -286,7 +300,8 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
         return {name: part for name, part in parts.items() if part is not None or not name.startswith("image_")}
 
     @property
-    def _kind(self) -> Kind:
+    def kind(self) -> Kind:
+        """How the model is conditioned."""
         return kind_of(self.denoiser, self.config.expand_timesteps)
 
     @property
@@ -309,19 +324,23 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, WanPipeline):  #
                 logger.warning("A prompt has %d tokens; the model is given the first %d: %.40r…", count, limit, text)
         return super()._get_t5_prompt_embeds(prompt, *args, **kwargs)  # type: ignore[no-any-return]
 
-    def _context(self, history: Tensor | None, overlap: Tensor | None, noise: Tensor) -> ContextLatents | None:
+    def _context(
+        self, conditions: Conditioning, history: Tensor | None, overlap: Tensor | None
+    ) -> ContextLatents | None:
+        noise, end = conditions.latents, conditions.end
+        history = conditions.history if history is None else history
         if overlap is not None:
             if history is not None:
                 raise ValueError("`history` and `overlap` are both given; a segment continues one of them.")
             context = check_context("overlap", overlap, noise)
-            return ContextLatents(context, noise[:, :, : context.shape[2]])
+            return ContextLatents(context, noise[:, :, : context.shape[2]], end)
         if history is None:
-            return None
+            return None if end is None else ContextLatents(noise[:, :, :0], end=end)
         if not self.config.expand_timesteps:
             raise ValueError(
                 "`history` needs a model with per-token timesteps: `expand_timesteps` is false in this model's config."
             )
-        return ContextLatents(check_context("history", history, noise))
+        return ContextLatents(check_context("history", history, noise), end=end)
 
     def _decode(self, latents: Tensor, output_type: str | None, references: int) -> Any:
         """Latents [B, C, T, h, w] as `output_type`, without the references in front; with "latent" they are the output.

@@ -22,8 +22,10 @@ def plan_run_reuse(
     pipe: Any, run_id: str, num_segments: int, window: int, sampling: SamplingOptions, budget: int | None
 ) -> Reuse:
     """The reuse plan of a run with the cache that is enabled on `pipe`, whose policy must be `warmstart_reuse`."""
+    from edit_ray.engine.conditioning import StepSchedule
     from edit_ray.tiers.leases import Reuse
 
+    schedule = StepSchedule(sampling.num_inference_steps, sampling.sigmas)
     policy, form = pipe.cache.policy, residual_form(pipe, sampling)
     assert isinstance(policy, WarmstartReuse)
     plan = plan_from_numbers(
@@ -32,7 +34,7 @@ def plan_run_reuse(
         window,
         policy,
         sampling,
-        experts=[step.expert for step in pipe.planned_steps(sampling.num_inference_steps)],
+        experts=[step.expert for step in pipe.planned_steps(schedule)],
         num_units={name: len(expert.units) for name, expert in pipe.cache.experts.items()},
         size=form.size,
         budget=budget,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, Self
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from edit_ray.cache.options import CacheOptions
@@ -17,18 +19,20 @@ from edit_ray.cache.records import Record
 from edit_ray.cache.stores.memory import GPUStore
 from edit_ray.engine.decode import StreamingDecoder, to_uint8
 from edit_ray.engine.fast_vae import fast_decoder
-from edit_ray.engine.init_file import read_init
-from edit_ray.engine.loading import load_pipeline, second_gpu, streamed, usable_cores, with_flow_shift
-from edit_ray.engine.options import ContinuityOptions, Mode, ModelOptions, SamplingOptions, frames_of
+from edit_ray.engine.init_file import Frames, read_init
+from edit_ray.engine.loading import load_pipeline, noise_scheduler_for, second_gpu, streamed, usable_cores
+from edit_ray.engine.lora import weigh_loras
+from edit_ray.engine.options import ContinuityOptions, LoraOptions, Mode, ModelOptions, SamplingOptions, frames_of
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.reuse import plan_run_reuse
-from edit_ray.engine.vae_stream import Preceding, RunStream, encode_video, to_video
+from edit_ray.engine.vae_stream import Preceding, RunStream, encode_picture, encode_video, to_video
 from edit_ray.errors import ModelError, SegmentFailed
 from edit_ray.tiers.leases import Reuse
 from edit_ray.tiers.store_client import PlannedStore
 
 MAX_SEQUENCE_LENGTH = 512  # the pipeline's default, so that embeddings equal the library's
-ARGUMENTS = {"height", "width", "num_frames", "num_inference_steps", "guidance_scale"}  # of the pipeline's call
+ARGUMENTS = {"height", "width", "num_frames", "num_inference_steps", "sigmas", "guidance_scale", "guidance_scale_2"}
+"""Of the pipeline's call."""
 UNCACHED = CacheOptions()
 KEPT_PROMPTS = 256  # at Wan's size an embedding takes 4 MB of host memory
 PROMPTS_AT_ONCE = 32  # for which the text encoder's weights are copied to the device once
@@ -40,14 +44,20 @@ class SegmentEngine:
     It keeps the decoder states of the `max_live_decoders` runs that were decoded last; others are rebuilt.
     """
 
-    def __init__(self, pipe: EditWanPipeline, *, offload_text_encoder: bool = False) -> None:
-        self.pipe = pipe
+    def __init__(
+        self, pipe: EditWanPipeline, *, offload_text_encoder: bool = False, loras: Sequence[LoraOptions] = ()
+    ) -> None:
+        """`loras` are those on `pipe` that are not fused."""
+        self.pipe, self._loras = pipe, loras
+        self._lora_weights: Mapping[str, float] = {}  # in place of their own
+        self._own_scheduler, self._own_boundary = pipe.scheduler, pipe.config.boundary_ratio
         self.device = torch.device(pipe.device)  # diffusers searches every module for it
         self._offload_text_encoder = offload_text_encoder
         self._embeds: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> [1, L, D] on the CPU
         self._streams: OrderedDict[str, RunStream] = OrderedDict()  # least recently used first
         self._streams_lock = threading.Lock()
         self.max_live_decoders = 1
+        self._anchor: tuple[Frames, Tensor] | None = None  # the picture that was encoded for `svi` last, and its latent
         self._cached_for: object = None  # the options that the pipeline's cache was enabled with
         self._fast_decoder = ExitStack()
         self._mode: Mode = "exact"
@@ -65,7 +75,8 @@ class SegmentEngine:
         pipe = load_pipeline(model)
         if second is not None:
             pipe.enable_cfg_parallel(second)
-        return cls(pipe, offload_text_encoder=model.offload != "none")
+        loras = () if model.fuse_lora else model.loras
+        return cls(pipe, offload_text_encoder=model.offload != "none", loras=loras)
 
     def use_mode(self, mode: Mode, *, fp8: bool = False) -> None:
         """Compute in this mode from now on, `fast` with the blocks' linear layers in FP8 if `fp8`.
@@ -106,23 +117,24 @@ class SegmentEngine:
         *,
         prompt: str,
         seed: int,
-        history: Tensor | None = None,
-        overlap: Tensor | None = None,
         on_step: Callable[[int, int], None] | None = None,
         cache: CacheOptions = UNCACHED,
         segment_index: int = 0,
         store: PlannedStore | None = None,
+        lora_weights: Mapping[str, float] | None = None,
+        **conditions: Any,
     ) -> Tensor:
         """One segment's normalised latents [1, C, T, h, w], float32, on the CPU, its context first.
 
         Equal, bit for bit, to `pipe(prompt, negative_prompt, generator=torch.Generator().manual_seed(seed),
-        output_type="latent", …)` on the same hardware and threads. `on_step(done, total)` is called after each step;
+        output_type="latent", …)` on the same hardware and threads; `conditions` are further arguments of that call,
+        such as `history` and `image`. `on_step(done, total)` is called after each step;
         an exception from it ends the segment and leaves the engine usable. With a cache `self.record` then holds its
-        decisions. `store` follows the run's reuse plan, for a policy that reuses between segments. Raises
-        `SegmentFailed` if a value is not finite.
+        decisions. `store` follows the run's reuse plan, for a policy that reuses between segments. `lora_weights`
+        replace those of LoRAs that are not fused, by adapter. Raises `SegmentFailed` if a value is not finite.
         """
         self.encode_prompts([prompt], sampling.negative_prompt)
-        self._use_cache(cache, sampling)
+        self._use(cache, sampling, lora_weights or {})
         if (enabled := self.pipe.cache) is not None:
             stored = [] if store is None else store.planned_reads()
             enabled.use_store(GPUStore() if store is None else store, stored)
@@ -136,14 +148,14 @@ class SegmentEngine:
             negative_prompt_embeds=self._embeds[sampling.negative_prompt].to(self.device) if guided else None,
             output_type="latent",
             callback_on_step_end=None if on_step is None else _step_callback(on_step, sampling.num_inference_steps),
-            history=history,
-            overlap=overlap,
+            **conditions,
             reset_cache=store is None,
             return_dict=False,
         )
         if store is not None:
             store.finish()
-        latents = output[0].to("cpu", torch.float32)
+        references = len(conditions.get("reference_images", ()))  # are in front of the video
+        latents = output[0][:, :, references:].to("cpu", torch.float32)
         if not latents.isfinite().all():
             raise SegmentFailed(
                 f"The segment of seed {seed} has latents that are not finite in {self.pipe.transformer.dtype}; "
@@ -157,7 +169,7 @@ class SegmentEngine:
         """What the segments of a run reuse of each other; None without a reuse window."""
         if not cache.reuse_window:
             return None
-        self._use_cache(cache, sampling)
+        self._use(cache, sampling, {})
         return plan_run_reuse(self.pipe, run_id, num_segments, cache.reuse_window, sampling, budget)
 
     @property
@@ -178,14 +190,40 @@ class SegmentEngine:
         position: int,
         preceding: Preceding,
         tiled_from: int | None = None,
-    ) -> dict[str, Tensor]:
+        picture: Frames | None = None,
+    ) -> dict[str, Any]:
         """What the segment after `position` latents of a run's stream continues, as arguments of `denoise`.
 
-        It depends on latents alone. Frames that it needs are decoded again, unless they were kept, from `preceding`,
-        which returns the last `count` latents before `position`; those from `tiled_from` on in tiles.
+        It depends on latents alone, and with `svi` on the `picture`, uint8 [1, H, W, 3]. Frames that it needs are
+        decoded again, unless they were kept, from `preceding`, which returns the last `count` latents before
+        `position`; those from `tiled_from` on in tiles.
         """
+        if continuity.mode == "svi":
+            assert picture is not None, "the caller has checked it"
+            conditions = self.picture(continuity, picture)
+            return conditions | {"image_latents": torch.cat([conditions["image_latents"], preceding(1)], dim=2)}
         with self._video():
-            return self._stream(run_id, tiled_from).context(continuity, position, preceding)
+            stream = self._stream(run_id, tiled_from)
+            if continuity.mode != "image" or self.pipe.kind != "image":
+                return stream.context(continuity, position, preceding)
+            return self.picture(continuity, to_uint8(stream.last_frames(1, position, preceding)).cpu().numpy())
+
+    def picture(self, continuity: ContinuityOptions, frame: Frames) -> dict[str, Any]:
+        """What a segment that begins with a picture, uint8 [1, H, W, 3], is conditioned on, as arguments of `denoise`.
+
+        A model that holds latents gets `history`, float32 on the CPU: the picture as `picture_as` says, behind what it
+        is alone if that is something else.
+        """
+        if self.pipe.kind == "first frame":
+            with self._video():
+                return {"history": encode_picture(self.pipe.vae, to_video(frame), continuity).cpu()}
+        shown = {"image": Image.fromarray(frame[0])}
+        if continuity.mode != "svi":
+            return shown
+        if self._anchor is None or not np.array_equal(self._anchor[0], frame):
+            with self._video():
+                self._anchor = frame, encode_video(self.pipe.vae, to_video(frame)).cpu()
+        return shown | {"image_latents": self._anchor[1]}
 
     def encode_init(self, continuity: ContinuityOptions, sampling: SamplingOptions) -> Tensor:
         """The latents [1, C, n, h, w] of the user's picture or clip, float32, on the CPU; raises `ConfigError`.
@@ -195,10 +233,9 @@ class SegmentEngine:
         assert continuity.init is not None, "the caller has checked it"
         count = frames_of(continuity.init_latents)
         frames = read_init(continuity.init, frames=count, height=sampling.height, width=sampling.width)
-        if continuity.begins_with_picture and continuity.picture_as == "still":
-            frames = frames.repeat(frames_of(2), axis=0)
+        encode = partial(encode_picture, continuity=continuity) if continuity.begins_with_picture else encode_video
         with self._video():
-            return encode_video(self.pipe.vae, to_video(frames)).cpu()
+            return encode(self.pipe.vae, to_video(frames)).cpu()
 
     def decode(
         self,
@@ -227,8 +264,9 @@ class SegmentEngine:
             return to_uint8(video).cpu()
 
     def release(self, run_id: str) -> None:
-        """Free the run's decoder state."""
-        self._streams.pop(run_id, None)
+        """Free the run's decoder states."""
+        for stream in [stream for stream in self._streams if stream.partition("/")[0] == run_id]:
+            del self._streams[stream]
 
     def free_memory(self, *, of_cache: bool) -> None:
         """Free the device memory of what can be computed again: decoder states, and with `of_cache` residuals."""
@@ -252,16 +290,21 @@ class SegmentEngine:
         stream.tiled_from = tiled_from
         return stream
 
-    def _use_cache(self, cache: CacheOptions, sampling: SamplingOptions) -> None:
-        """Set the flow shift, and enable the cache of a segment's options unless the last segment had the same."""
-        self.pipe.scheduler = with_flow_shift(self.pipe.scheduler, sampling.flow_shift)
-        wanted = (cache, sampling.num_inference_steps, sampling.flow_shift)
+    def _use(self, cache: CacheOptions, sampling: SamplingOptions, lora_weights: Mapping[str, float]) -> None:
+        """Set noise scheduler, experts' boundary, LoRAs and cache, unless the last segment had the same."""
+        self.pipe.scheduler = noise_scheduler_for(self._own_scheduler, sampling)
+        self.pipe.register_to_config(boundary_ratio=sampling.boundary_ratio or self._own_boundary)
+        steps = (sampling.num_inference_steps, sampling.sigmas, sampling.sampler, sampling.flow_shift)
+        wanted = (cache, steps, sampling.boundary_ratio, dict(lora_weights))
         if self._cached_for == wanted and (self.pipe.cache is not None or cache.policy == "none"):
             return
         self.pipe.disable_cache()
         self._cached_for = None
+        if lora_weights != self._lora_weights:
+            weigh_loras(self.pipe, self._loras, lora_weights)
+            self._lora_weights = lora_weights
         if cache.policy != "none":
-            options = {"target_speedup": cache.target_speedup, **cache.policy_options}
+            options = {"target_speedup": cache.target_speedup, "sigmas": sampling.sigmas, **cache.policy_options}
             self.pipe.enable_cache(cache.policy, sampling.num_inference_steps, cache.granularity, **options)
         self._cached_for = wanted
 

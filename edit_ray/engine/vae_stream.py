@@ -66,12 +66,17 @@ class RunStream:
     def context(self, continuity: ContinuityOptions, position: int, preceding: Preceding) -> dict[str, Tensor]:
         """What the segment after `position` latents continues: `history` or `overlap` [1, C, k, h, w], or nothing.
 
-        Float32, on the latents' device. With `overlap_source: hybrid` the first slot stands for a single frame, as the
-        first latent of any clip does; in the stream it stood for four.
+        Float32, on the latents' device. With `image` it is the last frame, in the 256 levels in which it is shown. With
+        `overlap_source: hybrid` the first slot stands for a single frame, as the first latent of any clip does; in the
+        stream it stood for four.
         """
         slots = continuity.carried_latents
         if not slots:
             return {}
+        if continuity.mode == "image":
+            shown = self.last_frames(1, position, preceding) * 0.5 + 0.5
+            shown = shown.float().mul(255).round() / 127.5 - 1  # operation by operation as `to_uint8` and `to_video`
+            return {"history": encode_picture(self._vae, shown, continuity)[:, :, -1:].cpu()}
         latents = preceding(slots)
         if not continuity.carried_frames:
             return {continuity.mode: latents}
@@ -101,6 +106,16 @@ class RunStream:
 def to_video(frames: NDArray[np.uint8]) -> Tensor:
     """Frames, uint8 [F, H, W, 3], as video [1, 3, F, H, W] in [-1, 1]: the inverse of `to_uint8`."""
     return (torch.tensor(frames).float() / 127.5 - 1).permute(3, 0, 1, 2)[None]
+
+
+def encode_picture(vae: AutoencoderKLWan, picture: Tensor, continuity: ContinuityOptions) -> Tensor:
+    """A picture [B, 3, 1, H, W] as its latent, and with `picture_as: still` behind it the one of `encode_still`."""
+    return (encode_still if continuity.picture_as == "still" else encode_video)(vae, picture)
+
+
+def encode_still(vae: AutoencoderKLWan, picture: Tensor) -> Tensor:
+    """A picture [B, 3, 1, H, W] as [B, C, 2, h, w]: alone, and as a later latent of a clip that stands still."""
+    return encode_video(vae, picture.expand(-1, -1, 5, -1, -1))
 
 
 @torch.no_grad()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from edit_ray.runs.ids import Count, Seed
 
@@ -94,6 +95,23 @@ class FrameLayout:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """The files of the pictures that a segment is conditioned on: its first and last frame, and what it should show."""
+
+    image: str | None = None
+    last_image: str | None = None
+    reference_images: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> list[str]:
+        """Those that there are."""
+        return [path for path in (self.image, self.last_image, *self.reference_images) if path is not None]
+
+
+NO_PICTURES = Pictures()
+
+
+@dataclass(frozen=True)
 class SegmentPlan:
     """One segment: what to denoise, and which frames of the video it adds."""
 
@@ -105,17 +123,25 @@ class SegmentPlan:
     seed: int
     first_frame: int
     num_frames: int
+    lora_weights: Mapping[str, float] = field(default_factory=dict)
+    pictures: Pictures = NO_PICTURES
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The settings from segment `start` on, until the next scene. `seed` is the run's own, or one of the scene."""
+    """The settings from segment `start` on, until the next scene. `seed` is the run's own, or one of the scene.
+
+    `cuts`: its first segment begins with its picture where others continue the segment before.
+    """
 
     start: int
     prompt: str
     negative_prompt: str
     guidance_scale: float
     seed: int
+    lora_weights: Mapping[str, float] = field(default_factory=dict)
+    pictures: Pictures = NO_PICTURES
+    cuts: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,7 +199,17 @@ class Storyboard:
             seed=segment_seed(seed, index),
             first_frame=self.layout.first_frame(index),
             num_frames=self.layout.frames_of(index),
+            lora_weights=scene.lora_weights,
+            pictures=scene.pictures,
         )
+
+    def stream_start(self, index: int) -> int:
+        """The segment with which the stream of latents begins that segment `index` belongs to."""
+        return self._cuts[bisect_right(self._cuts, index) - 1]
+
+    @cached_property
+    def _cuts(self) -> list[int]:
+        return [0, *(scene.start for scene in self.scenes if scene.cuts and scene.start)]
 
 
 def segment_seed(seed: int, segment_index: int) -> int:

@@ -63,7 +63,7 @@ def observe(
 ) -> dict[Owner, Measured]:
     """Run the prompts uncached, one by one with seeds from `seed` on; `call` has the pipeline's other arguments."""
     observer = Observer(use_ret_steps=use_ret_steps)
-    pipe.enable_cache(observer, call["num_inference_steps"])
+    pipe.enable_cache(observer, call["num_inference_steps"], sigmas=call.get("sigmas"))
     try:
         for index, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(seed + index)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edit_ray.engine.conditioning import StepSchedule
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.segment import MAX_SEQUENCE_LENGTH
 from edit_ray.tuning.tune import psnr_of
@@ -61,7 +62,8 @@ class SkipMeasure:
         self.num_steps = int(call["num_inference_steps"])
         guided = call["guidance_scale"] > 1
         self.branches = ("cond", "uncond") if guided else ("cond",)
-        self._experts = [step.expert for step in pipe.planned_steps(self.num_steps)]  # of each step
+        planned = pipe.planned_steps(StepSchedule(self.num_steps, call.get("sigmas")))
+        self._experts = [step.expert for step in planned]
         self._batches: list[tuple[range, dict[str, Any]]] = []  # seeds, embeddings
         options = {"max_sequence_length": MAX_SEQUENCE_LENGTH, "device": pipe._execution_device}
         for start in range(0, len(prompts), batch_size):
@@ -83,7 +85,7 @@ class SkipMeasure:
     def __call__(self, skipped: Collection[Slot]) -> float:
         """Mean over the prompts of the signal-to-noise ratio in dB, for a signal of variance 1; at most 100."""
         masks = {owner: [(owner, step) not in skipped for step in range(self.num_steps)] for owner in self.owners()}
-        self.pipe.enable_cache("schedule", self.num_steps, mask=masks)
+        self.pipe.enable_cache("schedule", self.num_steps, sigmas=self.call.get("sigmas"), mask=masks)
         try:
             latents = self._latents()
         finally:

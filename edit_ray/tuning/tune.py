@@ -130,7 +130,9 @@ class Videos:
         """
         for index, reference in enumerate(self._reference):
             try:
-                cache = self.pipe.enable_cache(policy, self.call["num_inference_steps"], **options)
+                cache = self.pipe.enable_cache(
+                    policy, self.call["num_inference_steps"], sigmas=self.call.get("sigmas"), **options
+                )
             except (ValueError, TypeError) as error:
                 raise PolicyUnfit(str(error)) from error
             try:

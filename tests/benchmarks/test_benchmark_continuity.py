@@ -59,7 +59,7 @@ def test_a_seam_shows_at_joins_and_nowhere_else():
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("mode", ["none", "history", "overlap"])
+@pytest.mark.parametrize("mode", ["none", "history", "overlap", "image"])
 def test_videos_are_those_of_runs(model, mode):
     """Segment by segment, all seeds at once: what the engine makes of one seed, but for the batch's rounding."""
     options = ContinuityOptions(mode=mode)

@@ -102,8 +102,8 @@ class Run:
 class Chaos:
     """Pairs of runs that are hurt. `seed` decides who is killed when; `hit` counts the kills by victim and stage."""
 
-    def __init__(self, ray, root, model, seed, log=print):
-        self.ray, self.root, self.model, self.log = ray, root, model, log
+    def __init__(self, ray, root, models, seed, log=print):
+        self.ray, self.root, self.models, self.log = ray, root, models, log
         self.random = random.Random(seed)
         self.anywhere, self.aimed, self.missed = Counter(), Counter(), Counter()
         self.took_s, self.instants = 0.0, []
@@ -127,7 +127,7 @@ class Chaos:
         self.log(f"  {modes}: the same bytes, after {time.monotonic() - began:.0f} s; {kills} kills so far")
 
     def _live(self, names, modes, strike):
-        configs = [configuration(self.root / f"{mode}.yaml", self.model, mode) for mode in modes]
+        configs = [configuration(self.root / f"{mode}.yaml", self.models, mode) for mode in modes]
         self.runs = [Run(RunFolder(self.root, name), config) for name, config in zip(names, configs, strict=True)]
         deadline = time.monotonic() + LIMIT_S
         while True:

@@ -3,7 +3,11 @@
 import os
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from edit_ray.runs.folder import RunFolder
+from edit_ray.testing import save_random_wan
 from tests.chaos.storm import compare
 
 WINDOW = 2
@@ -14,14 +18,18 @@ CONTINUITY = {
     "overlap-hybrid": "{mode: overlap, history_latents: 2}",
     "warm-start": "{mode: warm_start}",
     "none": "{mode: none}",
+    "image": "{{mode: image, picture_as: still, init: {pictures}/a.png}}",
+    "svi": "{{mode: svi, init: {pictures}/a.png}}",
 }
+# Beside the second prompt: another picture, from which `image` begins anew and to which `svi` holds on, and an end.
+PICTURES = ", image: {pictures}/b.png, last_image: {pictures}/c.png"
 # Five steps of eight are computed anew in one segment of three, and the others' cache skips more of the rest. The host
 # tier holds two of its eight residuals: [1, 5 * 4 * 4, 24] in float32 is two pages.
 CONFIG = """
 model: {{path: "{model}"}}
 sampling: {{height: 64, width: 64, num_frames: 17, num_inference_steps: 8, seed: 3}}
 video: {{num_segments: 6}}
-prompt_segments: [{{start: 0s, prompt: a red circle}}, {{segment: 3, prompt: a blue square}}]
+prompt_segments: [{{start: 0s, prompt: a red circle}}, {{segment: 3, prompt: a blue square{pictures}}}]
 continuity: {continuity}
 cache:
   {{policy: warmstart_reuse, inner: fbcache, rel_l1_thresh: 0.5, warm_steps: 2, reuse_window: {window}, granularity: 3}}
@@ -30,8 +38,21 @@ engine: {{start_timeout_s: 60, cpu_threads: 1, gpu_actors: {gpu_actors}}}
 """
 
 
-def configuration(path, model, mode):
-    path.write_text(CONFIG.format(model=model, continuity=CONTINUITY[mode], window=WINDOW, gpu_actors=GPU_ACTORS))
+def save_models(root):
+    """What a run may take its segments from: a model that holds latents, one that sees pictures, and pictures."""
+    save_random_wan(root / "text", num_layers=6, expand_timesteps=True)
+    save_random_wan(root / "svi", num_layers=6, layout="image")
+    for seed, name in enumerate("abc"):
+        noise = np.random.default_rng(seed).integers(0, 255, (64, 64, 3), np.uint8)
+        Image.fromarray(noise).save(root / f"{name}.png")
+    return root
+
+
+def configuration(path, models, mode):
+    continuity, of_pictures = CONTINUITY[mode], mode in ("image", "svi")
+    changes = {"model": models / ("svi" if mode == "svi" else "text"), "window": WINDOW, "gpu_actors": GPU_ACTORS}
+    changes["continuity"] = continuity.format(pictures=models) if of_pictures else continuity
+    path.write_text(CONFIG.format(**changes, pictures=PICTURES.format(pictures=models) if of_pictures else ""))
     return path
 
 

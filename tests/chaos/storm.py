@@ -49,7 +49,7 @@ Take = tuple[int, int | None, str | None]
 class Shape:
     """What a history runs: its frames follow from these, the number of segments and the takes."""
 
-    context: int  # latents
+    context: int  # latents, or with -1 the last frame
     window: int  # of reuse, 0 for none
     cached: bool  # where nothing is reused between segments
     frames: int
@@ -58,13 +58,14 @@ class Shape:
     def drawn(cls, draw: random.Random, long_share: float) -> Shape:
         frames = 81 if draw.random() < long_share else 9
         window = draw.choice((0, 1, 1, 2, 2, 3))
-        return cls(draw.choice((0, 1, 2)), window, draw.random() < 0.5, frames)
+        return cls(draw.choice((0, 1, 2, -1)), window, draw.random() < 0.5, frames)
 
     def config(self, model: Path, segments: int, keep: int | None = None) -> Config:
         """Of the smallest run of this shape."""
         warm = {"policy": "warmstart_reuse", "inner": "fbcache", "rel_l1_thresh": 0.2, "warm_steps": 1}
         cache = warm | {"reuse_window": self.window} if self.window else {"policy": "always" if self.cached else "none"}
-        continuity = {"mode": "history", "history_latents": self.context} if self.context else {"mode": "none"}
+        continuity: dict[str, Any] = {"mode": {0: "none", -1: "image"}.get(self.context, "history")}
+        continuity |= {"history_latents": self.context} if self.context > 0 else {}
         return Config.model_validate(
             {
                 "model": {"path": str(model)},

@@ -2,15 +2,18 @@
 
 import inspect
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from edit_ray.cache.policies import POLICIES, CachePolicy, PolicyContext, WarmstartReuse
 from edit_ray.cache.policies.policy import UnitState
 from edit_ray.cli.main import parser
 from edit_ray.config import load_config
-from edit_ray.engine.options import CLIPS, PICTURES, ContinuityOptions
+from edit_ray.config.model import layout_of
+from edit_ray.engine.options import CLIPS, PICTURES, ContinuityOptions, SamplingOptions
 from edit_ray.video.encode import OutputOptions, encode
 from edit_ray.video.fragments import Part, write_part
 from edit_ray.video.hls import StreamFiles
@@ -125,8 +128,9 @@ def test_the_tables_for_writers_are_those_of_the_classes():
 # docs/conditioning.md and docs/long-video.md
 
 
-def test_the_code_of_the_page_on_conditions_runs():
+def test_the_code_of_the_page_on_conditions_runs(tmp_path, monkeypatch):
     """In one piece: later blocks use the pipeline of earlier ones."""
+    monkeypatch.chdir(tmp_path)
     names = run_code(CONDITIONING, [block.code for block in blocks(CONDITIONING, "python")], FEW_STEPS)
     assert names["pipe"].block_offload is None
     assert len(names["video"]) == len(names["again"]) == 17
@@ -140,7 +144,7 @@ def test_the_code_of_the_page_on_long_videos_runs(capsys):
 
 
 def test_the_configuration_of_long_videos_names_every_option(tmp_path):
-    options, storyboard = (block.code for block in blocks(LONG_VIDEO, "yaml"))
+    options, storyboard, _ = (block.code for block in blocks(LONG_VIDEO, "yaml"))
     path = tmp_path / "run.yaml"
     path.write_text(f"{options}video: {{num_segments: 3}}\nprompt_segments: [{{segment: 0, prompt: a red circle}}]\n")
     config = load_config(path)
@@ -151,6 +155,23 @@ def test_the_configuration_of_long_videos_names_every_option(tmp_path):
     path.write_text(storyboard + "video: {num_segments: 3}\n")
     last = load_config(path).storyboard.segment(2)
     assert (last.guidance_scale, "square" in last.prompt) == (6.0, True)
+
+
+def test_the_pictures_of_a_storyboard_are_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown_in = blocks(LONG_VIDEO, "yaml")[2].code
+    for name in re.findall(r"\w+\.png", shown_in):
+        Image.new("RGB", (16, 16)).save(name)
+    Path("run.yaml").write_text(shown_in + "video: {num_segments: 4}\n")
+    board = load_config(Path("run.yaml")).storyboard
+    shown = [board.segment(index).pictures for index in range(4)]
+    assert [[Path(path).stem for path in pictures.paths] for pictures in shown] == [["first"], [], ["second"], ["last"]]
+
+
+@pytest.mark.parametrize(("mode", "taken"), [("none", 0), ("history", 3), ("overlap", 3), ("image", 1), ("svi", 2)])
+def test_the_table_of_frames_is_the_layout_s(mode, taken):
+    layout = layout_of(SamplingOptions(num_frames=33), ContinuityOptions(mode=mode))
+    assert layout.total_frames(4) == (33 + 3 * 4 * (9 - taken) if taken else 4 * 33)
 
 
 def test_the_commands_in_the_text_on_long_videos_are_understood():

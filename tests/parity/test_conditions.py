@@ -16,6 +16,7 @@ from PIL import Image
 from edit_ray import EditWanPipeline
 from edit_ray.cache import apply_cache_on_transformer
 from edit_ray.cache.loop_position import StepCounter
+from edit_ray.engine.vae_stream import encode_still
 from edit_ray.testing import save_random_wan
 from tests import calls
 from tests.calls import cached, quiet
@@ -154,6 +155,49 @@ def test_a_pipeline_that_names_no_branch_cannot_be_cached(pair):
         cache.remove()
 
 
+def shown_by(pipe, case, **changes):
+    """What the transformer is shown in the first forward of a loop."""
+    seen = []
+    handle = pipe.denoiser.register_forward_pre_hook(lambda _, args, inputs: seen.append(inputs), with_kwargs=True)
+    try:
+        return latents(pipe, case, **changes), seen[0]
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("case", ["image, Wan2.2", "first and last, Wan2.2"])
+def test_given_latents_stand_for_the_picture_and_zeros_for_the_rest(pair, case):
+    """Stable Video Infinity's condition: [picture | latents | zeros], a mask on the first frame (and the last)."""
+    _, ours = pair(case)
+    given = torch.randn(1, 4, 2, 8, 6, generator=torch.manual_seed(1))
+    (stock, encoded), (held, shown) = shown_by(ours, case), shown_by(ours, case, image_latents=given)
+    assert not torch.equal(stock, held)
+    encoded, shown = encoded["hidden_states"][:1], shown["hidden_states"][:1]
+    assert torch.equal(shown[:, :8], encoded[:, :8]), "the noise and the mask"
+    assert torch.equal(shown[:, 8:, :2], given)
+    last = encoded[:, 8:, -1:] if "last" in case else torch.zeros(1, 4, 1, 8, 6)
+    assert torch.equal(shown[:, 8:, 2:], last)
+    if "last" not in case:
+        assert torch.equal(latents(ours, case, image_latents=given, image=None), held)
+
+
+@pytest.mark.parametrize("begins", ["image", "history", "nothing"])
+def test_a_model_that_holds_latents_ends_with_the_last_image(pair, begins):
+    _, ours = pair("first frame, TI2V")
+    history = torch.randn(1, 4, 1, 8, 6, generator=torch.manual_seed(1))
+    beginning = {"image": {}, "history": {"image": None, "history": history}, "nothing": {"image": None}}[begins]
+    made, shown = shown_by(ours, "first frame, TI2V", last_image=picture(1), **beginning)
+    frame = ours.video_processor.preprocess(picture(1), 64, 48)[:, :, None]
+    still = encode_still(ours.vae, frame)[:, :, -1:]
+    assert torch.equal(made[:, :, -1:], still)
+    assert torch.equal(shown["hidden_states"][:, :, -1:], still)
+    clean = (shown["timestep"][0].reshape(3, -1) == 0).all(1).tolist()
+    assert clean == [begins != "nothing", False, True]
+    free = latents(ours, "first frame, TI2V", **beginning)
+    assert not torch.equal(made[:, :, 1], free[:, :, 1])
+    assert torch.equal(made[:, :, 0], free[:, :, 0]) == (begins != "nothing")
+
+
 @given(
     steps=st.integers(1, 12),
     order=st.integers(1, 2),
@@ -203,9 +247,18 @@ AS_IMAGE = {"video": None, "strength": None, "image": picture(0)}
         ("image, Wan2.2", {"video": VIDEO}, "`video` cannot be used with an image-to-video model"),
         (
             "first frame, TI2V",
-            {"last_image": picture(1)},
-            "`last_image` cannot be used with a text- and",
+            {"image_latents": torch.zeros(1, 4, 1, 8, 6)},
+            "`image_latents` cannot be used with a text-",
         ),
+        ("image, Wan2.2", {"image_latents": torch.zeros(1, 4, 3, 8, 6)}, r"n from 1 to 2"),
+        ("image, Wan2.2", {"image_latents": torch.zeros(4, 1, 8, 6)}, r"`image_latents` has the shape \(4, 1, 8, 6\)"),
+        (
+            "first and last, Wan2.2",
+            {"image_latents": torch.zeros(1, 4, 1, 8, 6), "image": None},
+            "`last_image` is encoded together with it",
+        ),
+        ("image, Wan2.1", {"image_latents": torch.zeros(1, 4, 1, 8, 6), "image": None}, "this model also sees CLIP's"),
+        ("image, Wan2.1", {"last_image": picture(1)}, "CLIP's features of one picture are all that this model sees"),
         ("first frame, TI2V", {"history": torch.zeros(1, 4, 1, 8, 6)}, "`image` and `history` are both given"),
         (OF_VACE, {"image": picture(0)}, "`image` cannot be used with a VACE model"),
         (OF_VACE, {"conditioning_scale": [1.0, 2.0]}, r"`conditioning_scale` has the shape \(2,\)"),

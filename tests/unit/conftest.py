@@ -21,12 +21,6 @@ def pytest_pyfunc_call(pyfuncitem):
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """The path of a tiny Wan of random weights that conditions on context latents."""
-    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
-
-
-@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """The path of a Wan of five blocks with random weights."""
     return save_random_wan(tmp_path_factory.mktemp("wan"), num_layers=5)
@@ -47,6 +41,13 @@ def pipe(loaded):
     loaded.transformer, loaded.scheduler = transformer, scheduler
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The path of a tiny Wan of random weights that conditions on context latents."""
+    return save_random_wan(tmp_path_factory.mktemp("model") / "wan", expand_timesteps=True)
+
+
+@pytest.fixture(scope="session")
 def model_without_weights(tmp_path_factory):
     """What a configuration is checked against: the JSON files of a tiny Wan. No test changes them."""
     folder = save_random_wan(tmp_path_factory.mktemp("json") / "wan", expand_timesteps=True)

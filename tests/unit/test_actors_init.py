@@ -141,7 +141,7 @@ def test_a_file_that_is_gone_before_the_run_begins_ends_it_with_a_sentence(tmp_p
     [
         (["continuity.init=a.txt"], "continuity.init is 'a.txt'; it must be the path of a picture (.png, "),
         (["continuity.init=''"], "continuity.init is ''; it must be the path of a picture"),
-        (["continuity.init=a.png", "continuity.mode=none"], "it needs continuity.mode history or overlap"),
+        (["continuity.init=a.png", "continuity.mode=none"], "it needs continuity.mode history, overlap, image or svi"),
         (["continuity.init=missing.png"], "missing.png', which is no file here"),
         (
             ["continuity.init=a.mp4", "continuity.history_latents=4"],

@@ -195,7 +195,8 @@ def test_a_run_without_reuse_says_so_and_what_fits(tmp_path, capsys, model):
     path.write_text(dump_yaml(Config.model_validate(config)))
     code, out, _ = said(capsys, config=path)
     assert code == 0
-    assert out.startswith("cache.reuse_window is 0: no segment of this run reuses residuals of another.\n\nOn a card")
+    assert out.startswith("cache.reuse_window is 0: no segment of this run reuses residuals of another.\nsteps     6 a")
+    assert "\n\nOn a card, GB" in out
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def check_written(config: Config, folder: Path) -> None:
 
 
 def test_shipped_configurations_load_and_survive_writing(tmp_path: Path) -> None:
-    assert {path.stem for path in SHIPPED} == {"tiny", "wan21_t2v_1_3b", "wan21_t2v_14b"}
+    assert "tiny" in {path.stem for path in SHIPPED}
     for path in SHIPPED:
         check_written(load_config(path, check_model=False), tmp_path)
 

@@ -218,7 +218,7 @@ def test_a_cache_section_is_checked_without_torch(model: Path, tmp_path: Path) -
 @pytest.mark.parametrize("override", ["cache=null", "cache.policy=none"])
 def test_one_override_switches_the_cache_off(override: str) -> None:
     for path in SHIPPED:
-        overrides = ["continuity.mode=none", override]
+        overrides = ["continuity.mode=none", "continuity.init=null", override]
         assert load_config(path, overrides, check_model=False).cache == CacheOptions()
         later = load_config(path, [*overrides, "cache.policy=always"], check_model=False)
         assert later.cache == CacheOptions(policy="always")

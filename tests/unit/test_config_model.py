@@ -147,7 +147,7 @@ DAMAGE: list[tuple[Change, tuple[str, ...]]] = [
     (remove("transformer/config.json"), ("has no transformer/config.json",)),
     (edit("transformer/config.json", patch_size=[1, 2]), ("sizes that cannot be",)),
     (edit("transformer/config.json", patch_size=[1, 0, 2]), ("sizes that cannot be",)),
-    (edit("transformer/config.json", in_channels=36), ("takes 36 channels", "a Wan text-to-video model")),
+    (edit("transformer/config.json", in_channels=36), ("takes 36 channels", "or with a picture 12")),
     (remove("vae/config.json"), ("has no vae/config.json",)),
     (edit("vae/config.json", z_dim=None), ("sizes that cannot be",)),
     (edit("vae/config.json", scale_factor_temporal=8), ("one latent of 8 frames", "must be 4")),

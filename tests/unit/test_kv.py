@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edit_ray.cache import GPUStore, HostStore, RetentionPolicy, TieredStore
+from edit_ray.cache import CPUOffloadStore, GPUStore, RetentionPolicy, TieredStore
 from edit_ray.cache.kv import KVLayout, KVWindow
 from edit_ray.cache.kv_retention import Similar, WindowSink, WindowState, make_retention
 
@@ -72,7 +72,7 @@ def test_the_window_is_a_plain_list_of_chunks(sink, acts):
         check(window, expected)
 
 
-@pytest.mark.parametrize("make_store", [GPUStore, lambda: TieredStore([(HostStore(), 2**20)])])
+@pytest.mark.parametrize("make_store", [GPUStore, lambda: TieredStore([(CPUOffloadStore(), 2**20)])])
 def test_old_chunks_come_back_from_a_store_if_they_are_like_the_latest(make_store):
     window = made(Similar(retrieved=1, stored_chunks=3), sink_chunks=1, store=make_store())
     for chunk in range(6):

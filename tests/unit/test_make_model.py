@@ -17,7 +17,7 @@ from edit_ray.engine.segment import SegmentEngine
 from edit_ray.errors import ModelError
 from edit_ray.testing import VARIANTS, Variant, fill_random, make_model, meta_transformer
 from edit_ray.testing.made_model import save_random_weights
-from tests.calls import load
+from tests.calls import load, quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 PUBLISHED = {
@@ -95,8 +95,7 @@ def test_every_kind_is_what_diffusers_loads(tmp_path, kind):
     make_model(tmp_path, replace(SMALL, transformer=SMALL.transformer | transformer, **more))
     found = []
     for loader in (diffusers.DiffusionPipeline, EditWanPipeline):
-        pipe = loader.from_pretrained(tmp_path)
-        pipe.set_progress_bar_config(disable=True)
+        pipe = quiet(loader.from_pretrained(tmp_path))
         call = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"} | given
         found.append(pipe(prompt="any", **call, generator=torch.manual_seed(0)).frames)
     assert torch.equal(*found)

@@ -106,6 +106,7 @@ def test_every_policy_is_made_by_its_name_and_declares_what_it_needs():
         (lambda: TeaCache(wan_variant="t2v-14B", rel_l1_thresh=True), TypeError, "rel_l1_thresh is True"),
         (lambda: MagCache(mag_ratios=[1], threshold=math.nan), ValueError, "threshold is nan"),
         (lambda: MagCache(mag_ratios=[1], max_skip_steps=-1), ValueError, "max_skip_steps is -1; valid is a whole"),
+        (lambda: MagCache(mag_ratios=[1], max_skip_steps=1.5), TypeError, "max_skip_steps is 1.5; valid is a whole"),
         (lambda: MagCache(mag_ratios=[1], retention_ratio=1.2), ValueError, "retention_ratio is 1.2; valid is a"),
         (lambda: TaylorSeer(cache_interval=2.0), TypeError, "cache_interval is 2.0; valid is a whole number."),
         (lambda: TaylorSeer(max_order=-1), ValueError, "max_order is -1; valid is a whole number from 0."),

@@ -247,6 +247,11 @@ BLOCKS = {"offload": "blocks", "device_bytes": 1_000_000}
         (BLOCKS | {"storage": "int8"}, {}, "model.storage is 'int8' and model.offload 'blocks'"),
         ({"storage": "int8", "transformer": "/x.safetensors"}, {}, "model.storage is 'int8' and model.transformer"),
         ({"storage": "fp8", "transformer": "/x.gguf"}, {}, "model.storage is 'fp8' and model.transformer GGUF"),
+        (
+            {"transformer": "/x.gguf", "loras": [{"path": "/y.safetensors"}]},
+            {},
+            "model.loras are given and model.transf",
+        ),
         ({"storage": "fp8"}, {"mode": "fast"}, "engine.mode is fast and model.storage 'fp8'"),
         ({"transformer": "/x.gguf"}, {"mode": "fast"}, "engine.mode is fast and model.transformer '/x.gguf'"),
         ({"transformer": "/x.safetensors"}, {}, "model.transformer is '/x.safetensors', which is no file."),

@@ -57,6 +57,9 @@ class DiCache(CachePolicy):
         default=0.2, description="Share of the steps, from the first, that always compute (the authors' `ret_ratio`)."
     )
 
+    def most_skips(self, num_steps: int) -> int:
+        return num_steps - max(1, int(num_steps * self.retention_ratio)) if self.rel_l1_thresh > 0 else 0
+
     def reset(self, state: UnitState) -> None:
         state.user.update(previous=None, accumulated=0.0, probes={})
 

@@ -27,6 +27,9 @@ class FirstBlockCache(CachePolicy):
         default=0.1, description="Skip up to this distance, mean|r - r'| / mean|r'|; 0 or below never skips."
     )
 
+    def most_skips(self, num_steps: int) -> int:
+        return num_steps - 1 if self.rel_l1_thresh > 0 else 0
+
     def reset(self, state: UnitState) -> None:
         state.user["reference"] = None
 

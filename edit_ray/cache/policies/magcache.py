@@ -86,6 +86,13 @@ class MagCache(CachePolicy):
                 'mapping with such a sequence per branch ("cond", "uncond").',
             )
 
+    def most_skips(self, num_steps: int) -> int:
+        later = num_steps - max(1, self._retained(num_steps))
+        return later - later // (self.max_skip_steps + 1) if self.threshold > 0 else 0
+
+    def _retained(self, num_steps: int) -> int:
+        return int(self.retention_ratio * num_steps + 0.5)
+
     def reset(self, state: UnitState) -> None:
         state.user["error"] = None
 
@@ -99,7 +106,7 @@ class MagCache(CachePolicy):
         if error is None:  # nothing was computed that could serve
             user["error"] = MagnitudeError()
             return True
-        if ctx.step < int(self.retention_ratio * ctx.num_steps + 0.5):
+        if ctx.step < self._retained(ctx.num_steps):
             return True
         admitted = error.admits(ratio, self.threshold, self.max_skip_steps)
         ctx.accumulated = float(error.error)

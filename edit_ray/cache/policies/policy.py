@@ -135,6 +135,10 @@ class CachePolicy(ABC):
         """Raises ValueError if the policy cannot serve a loop of `num_steps` steps."""
         return
 
+    def most_skips(self, num_steps: int) -> int:
+        """How many steps of a loop a unit can skip at most; the first has nothing to reuse."""
+        return num_steps - 1
+
     def reset(self, state: UnitState) -> None:
         """Prepare `state.user` for a new call."""
         return

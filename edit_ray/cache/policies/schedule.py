@@ -30,6 +30,9 @@ class Always(CachePolicy):
 
     timestep_only = True
 
+    def most_skips(self, num_steps: int) -> int:
+        return 0
+
     def should_compute(self, ctx: PolicyContext) -> bool:
         return True
 
@@ -54,6 +57,9 @@ class Schedule(CachePolicy):
 
     def check(self, num_steps: int) -> None:
         check_lengths("mask", self.mask, num_steps)
+
+    def most_skips(self, num_steps: int) -> int:
+        return max(mask[1:].count(False) for mask in map(list, self.mask.values()))
 
     def should_compute(self, ctx: PolicyContext) -> bool:
         return pick_per_branch("mask", self.mask, ctx.expert, ctx.branch)[ctx.step]
@@ -89,6 +95,10 @@ class Ranked(CachePolicy):
     def check(self, num_steps: int) -> None:
         measured = ", so it has to be measured at the loop's number of steps"
         check_lengths("skip_rank", self.skip_rank, num_steps, measured)
+
+    def most_skips(self, num_steps: int) -> int:
+        skips = self.skips or 0
+        return max(sum(rank is not None and rank < skips for rank in ranks[1:]) for ranks in self.skip_rank.values())
 
     def should_compute(self, ctx: PolicyContext) -> bool:
         rank = pick_per_branch("skip_rank", self.skip_rank, ctx.expert, ctx.branch)[ctx.step]

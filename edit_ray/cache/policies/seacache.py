@@ -76,6 +76,11 @@ class SeaCache(CachePolicy):
         self._filtered: tuple[StepSignals, Tensor] | None = None
         self._measured: tuple[Tensor, Tensor, float] | None = None
 
+    def most_skips(self, num_steps: int) -> int:
+        between = max(0, num_steps - max(1, self.retention_steps) - self.cache_end_steps)
+        computed = between // (self.max_consecutive_cached + 1) if self.max_consecutive_cached else 0
+        return between - computed if self.threshold > 0 else 0
+
     def reset(self, state: UnitState) -> None:
         state.user.update(previous=None, accumulated=0.0)
 

@@ -47,6 +47,9 @@ class TaylorSeer(CachePolicy):
             or (after is not None and step >= after)
         )
 
+    def most_skips(self, num_steps: int) -> int:
+        return sum(not self.computes(step) for step in range(1, num_steps))
+
     def reset(self, state: UnitState) -> None:
         state.user["begun"] = False
 

@@ -90,6 +90,10 @@ class TeaCache(CachePolicy):
         if self.wan_variant is not None:
             self.coefficients = {"": WAN_COEFFICIENTS[self.wan_variant][0 if self.use_ret_steps else 1]}
 
+    def most_skips(self, num_steps: int) -> int:
+        may_skip = [not must_compute(step, num_steps, self.use_ret_steps) for step in range(num_steps)]
+        return sum(may_skip) if self.rel_l1_thresh > 0 else 0
+
     def reset(self, state: UnitState) -> None:
         state.user.update(previous=None, accumulated=0.0)
 

@@ -58,6 +58,11 @@ class WarmstartReuse(CachePolicy):
     def check(self, num_steps: int) -> None:
         self.inner.check(num_steps)
 
+    def most_skips(self, num_steps: int) -> int:
+        """The warm ones, and of the later ones what the inner policy skips, but the first of them."""
+        later = max(0, num_steps - self.warm_steps)
+        return num_steps - later + min(max(0, later - 1), self.inner.most_skips(num_steps))
+
     def reset(self, state: UnitState) -> None:
         self.inner.reset(state)
         state.user[_OWN] = False
