@@ -192,6 +192,7 @@ def _loras(config: Config) -> Iterator[Mistake]:
                 ("model", "loras", index, "adapter"),
                 f"is {name!r}, as another one of {lora.expert} is called; each must have a name of its own.",
             )
+    yield from _loras_of_fewer_bits(config)
     others = {
         "model.fuse_lora": (config.model.fuse_lora, "true; it must be false, as a fused LoRA keeps its weight"),
         "cache.reuse_window": (config.cache.reuse_window > 0, "above 0; with it, weights must stay the same"),
@@ -205,6 +206,15 @@ def _loras(config: Config) -> Iterator[Mistake]:
         for key, (refused, says) in others.items():
             if entry.lora_weights and loras and refused:
                 yield mistake_at(path, f"is given, and {key} is {says}.", key)
+
+
+def _loras_of_fewer_bits(config: Config) -> Iterator[Mistake]:
+    """Nothing can be added to weights that are stored in whole numbers."""
+    model = config.model
+    for name in ["storage"] * (model.storage == "int8") + model.in_gguf:
+        if model.loras and model.fuse_lora:
+            said = f"is true and model.{name} {getattr(model, name)!r}; such weights take no LoRA, it must be false."
+            yield mistake_at("model.fuse_lora", said, f"model.{name}", "model.loras")
 
 
 def _engine(config: Config) -> Iterator[Mistake]:
