@@ -3,7 +3,7 @@
     python benchmarks/block_offload.py --output benchmarks/results/block_offload      on a GPU
     python benchmarks/block_offload.py --quick                                        a toy on a CPU
 
-One expert of Wan2.2-A14B with random weights, a few steps without guidance: resident, its blocks offloaded with the
+Both experts of Wan2.2-A14B with random weights, a few steps without guidance: resident, their blocks offloaded with the
 device's memory capped, and the same with a mask that skips half of the steps; beside it diffusers' group offloading of
 single blocks on a stream. A row's time is the median of its later steps, and of a masked loop its whole, by computed
 step. Latents are compared with those of the resident loop.
@@ -41,7 +41,7 @@ def main() -> None:
     )
     task = task_for(args.quick, num_frames=9 if args.quick else 81, num_inference_steps=args.steps, guidance_scale=1.0)
     if not args.quick:
-        task = Task("Wan2.2-A14B's layout, one expert, random weights", VARIANTS["t2v-14B"], num_frames=81)
+        task = Task("Wan2.2-A14B's layout, both experts, random weights", VARIANTS["t2v-A14B"], num_frames=81)
     results = Results(args, {**task.told(), "num_inference_steps": args.steps, "guidance_scale": 1.0}, figure="step_s")
     pipe = make_pipe(task, args.device)
     text = {"prompt_embeds": embeds(pipe)["prompt_embeds"]}
@@ -50,8 +50,9 @@ def main() -> None:
 
     whole, masked = run(results, "resident", None), run(results, "resident, half of the steps skipped", mask)
     weights = int(args.weights * 1e9)
+    experts = [expert for expert in (pipe.transformer, pipe.transformer_2) if expert is not None]
     if args.quick:
-        weights = sum(t.nbytes for t in pipe.transformer.parameters()) * 8 // 10
+        weights = sum(t.nbytes for expert in experts for t in expert.parameters()) * 8 // 10
     pipe.enable_block_offload(args.device, weights)
     if args.device == "cuda":
         torch.cuda.empty_cache()
@@ -63,9 +64,10 @@ def main() -> None:
     with results.row("diffusers' group offloading") as figures:
         if args.device != "cuda":
             raise LeftOut("needs a GPU")
-        pipe.transformer.enable_group_offload(
-            onload_device=torch.device("cuda"), offload_type="block_level", num_blocks_per_group=1, use_stream=True
-        )
+        for expert in experts:
+            expert.enable_group_offload(
+                onload_device=torch.device("cuda"), offload_type="block_level", num_blocks_per_group=1, use_stream=True
+            )
         run(results, "diffusers' group offloading", None, figures)
     of = results.of
     resident, offloaded = of("resident").get("step_s"), of("blocks offloaded").get("step_s")

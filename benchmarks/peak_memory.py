@@ -4,6 +4,17 @@
 
 Makes the model with random weights in DIR (14 GB, removed afterwards), loads it as a run does, encodes a storyboard's
 prompts, denoises, decodes, in both modes, and decodes while it denoises. `--quick`: a toy size, on a CPU too.
+
+    python benchmarks/peak_memory.py --cards 12 16 24 48 80 --output benchmarks/results/cards
+
+What `edit-ray plan` says of larger models on cards of so many GB, and what a process takes that is held to as much: two
+steps, decoding, and two steps beside the decoder's state.
+
+With two other checks of larger models in one call of less than eight minutes, on one H200:
+
+    python benchmarks/skip_cost.py --layouts i2v-14B i2v-A14B vace-14B --seconds 120 --output $OUT/skip_layouts;
+    python benchmarks/block_offload.py --seconds 150 --output $OUT/block_offload;
+    python benchmarks/peak_memory.py --cards 12 16 24 48 80 --seconds 170 --output $OUT/cards
 """
 
 import sys
@@ -19,11 +30,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a file, from anywhere
 
-from benchmarks.gpu_results import Results, arguments  # noqa: E402
-from benchmarks.real_size import task_for  # noqa: E402
+from benchmarks.gpu_results import LeftOut, Results, arguments  # noqa: E402
+from benchmarks.real_size import Task, make_pipe, memory_peak, task_for  # noqa: E402
+from edit_ray.engine.card_memory import Placement, Run, needs_of, place  # noqa: E402
 from edit_ray.engine.options import Mode, ModelOptions, SamplingOptions  # noqa: E402
 from edit_ray.engine.segment import SegmentEngine  # noqa: E402
-from edit_ray.testing import Variant, make_model  # noqa: E402
+from edit_ray.testing import VARIANTS, Variant, make_model  # noqa: E402
 
 PROMPTS = [f"a lighthouse on a rocky coast, take {take}" for take in range(4)]
 SHARED = ("load", "encode 5 prompts")  # phases of both modes
@@ -95,12 +107,76 @@ def measure(folder: Path, quick: bool, phases: Phases) -> None:
         phases.phase(f"{mode}: denoise and decode at once", both)
 
 
+CARD_RUNS = {"t2v-14B": (480, 832, 81), "ti2v-5B": (704, 1280, 121)}
+MOST_WRONG = 0.08
+
+
+def measure_cards(results: Results, cards: list[float], quick: bool, device: str) -> None:
+    """Each model on each card, the largest first."""
+    for name, (height, width, num_frames) in CARD_RUNS.items():
+        variant = VARIANTS[name]
+        task = Task(f"Wan {name}, random weights", variant, height=height, width=width, num_frames=num_frames)
+        if quick:
+            task = task_for(True)
+        size: dict[str, Any] = task.size
+        run = Run(**size, branches=2, torch_dtype=task.torch_dtype)
+        configs = {"transformer": task.variant.transformer, "vae": task.variant.vae}
+        needs = needs_of(configs, run, per_token=task.variant.expand_timesteps)
+        pipe = make_pipe(task, device)
+        for card in sorted(cards, reverse=True):
+            row = f"{name}, {card:g} GB"
+            if results.time_for(row):
+                with results.row(row) as figures:
+                    on_card(figures, pipe, task, place(needs, int(card * 1e9)), card, device)
+            ratio = results.of(row).get("ratio")
+            results.bar(f"{row}: |measured / planned - 1|", None if ratio is None else abs(ratio - 1), most=MOST_WRONG)
+        del pipe
+
+
+def on_card(figures: dict[str, Any], pipe: Any, task: Task, placed: Placement | None, card: float, device: str) -> None:
+    """One card's row: the peaks of each phase, and the largest beside the planned one."""
+    if placed is None:
+        raise LeftOut("it does not fit, says the plan")
+    sampling = SamplingOptions(**task.size, num_inference_steps=2, guidance_scale=5.0)  # type: ignore[arg-type]
+    pipe.disable_block_offload()
+    if placed.device_bytes is not None:
+        pipe.enable_block_offload(device, placed.device_bytes)
+    engine, peaks = SegmentEngine(pipe), []
+    engine.encode_prompts(PROMPTS[:1])
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        of_card = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(card * 1e9 / of_card, 1.0))
+    tiled_from = 0 if placed.tiled else None
+    try:
+        latents = engine.denoise(sampling, prompt=PROMPTS[0], seed=0)
+        peaks.append(memory_peak(device, reset=True))
+        engine.decode("run", latents, tiled_from=tiled_from)
+        peaks.append(memory_peak(device, reset=True))
+        engine.denoise(sampling, prompt=PROMPTS[0], seed=1)
+        peaks.append(memory_peak(device, reset=True))
+    finally:
+        if device == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    figures.update(planned_GB=placed.peak / 1e9, device_bytes=placed.device_bytes, tiled=placed.tiled)
+    measured = [peak for peak in peaks if peak is not None]
+    if measured:
+        denoise, decode, beside = (peak / 1e9 for peak in measured)
+        figures.update(denoise_GB=denoise, decode_GB=decode, beside_decoder_GB=beside)
+        figures.update(peak_GB=max(measured) / 1e9, ratio=max(measured) / placed.peak)
+
+
 def main() -> None:
     """Measure, print, write."""
     directory = {"type": Path, "help": "where the model is made (default: the temporary folder)"}
-    args = arguments(__doc__ or "", seconds=120, directory=directory)
+    cards = {"type": float, "nargs": "*", "default": [], "help": "their memory in GB; these alone"}
+    args = arguments(__doc__ or "", seconds=120, directory=directory, cards=cards)
     task = task_for(args.quick, num_inference_steps=4)
     results = Results(args, task.told() | {"quick": args.quick, "prompts": len(PROMPTS)}, figure="peak_GB")
+    if args.cards:
+        measure_cards(results, args.cards, args.quick, args.device)
+        results.finish()
+        return
     phases = Phases(results)
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
         variant: Any = TOY if args.quick else "t2v-1.3B"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch._dynamo.utils
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+from PIL import Image
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -99,9 +100,11 @@ def task_for(quick: bool, **changes: Any) -> Task:
 def make_pipe(task: Task, device: str) -> EditWanPipeline:
     """A pipeline with weights drawn on the device; in its types it is what `from_pretrained` would load.
 
-    Its text encoder is a small one that gives embeddings of the real width.
+    Its text encoder is a small one that gives embeddings of the real width, and there is no image encoder: a call is
+    given `conditions`.
     """
     variant = task.variant
+    experts = ("transformer",) if variant.boundary_ratio is None else ("transformer", "transformer_2")
     with torch.device(device):
         vae = AutoencoderKLWan(**variant.vae).eval()
         text_encoder = UMT5EncoderModel(UMT5Config(**variant.text_encoder_config("tiny") or {})).eval()
@@ -114,10 +117,26 @@ def make_pipe(task: Task, device: str) -> EditWanPipeline:
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=variant.flow_shift
         ),
-        transformer=random_transformer(variant, device=torch.device(device), dtype=task.dtype),
+        **{
+            name: random_transformer(variant, device=torch.device(device), dtype=task.dtype, seed=seed)
+            for seed, name in enumerate(experts)
+        },
+        boundary_ratio=variant.boundary_ratio,
+        expand_timesteps=variant.expand_timesteps,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def conditions(task: Task, device: str) -> dict[str, Any]:
+    """What a model of this kind is given beside its prompt; what is computed does not depend on the values."""
+    sizes, picture = task.variant.transformer, Image.new("RGB", (task.width, task.height), "gray")
+    if "vace_layers" in sizes:
+        return {"reference_images": [picture]}
+    if sizes.get("in_channels") == sizes.get("out_channels"):
+        return {}
+    embeds = torch.zeros(1, 257, sizes.get("image_dim") or 1, device=device)
+    return {"image": picture} | ({"image_embeds": embeds} if sizes.get("image_dim") else {})
 
 
 def save_model(task: Task, device: str, folder: Path, text_encoder: TextEncoder = "tiny") -> Path:

@@ -2,6 +2,7 @@
 
     python benchmarks/skip_cost.py --output benchmarks/results/skip_cost      on a GPU
     python benchmarks/skip_cost.py --quick                                    a toy on a CPU
+    python benchmarks/skip_cost.py --layouts i2v-14B i2v-A14B vace-14B        of image to video and VACE, ours alone
 
 In the denoising loop of each pipeline, with the same steps skipped by all: a forward's time is that between two events
 on the device, from before its `cache_context` until after it (on a CPU, by the clock). The loop is ahead of the device
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,8 +24,20 @@ import torch
 
 from benchmarks.gpu_results import LeftOut, Results, arguments
 from benchmarks.peers import PEERS
-from benchmarks.real_size import MODES, Task, embeds, generate, make_pipe, stock_pipe, synchronise, task_for, use
+from benchmarks.real_size import (
+    MODES,
+    Task,
+    conditions,
+    embeds,
+    generate,
+    make_pipe,
+    stock_pipe,
+    synchronise,
+    task_for,
+    use,
+)
 from benchmarks.wan_table import our_cache
+from edit_ray.testing import VARIANTS
 
 COMPUTED = 4  # first steps that compute
 
@@ -135,6 +149,40 @@ def measure_all(results: Results, task: Task, device: str, modes: Sequence[str])
             full_loop(results, loop_of(pipe), Moments(pipe.transformer, device), mode)
 
 
+def measure_layouts(results: Results, layouts: Sequence[str], quick: bool, device: str) -> None:
+    """Ours, exact, of models with other conditions than a text; of two experts one."""
+    for name in layouts:
+        task, given_to = task_for(quick, num_inference_steps=8), VARIANTS[name].transformer
+        if quick:  # the toy's sizes
+            kinds: dict[str, Any] = {"vace_layers": [0, 2], "vace_in_channels": 72} if "vace_layers" in given_to else {}
+            kinds |= {"in_channels": 12} if given_to.get("in_channels") == 36 else {}
+            kinds |= {"image_dim": 8, "added_kv_proj_dim": 24} if "image_dim" in given_to else {}
+            task = replace(task, variant=replace(task.variant, transformer={**task.variant.transformer, **kinds}))
+        else:
+            variant = replace(VARIANTS[name], boundary_ratio=None)
+            task = replace(task, model=f"Wan {name}, random weights", variant=variant)
+        if not results.time_for(name):
+            continue
+        pipe = make_pipe(task, device)
+        given = embeds(pipe) | conditions(task, device)
+        generate(pipe, task, given, num_inference_steps=2)
+        synchronise(device)
+        mask = [step < COMPUTED for step in range(task.num_inference_steps)]
+
+        def run(pipe: Any = pipe, task: Task = task, given: Any = given, **beside: Any) -> Any:
+            return generate(pipe, task, given, **beside)
+
+        def on(pipe: Any = pipe, mask: Any = mask) -> AbstractContextManager[dict[str, Any]]:
+            return our_cache(pipe, "schedule", len(mask), mask=mask)
+
+        measure(results, name, run, on, Moments(pipe.transformer, device), True)
+        if not quick:
+            results.bar(f"skipped / full forward, {name}", results.of(name).get("share"), most=0.005)
+        del pipe, run, on
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
 def full_loop(results: Results, run: Callable[..., Any], moments: Moments, mode: str) -> None:
     """Forwards without any cache."""
     with results.row(f"no cache, {mode}") as figures:
@@ -146,12 +194,18 @@ def full_loop(results: Results, run: Callable[..., Any], moments: Moments, mode:
 def main() -> None:
     """Measure, print, write."""
     args = arguments(
-        __doc__ or "", seconds=45, modes={"nargs": "*", "choices": MODES[1:], "default": [], "help": "beside exact"}
+        __doc__ or "",
+        seconds=45,
+        modes={"nargs": "*", "choices": MODES[1:], "default": [], "help": "beside exact"},
+        layouts={"nargs": "*", "choices": list(VARIANTS), "default": [], "help": "these alone, without peers"},
     )
     task = task_for(args.quick)
     results = Results(args, task.told() | {"quick": args.quick, "computed_steps": COMPUTED}, figure="skipped_ms")
-    measure_all(results, task, args.device, args.modes)
-    if not args.quick:
+    if args.layouts:
+        measure_layouts(results, args.layouts, args.quick, args.device)
+    else:
+        measure_all(results, task, args.device, args.modes)
+    if not args.quick and not args.layouts:
         results.bar("skipped / full forward, exact", results.of("ours, exact").get("share"), most=0.004)
         full = results.of("no cache, fast").get("full_ms")
         results.bar("full forward, fast, ms", full, most=120)

@@ -16,11 +16,14 @@ from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.policies import POLICIES
 from edit_ray.cache.policies.option_types import option_schema
 from edit_ray.cli import main
+from edit_ray.cli.plan_cards import CARDS
 from edit_ray.config import Config
 from edit_ray.config.model import PromptSegment
 from edit_ray.config.strict_yaml import dump
+from edit_ray.engine.card_memory import Needs, Run, most_frames, needs_of, place
 from edit_ray.engine.options import LoraOptions, ModelOptions
 from edit_ray.options import Options, describe
+from edit_ray.testing import VARIANTS
 from edit_ray.tiers.options import NODE_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,16 +62,31 @@ words.
 The size of a residual is the number of a segment's tokens, times the model's width, times the bytes of its type. The
 tables list how many residuals are live at once, which `store.disk_bytes` must hold, and how much is written and read.
 `store.host_bytes` must hold at least two residuals; more only saves disk reads. The simulated times assume the speeds
-below each table; they are not measurements of a run.
+below each table; they are not measurements of a run. What fits on a card is estimated from the configs;
+[On my card](on-my-card.md) says more.
 """
 
 # The sizes of Wan2.1 that a plan depends on, from the JSON files of the published models.
-WAN = {"1.3B": (12, 30), "14B": (40, 40)}
+WAN = {"1.3B": (12, 30, 8960), "14B": (40, 40, 13824)}
 CASES = (
     ("The embedded model, as in `configs/tiny.yaml`", None, "configs/tiny.yaml", ()),
     ("Wan2.1 1.3B, 480 × 832, whole stack", "1.3B", "configs/wan21_t2v_1_3b.yaml", ()),
     ("Wan2.1 1.3B, 480 × 832, groups of 10 blocks", "1.3B", "configs/wan21_t2v_1_3b.yaml", ("cache.granularity=10",)),
     ("Wan2.1 14B, whole stack", "14B", "configs/wan21_t2v_14b.yaml", ()),
+)
+# Of the page on cards: a name, the variant, its size, how its blocks are stored.
+AT_480, AT_720 = (480, 832, 81), (720, 1280, 81)
+ON_CARDS = (
+    ("Wan2.1 T2V 1.3B", "t2v-1.3B", AT_480, "torch_dtype"),
+    ("Wan2.1 VACE 1.3B", "vace-1.3B", AT_480, "torch_dtype"),
+    ("Wan2.2 TI2V 5B", "ti2v-5B", (704, 1280, 121), "torch_dtype"),
+    ("Wan2.1 T2V 14B", "t2v-14B", AT_480, "torch_dtype"),
+    ("Wan2.1 T2V 14B", "t2v-14B", AT_720, "torch_dtype"),
+    ("Wan2.1 I2V 14B", "i2v-14B", AT_480, "torch_dtype"),
+    ("Wan2.1 VACE 14B", "vace-14B", AT_480, "torch_dtype"),
+    ("Wan2.2 A14B, T2V or I2V", "i2v-A14B", AT_480, "torch_dtype"),
+    ("the same, `storage: fp8`", "i2v-A14B", AT_480, "fp8"),
+    ("Wan2.2 A14B, T2V or I2V", "i2v-A14B", AT_720, "torch_dtype"),
 )
 REUSE = ("policy=warmstart_reuse", "inner=teacache", "warm_steps=2", "reuse_window=4")
 
@@ -78,6 +96,7 @@ def generated() -> dict[str, str]:
     return {
         "docs/configuration.md": configuration_page(),
         "docs/sizing.md": sizing_page(),
+        "docs/on-my-card.md": _filled("docs/on-my-card.md", "cards", cards()),
         "docs/policies.md": _filled("docs/policies.md", "front", best_below_half()),
         "docs/comparison.md": _filled("docs/comparison.md", "measured", measured()),
     }
@@ -145,6 +164,35 @@ def _table(section: type[Options], node: dict[str, Any], schema: dict[str, Any])
 
 def _shown(value: Any) -> str:
     return dump({"x": value})[3:].strip().removesuffix("\n...")
+
+
+def cards() -> str:
+    """What of each model fits on each card; a cell is a row of `edit-ray plan`."""
+    lines = [
+        "| model | size | weights | " + " | ".join(f"{card} GB" for card in CARDS) + " |",
+        "|---" * (3 + len(CARDS)) + "|",
+    ]
+    for title, name, (height, width, num_frames), storage in ON_CARDS:
+        variant = VARIANTS[name]
+        configs = {"transformer": variant.transformer, "vae": variant.vae}
+        configs |= {} if variant.boundary_ratio is None else {"transformer_2": variant.transformer}
+        configs |= {} if variant.image_encoder is None else {"image_encoder": variant.image_encoder}
+        run = Run(height, width, num_frames, branches=2, storage=storage)
+        needs = needs_of(configs, run, per_token=variant.expand_timesteps)
+        cells = [_cell(needs, configs, run, card * 10**9, variant.expand_timesteps) for card in CARDS]
+        size = f"{height}×{width}×{num_frames}"
+        lines.append(f"| {title} | {size} | {needs.whole / 1e9:.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(needs: Needs, configs: dict[str, Any], run: Run, card: int, per_token: bool) -> str:
+    placed = place(needs, card)
+    if placed is None:
+        fewer = most_frames(configs, run, card, per_token=per_token)
+        return f"{fewer} frames" if fewer else "no"
+    if placed.device_bytes is None:
+        return f"all: {placed.peak / 1e9:.1f}"
+    return f"{placed.device_bytes / 1e9:.1f}{', tiled' if placed.tiled else ''}"
 
 
 def best_below_half() -> str:
@@ -231,7 +279,7 @@ def _said(command: str, arguments: list[str]) -> str:
     return said.getvalue()
 
 
-def _wan(folder: Path, heads: int, layers: int) -> Path:
+def _wan(folder: Path, heads: int, layers: int, ffn_dim: int) -> Path:
     """A folder with the JSON files of a Wan2.1 model that a plan reads."""
     files: dict[str, Any] = {
         "model_index.json": {
@@ -246,6 +294,7 @@ def _wan(folder: Path, heads: int, layers: int) -> Path:
             "num_attention_heads": heads,
             "attention_head_dim": 128,
             "num_layers": layers,
+            "ffn_dim": ffn_dim,
         },
         "vae/config.json": {"z_dim": 16},
     }

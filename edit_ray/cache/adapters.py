@@ -75,7 +75,7 @@ class WanAdapter:
 
 @register_adapter("WanVACETransformer3DModel")
 class WanVACEAdapter(WanAdapter):
-    """Wan VACE: its control blocks run at every step, and their hints are added between the cached blocks."""
+    """Wan VACE: the hints of its control blocks are added between the cached blocks, and belong to the residuals."""
 
 
 def adapter_of(transformer: nn.Module) -> ModelAdapter:

@@ -66,11 +66,34 @@ def check_not_compiled(transformer: nn.Module) -> None:
         )
 
 
+class Hint:
+    """What a control block gives, computed when it is added to the hidden states; scaled before, as a tensor is."""
+
+    def __init__(self, runner: BlockRunner, value: Callable[[], Tensor]) -> None:
+        self._runner, self.value = runner, value
+
+    def to(self, device: object) -> Hint:
+        """Itself: it is where the hidden states are."""
+        return self
+
+    def __mul__(self, scale: Tensor) -> Hint:
+        return Hint(self._runner, lambda: self.value() * scale)
+
+    def __radd__(self, hidden: Tensor) -> Tensor:
+        return self._runner.add(hidden, self)
+
+
+def value_of(argument: Any) -> Any:
+    """An argument of a control block; computed, if it is another one's result."""
+    return argument.value() if isinstance(argument, Hint) else argument
+
+
 class BlockRunner:
     """One forward of a transformer: called in place of every block, in the order of the stack.
 
-    A computed unit's output is its blocks' own. A model may change the hidden states between two blocks (Wan VACE adds
-    its hints there): a residual excludes such changes, since the model makes them on a skip as well.
+    A computed unit's output is its blocks' own. A model may change the hidden states between two blocks: a residual
+    excludes such changes, since the model makes them on a skip as well. The hints of control blocks are computed when
+    they are added: a residual includes those inside its unit, and a skipped unit needs none of them.
     """
 
     def __init__(
@@ -83,10 +106,11 @@ class BlockRunner:
         self._ctx: PolicyContext | None = None
         self._before: Tensor | None = None  # output of the previous block
         self._between: Tensor | None = None  # added by the model between the unit's blocks
+        self._position = 0  # of the latest block
 
     def block(self, position: int, run: RunBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The output of a block; while its unit is skipped, of the whole unit."""
-        unit, hidden = self._unit_at[position], self._adapter.hidden(args, kwargs)
+        unit, hidden, self._position = self._unit_at[position], self._adapter.hidden(args, kwargs), position
         if position == unit.first:
             return self._enter(unit, hidden, run, args, kwargs)
         if self._reused:
@@ -95,6 +119,26 @@ class BlockRunner:
             change = hidden - self._before
             self._between = change if self._between is None else self._between + change
         return self._computed(unit, position, run(*args, **kwargs))
+
+    def control(self, run: RunBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hint, Hint]:
+        """A control block's hint and its hidden states, neither computed yet."""
+
+        results: list[Any] = []
+
+        def take(which: int) -> Any:  # each is used once, and freed then
+            if not results:
+                results.extend(run(*map(value_of, args), **{name: value_of(value) for name, value in kwargs.items()}))
+            taken, results[which] = results[which], None
+            return taken
+
+        return Hint(self, lambda: take(0)), Hint(self, lambda: take(1))
+
+    def add(self, hidden: Tensor, hint: Hint) -> Tensor:
+        """The hidden states after the latest block, with a hint unless the block is skipped and its unit goes on."""
+        if self._reused and self._position < self._unit_at[self._position].last:
+            return hidden
+        self._before = hidden + hint.value()
+        return self._before
 
     def check_complete(self, units: Sequence[Unit], name: str) -> None:
         """Raises RuntimeError if a unit was not asked: a cache without effect is an error."""

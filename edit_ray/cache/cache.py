@@ -260,6 +260,11 @@ class Cache:
         runner = self._here.runner
         return run(*args, **kwargs) if runner is None else runner.block(position, run, args, kwargs)
 
+    def control(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of a control block, whose results a skipped stack does not need."""
+        runner = self._here.runner
+        return run(*args, **kwargs) if runner is None else runner.control(run, args, kwargs)
+
     def decide(self, ctx: PolicyContext, *, can_skip: bool) -> Tensor | None:
         """The unit's output if it is skipped, else None."""
         with self._guarded():

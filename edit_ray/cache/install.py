@@ -124,6 +124,8 @@ def _install(cache: Cache, expert: Expert) -> None:
     _listen(cache, expert.transformer, _listening_transformer, (cache, expert))
     for position, block in enumerate(expert.adapter.blocks(expert.transformer)):
         _listen(cache, block, _listening_block, (cache, position))
+    for block in getattr(expert.transformer, "vace_blocks", ()):
+        _listen(cache, block, _listening_control, (cache,))
 
 
 def _listen(cache: Cache, module: nn.Module, listening: Callable[[type], Any], link: tuple[Any, ...]) -> None:
@@ -144,6 +146,16 @@ def _listening_block(cls: Any) -> Any:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         cache, position = self.__dict__[_LINK]
         return cache.block(position, super(listening, self).__call__, args, kwargs)
+
+    listening = _subclass(cls, {"__call__": __call__})
+    return listening
+
+
+@memoised
+def _listening_control(cls: Any) -> Any:
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        (cache,) = self.__dict__[_LINK]
+        return cache.control(super(listening, self).__call__, args, kwargs)
 
     listening = _subclass(cls, {"__call__": __call__})
     return listening

@@ -20,6 +20,10 @@ _COMMON = (
     ("--output", "the folder of runs (default: $EDIT_RAY_OUTPUT or ~/edit_ray_outputs)"),
 )
 _FORCE = "also if the run belongs to another owner"
+MADE_VARIANTS = (
+    *("t2v-1.3B", "t2v-14B", "t2v-A14B", "i2v-14B", "i2v-A14B", "ti2v-5B", "vace-1.3B", "vace-14B"),
+    *("causal-1.3B", "causal-14B"),
+)
 _WAIT: dict[str, Any] = {
     "type": float,
     "default": 30.0,
@@ -186,14 +190,13 @@ def _add_models(commands: _Commands) -> None:
     tune.add_argument("--psnr", type=float, required=True, help="the lowest mean PSNR against uncached frames, in dB")
     tune.add_argument("--seeds", type=int, default=1, help="videos per prompt")
     tune.add_argument("--policies", help="the policies to try, such as teacache,dicache (default: all)")
-    plan = add("plan", plan_reuse.plan, "estimate what a run's segments reuse, and its memory and transfers")
+    plan = add("plan", plan_reuse.plan, "estimate what a run's segments reuse, and what fits on which card")
     plan.add_argument("--forward-ms", type=float, help="time of one transformer forward in milliseconds")
+    plan.add_argument("--card", type=float, nargs="+", metavar="GB", help="cards' memory (default: 12 16 24 48 80)")
     made = commands.add(
         "make-model", setup_commands.make_model, "write a published Wan model with random weights", common=False
     )
-    made.add_argument(
-        "--variant", choices=["t2v-1.3B", "t2v-14B", "ti2v-5B", "causal-1.3B", "causal-14B"], required=True
-    )
+    made.add_argument("--variant", choices=MADE_VARIANTS, required=True)
     made.add_argument("--output", dest="folder", type=Path, required=True, help="a new folder (diffusers layout)")
     made.add_argument(
         "--text-encoder", choices=["full", "tiny", "none"], default="full", help="UMT5-XXL, a small one, or none"

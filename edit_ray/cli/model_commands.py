@@ -91,7 +91,12 @@ def tune(options: argparse.Namespace) -> int:
 def _load(config: Config) -> EditWanPipeline:
     from edit_ray.engine.loading import load_pipeline, noise_scheduler_for
 
-    pipe = load_pipeline(config.model.model_copy(update={"offload": "none"}))  # prompts run one at a time
+    model = config.model
+    if model.offload == "text_encoder":  # prompts run one at a time
+        model = model.model_copy(update={"offload": "none"})
+    pipe = load_pipeline(model)
+    if pipe.block_offload is not None and pipe.text_encoder is not None:
+        pipe.text_encoder.to(pipe.device)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = noise_scheduler_for(pipe.scheduler, config.sampling)
     if config.sampling.boundary_ratio is not None:

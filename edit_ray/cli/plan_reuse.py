@@ -18,19 +18,34 @@ MEASURED_MS, MEASURED_TOKENS, MEASURED_WIDTH, MEASURED_BLOCKS = 181.6, 14_040, 1
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Prints what the configured run will reuse. Loads no weights. Raises ConfigError, ModelError."""
-    from edit_ray.cli.reuse_estimate import ReuseEstimate, what_can_be_skipped
+    """Prints what the configured run will reuse, and what fits on which card. Loads no weights.
+
+    Raises ConfigError, ModelError.
+    """
+    from edit_ray.cli.plan_cards import CARDS, card_lines
+    from edit_ray.cli.reuse_estimate import what_can_be_skipped
     from edit_ray.config import load_config
 
     forward_ms: float | None = options.forward_ms
     if forward_ms is not None and not 0 < forward_ms < math.inf:
         raise ConfigError([f"--forward-ms is {forward_ms:g}; it must be a number of milliseconds above 0"])
+    cards = options.card or CARDS
+    if any(not 0 < card < math.inf for card in cards):
+        raise ConfigError([f"--card is {' '.join(f'{card:g}' for card in cards)}; it must be gigabytes above 0"])
     config = load_config(options.config, options.set)
-    if not config.cache.reuse_window:
-        print("cache.reuse_window is 0: no segment of this run reuses residuals of another.")
-        if (skipped := what_can_be_skipped(config)) is not None:
-            print(f"steps     {skipped}")
-        return 0
+    said = ["cache.reuse_window is 0: no segment of this run reuses residuals of another."]
+    if config.cache.reuse_window:
+        said = _reuse_lines(options, config, forward_ms)
+    elif (skipped := what_can_be_skipped(config)) is not None:
+        said.append(f"steps     {skipped}")
+    print("\n".join([*said, "", *card_lines(config, cards)]))
+    return 0
+
+
+def _reuse_lines(options: argparse.Namespace, config: Config, forward_ms: float | None) -> list[str]:
+    """What the run reuses, as text. Raises ConfigError, ModelError."""
+    from edit_ray.cli.reuse_estimate import ReuseEstimate
+
     try:
         estimate = ReuseEstimate(config)
         needs_store = any(segment.working for segment in estimate.plan.segments)
@@ -43,8 +58,7 @@ def plan(options: argparse.Namespace) -> int:
         raise ConfigError([f"store.host_bytes is {host}; one residual of this run has {estimate.size} bytes."])
     if forward_ms is None and _is_measured(config, estimate):
         forward_ms = MEASURED_MS
-    print("\n".join(lines(config, estimate, forward_ms)))
-    return 0
+    return lines(config, estimate, forward_ms)
 
 
 def _is_measured(config: Config, estimate: ReuseEstimate) -> bool:

@@ -30,6 +30,7 @@ def cross_field_mistakes(config: Config) -> Iterator[Mistake]:
     yield from _steps(config)
     yield from _loras(config)
     yield from _engine(config)
+    yield from _weights(config)
 
 
 def _shape(config: Config) -> Iterator[Mistake]:
@@ -191,6 +192,7 @@ def _loras(config: Config) -> Iterator[Mistake]:
                 ("model", "loras", index, "adapter"),
                 f"is {name!r}, as another one of {lora.expert} is called; each must have a name of its own.",
             )
+    yield from _loras_of_fewer_bits(config)
     others = {
         "model.fuse_lora": (config.model.fuse_lora, "true; it must be false, as a fused LoRA keeps its weight"),
         "cache.reuse_window": (config.cache.reuse_window > 0, "above 0; with it, weights must stay the same"),
@@ -204,6 +206,15 @@ def _loras(config: Config) -> Iterator[Mistake]:
         for key, (refused, says) in others.items():
             if entry.lora_weights and loras and refused:
                 yield mistake_at(path, f"is given, and {key} is {says}.", key)
+
+
+def _loras_of_fewer_bits(config: Config) -> Iterator[Mistake]:
+    """Nothing can be added to weights that are stored in whole numbers."""
+    model = config.model
+    for name in ["storage"] * (model.storage == "int8") + model.in_gguf:
+        if model.loras and model.fuse_lora:
+            said = f"is true and model.{name} {getattr(model, name)!r}; such weights take no LoRA, it must be false."
+            yield mistake_at("model.fuse_lora", said, f"model.{name}", "model.loras")
 
 
 def _engine(config: Config) -> Iterator[Mistake]:
@@ -221,4 +232,50 @@ def _engine(config: Config) -> Iterator[Mistake]:
     if engine.fp8 and engine.mode != "fast":
         yield mistake_at(
             "engine.fp8", f"is true and engine.mode {engine.mode}; 8 bits must go with the mode fast.", "engine.mode"
+        )
+
+
+def _weights(config: Config) -> Iterator[Mistake]:
+    """What the transformers' weights in host memory, in fewer bits or in single files exclude."""
+    model, engine = config.model, config.engine
+    blocks = model.offload == "blocks"
+    if blocks != (model.device_bytes is not None):
+        said = (
+            "is 'blocks', and model.device_bytes is not given; it must be what the transformers' weights may take on "
+            "the device, which `edit-ray plan` tells."
+            if blocks
+            else f"is {model.offload!r} and model.device_bytes {model.device_bytes}; that must go with 'blocks'."
+        )
+        yield mistake_at("model.offload", said, "model.device_bytes")
+    if blocks and engine.cfg_parallel:
+        yield mistake_at(
+            "engine.cfg_parallel",
+            "is true and model.offload 'blocks'; with two GPUs all weights must be on them.",
+            "model.offload",
+        )
+    if model.storage == "int8" and (blocks or model.files):
+        other = "offload" if blocks else next(iter(model.files))
+        yield mistake_at(
+            "model.storage",
+            f"is 'int8' and model.{other} {getattr(model, other)!r}; torchao's weights must be on the device and made "
+            "of the model's own files.",
+            f"model.{other}",
+        )
+    if model.storage == "fp8" and model.in_gguf:
+        name = model.in_gguf[0]
+        yield mistake_at(
+            "model.storage", f"is 'fp8' and model.{name} GGUF, which has a storage of its own.", f"model.{name}"
+        )
+    reasons = {"storage": model.storage != "torch_dtype", **dict.fromkeys(model.in_gguf, True)}
+    for name in [name for name, excludes in reasons.items() if excludes and engine.mode == "fast"][:1]:
+        yield mistake_at(
+            "engine.mode",
+            f"is fast and model.{name} {getattr(model, name)!r}; the compiled blocks need weights in torch_dtype.",
+            f"model.{name}",
+        )
+    if engine.fp8 and blocks:
+        yield mistake_at(
+            "engine.fp8",
+            "is true and model.offload 'blocks'; weights in 8 bits must stay on the device.",
+            "model.offload",
         )

@@ -8,9 +8,11 @@ from edit_ray.cache.policies import POLICIES, OptionError, check_granularity
 from edit_ray.config.mistakes import KeyPath, Mistake, mistake_at
 from edit_ray.config.model import Config
 from edit_ray.config.picture_checks import file_mistakes, model_takes
+from edit_ray.config.run_memory import run_of
 from edit_ray.engine.calibration import check_target, policy_of
+from edit_ray.engine.card_memory import LEAST_SLOTS, needs_of
 from edit_ray.engine.lora_files import lora_mistakes
-from edit_ray.engine.model_info import ModelInfo, dtype_problem, read_model_info
+from edit_ray.engine.model_info import ModelInfo, dtype_problem, read_configs, read_model_info
 from edit_ray.engine.options import ModelOptions
 from edit_ray.errors import ModelError
 from edit_ray.runs.run_plan import TEMPORAL_FACTOR
@@ -63,12 +65,13 @@ def model_mistakes(config: Config, texts: Iterable[Text]) -> list[Mistake]:
     mistakes = [*file_mistakes(config), *_cache(config.cache, steps, model)]
     if problem := dtype_problem(model.torch_dtype, model.device):
         mistakes.append(mistake_at("model.torch_dtype", problem, "model.device"))
+    mistakes += [mistake_at(f"model.{name}", problem) for name, problem in model.problems_here().items()]
     try:
         info = read_model_info(model.path)
     except ModelError as error:
         return [*mistakes, Mistake(("model", "path"), f"model.path: {error}")]
     return [
-        *(*mistakes, *_shape(config, info), *model_takes(config, info)),
+        *(*mistakes, *_shape(config, info), *model_takes(config, info), *_device_bytes(config)),
         *(*_experts(config, info), *_loras(config, info), *_words(texts, info)),
     ]
 
@@ -104,6 +107,20 @@ def _loras(config: Config, info: ModelInfo) -> Iterator[Mistake]:
     """Reads the headers of the files, and compares them with the model."""
     for index, key, says in lora_mistakes(config.model, info):
         yield mistake_at(("model", "loras", index, key), says, "model.path")
+
+
+def _device_bytes(config: Config) -> Iterator[Mistake]:
+    """Of offloaded blocks some must be on the device."""
+    given = config.model.device_bytes
+    if config.model.offload != "blocks" or given is None or config.model.problems_here():
+        return
+    configs, per_token = read_configs(config.model.path)
+    least = needs_of(configs, run_of(config), per_token=per_token).least
+    if given < least:
+        yield mistake_at(
+            "model.device_bytes",
+            f"is {given}; it must be at least {least}: {LEAST_SLOTS} blocks, and what is around the blocks.",
+        )
 
 
 def _words(texts: Iterable[Text], info: ModelInfo) -> Iterator[Mistake]:

@@ -42,6 +42,15 @@ class BlockWeights(NamedTuple):
     down: Layer
 
 
+class TextKeys(NamedTuple):
+    """Keys and values [B, heads, L, head_dim] of a projected text, and of CLIP's features where there are any."""
+
+    k: Tensor
+    v: Tensor
+    image_k: Tensor | None = None
+    image_v: Tensor | None = None
+
+
 class Sizes(NamedTuple):
     """The block's constants."""
 
@@ -57,14 +66,11 @@ class Rope(NamedTuple):
     sin: Tensor
 
 
-def block(x: Tensor, text_k: Tensor, text_v: Tensor, temb: Tensor, rope: Rope, w: BlockWeights, sizes: Sizes) -> Tensor:
-    """The block's output [B, N, D] for `x` [B, N, D].
-
-    `text_k`, `text_v` are [B, heads, L, head_dim], `temb` [B, 6, D] or [B, N, 6, D].
-    """
+def block(x: Tensor, text: TextKeys, temb: Tensor, rope: Rope, w: BlockWeights, sizes: Sizes) -> Tensor:
+    """The block's output [B, N, D] for `x` [B, N, D]; `temb` is [B, 6, D] or [B, N, 6, D]."""
     q, k, v = _query_key_value(x, temb, w, sizes)
     q, k = rotate(q, rope, x.dtype), rotate(k, rope, x.dtype)
-    return leave(x, F.scaled_dot_product_attention(q, k, v.transpose(1, 2)), text_k, text_v, temb, w, sizes)
+    return leave(x, F.scaled_dot_product_attention(q, k, v.transpose(1, 2)), text, temb, w, sizes)
 
 
 def enter(x: Tensor, temb: Tensor, rope: Rope, w: BlockWeights, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,9 +80,7 @@ def enter(x: Tensor, temb: Tensor, rope: Rope, w: BlockWeights, sizes: Sizes) ->
     return turned[0], k.to(x.dtype), turned[1], v
 
 
-def leave(
-    x: Tensor, attended: Tensor, text_k: Tensor, text_v: Tensor, temb: Tensor, w: BlockWeights, sizes: Sizes
-) -> Tensor:
+def leave(x: Tensor, attended: Tensor, text: TextKeys, temb: Tensor, w: BlockWeights, sizes: Sizes) -> Tensor:
     """The part of a block after its attention, whose result is `attended` [B, heads, N, head_dim]."""
     dtype = x.dtype
     _, _, gate, ff_shift, ff_scale, ff_gate = _modulation(temb, w)
@@ -86,7 +90,9 @@ def leave(
     if w.norm2 is not None:
         h = (_normalised(x, sizes.eps) * w.norm2[0].float() + w.norm2[1].float()).to(dtype)
     q = _rms(linear(h, w.text_q), w.text_norm_q, sizes).to(dtype).transpose(1, 2)
-    attended = F.scaled_dot_product_attention(q, text_k, text_v)
+    attended = F.scaled_dot_product_attention(q, text.k, text.v)
+    if text.image_k is not None and text.image_v is not None:
+        attended = attended + F.scaled_dot_product_attention(q, text.image_k, text.image_v)
     x = x + linear(attended.transpose(1, 2).flatten(2), w.text_out)
 
     h = (_normalised(x, sizes.eps) * (1 + ff_scale) + ff_shift).to(dtype)

@@ -18,11 +18,14 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from edit_ray.engine.caching import experts_of
+from edit_ray.engine.card_memory import Run, card_problem, needs_of
 from edit_ray.engine.lora import load_loras
 from edit_ray.engine.model_files import locate_model
-from edit_ray.engine.model_info import dtype_problem
+from edit_ray.engine.model_info import dtype_problem, read_configs
 from edit_ray.engine.options import Mode, ModelOptions, Sampler, SamplingOptions
 from edit_ray.engine.pipeline import EditWanPipeline
+from edit_ray.engine.stored_weights import load_transformers, storing
 from edit_ray.errors import ModelError
 
 # While a model is loaded a patch of torch, which holds for the whole process, leaves its weights empty: of two models
@@ -40,27 +43,56 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_pipeline(options: ModelOptions) -> EditWanPipeline:
     """Load the model on its device, without progress bars, every part in `torch_dtype`, the VAE included.
 
-    An offloaded text encoder stays in host memory.
+    An offloaded text encoder stays in host memory, and so do offloaded blocks.
 
     Raises `ModelError` if the path is no Wan model, a LoRA does not fit it, the device is missing or it cannot run the
-    dtype.
+    dtype, a package is missing, the GPU cannot hold the weights, and if `device_bytes` is too little.
     """
     device = choose_device(options.device)
     dtype = choose_dtype(options.torch_dtype, device)
     folder = locate_model(options.path)
+    if device.type == "cuda":
+        _check_card(options, torch.cuda.get_device_properties(device).total_memory)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:
         with _ONE_AT_A_TIME:
-            pipe = EditWanPipeline.from_pretrained(folder, torch_dtype=dtype)
+            pipe = _read_parts(options, folder, dtype)
     except (OSError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(f"model.path {options.path!r} ({folder}) cannot be loaded as a Wan model: {error}") from error
     load_loras(pipe, options)
+    if options.storage == "fp8":
+        for transformer in experts_of(pipe).values():
+            transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
+    stays = {"none": (), "text_encoder": ("text_encoder",), "blocks": ("text_encoder", *experts_of(pipe))}
     for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and not (name == "text_encoder" and options.offload == "text_encoder"):
+        if isinstance(part, nn.Module) and name not in stays[options.offload]:
             part.to(device)
+    if options.offload == "blocks":
+        try:
+            pipe.enable_block_offload(device, options.device_bytes or 0)
+        except ValueError as error:
+            raise ModelError(f"model.device_bytes: {error}") from None
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _check_card(options: ModelOptions, card: int) -> None:
+    """Raises `ModelError` for weights that the GPU cannot hold, before they are read."""
+    configs, per_token = read_configs(options.path)
+    stored: dict[str, Any] = {"storage": options.storage, "torch_dtype": options.torch_dtype}
+    run = Run(height=16, width=16, num_frames=1, branches=1, file_bytes=options.gguf_bytes, **stored)
+    if problem := card_problem(needs_of(configs, run, per_token=per_token), card, options.device_bytes):
+        raise ModelError(f"model.path is {options.path!r}: {problem}")
+
+
+def _read_parts(options: ModelOptions, location: str, dtype: torch.dtype) -> EditWanPipeline:
+    """The model's parts in host memory, those in single files from these."""
+    given = load_transformers(options, location, dtype)
+    own = [name for name in ("transformer", "transformer_2") if name not in given]
+    return EditWanPipeline.from_pretrained(location, torch_dtype=dtype, **given, **storing(options, own))
 
 
 def choose_device(device: str) -> torch.device:

@@ -60,7 +60,7 @@ def loras_digest(loras: Sequence[LoraOptions]) -> str:
 
 def weights_digest(model: ModelOptions) -> tuple[str | None, str]:
     """The digests of all files that a model is loaded from, and of its LoRAs. Raises ModelError."""
-    return model_digest(model.path), loras_digest(model.loras)
+    return model_digest(model.path, model.files.values()), loras_digest(model.loras)
 
 
 def layers_of(transformer: Any) -> Layers:

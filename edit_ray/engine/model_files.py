@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -89,20 +90,25 @@ def _checked_folder(folder: Path, path: str) -> str:
     return str(folder)
 
 
-def model_digest(path: str) -> str | None:
-    """xxh3_64 of all files that a model is loaded from, as 16 hexadecimal digits; None for a hub id.
+def model_digest(path: str, files: Iterable[str] = ()) -> str | None:
+    """xxh3_64 of all files that a model is loaded from, as 16 hexadecimal digits; None for a hub id alone.
+
+    `files` are those of transformers that replace the model's own.
 
     A file is read once in this process, and again when its size, time of change or inode differ. Raises ModelError.
     """
-    folder = local_folder(locate_model(path))
-    if folder is None:
+    folder, singles = local_folder(locate_model(path)), [allowed_file(file) for file in files]
+    if folder is None and not singles:
         return None
+    digest = xxh3_64()
     try:
-        parts = [folder / name for name in sorted(json.loads((folder / INDEX_FILE).read_bytes()))]
-        found = [folder / INDEX_FILE, *(file for part in parts for file in sorted(part.rglob("*")) if file.is_file())]
-        digest = xxh3_64()
-        for file in found:
-            digest.update(f"{file.relative_to(folder)} {known_digest(file)}\n".encode())
+        if folder is not None:
+            parts = [folder / name for name in sorted(json.loads((folder / INDEX_FILE).read_bytes()))]
+            found = [file for part in parts for file in sorted(part.rglob("*")) if file.is_file()]
+            for file in (folder / INDEX_FILE, *found):
+                digest.update(f"{file.relative_to(folder)} {known_digest(file)}\n".encode())
+        for file in singles:
+            digest.update(f"{known_digest(file)}\n".encode())
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path {path!r} ({folder}) cannot be read: {error}") from None
     return digest.hexdigest()

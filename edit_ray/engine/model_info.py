@@ -96,6 +96,22 @@ def read_model_info(path: str) -> ModelInfo:
         ) from None
 
 
+def read_configs(path: str) -> tuple[dict[str, dict[str, Any]], bool]:
+    """The configs of a model's parts that take GPU memory, by name, and whether it embeds each token's timestep.
+
+    Raises:
+        ModelError: as `read_model_info`, of models of every kind.
+    """
+    files = _ModelFiles(path)
+    try:
+        index = files.json(INDEX_FILE)
+        names = ("transformer", "transformer_2", "vae", "image_encoder")
+        found = {name: files.json(f"{name}/config.json") for name in names if _class_of(index, name)}
+    except HubUnreachable as error:
+        raise ModelError(f"{path!r} cannot be reached on the hub ({error}).") from None
+    return found, bool(index.get("expand_timesteps", False))
+
+
 def lookback_latents(vae_config: Mapping[str, Any]) -> int:
     """Latents that must be decoded again before a point of the stream so that all frames after it are bit-equal.
 

@@ -8,6 +8,7 @@ not copied.
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,7 @@ from edit_ray.cache.adapters import adapter_of
 from edit_ray.cache.loop_position import LoopStep
 from edit_ray.engine.caching import experts_of, loop_steps
 from edit_ray.engine.cfg_parallel import check_device
+from edit_ray.tiers.arena import Arena
 
 AHEAD = 2  # copies begin this many uses early
 HORIZON = 256  # uses planned at once; at half of them the plan is made anew
@@ -97,16 +99,29 @@ def uses_of_loop(
 
 
 class HostBlock:
-    """A block's weights in one piece of host memory, pinned for a GPU."""
+    """A block's weights in one piece of host memory, page-locked for a GPU.
+
+    torch's own pinned memory comes in powers of two, which would waste up to half of it.
+
+    Raises:
+        HostMemoryShort: the node has too little memory.
+    """
 
     def __init__(self, block: nn.Module, device: torch.device) -> None:
         self.block = block
-        self._tensors = _tensors(block)
+        # Matrices first: so query, key and value lie behind each other, and the mode fast takes them as one.
+        self._tensors = sorted(_tensors(block), key=lambda tensor: tensor.ndim == 1)
         self._places, size = [], 0
         for tensor in self._tensors:
             self._places.append(size)
             size += _padded(tensor)
-        self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        if device.type == "cuda":
+            arena = Arena.create_unnamed(size)
+            arena.register()
+            self.memory = arena.tensor(0, torch.uint8, (size,))
+            weakref.finalize(self, arena.close)  # its memory stays as long as the weights in it
+        else:
+            self.memory = torch.empty(size, dtype=torch.uint8)
         for tensor, home in zip(self._tensors, self._views(self.memory), strict=True):
             home.copy_(tensor.data)
             tensor.data = home
@@ -178,6 +193,7 @@ class BlockOffload:
             torch.cuda.synchronize(self.device)
         for hook in self._hooks:
             hook.remove()
+        self._blocks.clear()
         for transformer in self._transformers.values():
             transformer.to("cpu")
 

@@ -5,15 +5,18 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PlainValidator, Strict, WithJsonSchema, model_validator
 
 from edit_ray.options import Options
+from edit_ray.tiers.options import ByteCount
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CLIPS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
+WEIGHTS = (".safetensors", ".gguf")
 
 
 def is_clip(path: str) -> bool:
@@ -42,6 +45,14 @@ Picture = Annotated[
     AfterValidator(partial(_path_of, PICTURES)),
 ]
 """The absolute path of a picture."""
+
+_OF_WEIGHTS = f"the path of a file of weights ({', '.join(WEIGHTS)})"
+WeightsFile = Annotated[
+    str,
+    Field(min_length=1, max_length=4096, json_schema_extra={"valid": _OF_WEIGHTS}),
+    AfterValidator(partial(_path_of, WEIGHTS)),
+]
+"""The absolute path of one transformer's weights."""
 
 
 def _model_path(path: str) -> str:
@@ -108,14 +119,24 @@ def adapter_names(loras: Sequence[LoraOptions]) -> list[str]:
 class ModelOptions(Options):
     """Which model, in which precision, where, and with which LoRAs.
 
-    With `fuse_lora` they are added to the weights, and cost no time; without, their weights may change with the
+    `transformer` and `transformer_2` are single files of weights in place of the model's own: GGUF, or safetensors in
+    Wan's or diffusers' names, also in 8 bits with scales. `storage` keeps the weights of the transformers' blocks in
+    fewer bits: `fp8` rounds them and computes in `torch_dtype`; `int8` is torchao's. GGUF and torchao are in the extra
+    `quant`. `offload` leaves parts in host memory: the text encoder, of which one block at a time is on the device, or
+    with `blocks` also those of the transformers; then `device_bytes` is what their weights may take on the device.
+
+    With `fuse_lora` LoRAs are added to the weights, and cost no time; without, their weights may change with the
     storyboard (`lora_weights`).
     """
 
     path: Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_model_path)] = "builtin:tiny_wan"
+    transformer: WeightsFile | None = None
+    transformer_2: WeightsFile | None = None
     torch_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    storage: Literal["torch_dtype", "fp8", "int8"] = "torch_dtype"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    offload: Literal["none", "text_encoder"] = "text_encoder"
+    offload: Literal["none", "text_encoder", "blocks"] = "text_encoder"
+    device_bytes: ByteCount | None = None
     # Not strict: YAML and JSON have lists in place of tuples.
     loras: tuple[LoraOptions, ...] = Field(
         default=(),
@@ -124,6 +145,36 @@ class ModelOptions(Options):
         json_schema_extra={"valid": "a list of 0 to 16 entries such as {path: …, weight: 1.0, expert: transformer}"},
     )
     fuse_lora: bool = True
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The single files, by the transformer that they are loaded as."""
+        files = {"transformer": self.transformer, "transformer_2": self.transformer_2}
+        return {name: file for name, file in files.items() if file is not None}
+
+    @property
+    def in_gguf(self) -> list[str]:
+        """The transformers that are loaded from GGUF."""
+        return [name for name, file in self.files.items() if file.lower().endswith(".gguf")]
+
+    @property
+    def gguf_bytes(self) -> dict[str, int]:
+        """The sizes of their files. Raises OSError for one that is not there."""
+        return {name: os.path.getsize(self.files[name]) for name in self.in_gguf}
+
+    def problems_here(self) -> dict[str, str]:
+        """Why options cannot be used on this machine, as predicates by their names: a file or a package is missing."""
+        needed = dict.fromkeys(self.in_gguf, "gguf") | ({"storage": "torchao"} if self.storage == "int8" else {})
+        lacking = {name: file for name, file in self.files.items() if not os.path.isfile(file)}
+        problems = {name: f"is {file!r}, which is no file." for name, file in lacking.items()}
+        for name, package in needed.items():
+            if find_spec(package) is None:
+                given = getattr(self, name)
+                problems[name] = (
+                    f"is {given!r}, which needs the package {package}, and it is not installed: "
+                    "pip install 'edit_ray[quant]'."
+                )
+        return problems
 
 
 class SamplingOptions(Options):

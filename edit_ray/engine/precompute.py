@@ -65,7 +65,7 @@ class Precompute:
         """Surrounds one loop over `latents` [B, …] with a prompt's `text` [B, L, D], once the steps are set."""
         transformers = _transformers(pipe)
         with ExitStack() as stack:
-            self._choose_fast(transformers, latents.device)
+            self._choose_fast(transformers, latents.device, pipe.block_offload is not None)
             self._choose_conditions(transformers)
             self._noise_steps = plan_noise_steps(pipe.scheduler, latents.device, self._noise_steps)
             if self._noise_steps is not None:
@@ -83,22 +83,23 @@ class Precompute:
         for conditions in self._conditions.values():
             conditions.refresh()
 
-    def _choose_fast(self, transformers: Mapping[str, Any], device: torch.device) -> None:
+    def _choose_fast(self, transformers: Mapping[str, Any], device: torch.device, offloaded: bool) -> None:
         """Replace the blocks of unmodified transformers in the mode `fast`, which is exact on a CPU."""
         known, self._fast = self._fast, {}
         if self.mode == "exact" or device.type != "cuda":
             return
         for name, transformer in transformers.items():
-            if can_be_fast(transformer):
+            if can_be_fast(transformer, offloaded=offloaded) and not (offloaded and self.fp8):
                 fast = known.get(name)
-                if fast is None or fast.transformer is not transformer or fast.fp8 != self.fp8:
-                    fast = FastTransformer(transformer, fp8=self.fp8)
+                wanted = (transformer, self.fp8, offloaded)
+                if fast is None or (fast.transformer, fast.fp8, fast.offloaded) != wanted:
+                    fast = FastTransformer(transformer, fp8=self.fp8, offloaded=offloaded)
                 self._fast[name] = fast
             elif name not in self._warned:
                 self._warned.add(name)
                 logger.warning(
-                    "%s is not as diffusers loads it (adapters, hooks, image conditions, fused or compiled layers): "
-                    "the mode fast leaves it to diffusers.",
+                    "%s is not as diffusers loads it (adapters, hooks, fused, quantised or compiled layers), or its "
+                    "blocks are offloaded and would compute in 8 bits: the mode fast leaves it to diffusers.",
                     name,
                 )
 

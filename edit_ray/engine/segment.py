@@ -76,7 +76,7 @@ class SegmentEngine:
         if second is not None:
             pipe.enable_cfg_parallel(second)
         loras = () if model.fuse_lora else model.loras
-        return cls(pipe, offload_text_encoder=model.offload == "text_encoder", loras=loras)
+        return cls(pipe, offload_text_encoder=model.offload != "none", loras=loras)
 
     def use_mode(self, mode: Mode, *, fp8: bool = False) -> None:
         """Compute in this mode from now on, `fast` with the blocks' linear layers in FP8 if `fp8`.

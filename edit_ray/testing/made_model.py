@@ -12,17 +12,18 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel, WanVACETransformer3DModel
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from edit_ray.engine.causal_options import INDEX_KEY, causal_options
-from edit_ray.testing.wan import SPECIAL_TOKENS, UNKNOWN, fast_tokenizer, name_tokenizer_class
+from edit_ray.engine.conditioning import SAVED_AS, kind_of
+from edit_ray.testing.wan import SPECIAL_TOKENS, UNKNOWN, fast_tokenizer, image_processor, name_tokenizer_class
 
 TextEncoder = Literal["full", "tiny", "none"]
 Config = Mapping[str, Any]
@@ -42,13 +43,19 @@ _UMT5_XXL: Config = {
 
 @dataclass(frozen=True)
 class Variant:
-    """The configs of a Wan text-to-video model's parts, without what diffusers' classes take by default."""
+    """The configs of a Wan model's parts, without what diffusers' classes take by default.
+
+    With a `boundary_ratio` there are two experts of one size; `image_encoder` is CLIP's config, of models that take its
+    features; a transformer with `vace_layers` is VACE's.
+    """
 
     transformer: Config
     flow_shift: float
     vae: Config = field(default_factory=dict)
     text_encoder: Config = field(default_factory=lambda: _UMT5_XXL)
     expand_timesteps: bool = False
+    boundary_ratio: float | None = None
+    image_encoder: Config | None = None
     causal: Config | None = None  # the options of a causal model
 
     def text_encoder_config(self, size: TextEncoder) -> Config | None:
@@ -59,16 +66,31 @@ class Variant:
         return {**self.text_encoder, **(narrow if size == "tiny" else {}), "dropout_rate": 0.0}
 
 
-def _transformer(heads: int, ffn_dim: int, num_layers: int, channels: int = 16) -> Config:
-    sizes = {"num_attention_heads": heads, "ffn_dim": ffn_dim, "num_layers": num_layers}
-    return sizes | {"in_channels": channels, "out_channels": channels}
+_CLIP_VIT_H: Config = {
+    **{"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16},
+    **{"image_size": 224, "patch_size": 14, "projection_dim": 1024, "hidden_act": "gelu"},
+}
 
+
+def _transformer(heads: int, ffn_dim: int, num_layers: int, channels: int = 16, **more: Any) -> Config:
+    sizes = {"num_attention_heads": heads, "ffn_dim": ffn_dim, "num_layers": num_layers}
+    return sizes | {"in_channels": channels, "out_channels": channels, **more}
+
+
+_SMALL, _LARGE = (12, 8960, 30), (40, 13824, 40)
+_IMAGE: Config = {"in_channels": 36}
+_CLIP: Config = {**_IMAGE, "image_dim": 1280, "added_kv_proj_dim": 5120}
 
 VARIANTS: Mapping[str, Variant] = {
-    "t2v-1.3B": Variant(_transformer(12, 8960, 30), flow_shift=3.0),
-    "t2v-14B": Variant(_transformer(40, 13824, 40), flow_shift=3.0),
-    "causal-1.3B": Variant(_transformer(12, 8960, 30), flow_shift=5.0, causal={"window": 12, "sink": 3}),
-    "causal-14B": Variant(_transformer(40, 13824, 40), flow_shift=5.0, causal={"window": 12, "sink": 3}),
+    "t2v-1.3B": Variant(_transformer(*_SMALL), flow_shift=3.0),
+    "t2v-14B": Variant(_transformer(*_LARGE), flow_shift=3.0),
+    "causal-1.3B": Variant(_transformer(*_SMALL), flow_shift=5.0, causal={"window": 12, "sink": 3}),
+    "causal-14B": Variant(_transformer(*_LARGE), flow_shift=5.0, causal={"window": 12, "sink": 3}),
+    "i2v-14B": Variant(_transformer(*_LARGE, **_CLIP), flow_shift=3.0, image_encoder=_CLIP_VIT_H),
+    "vace-1.3B": Variant(_transformer(*_SMALL, vace_layers=list(range(0, 30, 2))), flow_shift=3.0),
+    "vace-14B": Variant(_transformer(*_LARGE, vace_layers=list(range(0, 40, 5))), flow_shift=5.0),
+    "t2v-A14B": Variant(_transformer(*_LARGE), flow_shift=3.0, boundary_ratio=0.875),
+    "i2v-A14B": Variant(_transformer(*_LARGE, **_IMAGE), flow_shift=5.0, boundary_ratio=0.9),
     "ti2v-5B": Variant(_transformer(24, 14336, 30, 48), flow_shift=5.0, vae=_WAN22_VAE, expand_timesteps=True),
 }
 
@@ -95,21 +117,31 @@ def make_model(
     sizes = VARIANTS[variant] if isinstance(variant, str) else variant
     drawing: dict[str, Any] = {"seed": seed, "dtype": dtype, "device": device or torch.device("cpu")}
     parts: dict[str, list[str | None]] = {"text_encoder": [None, None], "transformer_2": [None, None]}
-    for name, part in _parts(sizes, text_encoder).items():
+    models = _parts(sizes, text_encoder)
+    kind = kind_of(models["transformer"], sizes.expand_timesteps)
+    for name, part in models.items():
         folder = directory / name
         folder.mkdir(parents=True, exist_ok=True)
-        is_text = name == "text_encoder"
-        part.config.save_pretrained(folder) if is_text else part.save_config(folder)
-        stem = folder / ("model" if is_text else "diffusion_pytorch_model")
+        of_transformers = name.endswith("_encoder")
+        part.config.save_pretrained(folder) if of_transformers else part.save_config(folder)
+        stem = folder / ("model" if of_transformers else "diffusion_pytorch_model")
         save_random_weights(part, stem, **drawing, file_bytes=file_bytes)
-        parts[name] = ["transformers" if is_text else "diffusers", type(part).__name__]
+        parts[name] = ["transformers" if of_transformers else "diffusers", type(part).__name__]
+    if kind == "image":
+        for name in ("image_encoder", "image_processor"):
+            parts.setdefault(name, [None, None])
+    if sizes.image_encoder is not None:
+        image_processor(sizes.image_encoder["image_size"]).save_pretrained(directory / "image_processor")
+        parts["image_processor"] = ["transformers", "CLIPImageProcessor"]
     scheduler = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": sizes.flow_shift}
     UniPCMultistepScheduler(**scheduler).save_pretrained(directory / "scheduler")
     parts["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
     has_text = text_encoder != "none"
     parts["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"] if has_text else [None, None]
-    index = {"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__, **parts}
-    index |= {"boundary_ratio": None, "expand_timesteps": sizes.expand_timesteps}
+    index = {"_class_name": SAVED_AS[kind], "_diffusers_version": diffusers.__version__, **parts}
+    index |= {"boundary_ratio": sizes.boundary_ratio}
+    if kind != "vace":
+        index["expand_timesteps"] = sizes.expand_timesteps
     if sizes.causal is not None:
         index |= {"_class_name": "EditCausalWanPipeline", INDEX_KEY: causal_options(sizes.causal).model_dump()}
     (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -119,20 +151,20 @@ def make_model(
     return directory
 
 
-def meta_transformer(variant: str | Variant) -> WanTransformer3DModel:
+def meta_transformer(variant: str | Variant) -> WanTransformer3DModel | WanVACETransformer3DModel:
     """The transformer of a variant without memory for its weights."""
     sizes = VARIANTS[variant] if isinstance(variant, str) else variant
     with torch.device("meta"):
-        return WanTransformer3DModel(**sizes.transformer)
+        return _class_of(sizes)(**sizes.transformer)
 
 
 def random_transformer(
     variant: str | Variant, *, device: torch.device, dtype: torch.dtype, seed: int = 0
-) -> WanTransformer3DModel:
+) -> WanTransformer3DModel | WanVACETransformer3DModel:
     """The transformer of a variant as `from_pretrained` would give it, made in place, without files."""
     sizes = VARIANTS[variant] if isinstance(variant, str) else variant
     with torch.device(device), torch.random.fork_rng(devices=[]):
-        model = WanTransformer3DModel(**sizes.transformer).eval()
+        model = _class_of(sizes)(**sizes.transformer).eval()
     fill_random(model, seed)
     wide = WanTransformer3DModel._keep_in_fp32_modules
     for name, parameter in model.named_parameters():
@@ -149,12 +181,20 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast_tokenizer(tokenizer)
 
 
+def _class_of(sizes: Variant) -> Any:
+    return WanVACETransformer3DModel if "vace_layers" in sizes.transformer else WanTransformer3DModel
+
+
 def _parts(sizes: Variant, text_encoder: TextEncoder) -> dict[str, Any]:
     """The models of the folder, on the device "meta"."""
-    parts = {"transformer": meta_transformer(sizes)}
+    parts: dict[str, Any] = {"transformer": meta_transformer(sizes)}
+    if sizes.boundary_ratio is not None:
+        parts["transformer_2"] = meta_transformer(sizes)
     text_config = sizes.text_encoder_config(text_encoder)
     with torch.device("meta"):
         parts["vae"] = AutoencoderKLWan(**sizes.vae)
+        if sizes.image_encoder is not None:
+            parts["image_encoder"] = CLIPVisionModel(CLIPVisionConfig(**sizes.image_encoder))
         if text_config is not None:
             parts["text_encoder"] = UMT5EncoderModel(UMT5Config(**text_config))
     return parts

@@ -58,7 +58,7 @@ def save_random_wan(
             scheduler=UniPCMultistepScheduler(**flow),
             transformer=_transformer(num_layers, layout),
             transformer_2=_transformer(num_layers, layout) if two_experts else None,
-            image_processor=_image_processor() if with_clip else None,
+            image_processor=image_processor(16) if with_clip else None,
             image_encoder=_image_encoder() if with_clip else None,
             boundary_ratio=(boundary_ratio or 0.5) if two_experts else None,
             expand_timesteps=expand_timesteps,
@@ -90,10 +90,11 @@ def _transformer(num_layers: int, layout: Layout) -> WanTransformer3DModel | Wan
     return WanTransformer3DModel(**sizes).eval()
 
 
-def _image_processor() -> Any:
+def image_processor(size: int) -> Any:
+    """CLIP's, for pictures of so many pixels a side."""
     # transformers 5 keeps the processor that needs no torchvision under a name of its own.
     name = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else "CLIPImageProcessor"
-    return getattr(transformers, name)(size={"shortest_edge": 16}, crop_size=16)
+    return getattr(transformers, name)(size={"shortest_edge": size}, crop_size=size)
 
 
 def _image_encoder() -> CLIPVisionModel:

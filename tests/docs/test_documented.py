@@ -89,7 +89,10 @@ SMALLER = {
     "configs/tiny.yaml": f"{ROOT}/configs/tiny.yaml --set continuity.mode=none --set sampling.num_frames=5"
     " --set sampling.height=32 --set sampling.width=32 --set sampling.num_inference_steps=4",
     "edit-ray": f"{sys.executable} -m edit_ray.cli",
-    "python benchmarks/fast_forward.py": f"{sys.executable} {ROOT}/benchmarks/fast_forward.py --quick",
+    **{
+        f"python benchmarks/{name}.py": f"{sys.executable} {ROOT}/benchmarks/{name}.py --quick"
+        for name in ("fast_forward", "skip_cost", "block_offload", "peak_memory")
+    },
 }
 
 

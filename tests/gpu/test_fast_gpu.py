@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from torch._dynamo.utils import counters
 
 from edit_ray.engine.decode import to_uint8
@@ -9,7 +10,7 @@ from edit_ray.engine.loading import load_pipeline
 from edit_ray.engine.options import ModelOptions, SamplingOptions
 from edit_ray.engine.segment import MAX_SEQUENCE_LENGTH, SegmentEngine
 from edit_ray.engine.vae_stream import RunStream
-from edit_ray.testing import VARIANTS, Variant, make_model
+from edit_ray.testing import VARIANTS, Variant, make_model, save_random_wan
 from tests.calls import cached, load
 from tests.gpu.test_cache_gpu import KNOWN, STEPS, UNKNOWN, latents, synchronisations_in_the_loop
 
@@ -107,3 +108,22 @@ def test_a_text_encoder_comes_block_by_block_with_the_same_bits(tmp_path):
     engine.encode_prompts(PROMPTS)
     assert torch.cuda.max_memory_allocated() - before < size / 4
     assert all(torch.equal(engine._embeds[prompt], embeds) for prompt, embeds in zip(PROMPTS, wanted, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["image", "image_clip", "vace"])
+def test_other_conditions_are_close_and_compiled_once(tmp_path, layout):
+    folder = save_random_wan(tmp_path / "wan", layout=layout, num_layers=4)
+    picture = Image.new("RGB", (128, 128), "teal")
+    given = {"reference_images": [picture]} if layout == "vace" else {"image": picture}
+
+    def loop(pipe):
+        call = {"height": 128, "width": 128, "num_frames": 9, "num_inference_steps": STEPS, "output_type": "latent"}
+        return pipe(PROMPTS[0], **call, **given, generator=torch.manual_seed(0)).frames
+
+    pipe, wide = load(folder, torch_dtype=torch.bfloat16, device="cuda"), load(folder, device="cuda")
+    exact, wanted = loop(pipe), loop(wide)
+    pipe.use_mode("fast")
+    fast, compiled = loop(pipe), graphs()
+    assert torch.equal(loop(pipe), fast)
+    assert graphs() == compiled
+    assert likeness(fast, wanted) > likeness(exact, wanted) - 3

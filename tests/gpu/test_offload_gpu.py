@@ -27,3 +27,27 @@ def test_bits_are_those_of_resident_blocks(tmp_path, policy, slots):
         assert torch.equal(latents(pipe), expected)
     assert pipe.block_offload.copied_bytes > 0
     assert all(tensor.device.type == "cpu" for tensor in pipe.transformer.blocks.parameters())
+
+
+@pytest.mark.parametrize("policy", [None, ("schedule", {"mask": MASK})])
+def test_fast_is_that_of_resident_blocks(tmp_path, policy):
+    folder = save_random_wan(tmp_path / "wan", num_layers=16, two_experts=True)
+    pipe = calls.load(folder, device="cuda", torch_dtype=torch.bfloat16)
+    pipe.use_mode("fast")
+    if policy is not None:
+        pipe.enable_cache(policy[0], STEPS, **policy[1])
+    expected = latents(pipe)
+    block, others = sizes(pipe)
+    pipe.enable_block_offload("cuda", others + 6 * block)
+    for _ in range(2):
+        assert torch.equal(latents(pipe), expected)
+    assert pipe.precompute._fast["transformer"].offloaded
+
+
+def test_a_page_locked_block_takes_what_it_has(tmp_path):
+    pipe = calls.load(save_random_wan(tmp_path / "wan", num_layers=4), device="cuda")
+    block, others = sizes(pipe)
+    pipe.enable_block_offload("cuda", others + 3 * block)
+    kept = pipe.block_offload._blocks["transformer", 0]
+    assert kept.memory.is_pinned()
+    assert kept.memory.nbytes == block

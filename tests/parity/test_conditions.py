@@ -1,5 +1,6 @@
 """Pictures, videos, masks and references: the bits of diffusers' image, video and VACE pipelines, cached and not."""
 
+import copy
 import inspect
 from functools import cache
 
@@ -20,6 +21,7 @@ from edit_ray.testing import save_random_wan
 from tests import calls
 from tests.calls import cached, quiet
 from tests.parity.test_cache_matrix import MATRIX, OPTIONS
+from tests.unit.test_offload import sizes
 
 FRAMES, STEPS = 9, 6
 
@@ -314,3 +316,33 @@ def test_fresh_noise_comes_from_the_generator(pair):
         clean = x - sigma * velocity
         x = (1 - following) * clean + following * torch.randn(x.shape, generator=generator)
     assert torch.allclose(results[0], x, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", [None, "schedule"])
+@pytest.mark.parametrize(
+    "case", ["image, Wan2.2", "image, Wan2.1", "first frame, TI2V", "control, mask and references"]
+)
+def test_both_branches_at_once_are_given_the_same_conditions(pair, case, policy):
+    # A copy: weights in a mapped file lie at any address, where a CPU's kernels give other last bits.
+    ours = quiet(copy.deepcopy(pair(case)[1]))
+    found = []
+    for parallel in (False, True):
+        if parallel:
+            ours.enable_cfg_parallel("cpu")
+        if policy is not None:
+            ours.enable_cache(policy, STEPS, mask=[True, True, False, True, False, True])
+        found.append(latents(ours, case, guidance_scale=4.0))
+        ours.disable_cache()
+    ours.disable_cfg_parallel()
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("layout", "case"), [("image", 0), ("image_clip", 2), ("vace", 7)])
+def test_offloaded_blocks_are_given_the_same_conditions(tmp_path, layout, case):
+    case = [*CASES][case]
+    ours = quiet(EditWanPipeline.from_pretrained(save_random_wan(tmp_path, layout=layout, num_layers=5)))
+    ours.transformer = copy.deepcopy(ours.transformer)
+    expected, (block, others) = latents(ours, case), sizes(ours)
+    ours.enable_block_offload("cpu", others + 3 * block)
+    assert torch.equal(latents(ours, case), expected)
+    assert ours.block_offload.copied_bytes > 0

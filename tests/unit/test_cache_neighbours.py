@@ -172,8 +172,7 @@ def test_a_model_compiled_as_a_whole_is_refused_also_when_the_cache_is_on(pipe):
 # Wan VACE adds hints between its blocks.
 
 
-@pytest.fixture(scope="module")
-def vace():
+def vace_with(*layers):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return WanVACETransformer3DModel(
@@ -186,9 +185,14 @@ def vace():
             ffn_dim=48,
             num_layers=5,
             rope_max_seq_len=64,
-            vace_layers=[0, 1, 3, 4],
+            vace_layers=layers,
             vace_in_channels=8,
         ).eval()
+
+
+@pytest.fixture(scope="module")
+def vace():
+    return vace_with(0, 1, 3, 4)
 
 
 @torch.no_grad()
@@ -199,7 +203,7 @@ def forward(model, *, step=None, control=None, scale=5.0):
         "timestep": torch.tensor([500]),
         "encoder_hidden_states": torch.randn(1, 8, 32, generator=generator),
         "control_hidden_states": torch.randn(1, 8, 2, 4, 4, generator=generator) if control is None else control,
-        "control_hidden_states_scale": torch.full((4,), scale),
+        "control_hidden_states_scale": torch.full((len(model.config.vace_layers),), scale),
         "return_dict": False,
     }
     if step is None:
@@ -222,6 +226,20 @@ def test_vace_hints_are_neither_lost_nor_added_twice(vace, granularity):
     assert (outputs[2] - uncached).abs().max() <= 1e-5 * uncached.abs().max()
     assert (fewer_hints - uncached).abs().max() > 1e-2 * uncached.abs().max()  # the hints are those of the step itself
     assert torch.equal(forward(vace), uncached)
+
+
+@pytest.mark.parametrize(("granularity", "needed"), [("stack", 0), (3, 2), ("per_block", 2)])
+def test_a_skipped_unit_needs_no_hints_inside_it(granularity, needed):
+    """Those after a unit's last block are added to what follows, and computed with all before them."""
+    model = vace_with(0, 2)
+    uncached, computed = forward(model), []
+    for block in model.vace_blocks:
+        block.register_forward_hook(lambda *_: computed.append(1))
+    apply_cache_on_transformer(model, Mask((True, False, False, False)), STEPS, granularity)
+    assert torch.equal(forward(model, step=0), uncached)
+    assert len(computed) == 2
+    assert (forward(model, step=1) - uncached).abs().max() <= 1e-5 * uncached.abs().max()
+    assert len(computed) == 2 + needed
 
 
 # Wan2.2 with per-token timesteps: the clean history is at timestep 0.

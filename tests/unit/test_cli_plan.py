@@ -189,19 +189,21 @@ def test_seconds_are_known_only_of_what_was_measured(tmp_path, capsys):
         assert ("43,130,880 bytes (43.13 MB): 14,040 tokens" in out) == (known or config.model.device == "cpu")
 
 
-def test_a_run_without_reuse_says_so(tmp_path, capsys, model):
+def test_a_run_without_reuse_says_so_and_what_fits(tmp_path, capsys, model):
     config = config_for(model).model_dump(mode="json") | {"cache": {"policy": "fbcache"}}
     path = tmp_path / "run.yaml"
     path.write_text(dump_yaml(Config.model_validate(config)))
     code, out, _ = said(capsys, config=path)
     assert code == 0
     assert out.startswith("cache.reuse_window is 0: no segment of this run reuses residuals of another.\nsteps     6 a")
+    assert "\n\nOn a card, GB" in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--forward-ms", "0"], "--forward-ms is 0; it must be"),
+        (["--card", "12", "0"], "--card is 12 0; it must be gigabytes above 0"),
         (["--forward-ms", "nan"], "--forward-ms is nan; it must be"),
         (["--set", "cache.granularity=9"], "cache.granularity is 9; valid are 'stack', 'per_block' and a group size"),
         (["--set", "store.host_bytes=400kB"], "store.host_bytes is 400000; one residual of this run has 442368 bytes"),

@@ -56,7 +56,10 @@ BAD_VALUES: list[tuple[str, tuple[str, ...]]] = [
     ("sampling.guidance_scale=true", ("sampling.guidance_scale is true", "a finite number from 0 to 100")),
     ("sampling.negative_prompt=3", ("sampling.negative_prompt is 3", "text of 0 to 2000 characters")),
     ("model.path=7", ("model.path is 7", "text of 1 to 1024 characters")),
-    ("model=tiny", ("model is 'tiny'", "a mapping with the keys path, torch_dtype, device, offload")),
+    (
+        "model=tiny",
+        ("model is 'tiny'", "a mapping with the keys path, transformer, transformer_2, torch_dtype"),
+    ),
     ("prompt_segments=a cat", ("prompt_segments is 'a cat'", "a list of 1 to 10000 entries")),
     ("prompt_segments.0=a cat", ("prompt_segments.0 is 'a cat'", "a mapping with the keys start, segment, prompt")),
     ("prompt_segments.0.start=3", ("prompt_segments.0.start is 3", "a duration with its unit, such as 6.5s")),

@@ -148,6 +148,16 @@ CASES = {
         },
         ["prompt_segments.0.lora_weights is given, and cache.reuse_window is above 0"],
     ),
+    "whole numbers": (
+        [GOOD],
+        {"model": {"storage": "int8"}},
+        ["model.fuse_lora is true and model.storage 'int8'; such weights take no LoRA, it must be false."],
+    ),
+    "GGUF": (
+        [GOOD],
+        {"model": {"transformer": "high.gguf"}},
+        ["model.fuse_lora is true and model.transformer '"],
+    ),
     "steps and sigmas": (
         [],
         {"sampling": {"sigmas": [1.0, 0.5], "num_inference_steps": 4}},

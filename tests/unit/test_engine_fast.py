@@ -15,6 +15,7 @@ from edit_ray.engine import fast_block, fast_vae
 from edit_ray.engine.decode import StreamingDecoder
 from edit_ray.engine.fast_transformer import FastTransformer, Functions, can_be_fast
 from edit_ray.engine.loading import streamed
+from edit_ray.engine.offload import BlockOffload
 from edit_ray.errors import ModelError
 from edit_ray.testing import Variant, fill_random, random_transformer, random_vae, save_random_wan
 
@@ -27,6 +28,80 @@ TIMES = {"one": torch.tensor([500]), "per token": torch.arange(32)[None]}
 @pytest.fixture
 def transformer():
     return random_transformer(Variant(SIZES, flow_shift=3.0), device=CPU, dtype=torch.bfloat16)
+
+
+# What a transformer is conditioned on beside the text, and the forward's arguments for it.
+CLIP = {"in_channels": 36, "out_channels": 16, "image_dim": 20, "added_kv_proj_dim": 32}
+KINDS = {
+    "text": ({}, {}),
+    "image": ({"in_channels": 36, "out_channels": 16}, {}),
+    "CLIP": (CLIP, {"encoder_hidden_states_image": torch.randn(1, 5, 20, generator=torch.Generator().manual_seed(1))}),
+    "VACE": (
+        {"vace_layers": [0, 1]},
+        {
+            "control_hidden_states": torch.randn(1, 96, 1, 8, 8, generator=torch.Generator().manual_seed(2)),
+            "control_hidden_states_scale": torch.tensor([0.5, 2.0]),
+        },
+    ),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    sizes, given = KINDS[request.param]
+    made = random_transformer(Variant(SIZES | sizes, flow_shift=3.0), device=CPU, dtype=torch.bfloat16)
+    return made, {name: value.bfloat16() for name, value in given.items()}
+
+
+@torch.no_grad()
+def forward_of(kind, seed=0, steps=1):
+    """As a loop's: the same text in each step."""
+    (transformer, given), generator = kind, torch.Generator().manual_seed(seed)
+    latents = torch.randn(1, transformer.config.in_channels, 2, 8, 8, generator=generator).bfloat16()
+    text = torch.randn(1, 512, 24, generator=generator).bfloat16()
+    for step in range(steps):
+        with transformer.cache_context("cond", step_index=step, num_inference_steps=steps):
+            latents_out = transformer(latents, torch.tensor([500]), text, **given, return_dict=False)[0].float()
+    return latents_out
+
+
+def test_every_kind_of_condition_is_what_diffusers_computes(kind):
+    exact, fast = forward_of(kind), FastTransformer(kind[0], functions=Functions())
+    assert can_be_fast(kind[0])
+    with fast.installed():
+        assert (forward_of(kind) - exact).abs().max() < 0.06 < exact.std()
+    assert torch.equal(forward_of(kind), exact)
+
+
+@pytest.mark.parametrize("heads", [2, 8])  # of 8, the biases lie behind each other in an offloaded block
+@pytest.mark.parametrize("masked", [False, True])
+def test_offloaded_blocks_compute_the_same_in_fast(heads, masked):
+    sizes = SIZES | {"num_attention_heads": heads, "num_layers": 6}
+    whole = random_transformer(Variant(sizes, flow_shift=3.0), device=CPU, dtype=torch.bfloat16)
+    offloaded, before = copy.deepcopy(whole), whole.state_dict()
+    blocks = sum(parameter.nbytes for parameter in whole.blocks.parameters())
+    around = sum(tensor.nbytes for tensor in (*whole.parameters(), *whole.buffers())) - blocks
+    offload = BlockOffload({"transformer": offloaded}, CPU, around + blocks * 5 // 6)
+    assert not can_be_fast(offloaded)
+    assert can_be_fast(offloaded, offloaded=True)
+    found = []
+    for transformer in (whole, offloaded):
+        cache = apply_cache_on_transformer(transformer, "schedule", 2, mask=[True, not masked])
+        with FastTransformer(transformer, offloaded=transformer is offloaded, functions=Functions()).installed():
+            found.append(forward_of((transformer, {}), steps=2))
+        cache.remove()
+    assert torch.equal(*found)
+    offload.remove()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in offloaded.state_dict().items())
+
+
+def test_a_cache_skips_in_fast_what_it_skips_in_diffusers(kind):
+    exact = forward_of(kind)
+    cache = apply_cache_on_transformer(kind[0], "schedule", 2, mask=[True, False])
+    with FastTransformer(kind[0], functions=Functions()).installed():
+        assert (forward_of(kind, steps=2) - exact).abs().max() < 0.06
+    assert (cache.stats["cond"].computed, cache.stats["cond"].skipped) == (1, 1)
+    cache.remove()
 
 
 @torch.no_grad()

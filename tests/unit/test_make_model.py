@@ -2,23 +2,34 @@
 
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import UMT5Config, UMT5EncoderModel
 
-from edit_ray import EditCausalWanPipeline
+from edit_ray import EditCausalWanPipeline, EditWanPipeline
 from edit_ray.cli.main import main, parser
 from edit_ray.engine.model_info import read_model_info
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.errors import ModelError
 from edit_ray.testing import VARIANTS, Variant, fill_random, make_model, meta_transformer
 from edit_ray.testing.made_model import save_random_weights
-from tests.calls import load
+from tests.calls import load, quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
-PUBLISHED = {"t2v-1.3B": 1_418_996_800, "t2v-14B": 14_288_491_584, "ti2v-5B": 4_999_787_712}
+PUBLISHED = {
+    "t2v-1.3B": 1_418_996_800,
+    "t2v-14B": 14_288_491_584,
+    "t2v-A14B": 14_288_491_584,
+    "i2v-14B": 16_394_878_784,
+    "i2v-A14B": 14_288_901_184,
+    "ti2v-5B": 4_999_787_712,
+    "vace-1.3B": 2_153_972_032,
+    "vace-14B": 17_337_592_896,
+}
 PUBLISHED |= {"causal-1.3B": PUBLISHED["t2v-1.3B"], "causal-14B": PUBLISHED["t2v-14B"]}
 SMALL = Variant(
     {
@@ -29,6 +40,18 @@ SMALL = Variant(
     vae={"base_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1},
     text_encoder={"vocab_size": 512, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
 )
+# Each kind at a small size: what differs from text to video, and the arguments of a call.
+PICTURE = Image.new("RGB", (32, 32), "red")
+IN_36 = {"in_channels": 36, "out_channels": 16}
+CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+CLIP |= {"image_size": 32, "patch_size": 16}
+KINDS = {
+    "text": ({}, {}, {}),
+    "two experts": ({}, {"boundary_ratio": 0.5}, {}),
+    "image": (IN_36, {"boundary_ratio": 0.5}, {"image": PICTURE}),
+    "CLIP": (IN_36 | {"image_dim": 16, "added_kv_proj_dim": 24}, {"image_encoder": CLIP}, {"image": PICTURE}),
+    "VACE": ({"vace_layers": [0]}, {}, {"reference_images": [PICTURE]}),
+}
 
 
 def count(model):
@@ -66,6 +89,18 @@ def test_a_made_model_loads_and_runs_in_bfloat16(tmp_path, text_encoder):
     assert 0.01 < video.std() < 0.5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_what_diffusers_loads(tmp_path, kind):
+    transformer, more, given = KINDS[kind]
+    make_model(tmp_path, replace(SMALL, transformer=SMALL.transformer | transformer, **more))
+    found = []
+    for loader in (diffusers.DiffusionPipeline, EditWanPipeline):
+        pipe = quiet(loader.from_pretrained(tmp_path))
+        call = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"} | given
+        found.append(pipe(prompt="any", **call, generator=torch.manual_seed(0)).frames)
+    assert torch.equal(*found)
+
+
 def written(folder, **changes):
     cpu = {"dtype": torch.float32, "device": torch.device("cpu")}
     save_random_weights(meta_transformer(SMALL), folder / "w", **cpu, **changes)
@@ -88,6 +123,7 @@ def test_weights_depend_on_seed_and_name_and_not_on_files(tmp_path):
 
 
 def test_the_command_knows_every_variant_and_keeps_what_is_there(tmp_path, capsys):
+    assert set(VARIANTS) == set(PUBLISHED)
     for name in VARIANTS:
         assert parser().parse_args(["make-model", "--variant", name, "--output", "x"]).text_encoder == "full"
     (tmp_path / "file").touch()

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from edit_ray.cache.loop_position import LoopStep
 from edit_ray.engine.offload import AHEAD, plan_loads, uses_of_loop
+from edit_ray.engine.options import ModelOptions, SamplingOptions
+from edit_ray.engine.segment import SegmentEngine
 from edit_ray.testing import save_random_wan
 from tests import calls
 
@@ -75,7 +77,7 @@ latents = partial(calls.latents, num_inference_steps=STEPS, guidance_scale=4.0)
 
 def sizes(pipe):
     """Bytes of one block as it lies in memory, and of all that is no block."""
-    experts = (pipe.transformer, pipe.transformer_2)
+    experts = [expert for expert in (pipe.transformer, pipe.transformer_2) if expert is not None]
     inside = [tensor for expert in experts for tensor in expert.blocks.parameters()]
     whole = [tensor for expert in experts for tensor in (*expert.parameters(), *expert.buffers())]
     others = sum(tensor.nbytes for tensor in whole) - sum(tensor.nbytes for tensor in inside)
@@ -111,6 +113,21 @@ def test_what_a_mask_skips_is_not_copied(pipe):
     computed = sum(count.computed for count in counts)
     assert computed < 0.7 * (computed + sum(count.skipped for count in counts))
     assert pipe.block_offload.copied_bytes <= computed * LAYERS * block
+
+
+def test_a_run_has_its_blocks_in_host_memory(tmp_path):
+    """And both experts in turn, in the room of one."""
+    folder = save_random_wan(tmp_path / "wan", num_layers=LAYERS, two_experts=True)
+    sampling = SamplingOptions(height=32, width=32, num_frames=5, num_inference_steps=4)
+    model = ModelOptions(path=str(folder), device="cpu")
+    found = []
+    for offload in ({}, {"offload": "blocks", "device_bytes": 250_000}):
+        engine = SegmentEngine.load(model.model_copy(update=offload), torch.get_num_threads())
+        found.append(engine.denoise(sampling, prompt="a red circle", seed=1))
+    assert torch.equal(*found)
+    assert engine.pipe.block_offload.copied_bytes > 0
+    weights = sum(t.nbytes for e in (engine.pipe.transformer, engine.pipe.transformer_2) for t in e.parameters())
+    assert weights > 250_000
 
 
 def test_a_forward_that_no_loop_announced_is_computed(pipe):
