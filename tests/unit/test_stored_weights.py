@@ -230,6 +230,7 @@ def test_what_cannot_be_loaded_is_one_sentence(folder, file_of, tmp_path, monkey
             load(path=path, **given)
 
 
+LORAS = [{"path": "/y.safetensors"}]
 BLOCKS = {"offload": "blocks", "device_bytes": 1_000_000}
 
 
