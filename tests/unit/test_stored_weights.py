@@ -251,7 +251,7 @@ BLOCKS = {"offload": "blocks", "device_bytes": 1_000_000}
         (
             {"transformer": "/x.gguf", "loras": [{"path": "/y.safetensors"}]},
             {},
-            "model.loras are given and model.transf",
+            "model.loras is given, and model.transformer '/x.gguf'",
         ),
         ({"storage": "fp8"}, {"mode": "fast"}, "engine.mode is fast and model.storage 'fp8'"),
         ({"transformer": "/x.gguf"}, {"mode": "fast"}, "engine.mode is fast and model.transformer '/x.gguf'"),
