@@ -31,6 +31,7 @@ def cross_field_mistakes(config: Config) -> Iterator[Mistake]:
     yield from _loras(config)
     yield from _engine(config)
     yield from _weights(config)
+    yield from _storage(config)
 
 
 def _shape(config: Config) -> Iterator[Mistake]:
@@ -236,7 +237,7 @@ def _engine(config: Config) -> Iterator[Mistake]:
 
 
 def _weights(config: Config) -> Iterator[Mistake]:
-    """What the transformers' weights in host memory, in fewer bits or in single files exclude."""
+    """What the transformers' blocks in host memory exclude."""
     model, engine = config.model, config.engine
     blocks = model.offload == "blocks"
     if blocks != (model.device_bytes is not None):
@@ -253,6 +254,18 @@ def _weights(config: Config) -> Iterator[Mistake]:
             "is true and model.offload 'blocks'; with two GPUs all weights must be on them.",
             "model.offload",
         )
+    if engine.fp8 and blocks:
+        yield mistake_at(
+            "engine.fp8",
+            "is true and model.offload 'blocks'; what it makes of the weights must stay on the device.",
+            "model.offload",
+        )
+
+
+def _storage(config: Config) -> Iterator[Mistake]:
+    """What weights in fewer bits and single files exclude."""
+    model, engine = config.model, config.engine
+    blocks = model.offload == "blocks"
     if model.storage == "int8" and (blocks or model.files):
         other = "offload" if blocks else next(iter(model.files))
         yield mistake_at(
@@ -267,15 +280,11 @@ def _weights(config: Config) -> Iterator[Mistake]:
             "model.storage", f"is 'fp8' and model.{name} GGUF, which has a storage of its own.", f"model.{name}"
         )
     reasons = {"storage": model.storage != "torch_dtype", **dict.fromkeys(model.in_gguf, True)}
-    for name in [name for name, excludes in reasons.items() if excludes and engine.mode == "fast"][:1]:
-        yield mistake_at(
-            "engine.mode",
-            f"is fast and model.{name} {getattr(model, name)!r}; the compiled blocks need weights in torch_dtype.",
-            f"model.{name}",
-        )
-    if engine.fp8 and blocks:
-        yield mistake_at(
-            "engine.fp8",
-            "is true and model.offload 'blocks'; weights in 8 bits must stay on the device.",
-            "model.offload",
-        )
+    fewer = [(name, getattr(model, name)) for name, excludes in reasons.items() if excludes]
+    for name, given in fewer[:1]:
+        if engine.mode == "fast":
+            said = f"is fast and model.{name} {given!r}; the compiled blocks need weights in torch_dtype."
+            yield mistake_at("engine.mode", said, f"model.{name}")
+        if model.loras and given != "fp8":
+            said = f"is given, and model.{name} {given!r}; LoRAs must go with weights in torch_dtype or fp8."
+            yield mistake_at("model.loras", said, f"model.{name}")

@@ -230,6 +230,7 @@ def test_what_cannot_be_loaded_is_one_sentence(folder, file_of, tmp_path, monkey
             load(path=path, **given)
 
 
+LORAS = [{"path": "/y.safetensors"}]
 BLOCKS = {"offload": "blocks", "device_bytes": 1_000_000}
 
 
@@ -250,7 +251,7 @@ BLOCKS = {"offload": "blocks", "device_bytes": 1_000_000}
         (
             {"transformer": "/x.gguf", "loras": [{"path": "/y.safetensors"}]},
             {},
-            "model.loras are given and model.transf",
+            "model.loras is given, and model.transformer '/x.gguf'",
         ),
         ({"storage": "fp8"}, {"mode": "fast"}, "engine.mode is fast and model.storage 'fp8'"),
         ({"transformer": "/x.gguf"}, {"mode": "fast"}, "engine.mode is fast and model.transformer '/x.gguf'"),
