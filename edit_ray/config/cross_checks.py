@@ -285,6 +285,3 @@ def _storage(config: Config) -> Iterator[Mistake]:
         if engine.mode == "fast":
             said = f"is fast and model.{name} {given!r}; the compiled blocks need weights in torch_dtype."
             yield mistake_at("engine.mode", said, f"model.{name}")
-        if model.loras and given != "fp8":
-            said = f"is given, and model.{name} {given!r}; LoRAs must go with weights in torch_dtype or fp8."
-            yield mistake_at("model.loras", said, f"model.{name}")

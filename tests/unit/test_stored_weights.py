@@ -230,7 +230,6 @@ def test_what_cannot_be_loaded_is_one_sentence(folder, file_of, tmp_path, monkey
             load(path=path, **given)
 
 
-LORAS = [{"path": "/y.safetensors"}]
 BLOCKS = {"offload": "blocks", "device_bytes": 1_000_000}
 
 
@@ -248,11 +247,6 @@ BLOCKS = {"offload": "blocks", "device_bytes": 1_000_000}
         (BLOCKS | {"storage": "int8"}, {}, "model.storage is 'int8' and model.offload 'blocks'"),
         ({"storage": "int8", "transformer": "/x.safetensors"}, {}, "model.storage is 'int8' and model.transformer"),
         ({"storage": "fp8", "transformer": "/x.gguf"}, {}, "model.storage is 'fp8' and model.transformer GGUF"),
-        (
-            {"transformer": "/x.gguf", "loras": [{"path": "/y.safetensors"}]},
-            {},
-            "model.loras is given, and model.transformer '/x.gguf'",
-        ),
         ({"storage": "fp8"}, {"mode": "fast"}, "engine.mode is fast and model.storage 'fp8'"),
         ({"transformer": "/x.gguf"}, {"mode": "fast"}, "engine.mode is fast and model.transformer '/x.gguf'"),
         ({"transformer": "/x.safetensors"}, {}, "model.transformer is '/x.safetensors', which is no file."),
