@@ -187,6 +187,7 @@ FILES: list[tuple[str | bytes, str, str]] = [
     (GOOD + "output: {preset: 'fast}\n", "", "not valid YAML"),
     (GOOD + "\tcache: {}\n", ":4:", "not valid YAML"),
     ("video: [\n", ":2:", "not valid YAML"),
+    ("[a] b\n", ":1:", "not valid YAML"),
     ("", "", "this is empty"),
     ("# nothing but a comment\n", "", "this is empty"),
     ("null\n", "", "this is empty"),

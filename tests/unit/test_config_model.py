@@ -166,7 +166,7 @@ def test_what_is_no_usable_wan_model_is_one_sentence(model: Path, damage: Change
 
 
 def test_a_path_that_means_nothing_is_one_sentence() -> None:
-    (problem,) = problems_of("no such thing")
+    (problem,) = problems_of("no such thing", "cache.policy=fbcache")
     assert "model.path: 'no such thing' is neither a folder nor a hub id like org/name" in problem
 
 
