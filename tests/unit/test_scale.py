@@ -7,8 +7,11 @@ import asyncio
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 import tracemalloc
+import urllib.request
 from dataclasses import replace
 
 import pytest
@@ -39,7 +42,7 @@ CONFIG = Config.model_validate(
         "metrics": {"enabled": False},
     }
 )
-RECOVERY_S = 3
+RECOVERY_S, STATUS_S, CPU_SHARE, POLL_S = 3, 0.02, 0.02, 1
 
 
 def run_of(root, count):
@@ -188,6 +191,37 @@ def test_a_look_costs_no_more_after_many_segments_than_after_few(tmp_path):
     assert many_memory < few_memory + 8 * 1000, "nothing is copied that holds all segments"
 
 
+def served(spec):
+    """The CPU share of `edit-ray serve` while one viewer looks, who reads the status and the playlist."""
+    command = [sys.executable, "-m", "edit_ray.cli", "--output", str(spec.root), "serve", spec.run_id, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            while not (url := server.stdout.readline().strip()).startswith("http"):
+                assert server.poll() is None
+
+            def cpu_s():
+                with open(f"/proc/{server.pid}/stat") as stat:
+                    user, system = stat.read().rpartition(")")[2].split()[11:13]
+                return (int(user) + int(system)) / 100
+
+            def look(name):
+                with urllib.request.urlopen(url + name) as answer:
+                    return answer.read()
+
+            looks = []
+            run = json.loads(look("status"))
+            before, began = cpu_s(), time.perf_counter()
+            for _ in range(30):
+                since = time.perf_counter()
+                look("status")
+                looks.append(time.perf_counter() - since)
+                look(run["playlist"])
+                time.sleep(POLL_S)
+            return (cpu_s() - before) / (time.perf_counter() - began), max(looks)
+        finally:
+            server.terminate()
+
+
 @pytest.mark.slow
 @pytest.mark.timed
 def test_100_000_segments(tmp_path):
@@ -202,14 +236,19 @@ def test_100_000_segments(tmp_path):
     recovery, (prepare, *each) = asyncio.run(go_on(spec, made, 50, since_last))
     short = run_of(tmp_path, 10)
     _, (_, *early) = asyncio.run(go_on(short, 10, 50, since_last))
+    share, look = served(spec)
     figures = {
         "recovery s": recovery,
         "CPU s of it": cpu[1] - cpu[0],
         "first segment s": prepare,
         "a segment ms": 1000 * statistics.median(each),
         "a segment of a short run ms": 1000 * statistics.median(early),
+        "status ms": 1000 * look,
+        "page CPU %": 100 * share,
         "playlist bytes": (spec.folder.path / "live-0.m3u8").stat().st_size,
     }
     print("\n" + ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
     assert recovery <= RECOVERY_S
     assert statistics.median(each) < 1.5 * statistics.median(early)
+    assert look <= STATUS_S
+    assert share <= CPU_SHARE
