@@ -70,7 +70,7 @@ class LongVideoClient:
 
     `output` is the folder that holds runs: else $EDIT_RAY_OUTPUT, else ~/edit_ray_outputs. The client waits for a
     segment scheduler that is being restarted, and restarts one that answers nothing for `answer_timeout_s`. Without a
-    running Ray, runs are read from their folders, and the first run that begins or goes on starts a local Ray.
+    running Ray, runs are read from their folders, and the first run that begins or is resumed starts a local Ray.
     `connect=False` only reads folders.
 
     A run is identified by `output` and its id, and belongs to its owner, `$EDIT_RAY_OWNER` or the login name. Changing
@@ -137,7 +137,7 @@ class LongVideoClient:
         remake_damaged: bool = False,
         force: bool = False,
     ) -> RunStatus:
-        """Go on with a run at its first segment that is not committed; a live or done run stays as it is.
+        """Resume a run at its first uncommitted segment; a live or done run is left unchanged.
 
         With `remake_damaged`, committed files that are not as they were written are made again first, also of a done
         run. Raises UnknownRun, NotYourRun, RunExists, RunLocked, ManifestUnreadable, ConfigError,
@@ -148,7 +148,7 @@ class LongVideoClient:
     def extend(
         self, run_id: str, segments: int, *, allow_different_hardware: bool = False, force: bool = False
     ) -> RunStatus:
-        """Add `segments` to an ended run. Raises as `resume`, and RunLive."""
+        """Add `segments` more segments to an ended run; return its status. Raises as `resume` does, and RunLive."""
         return self._go_on("extend", run_id, force, segments, allow_different_hardware)
 
     def reroll(
@@ -179,7 +179,7 @@ class LongVideoClient:
     def cancel(self, run_id: str, timeout_s: float | None = None, *, force: bool = False) -> None:
         """Stop a run; what is committed stays. An ended run stays as it is.
 
-        Raises UnknownRun if the run is not at work, NotYourRun. With a `timeout_s` in seconds its owner and folder are
+        Raises UnknownRun if the run is not active, NotYourRun. With a `timeout_s` in seconds its owner and folder are
         not checked, for which there may be no time.
         """
         if timeout_s is None:
@@ -210,7 +210,7 @@ class LongVideoClient:
     def wait_segment(self, run_id: str, index: int) -> StreamReply:
         """The segment when it is committed, or after some time None: then check whether the run has ended.
 
-        Raises ConfigError for an index below 0, UnknownRun, SegmentFailed if the run is not at work.
+        Raises ConfigError for an index below 0, UnknownRun, SegmentFailed if the run is not active.
         """
         check_segment_index(index)
         reply: StreamReply | None = self._ask_if_known("wait_segment", run_id, index, POLL_S)
@@ -223,11 +223,11 @@ class LongVideoClient:
         status = RunStatus.of(folder.path, manifest)
         record = manifest.segments[index] if index < len(manifest.segments) else None
         if record is None and not status.ended:
-            raise SegmentFailed(f"nobody works on run {run_id!r}; go on with `edit-ray resume {run_id}`")
+            raise SegmentFailed(f"nobody works on run {run_id!r}; run `edit-ray resume {run_id}`")
         return StreamReply(record, status)
 
     def _is_meant(self, status: RunStatus) -> bool:
-        """Whether it is the run of its id in `output`; if there is none, another that is at work or still exists."""
+        """Whether it is the run of its id in `output`; if there is none, another that is active or still exists."""
         own = self.output / status.run_id
         if own.exists():
             return os.path.realpath(own) == os.path.realpath(status.path)
@@ -282,7 +282,7 @@ class LongVideoClient:
                 if time.monotonic() > deadline:
                     raise ResourcesUnavailable(
                         f"the segment scheduler was not back within {launch.RESTART_TIMEOUT_S:g} s; what is committed "
-                        "is safe: look at the Ray cluster, then go on with `edit-ray resume RUN`"
+                        "is safe: look at the Ray cluster, then run `edit-ray resume RUN`"
                     ) from None
                 time.sleep(RETRY_S)
         which = f"run {arguments[0]!r}" if arguments else "no run"

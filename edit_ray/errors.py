@@ -79,7 +79,7 @@ class ActorVersionMismatch(EditRayError):
 
 
 class SegmentFailed(EditRayError):
-    """A segment failed more often than `engine.segment_retries` allows."""
+    """A segment could not be made: one attempt failed, retries are used up, or nobody works on its run."""
 
 
 class OutOfMemory(EditRayError):
@@ -99,7 +99,7 @@ class StaleLease(EditRayError):
 
 
 class StaleWork(EditRayError):
-    """The segment scheduler that requested the work is gone."""
+    """The work was requested for an earlier incarnation of the run, or for another run of its id."""
 
 
 class NotAdopted(EditRayError):

@@ -1,7 +1,8 @@
-"""The one layer through which files become durable: a write is synced, and so is the folder that names the file.
+"""File access through one replaceable `disk`, and the durable operations on it: write a draft, sync, rename, sync.
 
-All files of a run or a disk tier are opened, read, written, renamed and removed through `disk`. An experiment replaces
-it (`swapped`) by one that records every operation or makes one fail.
+Runs and disk tiers write through `disk`. Tests swap it (`swapped`) for one that records every operation or makes one
+fail. `append_line`, `write_all` and `remove` leave syncing to the caller. What a crash cannot harm may bypass `disk`: a
+submission's probe, removing a run that is already renamed, ffmpeg's output into a draft, and some reads.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def digest_of(data: bytes) -> int:
 
 
 def digest_of_file(path: Path, working: Callable[[], None] = lambda: None) -> int:
-    """The same of a whole file; `working` is called after each part of it."""
+    """xxh3_64 of a whole file, read 4 MiB at a time; `working` is called after each read."""
     digest, size = xxh3_64(), _CHUNK
     with opened(path) as descriptor:
         for offset in itertools.count(0, size):
@@ -164,7 +165,7 @@ def digest_of_file(path: Path, working: Callable[[], None] = lambda: None) -> in
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Appends a line in one write, not synced. Creates the file if needed, and terminates a torn last line first."""
+    """Append a line in one write, unsynced: no run needs its log. Create the file if missing; end a torn last line first."""
     with opened(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as descriptor:
         size = os.fstat(descriptor).st_size
         torn = size > 0 and read_at(descriptor, size - 1, 1) != b"\n"

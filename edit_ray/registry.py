@@ -1,4 +1,4 @@
-"""Classes by name: built in, registered by a module, or offered by an installed package."""
+"""`Registry`: finds classes by name, registered with a decorator or offered by an installed package (entry point)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Classes by name. Installed packages offer more of them in the entry-point group `group`."""
+    """Classes by name. A registered class hides one that a package offers in the entry-point group `group`."""
 
     def __init__(self, kind: str, group: str) -> None:
         self.kind, self.group = kind, group
@@ -20,12 +20,12 @@ class Registry(Generic[T]):
         """A decorator that registers a class under a name.
 
         Raises:
-            ValueError: another class has the name. A class redefined in a notebook replaces itself.
+            ValueError: another class has the name. A class of the same module and name replaces its earlier definition.
         """
 
         def give_name(cls: type[T]) -> type[T]:
             taken = self._classes.get(name)
-            if taken is not None and taken.__name__ != cls.__name__:
+            if taken is not None and (taken.__module__, taken.__name__) != (cls.__module__, cls.__name__):
                 raise ValueError(f"The {self.kind} name {name!r} is taken by {taken.__module__}.{taken.__qualname__}.")
             self._classes[name] = cls
             return cls

@@ -1,4 +1,4 @@
-"""How runs enter the segment scheduler: new ones, and those that go on from their folder."""
+"""How runs enter the segment scheduler: new ones, and those that are resumed from their folder."""
 
 from __future__ import annotations
 

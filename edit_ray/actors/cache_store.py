@@ -85,7 +85,7 @@ class CacheStoreActor:
         directory: Path,
         root: Path,
     ) -> None:
-        """Begin a run, or go on with it at `segment`. Creates the tiers if there are none for these options.
+        """Begin a run, or resume it at `segment`. Creates the tiers if there are none for these options.
 
         Entries of ended runs that are found on disk are dropped.
 

@@ -49,7 +49,7 @@ T = TypeVar("T")
 class DenoiserActor:
     """Carries out one piece of work per call. Between calls it holds only state that can be rebuilt.
 
-    Every call names its whole run, so a restarted actor goes on where the last one died: it loads the model, encodes
+    Every call names its whole run, so a restarted actor continues where the last one died: it loads the model, encodes
     the prompts and rebuilds the decoder's state from committed latents when it does not have them.
     """
 
@@ -71,7 +71,7 @@ class DenoiserActor:
         return {"version": code_version(), "pid": os.getpid(), "device": device, "gpus": torch.cuda.device_count()}
 
     def provenance(self, spec: RunSpec) -> dict[str, str | int]:
-        """What the run's bits would depend on here, beside its configuration. Raises ModelError, ConfigError."""
+        """What the run's bits would depend on here, besides its configuration. Raises ModelError, ConfigError."""
         engine = spec.config.engine
         threads = engine.cpu_threads or usable_cores()
         here = provenance_of(choose_device(spec.config.model.device), threads, engine.mode, engine.fp8)
@@ -355,7 +355,7 @@ class DenoiserActor:
         return SegmentFailed("out of GPU memory; all state that can be rebuilt was freed")
 
     def _leases_of(self, spec: RunSpec, engine: SegmentEngine) -> SegmentLeases | None:
-        """The run's leases. Those of an earlier incarnation are closed, and the store is told of the run anew."""
+        """The run's leases. Those of an earlier incarnation are closed, and the store is told of the run again."""
         wanted = spec.incarnation, spec.replanned
         known, leases = self._leases.get(spec.key, (None, None))
         if known == wanted:

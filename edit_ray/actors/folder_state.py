@@ -1,4 +1,4 @@
-"""What the folder of a run says of how the run may begin or go on: hardware, segments, damage, disk space."""
+"""What a run's folder says about how the run may start or continue: hardware, segments, damage, disk space."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_same(run_id: str, before: Provenance, here: Provenance) -> None:
     if names := differing(before, here):
         said = ", ".join(_SAID.get(name, f"{name} was {before[name]!r} and is {here[name]!r}") for name in names)
         raise HardwareDiffers(
-            f"run {run_id!r} would not go on with the same bits here: {said}; --allow-different-hardware goes on anyway"
+            f"run {run_id!r} would not keep its bits here: {said}; --allow-different-hardware continues anyway"
         )
 
 
@@ -169,7 +169,7 @@ def all_damage_of(folder: RunFolder, manifest: Manifest) -> list[str]:
     init, known = _digest(folder.init), manifest.provenance.get("config")
     found = [f"{path} {wrong}" for path, (_, wrong) in damage_of(folder, manifest).items()]
     if known is not None and _digest(folder.run_yaml) != known:
-        found.append(f"{folder.run_yaml} is not as it was when the run was last begun or gone on with")
+        found.append(f"{folder.run_yaml} has changed since the run was last started or resumed")
     for record in manifest.earlier_takes:
         found += [f"{path} {wrong}" for path, wrong in _wrong_of(folder, record, manifest.dropped_before, init)]
     if manifest.end is None:
@@ -236,7 +236,7 @@ def shortage_before(spec: RunSpec) -> str | None:
 
 
 def shortage_after(spec: RunSpec, records: Sequence[SegmentRecord]) -> str | None:
-    """The same once segments exist, from the bytes that the latest take."""
+    """As `shortage_before`, for a run with segments: estimated from the sizes of the latest ones."""
     latest = spec.latents(len(records) - 1)
     latents = latest.stat().st_size if latest.exists() else 0
     media = max(int(record.statistics.get("media_bytes", 0)) for record in records[-8:])

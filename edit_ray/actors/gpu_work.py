@@ -110,12 +110,12 @@ class LoadedModel:
         self.threads = 0  # of torch
 
     def forget_replaced(self, spec: RunSpec) -> None:
-        """Have the model loaded anew if the files at its path are no longer those that were loaded."""
+        """Have the model loaded again if the files at its path are no longer those that were loaded."""
         if self._weights != weights_digest(spec.config.model):
             self.loaded_for = None
 
     def ready(self, spec: RunSpec, segment_index: int = 0) -> SegmentEngine:
-        """The engine of this run's model, with the run's prompts encoded, or of very many those around this segment."""
+        """The engine of this run's model, with its prompts encoded (of very many, only those nearby)."""
         return self.thread.submit_urgent(lambda: self._load_for(spec, segment_index)).result()
 
     def _load_for(self, spec: RunSpec, segment_index: int) -> SegmentEngine:
@@ -144,7 +144,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class SegmentInput:
-    """What a segment is conditioned on beside its prompt.
+    """What a segment is conditioned on besides its prompt.
 
     `arguments` are those of `SegmentEngine.denoise`. `first` [1, C, 1, h, w] is the latent of the picture that it
     begins with, which takes the place of its first one.
@@ -155,7 +155,7 @@ class SegmentInput:
 
 
 def added_by(latents: torch.Tensor, spec: RunSpec, segment_index: int, first: torch.Tensor | None) -> torch.Tensor:
-    """Those of a window's latents that the segment adds to its stream, with their colours matched to the run's first.
+    """The latents of a window that the segment adds to its stream, with their colours matched to the run's first.
 
     `first` is that of the segment's `SegmentInput`.
     """
@@ -206,7 +206,7 @@ def _read_pictures(spec: RunSpec, segment: SegmentPlan) -> dict[str, Any]:
     """The segment's pictures as the pipeline's arguments, if they are those that the run was begun with."""
     if segment.pictures.paths and spec.pictures not in (None, pictures_digest(picture_files(spec.config))):
         raise HardwareDiffers(
-            f"a picture of run {spec.run_id!r} was edited while the run was at work; put it back, then go on with "
+            f"a picture of run {spec.run_id!r} was edited while the run was active; put it back, then run "
             f"`edit-ray resume {spec.run_id}`"
         )
     sampling = spec.config.sampling

@@ -1,4 +1,4 @@
-"""The actors on Ray: their names, resources, placement, start, restart and end. All of Ray's options stand here."""
+"""The actors on Ray: their names, resources, placement, start, restart and end. All Ray options are set here."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class LazyActor:
 
 @cache
 def lazy_actor(role: str) -> type[LazyActor]:
-    """The class that Ray starts for a role. It has the name of the plain class, which Ray shows."""
+    """The class that Ray starts for a role, under the name of the class that it wraps: Ray shows that name."""
     name = {DENOISER: "DenoiserActor", CACHE_STORE: "CacheStoreActor"}[role]
     return type(name, (LazyActor,), {"home": f"edit_ray.actors.{role}"})
 

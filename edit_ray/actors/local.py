@@ -54,7 +54,7 @@ class LocalPool:
         return await asyncio.to_thread(getattr(self._worker(worker).store, method), *arguments)
 
     async def restart_denoiser(self, worker: int) -> None:
-        """Replace the GPU actor. A thread cannot be killed: it continues, and its result is dropped."""
+        """Replace the GPU actor. Its running calls cannot be killed: they continue, and their results are dropped."""
         self.workers[worker].denoiser = DenoiserActor(self.workers[worker])
 
     async def restart_store(self, worker: int) -> None:

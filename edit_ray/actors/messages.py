@@ -1,4 +1,4 @@
-"""What the actors and the client send each other. No tensors are among it."""
+"""The messages between actors and client. None contains a tensor."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ class RunSpec:
         )
 
     def texts(self, segment_index: int, most: int) -> list[str]:
-        """All prompts and negative prompts; of more than `most` those of the segments around this one.
+        """All prompts and negative prompts; if more than `most`, only those of the segments around this one.
 
         They come in blocks, two of which are no more than `most`: the last segment of one and the first of the next may
-        be at work at once.
+        be in progress at once.
         """
         texts = [text for scene in self.storyboard.scenes for text in (scene.prompt, scene.negative_prompt)]
         texts += [take.prompt for take in self.takes if take.prompt is not None]
@@ -101,7 +101,7 @@ class RunSpec:
 
     @property
     def key(self) -> str:
-        """The run's name, unique among all runs that ever had its id, in any folder."""
+        """The run id and a hash of its submission: differs from earlier runs of the same id, in any folder."""
         return run_key(self.run_id, self.submission)
 
     @property
@@ -208,7 +208,7 @@ class Progress:
 class RunStatus:
     """A run as the segment scheduler knows it, or as its folder at `path` describes it.
 
-    `num_segments` and `num_frames` are None if it goes on until it is stopped.
+    `num_segments` and `num_frames` are None if the run continues until it is stopped.
     """
 
     run_id: str
@@ -247,7 +247,7 @@ class RunStatus:
 
     @property
     def ended(self) -> bool:
-        """Whether it is done, failed or cancelled."""
+        """Whether the run is done, failed or cancelled."""
         return self.state in ("done", "failed", "cancelled")
 
 
@@ -265,7 +265,7 @@ def run_key(run_id: str, submission: str) -> str:
 
 
 def code_version() -> str:
-    """The package's version and a digest of its source: actors of an edited checkout are another version."""
+    """The package's version and a digest of its source, so that an edited checkout counts as another version."""
     package = Path(edit_ray.__file__).parent
     digest = hashlib.blake2b(digest_size=6)
     for source in sorted(package.rglob("*.py")):

@@ -74,7 +74,7 @@ class MetricsCollector:
             await self._pool.remember(self._targets, TARGETS)
 
     async def forget_earlier(self) -> None:
-        """Remove the targets that an earlier incarnation wrote, whether there are runs to go on with or not."""
+        """Remove the files with scrape targets that the last incarnation left, even if there is no run to resume."""
         with best_effort("remove the metrics targets of the segment scheduler before this one"):
             for path, address in (await self._pool.recall(TARGETS)).items():
                 await asyncio.wait_for(asyncio.to_thread(remove_targets, Path(path), address), TARGETS_TIMEOUT_S)
@@ -92,7 +92,7 @@ class MetricsCollector:
         self._exporter = self._serving = None
 
     def opened(self, run: LiveRun, *, recovered: bool) -> None:
-        """A run begins or goes on. Of a recovered run `serve_again` counts the committed segments."""
+        """Count a run that starts or resumes. `serve_again` counts the committed segments of a recovered one."""
         manifest = run.manifest
         known = len(manifest.segments) + len(manifest.earlier_takes)
         is_new = manifest.incarnation == 1 and not recovered

@@ -1,4 +1,4 @@
-"""Runs that an earlier segment scheduler worked on, until this one works on them.
+"""Takes over the runs of a dead segment scheduler: retries each until it continues here, has ended or is cancelled.
 
 Each run is tried by itself, again and again with a growing pause. So a lock that a dead node still holds, an actor that
 is being restarted, or a file system that is away for a while loses no run.
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class Pointers:
-    """Where the live runs are, for the segment scheduler's next incarnation. Each change is written to the pool."""
+    """The folder and GPU actor of each live run. The pool keeps every change for the next incarnation."""
 
     def __init__(self, pool: ActorPool) -> None:
         self._pool = pool
@@ -48,7 +48,7 @@ class Pointers:
         The scheduler cannot begin without them, so this is retried until the pool answers.
         """
         for attempt in itertools.count(1):
-            with best_effort("recall which runs were at work"):
+            with best_effort("recall which runs were live"):
                 self._known |= {run_id: Pointer(*value) for run_id, value in (await self._pool.recall()).items()}
                 break
             await asyncio.sleep(pause_before(attempt))
@@ -82,7 +82,7 @@ class Pointers:
 
 @dataclass
 class WaitingRun(Watched):
-    """A run that cannot go on yet, and why. `manifest` is what was read of it last."""
+    """A run that cannot continue yet, and why. `manifest` is what was read of it last."""
 
     run_id: str
     pointer: Pointer
@@ -106,12 +106,12 @@ class WaitingRun(Watched):
 
     @property
     def status(self) -> RunStatus:
-        """The reason is the `warning`. Numbers of an unreadable manifest are 0."""
+        """The run's status; `warning` says why it waits. Counts are 0 until its manifest has been read."""
         state: RunState = "stopping" if self.cancelled else "waiting"
         reason = "the segment scheduler was started again and has not opened the run yet"
         if self.error is not None:
             sentence = (str(self.error).strip() or type(self.error).__name__).splitlines()[0]
-            reason = f"the run cannot go on at the moment and is tried again and again: {sentence}"
+            reason = f"the run cannot continue yet and is being retried: {sentence}"
         if self.manifest is None:
             return RunStatus(self.run_id, state, str(self.folder.path), warning=reason)
         return replace(RunStatus.of(self.folder.path, self.manifest, state), warning=reason)
@@ -133,7 +133,7 @@ class WaitingRun(Watched):
 
 
 class Recovery:
-    """Owns the runs that wait. `come_back` takes over a run that can go on, `forget` one that needs no more work."""
+    """Owns the runs that wait. `come_back` takes over a run that can continue, `forget` one that needs no more work."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class Recovery:
                 await self._try(run)
                 run.over = True
             except Exception as error:  # any error may be temporary
-                _log.warning("run %s cannot go on yet: %s: %s", run.run_id, type(error).__name__, error)
+                _log.warning("run %s cannot continue yet: %s: %s", run.run_id, type(error).__name__, error)
                 run.error = error
             run.tried = run.begun
             if run.over:
@@ -189,7 +189,7 @@ class Recovery:
     async def _try(self, run: WaitingRun) -> None:
         reading = asyncio.ensure_future(in_own_thread(run.folder.read_manifest, run.reader))
         while not (await asyncio.wait({reading}, timeout=SILENT_S))[0]:
-            if run.cancelled:  # a silent folder takes no end: whoever resumes the run goes on with it
+            if run.cancelled:  # no end can be written to a hung folder: `resume` still works
                 return await self._forget(run.run_id)
         try:
             run.manifest = reading.result()

@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 class SegmentSchedulerActor:
     """One event loop: `SegmentScheduler` decides, tasks carry out its instructions, their outcome is the next event.
 
-    The state of every run is in its folder. An incarnation first asks the pool which runs were live, and goes on with
+    The state of every run is in its folder. An incarnation first asks the pool which runs were live, and resumes
     each from its folder; clients that call meanwhile wait.
     """
 
@@ -103,7 +103,7 @@ class SegmentSchedulerActor:
                 return await self._live(await self._admission.begin(spec, asked))
 
     async def resume(self, run_id: str, root: str, other_hardware: bool, remake_damaged: bool = False) -> RunStatus:
-        """Go on with a run at its first segment that is not committed; one that is live or done stays as it is.
+        """Resume a run at its first uncommitted segment; a live or done run is left unchanged.
 
         With `remake_damaged`, committed files that are not as they were written are made again, also of a done run.
         Raises UnknownRun, RunLocked, ManifestUnreadable, ConfigError, HardwareDiffers, RunDamaged.
@@ -182,7 +182,7 @@ class SegmentSchedulerActor:
         return self._alive(run_id) or self._known(run_id)
 
     def _alive(self, run_id: str) -> LiveRun | WaitingRun | None:
-        """The run, if it is at work or waits to be."""
+        """The run, if it is active or waits to be."""
         known = self._runs.get(run_id)
         return known if known is not None and not known.ended else self._recovery.waiting.get(run_id)
 
@@ -207,10 +207,10 @@ class SegmentSchedulerActor:
             return run.end.state
         return self._machine.state(run.spec.run_id) or "stopping"
 
-    # How runs begin and go on.
+    # How runs start and continue.
 
     async def _recover(self) -> None:
-        """Go on with every run of the last incarnation, those first that have a GPU actor."""
+        """Resume every run of the last incarnation, starting with those that have a GPU actor."""
         await self._metrics.forget_earlier()
         pointers = await self._pointers.recall()
         ordered = dict(sorted(pointers.items(), key=lambda item: item[1].worker is None))
@@ -238,7 +238,7 @@ class SegmentSchedulerActor:
                     raise _taken(alive.folder)
                 if change is not None:
                     raise RunLive(
-                        f"run {run_id!r} is at work; wait for its end, or stop it with `edit-ray cancel {run_id}`"
+                        f"run {run_id!r} is active; wait for it to end, or stop it with `edit-ray cancel {run_id}`"
                     )
                 if isinstance(alive, WaitingRun):
                     alive.different_hardware |= other_hardware
@@ -255,7 +255,7 @@ class SegmentSchedulerActor:
                 return await self._live(run)
 
     async def _join(self, run: LiveRun | WaitingRun) -> RunStatus:
-        """The status of a run that is alive. One that waits is tried now; raises what keeps it from going on."""
+        """The status of a run that is alive. One that waits is tried now; raises what keeps it from continuing."""
         if isinstance(run, WaitingRun):
             await run.try_now()
             if not run.over and run.error is not None:
@@ -297,7 +297,7 @@ class SegmentSchedulerActor:
         return self._status(run)
 
     async def _count_again(self, run: LiveRun) -> None:
-        """Count the places anew while the run waits for a GPU actor: nodes may be added."""
+        """Count the places again while the run waits for a GPU actor: nodes may be added."""
         while not run.ended:
             await asyncio.sleep(COUNT_PLACES_S)
             if self._machine.state(run.spec.run_id) == "queued":
@@ -375,4 +375,4 @@ class SegmentSchedulerActor:
 
 
 def _taken(folder: RunFolder) -> RunExists:
-    return RunExists(f"run id {folder.run_id!r} is taken by {folder.path}, and at work")
+    return RunExists(f"run id {folder.run_id!r} is taken by {folder.path}, and active")

@@ -1,4 +1,4 @@
-"""Carries out the state machine's instructions: which actor each stage calls, and what it makes durable."""
+"""Carries out the state machine's instructions: calls the actors, commits results, and says which failures to retry."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Stages:
         for index in sorted({index for index, _ in run.damaged.values()}):
             segment, record = spec.segment(index), run.manifest.segments[index]
             stats: dict[str, float] = {}
-            again = f"`edit-ray reroll {spec.run_id} --from {index}` makes it and what follows anew"
+            again = f"`edit-ray reroll {spec.run_id} --from {index}` makes it and what follows again"
             if spec.latents(index) in run.damaged:
                 if spec.config.cache.reuse_window:
                     raise RunDamaged(f"{record.latents} depends on residuals of other segments; {again}")
@@ -218,7 +218,7 @@ class Stages:
         run.final_digest = digests_in(stats)["final"]
 
     async def stop(self, run: LiveRun, stop: StopWork, machine: SegmentScheduler) -> None:
-        """Ask the GPU actor to end the run's work in flight; if it goes on for `answer_timeout_s`, kill the actor."""
+        """Ask the GPU actor to end the run's work in flight; after `answer_timeout_s`, kill the actor."""
         run_id, engine, loop = stop.run_id, run.spec.config.engine, asyncio.get_running_loop()
         until = loop.time() + engine.answer_timeout_s
         with contextlib.suppress(ConnectionError):  # a dead actor fails the work itself
@@ -241,7 +241,7 @@ class Stages:
         await run.close()
 
     async def release(self, spec: RunSpec, worker: int) -> None:
-        """Free what the actors hold for a run. If it goes on later, segments with lost residuals are made again.
+        """Free what the actors hold for a run. If it is resumed, segments with lost residuals are made again.
 
         Raises NoAnswer if the store is alive and its disk does not answer.
         """
@@ -272,9 +272,9 @@ async def explain(error: Exception, run: LiveRun) -> tuple[str, FailureKind]:
     cause = getattr(error, "cause", None) or error
     path = run.spec.folder.path
     if not isinstance(error, FolderSilent) and await run.is_gone():
-        return f"the run's folder {path} was removed while the run was at work", "fatal"
+        return f"the run's folder {path} was removed while the run was active", "fatal"
     if is_full(cause):
-        return f"no space is left for {path}; free some, then go on with `edit-ray resume {run.spec.run_id}`", "error"
+        return f"no space is left for {path}; free some, then run `edit-ray resume {run.spec.run_id}`", "error"
     sentence = str(cause).strip().splitlines()[0] if str(cause).strip() else "no message"
     if isinstance(cause, NoPlace):
         return sentence, "no place"

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def best_effort(what: str) -> Iterator[None]:
-    """Log an error of the block and continue: for statistics, clean-up and notes. `what` is such as "count work"."""
+    """Log an error of the block and continue: for statistics, clean-up and notes. The log says "could not `what`"."""
     try:
         yield
     except Exception as error:
@@ -102,9 +102,9 @@ class Watchdog:
                 task.cancel()
 
     async def watch_store(self, worker: int, call: Awaitable[T], engine: EngineOptions) -> T:
-        """The result of a call to a store, which may take as long as the store answers other calls, within limits.
+        """Await a call to a store, for `step_timeout_s` + `answer_timeout_s` at most, while it answers other calls.
 
-        Raises ConnectionError if the store did not answer and was restarted; NoAnswer after `step_timeout_s`.
+        Raises NoAnswer after that time; ConnectionError if the store stopped answering and was restarted.
         """
         task = asyncio.ensure_future(call)
         try:
@@ -115,7 +115,7 @@ class Watchdog:
                         bound.reschedule(asyncio.get_running_loop().time() + timeout_s)
                 return task.result()
         except TimeoutError:
-            raise NoAnswer(f"the store was not done within {engine.step_timeout_s:g} s") from None
+            raise NoAnswer(f"the store was not done within {timeout_s:g} s") from None
         finally:
             task.cancel()
 
@@ -129,7 +129,7 @@ class Watchdog:
                 return True
             _log.warning("the store %d did not answer for %g s; it is killed", worker, engine.answer_timeout_s)
             await self._pool.restart_store(worker)
-            # The new store needs time to start, and the GPU actor's time for a step begins anew.
+            # The new store needs time to start, and the GPU actor's time for a step starts again.
             self._answers_by[worker] = now + engine.start_timeout_s
             self._last.pop(worker, None)
             return True
@@ -156,7 +156,7 @@ class Watchdog:
         timeout_s = engine.load_timeout_s if loads else engine.step_timeout_s
         if beat.lasts_s <= timeout_s:
             return None
-        self._last.pop(worker, None)  # other work that waits for this actor counts anew
+        self._last.pop(worker, None)  # other work that waits for this actor starts a new count
         if loads:
             return f"the GPU actor was still loading its model after {timeout_s:g} s (engine.load_timeout_s)"
         return f"the GPU actor made no step for {timeout_s:g} s (engine.step_timeout_s)"

@@ -89,11 +89,11 @@ def value_of(argument: Any) -> Any:
 
 
 class BlockRunner:
-    """One forward of a transformer: called in place of every block, in the order of the stack.
+    """Runs one forward of a transformer: called in place of each block, in the order of the stack.
 
-    A computed unit's output is its blocks' own. A model may change the hidden states between two blocks: a residual
-    excludes such changes, since the model makes them on a skip as well. The hints of control blocks are computed when
-    they are added: a residual includes those inside its unit, and a skipped unit needs none of them.
+    A unit that computes returns exactly what its blocks return. A model may change the hidden states between two
+    blocks: a residual excludes this, as the model repeats it when the unit is skipped. The hints of control blocks are
+    computed when they are added: a residual includes those inside its unit, and a skipped unit needs none of them.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class BlockRunner:
         return Hint(self, lambda: take(0)), Hint(self, lambda: take(1))
 
     def add(self, hidden: Tensor, hint: Hint) -> Tensor:
-        """The hidden states after the latest block, with a hint unless the block is skipped and its unit goes on."""
+        """The hidden states after the latest block, with a hint unless the block is skipped and its unit continues."""
         if self._reused and self._position < self._unit_at[self._position].last:
             return hidden
         self._before = hidden + hint.value()

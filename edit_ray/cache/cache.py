@@ -1,4 +1,4 @@
-"""`Cache`: the state and the decisions of a policy over all units, branches and experts of a pipeline."""
+"""`Cache`: asks a policy whether each unit computes at a step, stores residuals, and lets users see and edit both."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Cache:
 
     @property
     def stats(self) -> dict[str, Counts]:
-        """Per branch: decisions to compute, decisions to skip, bytes of the residuals put and not dropped."""
+        """Per branch, for the latest call: units computed, units skipped, bytes of residuals put and not dropped."""
         stored = self._index.bytes_by_branch()
         counts = {str(branch): count for (branch,), count in self.record.counts("branch").items()}
         for branch, count in counts.items():
@@ -105,7 +105,7 @@ class Cache:
         return counts
 
     def unit_stats(self) -> dict[tuple[str, str, int], Counts]:
-        """The same per (expert, branch, unit), without bytes."""
+        """As `stats`, but per (expert, branch, unit) and with `bytes` 0."""
         counts = self.record.counts("expert", "branch", "unit")
         return {(str(expert), str(branch), int(unit)): count for (expert, branch, unit), count in counts.items()}
 
@@ -184,7 +184,9 @@ class Cache:
     def call(
         self, steps: Sequence[LoopStep], *, branches: Sequence[str] = BRANCHES, clear_store: bool = True
     ) -> Iterator[None]:
-        """One denoising loop over `steps` and `branches`; an unfinished loop is forgotten.
+        """Surround one denoising loop over `steps` and `branches`. A failed loop's decisions and residuals are dropped.
+
+        With `clear_store`, the residuals of earlier calls are dropped first.
 
         Raises:
             ValueError: the policy cannot serve this number of steps.

@@ -85,7 +85,7 @@ class KVWindow:
     ) -> None:
         self.layout, self.retention, self.sink_chunks, self.store = layout, retention, sink_chunks, store
         self.name = name or uuid.uuid4().hex  # several windows may share a store
-        self.current: int | None = None  # the chunk at work
+        self.current: int | None = None  # the chunk being computed
         self.version = 0  # grows when other chunks are in the window, or their content has changed
         self.finished = False  # whether the current chunk is clean, so that what is written now stays
         self._slots: list[int | None] = [None] * layout.chunks
@@ -246,7 +246,7 @@ class KVWindow:
         self.current, self.finished = None, False
 
     def abandon(self) -> None:
-        """Forget a chunk that did not get clean; its slot is free again."""
+        """Drop the current chunk if it was not completed, and free its slot."""
         self.finished = False
         if self.current is not None:
             slot, self.current = self.slot, None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class WindowState:
     """What a policy sees before a chunk begins; chunks are named by their number, and listed from old to new.
 
-    `held` are on the device, `stored` elsewhere. `places` is the number that may be attended to beside the new chunk,
+    `held` are on the device, `stored` elsewhere. `places` is the number that may be attended to besides the new chunk,
     `sink` of them the first. `summaries` [heads · head_dim] are the mean keys of chunks, in float32 on the CPU.
     """
 

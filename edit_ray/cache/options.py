@@ -32,5 +32,5 @@ class CacheOptions(Options):
 
     @property
     def policy_options(self) -> dict[str, Any]:
-        """The policy's own options."""
+        """The keys of this section that are not its own fields: keyword arguments of the policy."""
         return dict(self.model_extra or {})

@@ -115,9 +115,9 @@ class Record:
         except ValidationError as broken:
             first = broken.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
-            raise ValueError(f"this is no record of cache decisions: {where}: {first['msg']}") from None
+            raise ValueError(f"this is not a record of cache decisions: {where}: {first['msg']}") from None
         except (KeyError, TypeError, ValueError, RecursionError) as broken:
-            raise ValueError(f"this is no record of cache decisions: {broken!r}") from None
+            raise ValueError(f"this is not a record of cache decisions: {broken!r}") from None
         return record
 
 

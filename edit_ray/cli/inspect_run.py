@@ -51,7 +51,7 @@ def report(options: argparse.Namespace) -> int:
     source = Path(options.source)
     if not source.exists():
         if re.fullmatch(RUN_ID_PATTERN, options.source) is None:
-            raise UnknownRun(f"{options.source} is no file, no folder and no run's id")
+            raise UnknownRun(f"{options.source} is not a file, a folder or a run id")
         source = output_root(options.output, os.environ) / options.source
     page = options.page or (source / "report.html" if source.is_dir() else source.with_suffix(".html"))
     text = _page_of(source.resolve())
@@ -71,7 +71,7 @@ def _page_of(source: Path) -> str:
     records = _read_records(source)
     if not records:
         raise UnknownRun(
-            f"{source} is no record and no run with records; a run has some if its cache.policy is not none"
+            f"{source} is neither a record nor a run with records; a run has some if its cache.policy is not none"
         )
     return render_report(records, f"Cache decisions of {source.stem}")
 

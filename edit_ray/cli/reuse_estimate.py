@@ -82,7 +82,7 @@ class ReuseEstimate:
 
     @property
     def needed_bytes(self) -> int:
-        """The same without a limit of the disk."""
+        """As `live_bytes`, but without a limit of the disk."""
         return _entries(self._whole) * slot_bytes(self.size)
 
     @property

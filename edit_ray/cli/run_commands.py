@@ -92,7 +92,7 @@ def _check_nobody_works(client: LongVideoClient) -> None:
         print(line_of(run, owner=True))
     for run in live:
         client.check_mine(run)
-    count = f"{len(live)} run{'s are' if len(live) > 1 else ' is'} at work"
+    count = f"{len(live)} run{'s are' if len(live) > 1 else ' is'} active"
     if live and not confirmed(f"{count}. End them? Committed segments stay, and `edit-ray resume` continues."):
         raise RunLive(f"{count}, and nothing was ended; wait, `edit-ray cancel` them, or give --force")
 
@@ -153,7 +153,7 @@ def delete(options: argparse.Namespace) -> int:
     status = client.status(check_run_id(options.run_id))
     client.check_mine(status, options.force)
     if not status.ended and status.state != "open":
-        raise RunLive(f"run {status.run_id!r} is at work; stop it with `edit-ray cancel {status.run_id}` first")
+        raise RunLive(f"run {status.run_id!r} is active; stop it with `edit-ray cancel {status.run_id}` first")
     return _remove_all([status], options)
 
 

@@ -1,4 +1,4 @@
-"""Loading a configuration from a YAML file and `--set` options, or every mistake in them; and the folder of runs."""
+"""Loads a configuration from YAML and `--set` options, or reports all its mistakes; finds the folder of runs."""
 
 import os
 import stat
@@ -118,7 +118,7 @@ class Source:
             self._apply(override, f"--set {override if len(override) <= 100 else override[:99] + '…'}", root)
 
     def add(self, path: KeyPath, text: str) -> None:
-        """Records a mistake with the nearest place: the key, one above it, or an override below it."""
+        """Record a mistake at the nearest known place: the key, one above it, or an override of one below it."""
         place = next((at for n in range(len(path), 0, -1) if (at := self._places.get(path[:n]))), None)
         if place is None:
             below = [at for key, at in self._places.items() if path and path == key[: len(path)]]
@@ -157,15 +157,15 @@ def read_file(path: Path) -> Document:
                 return parse(content.decode("utf-8-sig"))
             wrong = f"this is larger than the {MAX_FILE_BYTES} bytes that a configuration may have"
         else:
-            wrong = f"this is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; it must be a YAML file"
+            wrong = f"this is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}; it must be a YAML file"
     except FileNotFoundError:
         wrong = "there is no such file; it must be a YAML file"
     except OSError as error:
         wrong = f"this cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
-        wrong = f"this is no text: byte {error.start} is not UTF-8; it must be a YAML file"
+        wrong = f"this is not text: byte {error.start} is not UTF-8; it must be a YAML file"
     except ValueError as error:
-        wrong = f"this is no file's name: {error}"
+        wrong = f"this is not a file name: {error}"
     return Document(mistakes=[(None, f"{wrong}.")])
 
 
@@ -234,7 +234,7 @@ def output_root(option: str | None, environ: Mapping[str, str]) -> Path:
         reason = (error.strerror or str(error)).lower()
         text = f"which cannot be written ({reason}); it must be a folder that can be"
     except (ValueError, RuntimeError) as error:
-        text = f"which is no path ({error}); it must be a folder"
+        text = f"which is not a valid path ({error}); it must be a folder"
     raise ConfigError([f"{name} is {given!r}, {text}."])
 
 

@@ -21,7 +21,7 @@ class Mistake:
 
 
 class Mistakes(ValueError):
-    """Mistakes between keys that are each valid alone."""
+    """Raised by cross-field checks: each mistake is a conflict between keys that are valid on their own."""
 
     def __init__(self, mistakes: Sequence[Mistake]) -> None:
         self.mistakes = tuple(mistakes)

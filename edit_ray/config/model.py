@@ -32,7 +32,7 @@ def parse_duration(value: str) -> float:
     """Seconds of a duration such as `6.5s` or `1m30s`. Raises ValueError."""
     match = _DURATION.fullmatch(value.strip())
     if match is None or not any(match.groups()):
-        raise ValueError(f"{value!r} is no duration such as 6.5s or 2m")
+        raise ValueError(f"{value!r} is not a duration such as 6.5s or 2m")
     hours, minutes, seconds = (float(part or 0) for part in match.groups())
     total = hours * 3600 + minutes * 60 + seconds
     if total > MAX_DURATION_S:
@@ -174,7 +174,7 @@ class Config(Options):
         min_length=1, max_length=MAX_PROMPTS, strict=False, json_schema_extra={"valid": VALID_PROMPTS}
     )
     continuity: ContinuityOptions = Field(default_factory=ContinuityOptions)
-    # `cache: null` is no cache.
+    # `cache: null` means no cache.
     cache: Annotated[CacheOptions, BeforeValidator(lambda given: {} if given is None else given)] = Field(
         default_factory=CacheOptions
     )

@@ -31,7 +31,7 @@ class Document:
     mistakes: list[tuple[int | None, str]] = field(default_factory=list)
 
     def note(self, at: Any, text: str) -> None:
-        """Records a mistake at an event or a node of PyYAML."""
+        """Record a mistake on the line of `at`, an event or node of PyYAML."""
         self.mistakes.append((at.start_mark.line + 1, text))
 
 
@@ -123,7 +123,7 @@ class _Composer(yaml.SafeLoader):
         self._depth, self._nodes = self._depth + 1, self._nodes + 1
         odd_key = parent is not None and index is None and not isinstance(event, yaml.ScalarEvent)
         if odd_key:
-            self._document.note(event, f"a key of {dotted(above) or 'the document'} is no plain text.")
+            self._document.note(event, f"a key of {dotted(above) or 'the document'} is not plain text.")
         elif isinstance(index, int):
             self._path = (*above, index)
             self._document.lines[self._path] = event.start_mark.line + 1
@@ -136,7 +136,7 @@ class _Composer(yaml.SafeLoader):
         else:
             node = stream.compose_node(parent, index)
         if isinstance(node, yaml.ScalarNode) and any("\ud800" <= character <= "\udfff" for character in node.value):
-            self._document.note(node, "a half of a surrogate pair is no character; write the character itself.")
+            self._document.note(node, "a half of a surrogate pair is not a character; write the character itself.")
             node.value = node.value.encode("utf-8", "replace").decode()
         self._path, self._depth = above, self._depth - 1
         return node

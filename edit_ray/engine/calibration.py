@@ -29,7 +29,7 @@ CALIBRATED = {
 THRESHOLD_OF = {"teacache": "rel_l1_thresh", "magcache": "threshold", "ranked": "skips"}
 """The option that decides how much a policy with a known mask skips."""
 WHOLE = frozenset({"skips"})
-"""Those of them that are whole numbers."""
+"""The options of `THRESHOLD_OF` that are whole numbers."""
 _HIGHEST, _HIGHEST_WHOLE = 64.0, 2.0**20  # more forwards than any loop has
 
 
@@ -69,7 +69,7 @@ def read_calibration(path: Path) -> dict[str, dict[str, Any]]:
     """By policy, the measured options; empty without a file.
 
     Raises:
-        ValueError: the file is no calibration.
+        ValueError: the file is not a calibration.
     """
     policies: dict[str, dict[str, Any]] = _read(path).get("policies", {})
     return policies
@@ -79,7 +79,7 @@ def write_calibration(path: Path, policy: str, options: Mapping[str, Any], measu
     """Put a policy's measured options into the file, beside those of others; `measured` says how they were measured.
 
     Raises:
-        ValueError: the file exists and is no calibration.
+        ValueError: the file exists and is not a calibration.
     """
     content = _read(path) or {"schema": SCHEMA, "policies": {}}
     content["policies"][policy] = dict(options)
@@ -93,10 +93,10 @@ def _read(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no calibration: {error}.") from None
+        raise ValueError(f"{path} is not a calibration: {error}.") from None
     policies = content.get("policies") if isinstance(content, dict) and content.get("schema") == SCHEMA else None
     if not isinstance(policies, dict) or not all(isinstance(options, dict) for options in policies.values()):
-        raise ValueError(f"{path} is no calibration of schema {SCHEMA}.")
+        raise ValueError(f"{path} is not a calibration of schema {SCHEMA}.")
     return dict(content)
 
 

@@ -44,8 +44,8 @@ class TransformerBytes:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of a run on the GPU: `weights` beside the transformers', what denoising and decoding add, and the states
-    that stay of each while the other is at work. `tiled` is decoding in tiles, whose states are in host memory.
+    """Bytes of a run on the GPU: `weights` besides the transformers', what denoising and decoding add, and the states
+    that stay of each while the other runs. `tiled` is decoding in tiles, whose states are in host memory.
     """
 
     transformers: Mapping[str, TransformerBytes]
@@ -72,7 +72,7 @@ class Needs:
         return sum(each.around for each in self.transformers.values()) + LEAST_SLOTS * self.largest_block
 
     def beside(self, *, tiled: bool) -> int:
-        """At most, beside the transformers' weights: denoising and decoding take turns, step by step."""
+        """At most, besides the transformers' weights: denoising and decoding take turns, step by step."""
         decoding = self.tiled if tiled else self.decoder
         denoising = self.forward + (0 if tiled else self.decoder_state)
         return self.weights + self.residuals + max(denoising, decoding) + CUDA_LIBRARIES

@@ -35,7 +35,7 @@ def denoise_chunk(pipe: Any, request: ChunkRequest) -> Tensor:
     """Denoise a chunk with the transformer and the noise scheduler of `pipe`; returns latents [B, C, c, h, w].
 
     Each step's forward writes the chunk's K/V into its slot, and a last one, of the clean chunk, what later chunks
-    attend to. The residual cache of `pipe` begins anew with each chunk. What the callback changes acts as in `loop.py`.
+    attend to. The residual cache of `pipe` restarts with each chunk. What the callback changes acts as in `loop.py`.
     """
     cond, uncond = request.prompt_embeds, request.negative_prompt_embeds  # [B, L, D]
     x = request.latents  # [B, C, c, h, w]
@@ -76,7 +76,7 @@ def denoise_chunk(pipe: Any, request: ChunkRequest) -> Tensor:
 
 
 def remember_chunk(pipe: Any, request: ChunkRequest) -> None:
-    """Compute the K/V of a chunk whose `latents` are clean: of a given beginning, or anew for another prompt."""
+    """Compute the K/V of a chunk whose `latents` are clean: of a given beginning, or again for another prompt."""
     latents, texts = request.latents, (request.prompt_embeds, request.negative_prompt_embeds)
     request.schedule.set_on(pipe.scheduler, latents.device)
     with pipe.precompute.loop(pipe, latents, request.prompt_embeds), request.attention.chunk(request.index):

@@ -25,7 +25,7 @@ class CausalOptions(Options):
     included; the sink is the beginning, which stays. `timesteps` are the noise levels times 1000, warped by the flow
     shift. `sampler`: `renoise` adds fresh noise to the prediction of the clean chunk in each step, `unipc` and `euler`
     solve the flow. K/V of a finished chunk is computed at the timestep `context_noise`. With `rope: relative` what is
-    in the window is numbered anew for each chunk, so that a video has no end; with `absolute` keys have the numbers of
+    in the window is numbered again for each chunk, so that a video has no end; with `absolute` keys have the numbers of
     their frames in the video, as in the published code, and it ends with the model's table.
     """
 

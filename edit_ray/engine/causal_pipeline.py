@@ -44,7 +44,7 @@ def noise_scheduler_of(sampler: str) -> SchedulerMixin:
 
 
 class EditCausalWanPipeline(EditWanPipeline):
-    """A causal, few-step Wan model: a call makes a video, `stream` makes one that goes on for as long as it is asked.
+    """A causal, few-step Wan model: a call makes a video, `stream` makes one that continues for as long as it is asked.
 
     Arguments mean what they mean in `EditWanPipeline`, and the result is the same. `options` of a call are fields of
     `CausalOptions`, in place of the model's own (`causal`): `window`, `sink`, `timesteps` and so on. Fresh noise comes

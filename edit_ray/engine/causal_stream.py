@@ -78,7 +78,7 @@ class CausalStream:
         self._attention = CausalAttention(pipe.transformer, kv, options, (shape[-2] // rows, shape[-1] // columns))
         self._callback, self._tensor_inputs = callback, callback_tensor_inputs
         self._decoder = StreamingDecoder(pipe.vae) if decode else None
-        self._latents: dict[int, Tensor] = {}  # of the chunks whose K/V may be computed anew
+        self._latents: dict[int, Tensor] = {}  # of the chunks whose K/V may be computed again
         self._pending: list[tuple[Switch | None, Texts]] = []  # what changes before the next chunk
         self._closed, self._made, self.next_chunk = False, 0, 0
         self._denoised: Tensor | None = None  # the next chunk, if it has yet to be decoded
@@ -107,7 +107,7 @@ class CausalStream:
         """Continue with another prompt from the next chunk on.
 
         Args:
-            switch: What the next chunk sees of those before: `recache` computes their K/V anew, with the new prompt;
+            switch: What the next chunk sees of those before: `recache` computes their K/V again, with the new prompt;
                 `keep` leaves it; `cut` drops all of it, and the next chunk is a beginning.
 
         Raises:
@@ -148,7 +148,7 @@ class CausalStream:
         return VideoChunk(index, latents, frames, statistics)
 
     def _decode(self, latents: Tensor) -> NDArray[np.uint8] | None:
-        """The chunk's frames; after an error the decoder's state is made anew."""
+        """The chunk's frames; after an error the decoder's state is made again."""
         if self._decoder is None:
             return None
         position = self.next_chunk * self.options.chunk_size

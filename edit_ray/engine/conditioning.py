@@ -89,7 +89,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the loop begins with, and what the transformer gets beside the latents in every step.
+    """What the loop begins with, and what the transformer gets besides the latents in every step.
 
     B videos, C latent channels, M channels of conditions, T latent frames, h x w latent pixels.
     """
@@ -121,14 +121,14 @@ def check_given(kind: Kind, given: Mapping[str, Any]) -> None:
     names = {name for name, value in given.items() if value is not None}
     if foreign := sorted(names - set(_TAKES[kind])):
         raise ValueError(
-            f"{_quoted(foreign)} cannot be used with {_IS[kind]}; it takes {_quoted(_TAKES[kind])} beside the prompt."
+            f"{_quoted(foreign)} cannot be used with {_IS[kind]}; it takes {_quoted(_TAKES[kind])} besides the prompt."
         )
     if kind == "image" and not names & {"image", "image_latents"}:
         raise ValueError("`image` is missing: an image-to-video model begins with one.")
     if "image_latents" in names and "last_image" in names and "image" not in names:
         raise ValueError("`image` is missing: `last_image` is encoded together with it.")
     if "strength" in names and "video" not in names:
-        raise ValueError("`strength` says how much of a `video` is made anew, and there is no `video`.")
+        raise ValueError("`strength` says how much of a `video` is made again, and there is no `video`.")
     if "strength" in names and not 0 < given["strength"] <= 1:
         raise ValueError(f"`strength` is {given['strength']}; valid is above 0, up to 1.")
     if kind in ("text", "first frame"):
@@ -252,7 +252,7 @@ def _video(
 def _vace(
     pipe: Any, given: Mapping[str, Any], window: Window, generator: Generator | list[Generator] | None
 ) -> Conditioning:
-    """VACE: what stays of a video, what is made anew, and where, for the control blocks; references in front."""
+    """VACE: what stays of a video, what is made again, and where, for the control blocks; references in front."""
     device, transformer = pipe._execution_device, pipe.denoiser
     video, mask, references = WanVACEPipeline.preprocess_conditions(
         pipe, given.get("video"), given.get("mask"), given.get("reference_images"), window.batch, window.height,

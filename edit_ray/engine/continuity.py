@@ -35,7 +35,7 @@ class ContextLatents:
 
     @property
     def slots(self) -> int:
-        """k."""
+        """The number of slots, k."""
         return self.context.shape[2]
 
     def at(self, sigma: float) -> Tensor:

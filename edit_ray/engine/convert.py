@@ -102,16 +102,16 @@ def _check(model: Any, weights: dict[str, Tensor], source: Path, base: str) -> N
     """Raises ModelError unless the weights are those of the model, each in its shape."""
     expected = {name: tuple(each.shape) for name, each in model.state_dict().items()}
     given = {name: tuple(each.shape) for name, each in weights.items()}
-    for what, names in (("lacks", expected.keys() - given.keys()), ("has beside them", given.keys() - expected.keys())):
+    for what, names in (("lacks", expected.keys() - given.keys()), ("has beyond them", given.keys() - expected.keys())):
         if names:
             raise ModelError(
-                f"{str(source)!r} is no checkpoint of {base!r}'s sizes: of {len(expected)} weights it {what} "
+                f"{str(source)!r} is not a checkpoint of {base!r}'s sizes: of {len(expected)} weights it {what} "
                 f"{len(names)}, such as {min(names)}."
             )
     for name, shape in expected.items():
         if given[name] != shape:
             raise ModelError(
-                f"{str(source)!r} is no checkpoint of {base!r}'s sizes: {name} is {list(given[name])} there, and "
+                f"{str(source)!r} is not a checkpoint of {base!r}'s sizes: {name} is {list(given[name])} there, and "
                 f"{list(shape)} in the base."
             )
 

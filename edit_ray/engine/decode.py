@@ -47,7 +47,7 @@ class StreamingDecoder:
     at once (`post_quant_conv`) other last bits than one. The VAE itself holds no state of the stream.
 
     With `tiled`, each tile of the frames is a stream of its own, for a GPU without the memory for whole frames. Only
-    the tile at work is on the VAE's device; the other tiles' states and the frames are on the CPU. Tiles overlap and
+    the current tile is on the VAE's device; the other tiles' states and the frames are on the CPU. Tiles overlap and
     are blended there as in diffusers' `AutoencoderKLWan.tiled_decode`, with its bits, and with the VAE's own sizes and
     strides (`tile_sample_min_height` and so on, in pixels). Frames differ from whole ones where tiles meet.
     """

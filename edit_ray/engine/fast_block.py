@@ -81,7 +81,7 @@ def enter(x: Tensor, temb: Tensor, rope: Rope, w: BlockWeights, sizes: Sizes) ->
 
 
 def leave(x: Tensor, attended: Tensor, text: TextKeys, temb: Tensor, w: BlockWeights, sizes: Sizes) -> Tensor:
-    """The part of a block after its attention, whose result is `attended` [B, heads, N, head_dim]."""
+    """A block after its self-attention, from `attended` [B, heads, N, head_dim] to its output [B, N, D]."""
     dtype = x.dtype
     _, _, gate, ff_shift, ff_scale, ff_gate = _modulation(temb, w)
     x = (x.float() + linear(attended.transpose(1, 2).flatten(2), w.out).float() * gate).to(dtype)

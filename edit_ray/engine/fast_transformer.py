@@ -1,4 +1,4 @@
-"""`engine.mode: fast` for a transformer: what replaces the forwards of its blocks, and their weights laid out anew."""
+"""`engine.mode: fast` for a transformer: replaced forwards of its blocks, and their weights in a new layout."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ class FastTransformer:
         )
 
     def _layer(self, *layers: Any, fused: Layer | None = None) -> Layer:
-        """The layer, or several fused ones; with `fp8` quantised, anew if one of their weights has changed."""
+        """The layer, or several fused ones; with `fp8` quantised, again if one of their weights has changed."""
         weight, bias, _ = fused or Layer(layers[0].weight, layers[0].bias)
         layer = Layer(weight.detach(), None if bias is None else bias.detach())
         if not self.fp8:

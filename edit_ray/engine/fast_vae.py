@@ -141,7 +141,7 @@ def _rows(x: Tensor) -> Tensor:
 
     No view, so what is compiled for it depends on C alone, and not on how the tensor was made.
     """
-    rows = x.permute(0, 2, 3, 4, 1).reshape(-1, x.shape[1]).data  # `data` is no view
+    rows = x.permute(0, 2, 3, 4, 1).reshape(-1, x.shape[1]).data  # `data` is not a view
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     torch._dynamo.maybe_mark_dynamic(rows, 0)

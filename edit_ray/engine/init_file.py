@@ -41,7 +41,7 @@ def read_init(path: str, *, frames: int, height: int, width: int) -> Frames:
     if not is_clip(path):
         return read_picture(path, height=height, width=width)
     if not os.path.isfile(path):
-        raise _unusable(_INIT, path, "is no file here")
+        raise _unusable(_INIT, path, "is not a file here")
     return _read_clip(path, frames, height, width)
 
 
@@ -51,7 +51,7 @@ def read_picture(path: str, *, height: int, width: int, key: str = _INIT) -> Fra
     Scaled, cut and laid on black as by `read_init`. Raises `ConfigError`, which names the `key` that has the path.
     """
     if not os.path.isfile(path):
-        raise _unusable(key, path, "is no file here")
+        raise _unusable(key, path, "is not a file here")
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP")) as picture:
             size, count = picture.size, getattr(picture, "n_frames", 1)

@@ -45,7 +45,7 @@ def load_pipeline(options: ModelOptions) -> EditWanPipeline:
 
     An offloaded text encoder stays in host memory, and so do offloaded blocks.
 
-    Raises `ModelError` if the path is no Wan model, a LoRA does not fit it, the device is missing or it cannot run the
+    Raises `ModelError` if the path is not a Wan model, a LoRA does not fit it, the device is missing or cannot run the
     dtype, a package is missing, the GPU cannot hold the weights, and if `device_bytes` is too little.
     """
     device = choose_device(options.device)
@@ -180,10 +180,10 @@ def with_flow_shift(noise_scheduler: SchedulerMixin, flow_shift: float) -> Sched
 
 @contextmanager
 def streamed(text_encoder: Any, device: torch.device) -> Iterator[None]:
-    """Inside, the encoder computes on `device`, where its inputs are; one block's weights are there at a time.
+    """The text encoder computes on `device`, which has its inputs and one block's weights at a time.
 
-    Each prompt of a call passes each block alone, so its bits do not depend on the other prompts; the weights are
-    copied once for all of them.
+    Each block encodes the prompts of a call one by one, so that the bits of one do not depend on the others. The
+    weights are copied once for all of them.
     """
     stack = text_encoder.encoder
     parts: list[nn.Module] = [*stack.block, stack.final_layer_norm]

@@ -24,7 +24,7 @@ StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 class Request:
     """What one call of the loop denoises, and who observes it."""
 
-    conditions: Conditioning  # the latents [B, C, T, h, w] to begin with, and what the transformer gets beside them
+    conditions: Conditioning  # the latents [B, C, T, h, w] to begin with, and what the transformer gets besides them
     prompt_embeds: Tensor  # [B, L, D] in the transformer's dtype
     negative_prompt_embeds: Tensor | None  # [B, L, D], needed with guidance
     schedule: StepSchedule
@@ -106,7 +106,7 @@ def predict_noise(
 ) -> Tensor:
     """The noise prediction [B, C, T, h, w] of one step: of the branch "cond", and with guidance of both.
 
-    `inputs` are the forward's arguments beside the text, `where` those of its `cache_context`.
+    `inputs` are the forward's arguments besides the text, `where` those of its `cache_context`.
     """
     guided = pipe.do_classifier_free_guidance
     beside = pipe.cfg_parallel.forward(model, uncond, inputs, where) if guided and pipe.cfg_parallel else None

@@ -106,7 +106,7 @@ def fit_problem(shapes: Mapping[str, Shape], layers: Layers, held: Sequence[str]
 
 
 def _file_problem(shapes: Mapping[str, Shape], layers: Layers) -> str | None:
-    """The same for the tensors of a file, as they are named there."""
+    """Why the tensors of a file, as they are named there, do not fit the `layers`; None if they do."""
     import torch
     from diffusers import WanPipeline
 

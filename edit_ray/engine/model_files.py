@@ -1,4 +1,4 @@
-"""The files of a model: that came with the package, in a folder, or on the hub; found, read one by one, compared."""
+"""Resolves a model's path (`builtin:`, folder or hub id), digests its files, gets small ones from the hub."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def locate_model(path: str) -> str:
         path: `builtin:tiny_wan`, a folder, or a hub id such as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`.
 
     Raises:
-        ModelError: none of them, a folder without `model_index.json`, or one outside `$EDIT_RAY_MODEL_ROOTS`.
+        ModelError: none of them, a folder without `model_index.json`, or (a hub id too) not in `$EDIT_RAY_MODEL_ROOTS`.
     """
     if path.startswith(BUILTIN_PREFIX):
         name = path.removeprefix(BUILTIN_PREFIX)
@@ -76,10 +76,10 @@ def _check_allowed(folder: Path | None, path: str) -> None:
 
 
 def allowed_file(path: str) -> Path:
-    """A model's single file. Raises ModelError: there is none, or it is outside `$EDIT_RAY_MODEL_ROOTS`."""
+    """A single file, such as a LoRA. Raises ModelError: there is none, or it is outside `$EDIT_RAY_MODEL_ROOTS`."""
     file = Path(path)
     if not file.is_file():
-        raise ModelError(f"{path!r} is no file.")
+        raise ModelError(f"{path!r} is not a file.")
     _check_allowed(file.resolve(), path)
     return file
 
@@ -115,7 +115,7 @@ def model_digest(path: str, files: Iterable[str] = ()) -> str | None:
 
 
 def known_digest(file: Path) -> int:
-    """xxh3_64 of a file, read again when its size, time of change or inode differ. Raises OSError."""
+    """xxh3_64 of a file, cached; it is read again when its size, time of change or inode differ. Raises OSError."""
     there = os.stat(file)
     key = str(file), there.st_size, there.st_mtime_ns, there.st_ino
     if key not in _digests:

@@ -22,7 +22,7 @@ VAE_CLASS = "AutoencoderKLWan"
 MAX_JSON_BYTES = 64 * 2**20
 
 Kind = Literal["text", "image", "first frame", "vace"]
-"""How a model is conditioned beside its prompt: not at all, by pictures in channels of their own, by a clean first
+"""How a model is conditioned besides by its prompt: not at all, by pictures in channels of their own, by a clean first
 latent, by control blocks."""
 
 
@@ -146,7 +146,7 @@ class _ModelFiles:
         return self._folder / name if (self._folder / name).is_file() else None
 
     def json(self, name: str) -> dict[str, Any]:
-        """The object in a JSON file; raises ModelError."""
+        """The JSON object in a file. Raises HubUnreachable; ModelError if missing, unreadable or not an object."""
         file = self.find(name)
         if file is None:
             raise ModelError(f"{self.path!r} has no {name}; a diffusers Wan model has one.")
@@ -159,7 +159,7 @@ class _ModelFiles:
         if size > MAX_JSON_BYTES:
             raise ModelError(f"{self.path!r} has a {name} of more than {MAX_JSON_BYTES} bytes.")
         if not isinstance(content, dict):
-            raise ModelError(f"{self.path!r} has a {name} that is no JSON object.")
+            raise ModelError(f"{self.path!r} has a {name} that is not a JSON object.")
         return content
 
 

@@ -25,7 +25,7 @@ from edit_ray.engine.cfg_parallel import check_device
 from edit_ray.tiers.arena import Arena
 
 AHEAD = 2  # copies begin this many uses early
-HORIZON = 256  # uses planned at once; at half of them the plan is made anew
+HORIZON = 256  # uses planned at once; half-way through, the next ones are planned
 ALIGNMENT = 256  # bytes, of each tensor in a block's memory
 
 Block = tuple[str, int]  # the expert, the position in its stack
@@ -139,8 +139,8 @@ class HostBlock:
 class BlockOffload:
     """Keeps the blocks of a pipeline's transformers in host memory, and copies them to `device` as they are needed.
 
-    `device_bytes` bounds what the transformers' weights take there: slots of a block each, beside everything that is no
-    block. `copied_bytes` counts what was copied.
+    `device_bytes` bounds what the transformers' weights take there: slots of a block each, besides what is outside of
+    blocks. `copied_bytes` counts what was copied.
 
     Raises:
         ValueError: `device_bytes` has no place for `AHEAD + 1` blocks.
@@ -161,7 +161,7 @@ class BlockOffload:
         if slots <= AHEAD:
             least = device_bytes - room + (AHEAD + 1) * largest
             raise ValueError(
-                f"{device_bytes} bytes are too few for the weights on the device: the parts that are no block and "
+                f"{device_bytes} bytes are too few for the weights on the device: the parts outside of blocks and "
                 f"{AHEAD + 1} blocks take {least}."
             )
         for tensor in others:
@@ -198,7 +198,7 @@ class BlockOffload:
             transformer.to("cpu")
 
     def _plan_from(self, index: int) -> None:
-        """Plan anew for the uses from `index` on; copies that have begun are contents of their slots."""
+        """Plan again for the uses from `index` on; copies that have begun are contents of their slots."""
         del self._uses[:index]
         self._at, self._begun = 0, 0
         self._plan = plan_loads(self._uses[:HORIZON], self._contents)

@@ -25,14 +25,14 @@ def is_clip(path: str) -> bool:
 
 
 def _path_of(names: tuple[str, ...], path: str) -> str:
-    """The absolute path, because the actors' working directory is another one."""
+    """The absolute path, because the actors run in a different working directory."""
     if not path.lower().endswith(names):
         raise ValueError("another kind of file")
     return os.path.abspath(os.path.expanduser(path))
 
 
 def _lora_path(path: str) -> str:
-    """The absolute path, because the actors' working directory is another one."""
+    """The absolute path, because the actors run in a different working directory."""
     if not path.endswith(".safetensors"):
         raise ValueError("no .safetensors file")
     return os.path.abspath(os.path.expanduser(path))
@@ -56,7 +56,7 @@ WeightsFile = Annotated[
 
 
 def _model_path(path: str) -> str:
-    """A folder's absolute path, because the actors' working directory is another one; hub ids and others unchanged."""
+    """A folder's absolute path, as the actors run in a different working directory; hub ids and others unchanged."""
     return os.path.realpath(path) if os.path.isdir(path) else path
 
 
@@ -166,7 +166,7 @@ class ModelOptions(Options):
         """Why options cannot be used on this machine, as predicates by their names: a file or a package is missing."""
         needed = dict.fromkeys(self.in_gguf, "gguf") | ({"storage": "torchao"} if self.storage == "int8" else {})
         lacking = {name: file for name, file in self.files.items() if not os.path.isfile(file)}
-        problems = {name: f"is {file!r}, which is no file." for name, file in lacking.items()}
+        problems = {name: f"is {file!r}, which is not a file." for name, file in lacking.items()}
         for name, package in needed.items():
             if find_spec(package) is None:
                 given = getattr(self, name)
@@ -220,7 +220,7 @@ class ContinuityOptions(Options):
 
     `none`: not at all. `warm_start`: it reuses residuals, and nothing else. `history`: it sees the last
     `history_latents` latents clean, in models with per-token timesteps. `overlap`: it sees them as noisy as the rest,
-    in any model; `overlap_source` says whether they are taken as they are (`latent`), encoded anew from their frames
+    in any model; `overlap_source` says whether they are taken as they are (`latent`), encoded again from their frames
     (`reencode`), or only the first of them is (`hybrid`). `image`: it begins with the last frame, in models that take
     a picture. `svi`: an image-to-video model sees the latent of `init` and behind it the last latent. `adain` moves
     each segment's colours by this factor towards those of the first. `init` is what segment 0 continues: a picture
@@ -296,7 +296,7 @@ class EngineOptions(Options):
     `max_ahead` segments after the last that its clients have taken. An actor is killed and restarted if it makes no
     step for `step_timeout_s` seconds, loads a model for more than `load_timeout_s`, or does not answer a question or
     obey a cancel for `answer_timeout_s`. Failed work is retried `segment_retries` times; the death of an actor or an
-    encoder is no failure of the work, unless it happens more than ten times during the same work. The run uses up to
+    encoder is not a failure of the work, unless it happens more than ten times during the same work. The run uses up to
     `gpu_actors`, as many as the cluster can place. `tiled_decode` auto decodes in tiles from the segment on for which
     the GPU ran out of memory, always from the first one. A GPU actor keeps the decoder states of the last
     `max_live_decoders` runs.

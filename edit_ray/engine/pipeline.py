@@ -67,7 +67,7 @@ def one_call_at_a_time(call: Callable[Arguments, Result]) -> Callable[Arguments,
         with _lock:
             if id(pipe) in _running:
                 raise RuntimeError(
-                    f"This {type(pipe).__name__} is at work, in another thread or in a call that made this one; "
+                    f"This {type(pipe).__name__} is running, in another thread or in a call that made this one; "
                     "a pipeline makes one call at a time. copy.deepcopy(pipe) is another pipeline."
                 )
             _running.add(id(pipe))

@@ -41,7 +41,7 @@ def load_transformers(model: ModelOptions, location: str, dtype: torch.dtype) ->
         location: The model's folder or hub id, as `locate_model` gives it.
 
     Raises:
-        ModelError: a package is missing, a file cannot be read, or is no transformer of this model.
+        ModelError: a package is missing, a file cannot be read, or is not a transformer of this model.
     """
     for name, problem in model.problems_here().items():
         raise ModelError(f"model.{name} {problem}")

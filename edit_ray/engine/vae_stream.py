@@ -58,7 +58,7 @@ class RunStream:
         video = []
         for first, last in ((position - new, tiled_from), (tiled_from, position)):
             if first < last:
-                decoder = self._decoder_for(first)  # the stream's own may be at work
+                decoder = self._decoder_for(first)  # the stream's own may be in use
                 decoder.rebuild(latents[:, :, : first - start], first)
                 video.append(decoder.decode(latents[:, :, first - start : last - start]))
         return torch.cat([part.to(video[-1].device) for part in video], dim=2)[:, :, -count:]

@@ -153,7 +153,7 @@ _LIMIT = 2.0**63  # above every statistic of a segment; sums of smaller values s
 
 
 class CommittedView(Protocol):
-    """A committed segment in the manifest."""
+    """What the metrics read of a committed segment (a `SegmentRecord` of the manifest)."""
 
     @property
     def index(self) -> int: ...
@@ -198,7 +198,7 @@ class RunMetrics:
         self._values.set("edit_ray_run_info", 1, run_id=run_id, policy=policy)
 
     def committed(self, run_id: str, records: Sequence[CommittedView], earlier: Sequence[CommittedView] = ()) -> bool:
-        """Counts new ones of the run's committed segments and of the `earlier` takes that they replaced.
+        """Count the run's committed segments, and the `earlier` takes they replaced, that were not counted before.
 
         Counts at most `MOST_AT_ONCE`; returns whether some are left for the next call.
         """

@@ -118,7 +118,7 @@ class PageServer(ThreadingHTTPServer):
         return f"http://{LOOPBACK}:{self.server_address[1]}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Prints the error here, never to the viewer. A viewer that has disconnected is no error."""
+        """Prints the error here, never to the viewer. A viewer that has disconnected is not an error."""
         error = sys.exception()
         if not isinstance(error, ConnectionError | TimeoutError):
             print(f"edit-ray: a request failed: {error!r}", file=sys.stderr)

@@ -28,7 +28,7 @@ def append_event(path: Path, event: str, **fields: int | float | str | Mapping[s
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Every event, in order; none where no log can be read. Lines that are torn, or are no events, are skipped."""
+    """Every event, in order; none where no log can be read. Lines that are torn, or are not events, are skipped."""
     try:
         lines = files.read_bytes(path).split(b"\n")
     except OSError:

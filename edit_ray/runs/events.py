@@ -50,9 +50,9 @@ class RunSubmitted:
 
 @dataclass(frozen=True)
 class WorkersCounted:
-    """`count` GPU actors may be used, numbered from 0; never fewer than before.
+    """GPU actors 0 … `count`-1 may be started; `count` never falls.
 
-    Those that had no place in the cluster may have one now.
+    One for which the cluster lacked resources before is tried again.
     """
 
     count: int
@@ -68,7 +68,7 @@ class Consumed:
 
 @dataclass(frozen=True)
 class CancelAsked:
-    """The run is to stop between two steps."""
+    """A client has asked to cancel the run; it stops after the current step."""
 
     run_id: str
 

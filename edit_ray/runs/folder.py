@@ -113,7 +113,7 @@ class RunFolder:
         return self.path.parent / f".{self._probes}{token}{files.DRAFT}"
 
     def remove_drafts(self) -> None:
-        """Removes what dead processes left half-written. No process may be writing in here."""
+        """Remove incomplete files that dead processes left. Only safe while no process writes to the folder."""
         files.remove_drafts(self.path.parent, self._probes)
         for name in ("", *_FOLDERS):
             files.remove_drafts(self.path / name)

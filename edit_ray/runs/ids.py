@@ -18,7 +18,7 @@ from edit_ray.errors import ConfigError
 MAX_SEGMENTS = 100_000
 
 Count = Annotated[int, Field(ge=0, lt=10**9)]
-"""Of segments, takes, frames of a segment, pixels, incarnations of a run: readers can loop over it and add it up."""
+"""Segments, takes, frames, pixels or incarnations: bounded, so that readers can loop over it and add it up."""
 SegmentCount = Annotated[int, Field(ge=0, lt=MAX_SEGMENTS + 1)]
 """The number of segments that a run is to have."""
 Frame = Annotated[int, Field(ge=0, lt=10**15)]

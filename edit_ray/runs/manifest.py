@@ -19,7 +19,7 @@ SCHEMA = 3
 READABLE = (2, SCHEMA)  # 2: without digests; an extension or a re-roll was a line of its own behind `Opened`
 
 Provenance = Mapping[str, str | Count]
-"""What the bits of a run depend on beside its configuration: device, versions, threads, digests."""
+"""What the bits of a run depend on besides its configuration: device, versions, threads, digests."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Begun:
 class Extended:
     """The run has `num_segments` segments from here on, whose reuse follows the plan so far.
 
-    `replans`: it is planned anew, as in manifests of earlier versions.
+    `replans`: it is planned again, as in manifests of earlier versions.
     """
 
     incarnation: Count
@@ -70,7 +70,7 @@ class Rerolled:
 class Opened:
     """Another incarnation works on the run from here on, on this hardware, beginning with a `change`.
 
-    `replans`: the reuse between segments is planned anew, from the first segment that is not committed.
+    `replans`: the reuse between segments is planned again, from the first uncommitted segment.
     `writer` is random, so that two that open the run at once write different lines.
     """
 
@@ -122,7 +122,7 @@ class Tiled:
 
 @dataclass(frozen=True)
 class HardwareChanged:
-    """Other hardware works on the run from here on; reuse is planned anew from `start`, which has no latents yet."""
+    """Other hardware works on the run from here on; reuse is planned again from `start`, which has no latents yet."""
 
     incarnation: Count
     provenance: Provenance
@@ -132,7 +132,7 @@ class HardwareChanged:
 
 @dataclass(frozen=True)
 class Dropped:
-    """The media of all segments before `before` are removed (`output.keep_segments`)."""
+    """Segments 0 … `before`-1 lose their media (`output.keep_segments`); the files are removed after this line."""
 
     incarnation: Count
     before: Count
@@ -208,7 +208,7 @@ class Manifest:
     takes: tuple[Take, ...] = ()
     earlier_takes: Records = field(default_factory=Records)
     planned_from: int = 0  # the segment from which the reuse between segments was last planned
-    replanned: int = 0  # how often it was planned anew
+    replanned: int = 0  # how many times it was replanned
     dropped_before: int = 0
     tiled_from: int | None = None  # the segment from which on frames are decoded in tiles
     end: Ended | None = None

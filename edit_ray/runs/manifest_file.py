@@ -108,9 +108,7 @@ class ManifestFile:
         except OSError:
             there = None
         if there is None or (there.st_ino, there.st_dev) != (mine.st_ino, mine.st_dev):
-            raise RunFolderGone(
-                f"the run's folder {self.path.parent} was removed or replaced while the run was at work"
-            )
+            raise RunFolderGone(f"the run's folder {self.path.parent} was removed or replaced while the run was active")
         if mine.st_size != self._size:
             self._read_on()
         self._check_incarnation()
@@ -180,7 +178,7 @@ def _locked(path: Path, flags: int) -> Iterator[int]:
         try:
             files.disk.lock(descriptor)
         except BlockingIOError:
-            raise RunLocked(f"another process is at work on the run in {path.parent}") from None
+            raise RunLocked(f"another process is working on the run in {path.parent}") from None
         yield descriptor
     except BaseException:
         files.disk.close(descriptor)

@@ -74,7 +74,7 @@ class Fold:
         if self._torn is not None and not (self._torn_at_end and self.lines):
             raise ManifestUnreadable(self._torn)
         if self._manifest is None:
-            raise ManifestUnreadable(f"{self._path} has no whole line: it is empty, or was cut off; this is no run")
+            raise ManifestUnreadable(f"{self._path} has no whole line: it is empty, or was cut off; this is not a run")
         return self._manifest
 
     def add(self, content: bytes) -> set[int]:
@@ -126,7 +126,7 @@ class Fold:
     def _tear(self, number: int, *, last: bool) -> None:
         self._torn_at_end = last and self._torn is None
         if self._torn is None:
-            damage = "the line is damaged (its checksum does not fit), or this is no manifest"
+            damage = "the line is damaged (its checksum does not fit), or this is not a manifest"
             self._torn = self._located(number, damage)
 
     def _located(self, number: int, damage: str) -> str:
@@ -215,7 +215,7 @@ def _validated(text: bytes) -> Line:
 
 
 def _check_schema(text: bytes) -> None:
-    """Raises ValueError where this is no first line of a manifest, or one of another version."""
+    """Raises ValueError where this is not the first line of a manifest, or one of another version."""
     values = json.loads(text)
     if values.get("kind") != "begun":
         raise ValueError("the first line of a manifest is missing")

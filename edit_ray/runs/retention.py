@@ -67,7 +67,7 @@ MARGIN_BYTES = 64 << 20
 def shortage(segments: int, latents: int, media: int, keep_segments: int | None, free: int) -> str | None:
     """One sentence if `segments` more segments do not fit into `free` bytes of the disk.
 
-    Each takes so many bytes of latents and of media, and at most `keep_segments` are kept at a time (None: all).
+    `latents` and `media` are bytes per segment; about `keep_segments` are kept at a time (None: all).
     """
     kept = segments if keep_segments is None else min(segments, keep_segments + 1)
     needed = kept * (latents + COPIES_OF_MEDIA * media)

@@ -104,7 +104,7 @@ class Pictures:
 
     @property
     def paths(self) -> list[str]:
-        """Those that there are."""
+        """The paths that are set, in that order."""
         return [path for path in (self.image, self.last_image, *self.reference_images) if path is not None]
 
 

@@ -41,7 +41,7 @@ def save_random_wan(
 
     Latents have 4 channels at 1/8 of the pixel size and 1/4 of the frame rate, as Wan's; everything together is about
     a megabyte. `two_experts` adds a `transformer_2`, used below `boundary_ratio` (0.5 unless given). The same seed
-    gives the same weights; the caller's random state stays as it is. `layout` is what the model takes beside text:
+    gives the same weights; the caller's random state stays as it is. `layout` is what the model takes besides text:
     an image as Wan2.2 ("image") or Wan2.1 ("image_clip", and with a last image "first_last_clip"), or VACE's controls.
     With `causal` it is a causal model of these options (`CausalOptions`).
     """

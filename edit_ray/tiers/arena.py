@@ -63,7 +63,7 @@ class Arena:
         """
         folder = Path(directory)
         if not folder.is_dir():
-            raise ValueError(f"directory is {str(directory)!r}, which is no folder; valid is one in shared memory.")
+            raise ValueError(f"directory is {str(directory)!r}, which is not a folder; valid is one in shared memory.")
         remove_stale(folder)
         size = whole_pages(size_bytes)
         if size > _free_bytes(folder):
@@ -82,7 +82,7 @@ class Arena:
 
     @classmethod
     def create_unnamed(cls, size_bytes: int) -> Arena:
-        """The same in no folder, bounded by the node's memory alone. Raises HostMemoryShort, with both sizes."""
+        """A new arena of `size_bytes` in no folder, bounded by the node's memory. Raises HostMemoryShort."""
         size, free = whole_pages(size_bytes), _available_bytes()
         if size > free:
             raise HostMemoryShort(

@@ -117,7 +117,7 @@ class EntryFolder:
     def write(self, key: Key, ticket: object, memory: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> bool:
         """Write a tensor from memory that starts at a multiple of 4096 and has `whole_pages` of its bytes.
 
-        False if the key was dropped or written anew since the ticket was given. Raises OSError, DiskFull if there is
+        False if the key was dropped or written again since the ticket was given. Raises OSError, DiskFull if there is
         no room, and ValueError; nothing is left then.
         """
         draft = self._draft(key)
@@ -332,7 +332,7 @@ class DiskTier:
     def write(self, key: Key, memory: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> Future[bool]:
         """Replace an entry. The earlier one is gone at once, the new one is readable when the future is done.
 
-        False if it was dropped or written anew before that. Its error is DiskFull where room must be made, else an
+        False if it was dropped or written again before that. Its error is DiskFull where room must be made, else an
         OSError; the key has no entry then.
         """
         ticket, aside = self.files.begin(key)

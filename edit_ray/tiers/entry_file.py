@@ -67,7 +67,7 @@ class FileEntry:
 
 
 def file_name(key: Key) -> str:
-    """The same for equal keys, such as (1,) and (True,). Raises TypeError for what is not a key."""
+    """The file of an entry, one for equal keys such as (1,) and (True,). Raises TypeError for what is not a key."""
     return f"{xxh3_128_hexdigest(_text(key).encode())}.safetensors"
 
 

@@ -35,7 +35,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Reuse:
-    """A run's plan, and the form of every entry in it."""
+    """The reuse plan of a run, and the device, dtype and shape that all its entries have."""
 
     plan: ReusePlan
     form: EntryForm

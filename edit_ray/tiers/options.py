@@ -28,7 +28,7 @@ def parse_bytes(value: object) -> object:
     """A number of bytes from `256MiB`, `1.5GB`, `1e6` or a whole number; anything else is returned as it came.
 
     Raises:
-        ValueError: text that is no number of bytes.
+        ValueError: text that is not a number of bytes.
     """
     if isinstance(value, float) and value.is_integer():
         return int(value)
@@ -36,10 +36,10 @@ def parse_bytes(value: object) -> object:
         return value
     match = _QUANTITY.fullmatch(value.strip())
     if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{value!r} is no number of bytes such as 256MiB")
+        raise ValueError(f"{value!r} is not a number of bytes such as 256MiB")
     count = Fraction(match[1]) * _UNITS[match[2]]
     if count.denominator != 1:
-        raise ValueError(f"{value!r} is no whole number of bytes")
+        raise ValueError(f"{value!r} is not a whole number of bytes")
     if count > MAX_BYTES:
         raise ValueError(f"{value!r} is more than {MAX_BYTES} bytes")
     return int(count)

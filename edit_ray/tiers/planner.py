@@ -119,7 +119,7 @@ class TierPlanner:
         return self._serve()
 
     def need(self, number: int) -> list[Instruction]:
-        """The segment waits for this op: it is late."""
+        """A segment is blocked on op `number`: its prefetch counts as late."""
         op = self._ops.get(number)
         if op is not None and op.offset is None:
             op.needed = True
@@ -317,7 +317,7 @@ class TierPlanner:
             self._drop(max(self.entries.values(), key=self._next_use), "evicted")
 
     def _reconsider(self, segment: int) -> list[Instruction]:
-        """Drop what the plan reads in no segment from this one on, and rank the others anew."""
+        """Drop what the plan reads in no segment from this one on, and rank the others again."""
         for entry in list(self.entries.values()):
             if self._plan.get(entry.key) and self._plan[entry.key][-1][0] < segment:
                 self._drop(entry, "dropped")

@@ -130,7 +130,7 @@ def this_process() -> str:
 
 
 def is_gone(process: object) -> bool:
-    """Whether no process of this machine has the name any more; what is no such name is nobody's."""
+    """Whether no process of this machine has the name any more; anything else is nobody's."""
     parsed = _parse(process)
     if parsed is None:
         return True

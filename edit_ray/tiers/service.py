@@ -126,7 +126,7 @@ class TierService:
         self._do(lambda: self._close_segment(run, segment, opened))
 
     def missing(self, keys: Sequence[Key]) -> list[Key]:
-        """Those of these entries that no complete segment has left here."""
+        """The entries among `keys` that no complete segment has left here."""
 
         def missing() -> list[Key]:
             unfinished = {op.key for opened in self._open.values() for op in opened.ops if op.writes}

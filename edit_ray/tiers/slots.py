@@ -123,6 +123,6 @@ class Slots:
         heappush(self._ranked[entry.size], (-next_use, entry.stamp, entry))
 
     def rank_none(self) -> None:
-        """The order of use has changed: every entry is ranked anew."""
+        """Clear all ranks, as the order of use has changed; the caller then ranks every entry."""
         for ranked in self._ranked.values():
             ranked.clear()

@@ -154,7 +154,7 @@ class PlannedStore:
         self._own.clear()
 
     def tier_of(self, key: Key) -> str | None:
-        """The tier that an entry would be read from; reads nothing."""
+        """The tier that `get` would read from: "device", "host", or None if no read is planned. Reads nothing."""
         if key in self._own.get(key[1:4], ()):
             return "device"
         return "host" if ((*self._prefix, *key), False) in self._indices else None

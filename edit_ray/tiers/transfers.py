@@ -32,9 +32,9 @@ class Taken:
 
 @dataclass(slots=True)
 class Loaded:
-    """A tensor on the device, and the copy that fills it; None for one that was computed there.
+    """A tensor on the device. `copy` fills it; None if it was computed there.
 
-    `readers` reads will use it. `pooled` if it counts as one of a pool.
+    `readers` is the number of reads to come; `pooled` says whether the tensor belongs to a `DevicePool`.
     """
 
     tensor: Tensor
@@ -172,6 +172,6 @@ class DevicePool:
                 self._number[form] -= 1
 
     def release(self) -> None:
-        """Hold nothing from now on."""
+        """Free all spare tensors; tensors that are still out are not replaced."""
         self._number.clear()
         self._spare.clear()

@@ -39,7 +39,7 @@ class Observer(CachePolicy):
         self.measured: dict[Owner, Measured] = {}
 
     def should_compute(self, ctx: PolicyContext) -> bool:
-        """Always."""
+        """Compute always."""
         return True
 
     def on_computed(self, ctx: PolicyContext) -> None:
@@ -95,7 +95,10 @@ def fit_teacache(measured: Mapping[Owner, Measured], use_ret_steps: bool) -> dic
 
 
 def fit_magcache(measured: Mapping[Owner, Measured], num_steps: int) -> dict[str, Any]:
-    """MagCache's option: per expert and branch the mean ratio of norms by step, 1 where unmeasured."""
+    """MagCache's `mag_ratios`: by "expert/branch", the residual's norm at each step relative to the step before.
+
+    Averaged over calls; 1 for a step that was not measured, such as the first.
+    """
     ratios = {}
     for owner, seen in measured.items():
         by_step = [[call[step] for call in seen.ratios if step in call] for step in range(num_steps)]

@@ -33,7 +33,7 @@ def rank_skips(measure: Callable[[Collection[Slot]], float], slots: Sequence[Slo
     """Skip forwards until `most` of them are skipped, always the one that leaves the highest likeness.
 
     `measure(skipped)` gives the likeness in dB. As skipping more hardly raises it, a forward's likeness on top of fewer
-    skips is its upper bound now: one that is still best when measured anew is the best, and most others need not be.
+    skips is its upper bound now: one that is still best when measured again is the best, and most others need not be.
 
     Source: M. Minoux, "Accelerated greedy algorithms for maximizing submodular set functions" (1978).
     """

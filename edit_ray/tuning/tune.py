@@ -1,4 +1,4 @@
-"""Finds, for the user's model and prompts, the policy that computes least and keeps the frames close enough."""
+"""Searches for the policy and threshold that compute least on the user's prompts and keep the mean PSNR high enough."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Trial:
 
 
 class PolicyUnfit(Exception):
-    """A policy cannot work on a model: it has to know it, say, and nobody has calibrated it."""
+    """A policy cannot run on this model, for example because it needs a calibration."""
 
 
 Measure = Callable[[str, Mapping[str, Any]], Iterator[tuple[float, float]]]

@@ -95,11 +95,11 @@ def encode(
     init: bytes | None = None,
     patience: Patience = PATIENCE,
 ) -> bytes:
-    """`frames` [F, H, W, 3] as fragment `number` (from 0) of an MP4, behind an init that is the same for all of them.
+    """Encode `frames`, uint8 [F, H, W, 3], as fragment `number` (from 0) of an MP4; return its init and the fragment.
 
-    `first_frame` is the position in the video of the first of them. No B-frames and a closed group of pictures. `init`
-    is the init that earlier fragments have: runs begun before primaries and transfer were tagged continue without tags.
-    Raises EncodeError, also when ffmpeg dies, hangs or loses a frame: its incomplete output is never returned.
+    All fragments of a run have the same init. `first_frame` is the fragment's position in the video. With the `init` of
+    earlier fragments, runs begun before primaries and transfer were tagged continue without tags. No B-frames and a
+    closed group of pictures. Raises EncodeError, also when ffmpeg dies, hangs or loses a frame.
     """
     count, height, width, _ = frames.shape
     second, frame = time_scale(fps)

@@ -31,7 +31,7 @@ _MULTIVARIANT = re.compile(
 
 @dataclass(frozen=True)
 class MediaPlaylist:
-    """The form of a run's media playlist.
+    """Formats a run's media playlist as HLS text (RFC 8216).
 
     Args:
         fps: frames a second.

@@ -23,7 +23,7 @@ RADIUS = 8
 LARGEST_SCORE = 8.0
 """The score of a join at which nothing moves though everything around it does, in place of infinity."""
 
-_STILL = 1e-4  # of full scale: differences far below a grey level are no motion, in ratios of which they would be noise
+_STILL = 1e-4  # of full scale: differences far below a grey level are not motion, and would be noise in its ratios
 _LEAST_FRAMES = 3  # on each side of a seam
 _COLOR_UNIT = 4.0  # grey levels of colour that count as much as twice the motion
 _LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
@@ -50,7 +50,7 @@ class Seam:
 
     @property
     def score(self) -> float:
-        """The worst of them on a common scale, 0 (seamless) to `LARGEST_SCORE`."""
+        """The worst of motion, colour and sharpness on a common scale, from 0 (seamless) to `LARGEST_SCORE`."""
         motion = max(abs(math.log2(self.jump)), math.log2(self.accel))
         worst = max(motion, self.color / _COLOR_UNIT, abs(self.sharp))
         return min(LARGEST_SCORE, worst)

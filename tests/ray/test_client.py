@@ -194,10 +194,10 @@ def test_a_run_at_work_is_ended_by_its_owner_alone_and_by_its_root_and_id(
         ("bob", tmp_path, ["cancel", run_id], f"run {run_id!r} belongs to 'ada', and you are 'bob'"),
         ("bob", tmp_path, ["resume", run_id], f"run {run_id!r} belongs to 'ada', and you are 'bob'"),
         ("bob", tmp_path, ["down"], f"run {run_id!r} belongs to 'ada', and you are 'bob'"),
-        ("ada", tmp_path, ["down"], "1 run is at work, and nothing was ended"),
-        ("ada", tmp_path, ["delete", run_id, "--yes"], f"run {run_id!r} is at work"),
+        ("ada", tmp_path, ["down"], "1 run is active, and nothing was ended"),
+        ("ada", tmp_path, ["delete", run_id, "--yes"], f"run {run_id!r} is active"),
         ("ada", elsewhere, ["cancel", run_id], f"nobody works on run {run_id!r}"),
-        ("ada", elsewhere, ["resume", run_id], f"is taken by {tmp_path / run_id}, and at work"),
+        ("ada", elsewhere, ["resume", run_id], f"is taken by {tmp_path / run_id}, and active"),
     ):
         code, out, error = edit_ray_as(owner, root, *command)
         assert (code, says in error) == (2, True), (command, out, error)

@@ -85,7 +85,7 @@ def test_a_run_whose_actors_were_all_ended_is_resumed_by_the_same_command(start_
     launch.end_actors()
     said, _ = job.communicate(timeout=60)
     assert job.returncode == 1, said
-    assert f"go on with `edit-ray resume {run_id}-hurt`" in said
+    assert f"run `edit-ray resume {run_id}-hurt`" in said
     assert client.status(f"{run_id}-hurt").state == "open"
     with pytest.raises(SegmentFailed, match="nobody works on run"):
         list(client.stream(f"{run_id}-hurt", 1, frames=False))

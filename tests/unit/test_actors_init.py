@@ -132,7 +132,7 @@ def test_segment_0_follows_the_file(tmp_path, model, files):
 def test_a_file_that_is_gone_before_the_run_begins_ends_it_with_a_sentence(tmp_path, model, files):
     spec = spec_for(tmp_path, model, files["clip"], mode="history")
     (tmp_path / files["clip"]).unlink()
-    with pytest.raises(ConfigError, match=r"continuity\.init is .*a\.mp4', which is no file here"):
+    with pytest.raises(ConfigError, match=r"continuity\.init is .*a\.mp4', which is not a file here"):
         DenoiserActor(LocalWorker()).prepare_run(spec)
 
 
@@ -142,7 +142,7 @@ def test_a_file_that_is_gone_before_the_run_begins_ends_it_with_a_sentence(tmp_p
         (["continuity.init=a.txt"], "continuity.init is 'a.txt'; it must be the path of a picture (.png, "),
         (["continuity.init=''"], "continuity.init is ''; it must be the path of a picture"),
         (["continuity.init=a.png", "continuity.mode=none"], "it needs continuity.mode history, overlap, image or svi"),
-        (["continuity.init=missing.png"], "missing.png', which is no file here"),
+        (["continuity.init=missing.png"], "missing.png', which is not a file here"),
         (
             ["continuity.init=a.mp4", "continuity.history_latents=4"],
             "has 9 frames; with this continuity.history_latents",

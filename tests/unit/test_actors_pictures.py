@@ -223,7 +223,7 @@ async def test_a_picture_that_was_edited_stops_the_run_and_what_ends_with_one_is
     await scheduler.submit("one", values, str(tmp_path), str(tmp_path), "")
     status = await end_of(scheduler, "one")
     assert status.state == "failed"
-    assert "a picture of run 'one' was edited while the run was at work; put it back" in status.error
+    assert "a picture of run 'one' was edited while the run was active; put it back" in status.error
     assert folder.read_manifest().begun.provenance["pictures"]
     with pytest.raises(HardwareDiffers, match="its pictures are others than those it was begun with"):
         await scheduler.resume("one", str(tmp_path), False)

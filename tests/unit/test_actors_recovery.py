@@ -224,7 +224,7 @@ async def test_a_full_disk_loses_nothing_that_is_committed(start, tmp_path, mode
     disk.left = set(SYNCED) - {"init.mp4", "live.m3u8"}  # these are there
     ended = await end_of(scheduler, "reuse")
     assert failed.state == "failed"
-    assert f"no space is left for {folder.path}; free some, then go on with `edit-ray resume reuse`" in failed.error
+    assert f"no space is left for {folder.path}; free some, then run `edit-ray resume reuse`" in failed.error
     assert (there.state, len(there.segments) >= 1) == ("open", True), "its end could not be recorded"
     assert folder.read_manifest().segments[: len(there.segments)] == there.segments
     assert (ended.state, disk.left) == ("done", set()), ended.error

@@ -157,7 +157,7 @@ async def test_a_gpu_actor_that_comes_back_on_other_hardware_is_noticed(start, t
     await scheduler.resume("one", str(tmp_path), True)
     done = await end_of(scheduler, "one")
     assert failed.state == "failed"
-    assert "device was 'an abacus' and is 'a sundial'; --allow-different-hardware goes on anyway" in failed.error
+    assert "device was 'an abacus' and is 'a sundial'; --allow-different-hardware continues anyway" in failed.error
     assert before.provenance["device"] == "an abacus"
     assert (done.state, done.committed) == ("done", 4), done.error
     after = RunFolder(tmp_path, "one").read_manifest()

@@ -27,7 +27,7 @@ async def test_a_run_is_extended_and_rerolled_and_its_old_takes_are_kept(start, 
     folder = RunFolder(tmp_path, name)
     scheduler = start()
     await submit(scheduler, tmp_path, name, config_for(model, **PLAIN_AND_REUSE[name]))
-    with pytest.raises(RunLive, match="is at work; wait for its end"):
+    with pytest.raises(RunLive, match="is active; wait for it to end"):
         await scheduler.extend(name, str(tmp_path), 2, False)
     await end_of(scheduler, name)
     before = folder.read_manifest()

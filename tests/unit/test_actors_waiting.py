@@ -98,7 +98,7 @@ async def test_a_run_waits_until_its_trouble_is_over(start, tmp_path, model, who
         assert [line_of(one) for one in await second.runs()] == [line_of(status)]
         assert "waiting" in line_of(status)
         assert set(await pool.recall()) == {"plain"}, "should this one die as well, the next knows it"
-        with pytest.raises(RunLive, match="is at work"):
+        with pytest.raises(RunLive, match="is active"):
             await second.extend("plain", str(tmp_path), 1, False)
         with pytest.raises(RunExists, match="taken"):
             await second.resume("plain", str(tmp_path / "elsewhere"), False)
@@ -121,7 +121,7 @@ async def test_a_lock_that_a_dead_node_holds_for_a_while_costs_only_that_while(
         await done(second, "other")
         status = await second.status("plain")
         assert (status.state, status.committed) == ("waiting", len(manifest.segments))
-        assert "another process is at work on the run" in status.warning
+        assert "another process is working on the run" in status.warning
         for index, record in enumerate(manifest.segments):
             assert (await second.wait_segment("plain", index, 1)).record == record
         reply = await second.wait_segment("plain", len(manifest.segments), 0.1)

@@ -257,15 +257,15 @@ def lose_records(folder):
 @pytest.mark.parametrize(
     ("source", "damage", "words"),
     [
-        ("two", id, "two is no record and no run with records; a run has some if its cache.policy"),
-        ("../up", id, "../up is no file, no folder and no run's id"),
-        ("no/such.json", id, "no/such.json is no file, no folder and no run's id"),
+        ("two", id, "two is neither a record nor a run with records; a run has some if its cache.policy"),
+        ("../up", id, "../up is not a file, a folder or a run id"),
+        ("no/such.json", id, "no/such.json is not a file, a folder or a run id"),
         ("", id, "no run with records"),
-        ("\0", id, "no run's id"),
+        ("\0", id, "or a run id"),
         (
             "one",
             lambda folder: folder.record(1).write_text("{}"),
-            "00001-t0.json cannot be read: this is no record of cache decisions",
+            "00001-t0.json cannot be read: this is not a record of cache decisions",
         ),
         ("one", lambda folder: folder.record(1).write_bytes(b"\xff\xfe"), "00001-t0.json cannot be read"),
         ("one", lose_records, "run 'one' has committed no segment yet (its state: open)"),

@@ -94,9 +94,9 @@ BROKEN = [
 def test_what_is_no_calibration_is_refused_and_kept(tmp_path, content):
     file = tmp_path / FILE_NAME
     file.mkdir() if content is None else file.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{FILE_NAME} is no calibration"):
+    with pytest.raises(ValueError, match=f"{FILE_NAME} is not a calibration"):
         calibrated_options(tmp_path, "teacache", {})
-    with pytest.raises(ValueError, match=f"{FILE_NAME} is no calibration"):
+    with pytest.raises(ValueError, match=f"{FILE_NAME} is not a calibration"):
         write_calibration(file, "teacache", {"coefficients": [1]}, {})
     assert content is None or file.read_bytes() == content
 
@@ -139,7 +139,7 @@ def test_without_its_calibration_the_model_needs_options(pipe, folder):
     with pytest.raises(ValueError, match=r"either wan_variant= .* or coefficients="):
         pipe.enable_cache("teacache", STEPS)
     (folder / FILE_NAME).write_text("{}")
-    with pytest.raises(ValueError, match="is no calibration"):
+    with pytest.raises(ValueError, match="is not a calibration"):
         pipe.enable_cache("teacache", STEPS)
     assert pipe.cache is None
 

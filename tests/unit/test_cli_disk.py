@@ -174,7 +174,7 @@ def test_a_locked_run_is_not_deleted_and_one_of_an_unreadable_configuration_is(t
     folder.run_yaml.write_text("of: another version\n")
     held = folder.open()
     code, _, err = told(capsys, "delete", "one", "--yes")
-    assert (code, "another process is at work on the run" in err) == (1, True)
+    assert (code, "another process is working on the run" in err) == (1, True)
     assert folder.path.exists()
     held.close()
     assert told(capsys, "delete", "one", "--yes")[0] == 0

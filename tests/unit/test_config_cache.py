@@ -162,7 +162,7 @@ def test_the_calibration_of_the_model_is_enough_and_named_if_it_is_broken(model:
     assert (cache.policy_options, cache.target_speedup) == ({}, 2.5)
     calibration.write_text("{}")
     (problem,) = problems_of(path)
-    assert f"{FILE_NAME} is no calibration of schema 1" in problem
+    assert f"{FILE_NAME} is not a calibration of schema 1" in problem
     assert problem.startswith(":6: cache")
     load_config(path, ["cache.coefficients.0=1.5"])  # then nothing is asked of it
 

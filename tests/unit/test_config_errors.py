@@ -193,7 +193,7 @@ FILES: list[tuple[str | bytes, str, str]] = [
     ("null\n", "", "this is empty"),
     ("[1, 2]\n", "", "a list of 2; it must be a mapping with the keys model, sampling"),
     ("just text\n", "", "'just text'; it must be a mapping"),
-    (GOOD + "[a, b]: 3\n", ":4:", "is no plain text"),
+    (GOOD + "[a, b]: 3\n", ":4:", "is not plain text"),
     (GOOD + 'output: {directory: "\\ud800"}\n', ":4:", "surrogate"),
     (b"\x00\x01\x02\x03", "", "not valid YAML text: special characters are not allowed"),
     (b"\x89PNG\r\n\x1a\n\x00", "", "byte 0 is not UTF-8"),
@@ -242,7 +242,7 @@ AS_ANOTHER = pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything
     ("name", "words"),
     [
         (".", "this is a folder; it must be a YAML file."),
-        ("pipe", "no regular file"),  # and is not opened
+        ("pipe", "not a regular file"),  # and is not opened
         *((name, "cannot be read|no file's name|no such file") for name in ("x" * 300, "loop", "nul\0l", "file/below")),
         ("\udc80", "no such file"),
         pytest.param("secret", "cannot be read: Permission denied", marks=AS_ANOTHER),

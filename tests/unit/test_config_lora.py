@@ -76,7 +76,7 @@ def test_a_lora_that_fits_is_found_so_by_its_header(model, files, name):
 
 
 WRONG_FILES = {
-    "nowhere": "nowhere.safetensors' is no file",
+    "nowhere": "nowhere.safetensors' is not a file",
     "damaged": "damaged.safetensors' cannot be read as safetensors",
     "text": "matches nothing in the transformer; it holds lora_te_text_model_q.lora_down.weight.",
     "strange": "has no keys that diffusers converts (ValueError); it holds diffusion_model.x.lora_A.weight.",

@@ -131,7 +131,7 @@ def test_mistakes_about_the_model_come_with_all_others(model: Path) -> None:
 DAMAGE: list[tuple[Change, tuple[str, ...]]] = [
     (remove("model_index.json"), ("has no model_index.json",)),
     (write("model_index.json", "{"), ("model_index.json that cannot be read as JSON",)),
-    (write("model_index.json", "[]"), ("model_index.json that is no JSON object",)),
+    (write("model_index.json", "[]"), ("model_index.json that is not a JSON object",)),
     (write("model_index.json", "[" * 100_000), ("model_index.json that cannot be read as JSON",)),
     (write("model_index.json", "{}"), ("it must be a Wan model",)),
     (

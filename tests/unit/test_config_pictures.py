@@ -77,7 +77,7 @@ WRONG = [
     ("first and last", [f"{MODE}image", f"{INIT}a.png"], "each of its segments must have an image and a last_image"),
     ("VACE", [f"{MODE}overlap"], "must be none or warm_start for this model, because it is a VACE model"),
     ("VACE", ["image=a.png"], "a VACE model; it takes reference_images"),
-    ("TI2V", ["image=missing.png"], "missing.png', which is no file here"),
+    ("TI2V", ["image=missing.png"], "missing.png', which is not a file here"),
     ("TI2V", ["image=broken.jpg"], "broken.jpg', which cannot be read as a picture"),
     ("TI2V", ["last_image=moving.png"], "moving.png', which has 2 frames; a picture must have one"),
     ("VACE", ["reference_images.0=a.png", "reference_images.1=moving.webp"], "reference_images.1 is"),
@@ -111,7 +111,7 @@ def test_every_mistake_is_said_at_once(folder, monkeypatch):
         f"{MODE}image",
         "sampling.width=30",
     )
-    for words in ("missing.png', which is no file", "has 2 frames", "takes no picture", "continuity.mode is 'image'"):
+    for words in ("missing.png', which is not", "has 2 frames", "takes no picture", "continuity.mode is 'image'"):
         assert [problem for problem in found if words in problem], (words, found)
     assert [problem for problem in found if "sampling.width" in problem]
 

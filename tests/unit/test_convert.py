@@ -112,7 +112,7 @@ def without_a_weight(weights):
     ("made", "said"),
     [
         (without_a_weight, "of 69 weights it lacks 1, such as blocks.1.ffn.net.0.proj.bias"),
-        (lambda w: original(w) | {"model.blocks.2.more": torch.ones(1)}, "it has beside them 1, such as blocks.2.more"),
+        (lambda w: original(w) | {"model.blocks.2.more": torch.ones(1)}, "it has beyond them 1, such as blocks.2.more"),
         (
             lambda w: original(w) | {"model.head.head.bias": torch.ones(5)},
             "proj_out.bias is [5] there, and [16] in the",

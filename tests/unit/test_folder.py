@@ -43,7 +43,7 @@ def test_one_process_at_a_time_works_on_a_run_and_what_is_half_written_goes(tmp_
     manifest = folder.create("", BEGUN)
     draft = folder.media(0, 0).with_name(".00000-t0.mp4.part")
     draft.write_bytes(b"half")
-    with pytest.raises(RunLocked, match="another process is at work"):
+    with pytest.raises(RunLocked, match="another process is working"):
         folder.open()
     assert draft.exists(), "it may be the other's"
     manifest.close()

@@ -79,7 +79,7 @@ def problem_of(path, **options):
 def test_a_file_that_is_not_there(tmp_path):
     (tmp_path / "b.png").mkdir()
     for path in (tmp_path / "a.png", tmp_path / "a.mp4", tmp_path / "b.png", "a\0.png"):
-        assert "is no file here" in problem_of(path)
+        assert "is not a file here" in problem_of(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n and no more", b"#EXTM3U\nother.mp4\n"])

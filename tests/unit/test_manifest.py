@@ -241,7 +241,7 @@ def test_a_whole_line_that_is_not_known_is_named(values, tmp_path):
 
 def test_a_second_writer_is_refused(tmp_path):
     file = written(tmp_path / "manifest.jsonl")
-    with pytest.raises(RunLocked, match="another process is at work"):
+    with pytest.raises(RunLocked, match="another process is working"):
         ManifestFile.open(file.path)
     file.close()
     ManifestFile.open(file.path).close()

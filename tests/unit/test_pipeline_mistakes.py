@@ -104,7 +104,7 @@ def test_a_second_call_of_a_pipeline_at_work_is_refused_and_the_first_undisturbe
     first.start()
     assert entered.wait(60)
     try:
-        with pytest.raises(RuntimeError, match="is at work, in another thread"):
+        with pytest.raises(RuntimeError, match="is running, in another thread"):
             latents(pipe)
     finally:
         go_on.set()

@@ -185,7 +185,7 @@ def test_a_half_implemented_policy_is_refused():
     class Stranger:
         pass
 
-    with pytest.raises(TypeError, match=r"'stranger' is .*Stranger, which is no subclass of CachePolicy\."):
+    with pytest.raises(TypeError, match=r"'stranger' is .*Stranger, which is not a subclass of CachePolicy\."):
         make_policy("stranger", {})
 
 

@@ -211,7 +211,7 @@ def test_what_cannot_be_loaded_is_one_sentence(folder, file_of, tmp_path, monkey
     (tmp_path / "no.safetensors").write_text("{}")
     (tmp_path / "no.gguf").write_text("{}")
     for given, says in (
-        ({"transformer": str(tmp_path / "none.safetensors")}, "is no file"),
+        ({"transformer": str(tmp_path / "none.safetensors")}, "is not a file"),
         ({"transformer": str(tmp_path / "no.safetensors")}, "cannot be loaded as a transformer"),
         ({"transformer": str(tmp_path / "no.gguf")}, "cannot be loaded as a transformer"),
         ({"transformer": other_file}, "size mismatch for blocks.0.ffn"),
@@ -249,7 +249,7 @@ BLOCKS = {"offload": "blocks", "device_bytes": 1_000_000}
         ({"storage": "fp8", "transformer": "/x.gguf"}, {}, "model.storage is 'fp8' and model.transformer GGUF"),
         ({"storage": "fp8"}, {"mode": "fast"}, "engine.mode is fast and model.storage 'fp8'"),
         ({"transformer": "/x.gguf"}, {"mode": "fast"}, "engine.mode is fast and model.transformer '/x.gguf'"),
-        ({"transformer": "/x.safetensors"}, {}, "model.transformer is '/x.safetensors', which is no file."),
+        ({"transformer": "/x.safetensors"}, {}, "model.transformer is '/x.safetensors', which is not a file."),
         ({"transformer": "/x.bin"}, {}, "it must be the path of a file of weights"),
     ],
 )

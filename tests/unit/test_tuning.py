@@ -407,7 +407,7 @@ TEACACHE = ("calibrate", "--policy", "teacache")
         (TEACACHE, {"prompts": "empty.txt"}, "holds no prompt; it must have one per line"),
         (TEACACHE, {"prompts": "bytes.txt"}, "bytes.txt cannot be read"),
         (TEACACHE, {"file": "none/new.json"}, "is not a folder"),
-        (TEACACHE, {"file": "empty.txt"}, "empty.txt is no calibration"),
+        (TEACACHE, {"file": "empty.txt"}, "empty.txt is not a calibration"),
         ((*TEACACHE, "--set", "sampling.num_inference_steps=0"), {}, "num_inference_steps is 0"),
         ((*TEACACHE, "--set", "sampling.num_inference_steps=1"), {}, "made one step a call"),
         ((*TEACACHE, "--set", "sampling.height=40"), {}, "sampling.height is 40"),

@@ -1,4 +1,4 @@
-"""DiCache: the first block measures the change since the last step, and stored residuals are aligned with it.
+"""DiCache: skip while the first block's output changes little; extrapolate the residual by that block's trend.
 
 Source: J. Bu et al., "DiCache: Let Diffusion Model Determine Its Own Cache" (arXiv 2508.17356); the rule is that of the
 authors' script for Wan2.1 with a probe of one block.
@@ -75,7 +75,7 @@ class DiCache(CachePolicy):
         return accumulate(ctx, ctx.signal, self.rel_l1_thresh)
 
     def warm(self, ctx: PolicyContext) -> None:
-        """As after a computed step."""
+        """Update the state as if the step had been computed."""
         ctx.state.user.update(previous=ctx.base, accumulated=0.0)
 
     def on_computed(self, ctx: PolicyContext) -> None:

@@ -115,5 +115,5 @@ class MagCache(CachePolicy):
         return not admitted
 
     def warm(self, ctx: PolicyContext) -> None:
-        """As after a computed step."""
+        """Update the state as if the step had been computed."""
         ctx.state.user["error"] = MagnitudeError()

@@ -103,7 +103,7 @@ def pick_per_branch(name: str, entries: Mapping[str, T], expert: str, branch: st
 
 
 def check_lengths(name: str, entries: Mapping[str, Sequence[Any]], num_steps: int, why: str = "") -> None:
-    """Raises OptionError for a sequence without exactly one item per step of the loop."""
+    """Raise OptionError unless every entry has `num_steps` items. `name` is the option; `why` ends the message."""
     for branch, entry in entries.items():
         if len(entry) != num_steps:
             which = f"{name}[{branch!r}]" if branch else name
@@ -126,7 +126,7 @@ def with_options(cls: type[T] | None = None, *, extra: Literal["allow", "forbid"
 
     @wraps(check)
     def __init__(self: Any, **options: Any) -> None:  # noqa: N807
-        before, self.__dict__ = self.__dict__, {}  # attributes that a subclass has set are no options
+        before, self.__dict__ = self.__dict__, {}  # attributes that a subclass has set are not options
         try:
             check(self, **options)
         except ValidationError as error:

@@ -192,7 +192,7 @@ def make_policy(policy: str | CachePolicy, options: Mapping[str, Any]) -> CacheP
     cls = POLICIES.find(policy)
     where = f"{cls.__module__}.{getattr(cls, '__qualname__', cls)}"
     if not isinstance(cls, type) or not issubclass(cls, CachePolicy):
-        raise TypeError(f"The cache policy {policy!r} is {where}, which is no subclass of CachePolicy.")
+        raise TypeError(f"The cache policy {policy!r} is {where}, which is not a subclass of CachePolicy.")
     if missing := sorted(cls.__abstractmethods__):
         raise TypeError(f"The cache policy {policy!r} ({where}) lacks the method {', '.join(missing)}.")
     parameters = list(inspect.signature(cls).parameters.values())

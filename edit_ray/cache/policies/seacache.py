@@ -95,7 +95,7 @@ class SeaCache(CachePolicy):
         return accumulate(ctx, ctx.signal, self.threshold)
 
     def warm(self, ctx: PolicyContext) -> None:
-        """As after a computed step."""
+        """Update the state as if the step had been computed."""
         ctx.state.user.update(previous=self._filter(ctx), accumulated=0.0)
 
     def on_computed(self, ctx: PolicyContext) -> None:

@@ -115,5 +115,5 @@ class TeaCache(CachePolicy):
         return compute
 
     def warm(self, ctx: PolicyContext) -> None:
-        """As after a computed step."""
+        """Update the state as if the step had been computed."""
         ctx.state.user.update(previous=ctx.e0 if self.use_ret_steps else ctx.e, accumulated=0.0)

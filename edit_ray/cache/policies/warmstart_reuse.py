@@ -59,7 +59,7 @@ class WarmstartReuse(CachePolicy):
         self.inner.check(num_steps)
 
     def most_skips(self, num_steps: int) -> int:
-        """The warm ones, and of the later ones what the inner policy skips, but the first of them."""
+        """All warm steps, and of the later ones as many as the inner policy can skip; the first later step computes."""
         later = max(0, num_steps - self.warm_steps)
         return num_steps - later + min(max(0, later - 1), self.inner.most_skips(num_steps))
 

@@ -41,7 +41,7 @@ class CacheStore(Protocol):
         """Announces reads: one key, or several in the order of use."""
 
     def drop(self, key: Key) -> None:
-        """Forgets one entry; an unknown key is no error."""
+        """Forgets one entry; an unknown key is not an error."""
 
     def clear(self) -> None:
         """Forgets every entry."""

@@ -1,4 +1,4 @@
-"""The disk store of the library: one safetensors file for each entry, which the next store in the folder finds."""
+"""`DiskOffloadStore`: one safetensors file per entry; the next store opened on the folder finds what this one left."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class TieredStore:
         return sum(tier.used for tier in self._levels)
 
     def tier_of(self, key: Key) -> str | None:
-        """The name of the tier that holds an entry, None if none does; does not move it."""
+        """The name of the tier that holds an entry, or None. Never promotes the entry."""
         entry = self._entries.get(key)
         return None if entry is None else self._levels[entry.level].name
 
