@@ -48,7 +48,7 @@ def differing(before: Provenance, here: Provenance) -> list[str]:
 
 
 def check_same(run_id: str, before: Provenance, here: Provenance) -> None:
-    """Raises HardwareDiffers, which names what differs."""
+    """Raise HardwareDiffers, which names what differs."""
     if names := differing(before, here):
         said = ", ".join(_SAID.get(name, f"{name} was {before[name]!r} and is {here[name]!r}") for name in names)
         raise HardwareDiffers(
@@ -250,7 +250,7 @@ def is_full(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def usable_disk(root: Path) -> Iterator[None]:
-    """Raises ResourcesUnavailable, with a sentence, if the file system refuses an operation of the block."""
+    """Raise ResourcesUnavailable, with a sentence, if the file system refuses an operation of the block."""
     try:
         yield
     except OSError as error:
