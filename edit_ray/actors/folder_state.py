@@ -119,7 +119,7 @@ def extension(segments: int, manifest: Manifest, spec: RunSpec) -> Extended:
     if (last := spec.config.prompt_segments[-1].last_image) is not None:
         raise ConfigError([f"the run ends with {last!r} (last_image of its last prompt), and nothing follows an end"])
     if manifest.num_segments is None:
-        raise ConfigError(["the run goes on until it is stopped (video.num_segments is null); resume it instead"])
+        raise ConfigError(["the run continues until it is stopped (video.num_segments is null); resume it instead"])
     most = MAX_SEGMENTS - manifest.num_segments
     if not 1 <= segments <= most:
         raise ConfigError([f"--segments is {segments}; it must be from 1 to {most}"])
