@@ -192,7 +192,7 @@ class LongVideoClient:
         self._ask("cancel", run_id, timeout_s=timeout_s)
 
     def check_mine(self, status: RunStatus, force: bool = False) -> None:
-        """Raises NotYourRun if the run belongs to another owner and `force` is not given."""
+        """Raise NotYourRun if the run belongs to another owner and `force` is not given."""
         if not force and not self.owner.owns(status.owner):
             raise NotYourRun(
                 f"run {status.run_id!r} belongs to {status.owner!r}, and you are {self.owner.name!r} "

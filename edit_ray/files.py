@@ -1,8 +1,8 @@
 """File access through one replaceable `disk`, and the durable operations on it: write a draft, sync, rename, sync.
 
 Runs and disk tiers write through `disk`. Tests swap it (`swapped`) for one that records every operation or makes one
-fail. `append_line`, `write_all` and `remove` leave syncing to the caller. What a crash cannot harm may bypass `disk`: a
-submission's probe, removing a run that is already renamed, ffmpeg's output into a draft, and some reads.
+fail. `append_line`, `write_all` and `remove` do not sync: callers do where it matters. Past `disk` goes what harms no
+run if a crash cuts it off: a submission's probe, ffmpeg's drafts, the removal of a run already renamed, some reads.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ disk = Disk()
 
 @contextlib.contextmanager
 def swapped(other: Disk) -> Iterator[None]:
-    """Replaces the disk inside it, in all threads of this process."""
+    """Replace the disk inside it, in all threads of this process."""
     global disk
     before, disk = disk, other
     try:
@@ -92,7 +92,7 @@ class Draft:
         self.descriptor = disk.open(self.path, NEW)
 
     def write(self, data: bytes) -> None:
-        """Appends all of `data`."""
+        """Append all of `data`."""
         self.size = write_all(self.descriptor, data, self.size)
 
 
@@ -118,7 +118,7 @@ def replacing(path: Path) -> Iterator[Draft]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replaces a file's content durably: a reader sees the old content or the new, never a part."""
+    """Replace a file's content durably: a reader sees the old content or the new, never a part."""
     with replacing(path) as draft:
         draft.write(data)
 
@@ -165,7 +165,7 @@ def digest_of_file(path: Path, working: Callable[[], None] = lambda: None) -> in
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append a line in one write, unsynced: no run needs its log. Create the file if missing; end a torn last line first."""
+    """Append a line in one write, unsynced. Create the file if needed, and terminate a torn last line first."""
     with opened(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as descriptor:
         size = os.fstat(descriptor).st_size
         torn = size > 0 and read_at(descriptor, size - 1, 1) != b"\n"
@@ -173,7 +173,7 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def write_all(descriptor: int, data: bytes, offset: int) -> int:
-    """Writes all of `data`, in as many calls as necessary; returns the offset of its end."""
+    """Write all of `data`, in as many calls as necessary; return the offset of its end."""
     done = 0
     while done < len(data):
         count = disk.write(descriptor, [memoryview(data)[done:]], offset + done)
@@ -184,19 +184,19 @@ def write_all(descriptor: int, data: bytes, offset: int) -> int:
 
 
 def sync(path: Path) -> None:
-    """Makes the content of a file durable, or all that was created in, renamed into or removed from a folder."""
+    """Make the content of a file durable, or all that was created in, renamed into or removed from a folder."""
     with opened(path) as descriptor:
         disk.fsync(descriptor)
 
 
 def remove(path: Path) -> None:
-    """Removes a file, if it is there."""
+    """Remove a file, if it is there."""
     with contextlib.suppress(FileNotFoundError):
         disk.unlink(path)
 
 
 def make_folder(path: Path) -> None:
-    """Creates a folder and its missing parents, durably. Raises FileExistsError where there is a file."""
+    """Create a folder and its missing parents, durably. Raises FileExistsError where there is a file."""
     if path.is_dir():
         return
     if path.parent != path:
@@ -210,7 +210,7 @@ def make_folder(path: Path) -> None:
 
 
 def remove_drafts(folder: Path, of: str = "") -> None:
-    """Removes the drafts in a folder, or those of one file name; ignores what cannot be removed.
+    """Remove the drafts in a folder, or those of one file name; ignore what cannot be removed.
 
     Only for the process that may write there, such as the holder of the manifest's lock. Another writer that is still
     alive cannot publish its draft afterwards.

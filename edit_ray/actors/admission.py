@@ -197,7 +197,7 @@ class Admission:
 
 
 async def check_answers(root: Path, timeout_s: float) -> None:
-    """Raises ResourcesUnavailable if the folder of runs does not answer in time, or refuses to."""
+    """Raise ResourcesUnavailable if the folder of runs does not answer in time, or refuses to."""
     with usable_disk(root):
         try:
             with contextlib.suppress(FileNotFoundError):

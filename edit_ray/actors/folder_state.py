@@ -48,7 +48,7 @@ def differing(before: Provenance, here: Provenance) -> list[str]:
 
 
 def check_same(run_id: str, before: Provenance, here: Provenance) -> None:
-    """Raises HardwareDiffers, which names what differs."""
+    """Raise HardwareDiffers, which names what differs."""
     if names := differing(before, here):
         said = ", ".join(_SAID.get(name, f"{name} was {before[name]!r} and is {here[name]!r}") for name in names)
         raise HardwareDiffers(
@@ -119,7 +119,7 @@ def extension(segments: int, manifest: Manifest, spec: RunSpec) -> Extended:
     if (last := spec.config.prompt_segments[-1].last_image) is not None:
         raise ConfigError([f"the run ends with {last!r} (last_image of its last prompt), and nothing follows an end"])
     if manifest.num_segments is None:
-        raise ConfigError(["the run goes on until it is stopped (video.num_segments is null); resume it instead"])
+        raise ConfigError(["the run continues until it is stopped (video.num_segments is null); resume it instead"])
     most = MAX_SEGMENTS - manifest.num_segments
     if not 1 <= segments <= most:
         raise ConfigError([f"--segments is {segments}; it must be from 1 to {most}"])
@@ -250,7 +250,7 @@ def is_full(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def usable_disk(root: Path) -> Iterator[None]:
-    """Raises ResourcesUnavailable, with a sentence, if the file system refuses an operation of the block."""
+    """Raise ResourcesUnavailable, with a sentence, if the file system refuses an operation of the block."""
     try:
         yield
     except OSError as error:

@@ -53,12 +53,12 @@ class AdoptedRuns:
         self._stopped.add(run_id)
 
     def forget(self, run_id: str) -> RunSpec | None:
-        """Returns the run as it was adopted last."""
+        """Return the run as it was adopted last."""
         self._stopped.discard(run_id)
         return self._adopted.pop(run_id, None)
 
     def check(self, spec: RunSpec) -> None:
-        """Raises NotAdopted, StaleWork or RunCancelled if nobody waits for this run's work."""
+        """Raise NotAdopted, StaleWork or RunCancelled if nobody waits for this run's work."""
         known = self._adopted.get(spec.run_id)
         if known is None:
             raise NotAdopted(f"this GPU actor has not adopted the run {spec.run_id}")
@@ -220,7 +220,7 @@ def tiled_position(spec: RunSpec, segment_index: int) -> int | None:
 
 
 def preceding_of(spec: RunSpec, segment_index: int) -> Preceding:
-    """Reads the last latents of the stream before a segment."""
+    """Read the last latents of the stream before a segment."""
 
     def preceding(count: int) -> torch.Tensor:
         start = spec.stream(segment_index)[1]

@@ -69,7 +69,7 @@ class Stages:
         self._watchdog = Watchdog(pool)
 
     async def carry_out(self, run: LiveRun, work: Work) -> None:
-        """Returns when the work is done; raises whatever makes it fail."""
+        """Return when the work is done; raise whatever makes it fail."""
         await asyncio.sleep(pause_before(work.attempt))
         if work.attempt:
             await run.on_disk(lambda: None)  # a folder that did not answer may still be at the failed work

@@ -58,7 +58,7 @@ class Expert:
 
 
 def check_not_compiled(transformer: nn.Module) -> None:
-    """Raises ValueError for a transformer that is compiled as a whole; its blocks may be."""
+    """Raise ValueError for a transformer that is compiled as a whole; its blocks may be."""
     if getattr(transformer, "_orig_mod", None) is not None or transformer._compiled_call_impl is not None:
         raise ValueError(
             f"This {type(transformer).__name__} is compiled as a whole, which freezes every decision: compile its "
@@ -141,7 +141,7 @@ class BlockRunner:
         return self._before
 
     def check_complete(self, units: Sequence[Unit], name: str) -> None:
-        """Raises RuntimeError if a unit was not asked: a cache without effect is an error."""
+        """Raise RuntimeError if a unit was not asked: a cache without effect is an error."""
         if self._num_entered != len(units):
             raise RuntimeError(
                 f"The cache of {name} was asked for {self._num_entered} of {len(units)} units in one forward: "

@@ -184,9 +184,7 @@ class Cache:
     def call(
         self, steps: Sequence[LoopStep], *, branches: Sequence[str] = BRANCHES, clear_store: bool = True
     ) -> Iterator[None]:
-        """Surround one denoising loop over `steps` and `branches`. A failed loop's decisions and residuals are dropped.
-
-        With `clear_store`, the residuals of earlier calls are dropped first.
+        """Surround one denoising loop. `clear_store` drops earlier residuals first; a failed loop's own are dropped.
 
         Raises:
             ValueError: the policy cannot serve this number of steps.
@@ -383,7 +381,7 @@ class Cache:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Runs code of a policy, a hook or a store: if it fails, the model stays usable and is uncached."""
+        """Run code of a policy, a hook or a store: if it fails, the model stays usable and is uncached."""
         try:
             yield
         except Exception as error:

@@ -19,7 +19,7 @@ _SEGMENT = re.compile(r"([0-9]+)(?:-t([0-9]+))?")
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Prints each damaged file of a run and returns 1, or one line if every file is intact."""
+    """Print each damaged file of a run and return 1, or one line if every file is intact."""
     from edit_ray.actors.folder_state import all_damage_of
     from edit_ray.config import output_root
     from edit_ray.runs.folder import RunFolder
@@ -45,7 +45,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    """Writes the HTML page of a cache record or of a run."""
+    """Write the HTML page of a cache record or of a run."""
     from edit_ray.config import output_root
 
     source = Path(options.source)

@@ -25,7 +25,7 @@ _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def list_runs(options: argparse.Namespace) -> int:
-    """Prints one line per run on disk or in this Ray cluster."""
+    """Print one line per run on disk or in this Ray cluster."""
     client = reader_of(options)
     runs = list(known_runs(client))
     shown = [run for run in runs if options.all or client.owner.owns(run.owner)]
@@ -58,7 +58,7 @@ def known_runs(client: LongVideoClient) -> Iterator[RunStatus]:
 
 
 def status(options: argparse.Namespace) -> int:
-    """Prints the state of a run."""
+    """Print the state of a run."""
     status = reader_of(options).status(options.run_id)
     print(line_of(status))
     if at := status.progress:
@@ -69,7 +69,7 @@ def status(options: argparse.Namespace) -> int:
 
 
 def down(options: argparse.Namespace) -> int:
-    """Ends every edit_ray actor. Asks first while runs are active."""
+    """End every edit_ray actor. Ask first while runs are active."""
     from edit_ray.actors import connection, launch
 
     if not connection.connect_if_running(options.address):
@@ -83,7 +83,7 @@ def down(options: argparse.Namespace) -> int:
 
 
 def _check_nobody_works(client: LongVideoClient) -> None:
-    """Raises NotYourRun, or RunLive if runs are active and the user does not confirm."""
+    """Raise NotYourRun, or RunLive if runs are active and the user does not confirm."""
     try:
         live = [run for run in client.runs() if not run.ended]
     except EditRayError as error:
@@ -98,7 +98,7 @@ def _check_nobody_works(client: LongVideoClient) -> None:
 
 
 def cancel(options: argparse.Namespace) -> int:
-    """Asks a run to stop."""
+    """Ask a run to stop."""
     client = client_of(options)
     status = client.status(options.run_id)
     if status.ended:
@@ -110,20 +110,20 @@ def cancel(options: argparse.Namespace) -> int:
 
 
 def resume(options: argparse.Namespace) -> int:
-    """Continues a run at its first uncommitted segment."""
+    """Continue a run at its first uncommitted segment."""
     client = _lasting_client(options)
     print(line_of(client.resume(options.run_id, remake_damaged=options.remake_damaged, **_allowed(options))))
     return 0
 
 
 def extend(options: argparse.Namespace) -> int:
-    """Adds segments to an ended run."""
+    """Add segments to an ended run."""
     print(line_of(_lasting_client(options).extend(options.run_id, options.segments, **_allowed(options))))
     return 0
 
 
 def reroll(options: argparse.Namespace) -> int:
-    """Generates segments of an ended run again."""
+    """Generate segments of an ended run again."""
     changes = {"seed": options.seed, "prompt": options.prompt, **_allowed(options)}
     print(line_of(_lasting_client(options).reroll(options.run_id, options.start, **changes)))
     return 0
@@ -148,7 +148,7 @@ def _lasting_client(options: argparse.Namespace) -> LongVideoClient:
 
 
 def delete(options: argparse.Namespace) -> int:
-    """Removes one inactive run."""
+    """Remove one inactive run."""
     client = reader_of(options)
     status = client.status(check_run_id(options.run_id))
     client.check_mine(status, options.force)
@@ -158,7 +158,7 @@ def delete(options: argparse.Namespace) -> int:
 
 
 def prune(options: argparse.Namespace) -> int:
-    """Removes the user's own runs whose manifest has not changed for some time."""
+    """Remove the user's own runs whose manifest has not changed for some time."""
     age = _AGE.fullmatch(options.older_than.strip())
     if age is None:
         problem = f"--older-than is {options.older_than!r}; it must be a whole number with a unit: 30d, 12h or 2w"
@@ -178,7 +178,7 @@ def prune(options: argparse.Namespace) -> int:
 
 
 def _remove_all(runs: list[RunStatus], options: argparse.Namespace) -> int:
-    """Removes the runs after confirmation. A run that cannot be removed does not keep the others."""
+    """Remove the runs after confirmation. A run that cannot be removed does not keep the others."""
     from edit_ray.runs.folder import RunFolder, remove_run, size_of
 
     folders = [RunFolder(Path(run.path).parent, run.run_id) for run in runs]

@@ -126,7 +126,7 @@ class Source:
         self.problems.append(f"{place}: {text}")
 
     def stop(self) -> NoReturn:
-        """Raises ConfigError with every problem as one printable line."""
+        """Raise ConfigError with every problem as one printable line."""
         lines = [printable(problem) for problem in self.problems]
         if len(lines) > MAX_PROBLEMS:
             lines[MAX_PROBLEMS:] = [f"{self._name}: there are {len(lines) - MAX_PROBLEMS} more mistakes."]
@@ -170,7 +170,7 @@ def read_file(path: Path) -> Document:
 
 
 def _put(root: dict[str, Any], parts: Sequence[str], value: object) -> KeyPath:
-    """Writes a value at a dotted key, with mappings and lists above it as needed; returns the key's path."""
+    """Write a value at a dotted key, with mappings and lists above it as needed; return the key's path."""
     path: list[str | int] = []
     container: Any = root
     for part, following in zip(parts, [*parts[1:], None], strict=True):

@@ -40,7 +40,7 @@ class _TooMuch(Exception):
 
 
 def parse(text: str) -> Document:
-    """Reads one document. Never raises: every mistake is in the result."""
+    """Read one document. Never raises: every mistake is in the result."""
     document = Document()
     try:
         composer: Any = _Composer(text, document)  # raises for characters that YAML forbids

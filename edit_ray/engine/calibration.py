@@ -101,7 +101,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def check_target(name: str, policy: CachePolicy, options: Mapping[str, Any]) -> None:
-    """Raises OptionError if a target speedup cannot choose the policy's threshold."""
+    """Raise OptionError if a target speedup cannot choose the policy's threshold."""
     if name not in THRESHOLD_OF or not policy.timestep_only:
         raise OptionError(
             "target_speedup",

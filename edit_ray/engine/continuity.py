@@ -85,7 +85,7 @@ def match_statistics(latents: Tensor, reference: Tensor, factor: float) -> Tenso
 
 
 def save_latents(path: Path, latents: Tensor) -> int:
-    """Writes [1, C, t, h, w], float32, so that a reader sees all of it or nothing; returns the file's digest."""
+    """Write [1, C, t, h, w], float32, so that a reader sees all of it or nothing; return the file's digest."""
     data = save({"latents": latents.detach().to("cpu", torch.float32).contiguous()})
     write_atomic(path, data)
     return digest_of(data)

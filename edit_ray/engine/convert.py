@@ -99,7 +99,7 @@ def _read(source: Path, scratch: Path) -> dict[str, Tensor]:
 
 
 def _check(model: Any, weights: dict[str, Tensor], source: Path, base: str) -> None:
-    """Raises ModelError unless the weights are those of the model, each in its shape."""
+    """Raise ModelError unless the weights are those of the model, each in its shape."""
     expected = {name: tuple(each.shape) for name, each in model.state_dict().items()}
     given = {name: tuple(each.shape) for name, each in weights.items()}
     for what, names in (("lacks", expected.keys() - given.keys()), ("has beyond them", given.keys() - expected.keys())):

@@ -26,7 +26,7 @@ WanModel = WanTransformer3DModel | WanVACETransformer3DModel
 
 
 def check_mode(mode: str, fp8: bool, device: torch.device) -> None:
-    """Raises `ModelError` for an unknown mode, and for FP8 in the mode exact or on a device without it."""
+    """Raise `ModelError` for an unknown mode, and for FP8 in the mode exact or on a device without it."""
     if mode not in get_args(Mode):
         raise ModelError(f"The mode is {mode!r}; valid are {', '.join(get_args(Mode))}.")
     if fp8 and mode != "fast":

@@ -80,7 +80,7 @@ def load_pipeline(options: ModelOptions) -> EditWanPipeline:
 
 
 def _check_card(options: ModelOptions, card: int) -> None:
-    """Raises `ModelError` for weights that the GPU cannot hold, before they are read."""
+    """Raise `ModelError` for weights that the GPU cannot hold, before they are read."""
     configs, per_token = read_configs(options.path)
     stored: dict[str, Any] = {"storage": options.storage, "torch_dtype": options.torch_dtype}
     run = Run(height=16, width=16, num_frames=1, branches=1, file_bytes=options.gguf_bytes, **stored)

@@ -124,7 +124,7 @@ def predict_noise(
 
 
 def check_changed(changed: object) -> None:
-    """Raises TypeError unless a callback returned a dict."""
+    """Raise TypeError unless a callback returned a dict."""
     if not isinstance(changed, dict):
         given = changed if changed is None else type(changed).__name__
         raise TypeError(

@@ -41,15 +41,15 @@ class MetricValues:
         self._gauges: dict[SeriesId, float] = {}
 
     def inc(self, name: str, amount: float = 1, **labels: str) -> None:
-        """Adds to a counter. Raises ValueError for a negative amount, KeyError for an unknown metric or label."""
+        """Add to a counter. Raises ValueError for a negative amount, KeyError for an unknown metric or label."""
         self.add({series(name, **labels): amount})
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """Adds one value to a histogram."""
+        """Add one value to a histogram."""
         self.add(observed(name, value, **labels))
 
     def set(self, name: str, value: float | None, **labels: str) -> None:
-        """Sets a gauge; None removes it."""
+        """Set a gauge; None removes it."""
         of = series(name, **labels)
         with self._lock:
             if value is None:
@@ -58,7 +58,7 @@ class MetricValues:
                 self._gauges[of] = value
 
     def add(self, increments: Mapping[SeriesId, float]) -> None:
-        """Adds to many counters at once. Raises ValueError for a negative amount."""
+        """Add to many counters at once. Raises ValueError for a negative amount."""
         if min(increments.values(), default=0) < 0:
             raise ValueError(f"counters only grow: {increments}")
         with self._lock:
@@ -91,7 +91,7 @@ class ActorMetrics:
         self._lock = threading.Lock()
 
     def take(self, role: Role, worker: int, snapshot: Snapshot | None) -> None:
-        """Takes an actor's snapshot; None if it did not answer."""
+        """Take an actor's snapshot; None if it did not answer."""
         with self._lock:
             actor = self._actors.setdefault((role, worker), _Actor(self._clock()))
             actor.answers = snapshot is not None
@@ -239,7 +239,7 @@ class RunMetrics:
 
     @contextmanager
     def consumer(self) -> Iterator[None]:
-        """Counts a client that waits for a segment."""
+        """Count a client that waits for a segment."""
         self._consumers += 1
         self._values.set("edit_ray_stream_consumers", self._consumers)
         try:
@@ -249,7 +249,7 @@ class RunMetrics:
             self._values.set("edit_ray_stream_consumers", self._consumers)
 
     def standing(self, runs: Sequence[Standing]) -> None:
-        """Sets the gauges of all live runs."""
+        """Set the gauges of all live runs."""
         states = Counter(run.state for run in runs)
         for state in LABELS["state"]:
             self._values.set("edit_ray_runs", states[state], state=state)
@@ -262,7 +262,7 @@ class RunMetrics:
             self._values.set("edit_ray_work_in_flight", stages[stage], stage=stage)
 
     def _time(self, run_id: str, run: _Run, record: CommittedView) -> None:
-        """Observes the time of a segment, which only the segment scheduler that started it knows."""
+        """Observe the time of a segment, which only the segment scheduler that started it knows."""
         now = self._clock()
         if run.submitted is not None and record.index == 0:
             self._values.observe("edit_ray_first_segment_seconds", max(0.0, now - run.submitted))

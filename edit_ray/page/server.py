@@ -49,7 +49,7 @@ def open_named(run: Path, name: str) -> tuple[int, str] | None:
 
 
 def _opened(folder: Path, name: str, kind: str, links: int) -> tuple[int, str] | None:
-    """Opens folder by folder with the flags `links`, so that no link that is created meanwhile can lead elsewhere."""
+    """Open folder by folder with the flags `links`, so that no link that is created meanwhile can lead elsewhere."""
     *folders, file = name.split("/")
     with suppress(OSError), ExitStack() as stack:
         at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -118,7 +118,7 @@ class PageServer(ThreadingHTTPServer):
         return f"http://{LOOPBACK}:{self.server_address[1]}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Prints the error here, never to the viewer. A viewer that has disconnected is not an error."""
+        """Print the error here, never to the viewer. A viewer that has disconnected is not an error."""
         error = sys.exception()
         if not isinstance(error, ConnectionError | TimeoutError):
             print(f"edit-ray: a request failed: {error!r}", file=sys.stderr)
@@ -134,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Requests are not logged."""
 
     def do_GET(self) -> None:
-        """Answers a request; one of HEAD gets no body."""
+        """Answer a request; one of HEAD gets no body."""
         port = self.server.server_address[1]
         # Against DNS rebinding: a foreign page whose host name resolves to this machine still sends its own name.
         if self.headers.get("Host") not in (f"{LOOPBACK}:{port}", f"localhost:{port}"):

@@ -17,7 +17,7 @@ _CHUNK = 1 << 20
 
 
 def append_event(path: Path, event: str, **fields: int | float | str | Mapping[str, float] | None) -> None:
-    """Adds a line with the name of the event, `wall` (seconds since 1970), `monotonic` (seconds, comparable only within
+    """Add a line with the name of the event, `wall` (seconds since 1970), `monotonic` (seconds, comparable only within
     one node) and `fields`, in one write, so that lines of several processes do not mix.
 
     An event that cannot be written is omitted: no run fails because of its log.

@@ -49,7 +49,7 @@ class RunFolder:
         self._probes = f"probe-{run_id}~"  # no run id contains `~`
 
     def create(self, run_yaml: str, begun: Begun) -> ManifestFile:
-        """Creates the folder, whole or not at all, and keeps its manifest open.
+        """Create the folder, whole or not at all, and keep its manifest open.
 
         Raises RunExists when it is there already: nothing is overwritten.
         """
@@ -131,7 +131,7 @@ class RunFolder:
         return path.relative_to(self.path).as_posix()
 
     def remove(self, paths: Iterable[Path]) -> None:
-        """Removes files of the run, if they are there."""
+        """Remove files of the run, if they are there."""
         for path in paths:
             files.remove(path)
 
@@ -157,7 +157,7 @@ def _begun_at(folder: RunFolder) -> tuple[float, str]:
 
 
 def remove_run(folder: RunFolder) -> None:
-    """Removes a run's folder. A crash leaves the run whole, or a hidden folder that the next removal deletes.
+    """Remove a run's folder. A crash leaves the run whole, or a hidden folder that the next removal deletes.
 
     Raises UnknownRun where there is none, RunLocked where a process works on it, ManifestUnreadable, OSError.
     """
@@ -181,7 +181,7 @@ def size_of(folder: RunFolder) -> int:
 
 
 def _remove_litter(root: Path, before: float) -> None:
-    """Removes what killed submissions have left: drafts of folders and probes.
+    """Remove what killed submissions have left: drafts of folders and probes.
 
     A process that makes a folder holds the lock of its manifest. A draft without a manifest yet, and a probe, must not
     have changed since `before`, in seconds since 1970.
@@ -201,7 +201,7 @@ def _remove_litter(root: Path, before: float) -> None:
 
 
 def _remove_new(folder: Path) -> None:
-    """Removes what `RunFolder.create` makes; a folder with anything else in it stays."""
+    """Remove what `RunFolder.create` makes; a folder with anything else in it stays."""
     with suppress(OSError):
         for name in _FOLDERS:
             with suppress(FileNotFoundError):

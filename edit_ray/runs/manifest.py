@@ -176,7 +176,7 @@ class Records(Sequence[SegmentRecord]):
         return longer
 
     def forget_statistics(self, first: int, before: int) -> None:
-        """Frees the statistics of records `first` to `before` - 1, here and in sequences that share them."""
+        """Free the statistics of records `first` to `before` - 1, here and in sequences that share them."""
         for index in range(first, min(before, self._length)):
             self._shared[index] = replace(self._shared[index], statistics={})
 
@@ -290,7 +290,7 @@ class Manifest:
         return replace(self, planned_from=start, replanned=self.replanned + 1)
 
     def check_follows(self, segment: SegmentRecord, ahead: int = 0) -> None:
-        """Raises ValueError where the segment cannot be next, behind `ahead` segments that are not in here yet."""
+        """Raise ValueError where the segment cannot be next, behind `ahead` segments that are not in here yet."""
         take = take_of(segment.index, self.takes) if self.takes else 0
         if segment.index != len(self.segments) + ahead or segment.take != take:
             raise ValueError(f"segment {segment.index} of take {segment.take} does not follow")

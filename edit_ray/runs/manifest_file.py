@@ -63,7 +63,7 @@ class ManifestFile:
         return self._fold.manifest
 
     def append(self, line: Line) -> Manifest:
-        """Commits one line; returns the manifest with it. If it is the last line already it is only synced.
+        """Commit one line; return the manifest with it. If it is the last line already it is only synced.
 
         Raises:
             RunFolderGone: the file was removed or replaced.
@@ -97,11 +97,11 @@ class ManifestFile:
         raise RunLocked(f"{self.path} is being written by other processes; this one leaves the run alone")
 
     def close(self) -> None:
-        """Releases the lock: another process may work on the run."""
+        """Release the lock: another process may work on the run."""
         files.disk.close(self._descriptor)
 
     def _check_mine(self) -> None:
-        """Raises RunFolderGone, RunLocked. Lines that earlier incarnations have written meanwhile are ignored."""
+        """Raise RunFolderGone, RunLocked. Lines that earlier incarnations have written meanwhile are ignored."""
         mine = os.fstat(self._descriptor)
         try:
             there = os.stat(self.path)
@@ -114,7 +114,7 @@ class ManifestFile:
         self._check_incarnation()
 
     def _read_on(self) -> tuple[set[int], bytes]:
-        """Reads what was added to the file; returns the ends of those lines that count, and the content."""
+        """Read what was added to the file; return the ends of those lines that count, and the content."""
         start, self._size = self._fold.size, os.fstat(self._descriptor).st_size
         content = files.read_at(self._descriptor, start, self._size - start)
         return self._fold.add(content), content
@@ -152,7 +152,7 @@ class ManifestReader:
             return self._fold
 
     def _read_on(self, descriptor: int) -> None:
-        """Reads what is new, piece by piece, so that the file is never in memory as a whole."""
+        """Read what is new, piece by piece, so that the file is never in memory as a whole."""
         fold, piece, start, collects = self._fold, _PIECE, self._fold.size, gc.isenabled()
         gc.disable()  # a collection would visit all lines so far in vain
         try:
@@ -186,7 +186,7 @@ def _locked(path: Path, flags: int) -> Iterator[int]:
 
 
 def _write(descriptor: int, text: bytes, size: int) -> None:
-    """Appends all of it, durably, to a file of `size` bytes. After a failure it removes its own bytes alone."""
+    """Append all of it, durably, to a file of `size` bytes. After a failure it removes its own bytes alone."""
     try:
         if files.disk.write(descriptor, [text], size) != len(text):  # a single write, which no other one interrupts
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -78,7 +78,7 @@ class Fold:
         return self._manifest
 
     def add(self, content: bytes) -> set[int]:
-        """Adds the bytes of the file from `size` on; returns the ends of those lines that have changed the manifest.
+        """Add the bytes of the file from `size` on; return the ends of those lines that have changed the manifest.
 
         Raises ManifestUnreadable for a whole line that cannot follow.
         """
@@ -88,7 +88,7 @@ class Fold:
             self._commit()
 
     def accept(self, manifest: Manifest, text: bytes, end: int) -> None:
-        """Adds a line that is known to result in this manifest, and ends at byte `end` of the file."""
+        """Add a line that is known to result in this manifest, and ends at byte `end` of the file."""
         self._manifest = manifest
         self._count(text, end)
 
@@ -133,7 +133,7 @@ class Fold:
         return f"{self._path}, line {number}: {damage}; the run cannot be read from here on"
 
     def _changed_by(self, content: bytes, begin: int, end: int) -> bool:
-        """Adds a line; returns whether the manifest has changed. Raises ValueError where the line cannot follow."""
+        """Add a line; return whether the manifest has changed. Raises ValueError where the line cannot follow."""
         before = self._manifest
         if before is None:
             _check_schema(b"{" + content[begin:end])
@@ -215,7 +215,7 @@ def _validated(text: bytes) -> Line:
 
 
 def _check_schema(text: bytes) -> None:
-    """Raises ValueError where this is not the first line of a manifest, or one of another version."""
+    """Raise ValueError where this is not the first line of a manifest, or one of another version."""
     values = json.loads(text)
     if values.get("kind") != "begun":
         raise ValueError("the first line of a manifest is missing")

@@ -46,7 +46,7 @@ class Arena:
     """
 
     def __init__(self, path: Path, memory: mmap, descriptor: int | None = None, *, named: bool = False) -> None:
-        """Takes over a mapping, and the descriptor of an unnamed file; use `create`, `create_unnamed`, `open`."""
+        """Take over a mapping, and the descriptor of an unnamed file; use `create`, `create_unnamed`, `open`."""
         self.path, self.size_bytes = path, len(memory)
         self._memory: mmap | None = memory
         self._descriptor, self._named = descriptor, named
@@ -147,7 +147,7 @@ class Arena:
         return view
 
     def close(self) -> None:
-        """Ends the arena for this process; the owner also removes the file. Views stay valid, with their memory."""
+        """End the arena for this process; the owner also removes the file. Views stay valid, with their memory."""
         memory, self._memory = self._memory, None
         if memory is None:
             return

@@ -65,7 +65,7 @@ class EntryFolder:
     """
 
     def __init__(self, directory: str | PathLike[str], *, num_transfers: int = 1, allow_tmpfs: bool = False) -> None:
-        """Opens or makes the folder and reads the header of every entry. Moves at most `num_transfers` files at once.
+        """Open or make the folder and read the header of every entry. Move at most `num_transfers` files at once.
 
         Raises:
             FolderUnusable: a ValueError. `directory` is a file, cannot be made or locked, or lies in memory and
@@ -324,7 +324,7 @@ class DiskTier:
     """
 
     def __init__(self, directory: str | PathLike[str], *, num_threads: int = 2, allow_tmpfs: bool = False) -> None:
-        """Opens or makes `directory` and finds the entries in it. Raises ValueError as `EntryFolder` does."""
+        """Open or make `directory` and find the entries in it. Raises ValueError as `EntryFolder` does."""
         self.files = EntryFolder(directory, num_transfers=num_threads, allow_tmpfs=allow_tmpfs)
         self._threads = ThreadPoolExecutor(2 * num_threads, thread_name_prefix="disk")
         self._closed = False

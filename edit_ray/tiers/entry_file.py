@@ -72,7 +72,7 @@ def file_name(key: Key) -> str:
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Raises ValueError for a dtype that these files do not hold."""
+    """Raise ValueError for a dtype that these files do not hold."""
     if dtype not in _NAMES:
         raise ValueError(f"A file holds no {dtype}; valid are {', '.join(map(str, _NAMES))}.")
 

@@ -65,7 +65,7 @@ class TierService:
     """
 
     def __init__(self, arena: Arena, slots: Mapping[int, int], disk: DiskTier, disk_bytes: int | None = None) -> None:
-        """Takes over arena and disk, and finds the entries on the disk.
+        """Take over arena and disk, and find the entries on the disk.
 
         Args:
             arena: At least as many bytes as the slots, and `TABLES_BYTES`.

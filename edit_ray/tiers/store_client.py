@@ -144,7 +144,7 @@ class PlannedStore:
         return self.copies.use(loaded)
 
     def prefetch(self, keys: Key | Iterable[Key]) -> None:
-        """Does nothing: the store knows the plan."""
+        """Do nothing: the store knows the plan."""
 
     def drop(self, key: Key) -> None:
         """Drop a residual of this segment; planned entries are the store's."""

@@ -143,7 +143,7 @@ class DevicePool:
     """
 
     def __init__(self, device: torch.device, number: Mapping[EntryForm, int]) -> None:
-        """Allocates `number` tensors of each form. Raises torch.OutOfMemoryError where a GPU has too little memory."""
+        """Allocate `number` tensors of each form. Raises torch.OutOfMemoryError where a GPU has too little memory."""
         self.copies = copies_for(device)
         self._number = dict(number)
         self._spare = {form: [self.copies.empty(form) for _ in range(count)] for form, count in number.items()}

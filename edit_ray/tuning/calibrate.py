@@ -95,10 +95,7 @@ def fit_teacache(measured: Mapping[Owner, Measured], use_ret_steps: bool) -> dic
 
 
 def fit_magcache(measured: Mapping[Owner, Measured], num_steps: int) -> dict[str, Any]:
-    """MagCache's `mag_ratios`: by "expert/branch", the residual's norm at each step relative to the step before.
-
-    Averaged over calls; 1 for a step that was not measured, such as the first.
-    """
+    """MagCache's `mag_ratios`: by "expert/branch" each step's mean ratio of residual norms to the step before, or 1."""
     ratios = {}
     for owner, seen in measured.items():
         by_step = [[call[step] for call in seen.ratios if step in call] for step in range(num_steps)]

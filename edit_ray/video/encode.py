@@ -128,7 +128,7 @@ def encode(
 
 
 def join(init: Path, parts: Sequence[Path], path: Path, *, comment: str = "", patience: Patience = PATIENCE) -> None:
-    """Writes an ordinary MP4 of fragments in order, without encoding a frame again; `comment` becomes its metadata.
+    """Write an ordinary MP4 of fragments in order, without encoding a frame again; `comment` becomes its metadata.
 
     Raises EncodeError, OSError, such as on a full disk.
     """
@@ -166,7 +166,7 @@ def ffmpeg_version() -> str:
 
 
 def ffmpeg(*arguments: str, subject: str, stdin: Iterable[bytes] = (), patience: Patience = PATIENCE) -> bytes:
-    """Runs ffmpeg with these pieces as its standard input; returns its standard output.
+    """Run ffmpeg with these pieces as its standard input; return its standard output.
 
     Raises EncodeError with `subject` in the message, EncoderKilled, OSError where the disk is full.
     """
@@ -197,7 +197,7 @@ def ffmpeg(*arguments: str, subject: str, stdin: Iterable[bytes] = (), patience:
 
 @contextlib.contextmanager
 def watched(process: subprocess.Popen[bytes], subject: str, patience: Patience) -> Iterator[None]:
-    """Bounds the wait for the process inside it. Raises EncodeError where the process was idle and had to be killed."""
+    """Bound the wait for the process inside it. Raises EncodeError where the process was idle and had to be killed."""
     ended, hung = threading.Event(), threading.Event()
 
     def watch() -> None:

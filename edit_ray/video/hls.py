@@ -116,7 +116,7 @@ class StreamFiles:
         self._peak = 0  # the highest bit rate of a segment
 
     def rebuild(self, parts: Sequence[Part], first: int = 0, *, anew: bool = False) -> None:
-        """Starts from exactly these segments, `parts[0]` being segment `first`, regardless of what the files hold.
+        """Start from exactly these segments, `parts[0]` being segment `first`, regardless of what the files hold.
 
         A playlist that already lists more stays as it is until another segment than it lists is appended. A
         `stream.mp4` that ends with the last of these segments is taken to hold them all, unless it is to be made
@@ -131,7 +131,7 @@ class StreamFiles:
         self._write_playlist()
 
     def append(self, part: Part) -> None:
-        """Adds the segment that follows; the last one again changes nothing. Raises ValueError for any other."""
+        """Add the segment that follows; the last one again changes nothing. Raises ValueError for any other."""
         if part in self._parts[-1:]:
             return
         end = self._parts[-1].first_frame + self._parts[-1].num_frames if self._parts else part.first_frame
@@ -150,17 +150,17 @@ class StreamFiles:
             raise
 
     def end(self) -> None:
-        """Marks the playlist as complete."""
+        """Mark the playlist as complete."""
         self._write_playlist(ENDLIST)
 
     def _slide(self) -> None:
-        """Removes segments that are too old."""
+        """Remove segments that are too old."""
         dropped = 0 if self._keep is None else max(0, len(self._parts) - self._keep)
         self._first += dropped
         del self._parts[:dropped]
 
     def _cut_stream(self, size: int) -> bool:
-        """Cuts `stream.mp4` behind `size` bytes of fragments, durably; False if it does not end with the last there."""
+        """Cut `stream.mp4` behind `size` bytes of fragments, durably; False if it does not end with the last there."""
         path = self._folder / "stream.mp4"
         if not self._parts or not path.exists():
             return False
@@ -174,7 +174,7 @@ class StreamFiles:
         return True
 
     def _extend_stream(self, part: Part) -> None:
-        """Adds a fragment durably: nothing writes the file again before the run ends."""
+        """Add a fragment durably: nothing writes the file again before the run ends."""
         path = self._folder / "stream.mp4"
         if len(self._parts) == 1 or self._keep is not None or self._size_of("stream.mp4") < self._bytes:
             self._write_stream()
@@ -201,7 +201,7 @@ class StreamFiles:
         self._bytes = stream.size
 
     def _write_playlist(self, ending: str = "") -> None:
-        """Writes the playlist whole: the newest one, unless its readers could not follow."""
+        """Write the playlist whole: the newest one, unless its readers could not follow."""
         if not self._parts:
             return
         text = self._playlist.text(self._parts, first=self._first) + ending
@@ -218,7 +218,7 @@ class StreamFiles:
         self._announce(name)
 
     def _extend_playlist(self, part: Part) -> None:
-        """Adds the last segment to the playlist, where that lists all before it and no other."""
+        """Add the last segment to the playlist, where that lists all before it and no other."""
         lines, name = self._playlist.lines_of(part), self._name
         is_listed = self._beyond.startswith(lines)
         may_grow = name is not None and not self._beyond and self._size_of(name) == self._listed

@@ -86,7 +86,7 @@ class FrameSeries:
 
     @classmethod
     def of(cls, frames: npt.NDArray[np.uint8]) -> Self:
-        """Measures uint8 frames [F, H, W, 3], one after the other."""
+        """Measure uint8 frames [F, H, W, 3], one after the other."""
         count = len(frames)
         change, bend, energy = (np.full(count, math.nan) for _ in range(3))
         colors = np.empty((count, 3))
@@ -196,5 +196,5 @@ class Joins:
         return found
 
     def forget(self, run_id: str) -> None:
-        """Frees what is kept of a run."""
+        """Free what is kept of a run."""
         self._tails.pop(run_id, None)

@@ -154,7 +154,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN.keys())
 def test_what_is_no_record_is_refused(text):
-    with pytest.raises(ValueError, match="no record of cache decisions"):
+    with pytest.raises(ValueError, match="not a record of cache decisions"):
         Record.from_json(text)
 
 
@@ -260,7 +260,7 @@ def lose_records(folder):
         ("two", id, "two is neither a record nor a run with records; a run has some if its cache.policy"),
         ("../up", id, "../up is not a file, a folder or a run id"),
         ("no/such.json", id, "no/such.json is not a file, a folder or a run id"),
-        ("", id, "no run with records"),
+        ("", id, "nor a run with records"),
         ("\0", id, "or a run id"),
         (
             "one",

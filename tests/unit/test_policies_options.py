@@ -187,6 +187,8 @@ def test_a_half_implemented_policy_is_refused():
 
     with pytest.raises(TypeError, match=r"'stranger' is .*Stranger, which is not a subclass of CachePolicy\."):
         make_policy("stranger", {})
+    with pytest.raises(ValueError, match=r"The .* name 'stranger' is taken by .*Stranger\."):
+        register_policy("stranger")(type("Stranger", (), {"__module__": "elsewhere"}))
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ class CachePolicy(ABC):
     """The number of computed residuals that `reconstruct` reads."""
 
     def check(self, num_steps: int) -> None:
-        """Raises ValueError if the policy cannot serve a loop of `num_steps` steps."""
+        """Raise ValueError if the policy cannot serve a loop of `num_steps` steps."""
         return
 
     def most_skips(self, num_steps: int) -> int:

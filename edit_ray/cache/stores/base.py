@@ -32,19 +32,19 @@ class CacheStore(Protocol):
     """
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
-        """Keeps `tensor` under `key`, replacing an earlier one. Raises TypeError for what is not a key."""
+        """Keep `tensor` under `key`, replacing an earlier one. Raises TypeError for what is not a key."""
 
     def get(self, key: Key) -> torch.Tensor | None:
         """The tensor, or None."""
 
     def prefetch(self, keys: Keys) -> None:
-        """Announces reads: one key, or several in the order of use."""
+        """Announce reads: one key, or several in the order of use."""
 
     def drop(self, key: Key) -> None:
-        """Forgets one entry; an unknown key is not an error."""
+        """Forget one entry; an unknown key is not an error."""
 
     def clear(self) -> None:
-        """Forgets every entry."""
+        """Forget every entry."""
 
 
 def keys_of(keys: Keys) -> tuple[Key, ...]:
@@ -82,7 +82,7 @@ class HeldTensors(Generic[T]):
         self.bytes_resident = 0
 
     def prefetch(self, keys: Keys) -> None:
-        """Does nothing: `get` finds every entry."""
+        """Do nothing: `get` finds every entry."""
 
     def sizes(self) -> dict[Key, int]:
         """Bytes of every entry, the least recently put or used first."""

@@ -33,7 +33,7 @@ class DiskOffloadStore:
         return self.files.bytes_resident
 
     def check_dtype(self, dtype: torch.dtype) -> None:
-        """Raises ValueError for a dtype that these files do not hold."""
+        """Raise ValueError for a dtype that these files do not hold."""
         check_dtype(dtype)
 
     def put(self, key: Key, tensor: torch.Tensor) -> None:
@@ -56,7 +56,7 @@ class DiskOffloadStore:
         return _typed(buffer, entry.dtype, entry.shape)
 
     def prefetch(self, keys: Keys) -> None:
-        """Does nothing: there is no faster tier here."""
+        """Do nothing: there is no faster tier here."""
 
     def drop(self, key: Key) -> None:
         self.files.remove(self.files.drop(key))
