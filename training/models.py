@@ -17,13 +17,21 @@ CAPTION_TOKENS = 48  # the longest caption has fewer than 40
 
 
 def build_vae(recipe: Recipe) -> AutoencoderKLWan:
-    """A fresh autoencoder whose distribution is as good as a point: sampling from it equals its mode."""
+    """A fresh autoencoder whose distribution is as good as a point: sampling from it equals its mode.
+
+    As Wan 2.2's, it has patches of 2×2 pixels and shortcuts past each change of resolution: through those, colours
+    arrive from the first steps on.
+    """
     vae = AutoencoderKLWan(
         base_dim=recipe.vae_base_dim,
         z_dim=recipe.vae_z_dim,
-        dim_mult=[1, 2, 4, 4],
+        dim_mult=[1, 2, 2],
         num_res_blocks=1,
-        temperal_downsample=[False, True, True],
+        temperal_downsample=[True, True],
+        is_residual=True,
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
         latents_mean=[0.0] * recipe.vae_z_dim,
         latents_std=[1.0] * recipe.vae_z_dim,
     )

@@ -16,11 +16,11 @@ class Recipe:
     text_and_transformer_minutes: float = 60
 
     # Models.
-    vae_base_dim: int = 16
+    vae_base_dim: int = 32
     vae_z_dim: int = 32
     layers: int = 9
     heads: int = 4
-    ffn_dim: int = 896
+    ffn_dim: int = 704
     text_dim: int = 128
     text_layers: int = 2
     # Autoencoder: until which share of the time which (frames, clips) batches take turns. Short clips first: from the

@@ -21,7 +21,8 @@ EVERY = 4  # it looks at every fourth frame
 CELL = 8  # pixels, both ways, of what it calls a place
 PARTS = {"motion": MOTIONS, "ground": GROUNDS, "sky": SKIES, "camera": CAMERAS}
 PLACE = {"colour": 1 + len(COLOURS), "form": len(FORMS), "material": len(MATERIALS)}  # classes; colour 0 is none
-LEAST = 0.5  # places a frame, on average, that a colour fills to be there
+SURE = 0.8  # the probability from which a place counts as of a colour: rims and shadows never reach it
+LEAST = 0.15  # such places a frame, on average, that a colour needs to be there
 UNKNOWN = -100  # the label of what is not asked for
 
 
@@ -92,7 +93,7 @@ def judged(judge: nn.Module, clip: Tensor, contents: Sequence[Named]) -> dict[st
     logits = judge(clip[:, :, ::EVERY])
     shares = {name: logits[name].softmax(-1).flatten(1, 3) for name in PLACE}  # [B, places, classes]
     colours = shares["colour"][..., 1:].transpose(1, 2)  # [B, colours, places]
-    there = (colours.sum(-1) >= LEAST * logits["colour"].shape[1]).tolist()
+    there = ((colours > SURE).sum(-1) >= LEAST * logits["colour"].shape[1]).tolist()
     form, material = ((colours @ shares[name]).argmax(-1).tolist() for name in ("form", "material"))
     whole = {part: logits[part].argmax(-1).tolist() for part in PARTS}
     names = list(COLOURS)

@@ -1,18 +1,20 @@
 """The whole-clip autoencoder of the training equals the stock chunked one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
 from training.clip_vae import decode_clip, encode_clip
+from training.models import build_vae
+from training.recipe import SMOKE
 
 
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKLWan:
     torch.manual_seed(0)
-    model = AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
-    )
+    model = build_vae(replace(SMOKE, vae_z_dim=4))
     for name, parameter in model.named_parameters():
         if name.endswith("gamma"):  # all ones at the start, which would hide a gamma that is not applied
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
