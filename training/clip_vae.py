@@ -47,7 +47,8 @@ def decode_clip(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     for block in vae.decoder.up_blocks:
         x = _up_block(block, x)
     x = _causal_conv(vae.decoder.conv_out, _norm_silu(x, vae.decoder.norm_out.gamma))
-    return unpatchify(x.permute(0, 4, 1, 2, 3), vae.config.patch_size)
+    clip: Tensor = unpatchify(x.permute(0, 4, 1, 2, 3), vae.config.patch_size)
+    return clip
 
 
 def _norm_silu_eager(x: Tensor, gamma: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def _middle(block: WanMidBlock, x: Tensor) -> Tensor:
 
 
 def _down_block(block: WanResidualDownBlock, x: Tensor) -> Tensor:
-    shortcut = block.avg_shortcut(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+    shortcut: Tensor = block.avg_shortcut(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
     for resnet in block.resnets:
         x = _residual(resnet, x)
     return shortcut + (x if block.downsampler is None else _downsample(block.downsampler, x))
@@ -118,7 +119,8 @@ def _up_block(block: WanResidualUpBlock, x: Tensor) -> Tensor:
         x = _residual(resnet, x)
     if block.upsampler is None:
         return x
-    return _upsample(block.upsampler, x) + block.avg_shortcut(before, first_chunk=True).permute(0, 2, 3, 4, 1)
+    shortcut: Tensor = block.avg_shortcut(before, first_chunk=True).permute(0, 2, 3, 4, 1)
+    return shortcut + _upsample(block.upsampler, x)
 
 
 def _resample(layer: WanResample, x: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ class Recipe:
     """Sizes and schedules; shares are of a stage's minutes."""
 
     # Budgets of the stages, in minutes of one H200.
-    vae_minutes: float = 52
-    judge_minutes: float = 4
+    vae_minutes: float = 20
+    judge_minutes: float = 6
     text_and_transformer_minutes: float = 60
 
     # Models.
@@ -26,9 +26,9 @@ class Recipe:
     # Autoencoder: until which share of the time which (frames, clips) batches take turns. Short clips first: from the
     # start on 33 frames it collapses to the mean colour; the long ones teach what the causal convolutions hold later.
     curriculum: tuple[tuple[float, tuple[tuple[int, int], ...]], ...] = (
-        (0.20, ((5, 48),)),
-        (0.40, ((17, 16),)),
-        (0.60, ((33, 8),)),
+        (0.30, ((5, 48),)),
+        (0.50, ((17, 16),)),
+        (0.65, ((33, 8),)),
         (1.00, ((33, 8), (65, 4), (9, 24), (33, 8), (129, 2), (5, 48), (33, 8))),
     )
     vae_learning_rate: float = 1e-3
