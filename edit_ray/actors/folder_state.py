@@ -35,6 +35,7 @@ _ENDLESS = 100  # segments that must fit on the disk for a run without an end
 _SAID = {
     "config": "run.yaml was edited",
     "model": "the model's files are others than those it was begun with",
+    "loras": "its LoRA files are others than those it was begun with",
     "pictures": "its pictures are others than those it was begun with",
 }
 
