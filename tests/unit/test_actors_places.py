@@ -86,7 +86,7 @@ async def test_a_run_whose_gpu_actor_has_lost_its_place_is_resumed_on_another(st
         await end_of(scheduler, name)
     pool.holds = 1
     await scheduler.resume("two", str(tmp_path), False)
-    await done(scheduler, "two")
+    assert (await done(scheduler, "two")).committed == 2
 
 
 async def test_a_node_that_is_lost_at_work_hands_its_run_over_to_another(start, tmp_path, model, whole):

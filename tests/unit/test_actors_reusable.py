@@ -220,6 +220,9 @@ async def test_the_first_segment_that_is_there_may_be_made_again(start, tmp_path
     await made(scheduler := start(), tmp_path, "one", config)
     await scheduler.reroll("one", str(tmp_path), 4 - keep, None, None, False)
     await done(scheduler, "one")
+    assert [record.take for record in RunFolder(tmp_path, "one").read_manifest().segments] == [0] * (4 - keep) + [
+        1
+    ] * keep
 
 
 @pytest.mark.one_in(2)

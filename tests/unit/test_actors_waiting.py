@@ -272,7 +272,7 @@ async def test_actors_that_take_long_to_start_hold_no_thread_that_a_run_needs(st
     while not asked.acquire(blocking=False):
         await asyncio.sleep(0.01)
     await submit(scheduler, tmp_path, "one", config_for(model, **SHORT))
-    await done(scheduler, "one")
+    assert (await done(scheduler, "one")).committed == 3
     over.set()
     await asyncio.gather(*starts, return_exceptions=True)
 
