@@ -36,7 +36,7 @@ def config_of(model):
             "warm_steps": 4,
             "reuse_window": 3,
         },
-        "store": {"host_bytes": 2**14, "allow_tmpfs": True, "directory": "$NODE_CACHE"},
+        "store": {"host_bytes": 2**14, "allow_tmpfs": True, "directory": "$EDIT_RAY_DISK"},
         "engine": {"start_timeout_s": 300.0, "cpu_threads": 1},
     }
 
@@ -53,11 +53,11 @@ def nodes():
 def main(root):
     model = save_random_wan(root / "model", expand_timesteps=True)
     cluster = Cluster(initialize_head=True, head_node_args=HEAD)
-    first = cluster.add_node(num_cpus=1, env_vars={"NODE_CACHE": str(root / "node-1")})
+    first = cluster.add_node(num_cpus=1, env_vars={"EDIT_RAY_DISK": str(root / "node-1")})
     ray.init(address=cluster.address, namespace=launch.NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     client = LongVideoClient(output=root / "runs")
     list(client.stream(client.submit(config_of(model), run_id="whole"), frames=False))
-    cluster.add_node(num_cpus=1, env_vars={"NODE_CACHE": str(root / "node-2")})
+    cluster.add_node(num_cpus=1, env_vars={"EDIT_RAY_DISK": str(root / "node-2")})
     stream = client.stream(client.submit(config_of(model), run_id="hurt"), frames=False)
     indices = [next(stream).index, next(stream).index]
     before, first_cache = nodes(), len(list((root / "node-1").glob("*.safetensors")))
