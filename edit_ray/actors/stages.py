@@ -88,6 +88,7 @@ class Stages:
         Raises HardwareDiffers if segments were made on other hardware, unless the run may move.
         """
         await self._pool.start(run.spec, work.worker)
+        self._watchdog.started(work.worker)
         async with run.beginning:
             engine = run.spec.config.engine
             asked = self._pool.denoiser(work.worker, "provenance", run.spec)

@@ -78,6 +78,10 @@ class Watchdog:
         self._last: dict[int, _Beat] = {}  # by worker
         self._answers_by: dict[int, float] = {}  # by worker whose store is silent: when it must have answered
 
+    def started(self, worker: int) -> None:
+        """The worker's actors have just answered: a store that hangs from now on has no time left to start in."""
+        self._answers_by.pop(worker, None)
+
     async def watch(self, worker: int, work: Awaitable[T], engine: EngineOptions) -> T:
         """The result of a GPU actor's work.
 

@@ -88,6 +88,18 @@ async def test_whatever_hangs_is_restarted_and_the_run_makes_the_same_bytes(fini
     check_same(RunFolder(tmp_path, "one"), await whole(config_for(model, **SHORT_REUSE)), but=["run.yaml"])
 
 
+async def test_a_store_that_hangs_soon_after_its_restart_is_found_as_fast(start, tmp_path, model):
+    pool = Stopped("store", "drop_run")
+    scheduler, config = start(pool), config_for(model, engine=TIMES | {"start_timeout_s": 60.0}, **SHORT_REUSE)
+    for run_id in ("one", "two"):
+        await submit(scheduler, tmp_path, run_id, config)
+        began = time.monotonic()
+        assert (await end_of(scheduler, run_id)).state == "done"
+        assert pool.restarts == ["store"]
+        assert time.monotonic() - began < 30, "a run, and answer_timeout_s"
+        pool.restarts.clear()
+
+
 async def test_what_hangs_again_and_again_ends_the_run_with_a_sentence(finish, tmp_path, model):
     config = config_for(model, engine=TIMES | {"step_timeout_s": 2.0, "segment_retries": 1})
     status = await finish(config, pool=Stopped("denoiser", "finalize_run", for_good=True))
