@@ -148,6 +148,7 @@ def on_card(figures: dict[str, Any], pipe: Any, task: Task, placed: Placement | 
         of_card = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(card * 1e9 / of_card, 1.0))
     tiled_from = 0 if placed.tiled else None
+    memory_peak(device, reset=True)  # of the pipeline that was made, and of the card before
     try:
         latents = engine.denoise(sampling, prompt=PROMPTS[0], seed=0)
         peaks.append(memory_peak(device, reset=True))

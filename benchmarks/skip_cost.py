@@ -40,6 +40,7 @@ from benchmarks.wan_table import our_cache
 from edit_ray.testing import VARIANTS
 
 COMPUTED = 4  # first steps that compute
+LAYOUT_STEPS = 8
 
 
 class Moments:
@@ -152,7 +153,7 @@ def measure_all(results: Results, task: Task, device: str, modes: Sequence[str])
 def measure_layouts(results: Results, layouts: Sequence[str], quick: bool, device: str) -> None:
     """Ours, exact, of models with other conditions than a text; of two experts one."""
     for name in layouts:
-        task, given_to = task_for(quick, num_inference_steps=8), VARIANTS[name].transformer
+        task, given_to = task_for(quick, num_inference_steps=LAYOUT_STEPS), VARIANTS[name].transformer
         if quick:  # the toy's sizes
             kinds: dict[str, Any] = {"vace_layers": [0, 2], "vace_in_channels": 72} if "vace_layers" in given_to else {}
             kinds |= {"in_channels": 12} if given_to.get("in_channels") == 36 else {}
@@ -200,7 +201,10 @@ def main() -> None:
         layouts={"nargs": "*", "choices": list(VARIANTS), "default": [], "help": "these alone, without peers"},
     )
     task = task_for(args.quick)
-    results = Results(args, task.told() | {"quick": args.quick, "computed_steps": COMPUTED}, figure="skipped_ms")
+    told = task.told() | {"quick": args.quick, "computed_steps": COMPUTED}
+    if args.layouts:
+        told |= {"model": "Layouts of Wan, random weights", "num_inference_steps": LAYOUT_STEPS}
+    results = Results(args, told, figure="skipped_ms")
     if args.layouts:
         measure_layouts(results, args.layouts, args.quick, args.device)
     else:

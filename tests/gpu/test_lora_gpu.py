@@ -24,7 +24,7 @@ def test_fast_is_as_close_with_it_as_without(tmp_path, unloaded, fp8):
     plain, without = both()
     save_lora(tmp_path / "one.safetensors", pipe.transformer)
     pipe.load_lora_weights(str(tmp_path / "one.safetensors"), adapter_name="one")
-    pipe.set_adapters("one", 0.05)
+    pipe.set_adapters("one", 0.2)  # changes more than 8-bit products do
     pipe.fuse_lora()
     if unloaded:
         pipe.unload_lora_weights()
