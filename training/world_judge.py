@@ -22,7 +22,7 @@ CELL = 8  # pixels, both ways, of what it calls a place
 PARTS = {"motion": MOTIONS, "ground": GROUNDS, "sky": SKIES, "camera": CAMERAS}
 PLACE = {"colour": 1 + len(COLOURS), "form": len(FORMS), "material": len(MATERIALS)}  # classes; colour 0 is none
 SURE = 0.8  # the probability from which a place counts as of a colour: rims and shadows never reach it
-LEAST = 0.15  # such places a frame, on average, that a colour needs to be there
+LEAST = 0.8  # such places a frame, on average, that a colour needs to be there: any of 5,000 solids covers 0.89
 UNKNOWN = -100  # the label of what is not asked for
 
 
