@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from edit_ray.engine.causal_options import INDEX_KEY, CausalOptions
 from training import captions, scenes
 from training.recipe import Recipe
 
@@ -115,8 +116,8 @@ def save_pipeline(
     pipeline.save_pretrained(folder)
     _narrow(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     for path in folder.glob("*/*config.json"):
+        _forget_place(path)
         content = json.loads(path.read_text())
-        content.pop("_name_or_path", None)  # where it happened to be trained
         if path.parent.name == "text_encoder":
             content["dtype"] = "float32"  # what transformers loads when nothing is asked for, as diffusers does
         if path.parent.name == "tokenizer":
@@ -125,6 +126,35 @@ def save_pipeline(
         path.write_text(json.dumps(content, indent=2) + "\n")
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+
+
+def save_causal_transformer(folder: Path, transformer: WanTransformer3DModel, recipe: Recipe) -> None:
+    """Write the causal transformer and the index of its model into `folder / "causal"`; the module is left in fp16.
+
+    The other parts are those of the model in `folder`.
+    """
+    transformer.half().save_pretrained(folder / "causal" / "transformer")
+    _narrow(folder / "causal" / "transformer" / "diffusion_pytorch_model.safetensors")
+    _forget_place(folder / "causal" / "transformer" / "config.json")
+    options = CausalOptions(chunk_size=recipe.chunk_size, window=recipe.causal_window, sink=recipe.causal_sink)
+    index = json.loads((folder / "model_index.json").read_text()) | {"_class_name": "EditCausalWanPipeline"}
+    index |= {"expand_timesteps": False, INDEX_KEY: options.model_dump()}
+    (folder / "causal" / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def compile_blocks(transformer: WanTransformer3DModel) -> None:
+    """Compile the blocks on a GPU, with kernels of their own for each shape of the turns."""
+    if transformer.device.type == "cuda":
+        torch._dynamo.config.recompile_limit = 32
+        for block in transformer.blocks:
+            block.compile(dynamic=False)
+
+
+def _forget_place(config: Path) -> None:
+    """Remove where the model happened to be trained."""
+    content = json.loads(config.read_text())
+    content.pop("_name_or_path", None)
+    config.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _narrow(path: Path) -> None:

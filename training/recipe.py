@@ -14,6 +14,7 @@ class Recipe:
     vae_minutes: float = 20
     judge_minutes: float = 6
     text_and_transformer_minutes: float = 60
+    causal_minutes: float = 25
 
     # Models.
     vae_base_dim: int = 32
@@ -78,7 +79,35 @@ class Recipe:
     history_lengths: tuple[int, ...] = (1, 2, 2, 3, 3, 3, 3, 3, 3, 4)
     history_noise: float = 0.1
     history_tint: float = 0.05  # a constant added to a channel of the history: the slow drift that noise is not
-    # Both.
+    # The causal transformer: teacher forcing for a share of the minutes, then consistency distillation.
+    chunk_size: int = 3  # latent frames, as the windows and sinks below
+    causal_window: int = 12
+    causal_sink: int = 3
+    # Batches in turns: clips of which source, and under which window and sink. Each pair is a shape to compile.
+    causal_turns: tuple[tuple[int, int, int], ...] = (
+        (1, 12, 3),
+        (2, 12, 3),
+        (0, 12, 3),
+        (1, 9, 3),
+        (2, 12, 3),
+        (1, 12, 3),
+        (0, 9, 3),
+        (2, 9, 3),
+        (1, 9, 0),
+        (0, 12, 3),
+    )
+    causal_clips: tuple[int, ...] = (1024, 1152, 896)  # a process, of each source
+    causal_clip_latents: int = 27  # full windows and sinks far away, as in long streams
+    causal_batch: int = 32  # clips
+    causal_changes: float = 0.2  # share of clips that change into another scene
+    forcing_share: float = 0.5
+    forcing_learning_rate: float = 5e-4
+    causal_learning_rate: float = 2e-4
+    causal_guidance: float = 4.0  # of the teacher; the student needs none
+    causal_levels: int = 48  # a multiple of the sampler's steps
+    causal_shift: float = 5.0
+    causal_decay: float = 0.99  # of the averaged weights that make the student's target
+    # All.
     first_frame_weight: float = 5.0  # frame 0 of a clip is a latent of its own, the hardest, and all else follows it
     ema_decay: float = 0.999
     warmup_steps: int = 100
@@ -106,6 +135,10 @@ SMOKE = Recipe(
     window=3,
     turns=((1, 3, False), (2, 5, False), (0, 3, True)),
     history_lengths=(1,),
+    causal_turns=((1, 6, 3), (2, 6, 0), (0, 3, 0)),
+    causal_clips=(4, 4, 4),
+    causal_clip_latents=6,
+    causal_batch=4,
     encode_batch=4,
     batch=4,
     save_every_s=2.0,

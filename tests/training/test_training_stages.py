@@ -13,11 +13,12 @@ from edit_ray import EditWanPipeline
 from tests.calls import load
 from training.criteria import Size
 from training.evaluate_world import BARS, judge_drift, judge_joins, judge_storyboard, sampled
+from training.latent_clips import CaptionEncoder, LatentClips, shifted
 from training.loop import Call, Loop
 from training.models import CAPTION_TOKENS, build_text_encoder, build_tokenizer, build_transformer
 from training.recipe import FULL, SMOKE
 from training.sampling import sample_latents
-from training.train_transformer import FlowLoss, LatentClips, shifted, train_transformer
+from training.train_transformer import FlowLoss, train_transformer
 from training.train_vae import train_vae
 from training.world_judge import load_judge, train_judge
 
@@ -109,13 +110,13 @@ def test_a_decoder_alone_keeps_the_latents(model: Path) -> None:
 def test_every_turn_of_the_recipe_trains() -> None:
     recipe = replace(FULL, layers=1, heads=1, ffn_dim=32, batch=8)
     tokenizer = build_tokenizer()
-    special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     ids = torch.full((4, CAPTION_TOKENS), tokenizer.eos_token_id)
     change = torch.full((4,), max(recipe.history_lengths) + 1)
     sizes = ((2, 2), (2, 2), (2, 4))
     latents = (torch.randn(4, recipe.clip_latents, recipe.vae_z_dim, *size) for size in sizes)
     clips = tuple(LatentClips(of_size, ids, ids, change) for of_size in latents)
-    loss = FlowLoss(clips, build_transformer(recipe), build_text_encoder(recipe, tokenizer), recipe, *special)
+    captions = CaptionEncoder(build_text_encoder(recipe, tokenizer), tokenizer, recipe)
+    loss = FlowLoss(clips, build_transformer(recipe), captions, recipe)
     for step, turn in enumerate(recipe.turns):
         assert torch.isfinite(loss(step, 0.5)), turn
 
