@@ -4,6 +4,7 @@
     python training/evaluate.py --quick            a subset, with the same bars
     python training/evaluate.py --device cuda --json results.json
     python training/evaluate.py --judge STATE      the small world too, by the judge of the training's state folder
+    python training/evaluate.py --model DIR --causal DIR/causal    the causal model, beside the one it was made of
 
 Scenes, prompts and noise come from seeds that the training never draws.
 """
@@ -25,10 +26,11 @@ sys.path.insert(0, str(ROOT))  # run as a file, from anywhere
 
 from edit_ray import EditWanPipeline  # noqa: E402
 from training.criteria import QUICK, Result, Size, percent  # noqa: E402
+from training.evaluate_causal import evaluate_causal  # noqa: E402
 from training.evaluate_world import evaluate_world  # noqa: E402
 from training.judge import Verdict, background_colour, judge  # noqa: E402
 from training.recipe import FULL  # noqa: E402
-from training.sampling import HISTORY, decode, sample_latents  # noqa: E402
+from training.sampling import HISTORY, decode, load_causal, sample_latents  # noqa: E402
 from training.scenes import Scenes, captions, draw_scenes, render  # noqa: E402
 from training.world_judge import WorldJudge, load_judge  # noqa: E402
 
@@ -170,6 +172,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="few samples: a look, not the proof")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--judge", type=Path, help="the training's state folder, which holds the small world's judge")
+    parser.add_argument("--causal", type=Path, help="the folder of a causal model, to be judged instead")
     parser.add_argument("--json", type=Path, help="where to write the results too")
     args = parser.parse_args()
     started = time.monotonic()
@@ -179,7 +182,12 @@ def main() -> int:
     size = QUICK if args.quick else Size()
     size = replace(size, batch=64) if args.device == "cuda" else size
     judge = load_judge(args.judge, FULL, args.device) if args.judge else None
-    for result in evaluate(pipe, size, judge):
+    if args.causal:
+        causal = load_causal(args.causal, pipe)
+        criteria = evaluate_causal(causal, pipe, size, judge)
+    else:
+        criteria = evaluate(pipe, size, judge)
+    for result in criteria:
         print(result, flush=True)
         results.append(result)
     print(f"{sum(result.passed for result in results)} of {len(results)} in {time.monotonic() - started:.0f} s")

@@ -1,4 +1,4 @@
-"""The training loop of both stages: a budget of minutes, AdamW, averaged weights, saved state, one or more GPUs."""
+"""The training loop of all stages: a budget of minutes, AdamW, averaged weights, saved state, one or more GPUs."""
 
 import math
 import os

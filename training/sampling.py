@@ -1,9 +1,11 @@
-"""Samples for the evaluation: clips from text, and segments that continue the latents of the one before."""
+"""Samples for the evaluation: clips from text, segments that continue the latents of the one before, and streams."""
+
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from edit_ray import EditWanPipeline
+from edit_ray import EditCausalWanPipeline, EditWanPipeline
 from edit_ray.engine.decode import denormalise
 
 STEPS = 30
@@ -43,6 +45,37 @@ def sample_latents(
         return_dict=False,
     )[0]
     return latents
+
+
+def load_causal(folder: Path, bidirectional: EditWanPipeline) -> EditCausalWanPipeline:
+    """The causal model of a folder that has the transformer alone; the other parts are the bidirectional model's."""
+    shared = {name: getattr(bidirectional, name) for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
+    pipe = EditCausalWanPipeline.from_pretrained(folder, torch_dtype=torch.float32, **shared)
+    pipe.transformer.to(bidirectional.vae.device)
+    return pipe
+
+
+def stream_latents(
+    pipe: EditCausalWanPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    num_chunks: int,
+    size: tuple[int, int] = (128, 128),
+    switch: tuple[int, list[str]] | None = None,
+) -> Tensor:
+    """Normalised latents [B, C, T, H/8, W/8] of so many chunks, one seed a stream.
+
+    `switch` has the chunk from which other prompts take over, and these; K/V is computed again with them.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    stream = pipe.stream(prompts, height=size[0], width=size[1], generator=generators, decode=False)
+    latents = []
+    for chunk in range(num_chunks):
+        if switch is not None and chunk == switch[0]:
+            stream.send(prompt=switch[1], switch="recache")
+        latents.append(next(stream).latents)
+    stream.close()
+    return torch.cat(latents, 2)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Make the embedded model from nothing: clips rendered on the fly, autoencoder, judge, text encoder, transformer.
+"""Make the embedded model from nothing: clips rendered on the fly, autoencoder, judge, text encoder, transformers.
 
     python training/tiny_wan.py --output DIR --state DIR
     torchrun --nproc_per_node=2 training/tiny_wan.py --output DIR --state DIR --stage vae --slice 8 --compact
@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, f
 
 from training.loop import Call, Ranks
 from training.recipe import FULL, SMOKE
+from training.train_causal import train_causal
 from training.train_transformer import train_transformer
 from training.train_vae import train_vae
 from training.world_judge import train_judge
 
-STAGES = ("vae", "judge", "text_and_transformer")
+STAGES = ("vae", "judge", "text_and_transformer", "causal")
 
 
 def main() -> None:
@@ -57,6 +58,8 @@ def main() -> None:
             loop = train_vae(call, decoder_only=args.decoder_only)
         elif stage == "judge":
             loop = train_judge(call)
+        elif stage == "causal":
+            loop = train_causal(call)
         else:
             loop = train_transformer(call, start=args.weights)
         if args.compact:
