@@ -66,7 +66,7 @@ def drift_of(colours: Sequence[Tensor]) -> float:
     return max(float((colour - colours[0]).abs().max()) for colour in colours)
 
 
-def flat_figures(one: list[Verdict], two: list[Verdict]) -> dict[str, float]:
+def flat_percentages(one: list[Verdict], two: list[Verdict]) -> dict[str, float]:
     """What is right, in percent, of clips of one object and of two."""
     forms = [verdict.forms[:, 0] for verdict in one] + [verdict.forms.flatten() for verdict in two]
     parts = ([verdict.colours for verdict in one], [verdict.colours for verdict in two], forms)
@@ -76,7 +76,7 @@ def flat_figures(one: list[Verdict], two: list[Verdict]) -> dict[str, float]:
 def judge_flat(pipe: EditCausalWanPipeline, size: Size) -> Iterator[Result]:
     """Streams of flat scenes: the first frames, the last ones beside them, and the drift between."""
     one, two = (flat_clips(pipe, streams(pipe, size), objects, size) for objects in (1, 2))
-    first, last = flat_figures(one.first, two.first), flat_figures(one.last, two.last)
+    first, last = flat_percentages(one.first, two.first), flat_percentages(one.last, two.last)
     for name, bar in FLAT_BARS.items():
         yield Result(f"causal: {name}, first {NUM_FRAMES} frames", first[name], bar, "%")
     for name in FLAT_BARS:
@@ -95,11 +95,10 @@ def histories(pipe: EditWanPipeline, num_latents: int, num_inference_steps: int)
     """Samples segments of the bidirectional model that continue one another, until they are as long."""
 
     def sampler(prompts: list[str], seeds: list[int]) -> Tensor:
-        latents, segment = sample_latents(pipe, prompts, seeds, num_inference_steps=num_inference_steps), 0
+        latents = sample_latents(pipe, prompts, seeds, num_inference_steps=num_inference_steps)
         while latents.shape[2] < num_latents:
-            segment += 1
-            moved = [seed + 100 * SEED * segment for seed in seeds]
-            following = sample_latents(pipe, prompts, moved, latents[:, :, -HISTORY:], num_inference_steps)
+            seeds = [seed + 100 for seed in seeds]
+            following = sample_latents(pipe, prompts, seeds, latents[:, :, -HISTORY:], num_inference_steps)
             latents = torch.cat([latents, following[:, :, HISTORY:]], 2)
         return latents[:, :, :num_latents]
 
@@ -126,12 +125,10 @@ def judge_history(pipe: EditCausalWanPipeline, bidirectional: EditWanPipeline, s
     steps = max(1, int(seconds / of_a_step))
     yield Result(f"history: its time at {steps} steps, to the causal model's", steps * of_a_step / seconds, None, "")
     one, two = (flat_clips(bidirectional, histories(bidirectional, num_latents, steps), n, size) for n in (1, 2))
-    for where, figures in (
-        (f"first {NUM_FRAMES}", flat_figures(one.first, two.first)),
-        (f"last {NUM_FRAMES}", flat_figures(one.last, two.last)),
-    ):
-        for name, figure in figures.items():
-            yield Result(f"history: {name}, {where} frames", figure, None, "%")
+    first, last = flat_percentages(one.first, two.first), flat_percentages(one.last, two.last)
+    for where, right in (("first", first), ("last", last)):
+        for name, percentage in right.items():
+            yield Result(f"history: {name}, {where} {NUM_FRAMES} frames", percentage, None, "%")
     yield Result("history: background's drift", max(*one.drift, *two.drift), None, "/255")
 
 

@@ -85,7 +85,7 @@ def shifted(sigma: Tensor, shift: float) -> Tensor:
 
 
 def noise_levels(number: int, recipe: Recipe, device: torch.device) -> Tensor:
-    """Noise levels [number], spread evenly over the quantiles of their two distributions."""
+    """An even number of noise levels [number], spread evenly over the quantiles of their two distributions."""
     half = number // 2
     quantile = (torch.arange(half, device=device) + torch.rand(2, half, device=device)) / half
     middle = shifted(torch.special.ndtri(quantile[0]).sigmoid(), recipe.flow_shift)

@@ -106,6 +106,9 @@ class Recipe:
     causal_guidance: float = 4.0  # of the teacher; the student needs none
     causal_levels: int = 48  # a multiple of the sampler's steps
     causal_shift: float = 5.0
+    # The student sees its own chunks as far as they come from a level at which a clip is still recognised.
+    recycled: float = 0.5  # share of clips
+    recycled_below: float = 0.7  # noise level
     causal_decay: float = 0.99  # of the averaged weights that make the student's target
     # All.
     first_frame_weight: float = 5.0  # frame 0 of a clip is a latent of its own, the hardest, and all else follows it

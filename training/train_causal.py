@@ -55,9 +55,9 @@ def draw_batch(clips: tuple[LatentClips, ...], recipe: Recipe, step: int) -> Chu
     return ChunkBatch(x0, ids, weight, ChunkWindow(window // size, sink // size))
 
 
-def spread(levels: Tensor, x0: Tensor) -> Tensor:
-    """Noise levels [B, n] of chunks as those of their latents [B, 1, T, 1, 1]."""
-    return levels.repeat_interleave(x0.shape[2] // levels.shape[1], dim=1)[:, None, :, None, None]
+def spread(values: Tensor, x0: Tensor) -> Tensor:
+    """Values [B, n] of chunks as those of their latents [B, 1, T, 1, 1]."""
+    return values.repeat_interleave(x0.shape[2] // values.shape[1], dim=1)[:, None, :, None, None]
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class ForcingLoss:
 class ConsistencyLoss:
     """Consistency along the teacher's guided flow: x_0 from a level equals that of the averaged weights from the next.
 
-    `levels` fall from 1 to 0. Teacher and average see a clean context, the student a worn one: what it is to make does
-    not drift with what it sees.
+    `levels` fall from 1 to 0. Teacher and average see a clean context, the student a worn one, or chunks that it would
+    make itself: what it is to make does not drift with what it sees.
     """
 
     clips: tuple[LatentClips, ...]
@@ -113,7 +113,9 @@ class ConsistencyLoss:
             flow = uncond + self.recipe.causal_guidance * (cond - uncond)
             nearer = noised + spread(lower - sigma, x0) * flow
             target = nearer - spread(lower, x0) * self.average(x0, nearer, lower, text, window)
-        clean = noised - spread(sigma, x0) * self.student(worn(x0, self.recipe), noised, sigma, text, window)
+        own = (torch.rand_like(sigma[:, :1]) < self.recipe.recycled) & (lower < self.recipe.recycled_below)
+        seen = torch.where(spread(own, x0), target, worn(x0, self.recipe))
+        clean = noised - spread(sigma, x0) * self.student(seen, noised, sigma, text, window)
         return batch.mean((clean - target).square())
 
 
@@ -126,7 +128,7 @@ def train_causal(call: Call) -> Loop:
     """Turn `output / "transformer"` causal, and write it and its options into `output / "causal"` in fp16.
 
     Two loops share the minutes: the teacher's, whose averaged weights the student begins with, and the student's. A
-    call goes on in the one that has not spent its share; returns that loop.
+    call continues the one that has not spent its share; returns that loop.
     """
     recipe, ranks, output, share = call.recipe, call.ranks, call.output, call.recipe.forcing_share
     torch.manual_seed(FIRST_TRAINING_SEED + ranks.rank)
@@ -145,11 +147,12 @@ def train_causal(call: Call) -> Loop:
     if forcing.seconds < forcing.budget_s:
         return forcing
     forcing.compact()
-    teacher.half().float().requires_grad_(False)  # in the precision in which later calls find it
-    if distilling.step == 0:
-        with torch.no_grad():
-            torch._foreach_copy_(distilling.parameters, list(teacher.parameters()))
-            torch._foreach_copy_(distilling.averaged, list(teacher.parameters()))
+    teacher.requires_grad_(False)
+    weights = [parameter.half() for parameter in teacher.parameters()]  # as precise as later calls find them
+    fresh = (distilling.parameters, distilling.averaged) if distilling.step == 0 else ()
+    with torch.no_grad():
+        for tensors in (forcing.parameters, *fresh):
+            torch._foreach_copy_(tensors, weights)
     average = copy.deepcopy(student).requires_grad_(False)
     for parameter, averaged in zip(average.parameters(), distilling.averaged, strict=True):
         parameter.data = averaged  # which the loop updates in place

@@ -1,4 +1,4 @@
-"""The causal stage: its forward is that of a stream, and it trains, goes on, and is evaluated."""
+"""The causal stage: its forward is that of a stream, and it trains, continues, and is evaluated."""
 
 import copy
 from dataclasses import replace
@@ -10,6 +10,7 @@ from diffusers import WanTransformer3DModel
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edit_ray import EditCausalWanPipeline, EditWanPipeline
 from edit_ray.cache.kv_retention import WindowSink, WindowState
@@ -135,8 +136,15 @@ def test_the_student_alone_learns_from_consistency_and_a_seed_is_a_loss() -> Non
     assert torch.equal(losses_of(SMOKE)[1](0, 0.5), first)
 
 
+def test_nothing_in_a_step_waits_for_a_value() -> None:
+    forcing, consistency, _ = losses_of(SMOKE)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # its tensors have no values: reading one is an error
+        for loss in (forcing, consistency):
+            loss(0, 0.5).backward()
+
+
 def test_at_the_lowest_level_the_target_is_where_the_teacher_arrives() -> None:
-    recipe = replace(SMOKE, causal_guidance=1.0, history_noise=0.0, history_tint=0.0, unknown_words=0.0)
+    recipe = replace(SMOKE, causal_guidance=1.0, history_noise=0.0, history_tint=0.0, recycled=0.0)
     lowest = consistency_levels(recipe)[-2:]
     _, consistency, _ = losses_of(recipe)
     # One level above 0, and a student that is the teacher: both take the same step, and there is nothing to learn.
@@ -220,7 +228,7 @@ def test_the_average_that_makes_the_targets_is_what_is_saved(trained: Path) -> N
     assert moved
 
 
-def test_it_goes_on_in_the_loop_that_has_time_left(untrained: Path, tmp_path: Path) -> None:
+def test_a_call_continues_the_loop_that_has_time_left(untrained: Path, tmp_path: Path) -> None:
     call = Call(output_of(untrained, tmp_path / "model"), tmp_path / "state", RECIPE, 10, slice_minutes=1e-3)
     forcing = train_causal(call)
     assert forcing.name == "causal_teacher"
