@@ -80,7 +80,7 @@ def judge_flat(pipe: EditCausalWanPipeline, size: Size) -> Iterator[Result]:
     for name, bar in FLAT_BARS.items():
         yield Result(f"causal: {name}, first {NUM_FRAMES} frames", first[name], bar, "%")
     for name in FLAT_BARS:
-        yield Result(f"causal: {name}, lost in the last frames", first[name] - last[name], 10, "%", most=True)
+        yield Result(f"causal: {name}, lost at the end", first[name] - last[name], 10, "%", most=True)
     worst = max(*one.drift, *two.drift)
     yield Result(f"causal: background's drift over {size.stream_chunks} chunks", worst, 10, "/255", most=True)
 
@@ -148,7 +148,7 @@ def judge_switch(pipe: EditCausalWanPipeline, size: Size) -> Iterator[Result]:
 
 
 def _switch_name(size: Size) -> str:
-    return f"switched within {SWITCHED} chunks, {size.continuations} prompts"
+    return f"switched in {SWITCHED} chunks, {size.continuations} prompts"
 
 
 def _switched(
@@ -186,7 +186,7 @@ def judge_world(
     for part in BARS:
         here, late = percent(joined(first, part)), percent(joined(last, part))
         yield Result(f"causal world: {part}, lost to the bidirectional", percent(other[part]) - here, 8, "%", most=True)
-        yield Result(f"causal world: {part}, lost in the last frames", here - late, 10, "%", most=True)
+        yield Result(f"causal world: {part}, lost at the end", here - late, 10, "%", most=True)
     yield from judge_sky(pipe, world_judge, size)
 
 

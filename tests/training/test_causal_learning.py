@@ -53,7 +53,7 @@ def clips_of(scenes: Tensor) -> tuple[LatentClips]:
 
 
 def train(loss: Callable, model: WanTransformer3DModel, steps: int, averaged: list[Tensor]) -> None:
-    """The loop's steps, as many as told."""
+    """Take so many of the loop's steps."""
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     for step in range(steps):
