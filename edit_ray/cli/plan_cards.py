@@ -27,7 +27,8 @@ def cached_run(config: Config, configs: Mapping[str, Mapping[str, Any]]) -> Run:
     policy = policy_of(cache, config.model)
     stacks = [of.get("num_layers", 40) for name, of in configs.items() if name.startswith("transformer")]
     units = sum(len(split_blocks(blocks, cache.granularity)) for blocks in stacks)
-    return replace(run, entries=policy.history_len * units * run.branches, probes=policy.needs_first_block_probe)
+    stored = policy.most_stored(config.sampling.num_inference_steps)
+    return replace(run, entries=stored * units * run.branches, probes=policy.needs_first_block_probe)
 
 
 def card_lines(config: Config, cards: Sequence[float] = CARDS) -> list[str]:

@@ -23,11 +23,15 @@ TEACACHE = {"rel_l1_thresh": 0.0, "wan_variant": "t2v-1.3B"}, {"rel_l1_thresh": 
 OPTIONS = {
     "always": ({}, None),
     "dicache": ({"rel_l1_thresh": 0.0}, {"rel_l1_thresh": 10.0}),
+    "dmd": ({"cache_interval": 1}, {"cache_interval": 2, "disable_cache_before_step": 4}),
+    "easycache": ({"thresh": 0.0}, {"thresh": 10.0, "ret_steps": 2}),
     "fbcache": ({"rel_l1_thresh": -1.0}, {"rel_l1_thresh": 10.0}),
+    "foca": ({"cache_interval": 1}, {"cache_interval": 3, "disable_cache_before_step": 1}),
     "magcache": ({"threshold": 0.0, "mag_ratios": RATIOS}, {"threshold": 10.0, "mag_ratios": RATIOS}),
     "ranked": ({"skip_rank": RANKS, "skips": 0}, {"skip_rank": RANKS, "skips": STEPS}),
     "schedule": ({"mask": [True] * STEPS}, {"mask": [True, False] * (STEPS // 2)}),
     "seacache": ({"threshold": 0.0}, {"threshold": 10.0}),
+    "spectrum": ({"window_size": 1, "flex_window": 0}, {"warmup_steps": 2}),
     "taylorseer": ({"cache_interval": 1}, {"cache_interval": 3, "disable_cache_before_step": 1}),
     **dict.fromkeys(("teacache", "warmstart_reuse"), TEACACHE),
 }
@@ -145,7 +149,9 @@ def without(builtin):
 
 
 @pytest.mark.one_in(2)
-@pytest.mark.parametrize("name", ["magcache", "ranked", "schedule", "taylorseer", "teacache", "warmstart_reuse"])
+@pytest.mark.parametrize(
+    "name", ["foca", "magcache", "ranked", "schedule", "spectrum", "taylorseer", "teacache", "warmstart_reuse"]
+)
 def test_known_masks_are_said_before_and_need_no_synchronisation(builtin, without, name):
     with calls.cached(builtin, name, STEPS, **OPTIONS[name][1]) as cache:
         plan = cache.plan()
@@ -154,7 +160,7 @@ def test_known_masks_are_said_before_and_need_no_synchronisation(builtin, withou
             assert tuple(cache.record.mask(branch)) == plan["transformer", branch, 0]
 
 
-@pytest.mark.parametrize("name", ["dicache", "fbcache", "seacache"])
+@pytest.mark.parametrize("name", ["dicache", "easycache", "fbcache", "seacache"])
 def test_the_others_take_at_most_one_synchronisation_a_decision(builtin, without, name):
     with calls.cached(builtin, name, STEPS, **OPTIONS[name][1]) as cache:
         assert cache.plan() is None

@@ -110,9 +110,20 @@ POLICIES = {
     "magcache": {"mag_ratios": [1.0, 0.98, 0.97, 1.01], "threshold": 1e9},
     "dicache": {"rel_l1_thresh": 1e9},
     "taylorseer": {},
+    "spectrum": {},
+    "dmd": {},
+    "foca": {},
+    "easycache": {"thresh": 1e9},
     "seacache": {"threshold": 1e9},
 }
-REUSED_MORE_OFTEN = {"magcache": {"max_skip_steps": 3, "retention_ratio": 0.0}, "seacache": {"retention_steps": 2}}
+REUSED_MORE_OFTEN = {
+    "spectrum": {"warmup_steps": 1, "flex_window": 3.0},
+    "dmd": {"cache_interval": 3, "disable_cache_before_step": 5},
+    "foca": {"cache_interval": 2},
+    "easycache": {"ret_steps": 0},
+    "magcache": {"max_skip_steps": 3, "retention_ratio": 0.0},
+    "seacache": {"retention_steps": 2},
+}
 
 
 @given(name=st.sampled_from(list(POLICIES)), num_steps=st.integers(1, 40), seed=st.integers(0, 99), other=st.booleans())

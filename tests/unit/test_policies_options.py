@@ -11,11 +11,15 @@ from edit_ray.cache.policies import (
     POLICIES,
     CachePolicy,
     DiCache,
+    DynamicModes,
+    EasyCache,
     FirstBlockCache,
+    FoCa,
     MagCache,
     OptionError,
     Schedule,
     SeaCache,
+    Spectrum,
     TaylorSeer,
     TeaCache,
     WarmstartReuse,
@@ -35,6 +39,10 @@ OPTIONS = {
     "taylorseer": {},
     "seacache": {},
     "dicache": {},
+    "dmd": {},
+    "easycache": {},
+    "foca": {},
+    "spectrum": {},
     "ranked": {"skip_rank": {"cond": [None, *range(11)], "uncond": [None] * 12}},
     "schedule": {"mask": [True] * 12},
     "warmstart_reuse": {"wan_variant": "t2v-1.3B"},
@@ -44,7 +52,10 @@ NEVER = [
     *(("fbcache", {"rel_l1_thresh": at}) for at in (0, -1.0)),
     *(("magcache", {"threshold": at, "mag_ratios": [1.0]}) for at in (0, -1.0)),
     *(("magcache", {"max_skip_steps": 0, "mag_ratios": [1.0]}),),
-    *(("taylorseer", {"cache_interval": at}) for at in (1, 0, -3)),
+    *((name, {"cache_interval": at}) for name in ("taylorseer", "dmd", "foca") for at in (1, 0, -3)),
+    *(("easycache", {"thresh": at}) for at in (0, -1.0)),
+    ("spectrum", {"window_size": 1, "flex_window": 0}),
+    ("spectrum", {"warmup_steps": 12}),
     *(("seacache", {"threshold": at}) for at in (0, -1.0)),
     *(("dicache", {"rel_l1_thresh": at}) for at in (0, -1.0)),
     ("ranked", {"skip_rank": {"cond": [None] * 12}}),
@@ -63,7 +74,8 @@ NEVER = [
 SKIPS = [
     *((name, {"rel_l1_thresh": 0.01}) for name in ("fbcache", "dicache")),
     ("magcache", {"threshold": 0.01, "mag_ratios": [1.0]}),
-    ("taylorseer", {"cache_interval": 2}),
+    *((name, {"cache_interval": 2}) for name in ("taylorseer", "dmd", "foca")),
+    ("spectrum", {}),
     ("seacache", {"threshold": 0.01}),
     ("teacache", {"wan_variant": "t2v-14B", "rel_l1_thresh": 0.01}),
 ]
@@ -85,7 +97,9 @@ def test_every_policy_is_made_by_its_name_and_declares_what_it_needs():
     probes = {name for name, options in OPTIONS.items() if make_policy(name, options).needs_first_block_probe}
     static = {name for name, options in OPTIONS.items() if make_policy(name, options).timestep_only}
     assert probes == {"fbcache", "dicache"}
-    assert static == {"always", "teacache", "magcache", "taylorseer", "ranked", "schedule", "warmstart_reuse"}
+    assert set(OPTIONS) - static == {"fbcache", "dicache", "seacache", "easycache"}
+    assert {name for name in OPTIONS if POLICIES.find(name).uncond_follows} == {"easycache"}
+    assert WarmstartReuse(inner="easycache").uncond_follows
 
 
 @pytest.mark.parametrize(
@@ -112,6 +126,18 @@ def test_every_policy_is_made_by_its_name_and_declares_what_it_needs():
         (lambda: TaylorSeer(max_order=-1), ValueError, "max_order is -1; valid is a whole number from 0."),
         (lambda: TaylorSeer(disable_cache_before_step=-1), ValueError, "disable_cache_before_step is -1"),
         (lambda: TaylorSeer(disable_cache_after_step=-1), ValueError, "disable_cache_after_step is -1"),
+        (lambda: Spectrum(warmup_steps=0), ValueError, "warmup_steps is 0; valid is a whole number from 1."),
+        (lambda: Spectrum(flex_window=-0.5), ValueError, "flex_window is -0.5; valid is a finite number from 0."),
+        (lambda: Spectrum(window_size=0), ValueError, "window_size is 0.0; valid is a finite number above 0."),
+        (lambda: Spectrum(tau_num_steps=0), ValueError, "tau_num_steps is 0; valid is a whole number from 1"),
+        (lambda: Spectrum(w=1.5), ValueError, "w is 1.5; valid is a finite number from 0 to 1."),
+        (lambda: Spectrum(lam=0), ValueError, "lam is 0.0; valid is a finite number above 0."),
+        (lambda: DynamicModes(history_size=3), ValueError, "history_size is 3; valid is a whole number from 4."),
+        (lambda: DynamicModes(ridge=-1), ValueError, "ridge is -1.0; valid is a finite number from 0."),
+        (lambda: FoCa(max_horizon=0), ValueError, "max_horizon is 0.0; valid is a finite number above 0."),
+        (lambda: FoCa(cache_interval=2.5), TypeError, "cache_interval is 2.5; valid is a whole number."),
+        (lambda: EasyCache(thresh=math.nan), ValueError, "thresh is nan; valid is a finite number."),
+        (lambda: EasyCache(ret_steps=-1), ValueError, "ret_steps is -1; valid is a whole number from 0."),
         (lambda: SeaCache(threshold=math.inf), ValueError, "threshold is inf"),
         (lambda: SeaCache(residual_order=2), ValueError, "residual_order is 2; valid are 0 and 1."),
         (lambda: SeaCache(power_exp=0), ValueError, "power_exp is 0.0; valid is a finite number above 0."),
@@ -154,7 +180,7 @@ def test_an_error_names_its_option_also_in_another_process():
 @pytest.mark.parametrize(
     ("policy", "options", "error", "sentence"),
     [
-        ("teacup", {}, ValueError, "no cache policy named 'teacup'; there are always, dicache, fbcache"),
+        ("teacup", {}, ValueError, "no cache policy named 'teacup'; there are always, dicache, dmd, easycache"),
         (3, {}, TypeError, "policy is 3; valid are always, dicache"),
         ("fbcache", {"thresh": 1}, TypeError, "'fbcache' has no option thresh; it takes rel_l1_thresh."),
         ("schedule", {}, TypeError, "'schedule' needs the option mask; it takes mask, residual_order."),

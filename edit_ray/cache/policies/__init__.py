@@ -1,8 +1,11 @@
 """When to recompute: one module per technique. Importing the package registers them all."""
 
 from edit_ray.cache.policies.dicache import DiCache
+from edit_ray.cache.policies.dmd import DynamicModes
+from edit_ray.cache.policies.easycache import EasyCache
 from edit_ray.cache.policies.estimates import relative_l1
 from edit_ray.cache.policies.fbcache import FirstBlockCache
+from edit_ray.cache.policies.foca import FoCa
 from edit_ray.cache.policies.magcache import MagCache
 from edit_ray.cache.policies.option_types import OptionError
 from edit_ray.cache.policies.policy import (
@@ -15,6 +18,7 @@ from edit_ray.cache.policies.policy import (
 )
 from edit_ray.cache.policies.schedule import Always, Ranked, Schedule
 from edit_ray.cache.policies.seacache import SeaCache
+from edit_ray.cache.policies.spectrum import Spectrum
 from edit_ray.cache.policies.taylorseer import TaylorSeer
 from edit_ray.cache.policies.teacache import TeaCache
 from edit_ray.cache.policies.warmstart_reuse import WarmstartReuse
@@ -24,13 +28,17 @@ __all__ = [
     "Always",
     "CachePolicy",
     "DiCache",
+    "DynamicModes",
+    "EasyCache",
     "FirstBlockCache",
+    "FoCa",
     "MagCache",
     "OptionError",
     "PolicyContext",
     "Ranked",
     "Schedule",
     "SeaCache",
+    "Spectrum",
     "TaylorSeer",
     "TeaCache",
     "WarmstartReuse",

@@ -11,6 +11,7 @@ from edit_ray.cache.policies.policy import PolicyContext
 if TYPE_CHECKING:
     from torch import Tensor
 
+Weights = Sequence["float | Tensor"]  # of each residual: a number, or a tensor [B, 1, 1]
 Forecast = Callable[[Sequence[tuple[int, "Tensor"]], int, int], "Tensor"]
 
 
@@ -79,3 +80,26 @@ def add_forecast(ctx: PolicyContext, max_order: int, predict: Forecast = forecas
     """The unit's output [B, N, D] with a predicted residual; None if a residual that it needs is missing."""
     history = read_history(ctx, max_order + 1)
     return None if history is None or ctx.base is None else ctx.base + predict(history, ctx.step, max_order)
+
+
+def weighted_sum(residuals: Sequence[Tensor], weights: Weights) -> Tensor:
+    """The sum of residuals [B, N, D] times their weights, in float32 at least; returned in the residuals' dtype."""
+    import torch  # here, so that a configuration is checked without it
+
+    dtype = residuals[0].dtype
+    result = torch.zeros_like(residuals[0], dtype=torch.promote_types(dtype, torch.float32))
+    for residual, weight in zip(residuals, weights, strict=True):
+        result.add_(residual * weight) if isinstance(weight, torch.Tensor) else result.add_(residual, alpha=weight)
+    return result.to(dtype)
+
+
+def add_weighted(ctx: PolicyContext, count: int, weigh: Callable[[Sequence[int]], Weights]) -> Tensor | None:
+    """The unit's output [B, N, D] with a weighted sum of its last `count` computed residuals; None if one is missing.
+
+    `weigh(computed)` gives their weights, in the order of their steps `computed`, newest first.
+    """
+    history = read_history(ctx, count)
+    if history is None or ctx.base is None:
+        return None
+    steps, residuals = zip(*history, strict=True)
+    return ctx.base + weighted_sum(residuals, weigh(steps))

@@ -76,9 +76,11 @@ def _sequence_of(things: str) -> Any:
 
 Number = Annotated[float, BeforeValidator(_real)]
 Positive = Annotated[float, Field(gt=0), BeforeValidator(_real)]
+NotNegative = Annotated[float, Field(ge=0), BeforeValidator(_real)]
 Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_real)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+Natural = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 Order = Annotated[int, Field(ge=0, le=1, json_schema_extra={"choices": "0 and 1"}), BeforeValidator(_whole)]
 Flag = Annotated[bool, Field(json_schema_extra={"choices": "True and False"})]
 Numbers = Annotated[tuple[Number, ...], _sequence_of("finite numbers"), BeforeValidator(_items)]

@@ -128,6 +128,8 @@ class CachePolicy(ABC):
     """Whether `should_compute` reads only `step`, `num_steps`, `branch`, `expert`, `sigma`, `e`, `e0`, `state`
     and the presence of a reuse window: all its decisions are then made before the loop begins.
     """
+    uncond_follows: bool = False
+    """Whether a unit of "uncond" does what that of "cond" has just done: the two cannot run at the same time."""
     history_len: int = 1
     """The number of computed residuals that `reconstruct` reads."""
 
@@ -138,6 +140,10 @@ class CachePolicy(ABC):
     def most_skips(self, num_steps: int) -> int:
         """How many steps of a loop a unit can skip at most; the first has nothing to reuse."""
         return num_steps - 1
+
+    def most_stored(self, num_steps: int) -> int:
+        """How many residuals a unit stores at a time in a loop of `num_steps` steps at most."""
+        return min(self.history_len, num_steps)
 
     def reset(self, state: UnitState) -> None:
         """Prepare `state.user` for a new call."""

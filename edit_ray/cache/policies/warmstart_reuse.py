@@ -53,6 +53,7 @@ class WarmstartReuse(CachePolicy):
         self.granularities = inner.granularities
         self.needs_first_block_probe = inner.needs_first_block_probe
         self.timestep_only = inner.timestep_only
+        self.uncond_follows = inner.uncond_follows
         self.history_len = inner.history_len
 
     def check(self, num_steps: int) -> None:
