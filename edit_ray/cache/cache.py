@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from edit_ray.cache.blocks import BlockRunner, Expert, Unit, check_not_compiled
+from edit_ray.cache.cfg_gate import CfgGate
+from edit_ray.cache.known_mask import Mask, decide_ahead
 from edit_ray.cache.loop_position import LoopStep, Position, StepCounter
 from edit_ray.cache.policies.policy import CachePolicy, PolicyContext, StepSignals, UnitState
 from edit_ray.cache.records import Counts, Reason, Record
@@ -28,15 +29,6 @@ from edit_ray.cache.stores.base import CacheStore
 from edit_ray.tiers.reuse_plan import Key
 
 BRANCHES = ("cond", "uncond")
-
-
-class KnownDecision(NamedTuple):
-    """A decision made before the loop, with the values that the policy compared."""
-
-    compute: bool
-    signal: float | None
-    accumulated: float | None
-    threshold: float | None
 
 
 class _Forward(threading.local):
@@ -61,8 +53,10 @@ class Cache:
         store: CacheStore,
         history_len: int,
         schedule: Callable[[], Sequence[LoopStep]] | None = None,
+        cfg_gate: CfgGate | None = None,
     ) -> None:
         self.policy = policy
+        self.cfg_gate = cfg_gate
         self.num_steps = num_inference_steps
         self.record = Record(num_inference_steps, 0)
         self.experts: dict[str, Expert] = {}
@@ -71,7 +65,7 @@ class Cache:
         self._schedule = schedule
         self._hooks: list[UnitHook] = []
         self._states: dict[UnitId, UnitState] = {}
-        self._mask: dict[UnitId, list[KnownDecision | None]] = {}  # by step; None where another expert runs
+        self._mask: Mask = {}
         self._here = _Forward()
         self._counter = StepCounter()
         self._in_call = False
@@ -116,7 +110,8 @@ class Cache:
     def plan(self, steps: Sequence[LoopStep] | None = None) -> dict[UnitId, tuple[bool | None, ...]] | None:
         """Per (expert, branch, unit) the mask of a loop, True where it will compute, None where another expert runs.
 
-        None for a policy that depends on values of the loop. `steps` are the pipeline's own unless given.
+        Where the CFG gate leaves "uncond" out, it is False. None for a policy that depends on values of the loop.
+        `steps` are the pipeline's own unless given.
         """
         if not self.policy.timestep_only:
             return None
@@ -159,6 +154,8 @@ class Cache:
         self._states.clear()
         self._mask.clear()
         self._latest.clear()
+        if self.cfg_gate is not None:
+            self.cfg_gate.reset()
         self.record = Record(self.num_steps, max((len(e.units) for e in self.experts.values()), default=0))
         if clear_store:
             self._index.clear()
@@ -209,6 +206,8 @@ class Cache:
             raise
         finally:
             self._in_call = False
+            if self.cfg_gate is not None:
+                self.cfg_gate.reset()
             self._here.position = self._here.runner = None
 
     @contextmanager
@@ -240,17 +239,23 @@ class Cache:
         step = position.step
         if step is None:
             step = self._counter.step(position.branch, float(timestep.max()), self.num_steps)
-        self._account((expert.name, position.branch, step))
+        self._account(where := (expert.name, position.branch, step))
+        gate = self.cfg_gate
+        if gate is not None and (stand_in := gate.stand_in(*where, self.num_steps)) is not None:
+            self.record.note_gated(*where, len(expert.units))
+            return stand_in
         signals = expert.signals(timestep, latents, position.sigma)
 
         def context(unit: Unit) -> PolicyContext:
-            return self._make_context(expert, position.branch, unit, step, signals, latents)
+            return self._make_context(expert, position.branch, unit, step, signals)
 
         runner = self._here.runner = BlockRunner(self, expert.adapter, expert.units, context)
         try:
             output = run(*args, **kwargs)
             if self.experts:  # else an error in the other branch's thread has removed it meanwhile
                 runner.check_complete(expert.units, expert.name)
+            if gate is not None:
+                gate.saw(*where, output)
             return output
         finally:
             self._here.runner = None
@@ -307,14 +312,13 @@ class Cache:
             return output
         return with_edits(output, output - ctx.base, self._here.edits)
 
-    def _make_context(
-        self, expert: Expert, branch: str, unit: Unit, step: int, signals: StepSignals, latents: Tensor | None
-    ) -> PolicyContext:
+    def _make_context(self, expert: Expert, branch: str, unit: Unit, step: int, signals: StepSignals) -> PolicyContext:
         unit_id = (expert.name, branch, unit.index)
         if unit_id not in self._states:
             state = self._states[unit_id] = UnitState(*unit_id)
             with self._guarded():
                 self.policy.reset(state)
+        latents = signals.latents
         return PolicyContext(
             step=step,
             num_steps=self.num_steps,
@@ -332,26 +336,12 @@ class Cache:
             ),
         )
 
-    def _make_mask(
-        self, steps: Sequence[LoopStep], branches: Sequence[str]
-    ) -> dict[UnitId, list[KnownDecision | None]]:
+    def _make_mask(self, steps: Sequence[LoopStep], branches: Sequence[str]) -> Mask:
         """Ask the policy for every unit at every step ahead of the loop, on separate states."""
         self.policy.check(len(steps))
-        before, mask = (self._states, self.num_steps), dict[UnitId, list[KnownDecision | None]]()
-        self._states, self.num_steps = {}, len(steps)
+        before, self._states, self.num_steps = (self._states, self.num_steps), {}, len(steps)
         try:
-            for step, at in enumerate(steps):
-                expert = self.experts[at.expert]
-                device = next(expert.transformer.parameters()).device
-                signals = expert.signals(at.timestep.reshape(1).to(device), None, at.sigma)
-                for branch, unit in itertools.product(branches, expert.units):
-                    ctx = self._make_context(expert, branch, unit, step, signals, None)
-                    compute = bool(self.policy.should_compute(ctx))
-                    if compute:
-                        ctx.state.computed_steps.append(step)
-                    decisions = mask.setdefault((expert.name, branch, unit.index), [None] * len(steps))
-                    decisions[step] = KnownDecision(compute, ctx.signal, ctx.accumulated, ctx.threshold)
-            return mask
+            return decide_ahead(self.policy, self.experts, steps, branches, self.cfg_gate, self._make_context)
         finally:
             self._states, self.num_steps = before
 

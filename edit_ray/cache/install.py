@@ -18,6 +18,7 @@ from torch import nn
 from edit_ray.cache.adapters import adapter_of
 from edit_ray.cache.blocks import Expert, check_not_compiled, split_blocks
 from edit_ray.cache.cache import Cache
+from edit_ray.cache.cfg_gate import CfgGate
 from edit_ray.cache.loop_position import LoopStep
 from edit_ray.cache.policies import check_granularity, make_policy
 from edit_ray.cache.policies.policy import CachePolicy
@@ -36,6 +37,7 @@ def apply_cache_on_transformer(
     history_len: int | None = None,
     schedule: Callable[[], Sequence[LoopStep]] | None = None,
     copies: Mapping[str, nn.Module] | None = None,
+    cfg_gate: float | None = None,
     **policy_kwargs: Any,
 ) -> Cache:
     """Cache a transformer's block stack; works under any pipeline that sets diffusers' `cache_context` with steps.
@@ -50,6 +52,8 @@ def apply_cache_on_transformer(
         store: Of the residuals; by default a `GPUStore`.
         history_len: The number of computed residuals kept of each unit, at least as many as the policy reads.
         copies: Copies of these transformers on another device, by the same names: they count as the same expert.
+        cfg_gate: The share of the steps, from the first, after which "uncond" is not computed but is "cond" minus their
+            last difference; None or 1 computes both to the end. Such a forward asks neither policy nor hooks.
 
     Raises:
         ValueError, TypeError: unknown or incomplete policy, wrong options or granularity, an unsupported model.
@@ -62,6 +66,9 @@ def apply_cache_on_transformer(
     check_granularity(made, granularity)
     if history_len is not None and history_len < made.history_len:
         raise ValueError(f"history_len is {history_len}; this policy reads the last {made.history_len} residuals.")
+    if copies and (cfg_gate is not None or made.uncond_follows):
+        who = "cfg_gate" if cfg_gate is not None else type(made).__name__
+        raise ValueError(f"{who} needs each step's cond before its uncond, and cfg_parallel computes both at once.")
     experts = [_expert(name, module, granularity) for name, module in transformers.items()]
     cache = Cache(
         made,
@@ -69,6 +76,7 @@ def apply_cache_on_transformer(
         store=GPUStore() if store is None else store,
         history_len=history_len or made.history_len,
         schedule=schedule,
+        cfg_gate=None if cfg_gate is None else CfgGate(cfg_gate),
     )
     beside = [_expert(name, module, granularity) for name, module in (copies or {}).items()]
     for expert in experts:

@@ -18,7 +18,8 @@ def _granularity(value: object) -> str | int:
 class CacheOptions(Options):
     """When residuals are reused: `none` computes every step of every segment.
 
-    Further keys are the policy's own options, such as `rel_l1_thresh`.
+    After a share `cfg_gate` of the steps "uncond" is not computed, but is "cond" minus their last difference. Further
+    keys are the policy's own options, such as `rel_l1_thresh`.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -28,6 +29,7 @@ class CacheOptions(Options):
         default="stack", json_schema_extra={"valid": "stack, per_block, or a whole number of blocks"}
     )
     target_speedup: float | None = Field(default=None, gt=1, le=100)
+    cfg_gate: float | None = Field(default=None, ge=0, le=1)
     reuse_window: int = Field(default=0, ge=0, le=1000)
 
     @property

@@ -20,8 +20,9 @@ _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # of rec
 Count = Annotated[int, Field(ge=0)]
 Compared = Annotated[float, Field(gt=-1e300, lt=1e300)] | None
 Decided = Literal["compute", "reuse"]
-Reason = Literal["policy", "plan", "hook", "missing", "probe"]
-"""The decider: the policy, its known mask ("plan"), a hook; a missing residual; or a unit that is only a probe."""
+Reason = Literal["policy", "plan", "hook", "missing", "probe", "gate"]
+"""The decider: the policy, its known mask ("plan"), a hook; a missing residual; a unit that is only a probe; or the CFG
+gate, which leaves out the whole forward."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,12 @@ class Record:
         self.decisions.append(
             Decision(ctx.step, ctx.branch, ctx.expert, ctx.unit_index, decision=decision, reason=reason, **finite)
         )
+
+    def note_gated(self, expert: str, branch: str, step: int, num_units: int) -> None:
+        """Add the decisions of a forward that the CFG gate left out."""
+        self.decisions += [
+            Decision(step, branch, expert, unit, decision="reuse", reason="gate") for unit in range(num_units)
+        ]
 
     def put_in_order(self) -> None:
         """Sort by step, then branch: branches computed in two threads interleave."""

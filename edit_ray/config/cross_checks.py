@@ -149,6 +149,14 @@ def _reuse(config: Config) -> Iterator[Mistake]:
             f"is null and cache.reuse_window {window}; an endless run must have the window 0.",
             "cache.reuse_window",
         )
+    warm, gate = config.cache.policy_options.get("warm_steps", 2), config.cache.cfg_gate
+    if gate is not None and isinstance(warm, int) and gate * config.sampling.num_inference_steps < warm:
+        yield mistake_at(
+            "cache.cfg_gate",
+            f"is {gate:g}, which comes before the end of the {warm} warm steps; it must be at least their share of "
+            f"the {config.sampling.num_inference_steps} steps, because segments reuse those of both branches.",
+            *("cache.warm_steps", "sampling.num_inference_steps"),
+        )
     for index, entry in enumerate(config.prompt_segments):
         scale = guidance if entry.guidance_scale is None else entry.guidance_scale
         if (scale > 1) != (guidance > 1):
@@ -230,6 +238,9 @@ def _engine(config: Config) -> Iterator[Mistake]:
             "prefetched to one GPU, in the order of its two branches.",
             "cache.reuse_window",
         )
+    if engine.cfg_parallel and config.cache.cfg_gate is not None:
+        said = "and engine.cfg_parallel true; the gate needs cond before uncond, and two GPUs compute both at once."
+        yield mistake_at("cache.cfg_gate", f"is {config.cache.cfg_gate:g} {said}", "engine.cfg_parallel")
     if engine.fp8 and engine.mode != "fast":
         yield mistake_at(
             "engine.fp8", f"is true and engine.mode {engine.mode}; 8 bits must go with the mode fast.", "engine.mode"

@@ -13,7 +13,6 @@ from edit_ray.engine.calibration import check_target, policy_of
 from edit_ray.engine.card_memory import LEAST_SLOTS, needs_of
 from edit_ray.engine.lora_files import lora_mistakes
 from edit_ray.engine.model_info import ModelInfo, dtype_problem, read_configs, read_model_info
-from edit_ray.engine.options import ModelOptions
 from edit_ray.errors import ModelError
 from edit_ray.runs.run_plan import TEMPORAL_FACTOR
 
@@ -62,7 +61,7 @@ def texts_in(data: Any) -> Iterator[Text]:
 def model_mistakes(config: Config, texts: Iterable[Text]) -> list[Mistake]:
     """Everything that the model or the device does not support; `texts` are the prompts with their keys."""
     steps, model = config.sampling.num_inference_steps, config.model
-    mistakes = [*file_mistakes(config), *_cache(config.cache, steps, model)]
+    mistakes = [*file_mistakes(config), *_cache(config, steps)]
     if problem := dtype_problem(model.torch_dtype, model.device):
         mistakes.append(mistake_at("model.torch_dtype", problem, "model.device"))
     mistakes += [mistake_at(f"model.{name}", problem) for name, problem in model.problems_here().items()]
@@ -139,11 +138,12 @@ def _listed(words: list[str], most: int) -> str:
     return ", ".join(words[:most]) + (", …" if len(words) > most else "")
 
 
-def _cache(cache: CacheOptions, num_inference_steps: int, model: ModelOptions) -> Iterator[Mistake]:
-    """Mistakes in the section; the calibration of the `model` may complete it."""
-    options = cache.policy_options
+def _cache(config: Config, num_inference_steps: int) -> Iterator[Mistake]:
+    """Mistakes in the section; the calibration of the model may complete it."""
+    cache, options = config.cache, config.cache.policy_options
     if cache.policy == "none":
-        of_policy = {"target_speedup": cache.target_speedup is not None, "reuse_window": cache.reuse_window > 0}
+        of_policy = {name: getattr(cache, name) is not None for name in ("target_speedup", "cfg_gate")}
+        of_policy["reuse_window"] = cache.reuse_window > 0
         for name in [*options, *(name for name, given in of_policy.items() if given)]:
             path = ("cache", name)
             yield mistake_at(path, "is an option of no policy: cache.policy is none.", "cache.policy")
@@ -161,11 +161,14 @@ def _cache(cache: CacheOptions, num_inference_steps: int, model: ModelOptions) -
     elif options.get("align", "step") == "last":
         yield mistake_at("cache.align", "is 'last', which works in the library; in a run it must be 'step'.")
     try:
-        policy = policy_of(cache, model)
+        policy = policy_of(cache, config.model)
         check_granularity(policy, cache.granularity)
         policy.check(num_inference_steps)
         if cache.target_speedup is not None:
             check_target(cache.policy, policy, options)
+        if config.engine.cfg_parallel and policy.uncond_follows:
+            said = f"is {cache.policy!r} and engine.cfg_parallel true; its uncond branch needs cond's decisions."
+            yield mistake_at("cache.policy", said, "engine.cfg_parallel")
     except (ValueError, TypeError) as error:
         text, option = str(error), error.option if isinstance(error, OptionError) else ""
         key = option if option in options or option in CacheOptions.model_fields else "policy"

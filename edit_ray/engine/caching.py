@@ -60,14 +60,15 @@ class CacheControl:
         history_len: int | None = None,
         target_speedup: float | None = None,
         sigmas: Sequence[float] | None = None,
+        cfg_gate: float | None = None,
         **policy_kwargs: Any,
     ) -> Cache:
         """Skip, in all later calls, what a policy says need not be computed again.
 
         Args:
-            policy: "always", "teacache", "magcache", "taylorseer", "ranked", "schedule", "fbcache", "dicache",
-                "seacache", "warmstart_reuse", another registered name, or a `CachePolicy`; docs/caching.md tells when
-                each computes.
+            policy: "always", "teacache", "magcache", "taylorseer", "spectrum", "foca", "dmd", "ranked", "schedule",
+                "fbcache", "dicache", "seacache", "easycache", "warmstart_reuse", another registered name, or a
+                `CachePolicy`; docs/caching.md tells when each computes.
             num_inference_steps: That of the calls. A call with another number is followed if the policy can serve it;
                 a mask, ranks or a `target_speedup` are for one number.
             granularity: What one decision covers: "stack", "per_block", or the number of blocks in a group.
@@ -76,6 +77,8 @@ class CacheControl:
             target_speedup: 2, say, chooses the threshold at which half of the forwards are computed, for policies
                 whose mask is known beforehand.
             sigmas: Those of the calls, in place of `num_inference_steps`.
+            cfg_gate: 0.5, say, computes both branches in the first half of the steps only. After it "uncond" is "cond"
+                minus their last difference, which a change of the expert drops.
             policy_kwargs: The policy's own options. What it needs to know of the model comes from the model's
                 calibration, if there is one, unless it is given.
 
@@ -91,7 +94,7 @@ class CacheControl:
             folder = None if self.calibration is None else self.calibration.parent
             policy_kwargs = calibrated_options(folder, policy, policy_kwargs, self.lora_digest)
             if target_speedup is not None:
-                option, value = self._threshold(policy, schedule, target_speedup, policy_kwargs)
+                option, value = self._threshold(policy, schedule, target_speedup, policy_kwargs, cfg_gate)
                 policy_kwargs[option] = value
         elif target_speedup is not None:
             raise ValueError("target_speedup needs the name of a policy, whose threshold it then chooses.")
@@ -105,13 +108,19 @@ class CacheControl:
             history_len,
             lambda: self.planned_steps(schedule),
             None if pipe.cfg_parallel is None else pipe.cfg_parallel.transformers,
+            cfg_gate,
             **policy_kwargs,
         )
         self._target_steps = None if target_speedup is None else num_steps
         return cache
 
     def _threshold(
-        self, policy: str, schedule: StepSchedule, target_speedup: float, options: dict[str, Any]
+        self,
+        policy: str,
+        schedule: StepSchedule,
+        target_speedup: float,
+        options: dict[str, Any],
+        cfg_gate: float | None,
     ) -> tuple[str, Any]:
         """The option and its value at which a policy computes one forward in `target_speedup`."""
         check_target(policy, make_policy(policy, options), options)
@@ -119,7 +128,7 @@ class CacheControl:
 
         def computed_share(threshold: Any) -> float:
             try:
-                tried: dict[str, Any] = {**options, option: threshold}
+                tried: dict[str, Any] = {**options, option: threshold, "cfg_gate": cfg_gate}
                 cache = self.enable_cache(policy, schedule.num_inference_steps, sigmas=schedule.sigmas, **tried)
                 masks = (cache.plan() or {}).values()
             finally:

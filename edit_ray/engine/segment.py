@@ -304,7 +304,8 @@ class SegmentEngine:
             weigh_loras(self.pipe, self._loras, lora_weights)
             self._lora_weights = lora_weights
         if cache.policy != "none":
-            options = {"target_speedup": cache.target_speedup, "sigmas": sampling.sigmas, **cache.policy_options}
+            own: dict[str, Any] = {"target_speedup": cache.target_speedup, "cfg_gate": cache.cfg_gate}
+            options = {**own, "sigmas": sampling.sigmas, **cache.policy_options}
             self.pipe.enable_cache(cache.policy, sampling.num_inference_steps, cache.granularity, **options)
         self._cached_for = wanted
 

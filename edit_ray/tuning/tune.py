@@ -163,5 +163,6 @@ def blocks_share(cache: Cache) -> float:
     size = {(name, unit.index): unit.last - unit.first + 1 for name, e in cache.experts.items() for unit in e.units}
     total = sum(size[d.expert, d.unit] for d in cache.record)
     probe = int(cache.policy.needs_first_block_probe)
-    ran = sum(size[d.expert, d.unit] if d.decision == "compute" else probe for d in cache.record)
+    entered = [d for d in cache.record if d.reason != "gate"]
+    ran = sum(size[d.expert, d.unit] if d.decision == "compute" else probe for d in entered)
     return ran / total

@@ -18,6 +18,9 @@ CACHES = {
     "fbcache": {"rel_l1_thresh": 0.5},
     "seacache": {"threshold": 0.6, "retention_steps": 1, "cache_end_steps": 1},
     "taylorseer": {"cache_interval": 2, "max_order": 1, "disable_cache_before_step": 2},
+    "spectrum": {"warmup_steps": 2},
+    "dmd": {"cache_interval": 2, "disable_cache_before_step": 4},
+    "foca": {"cache_interval": 2, "disable_cache_before_step": 2},
 }
 
 
@@ -47,6 +50,15 @@ def test_every_policy_makes_the_same_bits_and_the_same_decisions(pipe, policy):
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
     assert any(decision.decision == "reuse" for decision in found[0][1])
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "who"), [("always", {"cfg_gate": 0.5}, "cfg_gate"), ("easycache", {}, "EasyCache")]
+)
+def test_what_needs_cond_first_is_refused(pipe, policy, options, who):
+    pipe.enable_cfg_parallel("cpu")
+    with pytest.raises(ValueError, match=f"^{who} needs each step's cond before its uncond, and cfg_parallel"):
+        pipe.enable_cache(policy, STEPS, **options)
 
 
 def test_without_a_cache_and_without_guidance_too(pipe):

@@ -27,7 +27,7 @@ def records(draw):
         expert=st.sampled_from(["transformer", "transformer_2", "<i>"]),
         unit=st.integers(0, units - 1),
         decision=st.sampled_from(["compute", "reuse"]),
-        reason=st.sampled_from(["policy", "plan", "hook", "missing", "probe"]),
+        reason=st.sampled_from(["policy", "plan", "hook", "missing", "probe", "gate"]),
         signal=numbers,
         accumulated=numbers,
         threshold=numbers,

@@ -195,7 +195,12 @@ def test_a_callback_sees_each_step_and_may_end_the_stream(pipe):
     assert seen == [*steps, *steps[:2]]
 
 
-NEVER = {"teacache": {"rel_l1_thresh": 0.0, "coefficients": [1.0, 0.0]}, "fbcache": {"rel_l1_thresh": 0.0}}
+NEVER = {
+    "teacache": {"rel_l1_thresh": 0.0, "coefficients": [1.0, 0.0]},
+    "fbcache": {"rel_l1_thresh": 0.0},
+    "spectrum": {"window_size": 1, "flex_window": 0},
+    "easycache": {"thresh": 0.0},
+}
 
 
 @pytest.mark.parametrize(
@@ -205,6 +210,8 @@ NEVER = {"teacache": {"rel_l1_thresh": 0.0, "coefficients": [1.0, 0.0]}, "fbcach
         ("unipc", "teacache", "per_block", 1.0),
         ("euler", "fbcache", "stack", 2.0),
         ("renoise", "always", 2, 2.0),
+        ("unipc", "spectrum", "stack", 2.0),
+        ("euler", "easycache", "per_block", 2.0),
     ],
 )
 def test_a_residual_cache_that_never_skips_changes_no_bit(pipe, sampler, policy, granularity, guidance_scale):
@@ -217,6 +224,26 @@ def test_a_residual_cache_that_never_skips_changes_no_bit(pipe, sampler, policy,
     assert not torch.equal(latents_of(stream, 1), expected[:, :, 12:])
     remove()
     assert torch.equal(latents_of(stream_of(pipe, **changes), 1), expected[:, :, :3])
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "granularity"),
+    [
+        ("spectrum", {"warmup_steps": 2}, "stack"),
+        ("foca", {"cache_interval": 2, "disable_cache_before_step": 2}, 2),
+        ("dmd", {"cache_interval": 2, "disable_cache_before_step": 2}, "per_block"),
+        ("easycache", {"thresh": 1e9, "ret_steps": 2}, "stack"),
+    ],
+)
+def test_forecasts_begin_anew_with_each_chunk(pipe, policy, options, granularity):
+    expected = latents_of(stream_of(pipe, guidance_scale=2.0), 3)
+    cache = pipe.enable_cache(policy, granularity=granularity, **options)
+    stream, masks = stream_of(pipe, guidance_scale=2.0), []
+    for index in range(3):
+        made = next(stream).latents
+        assert not torch.equal(made, expected[:, :, 3 * index :][:, :, :3])
+        masks += [cache.record.mask(branch) for branch in ("cond", "uncond")]
+    assert masks == [[True, True, False, True]] * 6
 
 
 def test_a_chunk_whose_steps_are_skipped_has_whole_kv(pipe):

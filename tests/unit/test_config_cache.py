@@ -46,7 +46,7 @@ def problems_of(path: Path, overrides: Sequence[str] = ()) -> tuple[str, ...]:
 
 # The section, the key in whose line the mistake is, and the sentence behind that key, `…` for what may be between.
 BAD: list[tuple[str, str, str]] = [
-    ("policy: tea", "policy", " is 'tea'; it must be one of none, always, dicache, fb"),
+    ("policy: tea", "policy", " is 'tea'; it must be one of none, always, dicache, dmd"),
     ("policy: ''", "policy", " is ''; it must be text of 1 to 200 characters"),
     ("policy: [teacache]", "policy", " is a list of 1; it must be text"),
     ("rel_l1_thresh: 0.1 | policy: ~", "policy", " is empty (null); it must be text"),
@@ -82,6 +82,11 @@ BAD: list[tuple[str, str, str]] = [
     ("policy: magcache | mag_ratios: {both: [1]}", "mag_ratios", ' has the key \'both\'; valid are "cond", "uncond"'),
     ("policy: schedule | mask: [true, false, true]", "mask", " has 3 entries, and the loop has 4 steps"),
     ("policy: schedule | mask: {cond: [1, 0, 1, 0], uncond: [1]}", "mask", "['uncond'] has 1 entries, and the loop"),
+    ("policy: spectrum | window_size: 0", "window_size", " is 0.0; valid is a finite number above 0"),
+    # gates
+    ("policy: none | cfg_gate: 0.5", "cfg_gate", " is an option of no policy: cache.policy is none"),
+    ("policy: always | cfg_gate: 1.5", "cfg_gate", " is 1.5; it must be a finite number from 0 to 1"),
+    ("policy: always | cfg_gate: late", "cfg_gate", " is 'late'; it must be a finite number"),
     # granularity
     *(
         (
@@ -178,6 +183,10 @@ GOOD: list[tuple[str, dict[str, object]]] = [
     ("policy: taylorseer | cache_interval: 2", {"cache_interval": 2}),
     ("policy: seacache | threshold: 1e-1", {"threshold": 0.1}),
     ("policy: dicache", {}),
+    ("policy: spectrum | warmup_steps: 2 | cfg_gate: 0.5", {"warmup_steps": 2}),
+    ("policy: dmd | history_size: 5", {"history_size": 5}),
+    ("policy: foca | max_horizon: 2", {"max_horizon": 2}),
+    ("policy: easycache | thresh: 0.1 | cfg_gate: 0", {"thresh": 0.1}),
 ]
 
 

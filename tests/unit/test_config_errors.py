@@ -152,6 +152,11 @@ TOGETHER: list[tuple[str, tuple[str, ...]]] = [
     ("video.num_segments=null video.duration=169h", ("video.duration is '169h'", "at most 7 days")),
     (f"video.num_segments=null {REUSE}", ("video.num_segments is null", "must have the window 0")),
     ("engine.cfg_parallel=true model.device=cpu", ("engine.cfg_parallel is true", "needs two GPUs")),
+    (
+        "engine.cfg_parallel=true model.device=cuda cache.policy=always cache.cfg_gate=0.5",
+        ("cache.cfg_gate is 0.5 and engine.cfg_parallel true", "two GPUs compute both at once"),
+    ),
+    (f"{REUSE} cache.warm_steps=2 cache.cfg_gate=0", ("cache.cfg_gate is 0,", "before the end of the 2 warm steps")),
     (f"engine.cfg_parallel=true {REUSE}", ("engine.cfg_parallel is true", "with two GPUs it must be 0")),
     (f"prompt_segments.0.guidance_scale=1.0 {REUSE}", ("guidance_scale is 1", "both must be above 1 or neither")),
     ("engine.fp8=true engine.mode=exact", ("engine.fp8 is true and engine.mode exact",)),
