@@ -64,8 +64,9 @@ def our(
 
 
 def skipping(pipelines: Pipelines, setting: Setting) -> Setting:
-    """`ranked` with as many skips as leave a share of the forwards to compute."""
-    return {"skips": round(2 * pipelines.steps * (1 - setting["computed"]))}
+    """`ranked` with as many skips as leave a share of the forwards to compute; other options unchanged."""
+    others = {name: value for name, value in setting.items() if name != "computed"}
+    return {"skips": round(2 * pipelines.steps * (1 - setting["computed"])), **others}
 
 
 def diffusers_cache(config_of: Callable[[Pipelines, Setting], Any]) -> Enable:
@@ -142,6 +143,20 @@ _DB = [
     for threshold in _FIRST_BLOCK
 ]
 
+# Of loops of 30 steps, by the masks alone.
+_SPECTRUM = [
+    {"warmup_steps": warmup, "window_size": window, "flex_window": flex, "w": w}
+    for warmup, window, flex, w in (
+        (10, 2.0, 0.0, 1.0),
+        (5, 2.0, 0.25, 1.0),
+        (5, 2.0, 0.75, 1.0),
+        (5, 2.0, 0.25, 0.5),
+        (5, 2.0, 0.75, 0.5),
+    )
+]
+_INTERVALS = ((2, 10), (2, 5), (3, 6), (3, 3), (4, 3))  # interval, first steps
+_EASY = ((0.05, 10), (0.1, 5), (0.15, 5), (0.07, 5), (0.2, 3))  # threshold, first steps
+
 METHODS = [
     Method(
         "diffusers FirstBlockCache",
@@ -174,5 +189,24 @@ METHODS = [
             {"cache_interval": interval, "max_order": order, "disable_cache_before_step": first}
             for interval, order, first in ((2, 1, 10), (2, 1, 3), (3, 1, 6), (2, 2, 8), (3, 2, 3))
         ],
+    ),
+    Method("spectrum", "ours", our("spectrum"), _SPECTRUM),
+    *(
+        Method(
+            name,
+            "ours",
+            our(name),
+            [{"cache_interval": interval, "disable_cache_before_step": first} for interval, first in _INTERVALS],
+        )
+        for name in ("foca", "dmd")
+    ),
+    Method(
+        "easycache", "ours", our("easycache"), [{"thresh": thresh, "ret_steps": first} for thresh, first in _EASY]
+    ),
+    Method(
+        "ranked + cfg_gate",
+        "ours",
+        our("ranked", skipping),
+        [{"computed": share, "cfg_gate": gate} for share, gate in ((0.8, 2 / 3), (0.7, 0.5), (0.6, 0.4), (0.75, 0.5))],
     ),
 ]
