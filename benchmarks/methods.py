@@ -69,6 +69,11 @@ def skipping(pipelines: Pipelines, setting: Setting) -> Setting:
     return {"skips": round(2 * pipelines.steps * (1 - setting["computed"])), **others}
 
 
+def skipping_steps(pipelines: Pipelines, setting: Setting) -> Setting:
+    """The same for `lemica`, which skips steps of both branches."""
+    return {"skips": round(pipelines.steps * (1 - setting["computed"]))}
+
+
 def diffusers_cache(config_of: Callable[[Pipelines, Setting], Any]) -> Enable:
     """One of diffusers' own caches, under its own pipeline."""
 
@@ -176,6 +181,12 @@ METHODS = [
     Method("cache-dit DBCache", "peer", cache_dit(taylorseer=False), _DB),
     Method("cache-dit DBCache + TaylorSeer", "peer", cache_dit(taylorseer=True), _DB),
     Method("ranked", "ours", our("ranked", skipping), [{"computed": share} for share in (2 / 3, 0.5, 0.4, 0.75, 0.45)]),
+    Method(
+        "lemica",
+        "ours",
+        our("lemica", skipping_steps),
+        [{"computed": share} for share in (2 / 3, 0.5, 0.4, 0.75, 0.45)],
+    ),
     Method("dicache", "ours", our("dicache"), thresholds("rel_l1_thresh", 0.14, 0.22, 0.3, 0.1, 0.4)),
     Method("fbcache", "ours", our("fbcache"), thresholds("rel_l1_thresh", *_FIRST_BLOCK[:5])),
     Method("teacache", "ours", our("teacache"), thresholds("rel_l1_thresh", *_TEA)),
@@ -200,9 +211,7 @@ METHODS = [
         )
         for name in ("foca", "dmd")
     ),
-    Method(
-        "easycache", "ours", our("easycache"), [{"thresh": thresh, "ret_steps": first} for thresh, first in _EASY]
-    ),
+    Method("easycache", "ours", our("easycache"), [{"thresh": thresh, "ret_steps": first} for thresh, first in _EASY]),
     Method(
         "ranked + cfg_gate",
         "ours",

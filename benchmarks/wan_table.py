@@ -192,6 +192,7 @@ def never_skipping(steps: int) -> dict[str, dict[str, Any]]:
         "easycache": {"thresh": 0.0},
         "fbcache": {"rel_l1_thresh": 0.0},
         "foca": {"cache_interval": 1},
+        "lemica": {"skips": 0, "reuse_error": [[]] * steps},
         "magcache": {"threshold": 0.0, "mag_ratios": [1.0] * steps},
         "ranked": {"skips": 0, "skip_rank": list(range(steps))},
         "schedule": {"mask": [True] * steps},

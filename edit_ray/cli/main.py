@@ -183,10 +183,10 @@ def _add_models(commands: _Commands) -> None:
     tune = add("tune", model_commands.tune, "find the policy with the least computation at a given PSNR")
     for command in (calibrate, tune):
         command.add_argument("--prompts", type=Path, required=True, help="a text file with one prompt per line")
-    calibrate.add_argument("--policy", choices=["teacache", "magcache", "ranked"], required=True)
+    calibrate.add_argument("--policy", choices=["teacache", "magcache", "ranked", "lemica"], required=True)
     calibrate.add_argument("--file", type=Path, required=True, help="the calibration file to write (JSON)")
     calibrate.add_argument("--use-ret-steps", action="store_true", help="teacache: use e0 instead of e")
-    calibrate.add_argument("--batch-size", type=int, default=1, help="ranked: prompts per batch")
+    calibrate.add_argument("--batch-size", type=int, default=1, help="ranked, lemica: prompts per batch")
     tune.add_argument("--psnr", type=float, required=True, help="the lowest mean PSNR against uncached frames, in dB")
     tune.add_argument("--seeds", type=int, default=1, help="videos per prompt")
     tune.add_argument("--policies", help="the policies to try, such as teacache,dicache (default: all)")

@@ -29,8 +29,9 @@ def calibrate(options: argparse.Namespace) -> int:
     pipe, sampling, seed = _load(config), _sampling(config), config.sampling.seed
     call = sampling | _pictures(config)
     plot = None
-    if options.policy == "ranked":
-        fitted = _rank(SkipMeasure(pipe, prompts, seed, call, options.batch_size))
+    if options.policy in ("ranked", "lemica"):
+        measure = SkipMeasure(pipe, prompts, seed, call, options.batch_size)
+        fitted = _rank(measure) if options.policy == "ranked" else _measure_reuse(measure)
     else:
         measured = observe(pipe, prompts, seed, call, use_ret_steps=options.use_ret_steps)
         try:
@@ -134,6 +135,19 @@ def _rank(measure: SkipMeasure) -> dict[str, Any]:
         order = done.skipped
         print(f"{len(order)} of {forwards} forwards skipped: {done.likeness:.1f} dB", file=sys.stderr, flush=True)
     return {"skip_rank": ranks_of(order, owners, measure.num_steps)}
+
+
+def _measure_reuse(measure: SkipMeasure) -> dict[str, Any]:
+    """The options of `lemica` for a model; prints its progress to stderr. Raises ConfigError."""
+    reuses = measure.reuses()
+    if not reuses:
+        raise ConfigError([f"sampling.num_inference_steps is {measure.num_steps}: no step can be skipped"])
+    errors: list[list[float]] = [[] for _ in range(measure.num_steps)]
+    for done, (step, count) in enumerate(reuses, start=1):
+        errors[step].append(measure.error(measure.reused(step, count)))
+        said = f"{count} steps reuse step {step}: {errors[step][-1]:.4f}"
+        print(f"{done} of {len(reuses)}: {said}", file=sys.stderr, flush=True)
+    return {"reuse_error": errors}
 
 
 def _uncached_config(options: argparse.Namespace) -> Config:

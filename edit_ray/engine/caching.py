@@ -66,9 +66,9 @@ class CacheControl:
         """Skip, in all later calls, what a policy says need not be computed again.
 
         Args:
-            policy: "always", "teacache", "magcache", "taylorseer", "spectrum", "foca", "dmd", "ranked", "schedule",
-                "fbcache", "dicache", "seacache", "easycache", "warmstart_reuse", another registered name, or a
-                `CachePolicy`; docs/caching.md tells when each computes.
+            policy: "always", "teacache", "magcache", "taylorseer", "spectrum", "foca", "dmd", "ranked", "lemica",
+                "schedule", "fbcache", "dicache", "seacache", "easycache", "warmstart_reuse", another registered name,
+                or a `CachePolicy`; docs/caching.md tells when each computes.
             num_inference_steps: That of the calls. A call with another number is followed if the policy can serve it;
                 a mask, ranks or a `target_speedup` are for one number.
             granularity: What one decision covers: "stack", "per_block", or the number of blocks in a group.

@@ -25,8 +25,9 @@ CALIBRATED = {
     "magcache": ("mag_ratios",),
     "schedule": ("mask",),
     "ranked": ("skip_rank",),
+    "lemica": ("reuse_error",),
 }
-THRESHOLD_OF = {"teacache": "rel_l1_thresh", "magcache": "threshold", "ranked": "skips"}
+THRESHOLD_OF = {"teacache": "rel_l1_thresh", "magcache": "threshold", "ranked": "skips", "lemica": "skips"}
 """The option that decides how much a policy with a known mask skips."""
 WHOLE = frozenset({"skips"})
 """The options of `THRESHOLD_OF` that are whole numbers."""

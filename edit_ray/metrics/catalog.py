@@ -28,8 +28,8 @@ LABELS: dict[str, tuple[str, ...]] = {
     "move": ("host_to_disk", "disk_to_host"),
     "outcome": ("done", "failed", "cancelled"),
     "policy": (
-        *("none", "always", "dicache", "dmd", "easycache", "fbcache", "foca", "magcache", "ranked", "schedule"),
-        *("seacache", "spectrum", "taylorseer", "teacache", "warmstart_reuse"),
+        *("none", "always", "dicache", "dmd", "easycache", "fbcache", "foca", "lemica", "magcache", "ranked"),
+        *("schedule", "seacache", "spectrum", "taylorseer", "teacache", "warmstart_reuse"),
     ),
     "prefetch": ("useful", "late", "wasted", "unfulfilled", "cancelled"),
     "reason": ("evicted", "dead", "dropped", "replaced", "lost", "spill_failed", "full"),

@@ -1,4 +1,4 @@
-"""Ranks the forwards of a model's loop by how little the latents lose when they are skipped."""
+"""Ranks the forwards of a model's loop by how little the latents lose when they are skipped, and measures reuse."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from edit_ray.tuning.tune import psnr_of
 Slot = tuple[str, int]
 """A forward of the loop: its branch of an expert, such as "transformer/cond", and its step."""
 MOST_SKIPPED = 2 / 3  # of all forwards
+LONGEST_REUSE = 8  # steps in a row, which bounds the number of measurements
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,40 @@ class SkipMeasure:
 
     def __call__(self, skipped: Collection[Slot]) -> float:
         """Mean over the prompts of the signal-to-noise ratio in dB, for a signal of variance 1; at most 100."""
+        latents = self._latents_without(skipped)
+        return sum(map(psnr_of, latents, self._reference)) / len(latents)
+
+    def error(self, skipped: Collection[Slot]) -> float:
+        """Mean over the prompts of the mean absolute difference."""
+        latents = self._latents_without(skipped)
+        pairs = zip(latents, self._reference, strict=True)
+        return sum((made - reference).abs().mean().item() for made, reference in pairs) / len(latents)
+
+    def reuses(self) -> list[tuple[int, int]]:
+        """Each step and the number of steps after it that may reuse its residual, up to `LONGEST_REUSE`.
+
+        They are of the step's expert, and the last step of the loop is none of them.
+        """
+        last = self.num_steps - 1
+        return [
+            (step, count)
+            for step, expert in enumerate(self._experts)
+            for count in range(1, min(LONGEST_REUSE, last - 1 - step) + 1)
+            if self._experts[step + count] == expert
+        ]
+
+    def reused(self, step: int, count: int) -> list[Slot]:
+        """The forwards of a reuse."""
+        steps = range(step + 1, step + 1 + count)
+        return [(f"{self._experts[at]}/{branch}", at) for at in steps for branch in self.branches]
+
+    def _latents_without(self, skipped: Collection[Slot]) -> list[Tensor]:
         masks = {owner: [(owner, step) not in skipped for step in range(self.num_steps)] for owner in self.owners()}
         self.pipe.enable_cache("schedule", self.num_steps, sigmas=self.call.get("sigmas"), mask=masks)
         try:
-            latents = self._latents()
+            return self._latents()
         finally:
             self.pipe.disable_cache()
-        return sum(map(psnr_of, latents, self._reference)) / len(latents)
 
     def _latents(self) -> list[Tensor]:
         """The latents [C, T, h, w] of each prompt."""

@@ -20,6 +20,7 @@ from edit_ray.engine.pipeline import EditWanPipeline
 # calibration come first: the better the first find, the sooner the others are known to be slower.
 TUNABLE: dict[str, tuple[str, float, float]] = {
     "ranked": ("skips", 1, 1000),
+    "lemica": ("skips", 1, 1000),
     "dicache": ("rel_l1_thresh", 0.003, 3.0),
     "fbcache": ("rel_l1_thresh", 0.003, 3.0),
     "seacache": ("threshold", 0.003, 3.0),

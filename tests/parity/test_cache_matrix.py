@@ -17,6 +17,7 @@ from tests.parity.conftest import BUILTIN
 STEPS = 6
 RATIOS = [1.0] * STEPS
 RANKS = {branch: [None, *range(first, 2 * STEPS - 2, 2)] for first, branch in enumerate(("cond", "uncond"))}
+ERRORS = [[0.1 * step, 0.3 * step] for step in range(STEPS)]
 FLAT = [0.0, 0.0, 0.0, 0.0, 1.0]
 TEACACHE = {"rel_l1_thresh": 0.0, "wan_variant": "t2v-1.3B"}, {"rel_l1_thresh": 2.5, "coefficients": FLAT}
 # By policy: options that never skip, and options that skip a lot.
@@ -27,6 +28,7 @@ OPTIONS = {
     "easycache": ({"thresh": 0.0}, {"thresh": 10.0, "ret_steps": 2}),
     "fbcache": ({"rel_l1_thresh": -1.0}, {"rel_l1_thresh": 10.0}),
     "foca": ({"cache_interval": 1}, {"cache_interval": 3, "disable_cache_before_step": 1}),
+    "lemica": ({"reuse_error": ERRORS, "skips": 0}, {"reuse_error": ERRORS, "skips": 3}),
     "magcache": ({"threshold": 0.0, "mag_ratios": RATIOS}, {"threshold": 10.0, "mag_ratios": RATIOS}),
     "ranked": ({"skip_rank": RANKS, "skips": 0}, {"skip_rank": RANKS, "skips": STEPS}),
     "schedule": ({"mask": [True] * STEPS}, {"mask": [True, False] * (STEPS // 2)}),
@@ -150,7 +152,8 @@ def without(builtin):
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize(
-    "name", ["foca", "magcache", "ranked", "schedule", "spectrum", "taylorseer", "teacache", "warmstart_reuse"]
+    "name",
+    ["foca", "lemica", "magcache", "ranked", "schedule", "spectrum", "taylorseer", "teacache", "warmstart_reuse"],
 )
 def test_known_masks_are_said_before_and_need_no_synchronisation(builtin, without, name):
     with calls.cached(builtin, name, STEPS, **OPTIONS[name][1]) as cache:

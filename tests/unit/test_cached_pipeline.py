@@ -138,7 +138,7 @@ def test_a_cache_says_what_it_is(pipe):
 def test_help_names_every_policy(pipe):
     text = pydoc.render_doc(pipe.enable_cache)
     own = [name for name in POLICIES.names() if POLICIES.find(name).__module__.startswith("edit_ray.")]
-    assert len(own) == 14
+    assert len(own) == 15
     assert [name for name in own if f'"{name}"' not in text] == []
 
 

@@ -167,7 +167,7 @@ def test_half_of_the_forwards_are_half(calibrated):
 
 def test_a_target_that_means_nothing_is_refused_and_leaves_no_cache(calibrated):
     for policy, options, words in (
-        ("fbcache", {}, "needs a policy .*: teacache, magcache, ranked; the policy is 'fb"),
+        ("fbcache", {}, "needs a policy .*: teacache, magcache, ranked, lemica; the policy is 'fb"),
         ("schedule", {"mask": [True] * STEPS}, "needs a policy whose mask"),
         ("teacache", {"rel_l1_thresh": 0.1}, "target_speedup and rel_l1_thresh were both given"),
         ("magcache", {"threshold": 0.1}, "target_speedup and threshold were both given"),

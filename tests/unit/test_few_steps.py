@@ -156,6 +156,10 @@ def test_no_policy_skips_more_than_it_says(name, num_steps, seed, other):
             {"policy": "schedule", "mask": [True, False, True, False]},
             "4 a segment, of which schedule can skip 2 at most",
         ),
+        (
+            {"policy": "lemica", "reuse_error": [[0.1, 0.2], [0.1], [], []], "skips": 9},
+            "4 a segment, of which lemica can skip 2 at most",
+        ),
         ({"policy": "ranked", "skip_rank": [None, 0, 2, 1], "skips": 2}, "of which ranked can skip 2 at most"),
         (
             {"policy": "warmstart_reuse", "warm_steps": 1, "reuse_window": 1, "inner": "fbcache"},

@@ -41,9 +41,9 @@ def drawn(count, seed, shape=SHAPE):
 class OfficialSpectrum:
     """`wan_forward.py` and `basis_utils.py` of one branch, in float64."""
 
-    def __init__(self, warmup_steps, window_size, flex_window, m, lam, w, num_steps):
+    def __init__(self, warmup_steps, window_size, flex_window, m, lam, w):
         self.warmup_steps, self.curr_ws, self.flex_window = warmup_steps, window_size, flex_window
-        self.m, self.lam, self.w, self.num_steps = m, lam, w, num_steps
+        self.m, self.lam, self.w = m, lam, w
         self.cnt = self.consecutive = 0
         self.t, self.h = [], []
 
@@ -58,7 +58,7 @@ class OfficialSpectrum:
         return actual
 
     def design(self, steps):
-        tau = (torch.tensor(steps, dtype=torch.float64) - self.num_steps / 2) * 2 / self.num_steps
+        tau = (torch.tensor(steps, dtype=torch.float64) - 25) * 2 / 50
         columns = [torch.ones_like(tau), tau]
         while len(columns) <= self.m:
             columns.append(2 * tau * columns[-1] - columns[-2])
@@ -92,7 +92,7 @@ def test_spectrum_computes_and_forecasts_as_its_authors(
     warmup_steps, window_size, flex_window, m, lam, w, num_steps, seed
 ):
     options = {"warmup_steps": warmup_steps, "window_size": window_size, "flex_window": flex_window}
-    theirs = OfficialSpectrum(**options, m=m, lam=lam, w=w, num_steps=num_steps)
+    theirs = OfficialSpectrum(**options, m=m, lam=lam, w=w)
     unit = Unit(Spectrum(**options, m=m, lam=lam, w=w), num_steps)
     residuals = drawn(num_steps, seed)
     for step, done in enumerate(walked(unit, residuals)):
@@ -109,6 +109,13 @@ def test_spectrum_computes_as_many_of_50_steps_as_published(flex_window, compute
     mask = Unit(Spectrum(flex_window=flex_window), 50).mask()
     assert mask == growing_mask(50, 5, 2.0, flex_window)
     assert sum(mask) == computed == Spectrum(flex_window=flex_window).most_stored(50)
+
+
+def test_the_polynomials_of_spectrum_range_over_50_steps_or_a_longer_loop():
+    computed, policy = [7, 5, 4, 3, 2, 1, 0], Spectrum()
+    assert policy.weights(computed, 8, 20) == policy.weights(computed, 8, 50) != policy.weights(computed, 8, 100)
+    doubled = [2 * step for step in computed]
+    assert policy.weights(doubled, 16, 100) == pytest.approx(policy.weights(computed, 8, 50))
 
 
 def test_each_expert_of_spectrum_begins_with_its_own_first_steps():

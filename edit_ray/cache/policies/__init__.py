@@ -6,6 +6,7 @@ from edit_ray.cache.policies.easycache import EasyCache
 from edit_ray.cache.policies.estimates import relative_l1
 from edit_ray.cache.policies.fbcache import FirstBlockCache
 from edit_ray.cache.policies.foca import FoCa
+from edit_ray.cache.policies.lemica import LeMiCa
 from edit_ray.cache.policies.magcache import MagCache
 from edit_ray.cache.policies.option_types import OptionError
 from edit_ray.cache.policies.policy import (
@@ -32,6 +33,7 @@ __all__ = [
     "EasyCache",
     "FirstBlockCache",
     "FoCa",
+    "LeMiCa",
     "MagCache",
     "OptionError",
     "PolicyContext",

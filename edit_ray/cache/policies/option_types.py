@@ -89,6 +89,18 @@ Mask = Annotated[
     tuple[Annotated[Flag, BeforeValidator(_bit)], ...], _sequence_of("True and False"), BeforeValidator(_items)
 ]
 Ranks = Annotated[tuple[Count | None, ...], _sequence_of("whole numbers from 0 and None"), BeforeValidator(_items)]
+Errors = Annotated[
+    tuple[
+        Annotated[
+            tuple[NotNegative, ...],
+            Field(json_schema_extra={"valid": "a sequence of finite numbers from 0"}),
+            BeforeValidator(_items),
+        ],
+        ...,
+    ],
+    _sequence_of("sequences of finite numbers from 0"),
+    BeforeValidator(_items),
+]
 PerBranch = Annotated[dict[str, T], BeforeValidator(_by_branch)]
 """An option for all branches, per branch, or per expert and branch."""
 

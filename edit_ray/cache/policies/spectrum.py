@@ -82,9 +82,8 @@ class Spectrum(CachePolicy):
         default=1.0, description="Share of the polynomials in the forecast; the rest is the line through the last two."
     )
     history_size: Natural = Field(default=100, description="Newest computed residuals that are fitted, and stored.")
-    tau_num_steps: Natural | None = Field(
-        default=None,
-        description="Steps over which the polynomials range; None for those of the loop. The authors take 50 always.",
+    tau_num_steps: Natural = Field(
+        default=50, description="Steps over which the polynomials range; in a longer loop its own number."
     )
 
     def __post_init__(self) -> None:
@@ -109,9 +108,8 @@ class Spectrum(CachePolicy):
 
     def weights(self, computed: Sequence[int], step: int, num_steps: int) -> list[float]:
         """The weight of each computed step's residual in the forecast at `step`, newest first as `computed`."""
-        spectral = chebyshev_weights(
-            computed, step, m=self.m, lam=self.lam, tau_num_steps=self.tau_num_steps or num_steps
-        )
+        steps = max(self.tau_num_steps, num_steps)
+        spectral = chebyshev_weights(computed, step, m=self.m, lam=self.lam, tau_num_steps=steps)
         if self.w == 1:
             return spectral
         local = line_weights(computed, step)
