@@ -67,18 +67,16 @@ class CacheControl:
 
         Args:
             policy: "always", "teacache", "magcache", "taylorseer", "spectrum", "foca", "dmd", "ranked", "lemica",
-                "schedule", "fbcache", "dicache", "seacache", "easycache", "warmstart_reuse", another registered name,
-                or a `CachePolicy`; docs/caching.md tells when each computes.
+                "schedule", "fbcache", "dicache", "seacache", "easycache", "warmstart_reuse" (docs/caching.md), another
+                registered name, or a `CachePolicy`.
             num_inference_steps: That of the calls. A call with another number is followed if the policy can serve it;
                 a mask, ranks or a `target_speedup` are for one number.
             granularity: What one decision covers: "stack", "per_block", or the number of blocks in a group.
             store: Where residuals are stored; on the device unless given.
             history_len: How many computed residuals of a unit are stored, at least as many as the policy reads.
-            target_speedup: 2, say, chooses the threshold at which half of the forwards are computed, for policies
-                whose mask is known beforehand.
+            target_speedup: 2, say, chooses the threshold of a known mask, at which half of the forwards compute.
             sigmas: Those of the calls, in place of `num_inference_steps`.
-            cfg_gate: 0.5, say, computes both branches in the first half of the steps only. After it "uncond" is "cond"
-                minus their last difference, which a change of the expert drops.
+            cfg_gate: 0.5, say: after half of the steps "uncond" is "cond" minus their last difference of this expert.
             policy_kwargs: The policy's own options. What it needs to know of the model comes from the model's
                 calibration, if there is one, unless it is given.
 

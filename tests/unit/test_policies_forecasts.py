@@ -293,6 +293,16 @@ def test_a_weighted_sum_is_rounded_once():
     assert weighted_sum([residual.double() for residual in residuals], [0.5, 0.0, 1.0]).dtype == torch.float64
 
 
+@pytest.mark.parametrize("policy", [Spectrum(), Spectrum(history_size=4), FoCa(), DynamicModes(), EasyCache()])
+@pytest.mark.parametrize("num_steps", [1, 7, 50])
+def test_no_unit_stores_more_than_it_says(policy, num_steps):
+    unit, most = Unit(policy, num_steps), 0
+    for step in range(num_steps):
+        unit.step(step, signals=RecordedSignals(latents=torch.full((1, 1, 1, 1, 1), step)))
+        most = max(most, len(unit.index.entries()))
+    assert most == policy.most_stored(num_steps)
+
+
 @pytest.mark.parametrize(
     "policy",
     [

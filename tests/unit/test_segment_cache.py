@@ -28,7 +28,9 @@ MASKED = CacheOptions(policy="schedule", mask=[True, False, True, False, True])
 FITTED = CacheOptions(policy="teacache", coefficients=[1.0, 0.0], rel_l1_thresh=3)
 PER_BLOCK = CacheOptions(policy="taylorseer", cache_interval=2, disable_cache_before_step=1, granularity="per_block")
 PROBED = CacheOptions(policy="fbcache", rel_l1_thresh=3)
-CACHES = [MASKED, FITTED, PER_BLOCK, PROBED]
+FORECAST = CacheOptions(policy="spectrum", warmup_steps=2, cfg_gate=0.5)
+GATED = CacheOptions(policy="always", cfg_gate=0.5)
+CACHES = [MASKED, FITTED, PER_BLOCK, PROBED, FORECAST, GATED]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
