@@ -15,9 +15,17 @@ KNOWN = {
     "magcache": {"threshold": 0.3},
     "schedule": {"mask": [True, False] * (STEPS // 2)},
     "taylorseer": {},
+    "spectrum": {},
+    "foca": {},
+    "lemica": {"reuse_error": [[0.1, 0.2]] * STEPS},
     "teacache": {"rel_l1_thresh": 0.3},
 }
-UNKNOWN = {"fbcache": {"rel_l1_thresh": 0.3}, "dicache": {"rel_l1_thresh": 0.3}, "seacache": {"threshold": 0.3}}
+UNKNOWN = {
+    "fbcache": {"rel_l1_thresh": 0.3},
+    "dicache": {"rel_l1_thresh": 0.3},
+    "seacache": {"threshold": 0.3},
+    "easycache": {"thresh": 0.3, "ret_steps": 3},
+}
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
