@@ -4,9 +4,9 @@
     python benchmarks/skip_cost.py --quick                                    a toy on a CPU
     python benchmarks/skip_cost.py --layouts i2v-14B i2v-A14B vace-14B        of image to video and VACE, ours alone
 
-In the denoising loop of each pipeline, with the same steps skipped by all: a forward's time is that between two events
-on the device, from before its `cache_context` until after it (on a CPU, by the clock). The loop is ahead of the device
-where it can be. Medians, of both branches.
+In the denoising loop of each pipeline, with the same steps skipped by all but our forecasts: a forward's time is that
+between two events on the device, from before its `cache_context` until after it (on a CPU, by the clock). The loop is
+ahead of the device where it can be. Medians, of both branches.
 """
 
 import sys
@@ -41,6 +41,12 @@ from edit_ray.testing import VARIANTS
 
 COMPUTED = 4  # first steps that compute
 LAYOUT_STEPS = 8
+# By policy: options with which it sums five or six stored residuals in most of its skips.
+FORECASTS: dict[str, dict[str, Any]] = {
+    "spectrum": {"warmup_steps": COMPUTED, "window_size": 2.0, "flex_window": 0.0, "history_size": 5},
+    "foca": {"cache_interval": 2, "disable_cache_before_step": COMPUTED, "history_size": 5},
+    "dmd": {"cache_interval": 2, "disable_cache_before_step": COMPUTED, "history_size": 5},
+}
 
 
 class Moments:
@@ -91,15 +97,17 @@ def measure(
     on: Callable[[], AbstractContextManager[dict[str, Any]]],
     moments: Moments,
     ours: bool,
+    mask: Sequence[bool],
 ) -> None:
-    """A row: one loop of `run`, whose first steps compute and whose others are skipped."""
+    """A row: one loop of `run`, whose steps compute where `mask` says so and are skipped elsewhere."""
     if not results.time_for(name):
         return
     with results.row(name) as figures:
         with on() as beside, moments.watched():
             run(**beside)
         taken = moments.taken()
-        full, skipped = taken[2 : 2 * COMPUTED], taken[2 * COMPUTED :]  # the first step is slow
+        full = [taken[at] for at in range(2, len(taken)) if mask[at // 2]]  # the first step is slow
+        skipped = [taken[at] for at in range(len(taken)) if not mask[at // 2]]
         figures.update(
             ours=ours,
             full_ms=median(full),
@@ -127,15 +135,22 @@ def measure_all(results: Results, task: Task, device: str, modes: Sequence[str])
             return our_cache(pipe, "schedule", task.num_inference_steps, mask=mask)
 
         for _ in range(2):  # the second one stands
-            measure(results, f"ours, {mode}", loop_of(pipe), on, Moments(pipe.transformer, device), True)
+            measure(results, f"ours, {mode}", loop_of(pipe), on, Moments(pipe.transformer, device), True, mask)
 
     ours("exact")
+    for policy, options in FORECASTS.items():
+
+        def forecast(policy: str = policy, options: Any = options) -> AbstractContextManager[dict[str, Any]]:
+            return our_cache(pipe, policy, task.num_inference_steps, **options)
+
+        planned = mask_of(pipe, policy, task.num_inference_steps, options)
+        measure(results, policy, loop_of(pipe), forecast, Moments(pipe.transformer, device), True, planned)
     for name, enable in PEERS.items():
 
         def on(enable: Any = enable) -> AbstractContextManager[dict[str, Any]]:
             return enable(stock, mask)  # type: ignore[no-any-return]
 
-        measure(results, name, loop_of(stock), on, Moments(stock.transformer, device), False)
+        measure(results, name, loop_of(stock), on, Moments(stock.transformer, device), False, mask)
     full_loop(results, loop_of(pipe), Moments(pipe.transformer, device), "exact")
     for mode in modes:
         with results.row(f"{mode}: to compile") as figures:
@@ -176,12 +191,18 @@ def measure_layouts(results: Results, layouts: Sequence[str], quick: bool, devic
         def on(pipe: Any = pipe, mask: Any = mask) -> AbstractContextManager[dict[str, Any]]:
             return our_cache(pipe, "schedule", len(mask), mask=mask)
 
-        measure(results, name, run, on, Moments(pipe.transformer, device), True)
+        measure(results, name, run, on, Moments(pipe.transformer, device), True, mask)
         if not quick:
             results.bar(f"skipped / full forward, {name}", results.of(name).get("share"), most=0.005)
         del pipe, run, on
         if device == "cuda":
             torch.cuda.empty_cache()
+
+
+def mask_of(pipe: Any, policy: str, steps: int, options: dict[str, Any]) -> list[bool]:
+    """The known mask of a policy on a pipeline of one expert."""
+    with our_cache(pipe, policy, steps, **options):
+        return list(pipe.cache.plan()["transformer", "cond", 0])
 
 
 def full_loop(results: Results, run: Callable[..., Any], moments: Moments, mode: str) -> None:
