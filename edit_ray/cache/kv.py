@@ -165,7 +165,7 @@ class KVWindow:
             self.rings.park(self._finished_slots())
 
     def unpark(self) -> None:
-        """Begin to move a parked window back to the device; where it is not parked, nothing happens."""
+        """Begin to move a parked window back to the device, beside what is computed next; else do nothing."""
         self.rings.unpark(self._finished_slots())
 
     def on_write(self, hook: WriteHook) -> Callable[[], None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,7 +119,7 @@ class KVRings:
         self.loaded_bytes = self.written_bytes = 0
         self.parked = False
         self._copies = CopyStream(layout.device)
-        self._marked, self._written = self._copies.event(), self._copies.event()
+        self._marked, self._written, self._moved = (self._copies.event() for _ in range(3))
         self._finished: list[range] = []  # the slots of finished chunks
         self._memory: list[HostMemory] = []
         self._host = self._in_host_memory(self.placement.streamed)
@@ -141,6 +141,7 @@ class KVRings:
     def ring(self, layer: Item) -> Tensor:
         """A layer's ring where it is, to be read and edited now; `changed` must follow what is written."""
         if layer in self._resident:
+            self._copies.wait(self._moved)
             return self._resident[layer]
         self._copies.synchronise()
         return self._host[layer] if layer in self._host else self._parked[layer]
@@ -149,6 +150,7 @@ class KVRings:
 
     def begin_chunk(self, finished: Sequence[range], forwards: int) -> None:
         """Begin the copies for so many forwards, which attend to the slots of `finished` chunks and to their own."""
+        self._copies.wait(self._moved)
         self._finished = list(finished)
         self._slots.forget()
         self._slots.begin_loop(self.placement.streamed * forwards)
@@ -200,25 +202,18 @@ class KVRings:
             return
         if not self._parked:
             self._parked = self._in_host_memory(self.placement.resident)
-        self._copies.mark(self._marked)
-        with self._copies.copies(after=self._marked, done=self._written):
-            for layer, ring in self._resident.items():
-                _copy_slots(ring, self._parked[layer], finished)
+        self._move(self._resident, self._parked, finished)
         self._copies.synchronise()
         self._drop_device()
         self.parked = True
 
     def unpark(self, finished: Sequence[range]) -> None:
-        """Allocate all on the device again, and copy the slots there."""
+        """Allocate all on the device again, and begin to copy the slots there: other streams may compute meanwhile."""
         if not self.parked:
             return
         self._allocate()
         self.parked = False
-        self._copies.mark(self._marked)
-        with self._copies.copies(after=self._marked, done=self._written):
-            for layer, ring in self._resident.items():
-                _copy_slots(self._parked[layer], ring, finished)
-        self._copies.wait(self._written)
+        self._move(self._parked, self._resident, finished)
 
     def free(self) -> None:
         """Free all, for good."""
@@ -228,6 +223,12 @@ class KVRings:
         self._parked.clear()
         self._memory.clear()
         self.layers, self.parked = [], False
+
+    def _move(self, source: Mapping[Item, Tensor], target: Mapping[Item, Tensor], slots: Sequence[range]) -> None:
+        self._copies.mark(self._marked)
+        with self._copies.copies(after=self._marked, done=self._moved):
+            for layer in self.placement.resident:
+                _copy_slots(source[layer], target[layer], slots)
 
     def _allocate(self) -> None:
         layout, placement = self.layout, self.placement

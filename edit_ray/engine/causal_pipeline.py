@@ -198,24 +198,14 @@ class EditCausalWanPipeline(EditWanPipeline):
         factor = self.vae_scale_factor_spatial
         batch = len(texts[0])
         shape = (batch, self.denoiser.config.in_channels, causal.chunk_size, height // factor, width // factor)
-        kept: dict[str, Any] = {"retention": retention, "store": store, "device_bytes": kv_device_bytes}
-        kv = self._window(causal, shape, guided=texts[1] is not None, **kept)
+        kv = self._window(causal, shape, texts[1] is not None, retention, store, kv_device_bytes)
         return CausalStream(
-            self,
-            causal,
-            kv,
-            texts,
-            shape=shape,
-            seeds=_seeds(generator, batch),
-            num_chunks=None if latents is None else latents // causal.chunk_size,
-            guidance_scale=guidance_scale,
-            attention_kwargs=attention_kwargs,
-            max_sequence_length=max_sequence_length,
+            self, causal, kv, texts, shape=shape, seeds=_seeds(generator, batch),
+            num_chunks=None if latents is None else latents // causal.chunk_size, guidance_scale=guidance_scale,
+            attention_kwargs=attention_kwargs, max_sequence_length=max_sequence_length,
             history=None if history is None else self._beginning(history, shape),
-            callback=callback_on_step_end,
-            callback_tensor_inputs=names,
-            decode=decode,
-        )
+            callback=callback_on_step_end, callback_tensor_inputs=names, decode=decode,
+        )  # fmt: skip
 
     @one_call_at_a_time
     def make_chunk(self, stream: CausalStream) -> VideoChunk:
@@ -255,7 +245,6 @@ class EditCausalWanPipeline(EditWanPipeline):
         self,
         causal: CausalOptions,
         shape: tuple[int, ...],
-        *,
         guided: bool,
         retention: str | RetentionPolicy,
         store: CacheStore | None,

@@ -179,6 +179,7 @@ def test_only_finished_chunks_travel_to_the_device_and_only_the_clean_one_back(r
         assert rings.loaded_bytes <= loads * old * LAYOUT.entry_bytes
         assert rings.written_bytes == streamed * LAYOUT.entry_bytes
     assert rings.loaded_bytes >= (5 * (streamed - AHEAD - 1) + AHEAD + 1) * 3 * LAYOUT.entry_bytes
+    twins.append(8, forwards=60)  # more than are planned at once
     tiers = [entry.tier for entry in twins.bounded.entries()]
     assert tiers.count("host") == streamed * LAYOUT.chunks
     assert {entry.tier for entry in twins.whole.entries()} == {"device"}
