@@ -49,9 +49,7 @@ def main() -> None:
         flat={"type": int, "default": 200, "help": "chunks over which memory is watched"},
     )
     few = {"chunks": 3, "flat": 6} if args.quick else {"chunks": args.chunks, "flat": args.flat}
-    task = task_for(args.quick, num_frames=FRAMES, num_inference_steps=4, guidance_scale=1.0)
-    if not args.quick:
-        task = Task("causal-1.3B, random weights", VARIANTS["causal-1.3B"], num_frames=FRAMES, num_inference_steps=4)
+    task = task_of(args.quick, "causal-1.3B")
     told = {**task.told(), "window": WINDOW, "sink": SINK, "chunk_size": CHUNK}
     results = Results(args, told, figure="frames_s")
     pipe, text = pipeline(task, args.device)
@@ -73,6 +71,14 @@ def main() -> None:
     if fast and plain:
         results.bar("frames/s, fast ÷ plain loop", fast["frames_s"] / plain["frames_s"], least=1.0)
     results.finish()
+
+
+def task_of(quick: bool, variant: str) -> Task:
+    """A chunk of this model, or of a toy."""
+    if quick:
+        return task_for(quick, num_frames=FRAMES, num_inference_steps=4, guidance_scale=1.0)
+    sizes: dict[str, Any] = {"num_frames": FRAMES, "num_inference_steps": 4, "guidance_scale": 1.0}
+    return Task(f"{variant}, random weights", VARIANTS[variant], **sizes)
 
 
 def pipeline(task: Task, device: str) -> tuple[EditCausalWanPipeline, Tensor]:

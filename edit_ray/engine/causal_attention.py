@@ -26,7 +26,8 @@ class CausalAttention:
     """Lets the chunks of one stream attend to its `kv`, while they are computed and only then.
 
     `grid` has the rows and columns of a frame's tokens. In `rope: relative` a second ring has the keys rotated to the
-    numbers that their chunks have now; it is written once for each chunk, and not in each step.
+    numbers that their chunks have now. It is written once for each chunk, and not in each step; for layers in host
+    memory, which share one, in each forward.
     """
 
     def __init__(
@@ -36,19 +37,19 @@ class CausalAttention:
         self.branch = "cond"
         self.origin = 0  # the chunk that has the position 0 in `rope: absolute`
         self.texts: dict[tuple[str, int], tuple[Tensor, Tensor, Tensor]] = {}
-        self._rotated: dict[tuple[str, int], Tensor] = {}
-        self._rotated_for: dict[tuple[str, int], int] = {}  # the version of the window
         self._tables: tuple[int, Table, Table] | None = None  # of a version; of the current chunk, of the window
 
     @contextmanager
-    def chunk(self, index: int) -> Iterator[None]:
+    def chunk(self, index: int, forwards: int = 1) -> Iterator[None]:
         """Inside, the transformer's forwards are those of a chunk; at the end its K/V belongs to the window.
+
+        There are so many `forwards` in each branch; the last one is of the clean chunk, with `kv.finished` set.
 
         Raises:
             ValueError: in `rope: absolute` the chunk lies beyond the model's table of positions.
         """
         self._check_position(index)
-        self.kv.begin(index)
+        self.kv.begin(index, forwards)
         self.texts.clear()
         replaced: list[tuple[Any, Any]] = []
         try:
@@ -84,21 +85,11 @@ class CausalAttention:
             keys = self._renumbered(which, keys, own)
         return keys.flatten(1, 2), values.flatten(1, 2)
 
-    def free(self) -> None:
-        """Free the second ring."""
-        self._rotated.clear()
-
     def _renumbered(self, which: tuple[str, int], keys: Tensor, own: Tensor) -> Tensor:
         """The keys [B, n, N, heads, D] rotated; those of earlier chunks only if the window has changed."""
-        if which not in self._rotated:
-            layout = self.kv.layout
-            _, batch, *rest = layout.entry_shape
-            shape = batch, layout.chunks, *rest
-            self._rotated[which] = torch.empty(shape, dtype=layout.dtype, device=layout.device)
-        rotated = self._rotated[which][:, : keys.shape[1]]
-        if self._rotated_for.get(which) != self.kv.version:
+        rotated, known = self.kv.rotated(*which)
+        if not known:
             rotated.copy_(rotate(keys.flatten(1, 2), self._tables_now()[1]).view_as(rotated))
-            self._rotated_for[which] = self.kv.version
         rotated[:, self.kv.slot] = own
         return rotated
 

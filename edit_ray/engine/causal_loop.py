@@ -45,7 +45,8 @@ def denoise_chunk(pipe: Any, request: ChunkRequest) -> Tensor:
     timesteps = pipe.scheduler.timesteps  # [S], from high noise to low
     pipe._num_timesteps = len(timesteps)
 
-    with pipe.precompute.loop(pipe, x, cond) as schedule, request.attention.chunk(request.index):
+    chunk = request.attention.chunk(request.index, forwards=len(timesteps) + 1)
+    with pipe.precompute.loop(pipe, x, cond) as schedule, chunk:
         with pipe.cached_call(reset_cache=True, prefetch_reuse=False):
             pipe.announce_blocks(0)
             for i, t in enumerate(timesteps):

@@ -21,8 +21,9 @@ from torch import Generator, Tensor
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from edit_ray.cache.kv import KVLayout, KVWindow
+from edit_ray.cache.kv import KVWindow
 from edit_ray.cache.kv_retention import RetentionPolicy, make_retention
+from edit_ray.cache.kv_rings import KVLayout
 from edit_ray.cache.loop_position import LoopStep
 from edit_ray.cache.stores.base import CacheStore
 from edit_ray.engine.caching import loop_steps
@@ -49,7 +50,9 @@ class EditCausalWanPipeline(EditWanPipeline):
     Arguments mean what they mean in `EditWanPipeline`, and the result is the same. `options` of a call are fields of
     `CausalOptions`, in place of the model's own (`causal`): `window`, `sink`, `timesteps` and so on. Fresh noise comes
     from seeds of its own for each chunk and step; `generator` gives the first seed. `retention` chooses the chunks that
-    stay in the window, and `store` keeps those that it may want back.
+    stay in the window, and `store` keeps those that it may want back. `kv_device_bytes` is what the window may take on
+    the device, with its rotated keys: the layers beyond it are in host memory, and copied to the device as they are
+    needed, without a change of bits.
 
     Examples:
         >>> pipe = EditCausalWanPipeline.from_pretrained("a/converted/model", device="cuda")
@@ -97,7 +100,7 @@ class EditCausalWanPipeline(EditWanPipeline):
     def kv(self) -> KVWindow:
         """The K/V of the stream that has made the last chunk, to see and to edit. Raises ValueError without one."""
         kv = None if self._kv is None else self._kv()
-        if kv is None or not kv.device_bytes:
+        if kv is None or kv.freed:
             raise ValueError("There is no K/V: no stream of this pipeline is open.")
         return kv
 
@@ -170,6 +173,7 @@ class EditCausalWanPipeline(EditWanPipeline):
         decode: bool = True,
         retention: str | RetentionPolicy = "window_sink",
         store: CacheStore | None = None,
+        kv_device_bytes: int | None = None,
         **options: Any,
     ) -> CausalStream:
         """A stream of chunks, without an end unless `num_frames` is given.
@@ -179,7 +183,9 @@ class EditCausalWanPipeline(EditWanPipeline):
 
         Raises:
             ConfigError: a wrong option; all of them are named.
-            ValueError: no number of chunks has `num_frames` frames; `history` is not of whole chunks.
+            ValueError: no number of chunks has `num_frames` frames; `history` is not of whole chunks;
+                `kv_device_bytes` is too small.
+            HostMemoryShort: the node has too little memory for the K/V beyond `kv_device_bytes`.
         """
         causal, names = causal_options(options, base=self.causal), tuple(callback_on_step_end_tensor_inputs)
         embeds, videos = (prompt_embeds, negative_prompt_embeds), num_videos_per_prompt or 1
@@ -192,23 +198,14 @@ class EditCausalWanPipeline(EditWanPipeline):
         factor = self.vae_scale_factor_spatial
         batch = len(texts[0])
         shape = (batch, self.denoiser.config.in_channels, causal.chunk_size, height // factor, width // factor)
-        kv = self._window(causal, shape, guided=texts[1] is not None, retention=retention, store=store)
+        kv = self._window(causal, shape, texts[1] is not None, retention, store, kv_device_bytes)
         return CausalStream(
-            self,
-            causal,
-            kv,
-            texts,
-            shape=shape,
-            seeds=_seeds(generator, batch),
-            num_chunks=None if latents is None else latents // causal.chunk_size,
-            guidance_scale=guidance_scale,
-            attention_kwargs=attention_kwargs,
-            max_sequence_length=max_sequence_length,
+            self, causal, kv, texts, shape=shape, seeds=_seeds(generator, batch),
+            num_chunks=None if latents is None else latents // causal.chunk_size, guidance_scale=guidance_scale,
+            attention_kwargs=attention_kwargs, max_sequence_length=max_sequence_length,
             history=None if history is None else self._beginning(history, shape),
-            callback=callback_on_step_end,
-            callback_tensor_inputs=names,
-            decode=decode,
-        )
+            callback=callback_on_step_end, callback_tensor_inputs=names, decode=decode,
+        )  # fmt: skip
 
     @one_call_at_a_time
     def make_chunk(self, stream: CausalStream) -> VideoChunk:
@@ -248,10 +245,10 @@ class EditCausalWanPipeline(EditWanPipeline):
         self,
         causal: CausalOptions,
         shape: tuple[int, ...],
-        *,
         guided: bool,
         retention: str | RetentionPolicy,
         store: CacheStore | None,
+        device_bytes: int | None,
     ) -> KVWindow:
         config, (batch, _, frames, height, width) = self.denoiser.config, shape
         layout = KVLayout(
@@ -263,10 +260,17 @@ class EditCausalWanPipeline(EditWanPipeline):
             chunks=causal.chunks,
             dtype=self.denoiser.dtype,
             device=torch.empty(0, device=self._execution_device).device,  # with its number, as tensors say it
+            rotated_keys=causal.rope == "relative",
         )
         branches = ("cond", "uncond") if guided else ("cond",)
-        sink_chunks = causal.sink // causal.chunk_size
-        return KVWindow(layout, make_retention(retention), sink_chunks=sink_chunks, branches=branches, store=store)
+        return KVWindow(
+            layout,
+            make_retention(retention),
+            sink_chunks=causal.sink // causal.chunk_size,
+            branches=branches,
+            store=store,
+            device_bytes=device_bytes,
+        )
 
     def _beginning(self, history: Tensor, shape: tuple[int, ...]) -> Tensor:
         """A given beginning in float32 on the device. Raises ValueError for another shape than a stream's chunks."""

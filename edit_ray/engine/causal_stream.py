@@ -25,7 +25,7 @@ Texts = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class ChunkStatistics:
-    """What a chunk took: the seconds until its frames were there, the chunks in the window with it, bytes of K/V."""
+    """What a chunk took: the seconds until its frames were there, the window with it, bytes of K/V on the device."""
 
     seconds: float
     window: tuple[int, ...]
@@ -128,7 +128,6 @@ class CausalStream:
         self._closed, self._decoder = True, None
         self._latents.clear()
         self.kv.free()
-        self._attention.free()
 
     @torch.no_grad()
     def make(self) -> VideoChunk:

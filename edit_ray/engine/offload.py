@@ -1,79 +1,24 @@
 """Transformer blocks whose weights are in host memory, and on the device while they are needed.
 
-The order in which a loop uses its blocks is known before it: every block of every forward or, with a known mask, those
-that compute. So the device keeps a number of slots of one block each; which block comes into which slot, and when its
-copy may begin, is planned: the block needed furthest in the future makes place (L. Belady, 1966). What a mask skips is
-not copied.
+A loop uses every block in every forward or, with a known mask, those that compute; what a mask skips is not copied.
+`DeviceSlots` plans the copies.
 """
 
 from __future__ import annotations
 
-import weakref
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edit_ray.cache.adapters import adapter_of
+from edit_ray.cache.device_slots import AHEAD, CopyStream, DeviceSlots, HostMemory, Item
 from edit_ray.cache.loop_position import LoopStep
 from edit_ray.engine.caching import experts_of, loop_steps
 from edit_ray.engine.cfg_parallel import check_device
-from edit_ray.tiers.arena import Arena
 
-AHEAD = 2  # copies begin this many uses early
-HORIZON = 256  # uses planned at once; half-way through, the next ones are planned
 ALIGNMENT = 256  # bytes, of each tensor in a block's memory
-
-Block = tuple[str, int]  # the expert, the position in its stack
-
-
-class BlockLoad(NamedTuple):
-    """A copy of a block's weights into a slot, which may begin once `after` uses have ended."""
-
-    after: int
-    slot: int
-    block: Block
-
-
-@dataclass(frozen=True)
-class LoadPlan:
-    """Where each use finds its block, and the copies that bring it there, in the order in which they begin."""
-
-    slots: tuple[int, ...]
-    loads: tuple[BlockLoad, ...]
-
-
-def plan_loads(uses: Sequence[Block], contents: Sequence[Block | None], ahead: int = AHEAD) -> LoadPlan:
-    """Plan the copies for `uses`, from slots that hold `contents`, more than `ahead` of them.
-
-    A slot used by one of the last `ahead` uses before is not overwritten, so that a copy has their time.
-    """
-    when: dict[Block, list[int]] = {}
-    for index, block in enumerate(uses):
-        when.setdefault(block, []).append(index)
-    held, last_used = list(contents), [-ahead - 1] * len(contents)
-
-    def next_use(slot: int, index: int) -> int:
-        block = held[slot]
-        uses_of = [] if block is None else when.get(block, [])
-        place = bisect_left(uses_of, index)
-        return uses_of[place] if place < len(uses_of) else len(uses) + 1
-
-    slots, loads = [], []
-    for index, block in enumerate(uses):
-        if block not in held:
-            free = [slot for slot in range(len(held)) if last_used[slot] < index - ahead]
-            slot = max(free, key=lambda slot: next_use(slot, index))
-            loads.append(BlockLoad(max(last_used[slot] + 1, index - ahead, 0), slot, block))
-            held[slot] = block
-        slot = held.index(block)
-        last_used[slot] = index
-        slots.append(slot)
-    return LoadPlan(tuple(slots), tuple(loads))
 
 
 def uses_of_loop(
@@ -81,7 +26,7 @@ def uses_of_loop(
     branches: Sequence[str],
     units: Mapping[str, Sequence[range]],
     mask: Mapping[tuple[str, str, int], Sequence[bool | None]] | None,
-) -> list[Block]:
+) -> list[Item]:
     """The blocks that a loop computes, in their order.
 
     Args:
@@ -99,9 +44,7 @@ def uses_of_loop(
 
 
 class HostBlock:
-    """A block's weights in one piece of host memory, page-locked for a GPU.
-
-    torch's own pinned memory comes in powers of two, which would waste up to half of it.
+    """A block's weights in one piece of `HostMemory`.
 
     Raises:
         HostMemoryShort: the node has too little memory.
@@ -115,13 +58,8 @@ class HostBlock:
         for tensor in self._tensors:
             self._places.append(size)
             size += _padded(tensor)
-        if device.type == "cuda":
-            arena = Arena.create_unnamed(size)
-            arena.register()
-            self.memory = arena.tensor(0, torch.uint8, (size,))
-            weakref.finalize(self, arena.close)  # its memory stays as long as the weights in it
-        else:
-            self.memory = torch.empty(size, dtype=torch.uint8)
+        self._host = HostMemory(size, device)
+        self.memory = self._host.bytes
         for tensor, home in zip(self._tensors, self._views(self.memory), strict=True):
             home.copy_(tensor.data)
             tensor.data = home
@@ -148,7 +86,7 @@ class BlockOffload:
 
     def __init__(self, transformers: Mapping[str, nn.Module], device: torch.device, device_bytes: int) -> None:
         self.device, self.copied_bytes = device, 0
-        self._blocks: dict[Block, HostBlock] = {}
+        self._blocks: dict[Item, HostBlock] = {}
         self._hooks: list[Any] = []
         self._transformers = dict(transformers)
         stacks = {name: list(adapter_of(transformer).blocks(transformer)) for name, transformer in transformers.items()}
@@ -167,11 +105,6 @@ class BlockOffload:
         for tensor in others:
             tensor.data = tensor.data.to(device)
         self._slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(slots)]
-        self._contents: list[Block | None] = [None] * slots
-        on_gpu = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if on_gpu else None
-        self._copied: list[Any] = [torch.cuda.Event() if on_gpu else None for _ in range(slots)]
-        self._used: list[Any] = [torch.cuda.Event() if on_gpu else None for _ in range(slots)]
         for name, stack in stacks.items():
             for position, block in enumerate(stack):
                 self._blocks[name, position] = HostBlock(block, device)
@@ -179,60 +112,32 @@ class BlockOffload:
                     block.register_forward_pre_hook(self._before(name, position)),
                     block.register_forward_hook(self._after(name, position), always_call=True),
                 ]
-        self._uses: list[Block] = []
-        self._plan_from(0)
+        self._copies = CopyStream(device)
+        self._loads = DeviceSlots(list(self._blocks), slots, self._copies, self._load)
 
-    def begin_loop(self, uses: Sequence[Block]) -> None:
+    def begin_loop(self, uses: Sequence[Item]) -> None:
         """Plan for the blocks that the next loop uses, and begin the first copies."""
-        self._uses = list(uses)
-        self._plan_from(0)
+        self._loads.begin_loop(uses)
 
     def remove(self) -> None:
         """Leave all weights in host memory, as any model's."""
-        if self._stream is not None:
-            torch.cuda.synchronize(self.device)
+        self._copies.synchronise()
         for hook in self._hooks:
             hook.remove()
         self._blocks.clear()
+        self._slots.clear()
         for transformer in self._transformers.values():
             transformer.to("cpu")
 
-    def _plan_from(self, index: int) -> None:
-        """Plan again for the uses from `index` on; copies that have begun are contents of their slots."""
-        del self._uses[:index]
-        self._at, self._begun = 0, 0
-        self._plan = plan_loads(self._uses[:HORIZON], self._contents)
-        self._copy()
-
-    def _copy(self) -> None:
-        """Begin the copies that may begin now."""
-        loads = self._plan.loads
-        while self._begun < len(loads) and loads[self._begun].after <= self._at:
-            _, slot, name = loads[self._begun]
-            source = self._blocks[name].memory
-            on_stream: AbstractContextManager[object] = nullcontext()
-            if self._stream is not None:
-                self._stream.wait_event(self._used[slot])
-                on_stream = torch.cuda.stream(self._stream)
-            with on_stream:
-                self._slots[slot][: len(source)].copy_(source, non_blocking=True)
-            if self._stream is not None:
-                self._copied[slot].record(self._stream)
-            self._contents[slot] = name
-            self.copied_bytes += source.nbytes
-            self._begun += 1
+    def _load(self, item: Item, slot: int) -> None:
+        source = self._blocks[item].memory
+        self._slots[slot][: len(source)].copy_(source, non_blocking=True)
+        self.copied_bytes += source.nbytes
 
     def _before(self, expert: str, position: int) -> Any:
         def before(block: nn.Module, args: Any) -> None:
-            this = (expert, position)
-            if self._at >= len(self._uses) or self._uses[self._at] != this:
-                self._follow(this)
-            elif self._at >= HORIZON // 2:
-                self._plan_from(self._at)
-            slot = self._plan.slots[self._at]
-            if self._stream is not None:
-                torch.cuda.current_stream(self.device).wait_event(self._copied[slot])
-            self._blocks[this].use(self._slots[slot])
+            slot = self._loads.acquire((expert, position))
+            self._blocks[expert, position].use(self._slots[slot])
 
         return before
 
@@ -240,21 +145,9 @@ class BlockOffload:
         def after(block: nn.Module, args: Any, output: Any) -> None:
             home = self._blocks[expert, position]
             home.use(home.memory)
-            if self._stream is not None:
-                self._used[self._plan.slots[self._at]].record(torch.cuda.current_stream(self.device))
-            self._at += 1
-            self._copy()
+            self._loads.release()
 
         return after
-
-    def _follow(self, this: Block) -> None:
-        """Plan for a use that was not expected: a policy has skipped blocks, or no loop announced the forward."""
-        if this in self._uses[self._at :]:
-            self._plan_from(self._uses.index(this, self._at))
-            return
-        stack = [block for block in self._blocks if block[0] == this[0]]
-        self._uses = stack[this[1] :] + stack
-        self._plan_from(0)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

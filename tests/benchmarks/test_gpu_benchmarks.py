@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import causal, gpu_page, long_video, memory_bound, skip_cost, wan_table
+from benchmarks import causal, causal_windows, gpu_page, long_video, memory_bound, skip_cost, wan_table
 from benchmarks.gpu_results import LeftOut, Results, write_report
 from benchmarks.real_size import TASKS, mask_of
 from benchmarks.stand_in_ffmpeg import use_stand_in
@@ -121,7 +121,7 @@ def test_the_table_has_ours_and_what_was_not_run(tmp_path, monkeypatch, results)
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("benchmark", [wan_table, skip_cost, long_video, memory_bound, causal])
+@pytest.mark.parametrize("benchmark", [wan_table, skip_cost, long_video, memory_bound, causal, causal_windows])
 def test_all_of_it(benchmark, tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -142,5 +142,8 @@ def test_all_of_it(benchmark, tmp_path, monkeypatch):
         shares = {row["blocks"] for name, row in rows.items() if "6 skipped" in name and "DBCache" not in name}
         assert shares == {80, 80 + 12}, "all skip the same steps; the first block of FirstBlockCache runs in each"
         assert rows["latents equal diffusers'"]["differing"] is None
+    if benchmark is causal_windows:
+        assert any("latents are equal" in note for note in content["notes"])
+        assert [row["loaded_gb"] > 0 for row in rows.values() if "loaded_gb" in row] == [False, True]
     if benchmark is memory_bound:
         assert all(row["equal"] for row in content["rows"] if "equal" in row)

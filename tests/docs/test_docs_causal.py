@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_the_code_runs(tmp_path, monkeypatch, capsys):
     """In one piece: later blocks use the pipeline of earlier ones."""
     monkeypatch.chdir(tmp_path)
-    save_random_wan(tmp_path / "my_causal_model", causal={})
+    save_random_wan(tmp_path / "my_causal_model", num_layers=6, causal={})
     names = {}
     for block in blocks(PAGE, "python"):
         code = block.code
@@ -35,7 +35,8 @@ def test_the_code_runs(tmp_path, monkeypatch, capsys):
     assert printed[5].startswith(
         "KVEntry(branch='cond', layer=0, chunk=0, tier='device', shape=(2, 1, 12, 2, 12), bytes="
     )
-    assert len(printed) == 7
+    assert len(printed) == 8
+    assert printed[7] == "{0: 'device', 1: 'host', 2: 'host', 3: 'host', 4: 'host', 5: 'host'}"
     assert names["video"].shape == (81, 32, 32, 3)
 
 

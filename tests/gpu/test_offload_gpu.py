@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from edit_ray.engine.offload import AHEAD
+from edit_ray.cache.device_slots import AHEAD
 from edit_ray.testing import save_random_wan
 from tests import calls
 from tests.unit.test_offload import MASK, STEPS, sizes

@@ -6,8 +6,9 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from edit_ray.cache.kv import KVLayout, KVWindow
+from edit_ray.cache.kv import KVWindow
 from edit_ray.cache.kv_retention import WindowSink
+from edit_ray.cache.kv_rings import KVLayout
 from edit_ray.engine.causal_attention import CausalAttention
 from edit_ray.engine.causal_options import CausalOptions
 
@@ -23,7 +24,7 @@ def attention_of(model, latents: Tensor, options: CausalOptions) -> CausalAttent
     config, grid = model.config, (latents.shape[-2] // 2, latents.shape[-1] // 2)
     sizes = {"num_layers": config.num_layers, "batch": len(latents), "tokens": options.chunk_size * grid[0] * grid[1]}
     sizes |= {"heads": config.num_attention_heads, "head_dim": config.attention_head_dim, "chunks": options.chunks}
-    layout = KVLayout(**sizes, dtype=model.dtype, device=latents.device)
+    layout = KVLayout(**sizes, dtype=model.dtype, device=latents.device, rotated_keys=options.rope == "relative")
     kv = KVWindow(layout, WindowSink(), sink_chunks=options.sink // options.chunk_size)
     return CausalAttention(model, kv, options, grid)
 
@@ -33,6 +34,7 @@ def chunked(model, latents: Tensor, timesteps: Tensor, text: Tensor, attention: 
     outputs = []
     for index, chunk in enumerate(latents.split(attention.options.chunk_size, dim=2)):
         with attention.chunk(index):
+            attention.kv.finished = True
             outputs.append(model(chunk, timesteps[index].expand(len(latents)), text, return_dict=False)[0])
     return torch.cat(outputs, dim=2)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from edit_ray.cache.device_slots import AHEAD
 from edit_ray.cli.plan_cards import card_lines
 from edit_ray.config import config_of
 from edit_ray.engine import decode, loading
@@ -25,7 +26,7 @@ from edit_ray.engine.card_memory import (
     place,
     vae_parameters,
 )
-from edit_ray.engine.offload import AHEAD, BlockOffload
+from edit_ray.engine.offload import BlockOffload
 from edit_ray.engine.options import ModelOptions
 from edit_ray.errors import ConfigError, ModelError
 from edit_ray.testing import VARIANTS, Variant, meta_transformer, random_transformer, save_random_wan

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edit_ray.cache import CPUOffloadStore, GPUStore, RetentionPolicy, TieredStore
-from edit_ray.cache.kv import KVLayout, KVWindow
+from edit_ray.cache.kv import KVWindow
 from edit_ray.cache.kv_retention import Similar, WindowSink, WindowState, make_retention
+from edit_ray.cache.kv_rings import KVLayout
 
 LAYOUT = KVLayout(
     num_layers=2, batch=1, tokens=3, heads=2, head_dim=4, chunks=4, dtype=torch.float32, device=torch.device("cpu")
@@ -21,13 +22,11 @@ def kv_of(chunk, layer, branch="cond"):
 
 
 def append(window, chunk):
-    window.begin(chunk)
-    for branch in BRANCHES:
-        for layer in range(LAYOUT.num_layers):
-            window.write(branch, layer, *kv_of(chunk, layer, branch) * -1)  # a step
-            window.finished = True
-            window.write(branch, layer, *kv_of(chunk, layer, branch))
-            window.finished = False
+    window.begin(chunk, forwards=2)
+    for window.finished, sign in ((False, -1), (True, 1)):  # a step, and the clean chunk
+        for branch in BRANCHES:
+            for layer in range(LAYOUT.num_layers):
+                window.write(branch, layer, *kv_of(chunk, layer, branch) * sign)
     window.complete()
 
 
@@ -154,7 +153,7 @@ def test_what_is_not_there_is_said():
     append(window, 0)
     with pytest.raises(LookupError, match=r"no chunk 4; there are \[0\]"):
         window.drop(4)
-    with pytest.raises(LookupError, match=r"no chunk 4 on the device; there are \[0\]"):
+    with pytest.raises(LookupError, match=r"no chunk 4 in the window; there are \[0\]"):
         window.replace(4, 0)
     with pytest.raises(LookupError, match="no layer 2 of the branch 'cond'; there are layers 0 to 1 of cond, uncond"):
         window.get(0, 2)

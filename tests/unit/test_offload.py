@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edit_ray.cache.device_slots import AHEAD, plan_loads
 from edit_ray.cache.loop_position import LoopStep
-from edit_ray.engine.offload import AHEAD, plan_loads, uses_of_loop
+from edit_ray.engine.offload import uses_of_loop
 from edit_ray.engine.options import ModelOptions, SamplingOptions
 from edit_ray.engine.segment import SegmentEngine
 from edit_ray.testing import save_random_wan
@@ -32,7 +33,7 @@ def test_every_use_finds_its_block(uses, slots, contents):
     for index, (block, slot) in enumerate(zip(uses, plan.slots, strict=True)):
         while loads and loads[0].after <= index:  # all that may have begun
             load = loads.pop(0)
-            held[load.slot] = load.block
+            held[load.slot] = load.item
         assert held[slot] == block
     assert not loads
 
