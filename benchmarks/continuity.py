@@ -139,7 +139,7 @@ def arguments() -> argparse.Namespace:
     names = [variant.name for variant in VARIANTS]
     wanted = names if args.modes is None else [name.strip() for name in args.modes.split(";")]
     if unknown := [name for name in wanted if name not in names]:
-        parser.error(f"--modes has {'; '.join(unknown)}; valid are {'; '.join(names)}")
+        parser.error(f"--modes has {'; '.join(unknown)}; it may have {'; '.join(names)}")
     args.variants = [variant for variant in VARIANTS if variant.name in wanted]
     if (args.seeds or 1) < 1 or args.processes < 1:
         parser.error("--seeds and --processes take a number from 1")

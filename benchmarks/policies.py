@@ -240,7 +240,7 @@ def arguments() -> argparse.Namespace:
     names = [method.name for method in METHODS]
     args.methods = names if args.methods is None else [name.strip() for name in args.methods.split(",")]
     if unknown := [name for name in args.methods if name not in names]:
-        parser.error(f"--methods has {', '.join(unknown)}; valid are {', '.join(names)}")
+        parser.error(f"--methods has {', '.join(unknown)}; it may have {', '.join(names)}")
     if args.seeds < 1 or args.num_prompts < 1 or args.processes < 1:
         parser.error("--seeds, --num-prompts and --processes take a number from 1")
     return args

@@ -220,7 +220,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.modes = args.modes.split(",")
     if unknown := [mode for mode in args.modes if mode not in MODES]:
-        parser.error(f"--modes has {', '.join(unknown)}; valid are {', '.join(MODES)}")
+        parser.error(f"--modes has {', '.join(unknown)}; it may have {', '.join(MODES)}")
     if min(args.seeds or 1, args.processes) < 1 or (args.segments or 2) < 2:
         parser.error("--seeds and --processes take a number from 1, --segments one from 2")
     return args

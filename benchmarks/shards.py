@@ -28,7 +28,7 @@ class Shard:
         index, _, of = text.partition("/")
         shard = cls(int(index), int(of))
         if not 0 <= shard.index < shard.of:
-            raise ValueError(f"{text} is no shard; valid are 0/N to N-1/N")
+            raise ValueError(f"{text} is no shard; it must be 0/N to N-1/N")
         return shard
 
     def has(self, prompt: int) -> bool:

@@ -57,9 +57,9 @@ class Task:
     def __post_init__(self) -> None:
         tokens = self.scale * TOKENS
         if tokens < 4 or tokens % 4:  # four tokens fill three pages: so a place has no more bytes than its entry
-            raise ValueError(f"mib-scale is {self.scale}; valid is a multiple of 1/{TOKENS // 4}, such as 1/64.")
+            raise ValueError(f"mib-scale is {self.scale}; it must be a multiple of 1/{TOKENS // 4}, such as 1/64.")
         if self.generations < 1:
-            raise ValueError(f"generations is {self.generations}; valid is 1 or more.")
+            raise ValueError(f"generations is {self.generations}; it must be 1 or more.")
 
     @property
     def form(self) -> EntryForm:

@@ -73,12 +73,12 @@ def check_address(address: str | None) -> str:
         return address
     if address.startswith(("http://", "https://")):
         raise ResourcesUnavailable(
-            f"{source} is {address}, which is Ray's dashboard; valid is the address of Ray's head, such as "
+            f"{source} is {address}, which is Ray's dashboard; it must be the address of Ray's head, such as "
             f"{re.split('[:/]+', address)[1]}:6379, or none where Ray runs on this machine: {remedy}"
         )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
-        raise ResourcesUnavailable(f"{source} is {address!r}; valid is a host and a port, such as 127.0.0.1:6379")
+        raise ResourcesUnavailable(f"{source} is {address!r}; it must be a host and a port, such as 127.0.0.1:6379")
     if trouble := _trouble(host.strip("[]"), int(port), is_head="://" not in address):
         raise ResourcesUnavailable(f"no Ray answers at {address}, which is {source} ({trouble}); {remedy}")
     return address

@@ -34,7 +34,7 @@ def split_blocks(num_blocks: int, granularity: str | int) -> tuple[Unit, ...]:
     size = {"stack": num_blocks, "per_block": 1}.get(str(granularity)) or int(granularity)
     if not 1 <= size <= num_blocks:
         raise ValueError(
-            f"granularity is {granularity!r}; valid are 'stack', 'per_block' and a group size from 1 to {num_blocks}."
+            f"granularity is {granularity!r}; it must be 'stack', 'per_block' or a group size from 1 to {num_blocks}."
         )
     firsts = range(0, num_blocks, size)
     return tuple(Unit(i, first, min(first + size, num_blocks) - 1) for i, first in enumerate(firsts))

@@ -138,7 +138,7 @@ class Cache:
     def set_generation(self, generation: int) -> None:
         """Set the number under which the next call stores residuals, such as a segment's."""
         if isinstance(generation, bool) or not isinstance(generation, int) or generation < 0:
-            raise ValueError(f"generation is {generation!r}; valid is a whole number from 0.")
+            raise ValueError(f"generation is {generation!r}; it must be a whole number from 0.")
         self._index.generation = generation
 
     def use_store(self, store: CacheStore, stored: Iterable[Key] = ()) -> None:

@@ -39,7 +39,7 @@ class CfgGate:
     def __init__(self, share: float) -> None:
         if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
             raise OptionError(
-                "cfg_gate", f"cfg_gate is {share!r}; valid is a number from 0 to 1, the share of the steps before it."
+                "cfg_gate", f"cfg_gate is {share!r}; it must be a number from 0 to 1, the share of the steps before it."
             )
         self.share: float = float(share)
         self.reset()

@@ -94,7 +94,7 @@ def check_steps(num_inference_steps: int) -> None:
         or not isinstance(num_inference_steps, Integral)
         or num_inference_steps < 1
     ):
-        raise ValueError(f"num_inference_steps is {num_inference_steps!r}; valid is a whole number from 1.")
+        raise ValueError(f"num_inference_steps is {num_inference_steps!r}; it must be a whole number from 1.")
 
 
 def cache_on(transformer: nn.Module) -> Cache | None:

@@ -188,7 +188,9 @@ class KVWindow:
         known = {*state.held, *state.stored}
         if len(set(chosen)) != len(chosen) or not known.issuperset(chosen) or len(chosen) > places:
             name = type(self.retention).__name__
-            raise ValueError(f"{name} chose the chunks {list(chosen)}; valid are at most {places} of {sorted(known)}.")
+            raise ValueError(
+                f"{name} chose the chunks {list(chosen)}; it must choose at most {places} of {sorted(known)}."
+            )
         for gone in [held for held in state.held if held not in chosen]:
             self._spill(gone)
         for wanted in [stored for stored in state.stored if stored in chosen]:
@@ -276,10 +278,10 @@ class KVWindow:
         shape, layout = list(self.layout.entry_shape[1:]), self.layout
         valid = f"a tensor {shape} of {layout.dtype} on {layout.device}"
         if not isinstance(given, Tensor):
-            raise TypeError(f"The {name} is {type(given).__name__}; valid is {valid}.")
+            raise TypeError(f"The {name} is {type(given).__name__}; it must be {valid}.")
         if (list(given.shape), given.dtype, given.device) != (shape, layout.dtype, layout.device):
             raise ValueError(
-                f"The {name} is a tensor {list(given.shape)} of {given.dtype} on {given.device}; valid is {valid}."
+                f"The {name} is a tensor {list(given.shape)} of {given.dtype} on {given.device}; it must be {valid}."
             )
         return given
 

@@ -55,7 +55,7 @@ def make_retention(retention: str | RetentionPolicy) -> RetentionPolicy:
         return RETENTIONS.find(retention)()
     if not isinstance(retention, RetentionPolicy):
         known = ", ".join(RETENTIONS.names())
-        raise TypeError(f"retention is {retention!r}; valid are {known}, or a RetentionPolicy object.")
+        raise TypeError(f"retention is {retention!r}; it must be one of {known}, or a RetentionPolicy object.")
     return retention
 
 

@@ -213,7 +213,7 @@ def ask_hooks(hooks: Sequence[UnitHook], ctx: PolicyContext, compute: bool) -> H
             answers.edits.append(answer)
         elif answer is not None:
             raise TypeError(
-                f'A unit hook answered {answer!r}; valid are "compute", "reuse", a tensor, a function, None.'
+                f'A unit hook answered {answer!r}; it must answer "compute", "reuse", a tensor, a function or None.'
             )
     return answers
 
@@ -227,11 +227,11 @@ def checked(given: object, like: Tensor, source: str) -> Tensor:
     valid = f"{list(like.shape)} of {like.dtype} on {like.device}, as the unit's input"
     if not isinstance(given, Tensor):
         raise TypeError(
-            f"{source} returned {given if given is None else type(given).__name__}; valid is a tensor {valid}."
+            f"{source} returned {given if given is None else type(given).__name__}; it must return a tensor {valid}."
         )
     if (given.shape, given.dtype, given.device) != (like.shape, like.dtype, like.device):
         raise ValueError(
-            f"{source} returned a tensor {list(given.shape)} of {given.dtype} on {given.device}; valid is {valid}."
+            f"{source} returned a tensor {list(given.shape)} of {given.dtype} on {given.device}; it must be {valid}."
         )
     return given
 

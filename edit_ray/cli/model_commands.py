@@ -68,7 +68,7 @@ def tune(options: argparse.Namespace) -> int:
 
     policies = list(TUNABLE) if options.policies is None else [name.strip() for name in options.policies.split(",")]
     if unknown := [name for name in policies if name not in TUNABLE]:
-        raise ConfigError([f"--policies has {', '.join(unknown)}; valid are {', '.join(TUNABLE)}"])
+        raise ConfigError([f"--policies has {', '.join(unknown)}; it may have {', '.join(TUNABLE)}"])
     videos = Videos(_load(config), prompts, config.sampling.seed, _sampling(config) | _pictures(config), options.seeds)
     trials = []
     for trial in trials_of(videos, options.psnr, policies):

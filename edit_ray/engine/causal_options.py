@@ -50,7 +50,7 @@ class CausalOptions(Options):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if any(low >= high for high, low in pairwise([*self.timesteps, 0.0])) or self.timesteps[0] > 1000:
-            raise ValueError(f"timesteps is {self.timesteps}; valid are falling numbers, from at most 1000 to above 0.")
+            raise ValueError(f"timesteps is {self.timesteps}; they must fall from at most 1000 to above 0.")
         if self.window < self.sink + self.chunk_size:
             raise ValueError(
                 f"window is {self.window}; it must be at least {self.sink + self.chunk_size}: the sink of {self.sink} "
@@ -132,4 +132,4 @@ def check_switch(switch: str) -> Switch:
     for known in valid:
         if switch == known:
             return known
-    raise ValueError(f"switch is {switch!r}; valid are {', '.join(valid)}.")
+    raise ValueError(f"switch is {switch!r}; it must be one of {', '.join(valid)}.")

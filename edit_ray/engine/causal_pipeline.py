@@ -278,7 +278,7 @@ class EditCausalWanPipeline(EditWanPipeline):
         given = list(history.shape)
         if len(given) != 5 or given[:2] != [batch, channels] or given[3:] != size or given[2] % frames or not given[2]:
             raise ValueError(
-                f"`history` is {given}; valid is {[batch, channels, f'n * {frames}', *size]}, n chunks of latents."
+                f"`history` is {given}; it must be {[batch, channels, f'n * {frames}', *size]}, n chunks of latents."
             )
         return history.to(self._execution_device, torch.float32)
 

@@ -114,11 +114,11 @@ def check_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise ModelError(f"device is {device!r}; valid are 'cpu', 'cuda', and 'cuda:0' for the first GPU.") from None
+        raise ModelError(f"device is {device!r}; it must be 'cpu', 'cuda', or 'cuda:0' for the first GPU.") from None
     count = torch.cuda.device_count()
     if found.type == "cuda" and (found.index or 0) >= count:
-        there = f"'cpu' and 'cuda:0' to 'cuda:{count - 1}'" if count else "'cpu'"
-        raise ModelError(f"device is {str(found)!r}, and torch sees {count} CUDA devices here; valid is {there}.")
+        there = f"'cpu' or 'cuda:0' to 'cuda:{count - 1}'" if count else "'cpu'"
+        raise ModelError(f"device is {str(found)!r}, and torch sees {count} CUDA devices here; it must be {there}.")
     return found
 
 

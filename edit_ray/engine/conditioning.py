@@ -60,7 +60,7 @@ class StepSchedule:
         if levels is None:
             check_steps(self.num_inference_steps)
         elif not levels or any(low >= high for high, low in pairwise([*levels, 0.0])) or levels[0] > 1:
-            raise ValueError(f"`sigmas` is {levels}; valid are falling numbers, from at most 1 to above 0.")
+            raise ValueError(f"`sigmas` is {levels}; they must fall from at most 1 to above 0.")
 
     def set_on(self, noise_scheduler: Any, device: torch.device | None = None) -> None:
         """Set the steps of a noise scheduler.
@@ -130,7 +130,7 @@ def check_given(kind: Kind, given: Mapping[str, Any]) -> None:
     if "strength" in names and "video" not in names:
         raise ValueError("`strength` says how much of a `video` is made again, and there is no `video`.")
     if "strength" in names and not 0 < given["strength"] <= 1:
-        raise ValueError(f"`strength` is {given['strength']}; valid is above 0, up to 1.")
+        raise ValueError(f"`strength` is {given['strength']}; it must be above 0, up to 1.")
     if kind in ("text", "first frame"):
         for one, other in combinations([name for name in _BEGINNINGS if name in names], 2):
             if {one, other} not in _TOGETHER:
@@ -223,7 +223,7 @@ def _held(held: Tensor, rest: Tensor) -> Tensor:
     if not 0 < slots < rest.shape[2] or held.shape[1] != rest.shape[1] or held.shape[3:] != rest.shape[3:]:
         batch, channels, frames, height, width = rest.shape
         raise ValueError(
-            f"`image_latents` has the shape {tuple(held.shape)}; valid is [B, C, n, h, w] = "
+            f"`image_latents` has the shape {tuple(held.shape)}; it must be [B, C, n, h, w] = "
             f"({batch}, {channels}, n, {height}, {width}) with n from 1 to {frames - 1}."
         )
     return torch.cat([held.to(rest).expand(len(rest), -1, -1, -1, -1), rest[:, :, slots:]], dim=2)
@@ -278,7 +278,9 @@ def _scales(transformer: Any, scale: float | list[float] | Tensor | None, device
     if scales.ndim == 0:
         scales = scales.expand(layers)
     if scales.shape != (layers,):
-        raise ValueError(f"`conditioning_scale` has the shape {tuple(scales.shape)}; valid is one number, or {layers}.")
+        raise ValueError(
+            f"`conditioning_scale` has the shape {tuple(scales.shape)}; it must be one number, or {layers}."
+        )
     return scales.to(device=device, dtype=transformer.dtype)
 
 

@@ -60,13 +60,13 @@ def check_context(name: str, context: Tensor, latents: Tensor) -> Tensor:
     given = tuple(context.shape)
     if len(given) != 5 or given[2] == 0 or given != (batch, channels, given[2], height, width):
         raise ValueError(
-            f"`{name}` has the shape {given}; valid is [B, C, k, h, w] = "
+            f"`{name}` has the shape {given}; it must be [B, C, k, h, w] = "
             f"({batch}, {channels}, k, {height}, {width}) for these latents."
         )
     if given[2] >= slots:
         raise ValueError(
             f"{given[2]} latents of `{name}` leave nothing to denoise in a window of {slots} latent frames; "
-            f"valid are 1 to {slots - 1}."
+            f"there must be 1 to {slots - 1}."
         )
     return context.to(device=latents.device, dtype=latents.dtype)
 

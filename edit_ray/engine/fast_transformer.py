@@ -28,7 +28,7 @@ WanModel = WanTransformer3DModel | WanVACETransformer3DModel
 def check_mode(mode: str, fp8: bool, device: torch.device) -> None:
     """Raise `ModelError` for an unknown mode, and for FP8 in the mode exact or on a device without it."""
     if mode not in get_args(Mode):
-        raise ModelError(f"The mode is {mode!r}; valid are {', '.join(get_args(Mode))}.")
+        raise ModelError(f"The mode is {mode!r}; it must be one of {', '.join(get_args(Mode))}.")
     if fp8 and mode != "fast":
         raise ModelError(f"fp8 is true in the mode {mode}; it needs the mode fast.")
     if fp8 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY):

@@ -100,7 +100,7 @@ def choose_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("model.device is 'cuda', but torch sees no CUDA device here; valid are 'auto' and 'cpu'.")
+        raise ModelError("model.device is 'cuda', but torch sees no CUDA device here; it must be 'auto' or 'cpu'.")
     return torch.device(device)
 
 
@@ -120,7 +120,7 @@ def choose_dtype(torch_dtype: str, device: torch.device) -> torch.dtype:
     if torch_dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise ModelError(
             f"model.torch_dtype is 'bfloat16', which {torch.cuda.get_device_name(device)} cannot run; "
-            "valid are 'float32' and 'float16'."
+            "it must be 'float32' or 'float16'."
         )
     return DTYPES[torch_dtype]
 

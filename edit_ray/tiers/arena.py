@@ -63,7 +63,7 @@ class Arena:
         """
         folder = Path(directory)
         if not folder.is_dir():
-            raise ValueError(f"directory is {str(directory)!r}, which is not a folder; valid is one in shared memory.")
+            raise ValueError(f"directory is {str(directory)!r}, which is no folder; it must be one in shared memory.")
         remove_stale(folder)
         size = whole_pages(size_bytes)
         if size > _free_bytes(folder):

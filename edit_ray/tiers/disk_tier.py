@@ -77,7 +77,7 @@ class EntryFolder:
         if not allow_tmpfs and is_tmpfs(self.directory):
             raise FolderUnusable(
                 self.directory,
-                "which lies in memory (tmpfs) and not on a disk; valid is a folder on a disk, or allow_tmpfs=True.",
+                "which lies in memory (tmpfs) and not on a disk; it must be a folder on a disk, or allow_tmpfs=True.",
             )
         self._unlock = weakref.finalize(self, os.close, _lock(self.directory))
         self._unlock.atexit = False  # the end of the process unlocks it, and a forked child has not locked it
@@ -292,7 +292,7 @@ def _make_own(directory: Path) -> None:
     try:
         files.make_folder(directory)
     except FileExistsError:
-        raise FolderUnusable(directory, "which is a file; valid is a folder, or a name for one.") from None
+        raise FolderUnusable(directory, "which is a file; it must be a folder, or a name for one.") from None
     except OSError as error:
         raise FolderUnusable(directory, f"which cannot be made: {error.strerror}.") from None
 
@@ -310,7 +310,7 @@ def _lock(directory: Path) -> int:
         if descriptor is not None:
             files.disk.close(descriptor)
         if isinstance(error, BlockingIOError):
-            raise FolderTaken(directory, "which another store has open; valid is a folder of its own.") from None
+            raise FolderTaken(directory, "which another store has open; it must be a folder of its own.") from None
         raise FolderUnusable(directory, f"which cannot be locked: {error.strerror}.") from None
     return descriptor
 

@@ -74,7 +74,7 @@ def file_name(key: Key) -> str:
 def check_dtype(dtype: torch.dtype) -> None:
     """Raise ValueError for a dtype that these files do not hold."""
     if dtype not in _NAMES:
-        raise ValueError(f"A file holds no {dtype}; valid are {', '.join(map(str, _NAMES))}.")
+        raise ValueError(f"A file holds no {dtype}; it can hold {', '.join(map(str, _NAMES))}.")
 
 
 def header_of(key: Key, entry: FileEntry) -> bytes:
@@ -86,7 +86,7 @@ def header_of(key: Key, entry: FileEntry) -> bytes:
     text = json.dumps(content).encode()
     size = whole_pages(_LENGTH_BYTES + len(text))
     if size > LONGEST_HEADER:
-        raise ValueError(f"The key {str(key)[:60]}… makes a header of {size} bytes; valid are {LONGEST_HEADER}.")
+        raise ValueError(f"The key {str(key)[:60]}… makes a header of {size} bytes; {LONGEST_HEADER} are allowed.")
     return (size - _LENGTH_BYTES).to_bytes(_LENGTH_BYTES, "little") + text.ljust(size - _LENGTH_BYTES)
 
 

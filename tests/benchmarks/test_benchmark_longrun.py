@@ -84,5 +84,5 @@ def test_the_rows_are_drawn(tmp_path, figures):
 
 @pytest.mark.parametrize("scale", ["1/2048", "3/4096", "0"])
 def test_a_scale_without_whole_pages_is_refused(tmp_path, scale):
-    with pytest.raises(ValueError, match="valid is a multiple of 1/1024"):
+    with pytest.raises(ValueError, match="it must be a multiple of 1/1024"):
         Task(tmp_path, scale=Fraction(scale))

@@ -240,7 +240,7 @@ AS_IMAGE = {"video": None, "strength": None, "image": picture(0)}
         (OF_TEXT, AS_IMAGE, "`image` cannot be used with a text-to-video"),
         (OF_TEXT, {"mask": MASK}, "`mask` cannot be used with a text-to-video model; it takes `video`, `strength`"),
         (OF_TEXT, {"video": None}, "there is no `video`"),
-        (OF_TEXT, {"strength": 1.5}, "`strength` is 1.5; valid is above 0, up to 1"),
+        (OF_TEXT, {"strength": 1.5}, "`strength` is 1.5; it must be above 0, up to 1"),
         (OF_TEXT, {"strength": 0.1}, "`strength` 0.1 of 6 steps leaves none"),
         (OF_TEXT, {"latents": torch.zeros(1, 4, 3, 8, 6)}, "`video` and `latents` are both given"),
         ("image, Wan2.2", {"image": None}, "`image` is missing"),
@@ -289,7 +289,7 @@ def test_noise_levels_are_those_that_the_scheduler_is_given(pair, noise_schedule
 
 @pytest.mark.parametrize("sigmas", [[], [1.1, 0.5], [0.5, 0.5], [0.5, 0.0], [0.2, 0.8]], ids=str)
 def test_noise_levels_that_do_not_fall_are_one_sentence(pair, sigmas):
-    with pytest.raises(ValueError, match=r"`sigmas` is .*; valid are falling numbers, from at most 1 to above 0"):
+    with pytest.raises(ValueError, match=r"`sigmas` is .*; they must fall from at most 1 to above 0"):
         pair("video")[1]("a red circle", height=32, width=32, num_frames=5, sigmas=sigmas)
 
 

@@ -252,7 +252,7 @@ async def test_entries_of_runs_that_have_ended_go_and_those_of_runs_that_have_no
             f"store.host_bytes is {RESIDUAL - 1}; one residual of this run has {RESIDUAL} bytes",
         ),
         ({"host_bytes": 2**49}, "of shared memory, and /dev/shm has"),
-        ({"directory": "FILE"}, "store.directory is 'FILE', which is a file; valid is a folder"),
+        ({"directory": "FILE"}, "store.directory is 'FILE', which is a file; it must be a folder"),
     ],
     ids=["too small", "too large", "no folder"],
 )

@@ -133,7 +133,7 @@ def test_a_tensor_of_another_shape_or_dtype_is_refused_by_name(pipe, wrong, how)
         latents(pipe)
     given, said = wrong(seen[0]), str(caught.value)
     assert f"{list(given.shape)} of {given.dtype} " in said
-    assert f"valid is {list(seen[0].shape)} of {seen[0].dtype} " in said
+    assert f"it must be {list(seen[0].shape)} of {seen[0].dtype} " in said
     assert pipe.cache is None
     assert torch.equal(latents(pipe), before)
 
@@ -141,6 +141,6 @@ def test_a_tensor_of_another_shape_or_dtype_is_refused_by_name(pipe, wrong, how)
 def test_an_edit_that_returns_nothing_is_refused(pipe):
     pipe.enable_cache(masked(), STEPS)
     pipe.cache.on_unit(lambda ctx: lambda residual: None)
-    with pytest.raises(TypeError, match=r"The function of a unit hook returned None; valid is a tensor \["):
+    with pytest.raises(TypeError, match=r"The function of a unit hook returned None; it must return a tensor \["):
         latents(pipe)
     assert pipe.cache is None

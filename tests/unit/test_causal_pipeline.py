@@ -339,7 +339,7 @@ def test_a_model_of_the_other_kind_is_refused(folder, tmp_path):
         ({"window": 3}, "window is 3; it must be at least 6: the sink of 3 and the current chunk of 3 latent frames"),
         ({"window": 10}, "window is 10; .* a multiple of chunk_size, 3: the nearest is 9"),
         ({"sink": 4}, "sink is 4; .* the nearest is 3"),
-        ({"timesteps": [500.0, 700.0]}, r"timesteps is \[500.0, 700.0\]; valid are falling numbers"),
+        ({"timesteps": [500.0, 700.0]}, r"timesteps is \[500.0, 700.0\]; they must fall"),
         ({"sampler": "heun"}, "sampler is 'heun'; it must be one of renoise, unipc, euler"),
         ({"size": 3}, "A causal model has no option size; it has chunk_size, window, sink"),
     ],
@@ -360,7 +360,7 @@ def test_a_number_of_frames_without_whole_chunks_names_the_nearest(given, neares
 
 def test_what_a_stream_cannot_do_is_said(pipe):
     stream = stream_of(pipe, num_frames=9)
-    with pytest.raises(ValueError, match="switch is 'jump'; valid are recache, keep, cut"):
+    with pytest.raises(ValueError, match="switch is 'jump'; it must be one of recache, keep, cut"):
         stream.send(prompt="a", switch="jump")
     with pytest.raises(ValueError, match="needs a prompt"):
         stream.send()
@@ -369,7 +369,7 @@ def test_what_a_stream_cannot_do_is_said(pipe):
     list(stream)
     with pytest.raises(ValueError, match="The stream has ended after 1 chunks; it takes no further prompt"):
         stream.send(prompt="a")
-    with pytest.raises(ValueError, match=r"`history` is \[1, 4, 4, 4, 6\]; valid is \[1, 4, 'n \* 3', 4, 6\]"):
+    with pytest.raises(ValueError, match=r"`history` is \[1, 4, 4, 4, 6\]; it must be \[1, 4, 'n \* 3', 4, 6\]"):
         stream_of(pipe, history=torch.zeros(1, 4, 4, 4, 6))
     with pytest.raises(ValueError, match="a causal model has one"):
         pipe.enable_cfg_parallel("cpu")

@@ -171,7 +171,7 @@ def test_nothing_is_kept_after_a_call_and_without_guidance_nothing_happens(pipe)
 
 @pytest.mark.parametrize("given", [-0.1, 1.1, float("nan"), True, "0.5"])
 def test_a_wrong_share_is_a_sentence(pipe, given):
-    with pytest.raises(ValueError, match=r"cfg_gate is .*; valid is a number from 0 to 1, the share of the steps"):
+    with pytest.raises(ValueError, match=r"cfg_gate is .*; it must be a number from 0 to 1, the share of the steps"):
         pipe.enable_cache("always", STEPS, cfg_gate=given)
     assert pipe.cache is None
 

@@ -135,9 +135,9 @@ def test_hooks_and_edits_change_what_is_kept():
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (torch.zeros(1, 3, 2, 5), r"The value is a tensor \[1, 3, 2, 5\] of torch.float32 on cpu; valid is a tensor"),
-        (torch.zeros(1, 3, 2, 4).half(), r"of torch.float16 on cpu; valid is a tensor \[1, 3, 2, 4\] of torch.float32"),
-        (3, "The value is int; valid is a tensor"),
+        (torch.zeros(1, 3, 2, 5), r"The value is a tensor \[1, 3, 2, 5\] of torch.float32 on cpu; it must be a tensor"),
+        (torch.zeros(1, 3, 2, 4).half(), r"of torch.float16 on cpu; it must be a tensor \[1, 3, 2, 4\]"),
+        (3, "The value is int; it must be a tensor"),
     ],
 )
 def test_kv_of_another_shape_or_type_is_refused(value, said):
@@ -164,9 +164,9 @@ def test_a_policy_that_chooses_too_much_is_said():
         def select(self, window):
             return (*window.held, window.chunk)
 
-    with pytest.raises(ValueError, match=r"All chose the chunks \[0\]; valid are at most 3 of \[\]"):
+    with pytest.raises(ValueError, match=r"All chose the chunks \[0\]; it must choose at most 3 of \[\]"):
         made(All()).begin(0)
-    with pytest.raises(TypeError, match="valid are similar, window_sink, or a RetentionPolicy"):
+    with pytest.raises(TypeError, match="it must be one of similar, window_sink, or a RetentionPolicy"):
         make_retention(3)
     with pytest.raises(ValueError, match="no retention policy named 'best'; there are similar, window_sink"):
         make_retention("best")

@@ -37,7 +37,7 @@ def test_a_second_store_on_a_folder_is_refused_until_the_first_is_closed_or_gone
     first = on_disk(tmp_path)
     first.put(KEY, torch.ones(3))
     (tmp_path / f"{'0' * 32}-1.unfinished").touch()  # a draft of the first one's
-    with pytest.raises(ValueError, match=rf"^directory is '{tmp_path}', which another store has open; valid is a "):
+    with pytest.raises(ValueError, match=rf"^directory is '{tmp_path}', which another store has open; it must be a "):
         on_disk(tmp_path)
     assert len(files_in(tmp_path)) == 2
     assert torch.equal(first.get(KEY), torch.ones(3))

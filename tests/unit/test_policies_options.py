@@ -112,59 +112,59 @@ def test_every_policy_is_made_by_its_name_and_declares_what_it_needs():
     [
         (lambda: TeaCache(), ValueError, "(one of t2v-1.3B, t2v-14B, i2v-480p, i2v-720p) or coefficients="),
         (lambda: TeaCache(coefficients=[]), ValueError, "coefficients is empty"),
-        (lambda: TeaCache(coefficients=[1, math.nan]), ValueError, "coefficients[1] is nan; valid is a finite number"),
-        (lambda: TeaCache(coefficients="12"), TypeError, "coefficients is '12'; valid is a sequence of finite numbers"),
+        (lambda: TeaCache(coefficients=[1, math.nan]), ValueError, "coefficients[1] is nan; it must be a finite"),
+        (lambda: TeaCache(coefficients="12"), TypeError, "coefficients is '12'; it must be a sequence"),
         (lambda: TeaCache(coefficients=3), TypeError, "coefficients is 3"),
         (lambda: TeaCache(coefficients=torch.ones(2, 2)), TypeError, "coefficients[0] is [1.0, 1.0]"),
         (lambda: TeaCache(coefficients={}), ValueError, "coefficients is an empty mapping"),
-        (lambda: TeaCache(coefficients={"both": [1]}), ValueError, "coefficients has the key 'both'; valid are"),
+        (lambda: TeaCache(coefficients={"both": [1]}), ValueError, "coefficients has the key 'both'; a key must be"),
         (lambda: TeaCache(coefficients={"/cond": [1]}), ValueError, "has the key '/cond'"),
-        (lambda: TeaCache(wan_variant="t2v-14B", use_ret_steps=1), TypeError, "use_ret_steps is 1; valid are True and"),
-        (lambda: TeaCache(wan_variant="t2v-14B", rel_l1_thresh=math.nan), ValueError, "rel_l1_thresh is nan; valid is"),
-        (lambda: TeaCache(wan_variant="t2v-14B", rel_l1_thresh="0.1"), TypeError, "rel_l1_thresh is '0.1'; valid is"),
+        (lambda: TeaCache(wan_variant="t2v-14B", use_ret_steps=1), TypeError, "use_ret_steps is 1; it must be True or"),
+        (lambda: TeaCache(wan_variant="t2v-14B", rel_l1_thresh=math.nan), ValueError, "rel_l1_thresh is nan; it must"),
+        (lambda: TeaCache(wan_variant="t2v-14B", rel_l1_thresh="0.1"), TypeError, "rel_l1_thresh is '0.1'; it must"),
         (lambda: TeaCache(wan_variant="t2v-14B", rel_l1_thresh=True), TypeError, "rel_l1_thresh is True"),
         (lambda: MagCache(mag_ratios=[1], threshold=math.nan), ValueError, "threshold is nan"),
-        (lambda: MagCache(mag_ratios=[1], max_skip_steps=-1), ValueError, "max_skip_steps is -1; valid is a whole"),
-        (lambda: MagCache(mag_ratios=[1], max_skip_steps=1.5), TypeError, "max_skip_steps is 1.5; valid is a whole"),
-        (lambda: MagCache(mag_ratios=[1], retention_ratio=1.2), ValueError, "retention_ratio is 1.2; valid is a"),
-        (lambda: TaylorSeer(cache_interval=2.0), TypeError, "cache_interval is 2.0; valid is a whole number."),
-        (lambda: TaylorSeer(max_order=-1), ValueError, "max_order is -1; valid is a whole number from 0."),
+        (lambda: MagCache(mag_ratios=[1], max_skip_steps=-1), ValueError, "max_skip_steps is -1; it must be a whole"),
+        (lambda: MagCache(mag_ratios=[1], max_skip_steps=1.5), TypeError, "max_skip_steps is 1.5; it must be a whole"),
+        (lambda: MagCache(mag_ratios=[1], retention_ratio=1.2), ValueError, "retention_ratio is 1.2; it must be a"),
+        (lambda: TaylorSeer(cache_interval=2.0), TypeError, "cache_interval is 2.0; it must be a whole number."),
+        (lambda: TaylorSeer(max_order=-1), ValueError, "max_order is -1; it must be a whole number from 0."),
         (lambda: TaylorSeer(disable_cache_before_step=-1), ValueError, "disable_cache_before_step is -1"),
         (lambda: TaylorSeer(disable_cache_after_step=-1), ValueError, "disable_cache_after_step is -1"),
-        (lambda: Spectrum(warmup_steps=0), ValueError, "warmup_steps is 0; valid is a whole number from 1."),
-        (lambda: Spectrum(flex_window=-0.5), ValueError, "flex_window is -0.5; valid is a finite number from 0."),
-        (lambda: Spectrum(window_size=0), ValueError, "window_size is 0.0; valid is a finite number above 0."),
-        (lambda: Spectrum(tau_num_steps=0), ValueError, "tau_num_steps is 0; valid is a whole number from 1."),
-        (lambda: Spectrum(w=1.5), ValueError, "w is 1.5; valid is a finite number from 0 to 1."),
-        (lambda: Spectrum(lam=0), ValueError, "lam is 0.0; valid is a finite number above 0."),
-        (lambda: DynamicModes(history_size=3), ValueError, "history_size is 3; valid is a whole number from 4."),
-        (lambda: DynamicModes(ridge=-1), ValueError, "ridge is -1.0; valid is a finite number from 0."),
-        (lambda: FoCa(max_horizon=0), ValueError, "max_horizon is 0.0; valid is a finite number above 0."),
-        (lambda: FoCa(cache_interval=2.5), TypeError, "cache_interval is 2.5; valid is a whole number."),
-        (lambda: LeMiCa(reuse_error=[]), ValueError, "reuse_error is empty; valid is a sequence of sequences"),
-        (lambda: LeMiCa(reuse_error=[1.0]), TypeError, "reuse_error[0] is 1.0; valid is a sequence of finite numbers"),
-        (lambda: LeMiCa(reuse_error=[[-1.0]]), ValueError, "reuse_error[0][0] is -1.0; valid is a finite number"),
+        (lambda: Spectrum(warmup_steps=0), ValueError, "warmup_steps is 0; it must be a whole number from 1."),
+        (lambda: Spectrum(flex_window=-0.5), ValueError, "flex_window is -0.5; it must be a finite number from 0."),
+        (lambda: Spectrum(window_size=0), ValueError, "window_size is 0.0; it must be a finite number above 0."),
+        (lambda: Spectrum(tau_num_steps=0), ValueError, "tau_num_steps is 0; it must be a whole number from 1."),
+        (lambda: Spectrum(w=1.5), ValueError, "w is 1.5; it must be a finite number from 0 to 1."),
+        (lambda: Spectrum(lam=0), ValueError, "lam is 0.0; it must be a finite number above 0."),
+        (lambda: DynamicModes(history_size=3), ValueError, "history_size is 3; it must be a whole number from 4."),
+        (lambda: DynamicModes(ridge=-1), ValueError, "ridge is -1.0; it must be a finite number from 0."),
+        (lambda: FoCa(max_horizon=0), ValueError, "max_horizon is 0.0; it must be a finite number above 0."),
+        (lambda: FoCa(cache_interval=2.5), TypeError, "cache_interval is 2.5; it must be a whole number."),
+        (lambda: LeMiCa(reuse_error=[]), ValueError, "reuse_error is empty; it must be a sequence of sequences"),
+        (lambda: LeMiCa(reuse_error=[1.0]), TypeError, "reuse_error[0] is 1.0; it must be a sequence"),
+        (lambda: LeMiCa(reuse_error=[[-1.0]]), ValueError, "reuse_error[0][0] is -1.0; it must be a finite number"),
         (lambda: LeMiCa(reuse_error=[[1]] * 3).check(4), ValueError, "reuse_error has 3 entries, and the loop has 4"),
-        (lambda: EasyCache(thresh=math.nan), ValueError, "thresh is nan; valid is a finite number."),
-        (lambda: EasyCache(ret_steps=-1), ValueError, "ret_steps is -1; valid is a whole number from 0."),
+        (lambda: EasyCache(thresh=math.nan), ValueError, "thresh is nan; it must be a finite number."),
+        (lambda: EasyCache(ret_steps=-1), ValueError, "ret_steps is -1; it must be a whole number from 0."),
         (lambda: SeaCache(threshold=math.inf), ValueError, "threshold is inf"),
-        (lambda: SeaCache(residual_order=2), ValueError, "residual_order is 2; valid are 0 and 1."),
-        (lambda: SeaCache(power_exp=0), ValueError, "power_exp is 0.0; valid is a finite number above 0."),
+        (lambda: SeaCache(residual_order=2), ValueError, "residual_order is 2; it must be 0 or 1."),
+        (lambda: SeaCache(power_exp=0), ValueError, "power_exp is 0.0; it must be a finite number above 0."),
         (lambda: SeaCache(max_consecutive_cached=-2), ValueError, "max_consecutive_cached is -2"),
         (lambda: SeaCache(retention_steps=-1), ValueError, "retention_steps is -1"),
         (lambda: SeaCache(cache_end_steps=True), TypeError, "cache_end_steps is True"),
         (lambda: DiCache(rel_l1_thresh=math.nan), ValueError, "rel_l1_thresh is nan"),
-        (lambda: DiCache(probe_depth=2), ValueError, "probe_depth is 2; valid is 1, the unit's first block."),
-        (lambda: DiCache(probe_depth=True), TypeError, "probe_depth is True; valid is 1"),
+        (lambda: DiCache(probe_depth=2), ValueError, "probe_depth is 2; it must be 1, the unit's first block."),
+        (lambda: DiCache(probe_depth=True), TypeError, "probe_depth is True; it must be 1"),
         (lambda: DiCache(retention_ratio=-0.1), ValueError, "retention_ratio is -0.1"),
-        (lambda: Schedule(mask=[]), ValueError, "mask is empty; valid is a sequence of True and False"),
-        (lambda: Schedule(mask="1011"), TypeError, "mask is '1011'; valid is a sequence of True and False"),
-        (lambda: Schedule(mask=[True, 2]), TypeError, "mask[1] is 2; valid are True and False"),
+        (lambda: Schedule(mask=[]), ValueError, "mask is empty; it must be a sequence of True and False"),
+        (lambda: Schedule(mask="1011"), TypeError, "mask is '1011'; it must be a sequence of True and False"),
+        (lambda: Schedule(mask=[True, 2]), TypeError, "mask[1] is 2; it must be True or False"),
         (lambda: Schedule(mask=[True], residual_order=3), ValueError, "residual_order is 3"),
         (lambda: Schedule(mask=[True] * 4).check(5), ValueError, "mask has 4 entries, and the loop has 5 steps"),
         (lambda: Schedule(mask={"cond": [True]}).check(2), ValueError, "mask['cond'] has 1 entries, and the"),
-        (lambda: WarmstartReuse(align="first", inner="always"), ValueError, "align is 'first'; valid are 'step' and"),
-        (lambda: WarmstartReuse(combine="sum", inner="always"), ValueError, "combine is 'sum'; valid are 'latest' and"),
+        (lambda: WarmstartReuse(align="first", inner="always"), ValueError, "align is 'first'; it must be 'step' or"),
+        (lambda: WarmstartReuse(combine="sum", inner="always"), ValueError, "combine is 'sum'; it must be 'latest' or"),
         (lambda: WarmstartReuse(warm_steps=-1, inner="always"), ValueError, "warm_steps is -1"),
         (lambda: WarmstartReuse(inner="teacup"), ValueError, "no cache policy named 'teacup'; there are always, "),
         (lambda: WarmstartReuse(), ValueError, "teacache takes either wan_variant="),
@@ -179,7 +179,7 @@ def test_bad_options_are_refused_in_a_sentence(make, error, sentence):
 
 
 def test_an_error_names_its_option_also_in_another_process():
-    says = "coefficients['cond'][0] is inf; valid is a finite number."
+    says = "coefficients['cond'][0] is inf; it must be a finite number."
     with pytest.raises(OptionError, match=re.escape(says)) as caught:
         TeaCache(coefficients={"cond": [math.inf]})
     for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):
@@ -190,7 +190,7 @@ def test_an_error_names_its_option_also_in_another_process():
     ("policy", "options", "error", "sentence"),
     [
         ("teacup", {}, ValueError, "no cache policy named 'teacup'; there are always, dicache, dmd, easycache"),
-        (3, {}, TypeError, "policy is 3; valid are always, dicache"),
+        (3, {}, TypeError, "policy is 3; it must be one of always, dicache"),
         ("fbcache", {"thresh": 1}, TypeError, "'fbcache' has no option thresh; it takes rel_l1_thresh."),
         ("schedule", {}, TypeError, "'schedule' needs the option mask; it takes mask, residual_order."),
         (FirstBlockCache(), {"rel_l1_thresh": 1}, TypeError, "FirstBlockCache is a policy that is made already"),
@@ -249,7 +249,7 @@ def test_granularities_that_there_are_not(declared):
     class Odd(Schedule):
         granularities = declared
 
-    with pytest.raises(TypeError, match="valid are some of stack, per_block, groups"):
+    with pytest.raises(TypeError, match="they must be some of stack, per_block, groups"):
         check_granularity(Odd(mask=[True]), "stack")
 
 
@@ -278,7 +278,7 @@ def test_a_subclass_adds_an_option_of_its_own_and_its_base_checks_the_others():
     assert Unit(policy, 6).mask(signals) == [True, True, False, False, False, True]
     policy.rel_l1_thresh = 0  # options may be changed while a cache runs
     assert all(Unit(policy, 6).mask(signals))
-    with pytest.raises(OptionError, match=re.escape("rel_l1_thresh is 'x'; valid is a finite number.")):
+    with pytest.raises(OptionError, match=re.escape("rel_l1_thresh is 'x'; it must be a finite number.")):
         Later(coefficients=[1, 0], rel_l1_thresh="x")
     with pytest.raises(OptionError, match="has no option thresh; it takes"):
         Later(coefficients=[1, 0], thresh=1)

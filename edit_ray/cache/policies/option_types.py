@@ -66,7 +66,7 @@ def _by_branch(value: Any) -> dict[Any, Any]:
     for key in value:
         expert, slash, branch = key.rpartition("/") if isinstance(key, str) else ("", "", "")
         if branch not in ("cond", "uncond") or bool(expert) != bool(slash):
-            raise ValueError(f"has the key {key!r}; valid are {_BRANCHES}.")
+            raise ValueError(f"has the key {key!r}; a key must be one of {_BRANCHES}.")
     return dict(value)
 
 
@@ -173,7 +173,9 @@ def _first_mistake(error: ValidationError, cls: type) -> ValueError:
 def _valid(path: Sequence[str | int], schema: Schema) -> str:
     node = node_at(path, schema)
     choices = node.get("choices") or " and ".join(map(repr, node.get("enum", ())))
-    return f"valid are {choices}" if choices else f"valid is {describe(node, schema)}"
+    if choices:
+        return f"it must be {'one of ' if ', ' in choices else ''}{choices.replace(' and ', ' or ')}"
+    return f"it must be {describe(node, schema)}"
 
 
 def option_schema(cls: type) -> Schema:

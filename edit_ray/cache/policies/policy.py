@@ -194,7 +194,8 @@ def make_policy(policy: str | CachePolicy, options: Mapping[str, Any]) -> CacheP
             )
         return policy
     if not isinstance(policy, str):
-        raise TypeError(f"policy is {policy!r}; valid are {', '.join(POLICIES.names())}, or a CachePolicy object.")
+        names = ", ".join(POLICIES.names())
+        raise TypeError(f"policy is {policy!r}; it must be one of {names}, or a CachePolicy object.")
     cls = POLICIES.find(policy)
     where = f"{cls.__module__}.{getattr(cls, '__qualname__', cls)}"
     if not isinstance(cls, type) or not issubclass(cls, CachePolicy):
@@ -224,7 +225,7 @@ def check_granularity(policy: CachePolicy, granularity: str | int) -> None:
     if not valid or not set(valid) <= set(_GRANULARITIES):
         raise TypeError(
             f"The cache policy {where} declares the granularities {valid!r}; "
-            f"valid are some of {', '.join(_GRANULARITIES)}."
+            f"they must be some of {', '.join(_GRANULARITIES)}."
         )
     smallest = 1 if "per_block" in valid else 2  # a group of one is a block
     is_size = isinstance(granularity, int) and not isinstance(granularity, bool)

@@ -49,7 +49,7 @@ class WarmstartReuse(CachePolicy):
         others = {name: self.__dict__.pop(name) for name in list(self.__dict__) if name not in own}
         inner = self.inner = make_policy(self.inner, others)
         if isinstance(inner, WarmstartReuse):
-            raise OptionError("inner", "inner is warmstart_reuse; valid is any other policy.")
+            raise OptionError("inner", "inner is warmstart_reuse; it must be any other policy.")
         self.granularities = inner.granularities
         self.needs_first_block_probe = inner.needs_first_block_probe
         self.timestep_only = inner.timestep_only

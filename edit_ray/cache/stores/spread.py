@@ -53,7 +53,7 @@ class PinnedStore(HeldTensors[_Place]):
     def __init__(self, ahead: int = 4) -> None:
         """Raises ValueError: `ahead` is below 1."""
         if ahead < 1:
-            raise ValueError(f"ahead is {ahead}; valid is a number of entries from 1.")
+            raise ValueError(f"ahead is {ahead}; it must be a whole number from 1.")
         super().__init__()
         self._most = ahead
         self._free: dict[tuple[torch.dtype, torch.Size], list[_Place]] = {}
@@ -171,7 +171,7 @@ class SpreadStore:
             ValueError: one of them is not valid.
         """
         if not 0 <= host_share <= 1:
-            raise ValueError(f"host_share is {host_share}; valid is a number from 0 to 1.")
+            raise ValueError(f"host_share is {host_share}; it must be a number from 0 to 1.")
         self.host_share = host_share
         self._device, self._host = GPUStore(), PinnedStore(ahead)
         self._home: dict[Key, GPUStore | PinnedStore] = {}  # by expert, branch and unit

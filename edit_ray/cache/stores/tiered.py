@@ -87,7 +87,7 @@ class TieredStore:
         names = [str(getattr(store, "tier", type(store).__name__)) for store, _ in tiers]
         if not names or len(set(names)) < len(names):
             raise ValueError(
-                f"The tiers are {', '.join(names) or 'none'}; valid is at least one, each under a name of its own "
+                f"The tiers are {', '.join(names) or 'none'}; there must be at least one, each under a name of its own "
                 "(the attribute `tier` of its store)."
             )
         self.promote = promote
