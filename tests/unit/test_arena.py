@@ -70,7 +70,7 @@ def test_what_is_not_in_the_arena_is_refused(tmp_path):
                 arena.memory(*region)
         with pytest.raises(ValueError, match="4104 bytes at 4096 lie outside"):
             arena.tensor(PAGE, torch.int64, (513,))
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(ValueError, match="is no folder"):
         Arena.create(PAGE, tmp_path / "nowhere")
 
 
