@@ -284,7 +284,7 @@ def guards() -> list[Guard]:
         replaced(
             "the weights that are loaded",
             "actors/gpu_work.py",
-            "self._weights != model_digest(spec.config.model.path)",
+            "self._weights != weights_digest(spec.config.model)",
             "False",
             "test_integrity.py -k other_weights",
         ),
