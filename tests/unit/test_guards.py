@@ -4,5 +4,5 @@ from tests.chaos.guards import guards, syncs
 
 
 def test_every_guard_that_the_experiment_removes_is_there_once() -> None:
-    assert len({guard.name for guard in guards()}) == 40
-    assert len(syncs()) == 13
+    found = [guard.name for guard in (*syncs(), *guards())]
+    assert len(found) == len(set(found)) > 50
