@@ -10,7 +10,7 @@ from diffusers import WanTransformer3DModel
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from edit_ray import EditCausalWanPipeline, EditWanPipeline
 from edit_ray.cache.kv_retention import WindowSink, WindowState
@@ -140,7 +140,10 @@ def test_nothing_in_a_step_waits_for_a_value() -> None:
     forcing, consistency, _ = losses_of(SMOKE)
     with FakeTensorMode(allow_non_fake_inputs=True):  # its tensors have no values: reading one is an error
         for loss in (forcing, consistency):
-            loss(0, 0.5).backward()
+            value = loss(0, 0.5)
+            value.backward()
+            with pytest.raises(DataDependentOutputException):
+                value.item()
 
 
 def test_at_the_lowest_level_the_target_is_where_the_teacher_arrives() -> None:

@@ -74,7 +74,7 @@ def test_the_address_that_a_dead_ray_has_left(tmp_path):
 @pytest.mark.parametrize(
     ("address", "expected"),
     [
-        ("http://127.0.0.1:8265", "RAY_ADDRESS is http://127.0.0.1:8265, which is Ray's dashboard; it must"),
+        ("http://127.0.0.1:8265", "RAY_ADDRESS is http://127.0.0.1:8265, which is Ray's dashboard; it must be"),
         ("https://head.example:8265/", "such as head.example:6379"),
         ("nonsense", "it must be a host and a port, such as 127.0.0.1:6379"),
         ("127.0.0.1:99999", "no Ray answers at 127.0.0.1:99999"),

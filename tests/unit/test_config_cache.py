@@ -70,7 +70,11 @@ BAD: list[tuple[str, str, str]] = [
     ("granularity: stack | policy: magcache", "policy", "magcache needs mag_ratios=, measured on the model at hand"),
     ("policy: schedule", "policy", "'schedule' needs the option mask; it takes mask, residual_order"),
     # values
-    ("policy: teacache | wan_variant: t2v-2B", "wan_variant", " is 't2v-2B'; it must be one of t2v-1.3B, t2v-14B"),
+    (
+        "policy: teacache | wan_variant: t2v-2B",
+        "wan_variant",
+        " is 't2v-2B'; it must be one of t2v-1.3B, t2v-14B, i2v-480p",
+    ),
     ("policy: teacache | wan_variant: t2v-14B | coefficients: [1, 0]", "wan_variant", "was given both"),
     ("policy: fbcache | rel_l1_thresh: .nan", "rel_l1_thresh", " is nan; it must be a finite number"),
     ("policy: fbcache | rel_l1_thresh: .inf", "rel_l1_thresh", " is inf; it must be a finite number"),
@@ -79,7 +83,11 @@ BAD: list[tuple[str, str, str]] = [
     ("policy: fbcache | rel_l1_thresh: ~", "rel_l1_thresh", " is None; it must be a finite number"),
     ("policy: taylorseer | max_order: 1.5", "max_order", " is 1.5; it must be a whole number from 0"),
     ("policy: magcache | mag_ratios: [1, 0]", "mag_ratios", "[1] is 0.0; it must be a finite number above 0"),
-    ("policy: magcache | mag_ratios: {both: [1]}", "mag_ratios", " has the key 'both'; a key must be one of \"cond\""),
+    (
+        "policy: magcache | mag_ratios: {both: [1]}",
+        "mag_ratios",
+        ' has the key \'both\'; a key must be one of "cond", "uncond"',
+    ),
     ("policy: schedule | mask: [true, false, true]", "mask", " has 3 entries, and the loop has 4 steps"),
     ("policy: schedule | mask: {cond: [1, 0, 1, 0], uncond: [1]}", "mask", "['uncond'] has 1 entries, and the loop"),
     ("policy: spectrum | window_size: 0", "window_size", " is 0.0; it must be a finite number above 0"),

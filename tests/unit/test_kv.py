@@ -136,7 +136,10 @@ def test_hooks_and_edits_change_what_is_kept():
     ("value", "said"),
     [
         (torch.zeros(1, 3, 2, 5), r"The value is a tensor \[1, 3, 2, 5\] of torch.float32 on cpu; it must be a tensor"),
-        (torch.zeros(1, 3, 2, 4).half(), r"of torch.float16 on cpu; it must be a tensor \[1, 3, 2, 4\]"),
+        (
+            torch.zeros(1, 3, 2, 4).half(),
+            r"of torch.float16 on cpu; it must be a tensor \[1, 3, 2, 4\] of torch.float32",
+        ),
         (3, "The value is int; it must be a tensor"),
     ],
 )
