@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar, get_args
 
 import torch
 
-from edit_ray.errors import ConfigError, StaleLease
+from edit_ray.errors import ConfigError, StaleLease, StoreDied
 from edit_ray.tiers.arena import Arena, owner_lives
 from edit_ray.tiers.options import ReusingRun
 from edit_ray.tiers.planner import Outcome
@@ -146,7 +146,7 @@ class SegmentLeases:
 
     def _open(self, segment: int, attempt: int, lease: Lease, history_len: int) -> _Opened:
         """A segment's store. On a GPU, once the segment has begun its last read, it loads the next one's ahead."""
-        arena = self._map(lease)
+        arena = self._map(segment, lease)
         if self.ahead_bytes and self._pool is None:
             self._take_pool()
         store = PlannedStore(
@@ -164,12 +164,16 @@ class SegmentLeases:
         )
         return _Opened(segment, lease, store)
 
-    def _map(self, lease: Lease) -> Arena:
-        """The store's arena, mapped into this process."""
+    def _map(self, segment: int, lease: Lease) -> Arena:
+        """The store's arena, mapped into this process. Raises StoreDied if it is gone."""
         if self._arena is None or str(self._arena.path) != lease.arena:
             if self._arena is not None:
                 self._arena.close()
-            self._arena = Arena.open(lease.arena)
+                self._arena = None
+            try:
+                self._arena = Arena.open(lease.arena)
+            except (FileNotFoundError, ProcessLookupError):
+                raise StoreDied(f"The store died after it gave a lease of segment {segment}.") from None
             if self._on_gpu and not self._arena.register():
                 logger.warning("CUDA does not register the arena of %d bytes: copies wait.", self._arena.size_bytes)
         return self._arena

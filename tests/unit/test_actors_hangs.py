@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from functools import partial
 
 import imageio_ffmpeg
 import pytest
@@ -204,6 +205,49 @@ async def test_deaths_of_actors_end_no_run_although_nothing_may_be_tried_again(
     status = await finish(config_for(model, **SHORT_REUSE | NO_RETRIES), pool=pool)
     assert status.state == "done", status.error
     assert set(pool.left.values()) == {0}
+    check_same(RunFolder(tmp_path, "one"), await whole(config_for(model, **SHORT_REUSE)), but=["run.yaml"])
+
+
+class DiesAround(LocalPool):
+    """Its store dies once as each of its methods is called, or directly after the answer."""
+
+    def __init__(self, when):
+        super().__init__()
+        self.when, self.died = when, []
+
+    async def start(self, spec, worker):
+        new = worker not in self.workers
+        await super().start(spec, worker)
+        if new:
+            of = self.workers[worker]
+            of.call = partial(self.call, of, of.call)
+
+    def call(self, of, ask, method, *arguments):
+        if self.when == "before":
+            self.die(of, method)
+        reply = ask(method, *arguments)
+
+        def answer():
+            result = reply()
+            if self.when == "after":
+                self.die(of, method)
+            return result
+
+        return answer
+
+    def die(self, of, method):
+        if method not in self.died:
+            self.died.append(method)
+            of.store.close()
+            of.store = CacheStoreActor()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_store_may_die_around_each_of_its_calls(finish, tmp_path, model, whole, when):
+    pool = DiesAround(when)
+    status = await finish(config_for(model, **SHORT_REUSE | NO_RETRIES), pool=pool)
+    assert status.state == "done", status.error
+    assert {"follow", "prepare", "complete"} <= set(pool.died)
     check_same(RunFolder(tmp_path, "one"), await whole(config_for(model, **SHORT_REUSE)), but=["run.yaml"])
 
 
