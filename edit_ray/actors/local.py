@@ -10,7 +10,7 @@ from typing import Any
 from edit_ray.actors.cache_store import CacheStoreActor
 from edit_ray.actors.denoiser import DenoiserActor
 from edit_ray.actors.messages import GROUP_OF, RunSpec
-from edit_ray.actors.pool import LIVE_RUNS, NotStarted
+from edit_ray.actors.pool import LIVE_RUNS, ActorGone, NotStarted
 
 
 class LocalWorker:
@@ -47,14 +47,18 @@ class LocalPool:
 
     async def denoiser(self, worker: int, method: str, *arguments: Any) -> Any:
         of = self._worker(worker)
-        threads = of.threads[GROUP_OF.get(method, "control")]
-        return await asyncio.get_running_loop().run_in_executor(threads, getattr(of.denoiser, method), *arguments)
+        threads, called = of.threads[GROUP_OF.get(method, "control")], of.denoiser
+        try:
+            return await asyncio.get_running_loop().run_in_executor(threads, getattr(called, method), *arguments)
+        finally:
+            if of.denoiser is not called:
+                raise ActorGone(f"the GPU actor of worker {worker} is gone")
 
     async def store(self, worker: int, method: str, *arguments: Any) -> Any:
         return await asyncio.to_thread(getattr(self._worker(worker).store, method), *arguments)
 
     async def restart_denoiser(self, worker: int) -> None:
-        """Replace the GPU actor. Its running calls cannot be killed: they continue, and their results are dropped."""
+        """Replace the GPU actor. Its running calls cannot be killed: they continue to their end and raise ActorGone."""
         self.workers[worker].denoiser = DenoiserActor(self.workers[worker])
 
     async def restart_store(self, worker: int) -> None:

@@ -37,7 +37,7 @@ from edit_ray.video.encode import join
 from edit_ray.video.hls import newest_playlist
 
 WORK = ("prepare_run", "denoise_segment", "decode_segment", "encode_segment", "finalize_run")
-KILLS = ("gpu", "gpu at a step", "store", "node", "scheduler", "cluster")
+KILLS = ("gpu", "gpu at a step", "store", "store at work", "node", "scheduler", "cluster")
 STATISTICS = ("media_bytes", "red", "green", "blue", "sharpness", "units_computed", "units_skipped", "decode_tiled")
 PATIENCE_S = 300.0
 
@@ -83,7 +83,8 @@ class Shape:
                 "cache": cache,
                 "store": {"host_bytes": 16 * 4096, "allow_tmpfs": True},
                 "output": {"keep_segments": keep},
-                "engine": {"cpu_threads": 1, "idle_exit_s": 3600},
+                # A death is not a failure: what happens here must not need an attempt of the segment's.
+                "engine": {"cpu_threads": 1, "idle_exit_s": 3600, "segment_retries": 0},
             }
         )
 
@@ -117,10 +118,12 @@ class Weather(LocalPool):
             self.what = what
             self.struck.set()
             return await at_work
-        if what == "store":
+        if what in ("store", "store at work"):
+            answer = asyncio.ensure_future(super().denoiser(worker, method, *arguments))
+            await asyncio.sleep(0.03 * self.draw.random() if what == "store at work" else 0.0)
             of.store.close()
             of.store = LocalWorker(worker).store
-            return await super().denoiser(worker, method, *arguments)
+            return await answer
         if what == "node":
             of.store.close()
             for path in arguments[0].residuals_directory.glob("*.safetensors"):
