@@ -117,7 +117,7 @@ bench: $(INSTALLED) ## run the benchmarks
 RESULTS ?= benchmarks/results
 
 bench-gpu: $(INSTALLED) ## run the benchmarks of a GPU, results into RESULTS=folder; scale.py wants two
-	for name in wan_table skip_cost long_video memory_bound overhead peak_memory scale; do \
+	for name in wan_table skip_cost long_video memory_bound overhead peak_memory block_offload causal causal_windows scale; do \
 	  $(BIN)/python benchmarks/$$name.py --output $(RESULTS)/$$name || echo "$$name.py has failed"; done
 	for mode in exact fast; do \
 	  $(BIN)/python benchmarks/loop_trace.py --mode $$mode --output $(RESULTS)/loop_trace || echo "loop_trace.py has failed"; done
