@@ -64,7 +64,7 @@ def report(options: argparse.Namespace) -> int:
 
 
 def _page_of(source: Path) -> str:
-    from edit_ray.cache.records import render_report
+    from edit_ray.page.decisions import render_report
 
     if source.is_dir() and (page := _page_of_run(source)) is not None:
         return page
@@ -121,6 +121,8 @@ def _page_of_run(folder: Path) -> str | None:
         [replace(segment, statistics=dict(segment.statistics)) for segment in manifest.segments],
         records=_read_records(folder),
         pictures=pictures,
+        num_segments=manifest.num_segments,
+        fps=sampling.fps,
         events=read_events(folder / "events.jsonl"),
     )
 
@@ -142,8 +144,10 @@ def _read_records(source: Path) -> dict[str, Record]:
 
 
 def _heading(name: str) -> str:
+    from edit_ray.page.run_page import heading_of
+
     match = _SEGMENT.fullmatch(name)
     if match is None:
         return name
     segment, take = match.groups()
-    return f"segment {int(segment)}" + (f", take {int(take)}" if take and int(take) else "")
+    return heading_of(int(segment), int(take or 0))

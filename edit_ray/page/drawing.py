@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +14,25 @@ from PIL import Image
 
 from edit_ray.video.encode import Frames, read_frames
 
-WIDTH = 900
-_LEFT, _LANE, _CHART, _FOOT = 150, 26, 120, 20
+_LANE, _BAR, _CHART, _ROOM, _FOOT = 40, 18, 120, 16, 20
+_LEFT = 5  # percent of the width before the first column of a chart or a heat map
+_UNIT = 14  # height of a row of a heat map
+_BROAD = 2.5  # percent of the width that a letter of a bar's label takes on a phone
+_THIN = 0.8  # percent of the width: what is shorter is drawn 3 pixels wide, to be seen on a phone
 _SHORTEST_S = 1e-6  # below it nothing is drawn to scale, as divisions would overflow
 HEIGHT_PX, MOST_SEGMENTS = 96, 40  # of a strip's pictures
+
+_Point = tuple[float, float, int, float]  # x in percent, y in pixels, position, value
+
+# Everything is placed in percent of the width, so that a drawing fits a phone and its texts stay readable there.
 
 
 @dataclass(frozen=True)
 class Bar:
-    """Work on a lane, in seconds from the start of the drawing; `label` is shown where it fits, `tooltip` on hover."""
+    """Work on a lane, in seconds from the start of the drawing; `label` is shown where it fits, `tooltip` on hover.
+
+    `colour` is one of the stylesheet's: blue, green, orange, purple, red, grey.
+    """
 
     lane: str
     start_s: float
@@ -32,49 +42,125 @@ class Bar:
     tooltip: str
 
 
-def timeline(bars: Sequence[Bar]) -> str:
+@dataclass(frozen=True)
+class Curve:
+    """A line of a chart: its name, its colour in the stylesheet, and its values from 0 on, None where it has none."""
+
+    name: str
+    colour: str
+    values: Sequence[float | None]
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a heat map, hollow where work was reused."""
+
+    column: int
+    row: int
+    hollow: bool
+    tooltip: str
+
+
+def timeline(bars: Sequence[Bar], title: str) -> str:
     """Lanes from top to bottom in the order in which they first appear, time from left to right."""
     lanes = list(dict.fromkeys(bar.lane for bar in bars))
     end = max((bar.start_s + bar.length_s for bar in bars), default=0.0)
     end = end if end > _SHORTEST_S else 1.0
-    scale, bottom = (WIDTH - _LEFT) / end, _LANE * len(lanes)
-    parts = [f'<text x="0" y="{_LANE * row + 17}">{html.escape(lane)}</text>' for row, lane in enumerate(lanes)]
-    for bar in bars:
-        x, y = _LEFT + bar.start_s * scale, _LANE * lanes.index(bar.lane) + 3
-        width = max(1.0, bar.length_s * scale - 1)  # a gap of 1 separates neighbours
-        parts.append(
-            f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_LANE - 6}" '
-            f'fill="{bar.colour}"><title>{html.escape(bar.tooltip)}</title></rect>'
-        )
-        if width > 10 * len(bar.label):
-            parts.append(f'<text x="{x + 4:.2f}" y="{y + 14}" style="fill:#fff">{html.escape(bar.label)}</text>')
+    scale, bottom = 100 / end, _LANE * len(lanes)
     step = nice_step(end)
-    for tick in range(int(end / step) + 1):
-        x = _LEFT + tick * step * scale
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{bottom}" stroke="#a0aec0" stroke-width=".5"/>')
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 14}">{tick * step:g} s</text>')
-    return _svg(bottom + _FOOT, parts)
+    ticks = [(tick * step * scale, f"{tick * step:g} s") for tick in range(int(end / step) + 1)]
+    parts = [_vertical(x, bottom, "grid") for x, _ in ticks]
+    parts += [f'<text x="0" y="{_LANE * row + 12}">{html.escape(lane)}</text>' for row, lane in enumerate(lanes)]
+    for bar in bars:
+        x, y = bar.start_s * scale, _LANE * lanes.index(bar.lane) + _BAR
+        width = bar.length_s * scale
+        drawn = f'x="{x:.3f}%" width="{width:.3f}%"'
+        if width < _THIN:
+            drawn = f'x="{min(x, 100 - _THIN):.3f}%" width="3" stroke="none"'
+        parts.append(
+            f'<rect class="mark {bar.colour}" {drawn} y="{y}" height="{_BAR}">'
+            f"<title>{html.escape(bar.tooltip)}</title></rect>"
+        )
+        if width > _BROAD * len(bar.label):
+            label = html.escape(bar.label)
+            parts.append(f'<text class="on" x="{x + width / 2:.3f}%" y="{y + 13}" text-anchor="middle">{label}</text>')
+    return _svg(bottom + _FOOT, [*parts, *_axis(ticks, bottom + 14)], title)
 
 
-def chart(lines: Mapping[str, Sequence[float | None]], colours: Sequence[str], unit: str) -> str:
-    """One line per name over the segments from 0 on, None where a segment has no value; the scale begins at 0."""
-    values = [value for line in lines.values() for value in line if value is not None]
-    top = max(values, default=0.0) or 1.0
-    count = max(map(len, lines.values()), default=0)
-    step = (WIDTH - _LEFT - 20) / max(1, count - 1)
-    parts = [f'<text x="0" y="14">{top:.3g} {html.escape(unit)}</text><text x="0" y="{_CHART}">0</text>']
-    for index, (name, line) in enumerate(lines.items()):
-        colour = colours[index % len(colours)]
+def chart(lines: Sequence[Curve], unit: str, title: str, of: str = "segment", breaks: Collection[int] = ()) -> str:
+    """Curves over the segments (or whatever `of` names) from 0 on; the scale begins at 0.
+
+    At each of `breaks` something else begins: a vertical line stands before it, and no curve crosses that.
+    """
+    top = max((value for line in lines for value in line.values if value is not None), default=0.0) or 1.0
+    count = max((len(line.values) for line in lines), default=0)
+    width, bottom = (100 - _LEFT) / max(1, count), _CHART + _ROOM
+    parts = [f'<line class="grid" x1="0" x2="100%" y1="{y}" y2="{y}"/>' for y in (_ROOM, bottom)]
+    parts += [_vertical(_LEFT + at * width, bottom, "change", "the prompt changes") for at in sorted(breaks)]
+    curves, dots = [], []
+    for line in lines:
         points = [
-            (_LEFT + at * step, _CHART * (1 - max(0.0, v) / top) + 4) for at, v in enumerate(line) if v is not None
+            (_LEFT + (at + 0.5) * width, bottom - _CHART * max(0.0, v) / top, at, v)
+            for at, v in enumerate(line.values)
+            if v is not None
         ]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in points if count <= 60]
-        parts.append(f'<text x="0" y="{34 + 15 * index}" style="fill:{colour}">{html.escape(name)}</text>')
-    every = max(1, round(count / 20))
-    parts += [f'<text x="{_LEFT + at * step:.1f}" y="{_CHART + 18}">{at}</text>' for at in range(0, count, every)]
-    return _svg(_CHART + _FOOT, parts)
+        dash = " dashed" if line.dashed else ""
+        for stretch in _stretches(points, breaks):
+            path = " ".join(f"{10 * x:.1f},{y:.1f}" for x, y, _, _ in stretch)
+            curves.append(f'<polyline class="curve {line.colour}{dash}" points="{path}"/>')
+        name = html.escape(line.name)
+        dots += [
+            f'<circle class="mark {line.colour}" cx="{x:.2f}%" cy="{y:.1f}" r="4"><title>{name}, {of} {at}: {v:.3g} '
+            f"{html.escape(unit)}</title></circle>"
+            for x, y, at, v in points
+            if count <= 60
+        ]
+    box = f'viewBox="0 0 1000 {bottom}" height="{bottom}" preserveAspectRatio="none"'
+    parts += [f"<svg {box}>{''.join(curves)}</svg>", *dots]
+    parts += [f'<text x="0" y="11">{top:.3g} {html.escape(unit)}</text><text x="0" y="{bottom - 3}">0</text>']
+    return _svg(bottom + _FOOT, [*parts, *_axis(_numbers(count, max(1, round(count / 20))), bottom + 14)], title)
+
+
+def heat_map(cells: Sequence[Cell], columns: int, rows: int, title: str) -> str:
+    """Columns from left to right, numbered each fifth; rows from top to bottom."""
+    width = (100 - _LEFT) / max(1, columns)
+    parts = [
+        f'<rect class="mark {"reuse" if cell.hollow else "blue"}" x="{_LEFT + cell.column * width:.3f}%" '
+        f'y="{cell.row * _UNIT}" width="{width:.3f}%" height="{_UNIT}">'
+        f"<title>{html.escape(cell.tooltip)}</title></rect>"
+        for cell in cells
+    ]
+    return _svg(rows * _UNIT + _FOOT, [*parts, *_axis(_numbers(columns, 5), rows * _UNIT + 14)], title)
+
+
+def _numbers(count: int, every: int) -> list[tuple[float, str]]:
+    """The middle of each `every`th of `count` columns, with its number."""
+    return [(_LEFT + (at + 0.5) * (100 - _LEFT) / count, f"{at}") for at in range(0, count, every)]
+
+
+def _stretches(points: Sequence[_Point], breaks: Collection[int]) -> list[list[_Point]]:
+    """The points between breaks; one that is empty if there are none."""
+    parts: list[list[_Point]] = [[]]
+    for before, point in zip([None, *points], points, strict=False):
+        if before is not None and any(before[2] < at <= point[2] for at in breaks):
+            parts.append([])
+        parts[-1].append(point)
+    return parts
+
+
+def _vertical(x: float, bottom: float, kind: str, tooltip: str = "") -> str:
+    title = f"<title>{html.escape(tooltip)}</title>" if tooltip else ""
+    return f'<line class="{kind}" x1="{x:.2f}%" x2="{x:.2f}%" y1="0" y2="{bottom}">{title}</line>'
+
+
+def _axis(ticks: Sequence[tuple[float, str]], y: int) -> list[str]:
+    """The numbers below a drawing; a phone shows every second one."""
+    return [
+        f'<text class="{"minor" if index % 2 else "major"}" x="{x:.2f}%" y="{y}" '
+        f'text-anchor="{"start" if x < 2 else "end" if x > 98 else "middle"}">{html.escape(label)}</text>'
+        for index, (x, label) in enumerate(ticks)
+    ]
 
 
 def nice_step(length: float) -> float:
@@ -84,8 +170,8 @@ def nice_step(length: float) -> float:
     return min((power * factor for factor in (1, 2, 5, 10)), key=lambda step: abs(step - rough))
 
 
-def _svg(height: int, parts: Sequence[str]) -> str:
-    return f'<svg width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">{"".join(parts)}</svg>'
+def _svg(height: int, parts: Sequence[str], title: str) -> str:
+    return f'<svg role="img" aria-label="{html.escape(title)}" height="{height}">{"".join(parts)}</svg>'
 
 
 def sampled(count: int, most: int) -> list[int]:
@@ -110,10 +196,14 @@ def data_url(frame: Frames) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def strip(pictures: Sequence[tuple[int, Sequence[str]]]) -> str:
-    """The pictures of segments as HTML: the last of one and the first of the next show a join."""
+def strip(pictures: Sequence[tuple[int, Sequence[str]]], captions: Mapping[int, str]) -> str:
+    """The pictures of segments as HTML: the last of one and the first of the next show a seam.
+
+    `captions` (text) has what stands below a segment's pictures besides its number.
+    """
     parts = []
     for segment, urls in pictures:
         images = "".join(f'<img src="{url}" alt="" height="{HEIGHT_PX}">' for url in urls)
-        parts.append(f"<figure>{images}<figcaption>{segment}</figcaption></figure>")
-    return f'<div class="strip">{"".join(parts)}</div>'
+        caption = html.escape(" ".join(filter(None, (f"{segment}", captions.get(segment)))))
+        parts.append(f'<li>{images}<span class="caption">{caption}</span></li>')
+    return f'<ol class="strip" tabindex="0" aria-label="First and last frame of each segment">{"".join(parts)}</ol>'

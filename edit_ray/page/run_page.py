@@ -1,4 +1,4 @@
-"""What a run has done, as one HTML page without external resources: its timeline, reuse, frames and joins."""
+"""What a run has done, as one HTML page without external resources: figures, prompts, seams, work, segments."""
 
 from __future__ import annotations
 
@@ -6,43 +6,29 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edit_ray.cache.records import STYLE, Record, decision_sections
-from edit_ray.page.drawing import Bar, chart, sampled, strip, timeline
+from edit_ray.cache.records import Record
+from edit_ray.page import legend as keys
+from edit_ray.page.decisions import decisions_of
+from edit_ray.page.document import document, figures, folded, note, word
+from edit_ray.page.drawing import Bar, Curve, chart, sampled, strip, timeline
+from edit_ray.page.legend import AGAIN, CHANNELS, INSIDE, TIERS, WORK, legend
+from edit_ray.page.run_summary import DRIFT, SCORE, SEAM, PromptSpan, headline, skip_rate, spans_of, values_of
 from edit_ray.runs.manifest import SegmentRecord
-from edit_ray.video.seams import Appearance
 
 MOST_RECORDS = 40
 
-# A segment's statistics give each kind of work as `<work>_at` (Unix seconds) and `<work>_s`: its lane and its colour.
-_WORK = {
-    "denoise": ("GPU actor, denoising", "#2b6cb0"),
-    "decode": ("GPU actor, decoding", "#2f855a"),
-    "encode": ("encoder process", "#dd6b20"),
-    "complete": ("CacheStore actor", "#805ad5"),
-    "publish": ("segment scheduler", "#c53030"),
+_VALUES = {
+    "denoising": ("denoise_s", "{:.2f} s"),
+    "decoding": ("decode_s", "{:.2f} s"),
+    "encoding": ("encode_s", "{:.2f} s"),
+    "seam: score": ("seam_score", "{:.2f}"),
+    "seam: jump of motion": ("seam_jump", "× {:.2f}"),
+    "seam: turn of motion": ("seam_accel", "× {:.2f}"),
+    "seam: step of colour": ("seam_color", "{:.1f} of 255"),
+    "seam: sharpness, log2": ("seam_sharp", "{:+.2f}"),
+    "residuals read": ("entries_read", "{:.0f}"),
+    "residuals written": ("entries_written", "{:.0f}"),
 }
-_RETRY = "#c53030"
-_LINES = ("#2b6cb0", "#a0aec0", "#dd6b20")
-_CHANNELS = {"red": "#c53030", "green": "#2f855a", "blue": "#2b6cb0"}
-_COLUMNS = {
-    "denoise": ("denoise_s", "{:.2f} s"),
-    "decode": ("decode_s", "{:.2f} s"),
-    "encode": ("encode_s", "{:.2f} s"),
-    "skipped": ("skipped", "{:.0%}"),
-    "seam": ("seam_score", "{:.2f}"),
-    "jump": ("seam_jump", "{:.2f}"),
-    "accel": ("seam_accel", "{:.2f}"),
-    "color": ("seam_color", "{:.1f}"),
-    "sharp": ("seam_sharp", "{:+.2f}"),
-}
-_STYLE = (
-    STYLE
-    + """
-.strip { display: flex; flex-wrap: wrap; gap: 2px; } figure { margin: 0 0 .6rem; } figcaption { font-size: 11px; }
-pre { overflow: auto; background: #f7fafc; padding: .6rem; } .wide { overflow-x: auto; }
-.wide :is(td, th):last-child { text-align: left; min-width: 12rem; } table { font-size: 13px; }
-"""
-)
 
 
 def render_run(
@@ -51,6 +37,8 @@ def render_run(
     settings: str,
     segments: Sequence[SegmentRecord],
     *,
+    num_segments: int | None = None,
+    fps: float = 16.0,
     records: Mapping[str, Record],
     pictures: Sequence[tuple[int, Sequence[str]]] = (),
     events: Sequence[Mapping[str, Any]] = (),
@@ -62,38 +50,49 @@ def render_run(
         state: its state.
         settings: its run.yaml.
         segments: those that are committed.
-        records: what the cache decided, by the heading of each record.
+        num_segments: as many as it is to have; None if it is endless.
+        fps: frames per second of the video.
+        records: what the cache decided, by `heading_of` each segment.
         pictures: data URLs of frames, with the index of their segment.
         events: the lines of the run's event log.
     """
-    frames = sum(segment.num_frames for segment in segments)
-    title = html.escape(f"Run {run_id}")
-    parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>',
-        f"<h1>{title}</h1><p>{html.escape(state)}, {len(segments)} segments, {frames} frames</p>",
-        strip(pictures) if pictures else "",
-        f"<h2>Who worked when</h2>{timeline(bars)}" if (bars := bars_of(segments, events)) else "",
-        _seams(segments),
-        _tiers(segments),
-        _table(segments),
-        _decisions(records),
-        f"<h2>Settings</h2><details><summary>run.yaml</summary><pre>{html.escape(settings)}</pre></details>",
+    spans = spans_of(segments)
+    work, seams, tiers = _work(segments, events), _seams(segments, spans), _tiers(segments)
+    groups = [
+        *([keys.CHANGES] if seams or work else []),
+        *([keys.SEAMS, keys.COLOURS] if seams else []),
+        *([keys.STORED] if tiers else []),
+        *([keys.CACHE, keys.COMPARED] if records else []),
     ]
-    return "".join(parts) + "</html>\n"
+    parts = [
+        figures(headline(segments, num_segments, fps, events)),
+        _frames(pictures, spans),
+        _prompts(spans, fps),
+        f"<h2>Legend</h2>{legend(groups)}" if groups else "",
+        *(seams, work, tiers),
+        _segments(segments, spans, records, fps),
+        f"<h2>Settings</h2>{folded('run.yaml', f'<pre>{html.escape(settings)}</pre>')}",
+    ]
+    return document(f"Run {run_id}", parts, state)
+
+
+def heading_of(index: int, take: int) -> str:
+    """The heading of a segment's record of decisions."""
+    return f"segment {index}" + (f", take {take}" if take else "")
 
 
 def bars_of(segments: Sequence[SegmentRecord], events: Sequence[Mapping[str, Any]] = ()) -> list[Bar]:
     """The work of all actors on these segments, in seconds after its beginning; events have no length."""
     found = [
         (segment.index, work, segment.statistics[f"{work}_at"], segment.statistics[f"{work}_s"])
-        for work in _WORK
+        for work in WORK
         for segment in segments
         if {f"{work}_at", f"{work}_s"} <= segment.statistics.keys()
     ]
     zero = min((begin for _, _, begin, _ in found), default=0.0)
     bars = []
     for index, work, begin, length in found:
-        lane, colour = _WORK[work]
+        lane, colour = WORK[work]
         bars.append(Bar(lane, begin - zero, length, colour, f"{index}", f"segment {index}: {work} {length:.2f} s"))
     return bars + [mark for event in events if found and (mark := _mark(event, zero)) is not None]
 
@@ -104,45 +103,70 @@ def _mark(event: Mapping[str, Any], zero: float) -> Bar | None:
     if not isinstance(wall, int | float) or wall < zero:
         return None
     if event.get("event") == "prepare_asked":
-        lane, colour = _WORK["complete"]
+        lane, colour = WORK["complete"]
         return Bar(lane, wall - zero, 0, colour, "", f"segment {segment} is asked for")
     if event.get("event") == "segment_begun" and isinstance(attempt, int) and attempt > 0:
-        lane, _ = _WORK["denoise"]
-        return Bar(lane, wall - zero, 0, _RETRY, "", f"segment {segment}: begun again, attempt {attempt + 1}")
+        lane, _ = WORK["denoise"]
+        return Bar(lane, wall - zero, 0, AGAIN, "", f"segment {segment}: begun again, attempt {attempt + 1}")
     return None
 
 
-def _values(segments: Sequence[SegmentRecord], name: str, unit: float = 1) -> list[float | None]:
-    """One statistic of every segment, in units; None where a segment has none."""
-    return [None if (value := segment.statistics.get(name)) is None else value / unit for segment in segments]
+def _frames(pictures: Sequence[tuple[int, Sequence[str]]], spans: Sequence[PromptSpan]) -> str:
+    scores = {
+        s.index: f"· seam {s.statistics['seam_score']:.2f}"
+        for span in spans
+        for s in span.segments
+        if "seam_score" in s.statistics
+    } | {span.segments[0].index: "· new prompt" for span in spans[1:]}
+    about = note("The first and the last frame of each segment; a seam lies between two segments.")
+    return f"<h2>Film strip</h2>{about}{strip(pictures, scores)}" if pictures else ""
 
 
-def _seams(segments: Sequence[SegmentRecord]) -> str:
-    scores = _values(segments, "seam_score")
-    parts = []
-    if any(score is not None for score in scores):
-        lines = {"the join before it": scores, "places inside it": _values(segments, "interior_score")}
-        lines = {name: line for name, line in lines.items() if any(value is not None for value in line)}
-        parts.append(f"<p>Seam score of each segment; 0 is seamless.</p>{chart(lines, _LINES, '')}")
-    names = (*_CHANNELS, "sharpness")
-    known = [
-        Appearance(*(segment.statistics[name] for name in names))
-        for segment in segments
-        if all(name in segment.statistics for name in names)
-    ]
-    if len(known) > 1:
-        color, sharp = known[0].drift(known[-1])
-        parts.append(
-            f"<p>From the first segment to the last, colour drifts by {color:.1f} of 255 grey levels, and sharpness by "
-            f"a factor of {2**sharp:.2f}.</p>"
+def _prompts(spans: Sequence[PromptSpan], fps: float) -> str:
+    shown = []
+    for span in spans:
+        first, last = span.segments[0], span.segments[-1]
+        end = (last.first_frame + last.num_frames) / fps
+        notes = []
+        if span.change is not None:
+            notes.append(f"New prompt: {span.change}.")
+        if span.drift is not None:
+            notes.append(f"Drift: {span.drift}.")
+        of = f"Segment {first.index}" if first is last else f"Segments {first.index}–{last.index}"
+        shown.append(
+            f'<li class="panel"><h3>{of}, {first.first_frame / fps:.1f}–{end:.1f} s</h3>'
+            f'<p class="prompt">{html.escape(first.prompt)}</p>{"".join(map(note, notes))}</li>'
         )
-        parts.append(chart({name: _values(segments, name) for name in _CHANNELS}, [*_CHANNELS.values()], "of 255"))
-    return f"<h2>Joins and drift</h2>{''.join(parts)}" if parts else ""
+    return f'<h2>Prompts</h2><ol class="scenes">{"".join(shown)}</ol>'
+
+
+def _work(segments: Sequence[SegmentRecord], events: Sequence[Mapping[str, Any]]) -> str:
+    bars = bars_of(segments, events)
+    return f"<h2>Who worked when</h2>{timeline(bars, 'who worked when, in seconds')}" if bars else ""
+
+
+def _seams(segments: Sequence[SegmentRecord], spans: Sequence[PromptSpan]) -> str:
+    breaks = {span.segments[0].index for span in spans[1:]}
+    parts = []
+    scores, inside = values_of(segments, "seam_score"), values_of(segments, "interior_score")
+    if any(score is not None for score in scores):
+        lines = [Curve("at the seam", "blue", scores)]
+        if any(score is not None for score in inside):
+            lines.append(Curve(*INSIDE, inside, dashed=True))
+        about = f"The {word('score', SCORE)} of the {word('seam', SEAM)} before each segment; high is as it should be "
+        drawn = chart(lines, "", "seam score by segment", breaks=breaks)
+        parts.append(f"<h3>Seams</h3>{note(about + 'where the prompt changes.')}{drawn}")
+    colours = [Curve(name, colour, values_of(segments, name)) for name, colour in CHANNELS.items()]
+    if sum(value is not None for value in colours[0].values) > 1:
+        about = f"What changes between two changes of the prompt is {word('drift', DRIFT)}."
+        drawn = chart(colours, "of 255", "mean colour by segment", breaks=breaks)
+        parts.append(f"<h3>Colour</h3>{note(about)}{drawn}")
+    return f"<h2>Seams and drift</h2>{''.join(parts)}" if parts else ""
 
 
 def _tiers(segments: Sequence[SegmentRecord]) -> str:
-    lines = {tier: _values(segments, f"{tier}_bytes", 2**20) for tier in ("host", "disk")}
-    if all(value is None for line in lines.values() for value in line):
+    lines = [Curve(name, colour, values_of(segments, f"{tier}_bytes", 2**20)) for tier, (name, colour) in TIERS.items()]
+    if all(value is None for line in lines for value in line.values):
         return ""
     counts = ", ".join(
         f"{name.removeprefix('prefetch_')} {value:.0f}"
@@ -150,31 +174,43 @@ def _tiers(segments: Sequence[SegmentRecord]) -> str:
         if name.startswith("prefetch_")
     )
     read, written = (sum(s.statistics.get(f"entries_{what}", 0) for s in segments) for what in ("read", "written"))
-    return (
-        f"<h2>Tiers</h2><p>{written:.0f} residuals written, {read:.0f} read. Prefetch: {html.escape(counts)}.</p>"
-        f"{chart(lines, _LINES, 'MiB')}"
-    )
+    residuals = word("residuals", "results of the model that a later segment can reuse")
+    prefetch = word("Prefetch", "reading from disk before the model asks for it")
+    about = f"{written:.0f} {residuals} written, {read:.0f} read. {prefetch}: {html.escape(counts)}."
+    return f"<h2>Stored for reuse</h2>{note(about)}{chart(lines, 'MiB', 'MiB stored, by segment')}"
 
 
-def _table(segments: Sequence[SegmentRecord]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("segment", "frames", "seed", *_COLUMNS, "prompt"))
-    rows = []
-    for segment in segments:
-        values = dict(segment.statistics)
-        computed, skipped = (values.get(f"units_{what}", 0) for what in ("computed", "skipped"))
-        if computed + skipped:
-            values["skipped"] = skipped / (computed + skipped)
-        cells = [f"{segment.index}", f"{segment.num_frames}", f"{segment.seed}"]
-        cells += [form.format(values[name]) if name in values else "" for name, form in _COLUMNS.values()]
-        rows.append("".join(f"<td>{cell}</td>" for cell in (*cells, html.escape(segment.prompt))))
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<h2>Segments</h2><div class="wide"><table><tr>{head}</tr>{body}</table></div>'
-
-
-def _decisions(records: Mapping[str, Record]) -> str:
-    if not records:
-        return ""
+def _segments(
+    segments: Sequence[SegmentRecord], spans: Sequence[PromptSpan], records: Mapping[str, Record], fps: float
+) -> str:
     names = list(records)
     shown = {names[index]: records[names[index]] for index in sampled(len(names), MOST_RECORDS)}
-    of = "" if len(shown) == len(records) else f" of {len(shown)} of {len(records)} segments"
-    return f"<h2>What the cache decided{of}</h2>{decision_sections(shown)}"
+    begins = {span.segments[0].index for span in spans[1:]}
+    folds = [_segment(s, s.index in begins, shown.pop(heading_of(s.index, s.take), None), fps) for s in segments]
+    folds += [folded(f"<b>{html.escape(name)}</b>", decisions_of(record)) for name, record in shown.items()]
+    of = f"What the cache decided of {MOST_RECORDS} of {len(records)} segments is inside them. "
+    about = note((of if len(records) > MOST_RECORDS else "") + "Press one to open it.")
+    return f"<h2>Segments</h2>{about}{''.join(folds)}"
+
+
+def _segment(segment: SegmentRecord, new_prompt: bool, record: Record | None, fps: float) -> str:
+    """A segment in one line, with everything about it inside."""
+    known = segment.statistics
+    values = {name: form.format(known[key]) for name, (key, form) in _VALUES.items() if key in known}
+    rate = skip_rate([segment])
+    begin, end = (frame / fps for frame in (segment.first_frame, segment.first_frame + segment.num_frames))
+    line = [f"<b>Segment {segment.index}</b>", f"<span>{begin:.1f}–{end:.1f} s</span>"]
+    if "seam_score" in known:
+        line.append(f"<span>seam {known['seam_score']:.2f}</span>")
+    if rate is not None:
+        line.append(f"<span>reused {rate:.0%}</span>")
+    if "denoise_s" in known:
+        line.append(f"<span>denoised in {known['denoise_s']:.1f} s</span>")
+    if new_prompt:
+        line.append('<span class="badge">new prompt</span>')
+    about = {"frames": f"{segment.num_frames}", "seed": f"{segment.seed}", "take": f"{segment.take}", **values}
+    cells = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{value}</dd></div>" for name, value in about.items())
+    inside = f'<p class="prompt">{html.escape(segment.prompt)}</p><dl class="values">{cells}</dl>'
+    if record is not None:
+        inside += f"<h3>What the cache decided</h3>{decisions_of(record)}"
+    return folded(" ".join(line), inside)

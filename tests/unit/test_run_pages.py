@@ -69,7 +69,7 @@ def test_a_runs_report_has_its_frames_times_and_joins(root, capsys):
     page = Page((root / "one" / "report.html").read_text())
     assert capsys.readouterr().out == f"{root / 'one' / 'report.html'}\n"
     assert len(page.all("img")) == 4, "two frames of each segment"
-    assert all(text in page.text for text in ("Who worked when", "Joins and drift", "a blue square", "history_latents"))
+    assert all(text in page.text for text in ("Who worked when", "Seams and drift", "a blue square", "history_latents"))
     assert "What the cache decided" not in page.text, "there was no cache"
     shutil.copytree(root / "one", root / "two")
     (root / "two" / "segments" / "00000-t0.m4s").unlink()

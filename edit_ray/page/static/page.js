@@ -41,6 +41,7 @@ async function look() {
     shown("committed").max = run.num_segments ?? Math.max(1, run.committed);
     shown("committed").value = run.committed;
     shown("prompt").textContent = promptAt(run.prompts, video.currentTime);
+    shown("said").hidden = shown("files").hidden = run.committed === 0; // before it nothing is there to fetch
     shown("final").hidden = !run.final;
     if (run.playlist) play(run.playlist);
   } catch {
