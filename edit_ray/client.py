@@ -118,7 +118,7 @@ class LongVideoClient:
             config = config_of(config)
         elif not checked and (problems := check_config(config)):
             raise ConfigError(problems)
-        run_id = check_run_id(run_id) if run_id is not None else new_run_id(datetime.now(UTC), secrets.token_hex(2))
+        run_id = check_run_id(run_id) if run_id is not None else _new_id()
         token = secrets.token_hex(8)  # by which a repeated call recognises its own run
         probe = RunFolder(self.output, run_id).probe(token)
         probe.touch(0o600)
@@ -166,6 +166,35 @@ class LongVideoClient:
         The old segments stay in the run's folder. Raises as `extend`.
         """
         return self._go_on("reroll", run_id, force, start, seed, prompt, allow_different_hardware)
+
+    def branch(
+        self,
+        run_id: str,
+        at: int,
+        *,
+        new_id: str | None = None,
+        prompt: str | None = None,
+        seed: int | None = None,
+        num_segments: int | None = None,
+        allow_different_hardware: bool = False,
+        request: str | None = None,
+    ) -> RunStatus:
+        """Start a new run that shares the committed segments before `at` of a run, whatever state that is in.
+
+        From `at` on it follows the storyboard as that run does now, with `prompt` and `seed` in place of the
+        storyboard's. It has `num_segments`, None: as many. The files are shared by links where possible; the source
+        never changes. Of calls with the same `new_id` and `request` one makes a run, and all return its status.
+
+        Raises UnknownRun, RunExists, ManifestUnreadable, ConfigError, ModelError, HardwareDiffers, RunDamaged,
+        ResourcesUnavailable, ActorVersionMismatch.
+        """
+        new_id = check_run_id(new_id) if new_id is not None else _new_id()
+        self._status_on_disk(check_run_id(run_id))
+        said = {"prompt": prompt, "seed": seed}
+        of, token = (str(self.output), run_id, at), secrets.token_hex(8) if request is None else request
+        asked = (new_id, *of, said, num_segments, allow_different_hardware, token, self.owner.name, self.owner.job)
+        status: RunStatus = self._ask("branch", *asked, starts=True)
+        return status
 
     def status(self, run_id: str) -> RunStatus:
         """The run's status: from the segment scheduler, or from the run's folder if that does not know the run."""
@@ -287,6 +316,10 @@ class LongVideoClient:
                 time.sleep(RETRY_S)
         which = f"run {arguments[0]!r}" if arguments else "no run"
         raise UnknownRun(f"{which} is not running: no segment scheduler lives in this Ray")
+
+
+def _new_id() -> str:
+    return new_run_id(datetime.now(UTC), secrets.token_hex(2))
 
 
 class SegmentStream(Iterator[Segment], AsyncIterator[Segment]):

@@ -31,6 +31,8 @@ _WAIT: dict[str, Any] = {
     "help": "seconds to wait for the run to start (default: 30)",
 }
 
+_OTHER_BITS = "also if the frames will not be bit-identical"
+
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -110,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"edit-ray {edit_ray.__version__}")
     commands = _Commands(top)
     _add_runs(commands)
+    _add_steering(commands)
     _add_removal(commands)
     _add_pages(commands)
     _add_models(commands)
@@ -133,9 +136,7 @@ def _add_runs(commands: _Commands) -> None:
         ("reroll", run_commands.reroll, "generate an ended run's last segments again, with another seed or prompt"),
     ):
         command = commands.add(name, run, says, run_id=True, force=_FORCE)
-        command.add_argument(
-            "--allow-different-hardware", action="store_true", help="also if the frames will not be bit-identical"
-        )
+        command.add_argument("--allow-different-hardware", action="store_true", help=_OTHER_BITS)
         if name == "resume":
             command.add_argument("--remake-damaged", action="store_true", help="generate damaged files again")
         elif name == "extend":
@@ -146,6 +147,18 @@ def _add_runs(commands: _Commands) -> None:
             )
             command.add_argument("--seed", type=int, help="(default: derived from the run's seed)")
             command.add_argument("--prompt", help="replaces the storyboard from that segment on")
+
+
+def _add_steering(commands: _Commands) -> None:
+    branch = commands.add(
+        "branch", run_commands.branch, "start a new run that shares the first segments of a run", run_id=True
+    )
+    branch.add_argument("--at", type=int, required=True, metavar="SEGMENT", help="the first segment of its own")
+    branch.add_argument("--new-id", metavar="ID", help="the new run's id (default: made from the time)")
+    branch.add_argument("--prompt", help="replaces the storyboard from that segment on")
+    branch.add_argument("--seed", type=int, help="replaces the seed from that segment on")
+    branch.add_argument("--num-segments", type=int, metavar="N", help="of the whole new run (default: as many)")
+    branch.add_argument("--allow-different-hardware", action="store_true", help=_OTHER_BITS)
 
 
 def _add_removal(commands: _Commands) -> None:

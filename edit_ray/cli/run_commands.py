@@ -129,22 +129,34 @@ def reroll(options: argparse.Namespace) -> int:
     return 0
 
 
+def branch(options: argparse.Namespace) -> int:
+    """Start a new run that shares the first segments of another one."""
+    client = client_of(options)
+    client.status(options.run_id)
+    _check_ray_runs(options)
+    names = ("new_id", "prompt", "seed", "num_segments", "allow_different_hardware")
+    print(line_of(client.branch(options.run_id, options.at, **{name: getattr(options, name) for name in names})))
+    return 0
+
+
 def _allowed(options: argparse.Namespace) -> dict[str, bool]:
     return {"allow_different_hardware": options.allow_different_hardware, "force": options.force}
 
 
 def _lasting_client(options: argparse.Namespace) -> LongVideoClient:
     """A client of a Ray cluster that outlives this command. Raises NotYourRun, ResourcesUnavailable."""
-    from edit_ray.actors import connection
-
     client = client_of(options)
     client.check_mine(client.status(options.run_id), options.force)
-    if not connection.connect_if_running(options.address):
-        raise ResourcesUnavailable(
-            "no Ray is running: start one with `ray start --head`, or continue with "
-            f"`python jobs/long_video.py --run-id {options.run_id} --resume`"
-        )
+    _check_ray_runs(options, f", or continue with `python jobs/long_video.py --run-id {options.run_id} --resume`")
     return client
+
+
+def _check_ray_runs(options: argparse.Namespace, otherwise: str = "") -> None:
+    """Raise ResourcesUnavailable if there is no Ray cluster that outlives this command."""
+    from edit_ray.actors import connection
+
+    if not connection.connect_if_running(options.address):
+        raise ResourcesUnavailable(f"no Ray is running: start one with `ray start --head`{otherwise}")
 
 
 def delete(options: argparse.Namespace) -> int:

@@ -28,6 +28,10 @@ RunState = Literal[
 """`waiting`: a segment scheduler has taken the run over from one that died, and cannot continue it yet. `open`: the
 run's folder records no end, and no segment scheduler knows the run.
 """
+Hold = Literal["pause", "approval", "clients"]
+"""What keeps further segments from beginning: a client has paused the run, it waits for a yes to a segment, or it is
+`max_ahead` segments ahead of its clients.
+"""
 Stage = Literal["prepare", "denoise", "decode", "encode", "commit", "finalize"]
 FailureKind = Literal["error", "fatal", "death", "no place"]
 """`error`: the work failed, and may succeed the next time. `fatal`: it would fail the same way again. `death`: an actor
