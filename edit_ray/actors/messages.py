@@ -12,6 +12,7 @@ from typing import Any
 
 import edit_ray
 from edit_ray.config import Config
+from edit_ray.errors import RunEnded
 from edit_ray.runs.events import Hold, RunState, Stage
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Begun, Manifest, SegmentRecord
@@ -254,6 +255,16 @@ class RunStatus:
     def ended(self) -> bool:
         """Whether the run is done, failed or cancelled."""
         return self.state in ("done", "failed", "cancelled")
+
+
+def has_ended(status: RunStatus) -> RunEnded:
+    """Says why an ended run cannot be steered, and what can be done instead."""
+    run_id = status.run_id
+    ended = f"has ended ({status.state})" if status.ended else "is being stopped"
+    return RunEnded(
+        f"run {run_id!r} {ended}: `edit-ray reroll {run_id} --from K` makes segments again, `edit-ray extend {run_id}` "
+        f"adds some, and `edit-ray branch {run_id} --at K` starts another run from segment K on"
+    )
 
 
 @dataclass(frozen=True)

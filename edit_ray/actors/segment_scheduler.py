@@ -10,24 +10,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from edit_ray.actors import steering
 from edit_ray.actors.admission import OnDamage, Submission, check_answers
 from edit_ray.actors.branches import BranchAsked
 from edit_ray.actors.folder_state import Change, extension, reroll
 from edit_ray.actors.live_run import LiveRun
-from edit_ray.actors.messages import Progress, RunStatus, StreamReply, code_version
+from edit_ray.actors.messages import Progress, RunStatus, StreamReply, code_version, has_ended
 from edit_ray.actors.pool import ActorPool, Pointer
 from edit_ray.actors.recovery import WaitingRun
 from edit_ray.actors.watchdog import best_effort, disk_threads
 from edit_ray.actors.work_loop import WorkLoop
-from edit_ray.config import Config
+from edit_ray.config import Config, read_edit
 from edit_ray.engine.options import EngineOptions
-from edit_ray.errors import RunExists, RunLive, UnknownRun
+from edit_ray.errors import ResourcesUnavailable, RunExists, RunLive, UnknownRun
 from edit_ray.runs.events import (
     CancelAsked,
     Consumed,
 )
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.ids import check_segment_index
+from edit_ray.runs.run_plan import Edit
 
 
 class SegmentSchedulerActor(WorkLoop):
@@ -87,8 +89,38 @@ class SegmentSchedulerActor(WorkLoop):
         prompt: str | None,
         allow_different_hardware: bool,
     ) -> RunStatus:
-        """Make an ended run's segments from `start` on in another take; the old one is kept. Raises as `extend`."""
-        return await self._go_on(run_id, root, allow_different_hardware, partial(reroll, start, seed, prompt))
+        """Make an ended or held run's segments from `start` on in another take; the old one is kept.
+
+        Raises as `extend`.
+        """
+        change = partial(reroll, start, seed, prompt)
+        if isinstance(alive := self._alive(run_id), LiveRun) and alive.folder.path.parent == Path(root):
+            await self._end_if_held(alive, change)
+        return await self._go_on(run_id, root, allow_different_hardware, change)
+
+    async def steer(self, run_id: str, from_segment: int | None, said: dict[str, Any], request: str) -> Edit:
+        """Edit the storyboard of an active run, durably; return the edit with its first segment.
+
+        Raises UnknownRun, RunEnded, ConfigError, ModelError, ResourcesUnavailable.
+        """
+        run = await self._active(run_id)
+        checked = await asyncio.to_thread(read_edit, run.spec.config, said)
+        await self._steer(run, steering.edit(from_segment, checked, request))
+        edit = steering.edit_for(run.manifest, request)
+        assert edit is not None, "it was written"
+        return edit
+
+    async def pause(self, run_id: str, paused: bool) -> RunStatus:
+        """Let no further segment of an active run begin, durably, or let them begin again. Raises as `steer`."""
+        run = await self._active(run_id)
+        await self._steer(run, steering.pause(paused))
+        return self._status(run)
+
+    async def approve(self, run_id: str, segment: int | None) -> RunStatus:
+        """Approve the segments of an active run up to this one, by default the latest. Raises as `steer`."""
+        run = await self._active(run_id)
+        await self._steer(run, steering.approve(segment))
+        return self._status(run)
 
     async def branch(
         self,
@@ -170,6 +202,18 @@ class SegmentSchedulerActor(WorkLoop):
         record = segments[segment_index] if segment_index < len(segments) else None
         return StreamReply(record, self._status(run))
 
+    async def _active(self, run_id: str) -> LiveRun:
+        """A run that can be steered. One that waits is tried now."""
+        run = await self._find(run_id)
+        if isinstance(run, WaitingRun):
+            await run.try_now()
+            if not run.over:
+                raise ResourcesUnavailable(f"{run.status.warning}; ask again")
+            run = self._known(run_id)
+        if self._machine.begun(run_id) is None:
+            raise has_ended(self._status(run))
+        return run
+
     async def _find(self, run_id: str) -> LiveRun | WaitingRun:
         await self._recovered
         return self._alive(run_id) or self._known(run_id)
@@ -211,6 +255,15 @@ class SegmentSchedulerActor(WorkLoop):
                     await run.close()
                     raise
                 return await self._live(run)
+
+    async def _end_if_held(self, run: LiveRun, change: Change) -> None:
+        """End a run that waits for a client, with nothing in flight, if it can be changed then. Raises ConfigError."""
+        run_id = run.spec.run_id
+        if self._machine.at_work(run_id) or self._machine.held_by(run_id) not in ("pause", "approval"):
+            return
+        await asyncio.to_thread(change, run.manifest, run.spec)
+        self._apply(CancelAsked(run_id))
+        await run.wait(lambda: run.ended, run.spec.config.engine.answer_timeout_s)
 
     async def _join(self, run: LiveRun | WaitingRun) -> RunStatus:
         """The status of a run that is alive. One that waits is tried now; raises what keeps it from continuing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import traceback
 from dataclasses import replace
@@ -10,16 +11,17 @@ from functools import partial
 from typing import Any
 
 from edit_ray.actors.admission import Admission
-from edit_ray.actors.folder_state import denoised_before, is_full
-from edit_ray.actors.live_run import LiveRun
-from edit_ray.actors.messages import Progress, RunStatus
+from edit_ray.actors.folder_state import denoised_before, is_full, usable_disk
+from edit_ray.actors.live_run import FolderSilent, LiveRun
+from edit_ray.actors.messages import Progress, RunStatus, has_ended
 from edit_ray.actors.metrics_collector import MetricsCollector
 from edit_ray.actors.pool import ActorPool, Pointer
 from edit_ray.actors.recovery import Pointers, Recovery, WaitingRun
 from edit_ray.actors.stages import Stages, explain
+from edit_ray.actors.steering import Said
 from edit_ray.actors.watchdog import best_effort
 from edit_ray.engine.options import EngineOptions
-from edit_ray.errors import EditRayError
+from edit_ray.errors import EditRayError, ResourcesUnavailable
 from edit_ray.runs.event_log import append_event
 from edit_ray.runs.events import (
     CancelAsked,
@@ -27,6 +29,7 @@ from edit_ray.runs.events import (
     Event,
     RunState,
     RunSubmitted,
+    Steered,
     StopWork,
     Work,
     WorkDone,
@@ -73,7 +76,11 @@ class WorkLoop:
             progress = None
         status = RunStatus.of(run.spec.folder.path, run.manifest, self._state(run), progress)
         error = status.error if run.unrecorded is None else run.unrecorded.error
-        return replace(status, error=error, warning=run.warning, at_work=self._machine.at_work(run.spec.run_id))
+        held_by = self._machine.held_by(run.spec.run_id)
+        if held_by == "pause" and not run.manifest.paused:  # for as long as an edit is being written
+            held_by = None
+        at_work = self._machine.at_work(run.spec.run_id)
+        return replace(status, error=error, warning=run.warning, at_work=at_work, held_by=held_by)
 
     def _state(self, run: LiveRun) -> RunState:
         """The state machine's state, except that an end is reported only once it is durable."""
@@ -118,7 +125,8 @@ class WorkLoop:
         self._metrics.opened(run, recovered=recovered)
         run.warnings["cluster"] = warning
         self._apply(WorkersCounted(usable))
-        self._apply(RunSubmitted(spec.plan, committed, committed + len(denoised), run.worked_on))
+        held = run.manifest.paused, run.manifest.approved
+        self._apply(RunSubmitted(spec.plan, committed, committed + len(denoised), run.worked_on, *held))
         self._spawn(self._count_again(run))
         return self._status(run)
 
@@ -142,6 +150,50 @@ class WorkLoop:
                     self._spawn(self._stages.stop(self._runs[instruction.run_id], instruction, self._machine))
                 case CloseRun():
                     self._spawn(self._close(instruction))
+
+    async def _steer(self, run: LiveRun, said: Said) -> None:
+        """Write a line that steers a run; meanwhile nothing begins that has not begun.
+
+        Raises RunEnded, ResourcesUnavailable where the folder refuses the line or does not answer, and as `said` does.
+        """
+        run_id = run.spec.run_id
+        await run.steering.acquire()
+        known = True  # what the manifest says
+        try:
+            if run.ended or (begun := self._machine.begun(run_id)) is None:
+                raise has_ended(self._status(run))
+            self._apply(Steered(run_id, True, run.manifest.approved))
+            if (line := said(run, begun)) is not None:
+                known = False
+                with usable_disk(run.spec.root):
+                    await run.append(line)
+                known = True
+        except FolderSilent as silent:
+            raise ResourcesUnavailable(f"{silent}; what was asked may be done once it answers") from None
+        except Exception as error:
+            if run.ended and not known:
+                raise has_ended(self._status(run)) from error
+            raise
+        finally:
+            if known:
+                self._let_go(run)
+            else:
+                self._spawn(self._let_go_when_known(run))
+
+    async def _let_go_when_known(self, run: LiveRun) -> None:
+        """The line may be written yet, while the folder does not answer: only then is it known what holds."""
+        while not run.ended:
+            with contextlib.suppress(FolderSilent, RuntimeError):  # the latter where the run ends meanwhile
+                await run.on_disk(lambda: None)
+                break
+        self._let_go(run)
+
+    def _let_go(self, run: LiveRun) -> None:
+        run.steering.release()
+        if self._runs.get(run.spec.run_id) is run:
+            if not run.ended:
+                run.follow()
+            self._apply(Steered(run.spec.run_id, run.manifest.paused, run.manifest.approved))
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

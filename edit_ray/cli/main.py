@@ -133,7 +133,7 @@ def _add_runs(commands: _Commands) -> None:
     for name, run, says in (
         ("resume", run_commands.resume, "continue a run at its first uncommitted segment"),
         ("extend", run_commands.extend, "add segments to an ended run"),
-        ("reroll", run_commands.reroll, "generate an ended run's last segments again, with another seed or prompt"),
+        ("reroll", run_commands.reroll, "generate a run's last segments again, with another seed or prompt"),
     ):
         command = commands.add(name, run, says, run_id=True, force=_FORCE)
         command.add_argument("--allow-different-hardware", action="store_true", help=_OTHER_BITS)
@@ -150,6 +150,24 @@ def _add_runs(commands: _Commands) -> None:
 
 
 def _add_steering(commands: _Commands) -> None:
+    steer = commands.add(
+        "steer", run_commands.steer, "edit the storyboard of an active run while it is made", run_id=True, force=_FORCE
+    )
+    steer.add_argument(
+        "--from", dest="start", type=int, metavar="SEGMENT", help="(default: the first one that has not begun)"
+    )
+    steer.add_argument("--prompt", help="replaces the storyboard from that segment on")
+    steer.add_argument("--negative-prompt", metavar="PROMPT")
+    steer.add_argument("--guidance-scale", type=float, metavar="G")
+    steer.add_argument("--seed", type=int, metavar="S")
+    for name, run, says in (
+        ("pause", run_commands.pause, "let no further segment of an active run begin; what has begun is made"),
+        ("unpause", run_commands.unpause, "let further segments of an active run begin again"),
+        ("approve", run_commands.approve, "approve a segment that a run waits at (video.approve: each)"),
+    ):
+        command = commands.add(name, run, says, run_id=True, force=_FORCE)
+        if name == "approve":
+            command.add_argument("--segment", type=int, metavar="K", help="and all before it (default: the latest one)")
     branch = commands.add(
         "branch", run_commands.branch, "start a new run that shares the first segments of a run", run_id=True
     )

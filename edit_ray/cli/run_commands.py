@@ -63,9 +63,20 @@ def status(options: argparse.Namespace) -> int:
     print(line_of(status))
     if at := status.progress:
         print(f"segment {at.segment_index}: step {at.step} of {at.num_steps}")
-    for text in filter(None, (status.error, status.warning)):
+    for text in filter(None, (_held(status), status.error, status.warning)):
         print(text)
     return 0
+
+
+def _held(status: RunStatus) -> str | None:
+    """What a run waits for, in a sentence."""
+    run_id, last = status.run_id, status.committed - 1
+    waits = {
+        "pause": f"paused: no further segment begins before `edit-ray unpause {run_id}`",
+        "approval": f"waits for `edit-ray approve {run_id} --segment {last}`, or for `edit-ray reroll {run_id}`",
+        "clients": "waits until a client has taken more segments (engine.max_ahead)",
+    }
+    return waits.get(status.held_by or "")
 
 
 def down(options: argparse.Namespace) -> int:
@@ -126,6 +137,32 @@ def reroll(options: argparse.Namespace) -> int:
     """Generate segments of an ended run again."""
     changes = {"seed": options.seed, "prompt": options.prompt, **_allowed(options)}
     print(line_of(_lasting_client(options).reroll(options.run_id, options.start, **changes)))
+    return 0
+
+
+def steer(options: argparse.Namespace) -> int:
+    """Edit the storyboard of an active run."""
+    said = {name: getattr(options, name) for name in ("prompt", "negative_prompt", "guidance_scale", "seed")}
+    edit = client_of(options).steer(options.run_id, options.start, **said, force=options.force)
+    print(f"{options.run_id}: it holds from segment {edit.start} on")
+    return 0
+
+
+def pause(options: argparse.Namespace) -> int:
+    """Let no further segment of a run begin."""
+    print(line_of(client_of(options).pause(options.run_id, force=options.force)))
+    return 0
+
+
+def unpause(options: argparse.Namespace) -> int:
+    """Let further segments of a run begin again."""
+    print(line_of(client_of(options).unpause(options.run_id, force=options.force)))
+    return 0
+
+
+def approve(options: argparse.Namespace) -> int:
+    """Approve segments of a run that waits for it."""
+    print(line_of(client_of(options).approve(options.run_id, options.segment, force=options.force)))
     return 0
 
 

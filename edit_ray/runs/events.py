@@ -43,13 +43,15 @@ died, or a process of one. `no place`: the cluster has no place for the GPU acto
 class RunSubmitted:
     """A run begins, or continues: segments 0 … `committed`-1 are durable and 0 … `denoised`-1 have latents.
 
-    `worker` is the GPU actor that has worked on it before, if one has.
+    `worker` is the GPU actor that has worked on it before, if one has. `paused` and `approved` as in `Steered`.
     """
 
     plan: RunPlan
     committed: int = 0
     denoised: int = 0
     worker: int | None = None
+    paused: bool = False
+    approved: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,18 @@ class Consumed:
 
     run_id: str
     segments: int
+
+
+@dataclass(frozen=True)
+class Steered:
+    """While `paused`, no segment begins that has not begun; segments 0 … `approved`-1 are approved.
+
+    A run is paused also for as long as an edit of what has not begun is being written.
+    """
+
+    run_id: str
+    paused: bool
+    approved: int
 
 
 @dataclass(frozen=True)
@@ -129,5 +143,5 @@ class CloseRun:
     worker: int | None = None
 
 
-Event = RunSubmitted | WorkersCounted | Consumed | CancelAsked | WorkDone | WorkFailed
+Event = RunSubmitted | WorkersCounted | Consumed | Steered | CancelAsked | WorkDone | WorkFailed
 Instruction = Work | StopWork | CloseRun

@@ -294,6 +294,8 @@ class Manifest:
                 return extended._planned_from(len(self.segments)) if replans else extended
             case Rerolled(_, take):
                 return self._rerolled(take)
+            case Edited() | Paused() | Approved() if self.end is not None:
+                raise ValueError(f"the run has ended, and its line {line.kind!r} comes too late")
             case Edited(_, edit):
                 if edit.start < len(self.segments):
                     raise ValueError(f"segment {edit.start} is committed, and its prompt cannot be edited")

@@ -9,9 +9,7 @@ import pytest
 from edit_ray import files
 from edit_ray.actors.folder_state import all_damage_of
 from edit_ray.actors.local import LocalPool
-from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.config import Config, load_config
 from edit_ray.errors import ConfigError, RunDamaged, RunExists, UnknownRun
 from edit_ray.runs.folder import RunFolder
 from tests.chaos.storm import die
@@ -27,6 +25,7 @@ from tests.runs_here import (
     everything,
     made,
     submit,
+    told_from_the_start,
 )
 
 
@@ -96,22 +95,6 @@ class DyingAt(files.Disk):
 
 async def branched(scheduler, root, run_id, source, at, *, segments=None, token="mine", **said):
     return await scheduler.branch(run_id, str(root), source, at, said, segments, False, token)
-
-
-def told_from_the_start(folder):
-    """The configuration whose storyboard says by itself what the run's edits and re-rolls made of its own."""
-    manifest, config = folder.read_manifest(), load_config(folder.run_yaml, (), check_model=False)
-    values = config.model_dump(mode="json")
-    names = ("prompt", "negative_prompt", "guidance_scale", "seed")
-    scenes = RunSpec.of(folder.path.parent, config, manifest).storyboard.changed
-    segments = manifest.num_segments
-    values["prompt_segments"] = [
-        {"segment": scene.start} | {name: getattr(scene, name) for name in names}
-        for scene in scenes
-        if segments is None or scene.start < segments
-    ]
-    values["video"] = {"num_segments": segments}
-    return Config.model_validate(values)
 
 
 @pytest.mark.parametrize("name", ["plain", "reuse"])
