@@ -148,6 +148,7 @@ class DenoiserActor:
             complete_s = time.perf_counter() - began
             reused |= {"complete_at": complete_at, "complete_s": complete_s, "segments_made_again": made_again}
         self._short_of_memory = False
+        self._values.set("edit_ray_kv_bytes", engine.figures.get("kv_bytes"))
         cached = cache_stats(engine.record, spec, segment)
         made = rounded(denoise_at=denoise_at, denoise_s=denoise_s, **engine.figures)
         stats = made | rounded(**cached, **reused) | {"latents_xxh3": digest}
@@ -277,6 +278,7 @@ class DenoiserActor:
 
     def _free(self, spec: RunSpec) -> None:
         self._progress = None
+        self._values.set("edit_ray_kv_bytes", None)
         self._joins.forget(spec.key)
         _, leases = self._leases.pop(spec.key, (None, None))
         if leases is not None:
