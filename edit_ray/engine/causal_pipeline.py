@@ -7,7 +7,8 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from os import PathLike
+from typing import Any, NoReturn, Self
 
 import torch
 from diffusers import (
@@ -32,9 +33,11 @@ from edit_ray.engine.causal_options import INDEX_KEY, CausalOptions, causal_opti
 from edit_ray.engine.causal_stream import CausalStream, GivenChunk, VideoChunk, schedule_of
 from edit_ray.engine.conditioning import StepSchedule
 from edit_ray.engine.loop import StepCallback
+from edit_ray.engine.model_files import folder_above, local_folder
 from edit_ray.engine.pipeline import EditWanOutput, EditWanPipeline, one_call_at_a_time
 
 logger = logging.getLogger(__name__)
+_SHARED = ("tokenizer", "text_encoder", "vae", "scheduler")
 
 
 def noise_scheduler_of(sampler: str) -> SchedulerMixin:
@@ -87,6 +90,26 @@ class EditCausalWanPipeline(EditWanPipeline):
         super().__init__(tokenizer, text_encoder, vae, scheduler, transformer, **parts)
         self.causal = causal_options(causal or {})
         self.register_to_config(causal=self.causal.model_dump())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str],
+        *,
+        torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+        device: str | torch.device | None = None,
+        **kwargs: object,
+    ) -> Self:
+        """As of `EditWanPipeline`. A model in the folder of another one takes those parts of it that it has not."""
+        folder = local_folder(str(pretrained_model_name_or_path))
+        above = None if folder is None else folder_above(folder)
+        if folder is not None and above is not None:
+            lacking = [name for name in _SHARED if name not in kwargs and not (folder / name).is_dir()]
+            given: dict[str, Any] = dict.fromkeys(name for name in ("transformer", *_SHARED) if name not in lacking)
+            parts = EditWanPipeline.from_pretrained(above, torch_dtype=torch_dtype, **given).components
+            kwargs |= {name: parts[name] for name in lacking}
+        loading: dict[str, Any] = {"torch_dtype": torch_dtype, "device": device}
+        return super().from_pretrained(pretrained_model_name_or_path, **loading, **kwargs)
 
     @property
     def causal(self) -> CausalOptions:

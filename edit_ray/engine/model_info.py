@@ -13,7 +13,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from edit_ray.engine.causal_options import CausalOptions, causal_in
-from edit_ray.engine.model_files import INDEX_FILE, HubUnreachable, hub_file, local_folder, locate_model
+from edit_ray.engine.model_files import INDEX_FILE, HubUnreachable, hub_file, local_folder, locate_model, part_in
 from edit_ray.errors import ModelError
 
 TRANSFORMER_CLASS = "WanTransformer3DModel"
@@ -146,7 +146,8 @@ class _ModelFiles:
         """The file of this name, if the model has one; raises HubUnreachable."""
         if self._folder is None:
             return hub_file(self._location, name)
-        return self._folder / name if (self._folder / name).is_file() else None
+        file = part_in(self._folder, name)
+        return file if file.is_file() else None
 
     def json(self, name: str) -> dict[str, Any]:
         """The JSON object in a file. Raises HubUnreachable; ModelError if missing, unreadable or not an object."""

@@ -1,5 +1,7 @@
 """Runs of causal models, through the actors' plain classes: segments of chunks, whose K/V is computed again."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from edit_ray.engine.causal_segment import CausalSegmentEngine
 from edit_ray.engine.causal_stream import GivenChunk
 from edit_ray.engine.continuity import load_latents
 from edit_ray.engine.decode import StreamingDecoder, to_uint8
+from edit_ray.engine.model_files import model_digest
 from edit_ray.errors import ConfigError
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.run_plan import segment_seed
@@ -271,3 +274,19 @@ async def test_guidance_is_possible_and_warned_of(start, tmp_path, model, whole)
     assert "guidance_scale is 3: causal models are distilled" in (await scheduler.status("one")).warning
     await done(scheduler, "one")
     check_same(await whole(config), RunFolder(tmp_path, "one"))
+
+
+async def test_a_model_in_the_folder_of_another_takes_its_parts(start, tmp_path, model, whole):
+    """As training leaves it: the transformer and an index; another VAE above makes another model."""
+    above = save_random_wan(tmp_path / "above", expand_timesteps=True)
+    inside = above / "causal"
+    inside.mkdir()
+    shutil.copytree(model / "transformer", inside / "transformer")
+    shutil.copyfile(model / "model_index.json", inside / "model_index.json")
+    folder = await made(start(), tmp_path, "one", config_of(inside))
+    digest = folder.read_manifest().provenance["model"]
+    assert torch.equal(latents_of(folder), latents_of(await whole(config_of(model))))
+    assert model_digest(str(inside)) == digest
+    weights = above / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert model_digest(str(inside)) != digest
