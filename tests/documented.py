@@ -39,7 +39,7 @@ BLOCKS = {
 }
 WITH_YAML = (
     "monitoring/README.md",
-    *(f"docs/{name}.md" for name in ("caching", "conditioning", "long-video", "on-my-card", "speed")),
+    *(f"docs/{name}.md" for name in ("caching", "causal", "conditioning", "long-video", "on-my-card", "speed")),
 )
 BLOCKS |= {(page, "yaml"): (f"{SITE}::test_configurations_are_valid",) for page in WITH_YAML}
 

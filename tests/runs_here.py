@@ -85,7 +85,7 @@ def check_same(one, other, *, but=()):
     """AssertionError unless two runs have made the same bytes, except in the files named."""
     ones, others = everything(one), everything(other)
     differing = [name for name in sorted({*ones, *others}) if ones.get(name) != others.get(name)]
-    assert differing == list(but)
+    assert differing == list(but), differing
 
 
 def told_from_the_start(folder):

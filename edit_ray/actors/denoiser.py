@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from edit_ray.actors.gpu_work import (
     preceding_of,
     show_memory,
     tiled_position,
+    window_of,
 )
 from edit_ray.actors.messages import Progress, RunSpec, code_version, rounded
 from edit_ray.config.scenes import picture_files
@@ -109,7 +111,7 @@ class DenoiserActor:
         """Load the model if another one is loaded, encode all prompts of the run, free the text encoder's memory.
 
         Encodes what the run begins from and makes it durable. Returns how many latents before a segment it and its
-        decoding may need. Raises ConfigError for a file that cannot be used.
+        decoding may need, and the sizes of a causal model's window. Raises ConfigError for a file that cannot be used.
         """
         self.adopt_run(spec)
         self._model.forget_replaced(spec)
@@ -117,8 +119,10 @@ class DenoiserActor:
         if config.continuity.init_latents and not spec.folder.init_latents.exists():
             latents, _, _ = self._compute(engine, lambda: engine.encode_init(config.continuity, config.sampling))
             save_latents(spec.folder.init_latents, latents)
-        lookback = lookback_latents(engine.pipe.vae.config) if spec.layout.history_latents else 0
-        return {"lookback_latents": lookback + spec.layout.history_latents}
+        lookback = lookback_latents(engine.pipe.vae.config) if spec.layout.one_stream else 0
+        window = window_of(engine, spec)
+        needed = {"lookback_latents": lookback + spec.layout.history_latents}
+        return needed | (asdict(window) if window is not None else {})
 
     def denoise_segment(self, spec: RunSpec, segment: SegmentPlan, attempt: int) -> dict[str, float]:
         """Denoise one segment; make its latents and the residuals that others reuse durable. Returns its statistics.
@@ -144,8 +148,10 @@ class DenoiserActor:
             complete_s = time.perf_counter() - began
             reused |= {"complete_at": complete_at, "complete_s": complete_s, "segments_made_again": made_again}
         self._short_of_memory = False
+        self._values.set("edit_ray_kv_bytes", engine.figures.get("kv_bytes"))
         cached = cache_stats(engine.record, spec, segment)
-        stats = rounded(denoise_at=denoise_at, denoise_s=denoise_s, **cached, **reused) | {"latents_xxh3": digest}
+        made = rounded(denoise_at=denoise_at, denoise_s=denoise_s, **engine.figures)
+        stats = made | rounded(**cached, **reused) | {"latents_xxh3": digest}
         of = {"segment": segment.index, "take": segment.take, "attempt": attempt}
         of["edits"] = spec.storyboard.edits_of(segment.index)
         append_event(spec.folder.events, "segment_made", **of, plan=spec.residuals_id, figures=stats)
@@ -273,6 +279,7 @@ class DenoiserActor:
 
     def _free(self, spec: RunSpec) -> None:
         self._progress = None
+        self._values.set("edit_ray_kv_bytes", None)
         self._joins.forget(spec.key)
         _, leases = self._leases.pop(spec.key, (None, None))
         if leases is not None:
@@ -299,7 +306,7 @@ class DenoiserActor:
 
         def work() -> torch.Tensor:
             return engine.decode(
-                spec.stream(segment.index)[0] if spec.layout.history_latents else None,
+                spec.stream(segment.index)[0] if spec.layout.one_stream else None,
                 latents,
                 position=spec.position(segment.index),
                 preceding=preceding_of(spec, segment.index),

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from edit_ray.actors.messages import RunSpec
 from edit_ray.config import check_texts
+from edit_ray.config.causal_checks import chunk_sizes
 from edit_ray.engine.model_info import read_model_info
 from edit_ray.errors import ConfigError, HardwareDiffers, ResourcesUnavailable
 from edit_ray.files import digest_of_file
+from edit_ray.runs.causal_plan import segments_seen
 from edit_ray.runs.event_log import latest_events
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.ids import MAX_SEGMENTS
@@ -100,10 +102,13 @@ def last_worker(spec: RunSpec) -> int | None:
 
 def can_be_made(spec: RunSpec, segment_index: int) -> bool:
     """Whether the latents exist that a segment continues and its decoder looks back at. Raises ModelError."""
-    if spec.config.output.keep_segments is None or not spec.layout.history_latents:
+    if spec.config.output.keep_segments is None or not spec.layout.one_stream:
         return True
-    needed = spec.layout.history_latents + read_model_info(spec.config.model.path).lookback_latents
-    before = range(first_needed(segment_index, needed, spec.layout), segment_index)
+    info = read_model_info(spec.config.model.path)
+    needed = spec.layout.history_latents + info.lookback_latents
+    before = {*range(first_needed(segment_index, needed, spec.layout), segment_index)}
+    if info.causal is not None:
+        before |= {*segments_seen(spec.storyboard, segment_index, chunk_sizes(spec.config, info.causal))}
     return all(spec.latents(index).exists() for index in before)
 
 

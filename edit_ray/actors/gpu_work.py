@@ -16,6 +16,7 @@ import torch
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache.records import Record
 from edit_ray.config.scenes import picture_files
+from edit_ray.engine.causal_segment import CausalSegmentEngine, ChunkBefore
 from edit_ray.engine.continuity import latent_tail, load_latents, match_statistics
 from edit_ray.engine.init_file import picture_arguments, pictures_digest
 from edit_ray.engine.loading import usable_cores
@@ -25,6 +26,7 @@ from edit_ray.engine.vae_stream import Preceding
 from edit_ray.errors import HardwareDiffers, NotAdopted, RunCancelled, StaleWork
 from edit_ray.files import write_atomic
 from edit_ray.metrics.collect import MetricValues
+from edit_ray.runs.causal_plan import ChunkSizes, seen_chunks
 from edit_ray.runs.run_plan import SegmentPlan
 
 T = TypeVar("T")
@@ -121,13 +123,14 @@ class LoadedModel:
     def _load_for(self, spec: RunSpec, segment_index: int) -> SegmentEngine:
         config = spec.config
         self.threads = config.engine.cpu_threads or usable_cores()  # Ray would leave one
-        wanted = config.model, config.engine.cfg_parallel
+        kind = CausalSegmentEngine if config.continuity.causal else SegmentEngine
+        wanted = config.model, config.engine.cfg_parallel, kind
         self.loading = True
         try:
             if self.engine is None or self.loaded_for != wanted:
                 self.engine = None  # frees the last model before the next one is loaded
                 weights = weights_digest(config.model)
-                self.engine = SegmentEngine.load(config.model, self.threads, cfg_parallel=config.engine.cfg_parallel)
+                self.engine = kind.load(config.model, self.threads, cfg_parallel=config.engine.cfg_parallel)
                 self.loaded_for, self._weights = wanted, weights
             torch.set_num_threads(self.threads)
             self.engine.max_live_decoders = config.engine.max_live_decoders
@@ -175,6 +178,8 @@ def conditions_of(engine: SegmentEngine, spec: RunSpec, segment: SegmentPlan) ->
     Raises ConfigError if a picture cannot be read, HardwareDiffers if one has changed since the run was begun.
     """
     continuity, index = spec.config.continuity, segment.index
+    if (window := window_of(engine, spec)) is not None:
+        return SegmentInput({"continuity": continuity, "before": chunks_before(spec, index, window)})
     given = _read_pictures(spec, segment)
     image = given.pop("image", None)
     frame = None if image is None else np.asarray(image)[None]
@@ -200,6 +205,27 @@ def conditions_of(engine: SegmentEngine, spec: RunSpec, segment: SegmentPlan) ->
         picture=frame,
     )
     return SegmentInput(given | context)
+
+
+def window_of(engine: SegmentEngine, spec: RunSpec) -> ChunkSizes | None:
+    """The sizes of a causal model's window in this run; None for other models."""
+    if not isinstance(engine, CausalSegmentEngine):
+        return None
+    options = engine.use_options(spec.config.continuity, spec.config.sampling)
+    return ChunkSizes(options.chunk_size, options.window, options.sink)
+
+
+def chunks_before(spec: RunSpec, segment_index: int, sizes: ChunkSizes) -> list[ChunkBefore]:
+    """The committed chunks that a segment of a causal model sees."""
+    files: dict[int, torch.Tensor] = {}
+    chunks = []
+    for seen in seen_chunks(spec.storyboard, segment_index, sizes):
+        if seen.segment not in files:
+            files[seen.segment] = load_latents(spec.latents(seen.segment))
+        latents = files[seen.segment][:, :, seen.first_latent : seen.first_latent + sizes.chunk_size]
+        texts = spec.segment(seen.prompt_of)
+        chunks.append(ChunkBefore(seen.number, latents, texts.prompt, texts.negative_prompt))
+    return chunks
 
 
 def _read_pictures(spec: RunSpec, segment: SegmentPlan) -> dict[str, Any]:
@@ -243,7 +269,9 @@ def cache_stats(record: Record | None, spec: RunSpec, segment: SegmentPlan) -> d
     """
     if record is None:
         branches = ("cond", "uncond") if segment.guidance_scale > 1 else ("cond",)
-        return {f"steps_computed_{branch}": spec.config.sampling.num_inference_steps for branch in branches}
+        steps = spec.config.sampling.num_inference_steps
+        steps *= spec.config.continuity.chunks if spec.config.continuity.causal else 1
+        return {f"steps_computed_{branch}": steps for branch in branches}
     stats: dict[str, int] = defaultdict(int, units_computed=0, units_skipped=0)
     for (branch, _), counts in record.counts("branch", "step").items():
         stats[f"steps_{'computed' if counts.computed else 'skipped'}_{branch}"] += 1

@@ -15,6 +15,7 @@ from edit_ray.actors.folder_state import Damage
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.watchdog import best_effort
 from edit_ray.errors import SegmentFailed
+from edit_ray.runs.causal_plan import ChunkSizes
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Committed, Dropped, Ended, Line, Manifest
 from edit_ray.runs.manifest_file import ManifestFile
@@ -65,6 +66,7 @@ class LiveRun(Watched):
     unrecorded: Ended | None = None  # its end, if that could not be written
     consumed: int = 0  # segments, by the client that has consumed the most
     lookback_latents: int = 0  # before a segment, that its decoding may need
+    window: ChunkSizes | None = None  # of a causal model
     warnings: dict[str, str | None] = field(default_factory=dict)  # by subject: what will fail without intervention
     removed: Retention = KEEP_ALL  # up to which segments this incarnation has removed old files
     stats: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))  # of uncommitted segments

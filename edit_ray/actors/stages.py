@@ -16,6 +16,7 @@ from edit_ray.actors.live_run import FolderSilent, LiveRun
 from edit_ray.actors.messages import RunSpec, rounded
 from edit_ray.actors.pool import ActorGone, ActorPool, NoAnswer, NotStarted
 from edit_ray.actors.watchdog import Watchdog, answered, best_effort
+from edit_ray.config.causal_checks import guidance_warning
 from edit_ray.errors import (
     EditRayError,
     EntryLost,
@@ -31,6 +32,7 @@ from edit_ray.errors import (
     StaleWork,
     StoreDied,
 )
+from edit_ray.runs.causal_plan import ChunkSizes, segments_seen
 from edit_ray.runs.events import CloseRun, FailureKind, StopWork, Work
 from edit_ray.runs.manifest import Committed, Dropped, Ended, HardwareChanged, SegmentRecord, Tiled
 from edit_ray.runs.retention import retention
@@ -107,7 +109,11 @@ class Stages:
         return stats
 
     async def _prepare(self, run: LiveRun, work: Work) -> None:
-        run.lookback_latents = int((await self._ask(run, work, "prepare_run"))["lookback_latents"])
+        prepared = await self._ask(run, work, "prepare_run")
+        run.lookback_latents = int(prepared["lookback_latents"])
+        sizes = ("chunk_size", "window", "sink")
+        run.window = ChunkSizes(*(int(prepared[name]) for name in sizes)) if "window" in prepared else None
+        run.warnings["guidance"] = guidance_warning(run.spec.config)
         await self._remake_damaged(run, work)
         first = run.manifest.dropped_before
         parts = [Part(at.media, at.first_frame, at.num_frames) for at in run.manifest.segments[first:]]
@@ -196,19 +202,25 @@ class Stages:
             spec.layout,
             spec.config.cache.reuse_window,
             spec.planned_from,
+            self._seen_next(run),
         )
         if after == before:
             return
         if after.media_from > manifest.dropped_before:
             await run.append(Dropped(spec.incarnation, after.media_from))
-        first = 1 if spec.config.continuity.adain else 0  # all segments follow the first one's colours
         media = range(before.media_from, after.media_from)
         gone = [spec.media(index) for index in media]
         gone += [spec.folder.record(index, spec.segment(index).take) for index in media]
-        gone += [spec.latents(index) for index in range(max(first, before.latents_from), after.latents_from)]
+        gone += [spec.latents(index) for index in after.latents_since(before)]
         await run.on_disk(spec.folder.remove, gone)
         await run.on_disk(run.manifest.segments.forget_statistics, media.start, media.stop)
         run.removed = after
+
+    def _seen_next(self, run: LiveRun) -> tuple[int, ...]:
+        """Segments, however old, whose latents the next one is made from."""
+        if run.window is not None:
+            return segments_seen(run.spec.storyboard, len(run.manifest.segments), run.window)
+        return (0,) if run.spec.config.continuity.adain else ()  # all segments follow the first one's colours
 
     async def _finalize(self, run: LiveRun, work: Work) -> None:
         await self._clean_up(run)

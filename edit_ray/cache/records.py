@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -101,6 +101,16 @@ class Record:
             else:
                 count.skipped += 1
         return result
+
+    @classmethod
+    def joined(cls, records: Sequence[Record]) -> Record:
+        """The record of several calls of one pipeline as one, whose steps follow each other."""
+        whole = cls(sum(each.num_steps for each in records), max((each.num_units for each in records), default=0))
+        first = 0
+        for each in records:
+            whole.decisions += [replace(decision, step=first + decision.step) for decision in each]
+            first += each.num_steps
+        return whole
 
     def to_json(self) -> str:
         """The record as JSON: `num_steps`, `num_units`, and an object for each decision."""

@@ -36,20 +36,22 @@ def card_lines(config: Config, cards: Sequence[float] = CARDS) -> list[str]:
     configs, per_token = read_configs(config.model.path)
     run = cached_run(config, configs)
     needs = needs_of(configs, run, per_token=per_token)
-    rows: list[tuple[str, ...]] = [("card", "weights", "residuals", "denoising", "decoding", "peak", "set")]
+    kv = ["K/V"] if needs.kv else []
+    rows: list[tuple[str, ...]] = [("card", "weights", *kv, "residuals", "denoising", "decoding", "peak", "set")]
     for card in cards:
         placed = place(needs, int(card * 1e9))
         tiled = placed is None or placed.tiled
         denoising = needs.weights + needs.forward + (0 if tiled else needs.decoder_state)
         decoding = needs.weights + (needs.tiled if tiled else needs.decoder)
         on_card = needs.least if placed is None else placed.device_bytes or needs.whole
-        numbers = (on_card, needs.residuals, denoising, decoding)
+        numbers = (on_card, *([needs.kv] if kv else []), needs.residuals, denoising, decoding)
         peak = needs.least + needs.beside(tiled=True) if placed is None else placed.peak
-        said = (
-            _said(placed)
-            if placed is not None
-            else _fewer(most_frames(configs, run, int(card * 1e9), per_token=per_token))
-        )
+        if placed is not None:
+            said = _said(placed)
+        elif kv:
+            said = "too small; a smaller continuity.window needs less"
+        else:
+            said = _fewer(most_frames(configs, run, int(card * 1e9), per_token=per_token))
         rows.append((f"{card:g} GB", *(_gb(number) for number in (*numbers, peak)), said))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ["  ".join([*map(str.rjust, row[:-1], widths), row[-1]]) for row in rows]

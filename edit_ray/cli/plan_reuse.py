@@ -18,7 +18,7 @@ MEASURED_MS, MEASURED_TOKENS, MEASURED_WIDTH, MEASURED_BLOCKS = 181.6, 14_040, 1
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Prints what the configured run will reuse, and what fits on which card. Loads no weights.
+    """Prints what the configured run will reuse, a causal one's K/V, and what fits on which card. Loads no weights.
 
     Raises ConfigError, ModelError.
     """
@@ -38,8 +38,29 @@ def plan(options: argparse.Namespace) -> int:
         said = _reuse_lines(options, config, forward_ms)
     elif (skipped := what_can_be_skipped(config)) is not None:
         said.append(f"steps     {skipped}")
-    print("\n".join([*said, "", *card_lines(config, cards)]))
+    print("\n".join([*kv_lines(config), *said, "", *card_lines(config, cards)]))
     return 0
+
+
+def kv_lines(config: Config) -> list[str]:
+    """What a causal run keeps of earlier chunks, and computes again; nothing of other runs. Raises ModelError."""
+    if not config.continuity.causal:
+        return []
+    from edit_ray.config.run_memory import run_of
+    from edit_ray.engine.card_memory import kv_bytes
+    from edit_ray.engine.model_info import read_configs
+
+    configs, _ = read_configs(config.model.path)
+    run, spatial = run_of(config), configs["vae"].get("scale_factor_spatial", 8)
+    chunk, window = (kv_bytes(configs["transformer"], run, spatial, count) for count in (run.chunk_size, run.window))
+    rotated = f", {_bytes(window // 2)} of rotated keys" if run.rotated_keys else ""
+    chunks, steps, shown = config.continuity.chunks, config.sampling.num_inference_steps, run.window // run.chunk_size
+    return [
+        f"K/V       {_bytes(chunk)} a chunk of {run.chunk_size} latents, {_bytes(window)} in a window of {run.window}"
+        f"{rotated}",
+        f"recache   a segment of {chunks} chunks takes {chunks * (steps + 1)} forwards of a chunk, and before them up "
+        f"to {shown}",
+    ]
 
 
 def _reuse_lines(options: argparse.Namespace, config: Config, forward_ms: float | None) -> list[str]:

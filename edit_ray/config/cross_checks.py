@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from edit_ray.config.causal_checks import causal_mistakes, chunk_mistakes
 from edit_ray.config.mistakes import KeyPath, Mistake, mistake_at
 from edit_ray.config.picture_checks import mode_mistakes
 from edit_ray.engine.options import adapter_names
@@ -23,9 +24,10 @@ _LAYOUT_KEYS = ("sampling.num_frames", "sampling.fps", "continuity")
 
 def cross_field_mistakes(config: Config) -> Iterator[Mistake]:
     """Every mistake; those of the video's length only if its segments are valid."""
-    of_segments = [*_shape(config), *_continuity(config)]
+    of_segments = [*_shape(config), *_continuity(config), *chunk_mistakes(config)]
     yield from of_segments or _length_and_storyboard(config)
     yield from mode_mistakes(config)
+    yield from causal_mistakes(config)
     yield from _reuse(config)
     yield from _steps(config)
     yield from _loras(config)
@@ -37,7 +39,9 @@ def cross_field_mistakes(config: Config) -> Iterator[Mistake]:
 def _shape(config: Config) -> Iterator[Mistake]:
     sampling, continuity = config.sampling, config.continuity
     frames, latents = sampling.num_frames, (sampling.num_frames - 1) // TEMPORAL_FACTOR + 1
-    if frames % TEMPORAL_FACTOR != 1:
+    if continuity.causal:
+        pass  # the nearest whole number of chunks is named
+    elif frames % TEMPORAL_FACTOR != 1:
         below = (frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1
         near = f"{below} or {below + TEMPORAL_FACTOR}"
         yield mistake_at("sampling.num_frames", f"is {frames}; it must be {TEMPORAL_FACTOR}k+1, such as {near}.")
@@ -74,7 +78,7 @@ def _continuity(config: Config) -> Iterator[Mistake]:
             "cache.reuse_window of 1 or more.",
             "cache",
         )
-    if continuity.carried_latents:
+    if continuity.carried_latents or continuity.causal:
         return
     if continuity.init is not None:
         yield mistake_at(

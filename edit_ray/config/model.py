@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from edit_ray.cache.options import CacheOptions
+from edit_ray.config.causal_checks import causal_defaults
 from edit_ray.config.cross_checks import cross_field_mistakes
 from edit_ray.config.mistakes import Mistakes
 from edit_ray.config.scenes import storyboard_of
@@ -14,7 +15,7 @@ from edit_ray.engine.options import ContinuityOptions, EngineOptions, ModelOptio
 from edit_ray.metrics.exporter import MetricsOptions
 from edit_ray.options import Options
 from edit_ray.runs.ids import MAX_SEGMENTS
-from edit_ray.runs.run_plan import FrameLayout, Storyboard
+from edit_ray.runs.run_plan import FrameLayout, Storyboard, Switch
 from edit_ray.tiers.options import StoreOptions
 from edit_ray.video.encode import OutputOptions
 
@@ -117,7 +118,9 @@ class PromptSegment(Options):
     The other values hold as long; their defaults are those of `sampling`, and of `model.loras` for `lora_weights`,
     which are weights by adapter. `image` is the first frame of the entry's
     segments, with `continuity.mode: image` of its first one, with `svi` what they all show. `last_image` is the last
-    frame of its last segment. A VACE model shows what is in the `reference_images`.
+    frame of its last segment. A VACE model shows what is in the `reference_images`. `switch` is what a causal model
+    sees of the chunks before the entry: `recache`, the default, them with the new prompt; `keep` them with the prompts
+    that they have; `cut` nothing.
     """
 
     start: Instant | None = None
@@ -138,6 +141,7 @@ class PromptSegment(Options):
         strict=False,
         json_schema_extra={"valid": VALID_REFERENCES},
     )
+    switch: Switch | None = None
 
     @model_validator(mode="after")
     def _check_one_is_given(self) -> Self:
@@ -185,6 +189,11 @@ class Config(Options):
     output: OutputOptions = Field(default_factory=OutputOptions)
     metrics: MetricsOptions = Field(default_factory=MetricsOptions)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        return causal_defaults(given)
+
     @model_validator(mode="after")
     def _check_across(self) -> Self:
         if mistakes := list(cross_field_mistakes(self)):
@@ -225,6 +234,7 @@ def layout_of(sampling: SamplingOptions, continuity: ContinuityOptions) -> Frame
         sampling.fps,
         init_latents=continuity.preceding_latents,
         denoise_needs_frames=continuity.carried_frames > 0,
+        causal=continuity.causal,
     )
 
 

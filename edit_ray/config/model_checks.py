@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.policies import POLICIES, OptionError, check_granularity
+from edit_ray.config.causal_checks import causal_model_mistakes
 from edit_ray.config.cross_checks import guidance_mistakes
 from edit_ray.config.mistakes import KeyPath, Mistake, mistake_at, mistakes_of, printable
 from edit_ray.config.model import Config, PromptSegment
@@ -99,6 +100,7 @@ def model_mistakes(config: Config, texts: Iterable[Text]) -> list[Mistake]:
         return [*mistakes, Mistake(("model", "path"), f"model.path: {error}")]
     return [
         *(*mistakes, *_shape(config, info), *model_takes(config, info), *_device_bytes(config)),
+        *causal_model_mistakes(config, info),
         *(*_experts(config, info), *_loras(config, info), *_words(texts, info)),
     ]
 

@@ -81,6 +81,8 @@ def file_mistakes(config: Config) -> Iterator[Mistake]:
 def model_takes(config: Config, info: ModelInfo) -> Iterator[Mistake]:
     """What the model is not made for, or misses."""
     mode, kind = config.continuity.mode, info.kind
+    if config.continuity.causal or info.causal is not None:
+        return  # such a run takes no pictures, and has said so
     if mode not in _MODES[kind]:
         valid = f"{', '.join(_MODES[kind][:-1])} or {_MODES[kind][-1]}"
         why = _WHY[mode] if kind in ("text", "first frame") or mode == "svi" else f"it is {_IS[kind]}"

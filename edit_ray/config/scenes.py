@@ -29,6 +29,7 @@ def storyboard_of(config: Config) -> Storyboard:
             **defaults | own,
             lora_weights=entry.lora_weights or {},
             pictures=Pictures(image, None, entry.reference_images or ()),
+            switch=entry.switch or "recache",
         )
         scenes += _parts(whole, end, entry.last_image, chained=config.continuity.mode == "image")
     return Storyboard(tuple(scenes), layout)

@@ -45,7 +45,8 @@ class TransformerBytes:
 @dataclass(frozen=True)
 class Needs:
     """Bytes of a run on the GPU: `weights` besides the transformers', what denoising and decoding add, and the states
-    that stay of each while the other runs. `tiled` is decoding in tiles, whose states are in host memory.
+    that stay of each while the other runs. `tiled` is decoding in tiles, whose states are in host memory. `kv` is the
+    window of a causal model.
     """
 
     transformers: Mapping[str, TransformerBytes]
@@ -55,6 +56,7 @@ class Needs:
     decoder: int
     decoder_state: int
     tiled: int
+    kv: int = 0
 
     @property
     def whole(self) -> int:
@@ -75,7 +77,7 @@ class Needs:
         """At most, besides the transformers' weights: denoising and decoding take turns, step by step."""
         decoding = self.tiled if tiled else self.decoder
         denoising = self.forward + (0 if tiled else self.decoder_state)
-        return self.weights + self.residuals + max(denoising, decoding) + CUDA_LIBRARIES
+        return self.weights + self.residuals + self.kv + max(denoising, decoding) + CUDA_LIBRARIES
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,18 @@ class Run:
     storage: str = "torch_dtype"
     fast: bool = False
     file_bytes: Mapping[str, int] | None = None  # of transformers in GGUF
+    window: int = 0  # latent frames whose K/V a causal model attends to
+    chunk_size: int = 0  # of them those that it denoises together
+    rotated_keys: bool = False  # whether the keys are there a second time
+
+
+def kv_bytes(config: PartConfig, run: Run, spatial: int, latent_frames: int) -> int:
+    """K/V of so many latent frames in all layers of a transformer, without rotated keys."""
+    rows, columns = config.get("patch_size", (1, 2, 2))[1:]
+    tokens = latent_frames * (run.height // spatial // rows) * (run.width // spatial // columns)
+    layers = int(config.get("num_layers", 40)) * run.branches
+    values: int = 2 * tokens * width_of(config) * layers
+    return values * ITEM_BYTES[run.torch_dtype]
 
 
 def needs_of(configs: Mapping[str, PartConfig], run: Run, *, per_token: bool) -> Needs:
@@ -127,7 +141,9 @@ def needs_of(configs: Mapping[str, PartConfig], run: Run, *, per_token: bool) ->
     first = next(iter(experts.values()))
     spatial, temporal = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
     frames, rows, columns = first.get("patch_size", (1, 2, 2))
-    latents = ((run.num_frames - 1) // temporal + 1, run.height // spatial, run.width // spatial)
+    at_once = run.chunk_size or (run.num_frames - 1) // temporal + 1
+    latents = (at_once, run.height // spatial, run.width // spatial)
+    kv = kv_bytes(first, run, spatial, run.window)
     tokens = latents[0] // frames * (latents[1] // rows) * (latents[2] // columns)
     width = width_of(first)
     one = tokens * width * item
@@ -146,12 +162,13 @@ def needs_of(configs: Mapping[str, PartConfig], run: Run, *, per_token: bool) ->
         weights=weights,
         forward=forward_bytes(first, tokens, item, per_token=per_token)
         + loop
-        + (texts if run.fast else 0)
+        + (texts if run.fast or run.window else 0)
         + (0 if run.storage == "torch_dtype" and not run.file_bytes else largest_layer(first) * item),
         residuals=kept * one + run.tier_bytes,
         decoder=int(at_work * pixels) + shown,
         decoder_state=int(STATE_CHANNELS[residual] * channels * item * pixels),
         tiled=int(at_work * min(pixels, TILE * TILE)),
+        kv=kv + kv // 4 * (2 if run.rotated_keys else 0),
     )
 
 

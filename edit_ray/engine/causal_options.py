@@ -8,14 +8,15 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from edit_ray.engine.options import ContinuityOptions, SamplingOptions
 from edit_ray.errors import ConfigError, ModelError
 from edit_ray.options import Options, describe, node_at
+from edit_ray.runs.run_plan import Switch
 
 INDEX_KEY = "causal"
 """Where `model_index.json` has them; a bidirectional model has no such key."""
 FOREIGN_CLASS = "CausalWanTransformer3DModel"
 """FastVideo's transformer; its weights have diffusers' names."""
-Switch = Literal["recache", "keep", "cut"]
 
 
 class CausalOptions(Options):
@@ -73,6 +74,21 @@ def causal_options(given: Mapping[str, Any], *, base: CausalOptions | None = Non
         raise ConfigError([_sentence(each) for each in error.errors()]) from None
 
 
+def options_of_run(base: CausalOptions, continuity: ContinuityOptions, sampling: SamplingOptions) -> CausalOptions:
+    """The options of a causal model in a run: its own, changed by what the run's configuration gives.
+
+    The noise levels `sigmas` are warped by `flow_shift`. Raises `ConfigError` with a sentence for each mistake.
+    """
+    names = ("window", "sink", "context_noise", "rope")
+    given = {name: value for name in names if (value := getattr(continuity, name)) is not None}
+    if sampling.sampler is not None:
+        given["sampler"] = sampling.sampler
+    if sampling.sigmas is not None:
+        shift = sampling.flow_shift
+        given["timesteps"] = [1000 * shift * sigma / (1 + (shift - 1) * sigma) for sigma in sampling.sigmas]
+    return causal_options(given, base=base)
+
+
 def _sentence(error: Any) -> str:
     path, schema = error["loc"], CausalOptions.model_json_schema()
     if not path:
@@ -82,18 +98,32 @@ def _sentence(error: Any) -> str:
     return f"{path[0]} is {error['input']!r}; it must be {describe(node_at(path[:1], schema), schema)}."
 
 
-def check_kind(index: Mapping[str, Any], path: object, *, causal: bool) -> None:
-    """Check that a model with this `model_index.json` is a causal one, or with `causal=False` that it is none.
+def causal_in(index: Mapping[str, Any], path: object) -> CausalOptions | None:
+    """The causal options in a `model_index.json`; None of a bidirectional model. Raises `ModelError` for bad ones."""
+    _check_class(index, path)
+    try:
+        return causal_options(index[INDEX_KEY]) if INDEX_KEY in index else None
+    except (TypeError, ValueError) as error:
+        said = " ".join(str(error).splitlines())
+        raise ModelError(f"{str(path)!r} has causal options in its model_index.json that cannot be: {said}") from None
 
-    Raises:
-        ModelError: it is not; the sentence says what would load it.
-    """
+
+def _check_class(index: Mapping[str, Any], path: object) -> None:
     transformer = index.get("transformer")
     if INDEX_KEY not in index and isinstance(transformer, list) and transformer[-1:] == [FOREIGN_CLASS]:
         raise ModelError(
             f"{str(path)!r} is a causal model with the class {FOREIGN_CLASS}, which diffusers does not have: "
             "`edit-ray convert` makes one of it that EditCausalWanPipeline loads."
         )
+
+
+def check_kind(index: Mapping[str, Any], path: object, *, causal: bool) -> None:
+    """Check that a model with this `model_index.json` is a causal one, or with `causal=False` that it is none.
+
+    Raises:
+        ModelError: it is not; the sentence says what would load it.
+    """
+    _check_class(index, path)
     if causal and INDEX_KEY not in index:
         raise ModelError(
             f"{str(path)!r} is a bidirectional model, which sees a whole clip at once: EditWanPipeline loads it; "
@@ -101,7 +131,8 @@ def check_kind(index: Mapping[str, Any], path: object, *, causal: bool) -> None:
         )
     if not causal and INDEX_KEY in index:
         raise ModelError(
-            f"{str(path)!r} is a causal model, which makes a video chunk by chunk: EditCausalWanPipeline loads it."
+            f"{str(path)!r} is a causal model, which makes a video chunk by chunk: EditCausalWanPipeline loads it, "
+            "and a run with continuity.mode 'causal'."
         )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from typing import Any, NoReturn, Self
 
 import torch
 from diffusers import (
@@ -28,12 +30,14 @@ from edit_ray.cache.loop_position import LoopStep
 from edit_ray.cache.stores.base import CacheStore
 from edit_ray.engine.caching import loop_steps
 from edit_ray.engine.causal_options import INDEX_KEY, CausalOptions, causal_options, latents_of_chunks
-from edit_ray.engine.causal_stream import CausalStream, VideoChunk, schedule_of
+from edit_ray.engine.causal_stream import CausalStream, GivenChunk, VideoChunk, schedule_of
 from edit_ray.engine.conditioning import StepSchedule
 from edit_ray.engine.loop import StepCallback
+from edit_ray.engine.model_files import folder_above, local_folder
 from edit_ray.engine.pipeline import EditWanOutput, EditWanPipeline, one_call_at_a_time
 
 logger = logging.getLogger(__name__)
+_SHARED = ("tokenizer", "text_encoder", "vae", "scheduler")
 
 
 def noise_scheduler_of(sampler: str) -> SchedulerMixin:
@@ -86,6 +90,26 @@ class EditCausalWanPipeline(EditWanPipeline):
         super().__init__(tokenizer, text_encoder, vae, scheduler, transformer, **parts)
         self.causal = causal_options(causal or {})
         self.register_to_config(causal=self.causal.model_dump())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str],
+        *,
+        torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """As of `EditWanPipeline`. A model in the folder of another one takes those parts of it that it has not."""
+        folder = local_folder(str(pretrained_model_name_or_path))
+        above = None if folder is None else folder_above(folder)
+        if folder is not None and above is not None:
+            lacking = [name for name in _SHARED if name not in kwargs and not (folder / name).is_dir()]
+            given: dict[str, Any] = dict.fromkeys(name for name in ("transformer", *_SHARED) if name not in lacking)
+            parts = EditWanPipeline.from_pretrained(above, torch_dtype=torch_dtype, **given).components
+            kwargs |= {name: parts[name] for name in lacking}
+        loading: dict[str, Any] = {"torch_dtype": torch_dtype, "device": device}
+        return super().from_pretrained(pretrained_model_name_or_path, **loading, **kwargs)
 
     @property
     def causal(self) -> CausalOptions:
@@ -165,7 +189,7 @@ class EditCausalWanPipeline(EditWanPipeline):
         num_videos_per_prompt: int | None = 1,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        history: Tensor | None = None,
+        history: Tensor | Sequence[GivenChunk] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (as in EditWanPipeline)
@@ -179,12 +203,13 @@ class EditCausalWanPipeline(EditWanPipeline):
         """A stream of chunks, without an end unless `num_frames` is given.
 
         `history` [B, C, k, h, w] are normalised latents that the stream continues: whole chunks, which it does not make
-        again. `callback_on_step_end` is called with the step inside the chunk.
+        again; or those chunks that the next one sees, with their numbers and prompts. `callback_on_step_end` is called
+        with the step inside the chunk.
 
         Raises:
             ConfigError: a wrong option; all of them are named.
-            ValueError: no number of chunks has `num_frames` frames; `history` is not of whole chunks;
-                `kv_device_bytes` is too small.
+            ValueError: no number of chunks has `num_frames` frames; `history` is not of whole chunks, or has gaps where
+                frames are to be decoded; `kv_device_bytes` is too small.
             HostMemoryShort: the node has too little memory for the K/V beyond `kv_device_bytes`.
         """
         causal, names = causal_options(options, base=self.causal), tuple(callback_on_step_end_tensor_inputs)
@@ -203,7 +228,7 @@ class EditCausalWanPipeline(EditWanPipeline):
             self, causal, kv, texts, shape=shape, seeds=_seeds(generator, batch),
             num_chunks=None if latents is None else latents // causal.chunk_size, guidance_scale=guidance_scale,
             attention_kwargs=attention_kwargs, max_sequence_length=max_sequence_length,
-            history=None if history is None else self._beginning(history, shape),
+            history=() if history is None else self._beginning(history, shape, whole=decode),
             callback=callback_on_step_end, callback_tensor_inputs=names, decode=decode,
         )  # fmt: skip
 
@@ -272,15 +297,26 @@ class EditCausalWanPipeline(EditWanPipeline):
             device_bytes=device_bytes,
         )
 
-    def _beginning(self, history: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def _beginning(
+        self, history: Tensor | Sequence[GivenChunk], shape: tuple[int, ...], *, whole: bool
+    ) -> list[GivenChunk]:
         """A given beginning in float32 on the device. Raises ValueError for another shape than a stream's chunks."""
         batch, channels, frames, *size = shape
-        given = list(history.shape)
-        if len(given) != 5 or given[:2] != [batch, channels] or given[3:] != size or given[2] % frames or not given[2]:
-            raise ValueError(
-                f"`history` is {given}; it must be {[batch, channels, f'n * {frames}', *size]}, n chunks of latents."
-            )
-        return history.to(self._execution_device, torch.float32)
+        for latents in [history] if isinstance(history, Tensor) else [given.latents for given in history]:
+            given, many = list(latents.shape), isinstance(history, Tensor)
+            right = len(given) == 5 and given[:2] == [batch, channels] and given[3:] == size
+            if not right or not given[2] or given[2] % frames or (given[2] != frames and not many):
+                valid = [batch, channels, f"n * {frames}" if many else frames, *size]
+                raise ValueError(
+                    f"`history` is {given}; it must be {valid}, {'n chunks' if many else 'one'} of latents."
+                )
+        if isinstance(history, Tensor):
+            history = [GivenChunk(index, latents) for index, latents in enumerate(history.split(frames, dim=2))]
+        numbers = [given.index for given in history]
+        if numbers != (list(range(len(numbers))) if whole else sorted(set(numbers))):
+            said = "all from 0 on, as the stream decodes" if whole else "numbers that rise"
+            raise ValueError(f"`history` has the chunks {numbers}; they must be {said}.")
+        return [replace(given, latents=given.latents.to(self._execution_device, torch.float32)) for given in history]
 
 
 def _seeds(generator: Generator | list[Generator] | None, batch: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -15,21 +16,25 @@ from torch import Generator, Tensor
 from edit_ray.cache.kv import KVWindow
 from edit_ray.engine.causal_attention import CausalAttention
 from edit_ray.engine.causal_loop import ChunkRequest, denoise_chunk, remember_chunk
-from edit_ray.engine.causal_options import CausalOptions, Switch, check_switch
+from edit_ray.engine.causal_options import CausalOptions, check_switch
 from edit_ray.engine.conditioning import StepSchedule
 from edit_ray.engine.decode import StreamingDecoder, to_uint8
-from edit_ray.runs.run_plan import chunk_seed
+from edit_ray.runs.run_plan import Switch, chunk_seed
 
 Texts = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
 class ChunkStatistics:
-    """What a chunk took: the seconds until its frames were there, the window with it, bytes of K/V on the device."""
+    """What a chunk took: the seconds until its frames were there, the window with it, bytes of K/V on the device.
+
+    `recache_s` of the seconds computed K/V of earlier chunks again.
+    """
 
     seconds: float
     window: tuple[int, ...]
     kv_bytes: int
+    recache_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,18 @@ class VideoChunk:
     latents: Tensor
     frames: NDArray[np.uint8] | None
     statistics: ChunkStatistics
+
+
+@dataclass(frozen=True)
+class GivenChunk:
+    """A chunk that a stream continues: its number, clean latents [B, C, c, h, w], and the prompt that it is shown with.
+
+    The `texts` are embeddings [B, L, D] of the prompt and, with guidance, of the negative prompt; None: the stream's.
+    """
+
+    index: int
+    latents: Tensor
+    texts: Texts | None = None
 
 
 class CausalStream:
@@ -65,7 +82,7 @@ class CausalStream:
         guidance_scale: float = 1.0,
         attention_kwargs: dict[str, Any] | None = None,
         max_sequence_length: int = 512,
-        history: Tensor | None = None,
+        history: Sequence[GivenChunk] = (),
         callback: Any = None,
         callback_tensor_inputs: tuple[str, ...] = ("latents",),
         decode: bool = True,
@@ -78,14 +95,15 @@ class CausalStream:
         self._attention = CausalAttention(pipe.transformer, kv, options, (shape[-2] // rows, shape[-1] // columns))
         self._callback, self._tensor_inputs = callback, callback_tensor_inputs
         self._decoder = StreamingDecoder(pipe.vae) if decode else None
-        self._latents: dict[int, Tensor] = {}  # of the chunks whose K/V may be computed again
+        self._known: dict[int, tuple[Tensor, Texts]] = {}  # the chunks whose K/V may be computed again
         self._pending: list[tuple[Switch | None, Texts]] = []  # what changes before the next chunk
         self._closed, self._made, self.next_chunk = False, 0, 0
         self._denoised: Tensor | None = None  # the next chunk, if it has yet to be decoded
         self._decoded = torch.empty(1, *shape[1:])[:, :, :0]  # the last latents that the decoder depends on
-        if history is not None:
-            self._latents = dict(enumerate(history.split(options.chunk_size, dim=2)))
-            self._decoded, self.next_chunk = history[:1].cpu(), len(self._latents)
+        if history:
+            self._known = {given.index: (given.latents, given.texts or texts) for given in history}
+            self._decoded = torch.cat([given.latents[:1].cpu() for given in history], dim=2)
+            self.next_chunk = history[-1].index + 1
             self._pending.append((None, texts))
 
     def __iter__(self) -> Self:
@@ -126,25 +144,35 @@ class CausalStream:
     def close(self) -> None:
         """End the stream, and free its K/V."""
         self._closed, self._decoder = True, None
-        self._latents.clear()
+        self._known.clear()
         self.kv.free()
 
     @torch.no_grad()
     def make(self) -> VideoChunk:
         """The next chunk; called by the pipeline, one call at a time."""
-        begun, index = time.perf_counter(), self.next_chunk
+        begun, index, recache_s = time.perf_counter(), self.next_chunk, 0.0
         if self._denoised is None:
-            while self._pending:
-                self._change(*self._pending[0])
-                del self._pending[0]
-            self._denoised = self._latents[index] = denoise_chunk(self._pipe, self._request(index, self._noise(index)))
-            known = {*self.kv.chunks, *self.kv.stored}
-            self._latents = {chunk: each for chunk, each in self._latents.items() if chunk in known}
+            if self._pending:
+                self._make_changes()
+                recache_s = time.perf_counter() - begun
+            self._denoised = denoise_chunk(self._pipe, self._request(index, self._noise(index), self._texts))
+            self._known[index] = self._denoised, self._texts
+            held = {*self.kv.chunks, *self.kv.stored}
+            self._known = {chunk: each for chunk, each in self._known.items() if chunk in held}
         latents, frames = self._denoised, self._decode(self._denoised)
         self._denoised, self.next_chunk, self._made = None, index + 1, self._made + 1
         self._closed |= self._pipe.interrupt
-        statistics = ChunkStatistics(time.perf_counter() - begun, self.kv.chunks, self.kv.device_bytes)
+        seconds = time.perf_counter() - begun
+        statistics = ChunkStatistics(seconds, self.kv.chunks, self.kv.device_bytes, recache_s)
         return VideoChunk(index, latents, frames, statistics)
+
+    def _make_changes(self) -> None:
+        """What the next chunk waits for: other prompts, and K/V of a given beginning."""
+        while self._pending:
+            self._change(*self._pending[0])
+            del self._pending[0]
+        if self._pipe._execution_device.type == "cuda":
+            torch.cuda.synchronize(self._pipe._execution_device)  # so that its seconds are its own
 
     def _decode(self, latents: Tensor) -> NDArray[np.uint8] | None:
         """The chunk's frames; after an error the decoder's state is made again."""
@@ -159,28 +187,28 @@ class CausalStream:
         return frames
 
     def _change(self, switch: Switch | None, texts: Texts) -> None:
-        """Continue with other texts; without a switch all latents at hand are shown to the model, with these texts."""
+        """Continue with other texts; without a switch all known chunks are shown to the model, each with its texts."""
         self._texts = texts
         if switch == "keep":
             return
         if switch == "cut":
-            self._latents.clear()
+            self._known.clear()
             self._attention.origin = self.next_chunk
         elif switch == "recache":
-            self._latents = {chunk: self._latents[chunk] for chunk in self.kv.chunks}
+            self._known = {chunk: (self._known[chunk][0], texts) for chunk in self.kv.chunks}
             self._pending[0] = (None, texts)  # as far as this is, should it fail
         self.kv.clear()
-        for chunk, latents in self._latents.items():
-            remember_chunk(self._pipe, self._request(chunk, latents))
+        for chunk, known in self._known.items():
+            remember_chunk(self._pipe, self._request(chunk, *known))
 
-    def _request(self, index: int, latents: Tensor) -> ChunkRequest:
+    def _request(self, index: int, latents: Tensor, texts: Texts) -> ChunkRequest:
         return ChunkRequest(
             index,
             latents,
             self._attention,
             schedule_of(self.options),
             lambda step: self._generators(index, step),
-            *self._texts,
+            *texts,
             context_noise=self.options.context_noise,
             callback=self._callback,
             callback_tensor_inputs=self._tensor_inputs,

@@ -40,10 +40,11 @@ SAMPLERS: dict[Sampler, str] = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_pipeline(options: ModelOptions) -> EditWanPipeline:
+def load_pipeline(options: ModelOptions, kind: type[EditWanPipeline] = EditWanPipeline) -> EditWanPipeline:
     """Load the model on its device, without progress bars, every part in `torch_dtype`, the VAE included.
 
-    An offloaded text encoder stays in host memory, and so do offloaded blocks.
+    It becomes a pipeline of this `kind`, which must be that of the model. An offloaded text encoder stays in host
+    memory, and so do offloaded blocks.
 
     Raises `ModelError` if the path is not a Wan model, a LoRA does not fit it, the device is missing or cannot run the
     dtype, a package is missing, the GPU cannot hold the weights, and if `device_bytes` is too little.
@@ -57,7 +58,7 @@ def load_pipeline(options: ModelOptions) -> EditWanPipeline:
     transformers_logging.disable_progress_bar()
     try:
         with _ONE_AT_A_TIME:
-            pipe = _read_parts(options, folder, dtype)
+            pipe = _read_parts(options, folder, dtype, kind)
     except (OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, ModelError):
             raise
@@ -88,11 +89,13 @@ def _check_card(options: ModelOptions, card: int) -> None:
         raise ModelError(f"model.path is {options.path!r}: {problem}")
 
 
-def _read_parts(options: ModelOptions, location: str, dtype: torch.dtype) -> EditWanPipeline:
+def _read_parts(
+    options: ModelOptions, location: str, dtype: torch.dtype, kind: type[EditWanPipeline]
+) -> EditWanPipeline:
     """The model's parts in host memory, those in single files from these."""
     given = load_transformers(options, location, dtype)
     own = [name for name in ("transformer", "transformer_2") if name not in given]
-    return EditWanPipeline.from_pretrained(location, torch_dtype=dtype, **given, **storing(options, own))
+    return kind.from_pretrained(location, torch_dtype=dtype, **given, **storing(options, own))
 
 
 def choose_device(device: str) -> torch.device:

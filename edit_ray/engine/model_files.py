@@ -90,6 +90,28 @@ def _checked_folder(folder: Path, path: str) -> str:
     return str(folder)
 
 
+def folder_above(folder: Path) -> Path | None:
+    """The model in whose folder a causal model's lies, and whose parts it takes where it has none; None without one.
+
+    Raises ModelError if it is outside `$EDIT_RAY_MODEL_ROOTS`.
+    """
+    above = folder.resolve().parent
+    try:
+        causal = "causal" in json.loads((folder / INDEX_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not causal or not (above / INDEX_FILE).is_file():
+        return None
+    _check_allowed(above, str(above))
+    return above
+
+
+def part_in(folder: Path, name: str) -> Path:
+    """A part or a file of the model in a folder, or of the one above that it takes parts of; it need not exist."""
+    above = None if (folder / name).exists() else folder_above(folder)
+    return folder / name if above is None else above / name
+
+
 def model_digest(path: str, files: Iterable[str] = ()) -> str | None:
     """xxh3_64 of all files that a model is loaded from, as 16 hexadecimal digits; None for a hub id alone.
 
@@ -103,10 +125,11 @@ def model_digest(path: str, files: Iterable[str] = ()) -> str | None:
     digest = xxh3_64()
     try:
         if folder is not None:
-            parts = [folder / name for name in sorted(json.loads((folder / INDEX_FILE).read_bytes()))]
-            found = [file for part in parts for file in sorted(part.rglob("*")) if file.is_file()]
-            for file in (folder / INDEX_FILE, *found):
-                digest.update(f"{file.relative_to(folder)} {known_digest(file)}\n".encode())
+            digest.update(f"{INDEX_FILE} {known_digest(folder / INDEX_FILE)}\n".encode())
+            for name in sorted(json.loads((folder / INDEX_FILE).read_bytes())):
+                part = part_in(folder, name)
+                for file in [file for file in sorted(part.rglob("*")) if file.is_file()]:
+                    digest.update(f"{file.relative_to(part.parent)} {known_digest(file)}\n".encode())
         for file in singles:
             digest.update(f"{known_digest(file)}\n".encode())
     except (OSError, ValueError) as error:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from edit_ray.engine.causal_options import check_kind
-from edit_ray.engine.model_files import INDEX_FILE, HubUnreachable, hub_file, local_folder, locate_model
+from edit_ray.engine.causal_options import CausalOptions, causal_in
+from edit_ray.engine.model_files import INDEX_FILE, HubUnreachable, hub_file, local_folder, locate_model, part_in
 from edit_ray.errors import ModelError
 
 TRANSFORMER_CLASS = "WanTransformer3DModel"
@@ -30,7 +30,8 @@ latent, by control blocks."""
 class ModelInfo:
     """A Wan model: sizes in pixels and frames, and the words that it was trained on.
 
-    `width` is that of the transformer's hidden states; `num_blocks` has the experts that the model has.
+    `width` is that of the transformer's hidden states; `num_blocks` has the experts that the model has;
+    `rope_max_seq_len` is the latent frames that it has positions for.
     """
 
     patch_size: tuple[int, int, int]
@@ -44,6 +45,8 @@ class ModelInfo:
     boundary_ratio: float | None
     first_and_last: bool | None  # whether CLIP must see a last frame too; it must not if False, and may without CLIP
     lookback_latents: int  # latents before a point of the stream on which the frames after it depend
+    rope_max_seq_len: int = 1024
+    causal: CausalOptions | None = None  # of a causal model
     tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)  # if it looks up words
 
     @property
@@ -143,7 +146,8 @@ class _ModelFiles:
         """The file of this name, if the model has one; raises HubUnreachable."""
         if self._folder is None:
             return hub_file(self._location, name)
-        return self._folder / name if (self._folder / name).is_file() else None
+        file = part_in(self._folder, name)
+        return file if file.is_file() else None
 
     def json(self, name: str) -> dict[str, Any]:
         """The JSON object in a file. Raises HubUnreachable; ModelError if missing, unreadable or not an object."""
@@ -165,7 +169,7 @@ class _ModelFiles:
 
 def _read(files: _ModelFiles) -> ModelInfo:
     path, index = files.path, files.json(INDEX_FILE)
-    check_kind(index, path, causal=False)
+    causal = causal_in(index, path)
     classes = {name: _class_of(index, name) for name in ("transformer", "transformer_2", "vae", "tokenizer")}
     transformer_class = classes["transformer"] or classes["transformer_2"]
     if transformer_class not in (TRANSFORMER_CLASS, VACE_CLASS) or classes["vae"] != VAE_CLASS:
@@ -192,6 +196,8 @@ def _read(files: _ModelFiles) -> ModelInfo:
             boundary_ratio=None if boundary_ratio is None else float(boundary_ratio),
             first_and_last=None if transformer.get("image_dim") is None else bool(transformer.get("pos_embed_seq_len")),
             lookback_latents=lookback_latents(vae),
+            rope_max_seq_len=int(transformer.get("rope_max_seq_len", 1024)),
+            causal=causal,
             tokenizer=tokenizer,
         )
         sizes = (info.scale_factor_temporal, info.scale_factor_spatial, info.z_dim, info.width)

@@ -182,7 +182,9 @@ class SamplingOptions(Options):
 
     `sigmas` are noise levels in place of `num_inference_steps`; the noise scheduler applies `flow_shift` to them.
     `sampler` is the noise scheduler, by default the model's own; `renoise` estimates the clean latents in each step and
-    adds fresh noise, as models distilled to a few steps expect. `guidance_scale_2` and `boundary_ratio` are for models
+    adds fresh noise, as models distilled to a few steps expect. A causal model takes its own noise levels and sampler
+    unless they are given, and defaults differ: `guidance_scale` 1, 4 steps, `flow_shift` 5, and `num_frames` are those
+    of `continuity.chunks`. `guidance_scale_2` and `boundary_ratio` are for models
     with two experts: the guidance below the boundary, by default that above it, and where the boundary is, by default
     where the model says.
     """
@@ -227,9 +229,13 @@ class ContinuityOptions(Options):
     becomes the video's first frame, a clip is continued from its end and not shown again. `picture_as` says how a
     model that holds latents sees a picture: as the first latent of a clip, which stands for one frame, or as a later
     latent of a still clip, which stands for four.
+
+    `causal` is for causal models: a segment is `chunks` chunks of `chunk_size` latents. It begins with the K/V of the
+    chunks before it, computed again from their latents (`kv: recache`). `window`, `sink`, `context_noise` and `rope`
+    are the model's own unless given.
     """
 
-    mode: Literal["none", "warm_start", "history", "overlap", "image", "svi"] = "none"
+    mode: Literal["none", "warm_start", "history", "overlap", "image", "svi", "causal"] = "none"
     history_latents: int = Field(default=3, ge=1, le=64)
     overlap_source: Literal["hybrid", "latent", "reencode"] = "hybrid"
     adain: float = Field(default=0.0, ge=0, le=0.25)
@@ -240,6 +246,18 @@ class ContinuityOptions(Options):
         json_schema_extra={"valid": f"{_OF_A_PICTURE} or of a clip ({', '.join(CLIPS)})"},
     )
     picture_as: Literal["first_frame", "still"] = "first_frame"
+    chunks: int = Field(default=7, ge=1, le=256)
+    chunk_size: int = Field(default=3, ge=1, le=64)
+    kv: Literal["recache"] = "recache"
+    window: int | None = Field(default=None, ge=1, le=1024)
+    sink: int | None = Field(default=None, ge=0, le=1024)
+    context_noise: float | None = Field(default=None, ge=0, le=1000)
+    rope: Literal["relative", "absolute"] | None = None
+
+    @property
+    def causal(self) -> bool:
+        """Whether segments are chunks of a causal model."""
+        return self.mode == "causal"
 
     @property
     def carried_latents(self) -> int:

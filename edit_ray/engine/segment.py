@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -64,6 +64,8 @@ class SegmentEngine:
         # Priority over the denoising beside it: these frames are awaited, and both together take as long in any order.
         self._video_stream = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
 
+    pipeline_class: ClassVar[type[EditWanPipeline]] = EditWanPipeline
+
     @classmethod
     def load(cls, model: ModelOptions, cpu_threads: int | None = None, *, cfg_parallel: bool = False) -> Self:
         """Load `model` and give torch `cpu_threads` threads, by default one per core that this process may use.
@@ -72,7 +74,7 @@ class SegmentEngine:
         """
         torch.set_num_threads(cpu_threads or usable_cores())
         second = second_gpu() if cfg_parallel else None
-        pipe = load_pipeline(model)
+        pipe = load_pipeline(model, cls.pipeline_class)
         if second is not None:
             pipe.enable_cfg_parallel(second)
         loras = () if model.fuse_lora else model.loras
@@ -155,7 +157,11 @@ class SegmentEngine:
         if store is not None:
             store.finish()
         references = len(conditions.get("reference_images", ()))  # are in front of the video
-        latents = output[0][:, :, references:].to("cpu", torch.float32)
+        return self._checked(output[0][:, :, references:], seed)
+
+    def _checked(self, latents: Tensor, seed: int) -> Tensor:
+        """The latents in float32 on the CPU. Raises `SegmentFailed` if a value is not finite."""
+        latents = latents.to("cpu", torch.float32)
         if not latents.isfinite().all():
             raise SegmentFailed(
                 f"The segment of seed {seed} has latents that are not finite in {self.pipe.transformer.dtype}; "
@@ -181,6 +187,11 @@ class SegmentEngine:
     def record(self) -> Record | None:
         """What the cache decided in the last segment; None without a cache."""
         return None if self.pipe.cache is None else self.pipe.cache.record
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """Further statistics of the last segment, by the names of the manifest."""
+        return {}
 
     def context(
         self,

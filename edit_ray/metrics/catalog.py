@@ -116,6 +116,9 @@ _CACHE = (
         buckets=STEP_SECONDS,
         owner="denoiser",
     ),
+    _counter("chunks_total", "Chunks of causal models in committed segments."),
+    _counter("recache_seconds_total", "Time in which committed segments computed K/V of earlier chunks again."),
+    _gauge("kv_bytes", "K/V on the device, with rotated keys, of a causal model's latest segment.", owner="denoiser"),
 )
 _TIERS = (
     _gauge("tier_bytes", "Bytes in a tier.", "tier", owner="cache_store"),

@@ -294,6 +294,8 @@ def _counters(policy: str) -> dict[str, SeriesId]:
     found = {
         "reuse_wait_s": series("edit_ray_reuse_wait_seconds_total"),
         "media_bytes": series("edit_ray_media_bytes_total"),
+        "chunks": series("edit_ray_chunks_total"),
+        "recache_s": series("edit_ray_recache_seconds_total"),
     }
     for direction in LABELS["direction"]:
         found[f"reuse_{direction}_bytes"] = series("edit_ray_reuse_bytes_total", direction=direction)

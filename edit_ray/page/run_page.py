@@ -28,6 +28,9 @@ _VALUES = {
     "seam: sharpness, log2": ("seam_sharp", "{:+.2f}"),
     "residuals read": ("entries_read", "{:.0f}"),
     "residuals written": ("entries_written", "{:.0f}"),
+    "chunks": ("chunks", "{:.0f}"),
+    "K/V made again in": ("recache_s", "{:.2f} s"),
+    "K/V on the device": ("kv_bytes", "{:,.0f} bytes"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from edit_ray.runs.run_plan import FrameLayout
@@ -9,10 +10,18 @@ from edit_ray.runs.run_plan import FrameLayout
 
 @dataclass(frozen=True)
 class Retention:
-    """The media of segments before `media_from` may be removed, and the latents of those before `latents_from`."""
+    """The media of segments before `media_from` may be removed, and the latents of those before `latents_from` but for
+    the segments in `kept`.
+    """
 
     media_from: int
     latents_from: int
+    kept: tuple[int, ...] = ()
+
+    def latents_since(self, before: Retention) -> list[int]:
+        """The segments whose latents may be removed now, and could not be `before`."""
+        candidates = {*range(before.latents_from, self.latents_from), *before.kept}
+        return sorted(candidates - {*self.kept})
 
 
 KEEP_ALL = Retention(0, 0)
@@ -25,17 +34,19 @@ def retention(
     layout: FrameLayout,
     reuse_window: int = 0,
     planned_from: int = 0,
+    seen: Iterable[int] = (),
 ) -> Retention:
     """What may be removed once segments 0 … `committed`-1 are durable; `keep_segments` None keeps everything.
 
     A segment is made from the last `needed_latents` latents of the stream before it: those that it continues, and
-    those from which the decoder's state is rebuilt.
+    those from which the decoder's state is rebuilt; and from those of the segments that are `seen`.
     """
     if keep_segments is None:
         return KEEP_ALL
     media_from = max(0, committed - keep_segments)
     first = first_made_again(committed, reuse_window, planned_from)
-    return Retention(media_from, min(media_from, first_needed(first, needed_latents, layout)))
+    latents_from = min(media_from, first_needed(first, needed_latents, layout))
+    return Retention(media_from, latents_from, tuple(sorted(index for index in {*seen} if index < latents_from)))
 
 
 def first_made_again(committed: int, reuse_window: int, planned_from: int) -> int:

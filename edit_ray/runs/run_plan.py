@@ -8,7 +8,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,9 @@ from edit_ray.runs.ids import Count, Seed
 
 TEMPORAL_FACTOR = 4
 """Frames per latent; the first latent of a clip stands for a single frame."""
+
+Switch = Literal["recache", "keep", "cut"]
+"""What a causal model sees of earlier chunks where a prompt begins: all with this one, each with its own, or none."""
 
 _ROUNDING = 1e-6
 """Tolerance, in frames, for the binary rounding of seconds times frames a second."""
@@ -32,6 +35,7 @@ class FrameLayout:
         fps: frames a second.
         init_latents: latents of the user's picture or clip that segment 0 continues; they are not part of the video.
         denoise_needs_frames: whether a segment is denoised from its predecessor's frames.
+        causal: whether segments continue one stream and take nothing over, so that a later one adds 4·T frames.
 
     Raises:
         ValueError: a number out of its range.
@@ -42,6 +46,7 @@ class FrameLayout:
     fps: float
     init_latents: Count = 0
     denoise_needs_frames: bool = False
+    causal: bool = False
 
     def __post_init__(self) -> None:
         if self.num_frames < 1 or self.num_frames % TEMPORAL_FACTOR != 1:
@@ -60,11 +65,17 @@ class FrameLayout:
         """Latents of one segment along time, T."""
         return (self.num_frames - 1) // TEMPORAL_FACTOR + 1
 
+    @property
+    def one_stream(self) -> bool:
+        """Whether the latents of all segments are one clip, with one decoder."""
+        return self.causal or self.history_latents > 0
+
     def frames_of(self, segment_index: int) -> int:
         """Frames that the segment adds to the video."""
         _check_index(segment_index)
         taken_over = self.init_latents if segment_index == 0 else self.history_latents
-        return TEMPORAL_FACTOR * (self.latent_frames - taken_over) if taken_over else self.num_frames
+        continues = taken_over > 0 or (self.causal and segment_index > 0)
+        return TEMPORAL_FACTOR * (self.latent_frames - taken_over) if continues else self.num_frames
 
     def first_frame(self, segment_index: int) -> int:
         """Index in the video of the first frame that the segment adds."""
@@ -134,7 +145,8 @@ class SegmentPlan:
 class Scene:
     """The settings from segment `start` on, until the next scene. `seed` is the run's own, or one of the scene.
 
-    `cuts`: its first segment begins with its picture where others continue the segment before.
+    `cuts`: its first segment begins with its picture where others continue the segment before. `switch` is for causal
+    models.
     """
 
     start: int
@@ -145,6 +157,7 @@ class Scene:
     lora_weights: Mapping[str, float] = field(default_factory=dict)
     pictures: Pictures = NO_PICTURES
     cuts: bool = False
+    switch: Switch = "recache"
 
 
 @dataclass(frozen=True)
@@ -254,6 +267,16 @@ class Storyboard:
     def _takes(self) -> tuple[Take, ...]:
         return tuple(change for change in self.changes if isinstance(change, Take))
 
+    def switch_before(self, index: int, *switches: Switch) -> int:
+        """The latest segment, up to `index`, where a prompt begins with one of these switches; 0 if none does."""
+        return max((start for start, switch in self._switches if start <= index and switch in switches), default=0)
+
+    @cached_property
+    def _switches(self) -> list[tuple[int, Switch]]:
+        """Where prompts begin, of the storyboard and of changes; a change is a `recache` where no scene begins."""
+        switches: dict[int, Switch] = {change.start: "recache" for change in self.changes if change.prompt is not None}
+        return list((switches | {scene.start: scene.switch for scene in self.scenes}).items())
+
     @cached_property
     def _cuts(self) -> list[int]:
         return [0, *(scene.start for scene in self.scenes if scene.cuts and scene.start)]
@@ -276,7 +299,7 @@ def segment_seed(seed: int, segment_index: int) -> int:
 def chunk_seed(seed: int, chunk: int, step: int) -> int:
     """The seed of the noise that a chunk begins with (step 0), or that its step draws, in [0, 2**63).
 
-    `seed` is that of the segment, whose chunks count from 0.
+    `seed` is that of the segment or of the stream; chunks count from the last cut.
     """
     return _derived(f"{seed}:chunk:{chunk}:{step}")
 

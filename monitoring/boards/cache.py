@@ -1,6 +1,6 @@
 """The board of cache decisions and the time that they save."""
 
-from monitoring.boards.panel import Dashboard, Row, growth, panel
+from monitoring.boards.panel import Dashboard, Row, gauge, growth, panel
 from monitoring.boards.query import mean, quantile, rate, ratio
 
 _BY = ("policy", "branch")
@@ -74,4 +74,23 @@ _TIMES = Row(
     ),
 )
 
-DASHBOARD = Dashboard("cache", "Cache policies", "Cache decisions and the time that they save.", (_DECISIONS, _TIMES))
+_CHUNKS = Row(
+    "Causal models",
+    (
+        growth("Chunks per second", "Chunks in committed segments.", "short", "chunks_total", legend="chunks"),
+        panel(
+            "K/V computed again",
+            "Share of the denoising time in which segments computed K/V of earlier chunks again.",
+            "percentunit",
+            (ratio(rate("recache_seconds_total"), rate("work_seconds", part="_sum", stage="denoise")), "share"),
+        ),
+        gauge("K/V", "On the device, with rotated keys, of the latest segments.", "bytes", "kv_bytes", legend="K/V"),
+    ),
+)
+
+DASHBOARD = Dashboard(
+    "cache",
+    "Cache policies",
+    "Cache decisions, the time that they save, and K/V.",
+    (_DECISIONS, _TIMES, _CHUNKS),
+)

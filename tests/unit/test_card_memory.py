@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from edit_ray.cache.device_slots import AHEAD
+from edit_ray.cache.kv_rings import KVLayout, KVRings
 from edit_ray.cli.plan_cards import card_lines
 from edit_ray.config import config_of
 from edit_ray.engine import decode, loading
@@ -22,6 +23,7 @@ from edit_ray.engine.card_memory import (
     Run,
     card_problem,
     forward_bytes,
+    kv_bytes,
     needs_of,
     place,
     vae_parameters,
@@ -220,3 +222,19 @@ def test_too_few_bytes_for_blocks_are_one_sentence(model):
     assert config(model, offload="blocks", device_bytes=300_000).model.offload == "blocks"
     with pytest.raises(ConfigError, match=r"model.device_bytes is 30000; it must be at least [0-9]+: 3 blocks, and"):
         config(model, offload="blocks", device_bytes=30_000)
+
+
+def test_a_causal_window_takes_what_its_rings_take():
+    """Of causal-1.3B at 480 x 832 pixels: the sizes of the published model, and of the library's own window."""
+    configs = {"transformer": dict(meta_transformer("causal-1.3B").config), "vae": {}}
+    run = Run(480, 832, 81, 1, window=12, chunk_size=3, rotated_keys=True)
+    layout = KVLayout(30, 1, 4680, 12, 128, 4, torch.bfloat16, torch.device("meta"), rotated_keys=True)
+    rings = KVRings(layout, ("cond",))
+    assert kv_bytes(configs["transformer"], run, 8, 3) == 30 * layout.entry_bytes == 862_617_600
+    needs, plain = (needs_of(configs, each, per_token=False) for each in (run, replace(run, window=0, chunk_size=0)))
+    assert needs.kv == rings.device_bytes == 5_175_705_600
+    assert (plain.kv, needs.decoder) == (0, plain.decoder)
+    assert needs.forward < plain.forward, "a chunk at a time"
+    both = needs_of(configs, replace(run, branches=2, rotated_keys=False), per_token=False)
+    assert both.kv == 2 * needs.kv * 2 // 3
+    assert both.beside(tiled=False) - both.kv < needs.beside(tiled=False)

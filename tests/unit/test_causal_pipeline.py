@@ -306,7 +306,7 @@ def test_the_fast_blocks_make_the_same_chunks_up_to_rounding(pipe, rope, monkeyp
 
 def test_memory_of_a_stream_does_not_grow(pipe):
     stream = stream_of(pipe)
-    sizes = [(next(stream).statistics.kv_bytes, len(stream._latents), len(stream.kv.entries())) for _ in range(12)]
+    sizes = [(next(stream).statistics.kv_bytes, len(stream._known), len(stream.kv.entries())) for _ in range(12)]
     assert len(set(sizes[3:])) == 1
     layout = stream.kv.layout
     assert sizes[0][0] == 3 * 3 * layout.entry_bytes * 3 // 2, "with the rotated keys"

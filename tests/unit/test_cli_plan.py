@@ -89,6 +89,24 @@ def test_the_plan_is_the_engines_own(tmp_path, boundary, dtype):
         }
 
 
+def test_of_a_causal_run_it_says_the_kv_and_what_is_computed_again(tmp_path, capsys):
+    folder = save_random_wan(tmp_path / "wan", causal={"window": 12, "sink": 3})
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: {folder}}}\nvideo: {{num_segments: 2}}\nsampling: {{height: 32, width: 32}}\n"
+        "continuity: {mode: causal}\nprompt_segments: [{segment: 0, prompt: a red circle}]\n"
+    )
+    _, out, _ = said(capsys, config=tmp_path / "run.yaml")
+    assert out.splitlines()[:2] == [
+        "K/V       4.608 kB a chunk of 3 latents, 18.43 kB in a window of 12, 9.216 kB of rotated keys",
+        "recache   a segment of 7 chunks takes 35 forwards of a chunk, and before them up to 4",
+    ]
+    assert "card  weights  K/V  residuals" in out
+    assert all(len(line) <= 100 for line in out.splitlines())
+    _, out, _ = said(capsys, "--set", "continuity.rope=absolute", "--card", "0.001", config=tmp_path / "run.yaml")
+    assert "in a window of 12\n" in out
+    assert "too small; a smaller continuity.window needs less" in out
+
+
 def test_every_choice_is_what_a_run_so_configured_would_do(model):
     estimate = ReuseEstimate(config_for(model, granularity="stack", inner="teacache", wan_variant="t2v-1.3B"))
     assert {(c.granularity, c.window) for c in estimate.choices()} == {

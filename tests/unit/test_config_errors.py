@@ -317,7 +317,7 @@ continuity: {mode: histry, history_latents: 20}
 
 def test_nothing_at_all_says_what_is_needed() -> None:
     assert problems_of(None) == (
-        "(no file): video is missing; it must be a mapping with the keys num_segments, duration.",
+        "(no file): video is missing; it must be a mapping with the keys num_segments, duration, approve.",
         "(no file): prompt_segments is missing; it must be a list of 1 to 10000 entries such as "
         "{start: 0s, prompt: …} or {segment: 0, prompt: …}.",
     )

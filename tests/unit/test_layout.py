@@ -14,6 +14,8 @@ from edit_ray.runs.run_plan import FrameLayout
 @st.composite
 def layouts(draw: st.DrawFn) -> FrameLayout:
     latents = draw(st.integers(1, 257))
+    if draw(st.booleans()):
+        return FrameLayout(4 * (latents - 1) + 1, 0, draw(st.integers(1, 120)), causal=True)
     history, init = (draw(st.integers(0, latents - 1)) for _ in range(2))
     return FrameLayout(4 * (latents - 1) + 1, history, draw(st.integers(1, 120)), init)
 
@@ -24,6 +26,7 @@ def layouts(draw: st.DrawFn) -> FrameLayout:
         (FrameLayout(33, 3, 16), [33, 24, 24, 24], [0, 9, 15, 21]),  # the embedded model's video, of 105 frames
         (FrameLayout(81, 0, 16), [81, 81, 81, 81], [0, 21, 42, 63]),
         (FrameLayout(33, 3, 16, init_latents=3), [24, 24, 24, 24], [3, 9, 15, 21]),  # a clip is no part of the video
+        (FrameLayout(81, 0, 16, causal=True), [81, 84, 84, 84], [0, 21, 42, 63]),
         (FrameLayout(33, 3, 16, init_latents=1), [32, 24, 24, 24], [1, 9, 15, 21]),
     ],
 )
@@ -36,7 +39,7 @@ def test_layouts(layout: FrameLayout, frames_of: list[int], first_latents: list[
 @given(layouts(), st.integers(0, 500))
 def test_each_latent_after_the_first_of_a_stream_is_four_frames(layout: FrameLayout, index: int) -> None:
     added = layout.first_latent(index + 1) - layout.first_latent(index)
-    starts = layout.history_latents == 0 and index > 0  # a stream of its own
+    starts = not layout.one_stream and index > 0  # a stream of its own
     starts |= layout.init_latents == 0 and index == 0
     assert layout.frames_of(index) == 4 * added - 3 * starts
 

@@ -140,5 +140,6 @@ def test_a_causal_variant_makes_a_causal_model(tmp_path):
     pipe.set_progress_bar_config(disable=True)
     assert (pipe.causal.window, pipe.causal.sink, pipe.causal.chunk_size) == (6, 3, 3)
     assert pipe("any text", height=32, width=32, num_frames=9)[0].shape == (9, 32, 32, 3)
-    with pytest.raises(ModelError, match="EditCausalWanPipeline loads it"):
-        read_model_info(str(tmp_path))
+    assert read_model_info(str(tmp_path)).causal == pipe.causal
+    with pytest.raises(ModelError, match="EditCausalWanPipeline loads it, and a run with continuity"):
+        EditWanPipeline.from_pretrained(tmp_path)

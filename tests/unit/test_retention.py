@@ -11,7 +11,7 @@ from edit_ray.actors.folder_state import shortage_after, shortage_before
 from edit_ray.actors.messages import RunSpec
 from edit_ray.config import Config
 from edit_ray.runs.manifest import Extended, HardwareChanged, Manifest, Opened, Rerolled
-from edit_ray.runs.retention import KEEP_ALL, MARGIN_BYTES, retention, shortage
+from edit_ray.runs.retention import KEEP_ALL, MARGIN_BYTES, Retention, retention, shortage
 from edit_ray.runs.run_plan import FrameLayout, Take
 from edit_ray.tiers.reuse_plan import make_reuse_plan
 from tests.unit.test_manifest import BEGUN, HARDWARE, LINES, fold, record
@@ -48,6 +48,21 @@ def test_every_segment_can_be_made_from_what_is_kept_even_where_all_residuals_ar
                 again = {planned_from + k for k in made_again_for(plan, segment - planned_from)}
                 used = again.union(*(latents_for(k, needed, layout) for k in {committed} | again if k <= committed))
                 assert all(k >= kept.latents_from for k in used if k < committed), (window, planned_from, committed)
+
+
+@given(st.lists(st.sets(st.integers(0, 30), max_size=3), min_size=1, max_size=20), st.integers(1, 4), st.integers(0, 9))
+def test_what_later_segments_see_is_kept_until_they_no_longer_do(seen, keep, needed):
+    """Of each number of committed segments those that the next one sees; what was seen once may be seen no more."""
+    files, before, layout = set(), KEEP_ALL, FrameLayout(9, 0, 16, causal=True)
+    for committed, pinned in enumerate(seen, start=1):
+        pinned = {index for index in pinned if index in files or index == committed - 1}
+        files.add(committed - 1)
+        after = retention(committed, keep, needed, layout, seen=pinned)
+        files -= {*after.latents_since(before)}
+        assert files == pinned | {*range(after.latents_from, committed)}
+        assert files == {*range(committed)} - {*after.latents_since(KEEP_ALL)} or before.kept
+        before = after
+    assert Retention(0, 5, (1, 3)).latents_since(KEEP_ALL) == [0, 2, 4]
 
 
 @given(

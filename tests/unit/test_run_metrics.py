@@ -30,6 +30,7 @@ def runs(totals, clock):
 def test_a_segment_counts_when_it_is_committed(runs, totals, clock):
     told = {"denoise_s": 3.0, "steps_skipped_cond": 4, "units_skipped_cond": 8, "units_computed_uncond": 2}
     told |= {"reuse_read_bytes": 100, "reuse_wait_s": 0.25, "media_bytes": 70, "seam_score": 1.5}
+    told |= {"chunks": 7, "recache_s": 0.5, "kv_bytes": 4096}
     runs.opened("a", "teacache", 0, is_new=True)
     clock.now = 1.0
     runs.began("a", "denoise", 0)
@@ -50,6 +51,8 @@ def test_a_segment_counts_when_it_is_committed(runs, totals, clock):
     assert value_of(totals, "edit_ray_reuse_bytes_total", direction="read") == 100
     assert value_of(totals, "edit_ray_reuse_wait_seconds_total") == 0.25
     assert value_of(totals, "edit_ray_media_bytes_total") == 70
+    assert value_of(totals, "edit_ray_chunks_total") == 7
+    assert value_of(totals, "edit_ray_recache_seconds_total") == 0.5
     assert value_of(totals, "edit_ray_seam_score", "1.5") == 1
     assert value_of(totals, "edit_ray_work_seconds", SUM, stage="denoise") == 3
     assert value_of(totals, "edit_ray_first_segment_seconds", SUM) == 5
