@@ -14,7 +14,7 @@ from torch import Tensor
 from edit_ray.engine.conditioning import StepSchedule
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.segment import MAX_SEQUENCE_LENGTH
-from edit_ray.tuning.tune import psnr_of
+from edit_ray.tuning.likeness import psnr
 
 Slot = tuple[str, int]
 """A forward of the loop: its branch of an expert, such as "transformer/cond", and its step."""
@@ -86,7 +86,7 @@ class SkipMeasure:
     def __call__(self, skipped: Collection[Slot]) -> float:
         """Mean over the prompts of the signal-to-noise ratio in dB, for a signal of variance 1; at most 100."""
         latents = self._latents_without(skipped)
-        return sum(map(psnr_of, latents, self._reference)) / len(latents)
+        return sum(map(psnr, latents, self._reference)) / len(latents)
 
     def error(self, skipped: Collection[Slot]) -> float:
         """Mean over the prompts of the mean absolute difference."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from edit_ray.cache.cache import Cache
 from edit_ray.engine.calibration import WHOLE
 from edit_ray.engine.pipeline import EditWanPipeline
+from edit_ray.tuning.likeness import psnr
 
 # The option of each policy that makes it skip more as it rises, and the range in which it is searched. Policies with a
 # calibration come first: the better the first find, the sooner the others are known to be slower.
@@ -137,7 +138,7 @@ class Videos:
             except (ValueError, TypeError) as error:
                 raise PolicyUnfit(str(error)) from error
             try:
-                measured = psnr_of(self._frames(index), reference), blocks_share(cache)
+                measured = psnr(self._frames(index), reference), blocks_share(cache)
             finally:
                 self.pipe.disable_cache()
             yield measured
@@ -151,12 +152,6 @@ class Videos:
         video = self.pipe(prompt, generator=generator, output_type="pt", return_dict=False, **self.call)[0]
         frames: Tensor = video.cpu()
         return frames
-
-
-def psnr_of(frames: Tensor, reference: Tensor) -> float:
-    """The PSNR of frames in [0, 1], in dB; at most 100."""
-    error = (frames.float() - reference.float()).square().mean().item()
-    return min(100.0, -10 * math.log10(max(error, 1e-10)))
 
 
 def blocks_share(cache: Cache) -> float:

@@ -18,8 +18,9 @@ from edit_ray.engine.calibration import FILE_NAME, read_calibration
 from edit_ray.engine.loading import with_flow_shift
 from edit_ray.testing import save_random_wan
 from edit_ray.tuning.calibrate import Measured, fit_magcache, fit_teacache, observe, plot_fit
+from edit_ray.tuning.likeness import psnr as psnr_of
 from edit_ray.tuning.rank import SkipMeasure, rank_skips
-from edit_ray.tuning.tune import TUNABLE, PolicyUnfit, Videos, best, psnr_of, tune
+from edit_ray.tuning.tune import TUNABLE, PolicyUnfit, Videos, best, tune
 from tests.calls import cached, load
 
 STEPS = 5
