@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from edit_ray.tuning.confidence import RESAMPLES, resampled_means
 from edit_ray.tuning.likeness import Likeness
 
 # Shares are means of fractions: a half that comes out a rounding error above a half is a half.
@@ -42,15 +43,14 @@ MEASURES = tuple(of.name for of in fields(Likeness))
 """The lists of a point that are measures of likeness."""
 
 
-def mean_interval(values: Sequence[float], seeds: int, resamples: int = 10_000) -> Interval:
+def mean_interval(values: Sequence[float], seeds: int, resamples: int = RESAMPLES) -> Interval:
     """The mean over samples with its 95 % bootstrap interval (percentiles, from a fixed seed).
 
     Prompts are drawn, each with all its `seeds` values: videos of one prompt are no independent samples.
     """
-    prompts = torch.tensor(values, dtype=torch.float64).view(-1, seeds).mean(1)
-    drawn = torch.randint(len(prompts), (resamples, len(prompts)), generator=torch.Generator().manual_seed(0))
-    low, high = prompts[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return prompts.mean().item(), low, high
+    means = resampled_means(values, seeds, resamples)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return sum(values) / len(values), low, high
 
 
 def mean(values: Sequence[float]) -> float:

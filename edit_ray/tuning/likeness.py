@@ -6,7 +6,9 @@ Videos are [T, 3, H, W] in [0, 1], at least 16 pixels a side. Nothing is downloa
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +51,13 @@ def likeness(video: Tensor, reference: Tensor) -> Likeness:
         worst_ssim=min(ssims),
         worst_gmsd=max(gmsds),
     )
+
+
+def overall(videos: Sequence[Likeness]) -> Likeness:
+    """The means over some videos, and the worst of all frames."""
+    worst = {"worst_psnr": min, "worst_ssim": min, "worst_gmsd": max}
+    each = {of.name: [getattr(video, of.name) for video in videos] for of in fields(Likeness)}
+    return Likeness(**{name: worst.get(name, fmean)(values) for name, values in each.items()})
 
 
 def psnr(images: Tensor, reference: Tensor) -> float:
