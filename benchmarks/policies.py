@@ -34,12 +34,13 @@ from diffusers import WanPipeline  # noqa: E402
 from rich.console import Console  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.measure import Point, mean, psnr, ssim  # noqa: E402
+from benchmarks.measure import MEASURES, Point, mean  # noqa: E402
 from benchmarks.methods import METHODS, Method, Pipelines, Setting  # noqa: E402
 from benchmarks.provenance import provenance  # noqa: E402
 from benchmarks.report import SPEEDUPS, as_json, plot, tables, title, write_videos  # noqa: E402
 from benchmarks.shards import Shard, joined, measure_in_processes  # noqa: E402
 from edit_ray import EditWanPipeline  # noqa: E402
+from edit_ray.tuning.likeness import likeness, psnr  # noqa: E402
 from training.evaluate import scenes_of  # noqa: E402
 from training.sampling import decode  # noqa: E402
 
@@ -172,15 +173,16 @@ class Bench:
                     raise NotPossible(f"{type(error).__name__}: {error}") from error
         references, videos = self.references[method.group], self.decode(made)
         shares = [sample.blocks / reference.blocks for sample, reference in zip(made, references, strict=True)]
+        pairs = zip(videos, self.videos, strict=True)
+        alike = [likeness(video.transpose(0, 1), reference.transpose(0, 1)) for video, reference in pairs]
         point = Point(
             method=method.name,
             group=method.group,
             setting=setting,
             share=mean(shares),
             time=sum(sample.seconds for sample in made) / sum(reference.seconds for reference in references),
-            psnr=[psnr(video, reference) for video, reference in zip(videos, self.videos, strict=True)],
-            ssim=[ssim(video, reference) for video, reference in zip(videos, self.videos, strict=True)],
             shares=shares,
+            **{name: [getattr(each, name) for each in alike] for name in MEASURES},
         )
         return point, videos[0].cpu()
 

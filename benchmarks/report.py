@@ -33,7 +33,8 @@ def described(setting: Mapping[str, Any]) -> str:
 
 def tables(points: Sequence[Point], skipped: Mapping[str, str], missing: Missing, seeds: int) -> list[Table]:
     """All points by method, and the front: our best and the best peer at each share of the blocks."""
-    measured = Table("method", "setting", "blocks", "time", "PSNR dB (95 %)", "SSIM (95 %)", title="Measured points")
+    columns = "method", "setting", "blocks", "time", "PSNR dB (95 %)", "SSIM (95 %)"
+    measured = Table(*columns, "worst frame", "MS-GMSD", "flicker", title="Measured points")
     for point in sorted(points, key=lambda point: (point.group, point.method, -point.share)):
         measured.add_row(
             point.method,
@@ -42,6 +43,7 @@ def tables(points: Sequence[Point], skipped: Mapping[str, str], missing: Missing
             f"{point.time:.2f}",
             _interval(mean_interval(point.psnr, seeds), 2),
             _interval(mean_interval(point.ssim, seeds), 4),
+            *(f"{mean(values):.{digits}f}" if values else "" for values, digits in _beside(point)),
         )
     for name, reason in skipped.items():
         measured.add_row(name, f"skipped: {reason}")
@@ -55,6 +57,11 @@ def tables(points: Sequence[Point], skipped: Mapping[str, str], missing: Missing
         difference = "" if found.difference is None else _interval(found.difference, 2, sign="+")
         front.add_row(f"1/{speedup:g}", *_entry(found.ours), *_entry(found.peer), difference)
     return [measured, front]
+
+
+def _beside(point: Point) -> tuple[tuple[list[float], int], ...]:
+    """The measures beside PSNR and SSIM, and the digits of each: the worst frame's PSNR, MS-GMSD, flicker."""
+    return (point.worst_psnr, 2), (point.gmsd, 4), (point.flicker, 2)
 
 
 def _interval(interval: Interval, digits: int, sign: str = "") -> str:
@@ -158,7 +165,7 @@ def main() -> None:
         for table in tables(points, content["skipped"], missing, content["task"]["seeds"]):
             table.box, table.title, heading = box.MARKDOWN, None, table.title
             file.write(f"\n## {heading}\n\n")
-            Console(file=file, width=220).print(table)
+            Console(file=file, width=260).print(table)
     plot(points, folder / "front.png", title(content))
 
 

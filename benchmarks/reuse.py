@@ -26,11 +26,11 @@ from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from benchmarks.long_videos import Made, Maker, Seams, Task, load, mean  # noqa: E402
-from benchmarks.measure import psnr  # noqa: E402
 from benchmarks.provenance import provenance  # noqa: E402
 from benchmarks.reuse_report import Measured, as_tables, plot, verdicts  # noqa: E402
 from benchmarks.shards import Shard, measure_in_processes  # noqa: E402
 from edit_ray.engine.options import ContinuityOptions  # noqa: E402
+from edit_ray.tuning.likeness import psnr  # noqa: E402
 
 WHOLE = Shard()
 _HALVINGS = 12  # of the range of thresholds, to a 4000th

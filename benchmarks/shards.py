@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Point, mean
+from benchmarks.measure import MEASURES, Point, mean
 
 Results = Mapping[str, Any]
 """What `report.as_json` makes, read from a file again."""
@@ -84,9 +84,8 @@ def joined(shards: Sequence[Results], times: Sequence[Point]) -> list[Point]:
                     setting=first["setting"],
                     share=mean(shares),
                     time=time_of[name],
-                    psnr=values(name, "psnr"),
-                    ssim=values(name, "ssim"),
                     shares=shares,
+                    **{measure: values(name, measure) for measure in MEASURES},
                 )
             )
     return points

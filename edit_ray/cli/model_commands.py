@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
     from edit_ray.config import Config
     from edit_ray.engine.pipeline import EditWanPipeline
     from edit_ray.tuning.rank import SkipMeasure
+    from edit_ray.tuning.tune import Trial
+    from edit_ray.tuning.videos import Videos
 
 
 def calibrate(options: argparse.Namespace) -> int:
@@ -60,33 +65,96 @@ def tune(options: argparse.Namespace) -> int:
         raise ConfigError([f"--psnr is {options.psnr:g}; it must be above 0 and below 100"])
     if options.seeds < 1:
         raise ConfigError([f"--seeds is {options.seeds}; it must be a whole number from 1"])
+    if options.budget < 0:
+        raise ConfigError([f"--budget is {options.budget}; it must be a whole number from 0"])
     config, prompts = _uncached_config(options), _read_prompts(options.prompts)
     if len(prompts) * options.seeds < 2:
         raise ConfigError(["one video is not enough to generalize from: give more --prompts or --seeds"])
-    from edit_ray.tuning.tune import TUNABLE, Videos, best
-    from edit_ray.tuning.tune import tune as trials_of
+    from edit_ray.tuning.tune import FEWEST_PROMPTS, SEARCH, TUNABLE, best
 
-    policies = list(TUNABLE) if options.policies is None else [name.strip() for name in options.policies.split(",")]
-    if unknown := [name for name in policies if name not in TUNABLE]:
-        raise ConfigError([f"--policies has {', '.join(unknown)}; it may have {', '.join(TUNABLE)}"])
-    videos = Videos(_load(config), prompts, config.sampling.seed, _sampling(config) | _pictures(config), options.seeds)
+    enough = len(prompts) >= FEWEST_PROMPTS
+    every = [*TUNABLE, SEARCH]
+    given = [name for name in every if name != SEARCH or (enough and options.budget)]
+    policies = given if options.policies is None else [name.strip() for name in options.policies.split(",")]
+    if unknown := [name for name in policies if name not in every]:
+        raise ConfigError([f"--policies has {', '.join(unknown)}; it may have {', '.join(every)}"])
+    if SEARCH in policies and not enough:
+        raise ConfigError([f"--prompts has {len(prompts)}; {SEARCH} takes at least {FEWEST_PROMPTS}"])
     trials = []
-    for trial in trials_of(videos, options.psnr, policies):
+    videos = _videos(options, config, prompts)
+    for trial in _trials(videos, options, policies):
         trials.append(trial)
-        setting = " ".join(f"{name}={value:g}" for name, value in trial.options.items())
-        print(
+        numbers = {name: value for name, value in trial.options.items() if isinstance(value, float | int)}
+        setting = " ".join(f"{name}={value:g}" for name, value in numbers.items())
+        _say(
             f"{trial.policy} {setting}: {trial.blocks:.3f} of the blocks, {trial.psnr:.2f} dB "
-            f"(at least {trial.low:.2f}): {trial.verdict}",
-            file=sys.stderr,
-            flush=True,
+            f"(at least {trial.low:.2f}): {trial.verdict}"
         )
     found = best(trials)
+    _say(f"{videos.made} videos were made")
     if found is None:
-        print(f"no setting of {', '.join(policies)} keeps {options.psnr:g} dB", file=sys.stderr)
+        _say(f"no setting of {', '.join(policies)} keeps {options.psnr:g} dB")
         return 1
-    chosen = {"policy": found.policy, **found.options}
-    print(f"cache: {{{', '.join(f'{name}: {value}' for name, value in chosen.items())}}}")
+    alike = found.likeness
+    _say(
+        f"as many other prompts have a mean of at least {found.low:.2f} dB with 95 % confidence; here the worst frame "
+        f"has {alike.worst_psnr:.2f} dB; SSIM {alike.ssim:.4f}, MS-GMSD {alike.gmsd:.4f}, flicker {alike.flicker:.2f}"
+    )
+    print(f"cache: {{{', '.join(f'{name}: {_yaml(value)}' for name, value in _chosen(found).items())}}}")
     return 0
+
+
+def _chosen(found: Trial) -> dict[str, Any]:
+    return {"policy": found.policy, **found.options}
+
+
+def _yaml(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _videos(options: argparse.Namespace, config: Config, prompts: list[str]) -> Videos:
+    """The prompts' videos, with what `--file` knows of them. Raises ConfigError."""
+    from edit_ray.files import digest_of_file
+    from edit_ray.tuning.journal import Journal
+    from edit_ray.tuning.videos import Videos
+
+    pipe = _load(config)
+    about = {
+        "model": config.model.model_dump(mode="json"),
+        "calibration": None if pipe.calibration is None else digest_of_file(pipe.calibration),
+        "sampling": config.sampling.model_dump(mode="json"),
+        "pictures": list(config.storyboard.segment(0).pictures.paths),
+        "prompts": prompts,
+        "seeds": options.seeds,
+    }
+    try:
+        journal = Journal(options.file, about)
+    except (ValueError, OSError) as error:
+        raise ConfigError([f"--file: {error}"]) from None
+    call = _sampling(config) | _pictures(config)
+    return Videos(pipe, prompts, config.sampling.seed, call, options.seeds, journal)
+
+
+def _trials(videos: Videos, options: argparse.Namespace, policies: list[str]) -> Iterator[Trial]:
+    """Those of the search first: the better the first find, the sooner the others are known to be slower."""
+    from edit_ray.tuning.rank import loop_of
+    from edit_ray.tuning.tune import SEARCH, best, tune_by_search
+    from edit_ray.tuning.tune import tune as trials_of
+
+    searched = []
+    if SEARCH in policies:
+        loop = loop_of(videos.pipe, videos.call)
+        for trial in tune_by_search(videos, loop, options.psnr, options.budget, _say):
+            searched.append(trial)
+            yield trial
+    found = best(searched)
+    others = [name for name in policies if name != SEARCH]
+    least = math.inf if found is None else found.blocks
+    yield from trials_of(videos, options.psnr, others, seeds=options.seeds, least=least)
 
 
 def _load(config: Config) -> EditWanPipeline:

@@ -14,7 +14,8 @@ from torch import Tensor
 from edit_ray.engine.conditioning import StepSchedule
 from edit_ray.engine.pipeline import EditWanPipeline
 from edit_ray.engine.segment import MAX_SEQUENCE_LENGTH
-from edit_ray.tuning.tune import psnr_of
+from edit_ray.tuning.likeness import psnr
+from edit_ray.tuning.search import Loop, Setting
 
 Slot = tuple[str, int]
 """A forward of the loop: its branch of an expert, such as "transformer/cond", and its step."""
@@ -49,6 +50,13 @@ def rank_skips(measure: Callable[[Collection[Slot]], float], slots: Sequence[Slo
             heapq.heappush(waiting, (-measure([*skipped, slots[index]]), index, len(skipped)))
 
 
+def loop_of(pipe: EditWanPipeline, call: Mapping[str, Any]) -> Loop:
+    """The loop that a pipeline makes with these arguments of a call."""
+    planned = pipe.planned_steps(StepSchedule(int(call["num_inference_steps"]), call.get("sigmas")))
+    branches = ("cond", "uncond") if call["guidance_scale"] > 1 else ("cond",)
+    return Loop(tuple(step.expert for step in planned), branches, len(pipe.denoiser.blocks))
+
+
 class SkipMeasure:
     """Measures the likeness of a pipeline's latents to its uncached ones when it skips some forwards.
 
@@ -61,10 +69,8 @@ class SkipMeasure:
     ) -> None:
         self.pipe, self.call = pipe, {key: value for key, value in call.items() if key != "negative_prompt"}
         self.num_steps = int(call["num_inference_steps"])
-        guided = call["guidance_scale"] > 1
-        self.branches = ("cond", "uncond") if guided else ("cond",)
-        planned = pipe.planned_steps(StepSchedule(self.num_steps, call.get("sigmas")))
-        self._experts = [step.expert for step in planned]
+        self.loop = loop_of(pipe, call)
+        self.branches, self._experts, guided = self.loop.branches, self.loop.experts, "uncond" in self.loop.branches
         self._batches: list[tuple[range, dict[str, Any]]] = []  # seeds, embeddings
         options = {"max_sequence_length": MAX_SEQUENCE_LENGTH, "device": pipe._execution_device}
         for start in range(0, len(prompts), batch_size):
@@ -76,8 +82,7 @@ class SkipMeasure:
 
     def slots(self) -> list[Slot]:
         """The forwards that can be skipped: all but the first of each expert, which have nothing to reuse."""
-        later = [step for step, expert in enumerate(self._experts) if expert in self._experts[:step]]
-        return [(f"{self._experts[step]}/{branch}", step) for step in later for branch in self.branches]
+        return [(owner, step) for owner, _, step in Setting(self.loop).places]
 
     def owners(self) -> list[str]:
         """All that have forwards: per expert "transformer/cond" and, with guidance, "transformer/uncond"."""
@@ -86,7 +91,7 @@ class SkipMeasure:
     def __call__(self, skipped: Collection[Slot]) -> float:
         """Mean over the prompts of the signal-to-noise ratio in dB, for a signal of variance 1; at most 100."""
         latents = self._latents_without(skipped)
-        return sum(map(psnr_of, latents, self._reference)) / len(latents)
+        return sum(map(psnr, latents, self._reference)) / len(latents)
 
     def error(self, skipped: Collection[Slot]) -> float:
         """Mean over the prompts of the mean absolute difference."""
@@ -95,22 +100,12 @@ class SkipMeasure:
         return sum((made - reference).abs().mean().item() for made, reference in pairs) / len(latents)
 
     def reuses(self) -> list[tuple[int, int]]:
-        """Each step and the number of steps after it that may reuse its residual, up to `LONGEST_REUSE`.
-
-        They are of the step's expert, and the last step of the loop is none of them.
-        """
-        last = self.num_steps - 1
-        return [
-            (step, count)
-            for step, expert in enumerate(self._experts)
-            for count in range(1, min(LONGEST_REUSE, last - 1 - step) + 1)
-            if self._experts[step + count] == expert
-        ]
+        """Each step and the number of steps after it that may reuse its residual, up to `LONGEST_REUSE`."""
+        return self.loop.reuses(LONGEST_REUSE)
 
     def reused(self, step: int, count: int) -> list[Slot]:
         """The forwards of a reuse."""
-        steps = range(step + 1, step + 1 + count)
-        return [(f"{self._experts[at]}/{branch}", at) for at in steps for branch in self.branches]
+        return [(owner, at) for owner, _, at in self.loop.reusing(step, count).skips]
 
     def _latents_without(self, skipped: Collection[Slot]) -> list[Tensor]:
         masks = {owner: [(owner, step) not in skipped for step in range(self.num_steps)] for owner in self.owners()}

@@ -1,20 +1,18 @@
-"""Searches for the policy and threshold that compute least on the user's prompts and keep the mean PSNR high enough."""
+"""Searches for the setting that computes least on the user's prompts and keeps the mean PSNR high enough."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from edit_ray.cache.cache import Cache
 from edit_ray.engine.calibration import WHOLE
-from edit_ray.engine.pipeline import EditWanPipeline
+from edit_ray.tuning.confidence import least_of_others
+from edit_ray.tuning.likeness import Likeness, overall
+from edit_ray.tuning.search import Loop, Setting, lemica_setting, search
+from edit_ray.tuning.videos import Measure, PolicyUnfit, Videos
 
 # The option of each policy that makes it skip more as it rises, and the range in which it is searched. Policies with a
 # calibration come first: the better the first find, the sooner the others are known to be slower.
@@ -26,8 +24,11 @@ TUNABLE: dict[str, tuple[str, float, float]] = {
     "seacache": ("threshold", 0.003, 3.0),
     "teacache": ("rel_l1_thresh", 0.003, 3.0),
 }
+SEARCH = "search"  # beside the policies: a mask of one's own, for the policy `schedule`
 TRIALS = 7  # halvings of the range of log(threshold) for each policy
-CONFIDENCE = 1.64  # standard errors between the measured mean and the one that is relied upon: 95 %
+CONFIDENCE = 1.64  # standard errors between a mean and what it may be on other videos, where it is given up: 95 %
+FEWEST_PROMPTS = 4  # for the search: half of them are searched on
+START_REUSE = 2  # steps in a row that are measured alone, for the start of the search
 _SOONEST = 4  # videos before a setting is given up
 
 Verdict = Literal["holds", "too far", "slower"]
@@ -35,10 +36,10 @@ Verdict = Literal["holds", "too far", "slower"]
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting, measured on some videos.
+    """One setting, measured on some videos against the uncached ones.
 
-    `psnr` is the mean in dB against the uncached frames and `low` its lower bound with 95 % confidence; `blocks` the
-    share of the blocks that ran. "slower" computed more than a setting that holds already.
+    `psnr` is the mean in dB; the mean over as many other prompts is at least `low`, with 95 % confidence by resampling
+    the prompts. `blocks` is the share of the blocks that ran. "slower" computed more than a setting that holds already.
     """
 
     policy: str
@@ -47,24 +48,24 @@ class Trial:
     low: float
     blocks: float
     verdict: Verdict
+    likeness: Likeness
 
 
-class PolicyUnfit(Exception):
-    """A policy cannot run on this model, for example because it needs a calibration."""
-
-
-Measure = Callable[[str, Mapping[str, Any]], Iterator[tuple[float, float]]]
-"""Makes one video after the other with a policy's options, and yields the PSNR and the share of blocks of each."""
-
-
-def tune(measure: Measure, psnr: float, policies: Sequence[str] = tuple(TUNABLE)) -> Iterator[Trial]:
+def tune(
+    measure: Measure,
+    psnr: float,
+    policies: Sequence[str] = tuple(TUNABLE),
+    *,
+    seeds: int = 1,
+    least: float = math.inf,
+) -> Iterator[Trial]:
     """Every tried setting, in search of the one that computes least while its mean PSNR is at least `psnr`.
 
     Per policy the threshold is found by halving. PSNR does not fall evenly with it, so a setting counts by its own
-    measurements: with 95 % confidence its mean holds on other prompts of the same kind. A setting that cannot hold any
-    more, or is slower than one that holds, is given up before all videos are made.
+    measurements: with 95 % confidence its mean holds on as many other prompts of the same kind. A setting that cannot
+    hold any more, or is slower than one that holds, or than `least`, is given up before all videos are made. Of each
+    prompt there are `seeds` videos, side by side.
     """
-    least = math.inf
     for policy in policies:
         option, lowest, highest = TUNABLE[policy]
         low, high = math.log(lowest), math.log(highest)
@@ -76,7 +77,7 @@ def tune(measure: Measure, psnr: float, policies: Sequence[str] = tuple(TUNABLE)
                 break
             tried.add(value)
             try:
-                trial = _try(measure, policy, {option: value}, psnr, least)
+                trial = _try(measure, policy, {option: value}, psnr, seeds, least)
             except PolicyUnfit:
                 break
             yield trial
@@ -85,22 +86,25 @@ def tune(measure: Measure, psnr: float, policies: Sequence[str] = tuple(TUNABLE)
             low, high = (low, math.log(value)) if trial.verdict == "too far" else (math.log(value), high)
 
 
-def _try(measure: Measure, policy: str, options: dict[str, Any], psnr: float, least: float) -> Trial:
-    psnrs: list[float] = []
+def _try(
+    measure: Measure, policy: str, options: dict[str, Any], psnr: float, seeds: int, least: float = math.inf
+) -> Trial:
+    alike: list[Likeness] = []
     shares: list[float] = []
     given_up: Verdict | None = None
-    for measured, share in measure(policy, options):
-        psnrs.append(measured)
+    for found, share in measure(policy, options):
+        alike.append(found)
         shares.append(share)
+        psnrs = [each.psnr for each in alike]
         mean, blocks = statistics.fmean(psnrs), statistics.fmean(shares)
-        # The standard error of the mean; a single video says nothing of it.
-        error = float(np.std(psnrs, ddof=1)) / math.sqrt(len(psnrs)) if len(psnrs) > 1 else math.inf
         if len(psnrs) >= _SOONEST:
+            error = statistics.stdev(psnrs) / math.sqrt(len(psnrs))  # the standard error of the mean
             given_up = "too far" if mean + CONFIDENCE * error < psnr else "slower" if blocks >= least else None
         if given_up:
             break
-    low = mean - CONFIDENCE * error
-    return Trial(policy, options, mean, low, blocks, given_up or ("holds" if low >= psnr else "too far"))
+    low = -math.inf if given_up else least_of_others(psnrs, seeds)
+    verdict = given_up or ("holds" if low >= psnr else "too far")
+    return Trial(policy, options, mean, low, blocks, verdict, overall(alike))
 
 
 def best(trials: Sequence[Trial]) -> Trial | None:
@@ -109,61 +113,83 @@ def best(trials: Sequence[Trial]) -> Trial | None:
     return min(good, key=lambda trial: (trial.blocks, -trial.psnr), default=None)
 
 
-class Videos:
-    """A `Measure` on `prompts`, `seeds` videos of each, with seeds from `seed` on.
+def tune_by_search(
+    videos: Videos, loop: Loop, psnr: float, budget: int, said: Callable[[str], None] = lambda line: None
+) -> Iterator[Trial]:
+    """Every setting that was checked, of those that a search of masks, forecasts, units and the CFG gate has found.
 
-    `call` has the pipeline's other arguments.
+    The search has every other prompt, and at most `budget` videos of them, those for its start included. It compares
+    final latents, and takes the difference between their likeness and that of the frames to be that of its start, video
+    by video. What it finds is checked by the frames of the other prompts, on which nothing was chosen: from the fewest
+    blocks upwards, until one holds.
+
+    Raises:
+        ValueError: there are fewer than `FEWEST_PROMPTS` prompts.
     """
+    seeds = videos.seeds
+    prompts = range(len(videos) // seeds)
+    if len(prompts) < FEWEST_PROMPTS:
+        raise ValueError(f"the search takes at least {FEWEST_PROMPTS} prompts, and has {len(prompts)}.")
+    searched, checked = ([p * seeds + n for p in prompts[half::2] for n in range(seeds)] for half in (0, 1))
+    near = _Near(videos, searched)
 
-    def __init__(
-        self, pipe: EditWanPipeline, prompts: Sequence[str], seed: int, call: Mapping[str, Any], seeds: int = 1
-    ) -> None:
-        self.pipe, self.call = pipe, dict(call)
-        self._samples = [
-            (prompt, seed + index * seeds + nth) for index, prompt in enumerate(prompts) for nth in range(seeds)
-        ]
-        self._reference = [self._frames(index) for index in range(len(self._samples))]
+    def tried(setting: Setting, only: Sequence[int]) -> Trial:
+        return _try(lambda policy, given: videos(policy, given, only), "schedule", setting.options(), psnr, seeds)
 
-    def __call__(self, policy: str, options: Mapping[str, Any]) -> Iterator[tuple[float, float]]:
-        """PSNR in dB and share of computed blocks, video by video.
+    errors = _reuse_errors(loop, near)
+    said(f"{near.spent} videos for the errors of single reuses")
+    holds, fails = 0, len(loop.later_steps()) + 1
+    while fails - holds > 1:
+        middle = (holds + fails) // 2
+        near.spent += len(searched)
+        found = tried(lemica_setting(loop, errors, middle), searched).verdict == "holds"
+        holds, fails = (middle, fails) if found else (holds, middle)
+    start = lemica_setting(loop, errors, holds)
+    if holds:
+        near.shift_to(start)
 
-        Raises PolicyUnfit.
-        """
-        for index, reference in enumerate(self._reference):
-            try:
-                cache = self.pipe.enable_cache(
-                    policy, self.call["num_inference_steps"], sigmas=self.call.get("sigmas"), **options
-                )
-            except (ValueError, TypeError) as error:
-                raise PolicyUnfit(str(error)) from error
-            try:
-                measured = psnr_of(self._frames(index), reference), blocks_share(cache)
-            finally:
-                self.pipe.disable_cache()
-            yield measured
+    def least(psnrs: Sequence[float]) -> float:
+        return least_of_others(psnrs, seeds)
 
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def _frames(self, index: int) -> Tensor:
-        prompt, seed = self._samples[index]
-        generator = torch.Generator().manual_seed(seed)
-        video = self.pipe(prompt, generator=generator, output_type="pt", return_dict=False, **self.call)[0]
-        frames: Tensor = video.cpu()
-        return frames
+    by_blocks: dict[float, Setting] = {}
+    for made in search(start, near, least, psnr, len(searched), budget - near.spent):
+        by_blocks[round(made.setting.blocks, 9)] = made.setting  # the most alike of as many blocks comes last
+        mean = statistics.fmean(made.psnr)
+        said(f"{near.spent} videos: {made.setting.blocks:.3f} of the blocks, {mean:.2f} dB (at least {made.low:.2f})")
+    for blocks in sorted(by_blocks):
+        trial = tried(by_blocks[blocks], checked)
+        yield trial
+        if trial.verdict == "holds":
+            return
 
 
-def psnr_of(frames: Tensor, reference: Tensor) -> float:
-    """The PSNR of frames in [0, 1], in dB; at most 100."""
-    error = (frames.float() - reference.float()).square().mean().item()
-    return min(100.0, -10 * math.log10(max(error, 1e-10)))
+class _Near:
+    """The PSNR of some videos' frames with a setting, from their final latents alone; `spent` counts the videos."""
+
+    def __init__(self, videos: Videos, only: Sequence[int]) -> None:
+        self._videos, self._only, self._shift, self.spent = videos, only, [0.0] * len(only), 0
+
+    def shift_to(self, setting: Setting) -> None:
+        """Take the difference between frames and latents to be that of this setting, video by video."""
+        frames = self._videos("schedule", setting.options(), self._only)
+        latents = self(setting, [-math.inf] * len(self._only))
+        self._shift = [alike.psnr - near for (alike, _), near in zip(frames, latents, strict=True)]
+
+    def __call__(self, setting: Setting, needed: Sequence[float]) -> list[float]:
+        """Of the first videos, one for each of `needed`; fewer if their mean is below that of `needed` so far."""
+        found: list[float] = []
+        for near in self._videos.latents("schedule", setting.options(), self._only[: len(needed)]):
+            found.append(near + self._shift[len(found)])
+            self.spent += 1
+            if len(found) >= _SOONEST and statistics.fmean(found) < statistics.fmean(needed[: len(found)]):
+                break
+        return found
 
 
-def blocks_share(cache: Cache) -> float:
-    """Blocks that ran in the last call, probes included, over those of an uncached one."""
-    size = {(name, unit.index): unit.last - unit.first + 1 for name, e in cache.experts.items() for unit in e.units}
-    total = sum(size[d.expert, d.unit] for d in cache.record)
-    probe = int(cache.policy.needs_first_block_probe)
-    entered = [d for d in cache.record if d.reason != "gate"]
-    ran = sum(size[d.expert, d.unit] if d.decision == "compute" else probe for d in entered)
-    return ran / total
+def _reuse_errors(loop: Loop, near: _Near) -> list[list[float]]:
+    """For LeMiCa's path: by step the errors when its residual alone is reused in the next one, two, … steps."""
+    errors: list[list[float]] = [[] for _ in loop.experts]
+    for step, count in loop.reuses(START_REUSE):
+        likeness_of = near(loop.reusing(step, count), [-math.inf] * _SOONEST)
+        errors[step].append(statistics.fmean(10 ** (-each / 20) for each in likeness_of))
+    return errors

@@ -11,7 +11,7 @@ from edit_ray import EditCausalWanPipeline, EditWanPipeline
 from edit_ray.cache import apply_cache_on_transformer
 from edit_ray.cache.cfg_gate import CfgGate, gated_steps
 from edit_ray.testing import save_random_wan
-from edit_ray.tuning.tune import blocks_share
+from edit_ray.tuning.videos import blocks_share
 from tests.unit import cached
 from tests.unit.cached import quiet
 

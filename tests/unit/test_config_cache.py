@@ -68,7 +68,7 @@ BAD: list[tuple[str, str, str]] = [
     # what is missing
     ("policy: teacache | rel_l1_thresh: 0.1", "policy", "teacache takes either wan_variant= (one of t2v-1.3B…neither"),
     ("granularity: stack | policy: magcache", "policy", "magcache needs mag_ratios=, measured on the model at hand"),
-    ("policy: schedule", "policy", "'schedule' needs the option mask; it takes mask, residual_order"),
+    ("policy: schedule", "policy", "'schedule' needs the option mask; it takes mask, forecast"),
     # values
     (
         "policy: teacache | wan_variant: t2v-2B",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edit_ray import EditWanPipeline
-from edit_ray.cache.policies import DynamicModes, EasyCache, FoCa, Spectrum
+from edit_ray.cache.policies import DynamicModes, EasyCache, FoCa, Schedule, Spectrum
 from edit_ray.cache.policies.dmd import decompose, equally_distant, inner_products
 from edit_ray.cache.policies.estimates import forecast, weighted_sum
 from edit_ray.cache.policies.spectrum import growing_mask
@@ -33,6 +33,37 @@ def walked(unit, residuals, inputs=None):
 
 def drawn(count, seed, shape=SHAPE):
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+# As the value of a skip in a mask of one's own
+
+
+@pytest.mark.parametrize("policy", [Spectrum(), DynamicModes(cache_interval=2)])
+def test_a_schedule_forecasts_as_the_policy_of_that_name(policy):
+    name = "spectrum" if isinstance(policy, Spectrum) else "dmd"
+    residuals = drawn(20, 3)
+    theirs = walked(Unit(policy, 20), residuals)
+    mask = [done.computed for done in theirs]
+    ours = Schedule(mask=mask, forecast=name)
+    assert all(torch.equal(a.output, b.output) for a, b in zip(walked(Unit(ours, 20), residuals), theirs, strict=True))
+    assert mask.count(False) > 5
+    assert ours.history_len == policy.history_len
+    assert ours.most_stored(20) == policy.most_stored(20)
+
+
+def test_a_schedules_forecasts_may_differ_by_step_branch_and_unit():
+    names = ["reuse", "reuse", "linear", "spectrum", "dmd", "reuse", "reuse", "linear"]
+    mask, residuals = [1, 1, 0, 0, 0, 1, 0, 0], drawn(8, 4)
+    mixed = Schedule(mask=mask, forecast=names)
+    alone = {name: walked(Unit(Schedule(mask=mask, forecast=name), 8), residuals) for name in set(names)}
+    for step, done in enumerate(walked(Unit(mixed, 8), residuals)):
+        assert torch.equal(done.output, alone[names[step]][step].output)
+    other = Schedule(mask=mask, forecast={"cond": "linear", "uncond": "reuse", "transformer/cond/0": names})
+    assert torch.equal(walked(Unit(other, 8), residuals)[4].output, alone["dmd"][4].output)
+    uncond = walked(Unit(other, 8, branch="uncond"), residuals)
+    assert torch.equal(uncond[4].output, alone["reuse"][4].output)
+    second = walked(Unit(other, 8, expert="transformer_2"), residuals)
+    assert torch.equal(second[4].output, alone["linear"][4].output)
 
 
 # Spectrum

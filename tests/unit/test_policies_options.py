@@ -131,6 +131,8 @@ def test_every_policy_is_made_by_its_name_and_declares_what_it_needs():
             "coefficients has the key 'both'; a key must be one of",
         ),
         (lambda: TeaCache(coefficients={"/cond": [1]}), ValueError, "has the key '/cond'"),
+        (lambda: Schedule(mask={"cond/0": [1]}), ValueError, 'or of one unit such as "transformer/cond/0".'),
+        (lambda: Schedule(mask={"transformer/cond/x": [1]}), ValueError, "has the key 'transformer/cond/x'"),
         (lambda: TeaCache(wan_variant="t2v-14B", use_ret_steps=1), TypeError, "use_ret_steps is 1; it must be True or"),
         (
             lambda: TeaCache(wan_variant="t2v-14B", rel_l1_thresh=math.nan),
@@ -180,7 +182,18 @@ def test_every_policy_is_made_by_its_name_and_declares_what_it_needs():
         (lambda: Schedule(mask=[]), ValueError, "mask is empty; it must be a sequence of True and False"),
         (lambda: Schedule(mask="1011"), TypeError, "mask is '1011'; it must be a sequence of True and False"),
         (lambda: Schedule(mask=[True, 2]), TypeError, "mask[1] is 2; it must be True or False"),
-        (lambda: Schedule(mask=[True], residual_order=3), ValueError, "residual_order is 3"),
+        (
+            lambda: Schedule(mask=[True], forecast="cubic"),
+            ValueError,
+            "forecast[0] is 'cubic'; it must be one of reuse, linear, spectrum or dmd.",
+        ),
+        (lambda: Schedule(mask=[True], forecast=[]), ValueError, "forecast is empty; it must be a sequence of reuse"),
+        (lambda: Schedule(mask=[True], forecast=1), TypeError, "forecast is 1; it must be a sequence of reuse, linear"),
+        (
+            lambda: Schedule(mask=[True] * 3, forecast={"cond": ["reuse"] * 2}).check(3),
+            ValueError,
+            "forecast['cond'] has 2 entries, and the loop has 3 steps",
+        ),
         (lambda: Schedule(mask=[True] * 4).check(5), ValueError, "mask has 4 entries, and the loop has 5 steps"),
         (lambda: Schedule(mask={"cond": [True]}).check(2), ValueError, "mask['cond'] has 1 entries, and the"),
         (lambda: WarmstartReuse(align="first", inner="always"), ValueError, "align is 'first'; it must be 'step' or"),
@@ -212,7 +225,7 @@ def test_an_error_names_its_option_also_in_another_process():
         ("teacup", {}, ValueError, "no cache policy named 'teacup'; there are always, dicache, dmd, easycache"),
         (3, {}, TypeError, "policy is 3; it must be one of always, dicache"),
         ("fbcache", {"thresh": 1}, TypeError, "'fbcache' has no option thresh; it takes rel_l1_thresh."),
-        ("schedule", {}, TypeError, "'schedule' needs the option mask; it takes mask, residual_order."),
+        ("schedule", {}, TypeError, "'schedule' needs the option mask; it takes mask, forecast."),
         (FirstBlockCache(), {"rel_l1_thresh": 1}, TypeError, "FirstBlockCache is a policy that is made already"),
     ],
 )

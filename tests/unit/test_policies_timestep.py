@@ -297,9 +297,9 @@ def test_a_schedule_computes_where_its_mask_says(data):
 
 
 def test_a_schedule_extrapolates_over_computed_steps():
-    unit = Unit(Schedule(mask=[1, 0, 1, 0, 0], residual_order=1), 5)
+    unit = Unit(Schedule(mask=[1, 0, 1, 0, 0], forecast="linear"), 5)
     hidden = torch.tensor([[[10.0]]])
     outputs = [unit.step(step, hidden=hidden, output=hidden + 2**step).output.item() for step in range(5)]
     assert outputs == [11, 11, 14, 14 + 1.5, 14 + 3]
     assert Schedule(mask=[True]).history_len == 1
-    assert Schedule(mask=[True], residual_order=1).history_len == 2
+    assert Schedule(mask=[True], forecast="linear").history_len == 2

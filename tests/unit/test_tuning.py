@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,8 +19,11 @@ from edit_ray.engine.calibration import FILE_NAME, read_calibration
 from edit_ray.engine.loading import with_flow_shift
 from edit_ray.testing import save_random_wan
 from edit_ray.tuning.calibrate import Measured, fit_magcache, fit_teacache, observe, plot_fit
+from edit_ray.tuning.likeness import Likeness
+from edit_ray.tuning.likeness import psnr as psnr_of
 from edit_ray.tuning.rank import SkipMeasure, rank_skips
-from edit_ray.tuning.tune import TUNABLE, PolicyUnfit, Videos, best, psnr_of, tune
+from edit_ray.tuning.tune import TUNABLE, best, tune
+from edit_ray.tuning.videos import PolicyUnfit, Videos, blocks_share
 from tests.calls import cached, load
 
 STEPS = 5
@@ -237,6 +241,10 @@ def test_the_measure_is_the_mean_over_prompts_whatever_the_batch(pipe):
 # Tuning
 
 
+def alike(psnr):
+    return Likeness(psnr, 1.0, 0.0, 0.0, psnr, 1.0, 0.0)
+
+
 def made_up(noise, videos, asked=None, spread=4.0):
     """PSNR falls and speed rises with the threshold; policies differ in how good they are."""
 
@@ -248,7 +256,7 @@ def made_up(noise, videos, asked=None, spread=4.0):
             if asked is not None:
                 asked.append((policy, value))
             psnr = 45 - 30 * x / skill + noise.gauss(0, spread)
-            yield psnr, max(0.2, 1 - x / 2)
+            yield alike(psnr), max(0.2, 1 - x / 2)
 
     return measure
 
@@ -267,7 +275,7 @@ def test_the_mean_on_other_videos_holds_nearly_always():
     noise, held = random.Random(1), 0
     for _ in range(50):
         found = best(list(tune(made_up(noise, 40, spread=6.0), 28, ["dicache"])))
-        unseen = [psnr for psnr, _ in made_up(noise, 400, spread=6.0)(found.policy, found.options)]
+        unseen = [found.psnr for found, _ in made_up(noise, 400, spread=6.0)(found.policy, found.options)]
         held += sum(unseen) / len(unseen) >= 28 - 0.5
     assert held >= 46
 
@@ -300,15 +308,15 @@ def test_a_policy_that_cannot_work_here_is_left_out_and_nothing_may_hold():
 
 def test_videos_are_measured_against_their_own_uncached_ones(pipe):
     videos = Videos(pipe, PROMPTS[:2], 5, CALL, seeds=2)
-    assert list(videos("always", {})) == [(100.0, 1.0)] * 4
-    some = list(videos("schedule", {"mask": [1, 0, 1, 0, 1]}))
+    assert [(found.psnr, share) for found, share in videos("always", {})] == [(100.0, 1.0)] * 4
+    some = [(found.psnr, share) for found, share in videos("schedule", {"mask": [1, 0, 1, 0, 1]})]
     assert len(some) == 4
     assert all(psnr < 100 and share == pytest.approx(0.6) for psnr, share in some)
     assert len({psnr for psnr, _ in some}) == 4, "every prompt and seed has a video of its own"
     assert pipe.cache is None
-    reference = videos._frames(3)
+    reference = videos._make(3, "pt")
     pipe.enable_cache("schedule", 5, mask=[1, 0, 1, 0, 1])
-    assert psnr_of(videos._frames(3), reference) == some[3][0]
+    assert psnr_of(videos._make(3, "pt"), reference) == some[3][0]
 
 
 def test_what_fails_in_a_video_is_said_and_is_no_policy_that_cannot_work_here(pipe, monkeypatch):
@@ -391,6 +399,26 @@ def test_tune_prints_the_section_for_a_configuration(command, capsys):
     assert "dB (at least" in printed.err
 
 
+def test_tune_searches_and_continues_from_its_file(command, tmp_path, capsys, folder, pipe):
+    (tmp_path / "five.txt").write_text("\n".join(f"a red circle {number}" for number in range(5)))
+    arguments = ("tune", "--psnr", "25", "--policies", "search", "--budget", "60", "--file", tmp_path / "kept.jsonl")
+    assert command(*arguments, prompts="five.txt") == 0
+    first = capsys.readouterr()
+    assert "videos for the errors of single reuses" in first.err
+    assert "as many other prompts have a mean of at least " in first.err
+    chosen = yaml.safe_load(first.out)["cache"]
+    assert chosen.pop("policy") == "schedule"
+    assert command(*arguments, prompts="five.txt") == 0
+    again = capsys.readouterr()
+    assert again.out == first.out
+    assert "\n0 videos were made\n" in again.err
+    with cached(pipe, "schedule", STEPS, **chosen) as cache:
+        pipe(PROMPTS[0], output_type="latent", **CALL)
+        assert blocks_share(cache) < 1
+    assert command(*arguments, "--seeds", "2", prompts="five.txt") == 2
+    assert "has measurements of another model, prompts or sampling" in capsys.readouterr().err
+
+
 def test_tune_says_that_nothing_holds(command, capsys, monkeypatch):
     monkeypatch.setitem(TUNABLE, "seacache", ("threshold", 2.9, 3.0))
     assert command("tune", "--psnr", "99.9", "--policies", "seacache") == 1
@@ -418,6 +446,9 @@ TEACACHE = ("calibrate", "--policy", "teacache")
         (("tune", "--psnr", "30", "--seeds", "0"), {}, "--seeds is 0"),
         (("tune", "--psnr", "30", "--policies", "dicache,best"), {}, "--policies has best; it may have ranked, lemica"),
         (("tune", "--psnr", "30"), {"prompts": "one.txt"}, "one video is not enough to generalize from"),
+        (("tune", "--psnr", "30", "--budget", "-1"), {}, "--budget is -1; it must be a whole number from 0"),
+        (("tune", "--psnr", "30", "--policies", "search"), {}, "--prompts has 2; search takes at least 4"),
+        (("tune", "--psnr", "30", "--file", "/none/x.jsonl"), {}, "--file: "),
     ],
     ids=str,
 )

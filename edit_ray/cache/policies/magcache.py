@@ -100,7 +100,7 @@ class MagCache(CachePolicy):
         user = ctx.state.user
         error: MagnitudeError | None = user["error"]
         ctx.threshold = self.threshold
-        ratios = pick_per_branch("mag_ratios", self.mag_ratios or {}, ctx.expert, ctx.branch)
+        ratios = pick_per_branch("mag_ratios", self.mag_ratios or {}, ctx.expert, ctx.branch, ctx.unit_index)
         ratio = fit_ratios(ratios, ctx.num_steps)[ctx.step]
         ctx.signal = float(ratio)
         if error is None:  # nothing was computed that could serve

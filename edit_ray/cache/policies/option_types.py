@@ -54,7 +54,9 @@ def _items(value: Any) -> Any:
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else value
 
 
-_BRANCHES = '"cond", "uncond", or with the expert such as "transformer_2/cond"'
+_BRANCHES = (
+    '"cond", "uncond", or with the expert such as "transformer_2/cond", or of one unit such as "transformer/cond/0"'
+)
 
 
 def _by_branch(value: Any) -> dict[Any, Any]:
@@ -64,10 +66,15 @@ def _by_branch(value: Any) -> dict[Any, Any]:
     if not value:
         raise ValueError(f"is an empty mapping; valid keys are {_BRANCHES}.")
     for key in value:
-        expert, slash, branch = key.rpartition("/") if isinstance(key, str) else ("", "", "")
-        if branch not in ("cond", "uncond") or bool(expert) != bool(slash):
+        *expert, branch = _without_unit(key).split("/") if isinstance(key, str) else [""]
+        if branch not in ("cond", "uncond") or len(expert) > 1 or "" in expert:
             raise ValueError(f"has the key {key!r}; a key must be one of {_BRANCHES}.")
     return dict(value)
+
+
+def _without_unit(key: str) -> str:
+    branch, _, unit = key.rpartition("/")
+    return branch if "/" in branch and unit.isdecimal() and unit.isascii() else key
 
 
 def _sequence_of(things: str) -> Any:
@@ -88,6 +95,17 @@ Positives = Annotated[tuple[Positive, ...], _sequence_of("finite numbers"), Befo
 Mask = Annotated[
     tuple[Annotated[Flag, BeforeValidator(_bit)], ...], _sequence_of("True and False"), BeforeValidator(_items)
 ]
+Forecasts = Annotated[
+    tuple[
+        Annotated[
+            Literal["reuse", "linear", "spectrum", "dmd"],
+            Field(json_schema_extra={"choices": "reuse, linear, spectrum and dmd"}),
+        ],
+        ...,
+    ],
+    _sequence_of("reuse, linear, spectrum and dmd"),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else _items(value)),
+]
 Ranks = Annotated[tuple[Count | None, ...], _sequence_of("whole numbers from 0 and None"), BeforeValidator(_items)]
 Errors = Annotated[
     tuple[
@@ -102,12 +120,12 @@ Errors = Annotated[
     BeforeValidator(_items),
 ]
 PerBranch = Annotated[dict[str, T], BeforeValidator(_by_branch)]
-"""An option for all branches, per branch, or per expert and branch."""
+"""An option for all branches, per branch, per expert and branch, or per unit of these."""
 
 
-def pick_per_branch(name: str, entries: Mapping[str, T], expert: str, branch: str) -> T:
-    """The entry of a branch of an expert: its own, else its branch's, else the one for all. Raises ValueError."""
-    for key in (f"{expert}/{branch}", branch, ""):
+def pick_per_branch(name: str, entries: Mapping[str, T], expert: str, branch: str, unit: int = 0) -> T:
+    """The entry of a unit: its own, else that of its branch of its expert, of its branch, of all. Raises ValueError."""
+    for key in (f"{expert}/{branch}/{unit}", f"{expert}/{branch}", branch, ""):
         if key in entries:
             return entries[key]
     raise ValueError(

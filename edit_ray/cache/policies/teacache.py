@@ -108,7 +108,7 @@ class TeaCache(CachePolicy):
         if must_compute(ctx.step, ctx.num_steps, self.use_ret_steps):
             user["accumulated"] = 0.0
             return True
-        coefficients = pick_per_branch("coefficients", self.coefficients or {}, ctx.expert, ctx.branch)
+        coefficients = pick_per_branch("coefficients", self.coefficients or {}, ctx.expert, ctx.branch, ctx.unit_index)
         compute = accumulate(ctx, float(np.polyval(coefficients, ctx.signal)), self.rel_l1_thresh)
         if compute:
             user["accumulated"] = 0.0
