@@ -274,7 +274,7 @@ class SegmentScheduler:
         instructions: list[Instruction] = []
         for run in self._runs.values():
             if run.state == "queued" and not run.in_flight and not run.paused:
-                if run.worker in self._lacking:
+                if run.worker in self._lacking | self._taken(but=run):
                     run.worker = None
                 free = [worker for worker in range(self._workers) if worker not in self._taken() | self._lacking]
                 if run.worker is None and free:
@@ -287,5 +287,7 @@ class SegmentScheduler:
     def _others_have_places(self, worker: int) -> bool:
         return any(other not in self._lacking for other in range(self._workers) if other != worker)
 
-    def _taken(self) -> set[int | None]:
-        return {run.worker for run in self._runs.values()}
+    def _taken(self, but: ScheduledRun | None = None) -> set[int]:
+        """The GPU actors of all runs but one. A run that is paused while it is queued lets others have its own."""
+        kept = (run for run in self._runs.values() if run is not but and not (run.paused and run.state == "queued"))
+        return {run.worker for run in kept if run.worker is not None}

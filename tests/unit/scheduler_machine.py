@@ -16,6 +16,7 @@ from edit_ray.runs.events import (
     CloseRun,
     Consumed,
     RunSubmitted,
+    Steered,
     StopWork,
     Work,
     WorkDone,
@@ -43,10 +44,24 @@ class Durable:
     displaced: bool = False  # its GPU actor has no place, and what was begun there has not ended
     consumed: int = 0  # what clients have told the segment scheduler in this life
     ended: CloseRun | None = None
+    paused: bool = False
+    approved: int = 0
+    edits: list[int] = field(default_factory=list)  # the first segment of each
+    begun: int = 0  # the denoising of segments before this one has begun in this life, or has ended
+    asked_with: dict[Work, int] = field(default_factory=dict)
+    made_with: dict[int, int] = field(default_factory=dict)  # by segment: edits that held when its latents were made
 
     @property
     def committed(self) -> int:
         return self.first + len(self.takes[-1])
+
+    def edits_of(self, segment: int) -> int:
+        return sum(start <= segment for start in self.edits)
+
+    def holds(self, segment: int) -> bool:
+        """Whether a segment must not begin, or, behind the last one, the run not finish."""
+        paused = self.paused and (self.plan.num_segments is None or segment < self.plan.num_segments)
+        return paused or (self.plan.approve and self.approved < segment)
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -122,6 +137,9 @@ class AnyOrder(RuleBasedStateMachine):
         plan, k = run.plan, work.segment_index
         match work.stage:
             case "denoise":
+                assert k < run.begun or not run.holds(k), "begun while it is held"
+                run.begun = max(run.begun, k + 1)
+                run.asked_with[work] = run.edits_of(k)
                 assert k <= run.committed + LEAD - 1
                 assert plan.num_segments is None or k < plan.num_segments
                 assert plan.max_ahead is None or k < run.consumed + plan.max_ahead, "nobody keeps up"
@@ -133,6 +151,7 @@ class AnyOrder(RuleBasedStateMachine):
                 assert k in run.media, "committed before its media were whole"
             case "finalize":
                 assert run.committed == plan.num_segments
+                assert not run.holds(run.committed), "finished without a yes"
 
     def of(self, run_id):
         return [work for work in self.open if work.run_id == run_id]
@@ -147,19 +166,24 @@ class AnyOrder(RuleBasedStateMachine):
         if work.stage == "denoise":
             assert work.segment_index == run.latents or work.segment_index < run.latents
             run.latents = max(run.latents, work.segment_index + 1)
+            run.made_with[work.segment_index] = run.asked_with[work]
         if work.stage == "encode":
             run.media.add(work.segment_index)
         if work.stage == "commit":
             assert work.segment_index == run.committed, "committed twice, or out of order"
+            assert run.made_with[work.segment_index] == run.edits_of(work.segment_index), "an edit does not hold"
             run.takes[-1].append(work.segment_index)
 
     def submit(self, plan, worker=None):
         run = self.runs[plan.run_id]
         run.plan, run.ended, run.media, run.consumed = plan, None, set(), 0
-        run.prepared, run.displaced, run.had = False, False, None
+        run.prepared, run.displaced, run.had = False, False, worker if run.paused else None
         # The latest latents may be of a segment that was not complete: it is made again, here in every other life.
         denoised = max(run.committed, run.latents - plan.incarnation % 2)
-        self.handle(RunSubmitted(plan, run.committed, denoised, worker))
+        while denoised > run.committed and run.made_with[denoised - 1] != run.edits_of(denoised - 1):
+            denoised -= 1  # latents from before an edit are not what the run would make now
+        run.begun = denoised
+        self.handle(RunSubmitted(plan, run.committed, denoised, worker, run.paused, run.approved))
 
     # Events.
 
@@ -350,10 +374,15 @@ class AnyOrder(RuleBasedStateMachine):
             if state == "queued":
                 busy = {other.worker for other in self.runs.values() if other.worker is not None}
                 free = set(range(self.workers)) - busy - self.lacking
-                assert self.of(run_id) or not free, "a run waits, and a GPU actor is free"
-            elif state == "paused":
+                assert self.of(run_id) or not free or run.paused, "a run waits, and a GPU actor is free"
+                continue
+            if state == "paused":
+                assert run.begun == run.committed, "what has begun is not finished"
+            if state == "paused" and not run.holds(run.committed):
                 assert run.plan.max_ahead is not None
                 assert run.committed >= run.consumed + run.plan.max_ahead
+            elif state == "paused":
+                assert self.scheduler.held_by(run_id) in ("pause", "approval")
             else:
                 assert self.of(run_id), f"a run is {state}, and nobody works on it"
 
@@ -368,7 +397,8 @@ class AnyOrder(RuleBasedStateMachine):
             if self.scheduler.idle:
                 break
             for run_id, run in self.runs.items():
-                run.consumed = run.committed
+                run.consumed, run.paused, run.approved = run.committed, False, run.committed
+                self.handle(Steered(run_id, False, run.committed))
                 self.handle(Consumed(run_id, run.committed))
             if self.open:
                 self.succeed(0, 0)

@@ -15,20 +15,23 @@ from edit_ray import files
 from edit_ray.errors import ManifestUnreadable, RunFolderGone, RunLocked
 from edit_ray.runs.manifest import (
     SCHEMA,
+    Approved,
     Begun,
     Committed,
     Dropped,
+    Edited,
     Ended,
     Extended,
     Manifest,
     Opened,
+    Paused,
     Rerolled,
     SegmentRecord,
     Tiled,
 )
 from edit_ray.runs.manifest_file import ManifestFile, ManifestReader
 from edit_ray.runs.manifest_lines import Fold, read_back, to_text
-from edit_ray.runs.run_plan import FrameLayout, Take
+from edit_ray.runs.run_plan import Edit, FrameLayout, Take
 from tests.faults import faulty
 
 HARDWARE = {"device": "cpu", "threads": 1}
@@ -112,6 +115,48 @@ def test_what_is_appended_is_read_back(tmp_path):
     assert all(json.loads(line)["kind"] for line in path.read_text().splitlines())
 
 
+STEERING = [
+    Edited(1, Edit(1, prompt="a “blue” square", request="first")),
+    Paused(1, True),
+    Committed(1, record(0)),
+    Edited(1, Edit(1, negative_prompt="", guidance_scale=7.5, seed=2**63 - 1)),
+    Approved(1, 1),
+    Ended(1, "cancelled"),
+    Opened(2, HARDWARE, change=Rerolled(2, Take(1, 0, 99))),
+    Edited(2, Edit(3)),
+    Paused(2, False),
+]
+
+
+def test_lines_that_steer_a_run_add_up_and_are_read_back(tmp_path):
+    first, second, take, third = STEERING[0].edit, STEERING[3].edit, STEERING[6].change.take, STEERING[7].edit
+    before, after = fold(STEERING[:6]), fold(STEERING)
+    assert (before.changes, before.paused, before.approved) == ((first, second), True, 1)
+    assert (after.changes, after.takes) == ((first, second, take, third), (take,))
+    assert fold(STEERING[:7]).paused, "until a line says otherwise"
+    assert (after.paused, after.approved) == (False, 0)
+    path = tmp_path / "manifest.jsonl"
+    written(path, STEERING).close()
+    assert read_manifest(path) == after
+    created = ManifestFile.create(tmp_path / "whole.jsonl", BEGUN, *STEERING)
+    assert (created.manifest, read_manifest(created.path)) == (after, after)
+    assert created.path.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("schema", [2, 3])
+def test_a_run_of_an_earlier_version_is_read_and_steered(schema, tmp_path):
+    """Its first line lacks what came later."""
+    text = to_text(replace(BEGUN, schema=schema)).decode().partition(", ")[2]
+    body = text.replace(', "branched_from": ""', "").encode()[:-1]
+    path = tmp_path / "manifest.jsonl"
+    path.write_bytes(b'{"crc": "%08x", %b\n' % (zlib.crc32(body), body))
+    file = ManifestFile.open(path)
+    for line in STEERING:
+        file.append(line)
+    file.close()
+    assert read_manifest(path) == replace(fold(STEERING), begun=replace(BEGUN, schema=schema))
+
+
 def test_lines_of_an_earlier_incarnation_are_fenced_off():
     late = [Committed(1, record(2)), Ended(1, "failed", "late"), Extended(1, 9), Dropped(1, 2), Opened(1, {})]
     assert fold([*LINES[:3], *late]) == fold(LINES[:3])
@@ -140,6 +185,10 @@ def test_a_run_that_goes_on_with_a_change_is_one_line(change):
         ([replace(BEGUN)], "begins twice"),
         ([Rerolled(1, Take(1, 1, 9))], "take 1 from segment 1 does not follow"),
         ([Rerolled(1, Take(2, 0, 9))], "take 2 from segment 0 does not follow"),
+        ([Committed(1, record(0)), Edited(1, Edit(0, "b"))], "segment 0 is committed, and its prompt cannot be edited"),
+        ([Committed(1, record(0)), Approved(1, 2)], "segments before 2 are approved, and only 1 were made"),
+        ([Ended(1, "cancelled"), Edited(1, Edit(0, "b"))], "the run has ended, and its line 'edited' comes too late"),
+        ([Ended(1, "cancelled"), Paused(1, True)], "the run has ended, and its line 'paused' comes too late"),
     ],
 )
 def test_what_cannot_follow_is_refused(lines, words, tmp_path):

@@ -3,14 +3,27 @@
 import pytest
 
 from edit_ray.runs.events import (
+    CancelAsked,
     CloseRun,
     FailureKind,
     RunSubmitted,
+    Steered,
     Work,
     WorkDone,
     WorkFailed,
 )
-from edit_ray.runs.run_plan import FrameLayout, RunPlan, Scene, Storyboard, Take, segment_seed, take_of, take_seed
+from edit_ray.runs.run_plan import (
+    Edit,
+    FrameLayout,
+    Pictures,
+    RunPlan,
+    Scene,
+    Storyboard,
+    Take,
+    segment_seed,
+    take_of,
+    take_seed,
+)
 from edit_ray.runs.scheduler import MOST_DEATHS, SegmentScheduler
 
 
@@ -102,6 +115,71 @@ def test_a_run_lives_once_at_a_time():
     assert scheduler.state("a") is None
     again = run_to_end(scheduler, scheduler.handle(RunSubmitted(plan("a", 3, incarnation=2), committed=1)))
     assert [work.segment_index for work in again if getattr(work, "stage", "") == "commit"] == [1, 2]
+
+
+def test_what_has_begun_is_finished_while_a_run_is_paused_and_an_edit_comes_behind_it():
+    scheduler = SegmentScheduler()
+    (prepare,) = scheduler.handle(RunSubmitted(plan("a", 3)))
+    assert scheduler.begun("a") == 0
+    (denoise,) = scheduler.handle(done(prepare))
+    assert scheduler.handle(Steered("a", True, 0)) == []
+    assert (scheduler.begun("a"), scheduler.held_by("a"), scheduler.state("a")) == (1, "pause", "running")
+    (again,) = scheduler.handle(failed(denoise))
+    assert (again.stage, again.segment_index, again.attempt) == ("denoise", 0, 1)
+    assert run_to_end(scheduler, scheduler.handle(done(again)))[-1].stage == "commit"
+    assert (scheduler.begun("a"), scheduler.held_by("a"), scheduler.state("a")) == (1, "pause", "paused")
+    (denoise,) = scheduler.handle(Steered("a", False, 0))
+    assert (denoise.segment_index, scheduler.held_by("a")) == (1, None)
+    (stop,) = scheduler.handle(CancelAsked("a"))
+    assert (stop.run_id, scheduler.begun("a"), scheduler.begun("b")) == ("a", None, None)
+
+
+def test_a_paused_run_that_is_queued_takes_no_gpu_actor():
+    scheduler = SegmentScheduler()
+    assert scheduler.handle(RunSubmitted(plan("a", 1), worker=0, paused=True)) == []
+    assert (scheduler.state("a"), scheduler.held_by("a")) == ("queued", "pause")
+    (prepare,) = scheduler.handle(RunSubmitted(plan("b", 1)))
+    assert prepare.run_id == "b"
+    assert scheduler.handle(Steered("a", False, 0)) == []
+    ended = run_to_end(scheduler, [prepare])
+    assert [what.run_id for what in ended if isinstance(what, CloseRun)] == ["b", "a"]
+
+
+def test_a_run_that_asks_waits_for_a_yes_to_each_segment_and_to_the_last():
+    scheduler = SegmentScheduler()
+    seen = run_to_end(scheduler, scheduler.handle(RunSubmitted(plan("a", 2, approve=True))))
+    for yes in (1, 2):
+        assert (seen[-1].stage, seen[-1].segment_index) == ("commit", yes - 1)
+        assert (scheduler.state("a"), scheduler.held_by("a")) == ("paused", "approval")
+        seen = run_to_end(scheduler, scheduler.handle(Steered("a", False, yes)))
+    assert seen[-1] == CloseRun("a", "done", None, 0)
+
+
+def test_a_run_that_is_ahead_waits_for_its_clients():
+    scheduler = SegmentScheduler()
+    run_to_end(scheduler, scheduler.handle(RunSubmitted(plan("a", 2, max_ahead=1))))
+    assert (scheduler.state("a"), scheduler.held_by("a")) == ("paused", "clients")
+
+
+def test_edits_and_takes_hold_in_the_order_of_their_lines():
+    scenes = (Scene(0, "a", "", 4.0, 7), Scene(3, "b", "n", 5.0, 8))
+    changes = (Edit(2, prompt="c"), Take(1, 1, 99), Edit(4, "d", "m", 6.0), Edit(1, seed=5, negative_prompt="o"))
+    board = Storyboard(scenes, FrameLayout(33, 3, 16), changes)
+    segments = [board.segment(k) for k in range(6)]
+    assert [segment.prompt for segment in segments] == ["a", "a", "c", "c", "d", "d"]
+    assert [segment.negative_prompt for segment in segments] == ["", "o", "o", "o", "o", "o"]
+    assert [segment.guidance_scale for segment in segments] == [4.0, 4.0, 4.0, 5.0, 6.0, 6.0]
+    assert [segment.seed for segment in segments] == [segment_seed(7 if k == 0 else 5, k) for k in range(6)]
+    assert [segment.take for segment in segments] == [0, 1, 1, 1, 1, 1]
+    assert [board.edits_of(k) for k in range(6)] == [0, 1, 2, 2, 3, 3]
+
+
+def test_an_edit_inside_a_scene_that_cuts_makes_no_other_cut():
+    shown = Pictures("first.png")
+    board = Storyboard((Scene(0, "a", "", 4.0, 7, pictures=shown, cuts=True),), FrameLayout(33, 1, 16), (Edit(2, "b"),))
+    assert [board.segment(k).pictures for k in range(4)] == [shown] * 4
+    assert [board.stream_start(k) for k in range(4)] == [0] * 4
+    assert [scene.cuts for scene in board.changed] == [True, False]
 
 
 def test_takes_change_seed_and_prompt_from_their_segment_on():

@@ -1,6 +1,7 @@
 """The segment scheduler in random orders of everything that can happen; and broken ones that this must find."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -9,7 +10,9 @@ from hypothesis.stateful import run_state_machine_as_test
 from edit_ray.runs import scheduler
 from edit_ray.runs.events import CloseRun
 from edit_ray.runs.scheduler import ScheduledRun, SegmentScheduler
+from tests.unit import steering_machine
 from tests.unit.scheduler_machine import FIRED, AnyOrder
+from tests.unit.steering_machine import AnySteering
 
 SHORT = settings(
     max_examples=250,
@@ -21,17 +24,17 @@ SHORT = settings(
 )
 
 
-def run(broken, **changes):
+def run(broken, machine=AnyOrder, **changes):
     """The histories of one scheduler; how often each event and each transition was in them."""
-    machine = type("Machine", (AnyOrder,), {"Scheduler": broken, "fired": Counter()})
+    machine = type("Machine", (machine,), {"Scheduler": broken, "fired": Counter()})
     run_state_machine_as_test(machine, settings=settings(SHORT, **changes))
     return machine.fired
 
 
-def check_all_fired(fired):
+def check_all_fired(fired, names=FIRED):
     for name, times in sorted(fired.items()):
         print(f"{times:8} {name}")
-    assert [name for name in FIRED if not fired[name]] == []
+    assert [name for name in names if not fired[name]] == []
 
 
 def test_the_scheduler_holds_in_any_order():
@@ -41,6 +44,16 @@ def test_the_scheduler_holds_in_any_order():
 @pytest.mark.slow
 def test_the_scheduler_holds_in_many_more_orders():
     check_all_fired(run(SegmentScheduler, max_examples=50_000, stateful_step_count=40, derandomize=False))
+
+
+def test_the_scheduler_holds_however_it_is_steered():
+    check_all_fired(run(SegmentScheduler, AnySteering, max_examples=150), steering_machine.FIRED)
+
+
+@pytest.mark.slow
+def test_the_scheduler_holds_in_5000_orders_of_steering():
+    fired = run(SegmentScheduler, AnySteering, max_examples=5000, stateful_step_count=50, derandomize=False)
+    check_all_fired(fired, steering_machine.FIRED)
 
 
 class TakesLateReports(SegmentScheduler):
@@ -112,7 +125,7 @@ class WorksAfterTheEnd(SegmentScheduler):
 class SharesAGpuActor(SegmentScheduler):
     """A GPU actor is given to a second run."""
 
-    def _taken(self):
+    def _taken(self, but=None):
         return set()
 
 
@@ -163,3 +176,51 @@ def test_a_broken_scheduler_is_found(broken, monkeypatch):
     # Not the harness's own mistakes: each is an assertion of the model.
     with pytest.raises(AssertionError):
         run(broken, max_examples=400, phases=[Phase.generate], report_multiple_bugs=False)
+
+
+class EditsWhatHasBegun(SegmentScheduler):
+    """A segment that is being denoised, and has no latents yet, is said not to have begun."""
+
+    def begun(self, run_id):
+        run = self._runs.get(run_id)
+        return None if run is None or run.state == "stopping" else run.made["denoise"]
+
+
+class BeginsWhileHeld(SegmentScheduler):
+    """A pause holds nothing."""
+
+    def _steer(self, run_id, paused, approved):
+        return super()._steer(run_id, False, approved)
+
+
+class ForgetsAPause(SegmentScheduler):
+    """A run that was paused begins again with the next segment scheduler."""
+
+    def _submit(self, submitted):
+        return super()._submit(replace(submitted, paused=False))
+
+
+class NeedsNoYes(SegmentScheduler):
+    """A run does not wait to be approved."""
+
+    class Run(ScheduledRun):
+        def _approved(self, segments):
+            return True
+
+
+class FinishesWithoutAYes(SegmentScheduler):
+    """The last segment is not asked for."""
+
+    class Run(ScheduledRun):
+        def _approved(self, segments):
+            return segments == self.plan.num_segments or super()._approved(segments)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [EditsWhatHasBegun, BeginsWhileHeld, ForgetsAPause, NeedsNoYes, FinishesWithoutAYes],
+)
+def test_a_scheduler_that_is_steered_wrongly_is_found(broken, monkeypatch):
+    monkeypatch.setattr(scheduler, "ScheduledRun", getattr(broken, "Run", ScheduledRun))
+    with pytest.raises(AssertionError):
+        run(broken, AnySteering, max_examples=400, phases=[Phase.generate], report_multiple_bugs=False)
