@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +15,9 @@ import ray
 
 from edit_ray import files
 from edit_ray.actors import connection, launch
-from edit_ray.actors.messages import RunStatus, StreamReply
+from edit_ray.actors.messages import RunStatus, StreamReply, has_ended
+from edit_ray.actors.segment_stream import Segment as Segment
+from edit_ray.actors.segment_stream import SegmentStream
 from edit_ray.config import Config, check_config, config_of, load_config, output_root
 from edit_ray.engine.options import EngineOptions
 from edit_ray.errors import (
@@ -25,44 +25,20 @@ from edit_ray.errors import (
     EditRayError,
     NotYourRun,
     ResourcesUnavailable,
-    RunCancelled,
     RunLive,
     SegmentFailed,
-    SegmentGone,
     UnknownRun,
 )
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.ids import check_run_id, check_segment_index, new_run_id, owner_here
-from edit_ray.runs.manifest import SegmentRecord
 from edit_ray.runs.manifest_file import ManifestReader
-from edit_ray.video.encode import EncodeError, Frames, read_frames
+from edit_ray.runs.run_plan import Edit
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 POLL_S = 10.0  # for one call that waits for the next segment
 RETRY_S = 0.2  # between two calls to a segment scheduler that is being restarted
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One committed segment.
-
-    `frames` are uint8 [F, H, W, 3], decoded from the fragment at `path`, which plays after the run's `init.mp4`: every
-    reader gets the same at any time. `latents` are float32 [1, C, t, h, w], normalised, the lossless source. Each is
-    None unless it was requested.
-    """
-
-    index: int
-    prompt: str
-    seed: int
-    first_frame: int
-    num_frames: int
-    fps: float
-    path: Path
-    statistics: Mapping[str, float]
-    frames: Frames | None = None
-    latents: torch.Tensor | None = None
 
 
 class LongVideoClient:
@@ -118,7 +94,7 @@ class LongVideoClient:
             config = config_of(config)
         elif not checked and (problems := check_config(config)):
             raise ConfigError(problems)
-        run_id = check_run_id(run_id) if run_id is not None else new_run_id(datetime.now(UTC), secrets.token_hex(2))
+        run_id = check_run_id(run_id) if run_id is not None else _new_id()
         token = secrets.token_hex(8)  # by which a repeated call recognises its own run
         probe = RunFolder(self.output, run_id).probe(token)
         probe.touch(0o600)
@@ -163,9 +139,89 @@ class LongVideoClient:
     ) -> RunStatus:
         """Make an ended run's segments from `start` on again, with another seed (derived if None).
 
-        The old segments stay in the run's folder. Raises as `extend`.
+        So can be an active run with nothing in progress that is paused or waits for approval. The old segments stay in
+        the run's folder. Raises as `extend`.
         """
         return self._go_on("reroll", run_id, force, start, seed, prompt, allow_different_hardware)
+
+    def steer(
+        self,
+        run_id: str,
+        from_segment: int | None = None,
+        *,
+        prompt: str | None = None,
+        negative_prompt: str | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = None,
+        request: str | None = None,
+        force: bool = False,
+    ) -> Edit:
+        """Edit the storyboard of an active run: what is given holds from a segment on, to the end of the run.
+
+        That is the first one whose denoising has not begun, or `from_segment` if that comes later; the returned edit
+        has it as `start`. The edit is durable then. Of calls with the same `request` one makes an edit.
+
+        Raises UnknownRun if the run is not active, RunEnded, ConfigError, ModelError, NotYourRun, ResourcesUnavailable.
+        """
+        said = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "guidance_scale": guidance_scale,
+            "seed": seed,
+        }
+        token = secrets.token_hex(8) if request is None else request
+        edit: Edit = self._ask_active("steer", run_id, force, from_segment, said, token)
+        return edit
+
+    def pause(self, run_id: str, *, force: bool = False) -> RunStatus:
+        """Let no further segment of an active run begin; what has begun is made. It stays so when the run is resumed.
+
+        Raises as `steer`.
+        """
+        status: RunStatus = self._ask_active("pause", run_id, force, True)
+        return status
+
+    def unpause(self, run_id: str, *, force: bool = False) -> RunStatus:
+        """Let further segments of an active run begin again. Raises as `steer`."""
+        status: RunStatus = self._ask_active("pause", run_id, force, False)
+        return status
+
+    def approve(self, run_id: str, segment: int | None = None, *, force: bool = False) -> RunStatus:
+        """Approve the segments of an active run up to this one, by default the latest (`video.approve: each`).
+
+        Raises as `steer`.
+        """
+        status: RunStatus = self._ask_active("approve", run_id, force, segment)
+        return status
+
+    def branch(
+        self,
+        run_id: str,
+        at: int,
+        *,
+        new_id: str | None = None,
+        prompt: str | None = None,
+        seed: int | None = None,
+        num_segments: int | None = None,
+        allow_different_hardware: bool = False,
+        request: str | None = None,
+    ) -> RunStatus:
+        """Start a new run that shares the committed segments before `at` of a run, whatever state that is in.
+
+        From `at` on it follows the storyboard as that run does now, with `prompt` and `seed` in place of the
+        storyboard's. It has `num_segments`, None: as many. The files are shared by links where possible; the source
+        never changes. Of calls with the same `new_id` and `request` one makes a run, and all return its status.
+
+        Raises UnknownRun, RunExists, ManifestUnreadable, ConfigError, ModelError, HardwareDiffers, RunDamaged,
+        ResourcesUnavailable, ActorVersionMismatch.
+        """
+        new_id = check_run_id(new_id) if new_id is not None else _new_id()
+        self._status_on_disk(check_run_id(run_id))
+        said = {"prompt": prompt, "seed": seed}
+        of, token = (str(self.output), run_id, at), secrets.token_hex(8) if request is None else request
+        asked = (new_id, *of, said, num_segments, allow_different_hardware, token, self.owner.name, self.owner.job)
+        status: RunStatus = self._ask("branch", *asked, starts=True)
+        return status
 
     def status(self, run_id: str) -> RunStatus:
         """The run's status: from the segment scheduler, or from the run's folder if that does not know the run."""
@@ -238,6 +294,16 @@ class LongVideoClient:
         status: RunStatus = self._ask(method, run_id, str(self.output), *arguments, starts=True)
         return status
 
+    def _ask_active(self, method: str, run_id: str, force: bool, *arguments: Any) -> Any:
+        """The segment scheduler's answer about a run that must be active. Raises UnknownRun, RunEnded, NotYourRun."""
+        status = self.status(check_run_id(run_id))
+        self.check_mine(status, force)
+        if status.ended:
+            raise has_ended(status)
+        if status.state == "open":
+            raise UnknownRun(f"nobody works on run {run_id!r}; run `edit-ray resume {run_id}` first")
+        return self._ask(method, run_id, *arguments)
+
     def _status_on_disk(self, run_id: str) -> RunStatus:
         folder = RunFolder(self.output, run_id)
         return RunStatus.of(folder.path, folder.read_manifest())
@@ -289,54 +355,5 @@ class LongVideoClient:
         raise UnknownRun(f"{which} is not running: no segment scheduler lives in this Ray")
 
 
-class SegmentStream(Iterator[Segment], AsyncIterator[Segment]):
-    """The segments of one run, as `LongVideoClient.stream` returns them."""
-
-    def __init__(self, client: LongVideoClient, run_id: str, start: int, frames: bool, latents: bool) -> None:
-        self._client, self._run_id, self._index = client, run_id, start
-        self._frames, self._latents = frames, latents
-
-    def __next__(self) -> Segment:
-        if (segment := self._following()) is None:
-            raise StopIteration
-        return segment
-
-    async def __anext__(self) -> Segment:
-        if (segment := await asyncio.to_thread(self._following)) is None:
-            raise StopAsyncIteration
-        return segment
-
-    def _following(self) -> Segment | None:
-        """The next segment, None after the last one of a run that is done."""
-        while True:
-            reply = self._client.wait_segment(self._run_id, self._index)
-            if reply.record is not None:
-                segment = self._segment(reply.record, reply.status)
-                self._index += 1
-                return segment
-            if reply.status.state == "done":
-                return None
-            if reply.status.state == "failed":
-                raise SegmentFailed(f"run {self._run_id!r} failed: {reply.status.error}")
-            if reply.status.state == "cancelled":
-                raise RunCancelled(f"run {self._run_id!r} was stopped")
-
-    def _segment(self, record: SegmentRecord, status: RunStatus) -> Segment:
-        folder = Path(status.path)
-        path, init = folder / record.media, folder / "init.mp4"
-        try:
-            frames = read_frames(path, height=status.height, width=status.width, init=init) if self._frames else None
-            latents = None
-            if self._latents:
-                from edit_ray.engine.continuity import load_latents  # needs torch
-
-                latents = load_latents(folder / record.latents)
-        except (OSError, EncodeError, EditRayError):
-            if path.exists():
-                raise
-            raise SegmentGone(
-                f"segment {record.index} of run {self._run_id!r} is dropped (output.keep_segments); "
-                f"the first that is there is {self._client.status(self._run_id).dropped_before}"
-            ) from None
-        plan = (record.index, record.prompt, record.seed, record.first_frame, record.num_frames)
-        return Segment(*plan, status.fps, path, dict(record.statistics), frames, latents)
+def _new_id() -> str:
+    return new_run_id(datetime.now(UTC), secrets.token_hex(2))

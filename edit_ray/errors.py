@@ -30,6 +30,10 @@ class RunLive(EditRayError, ValueError):
     """The run is active, and the request needs an ended one."""
 
 
+class RunEnded(EditRayError, ValueError):
+    """The run has ended, and the request needs an active one."""
+
+
 class NotYourRun(EditRayError, ValueError):
     """The run belongs to another owner; `force` overrides."""
 

@@ -20,6 +20,8 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 
 DRAFT = ".part"
 _CHUNK = 4 << 20
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
+"""A file system has no links, the two places are on different ones, or the file is another user's."""
 NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL  # and O_EXCL follows no link
 """Flags that open a new file: it must not exist yet, not even as a link."""
 
@@ -54,6 +56,10 @@ class Disk:
 
     def replace(self, source: Path, target: Path) -> None:
         os.replace(source, target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name, which must be free."""
+        os.link(source, target)
 
     def unlink(self, path: Path) -> None:
         os.unlink(path)
@@ -145,6 +151,21 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
     while done < size and (count := disk.read(descriptor, [memoryview(content)[done:]], offset + done)):
         done += count
     return bytes(memoryview(content)[:done])
+
+
+def share(source: Path, target: Path) -> None:
+    """Have a file that is never changed in a second place as well: by a link, else as a copy that is synced.
+
+    The name is durable once its folder is synced. Raises FileNotFoundError.
+    """
+    try:
+        disk.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with opened(source) as descriptor, replacing(target) as draft:
+            while part := read_at(descriptor, draft.size, _CHUNK):
+                draft.write(part)
 
 
 def digest_of(data: bytes) -> int:

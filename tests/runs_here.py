@@ -3,8 +3,9 @@
 import asyncio
 
 from edit_ray.actors.local import LocalPool
+from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.config import Config
+from edit_ray.config import Config, load_config
 from edit_ray.runs.folder import RunFolder
 
 SEGMENTS = 4
@@ -85,6 +86,22 @@ def check_same(one, other, *, but=()):
     ones, others = everything(one), everything(other)
     differing = [name for name in sorted({*ones, *others}) if ones.get(name) != others.get(name)]
     assert differing == list(but)
+
+
+def told_from_the_start(folder):
+    """The configuration whose storyboard says by itself what the run's edits and re-rolls made of its own."""
+    manifest, config = folder.read_manifest(), load_config(folder.run_yaml, (), check_model=False)
+    values = config.model_dump(mode="json")
+    names = ("prompt", "negative_prompt", "guidance_scale", "seed")
+    scenes = RunSpec.of(folder.path.parent, config, manifest).storyboard.changed
+    segments = manifest.num_segments
+    values["prompt_segments"] = [
+        {"segment": scene.start} | {name: getattr(scene, name) for name in names}
+        for scene in scenes
+        if segments is None or scene.start < segments
+    ]
+    values["video"] = {"num_segments": segments}
+    return Config.model_validate(values)
 
 
 class Pool(LocalPool):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from edit_ray import files
+from edit_ray.actors.branches import BranchAsked, check_shared, lines_of, planned, shared_files, shortage_of
 from edit_ray.actors.folder_state import (
     Change,
     Damage,
@@ -85,8 +86,8 @@ class Admission:
                 )
         return spec
 
-    async def mine(self, asked: Submission) -> bool:
-        """Whether the run's folder was created for this very submission."""
+    async def mine(self, asked: Submission | BranchAsked) -> bool:
+        """Whether the run's folder was created for this very request."""
         folder = RunFolder(asked.root, asked.run_id)
         try:
             return (await asyncio.to_thread(folder.read_manifest)).begun.submission == asked.token
@@ -100,6 +101,36 @@ class Admission:
         with usable_disk(spec.root):
             file = await asyncio.to_thread(spec.folder.create, settings, begun)
         return LiveRun(RunSpec.of(spec.root, spec.config, file.manifest), file)
+
+    async def branch(self, asked: BranchAsked, *, allow_different_hardware: bool = False) -> LiveRun:
+        """Create the folder of a branch, after all that could make it impossible was checked.
+
+        Raises UnknownRun, RunExists, ManifestUnreadable, ConfigError, HardwareDiffers, RunDamaged,
+        ResourcesUnavailable; then nothing was written.
+        """
+        root, folder = asked.root, RunFolder(asked.root, asked.run_id)
+        if await asyncio.to_thread(folder.path.exists):
+            raise RunExists(f"run id {asked.run_id!r} is taken by {folder.path}; choose another run id")
+        of = RunFolder(root, asked.source)
+        manifest = await asyncio.to_thread(of.read_manifest)
+        config = await asyncio.to_thread(load_config, of.run_yaml, (), check_model=False)
+        source = RunSpec.of(root, config, manifest)
+        spec, edit = await asyncio.to_thread(planned, asked, source, manifest)
+        settings = await asyncio.to_thread(of.run_yaml.read_bytes)
+        here = await self._provenance(spec, settings, await self._start(source))
+        if asked.at and not allow_different_hardware:
+            check_same(asked.source, manifest.provenance, here)
+        await asyncio.to_thread(check_shared, of, manifest, asked.at)
+        if too_little := await asyncio.to_thread(shortage_of, spec, source, manifest.segments[: asked.at]):
+            raise ResourcesUnavailable(too_little)
+
+        def create() -> ManifestFile:
+            lines = lines_of(asked, spec, edit, source, manifest, here)
+            return folder.create(settings.decode(), *lines, shared=shared_files(of, manifest, asked.at))
+
+        with usable_disk(root):  # which a file that was dropped meanwhile makes fail, too
+            file = await asyncio.to_thread(create)
+        return LiveRun(RunSpec.of(root, config, file.manifest), file, may_move=allow_different_hardware)
 
     async def go_on(
         self,

@@ -147,6 +147,7 @@ class DenoiserActor:
         cached = cache_stats(engine.record, spec, segment)
         stats = rounded(denoise_at=denoise_at, denoise_s=denoise_s, **cached, **reused) | {"latents_xxh3": digest}
         of = {"segment": segment.index, "take": segment.take, "attempt": attempt}
+        of["edits"] = spec.storyboard.edits_of(segment.index)
         append_event(spec.folder.events, "segment_made", **of, plan=spec.residuals_id, figures=stats)
         return stats
 

@@ -63,19 +63,21 @@ def check_same(run_id: str, before: Provenance, here: Provenance) -> None:
 def denoised_before(spec: RunSpec, committed: int) -> list[dict[str, float]]:
     """The statistics of the segments after the committed ones that need not be denoised again.
 
-    Their latents are what this run would make now: of this take, under this plan of reuse. The event log says that a
-    segment was made only once all its other files are durable. If segments are denoised from frames, the latest one is
-    denoised again in any case: its predecessor's frames may be decoded in tiles from now on.
+    Their latents are what this run would make now: of this take, after as many edits, under this plan of reuse. The
+    event log says that a segment was made only once all its other files are durable. If segments are denoised from
+    frames, the latest one is denoised again in any case: its predecessor's frames may be decoded in tiles from now on.
     """
-    made: dict[tuple[int | None, int | None, str], dict[str, float]] = {}
+    made: dict[tuple[int | None, int | None, int, str], dict[str, float]] = {}
     for event in latest_events(spec.folder.events, "segment_made"):
         index = event.get("segment")
         if index is not None and index < committed:  # later segments have later events
             break
-        made.setdefault((index, event.get("take"), str(event.get("plan"))), event.get("figures", {}))
+        of = index, event.get("take"), event.get("edits", 0), str(event.get("plan"))
+        made.setdefault(of, event.get("figures", {}))
     found: list[dict[str, float]] = []
     for index in range(committed, committed + LEAD):
-        stats = made.get((index, spec.segment(index).take, spec.residuals_id))
+        edits = spec.storyboard.edits_of(index)
+        stats = made.get((index, spec.segment(index).take, edits, spec.residuals_id))
         if not stats or not _is_as_made(spec.latents(index), stats):
             break
         found.append(stats)

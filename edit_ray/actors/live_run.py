@@ -16,7 +16,7 @@ from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.watchdog import best_effort
 from edit_ray.errors import SegmentFailed
 from edit_ray.runs.folder import RunFolder
-from edit_ray.runs.manifest import Ended, Line, Manifest
+from edit_ray.runs.manifest import Committed, Dropped, Ended, Line, Manifest
 from edit_ray.runs.manifest_file import ManifestFile
 from edit_ray.runs.retention import KEEP_ALL, Retention
 
@@ -69,6 +69,7 @@ class LiveRun(Watched):
     removed: Retention = KEEP_ALL  # up to which segments this incarnation has removed old files
     stats: dict[int, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))  # of uncommitted segments
     beginning: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while its GPU actor is prepared
+    steering: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a line that steers it is written
     _disk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "folder"))
 
     def __post_init__(self) -> None:
@@ -132,7 +133,13 @@ class LiveRun(Watched):
     async def append(self, line: Line) -> None:
         """Commit a line, then notify clients. Raises FolderSilent, and as `ManifestFile.append`."""
         await self.on_disk(self.file.append, line)
+        if not isinstance(line, Committed | Dropped):
+            self.follow()
         await self.notify()
+
+    def follow(self) -> None:
+        """Work on as the manifest says."""
+        self.spec = RunSpec.of(self.spec.root, self.spec.config, self.manifest)
 
     async def record_end(self, ended: Ended) -> Exception | None:
         """Complete the stream's files, remove the drafts of killed actors, and commit the end.

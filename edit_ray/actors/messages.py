@@ -12,10 +12,11 @@ from typing import Any
 
 import edit_ray
 from edit_ray.config import Config
-from edit_ray.runs.events import RunState, Stage
+from edit_ray.errors import RunEnded
+from edit_ray.runs.events import Hold, RunState, Stage
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Begun, Manifest, SegmentRecord
-from edit_ray.runs.run_plan import FrameLayout, RunPlan, SegmentPlan, Storyboard, Take
+from edit_ray.runs.run_plan import Change, FrameLayout, RunPlan, SegmentPlan, Storyboard
 from edit_ray.tiers.options import ReusingRun
 from edit_ray.video.fragments import Part
 from edit_ray.video.hls import StreamFiles
@@ -44,7 +45,7 @@ class RunSpec:
     config: Config
     num_segments: int | None = None
     incarnation: int = 1
-    takes: tuple[Take, ...] = ()
+    changes: tuple[Change, ...] = ()
     planned_from: int = 0
     tiled_from: int | None = None
     submission: str = ""
@@ -54,7 +55,7 @@ class RunSpec:
     @classmethod
     def of(cls, root: Path, config: Config, manifest: Manifest) -> RunSpec:
         """The run as its manifest describes it now."""
-        names = ("num_segments", "incarnation", "takes", "planned_from", "tiled_from", "replanned")
+        names = ("num_segments", "incarnation", "changes", "planned_from", "tiled_from", "replanned")
         begun, standing = manifest.begun, {name: getattr(manifest, name) for name in names}
         standing["pictures"] = manifest.provenance.get("pictures")
         return cls(begun.run_id, root, config, submission=begun.submission, **standing)
@@ -69,7 +70,7 @@ class RunSpec:
 
     @cached_property
     def storyboard(self) -> Storyboard:
-        return replace(self.config.storyboard, takes=self.takes)
+        return replace(self.config.storyboard, changes=self.changes)
 
     @property
     def plan(self) -> RunPlan:
@@ -82,6 +83,7 @@ class RunSpec:
             incarnation=self.incarnation,
             max_ahead=engine.max_ahead,
             frames_first=self.layout.denoise_needs_frames,
+            approve=self.config.video.approve == "each",
         )
 
     def texts(self, segment_index: int, most: int) -> list[str]:
@@ -90,8 +92,7 @@ class RunSpec:
         They come in blocks, two of which are no more than `most`: the last segment of one and the first of the next may
         be in progress at once.
         """
-        texts = [text for scene in self.storyboard.scenes for text in (scene.prompt, scene.negative_prompt)]
-        texts += [take.prompt for take in self.takes if take.prompt is not None]
+        texts = [text for scene in self.storyboard.changed for text in (scene.prompt, scene.negative_prompt)]
         if len(set(texts)) <= most:
             return texts
         block = max(1, most // 4)
@@ -227,20 +228,25 @@ class RunStatus:
     progress: Progress | None = None
     owner: str = ""  # who submitted it; empty if that was not recorded
     job: str = ""  # the submission id of the Ray job that did
+    branched_from: str = ""  # the run that it shares its first segments with
+    approved: int = 0  # segments that were approved (`video.approve`)
+    held_by: Hold | None = None  # what must change before a further segment begins
 
     @classmethod
     def of(
         cls, path: Path, manifest: Manifest, state: RunState | None = None, progress: Progress | None = None
     ) -> RunStatus:
         """`state` is the segment scheduler's, None if it does not know the run."""
-        of_begun = {name: getattr(manifest.begun, name) for name in ("run_id", "height", "width", "owner", "job")}
-        names = ("num_segments", "num_frames", "dropped_before", "error")
+        names: tuple[str, ...] = ("run_id", "height", "width", "owner", "job", "branched_from")
+        of_begun = {name: getattr(manifest.begun, name) for name in names}
+        names = ("num_segments", "num_frames", "dropped_before", "error", "approved")
         return cls(
             state=state or manifest.state,
             path=str(path),
             committed=len(manifest.segments),
             fps=manifest.begun.layout.fps,
             progress=progress,
+            held_by="pause" if manifest.paused and manifest.end is None else None,
             **of_begun,
             **{name: getattr(manifest, name) for name in names},
         )
@@ -249,6 +255,16 @@ class RunStatus:
     def ended(self) -> bool:
         """Whether the run is done, failed or cancelled."""
         return self.state in ("done", "failed", "cancelled")
+
+
+def has_ended(status: RunStatus) -> RunEnded:
+    """Says why an ended run cannot be steered, and what can be done instead."""
+    run_id = status.run_id
+    ended = f"has ended ({status.state})" if status.ended else "is being stopped"
+    return RunEnded(
+        f"run {run_id!r} {ended}: `edit-ray reroll {run_id} --from K` makes segments again, `edit-ray extend {run_id}` "
+        f"adds some, and `edit-ray branch {run_id} --at K` starts another run from segment K on"
+    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -98,7 +97,6 @@ class Stages:
                 check_same(run.spec.run_id, run.manifest.provenance, here)
             if differing(run.manifest.provenance, here):
                 await run.append(HardwareChanged(run.spec.incarnation, here, made))
-                run.spec = RunSpec.of(run.spec.root, run.spec.config, run.manifest)
             adopted = self._pool.denoiser(work.worker, "adopt_run", run.spec)
             await answered(adopted, engine.answer_timeout_s, "the adoption of the run")
 
@@ -153,7 +151,6 @@ class Stages:
                 raise
             _log.warning("run %s is decoded in tiles from segment %d on", spec.run_id, index)
             await run.append(Tiled(spec.incarnation, index))
-            run.spec = replace(spec, tiled_from=index)
             stats = await self._ask(run, work, "decode_segment", segment)
         run.stats[segment.index] |= stats
 

@@ -31,6 +31,8 @@ _WAIT: dict[str, Any] = {
     "help": "seconds to wait for the run to start (default: 30)",
 }
 
+_OTHER_BITS = "also if the frames will not be bit-identical"
+
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -110,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"edit-ray {edit_ray.__version__}")
     commands = _Commands(top)
     _add_runs(commands)
+    _add_steering(commands)
     _add_removal(commands)
     _add_pages(commands)
     _add_models(commands)
@@ -130,12 +133,10 @@ def _add_runs(commands: _Commands) -> None:
     for name, run, says in (
         ("resume", run_commands.resume, "continue a run at its first uncommitted segment"),
         ("extend", run_commands.extend, "add segments to an ended run"),
-        ("reroll", run_commands.reroll, "generate an ended run's last segments again, with another seed or prompt"),
+        ("reroll", run_commands.reroll, "generate a run's last segments again, with another seed or prompt"),
     ):
         command = commands.add(name, run, says, run_id=True, force=_FORCE)
-        command.add_argument(
-            "--allow-different-hardware", action="store_true", help="also if the frames will not be bit-identical"
-        )
+        command.add_argument("--allow-different-hardware", action="store_true", help=_OTHER_BITS)
         if name == "resume":
             command.add_argument("--remake-damaged", action="store_true", help="generate damaged files again")
         elif name == "extend":
@@ -146,6 +147,36 @@ def _add_runs(commands: _Commands) -> None:
             )
             command.add_argument("--seed", type=int, help="(default: derived from the run's seed)")
             command.add_argument("--prompt", help="replaces the storyboard from that segment on")
+
+
+def _add_steering(commands: _Commands) -> None:
+    steer = commands.add(
+        "steer", run_commands.steer, "edit the storyboard of an active run while it is made", run_id=True, force=_FORCE
+    )
+    steer.add_argument(
+        "--from", dest="start", type=int, metavar="SEGMENT", help="(default: the first one that has not begun)"
+    )
+    steer.add_argument("--prompt", help="replaces the storyboard from that segment on")
+    steer.add_argument("--negative-prompt", metavar="PROMPT")
+    steer.add_argument("--guidance-scale", type=float, metavar="G")
+    steer.add_argument("--seed", type=int, metavar="S")
+    for name, run, says in (
+        ("pause", run_commands.pause, "let no further segment of an active run begin; what has begun is made"),
+        ("unpause", run_commands.unpause, "let further segments of an active run begin again"),
+        ("approve", run_commands.approve, "approve a segment that a run waits at (video.approve: each)"),
+    ):
+        command = commands.add(name, run, says, run_id=True, force=_FORCE)
+        if name == "approve":
+            command.add_argument("--segment", type=int, metavar="K", help="and all before it (default: the latest one)")
+    branch = commands.add(
+        "branch", run_commands.branch, "start a new run that shares the first segments of a run", run_id=True
+    )
+    branch.add_argument("--at", type=int, required=True, metavar="SEGMENT", help="the first segment of its own")
+    branch.add_argument("--new-id", metavar="ID", help="the new run's id (default: made from the time)")
+    branch.add_argument("--prompt", help="replaces the storyboard from that segment on")
+    branch.add_argument("--seed", type=int, help="replaces the seed from that segment on")
+    branch.add_argument("--num-segments", type=int, metavar="N", help="of the whole new run (default: as many)")
+    branch.add_argument("--allow-different-hardware", action="store_true", help=_OTHER_BITS)
 
 
 def _add_removal(commands: _Commands) -> None:

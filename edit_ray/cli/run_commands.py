@@ -63,9 +63,20 @@ def status(options: argparse.Namespace) -> int:
     print(line_of(status))
     if at := status.progress:
         print(f"segment {at.segment_index}: step {at.step} of {at.num_steps}")
-    for text in filter(None, (status.error, status.warning)):
+    for text in filter(None, (_held(status), status.error, status.warning)):
         print(text)
     return 0
+
+
+def _held(status: RunStatus) -> str | None:
+    """What a run waits for, in a sentence."""
+    run_id, last = status.run_id, status.committed - 1
+    waits = {
+        "pause": f"paused: no further segment begins before `edit-ray unpause {run_id}`",
+        "approval": f"waits for `edit-ray approve {run_id} --segment {last}`, or for `edit-ray reroll {run_id}`",
+        "clients": "waits until a client has taken more segments (engine.max_ahead)",
+    }
+    return waits.get(status.held_by or "")
 
 
 def down(options: argparse.Namespace) -> int:
@@ -129,22 +140,60 @@ def reroll(options: argparse.Namespace) -> int:
     return 0
 
 
+def steer(options: argparse.Namespace) -> int:
+    """Edit the storyboard of an active run."""
+    said = {name: getattr(options, name) for name in ("prompt", "negative_prompt", "guidance_scale", "seed")}
+    edit = client_of(options).steer(options.run_id, options.start, **said, force=options.force)
+    print(f"{options.run_id}: it holds from segment {edit.start} on")
+    return 0
+
+
+def pause(options: argparse.Namespace) -> int:
+    """Let no further segment of a run begin."""
+    print(line_of(client_of(options).pause(options.run_id, force=options.force)))
+    return 0
+
+
+def unpause(options: argparse.Namespace) -> int:
+    """Let further segments of a run begin again."""
+    print(line_of(client_of(options).unpause(options.run_id, force=options.force)))
+    return 0
+
+
+def approve(options: argparse.Namespace) -> int:
+    """Approve segments of a run that waits for it."""
+    print(line_of(client_of(options).approve(options.run_id, options.segment, force=options.force)))
+    return 0
+
+
+def branch(options: argparse.Namespace) -> int:
+    """Start a new run that shares the first segments of another one."""
+    client = client_of(options)
+    client.status(options.run_id)
+    _check_ray_runs(options)
+    names = ("new_id", "prompt", "seed", "num_segments", "allow_different_hardware")
+    print(line_of(client.branch(options.run_id, options.at, **{name: getattr(options, name) for name in names})))
+    return 0
+
+
 def _allowed(options: argparse.Namespace) -> dict[str, bool]:
     return {"allow_different_hardware": options.allow_different_hardware, "force": options.force}
 
 
 def _lasting_client(options: argparse.Namespace) -> LongVideoClient:
     """A client of a Ray cluster that outlives this command. Raises NotYourRun, ResourcesUnavailable."""
-    from edit_ray.actors import connection
-
     client = client_of(options)
     client.check_mine(client.status(options.run_id), options.force)
-    if not connection.connect_if_running(options.address):
-        raise ResourcesUnavailable(
-            "no Ray is running: start one with `ray start --head`, or continue with "
-            f"`python jobs/long_video.py --run-id {options.run_id} --resume`"
-        )
+    _check_ray_runs(options, f", or continue with `python jobs/long_video.py --run-id {options.run_id} --resume`")
     return client
+
+
+def _check_ray_runs(options: argparse.Namespace, otherwise: str = "") -> None:
+    """Raise ResourcesUnavailable if there is no Ray cluster that outlives this command."""
+    from edit_ray.actors import connection
+
+    if not connection.connect_if_running(options.address):
+        raise ResourcesUnavailable(f"no Ray is running: start one with `ray start --head`{otherwise}")
 
 
 def delete(options: argparse.Namespace) -> int:

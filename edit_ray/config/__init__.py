@@ -2,7 +2,7 @@
 
 from edit_ray.config.load import config_of, load_config, output_root
 from edit_ray.config.model import Config, PromptSegment, VideoOptions, dump_yaml
-from edit_ray.config.model_checks import check_config, check_texts
+from edit_ray.config.model_checks import check_config, check_texts, read_edit
 
 __all__ = [
     "Config",
@@ -14,4 +14,5 @@ __all__ = [
     "dump_yaml",
     "load_config",
     "output_root",
+    "read_edit",
 ]

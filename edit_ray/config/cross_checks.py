@@ -102,7 +102,7 @@ def _length_and_storyboard(config: Config) -> Iterator[Mistake]:
     if num_segments is None:
         return
     total = layout.total_frames(num_segments)
-    ((key, given),) = config.video.model_dump(exclude_none=True).items()
+    ((key, given),) = config.video.model_dump(exclude_none=True, exclude={"approve"}).items()
     for count, most, gives in (
         (num_segments, MAX_SEGMENTS, f"takes {num_segments} segments"),
         (total, MAX_VIDEO_FRAMES, f"gives {total} frames"),
@@ -140,7 +140,7 @@ def _start(index: int, entry: PromptSegment, says: str) -> tuple[KeyPath, str]:
 
 def _reuse(config: Config) -> Iterator[Mistake]:
     """Reuse between segments is planned for the whole run before it starts."""
-    window, guidance = config.cache.reuse_window, config.sampling.guidance_scale
+    window = config.cache.reuse_window
     if not window:
         return
     if config.video.endless:
@@ -158,14 +158,20 @@ def _reuse(config: Config) -> Iterator[Mistake]:
             *("cache.warm_steps", "sampling.num_inference_steps"),
         )
     for index, entry in enumerate(config.prompt_segments):
-        scale = guidance if entry.guidance_scale is None else entry.guidance_scale
-        if (scale > 1) != (guidance > 1):
-            yield mistake_at(
-                ("prompt_segments", index, "guidance_scale"),
-                f"is {scale:g} and sampling.guidance_scale {guidance:g}; with cache.reuse_window both must be above 1 "
-                "or neither.",
-                *("cache.reuse_window", "sampling.guidance_scale"),
-            )
+        yield from guidance_mistakes(config, entry, ("prompt_segments", index, "guidance_scale"))
+
+
+def guidance_mistakes(config: Config, entry: PromptSegment, path: KeyPath) -> Iterator[Mistake]:
+    """Segments that reuse each other's residuals have the same branches."""
+    guidance = config.sampling.guidance_scale
+    scale = guidance if entry.guidance_scale is None else entry.guidance_scale
+    if config.cache.reuse_window and (scale > 1) != (guidance > 1):
+        yield mistake_at(
+            path,
+            f"is {scale:g} and sampling.guidance_scale {guidance:g}; with cache.reuse_window both must be above 1 "
+            "or neither.",
+            *("cache.reuse_window", "sampling.guidance_scale"),
+        )
 
 
 def _steps(config: Config) -> Iterator[Mistake]:

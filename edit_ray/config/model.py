@@ -1,7 +1,7 @@
 """The configuration of a run: every layer's options in one frozen model, and what follows from them."""
 
 import re
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
@@ -83,11 +83,13 @@ Prompt = Annotated[
 class VideoOptions(Options):
     """The length of the video: a number of segments, or a duration that they cover.
 
-    With `num_segments: null` and no duration the run continues until it is stopped.
+    With `num_segments: null` and no duration the run continues until it is stopped. With `approve: each` it waits after
+    each segment until that is approved or made again.
     """
 
     num_segments: int | None = Field(default=None, ge=1, le=MAX_SEGMENTS)
     duration: Duration | None = None
+    approve: Literal["none", "each"] = "none"
 
     @model_validator(mode="after")
     def _check_one_is_given(self) -> Self:
@@ -232,5 +234,5 @@ def dump_yaml(config: Config, *, empty: bool = False) -> str:
     if empty:  # except in scenes and the length, which have either of two keys
         values = config.model_dump(mode="json") | {name: values[name] for name in ("video", "prompt_segments")}
     if config.video.endless:
-        values["video"] = {"num_segments": None}  # null differs from a missing key here
+        values["video"] = {"num_segments": None} | values["video"]  # null differs from a missing key here
     return dump(values)

@@ -3,18 +3,21 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from edit_ray.cache.options import CacheOptions
 from edit_ray.cache.policies import POLICIES, OptionError, check_granularity
-from edit_ray.config.mistakes import KeyPath, Mistake, mistake_at
-from edit_ray.config.model import Config
+from edit_ray.config.cross_checks import guidance_mistakes
+from edit_ray.config.mistakes import KeyPath, Mistake, mistake_at, mistakes_of, printable
+from edit_ray.config.model import Config, PromptSegment
 from edit_ray.config.picture_checks import file_mistakes, model_takes
 from edit_ray.config.run_memory import run_of
 from edit_ray.engine.calibration import check_target, policy_of
 from edit_ray.engine.card_memory import LEAST_SLOTS, needs_of
 from edit_ray.engine.lora_files import lora_mistakes
 from edit_ray.engine.model_info import ModelInfo, dtype_problem, read_configs, read_model_info
-from edit_ray.errors import ModelError
-from edit_ray.runs.run_plan import TEMPORAL_FACTOR
+from edit_ray.errors import ConfigError, ModelError
+from edit_ray.runs.run_plan import EDITABLE, TEMPORAL_FACTOR
 
 MAX_WORDS_NAMED = 100
 MAX_TEXT = 2000
@@ -42,6 +45,31 @@ def check_texts(config: Config, texts: Mapping[str, str]) -> list[str]:
         info = read_model_info(config.model.path)
         problems = [mistake.text for mistake in _words([((name,), text) for name, text in texts.items()], info)]
     return problems
+
+
+def read_edit(config: Config, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What an edit of the storyboard says, checked as an entry of `prompt_segments` is; None says nothing.
+
+    Raises ConfigError with a sentence for each mistake.
+    """
+    given = {name: value for name, value in said.items() if value is not None}
+    problems = [
+        f"{name} is an unknown field; an edit has {', '.join(EDITABLE)}." for name in given if name not in EDITABLE
+    ]
+    known = {name: given[name] for name in EDITABLE if name in given}
+    try:
+        entry = PromptSegment.model_validate({"segment": 0, "prompt": "-"} | known)
+    except ValidationError as error:
+        problems += [mistake.text for mistake in mistakes_of(error, PromptSegment.model_json_schema())]
+    else:
+        known = {name: getattr(entry, name) for name in known}
+        problems += [mistake.text for mistake in guidance_mistakes(config, entry, ("guidance_scale",))]
+        texts = {name: known[name] for name in ("prompt", "negative_prompt") if name in known}
+        info = read_model_info(config.model.path)
+        problems += [mistake.text for mistake in _words([((name,), text) for name, text in texts.items()], info)]
+    if problems:
+        raise ConfigError([printable(problem) for problem in problems])
+    return known
 
 
 def texts_in(data: Any) -> Iterator[Text]:

@@ -61,7 +61,7 @@ def _event_of(line: bytes) -> dict[str, Any] | None:
         return None
     figures = event.get("figures", {})
     numbers = [event.get("wall"), event.get("monotonic"), *(figures.values() if isinstance(figures, dict) else [None])]
-    counts = [event[name] for name in ("segment", "take", "attempt", "worker") if name in event]
+    counts = [event[name] for name in ("segment", "take", "edits", "attempt", "worker") if name in event]
     valid = all(type(number) in (int, float) and math.isfinite(number) for number in numbers) and all(
         type(count) is int and count >= 0 for count in counts
     )

@@ -28,6 +28,10 @@ RunState = Literal[
 """`waiting`: a segment scheduler has taken the run over from one that died, and cannot continue it yet. `open`: the
 run's folder records no end, and no segment scheduler knows the run.
 """
+Hold = Literal["pause", "approval", "clients"]
+"""What keeps further segments from beginning: a client has paused the run, it waits for a yes to a segment, or it is
+`max_ahead` segments ahead of its clients.
+"""
 Stage = Literal["prepare", "denoise", "decode", "encode", "commit", "finalize"]
 FailureKind = Literal["error", "fatal", "death", "no place"]
 """`error`: the work failed, and may succeed the next time. `fatal`: it would fail the same way again. `death`: an actor
@@ -39,13 +43,15 @@ died, or a process of one. `no place`: the cluster has no place for the GPU acto
 class RunSubmitted:
     """A run begins, or continues: segments 0 … `committed`-1 are durable and 0 … `denoised`-1 have latents.
 
-    `worker` is the GPU actor that has worked on it before, if one has.
+    `worker` is the GPU actor that has worked on it before, if one has. `paused` and `approved` as in `Steered`.
     """
 
     plan: RunPlan
     committed: int = 0
     denoised: int = 0
     worker: int | None = None
+    paused: bool = False
+    approved: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,18 @@ class Consumed:
 
     run_id: str
     segments: int
+
+
+@dataclass(frozen=True)
+class Steered:
+    """While `paused`, no segment begins that has not begun; segments 0 … `approved`-1 are approved.
+
+    A run is paused also for as long as an edit of what has not begun is being written.
+    """
+
+    run_id: str
+    paused: bool
+    approved: int
 
 
 @dataclass(frozen=True)
@@ -125,5 +143,5 @@ class CloseRun:
     worker: int | None = None
 
 
-Event = RunSubmitted | WorkersCounted | Consumed | CancelAsked | WorkDone | WorkFailed
+Event = RunSubmitted | WorkersCounted | Consumed | Steered | CancelAsked | WorkDone | WorkFailed
 Instruction = Work | StopWork | CloseRun

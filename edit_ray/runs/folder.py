@@ -17,14 +17,15 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from edit_ray import files
 from edit_ray.errors import ManifestUnreadable, RunExists, UnknownRun
 from edit_ray.runs.ids import RUN_ID_PATTERN, check_run_id
-from edit_ray.runs.manifest import Begun, Manifest
+from edit_ray.runs.manifest import Line, Manifest
 from edit_ray.runs.manifest_file import ManifestFile, ManifestReader
 
 _FOLDERS = ("latents", "segments", "records")
@@ -32,6 +33,8 @@ _DRAFT = re.compile(rf"\.{RUN_ID_PATTERN[1:-1]}-[0-9a-z_]{{8,16}}")
 _PROBE = re.compile(r"\.probe-\w+")  # with which a client checks whether all nodes see the folder
 _LITTER_S = 3600.0  # age at which a probe or a draft without a manifest no longer has a living owner
 _DELETED = ".deleted"
+_SHARED = re.compile(r"([0-9]{5,9}-t0|init)\.[a-z0-9]{2,16}")  # what a branch has of the run that it was made from
+NOTHING: Mapping[str, Path] = MappingProxyType({})
 
 
 class RunFolder:
@@ -48,29 +51,37 @@ class RunFolder:
         self.final = self.path / "final.mp4"
         self._probes = f"probe-{run_id}~"  # no run id contains `~`
 
-    def create(self, run_yaml: str, begun: Begun) -> ManifestFile:
-        """Create the folder, whole or not at all, and keep its manifest open.
+    def create(self, run_yaml: str, *lines: Line, shared: Mapping[str, Path] = NOTHING) -> ManifestFile:
+        """Create the folder, whole or not at all, and keep its manifest open, which begins with these lines.
 
-        Raises RunExists when it is there already: nothing is overwritten.
+        `shared` are files of another run by the names, relative to the folder, that they have here. Raises RunExists
+        when the folder is there already: nothing is overwritten; FileNotFoundError when a shared file is not there.
         """
         root, taken = self.path.parent, f"run id {self.run_id!r} is taken: {self.path} exists"
         files.make_folder(root)
         if self.path.exists():
             raise RunExists(f"{taken}; choose another --run-id, or remove the folder")
-        made, manifest = root / f".{self.run_id}-{secrets.token_hex(8)}", None
+        made, manifest, there = root / f".{self.run_id}-{secrets.token_hex(8)}", None, False
         files.disk.mkdir(made)
         try:
             # The manifest first, as its lock protects the draft from being removed as litter.
-            manifest = ManifestFile.create(made / self.manifest.name, begun)
+            manifest = ManifestFile.create(made / self.manifest.name, *lines)
             _remove_litter(root, made.stat().st_mtime - _LITTER_S)
             for name in _FOLDERS:
                 files.disk.mkdir(made / name)
+            for name, source in shared.items():
+                files.share(source, made / name)
+            for name in _FOLDERS if shared else ():
+                files.sync(made / name)
             files.write_atomic(made / "run.yaml", run_yaml.encode())  # last, as that syncs the folder
             files.disk.replace(made, self.path)
-            made = self.path
+            there = True
             files.sync(root)
         except BaseException as failure:
-            lost = made != self.path and isinstance(failure, OSError) and self.path.exists()
+            lost = not there and isinstance(failure, OSError) and self.path.exists()
+            if there:
+                with suppress(OSError):  # under its name a run is whole, or not there
+                    files.disk.replace(self.path, made)
             _remove_new(made)
             if manifest is not None:
                 manifest.close()
@@ -205,7 +216,12 @@ def _remove_new(folder: Path) -> None:
     with suppress(OSError):
         for name in _FOLDERS:
             with suppress(FileNotFoundError):
+                for shared in files.disk.listdir(folder / name):
+                    if _SHARED.fullmatch(shared):
+                        files.remove(folder / name / shared)
+                files.remove_drafts(folder / name)
                 files.disk.rmdir(folder / name)
+        files.remove(folder / "init.mp4")
         files.remove_drafts(folder)
         files.remove(folder / "run.yaml")
         files.remove(folder / "manifest.jsonl")

@@ -13,10 +13,11 @@ from typing import Literal, overload
 
 from edit_ray.runs.events import EndState
 from edit_ray.runs.ids import Count, Frame, Seed, SegmentCount, SegmentFile
-from edit_ray.runs.run_plan import FrameLayout, Take, take_of
+from edit_ray.runs.run_plan import Change, Edit, FrameLayout, Take, take_of
 
-SCHEMA = 3
-READABLE = (2, SCHEMA)  # 2: without digests; an extension or a re-roll was a line of its own behind `Opened`
+SCHEMA = 4
+READABLE = (2, 3, SCHEMA)
+"""2: without digests; an extension or a re-roll was a line of its own behind `Opened`. 3: without edits and holds."""
 
 Provenance = Mapping[str, str | Count]
 """What the bits of a run depend on besides its configuration: device, versions, threads, digests."""
@@ -26,7 +27,8 @@ Provenance = Mapping[str, str | Count]
 class Begun:
     """The first line. `submission` identifies the request that began the run, so that a client can repeat it.
 
-    `owner` submitted the run, through the Ray job with submission id `job`; each is empty if unknown.
+    `owner` submitted the run, through the Ray job with submission id `job`; each is empty if unknown. `branched_from`
+    is the run that it shares its first segments with, empty if there is none.
     """
 
     run_id: str
@@ -41,6 +43,7 @@ class Begun:
     incarnation: Count = 1
     owner: str = ""
     job: str = ""
+    branched_from: str = ""
     kind: Literal["begun"] = field(default="begun", kw_only=True)
 
 
@@ -64,6 +67,33 @@ class Rerolled:
     incarnation: Count
     take: Take
     kind: Literal["rerolled"] = field(default="rerolled", kw_only=True)
+
+
+@dataclass(frozen=True)
+class Edited:
+    """The storyboard of segments that are not committed is another one from here on."""
+
+    incarnation: Count
+    edit: Edit
+    kind: Literal["edited"] = field(default="edited", kw_only=True)
+
+
+@dataclass(frozen=True)
+class Paused:
+    """No further segment begins until a line says `paused=False`."""
+
+    incarnation: Count
+    paused: bool
+    kind: Literal["paused"] = field(default="paused", kw_only=True)
+
+
+@dataclass(frozen=True)
+class Approved:
+    """Segments 0 … `before`-1 are approved (`video.approve`)."""
+
+    incarnation: Count
+    before: Count
+    kind: Literal["approved"] = field(default="approved", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -151,7 +181,8 @@ class Ended:
     kind: Literal["ended"] = field(default="ended", kw_only=True)
 
 
-Line = Begun | Opened | Extended | Rerolled | Committed | Tiled | HardwareChanged | Dropped | Ended
+Steering = Edited | Paused | Approved
+Line = Begun | Opened | Extended | Rerolled | Steering | Committed | Tiled | HardwareChanged | Dropped | Ended
 
 
 class Records(Sequence[SegmentRecord]):
@@ -198,7 +229,10 @@ class Records(Sequence[SegmentRecord]):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a run has made so far. `segments` is complete from 0 to its length, in order."""
+    """What a run has made so far. `segments` is complete from 0 to its length, in order.
+
+    `changes` are the takes and the edits, in the order of their lines.
+    """
 
     begun: Begun
     incarnation: int
@@ -206,6 +240,9 @@ class Manifest:
     num_segments: int | None
     segments: Records = field(default_factory=Records)
     takes: tuple[Take, ...] = ()
+    changes: tuple[Change, ...] = ()
+    paused: bool = False
+    approved: int = 0  # segments 0 … approved-1
     earlier_takes: Records = field(default_factory=Records)
     planned_from: int = 0  # the segment from which the reuse between segments was last planned
     replanned: int = 0  # how many times it was replanned
@@ -257,6 +294,18 @@ class Manifest:
                 return extended._planned_from(len(self.segments)) if replans else extended
             case Rerolled(_, take):
                 return self._rerolled(take)
+            case Edited() | Paused() | Approved() if self.end is not None:
+                raise ValueError(f"the run has ended, and its line {line.kind!r} comes too late")
+            case Edited(_, edit):
+                if edit.start < len(self.segments):
+                    raise ValueError(f"segment {edit.start} is committed, and its prompt cannot be edited")
+                return replace(self, changes=(*self.changes, edit))
+            case Paused(_, paused):
+                return replace(self, paused=paused)
+            case Approved(_, before):
+                if before > len(self.segments):
+                    raise ValueError(f"segments before {before} are approved, and only {len(self.segments)} were made")
+                return replace(self, approved=before)
             case Committed(_, segment):
                 self.check_follows(segment)
                 return self.and_then(segment)
@@ -281,6 +330,8 @@ class Manifest:
         rerolled = replace(
             self,
             takes=(*self.takes, take),
+            changes=(*self.changes, take),
+            approved=min(self.approved, take.start),
             segments=Records(self.segments[: take.start]),
             earlier_takes=self.earlier_takes.and_then(*self.segments[take.start :]),
         )

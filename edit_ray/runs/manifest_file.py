@@ -18,7 +18,7 @@ from threading import Lock
 
 from edit_ray import files
 from edit_ray.errors import RunFolderGone, RunLocked
-from edit_ray.runs.manifest import Begun, Line, Manifest
+from edit_ray.runs.manifest import Line, Manifest
 from edit_ray.runs.manifest_lines import Fold, read_back, to_text
 
 _PIECE = 4 << 20
@@ -35,13 +35,13 @@ class ManifestFile:
         self._size = fold.size  # of the file, which may have torn bytes of others behind the lines
 
     @classmethod
-    def create(cls, path: Path, begun: Begun) -> ManifestFile:
-        """A new file with its first line, synced."""
+    def create(cls, path: Path, *lines: Line) -> ManifestFile:
+        """A new file with its first lines, synced."""
         with _locked(path, files.NEW | os.O_APPEND) as descriptor:
-            text = to_text(begun)
+            text = b"".join(map(to_text, lines))
             _write(descriptor, text, 0)
             fold = Fold(path)
-            fold.accept(Manifest.start(begun), text, len(text))
+            fold.add(text)
             return cls(path, descriptor, fold)
 
     @classmethod

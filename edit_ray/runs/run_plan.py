@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from edit_ray.runs.ids import Count, Seed
 
@@ -154,6 +157,28 @@ class Take:
     prompt: str | None = None
 
 
+EDITABLE = ("prompt", "negative_prompt", "guidance_scale", "seed")
+"""What of a scene an edit or a take may change."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """From segment `start` on, what is not None here holds in place of what the storyboard has there.
+
+    `request` identifies the request that it was made for, so that a client can repeat it.
+    """
+
+    start: Count
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+    seed: Seed | None = None
+    request: str = ""
+
+
+Change = Take | Edit
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """A run as the segment scheduler sees it.
@@ -165,6 +190,7 @@ class RunPlan:
         incarnation: of the run; work of an earlier one is ignored.
         max_ahead: how many segments may be denoised beyond what a client has consumed; None: any number.
         frames_first: whether a segment is denoised from its predecessor's frames.
+        approve: whether a segment begins, and the run finishes, only once all segments before are approved.
     """
 
     run_id: str
@@ -173,30 +199,30 @@ class RunPlan:
     incarnation: int = 1
     max_ahead: int | None = None
     frames_first: bool = False
+    approve: bool = False
 
 
 @dataclass(frozen=True)
 class Storyboard:
-    """Every segment of a run, however many there will be. `scenes` are in order and begin with segment 0."""
+    """Every segment of a run, however many there will be. `scenes` are in order and begin with segment 0.
+
+    `changes` are re-rolls and edits in the order in which they were made: of two, the later one holds.
+    """
 
     scenes: tuple[Scene, ...]
     layout: FrameLayout
-    takes: tuple[Take, ...] = ()
+    changes: tuple[Change, ...] = ()
 
     def segment(self, index: int) -> SegmentPlan:
-        """Segment `index`, from 0: the scene that applies there, changed by its newest take."""
-        scene = self.scenes[bisect_right(self.scenes, index, key=lambda scene: scene.start) - 1]
-        seed, prompt = scene.seed, scene.prompt
-        for take in self.takes:
-            if take.start <= index:
-                seed, prompt = take.seed, take.prompt if take.prompt is not None else prompt
+        """Segment `index`, from 0: the scene that applies there after all changes."""
+        scene = self.changed[bisect_right(self.changed, index, key=_start_of) - 1]
         return SegmentPlan(
             index=index,
-            take=take_of(index, self.takes),
-            prompt=prompt,
+            take=take_of(index, self._takes),
+            prompt=scene.prompt,
             negative_prompt=scene.negative_prompt,
             guidance_scale=scene.guidance_scale,
-            seed=segment_seed(seed, index),
+            seed=segment_seed(scene.seed, index),
             first_frame=self.layout.first_frame(index),
             num_frames=self.layout.frames_of(index),
             lora_weights=scene.lora_weights,
@@ -207,9 +233,39 @@ class Storyboard:
         """The segment with which the stream of latents begins that segment `index` belongs to."""
         return self._cuts[bisect_right(self._cuts, index) - 1]
 
+    def edits_of(self, index: int) -> int:
+        """How many edits hold in a segment. They are never taken back, so equal numbers stand for equal edits."""
+        return sum(isinstance(change, Edit) and change.start <= index for change in self.changes)
+
+    @cached_property
+    def changed(self) -> tuple[Scene, ...]:
+        """The scenes after all changes."""
+        scenes = self.scenes
+        for change in self.changes:
+            at = bisect_left(scenes, change.start, key=_start_of)
+            before, later = scenes[:at], scenes[at:]
+            if not later or later[0].start > change.start:  # it begins inside a scene
+                later = (replace(before[-1], start=change.start, cuts=False), *later)
+            said = said_by(change)
+            scenes = (*before, *(replace(scene, **said) for scene in later))
+        return scenes
+
+    @cached_property
+    def _takes(self) -> tuple[Take, ...]:
+        return tuple(change for change in self.changes if isinstance(change, Take))
+
     @cached_property
     def _cuts(self) -> list[int]:
         return [0, *(scene.start for scene in self.scenes if scene.cuts and scene.start)]
+
+
+def said_by(change: Change) -> dict[str, Any]:
+    """What a change says of the scenes from its start on."""
+    return {name: value for name in EDITABLE if (value := getattr(change, name, None)) is not None}
+
+
+def _start_of(scene: Scene) -> int:
+    return scene.start
 
 
 def segment_seed(seed: int, segment_index: int) -> int:

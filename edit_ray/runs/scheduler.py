@@ -4,7 +4,8 @@ Each run gets one GPU actor, in the order of submission, and keeps it until it e
 in the cluster waits for another.
 
 Inside a run segments are denoised in order, decoded in order, encoded in order and committed in order. Segment k + 1 is
-denoised while k is decoded and encoded, and never further ahead: denoising k waits until k - 2 is committed.
+denoised while k is decoded and encoded, and never further ahead: denoising k waits until k - 2 is committed. What has
+begun is finished whatever holds the run; an edit of its storyboard holds from what has not begun.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from edit_ray.runs.events import (
     EndState,
     Event,
     FailureKind,
+    Hold,
     Instruction,
     RunState,
     RunSubmitted,
     Stage,
+    Steered,
     StopWork,
     Work,
     WorkDone,
@@ -46,6 +49,9 @@ class ScheduledRun:
     worker: int | None = None
     state: RunState = "queued"
     consumed: int = 0  # a client has taken segments 0 … consumed-1
+    begun: int = 0  # the denoising of segments 0 … begun-1 has begun, in this life or an earlier one
+    paused: bool = False
+    approved: int = 0  # segments 0 … approved-1
     in_flight: dict[Stage, Work] = field(default_factory=dict)
     failures: defaultdict[tuple[Stage, int | None], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     error: str | None = None
@@ -54,8 +60,21 @@ class ScheduledRun:
     @property
     def shown_state(self) -> RunState:
         """Its state for clients: `paused` where it only waits for one of them."""
-        paused = self.state == "running" and not self.in_flight and not self._all_committed
-        return "paused" if paused else self.state
+        return "paused" if self.state == "running" and not self.in_flight else self.state
+
+    @property
+    def held_by(self) -> Hold | None:
+        """What must change before a further segment begins, or before the run finishes."""
+        if self.state in ("finalizing", "stopping"):
+            return None
+        if self.paused and not self._all_committed:
+            return "pause"
+        if self.plan.approve and self.approved < self.made["commit"]:
+            return "approval"
+        most = self.plan.max_ahead
+        return (
+            "clients" if most is not None and not self._all_committed and self.begun >= self.consumed + most else None
+        )
 
     def begin(self) -> list[Work]:
         """All work that can begin now, in the order of what viewers wait for."""
@@ -66,6 +85,8 @@ class ScheduledRun:
                 segment_index = self.made.get(stage)
                 attempt = self.failures.get((stage, segment_index), Counter()).total()
                 work = self.in_flight[stage] = Work(run_id, incarnation, stage, segment_index, attempt, self.worker)
+                if stage == "denoise":
+                    self.begun = max(self.begun, self.made[stage] + 1)
                 begun.append(work)
         return begun
 
@@ -107,7 +128,7 @@ class ScheduledRun:
         return self.plan.num_segments is not None and self.made["commit"] >= self.plan.num_segments
 
     def _ready(self) -> Iterator[Stage]:
-        if self.state == "running" and self._all_committed:
+        if self.state == "running" and self._all_committed and self._approved(self.made["commit"]):
             self.state = "finalizing"
         if self.state == "preparing":
             yield "prepare"
@@ -127,7 +148,11 @@ class ScheduledRun:
             and k < self.made["commit"] + LEAD
             and (plan.max_ahead is None or k < self.consumed + plan.max_ahead)
             and (not plan.frames_first or k <= self.made["decode"])
+            and (k < self.begun or (not self.paused and self._approved(k)))
         )
+
+    def _approved(self, segments: int) -> bool:
+        return not self.plan.approve or self.approved >= segments
 
 
 class SegmentScheduler:
@@ -156,6 +181,8 @@ class SegmentScheduler:
                     return []
                 run.consumed = segments
                 return self._advance()
+            case Steered(run_id, paused, approved):
+                return self._steer(run_id, paused, approved)
             case CancelAsked(run_id):
                 return self._stop(run_id, "cancelled", None)
             case WorkDone(work) if self._in_flight(work):
@@ -176,6 +203,16 @@ class SegmentScheduler:
         run = self._runs.get(run_id)
         return tuple((work.stage, work.segment_index) for work in run.in_flight.values()) if run else ()
 
+    def held_by(self, run_id: str) -> Hold | None:
+        """What keeps a further segment of a run from beginning, if anything does."""
+        run = self._runs.get(run_id)
+        return run.held_by if run else None
+
+    def begun(self, run_id: str) -> int | None:
+        """The first segment whose denoising has not begun; None if the run is about to end or has ended."""
+        run = self._runs.get(run_id)
+        return None if run is None or run.state == "stopping" else run.begun
+
     @property
     def idle(self) -> bool:
         """True when every run has ended."""
@@ -189,7 +226,16 @@ class SegmentScheduler:
             worker = None
         made: dict[Stage, int] = dict.fromkeys(("decode", "encode", "commit"), submitted.committed)
         made["denoise"] = max(submitted.denoised, submitted.committed)
-        self._runs[plan.run_id] = ScheduledRun(plan, made, worker)
+        run = ScheduledRun(plan, made, worker)
+        run.begun, run.paused, run.approved = made["denoise"], submitted.paused, submitted.approved
+        self._runs[plan.run_id] = run
+        return self._advance()
+
+    def _steer(self, run_id: str, paused: bool, approved: int) -> list[Instruction]:
+        run = self._runs.get(run_id)
+        if run is None:
+            return []
+        run.paused, run.approved = paused, max(run.approved, approved)
         return self._advance()
 
     def _in_flight(self, work: Work) -> bool:
@@ -227,7 +273,7 @@ class SegmentScheduler:
         """Gives GPU actors to runs that wait for one, then begins all work that can begin."""
         instructions: list[Instruction] = []
         for run in self._runs.values():
-            if run.state == "queued" and not run.in_flight:
+            if run.state == "queued" and not run.in_flight and not run.paused:
                 if run.worker in self._lacking:
                     run.worker = None
                 free = [worker for worker in range(self._workers) if worker not in self._taken() | self._lacking]

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from edit_ray.actors import segment_scheduler, stages
+from edit_ray.actors import stages, work_loop
 from edit_ray.actors.local import LocalPool
 from edit_ray.actors.pool import ActorGone
 from edit_ray.errors import NoPlace
@@ -22,7 +22,7 @@ FOREVER = SHORT | {"video": {"num_segments": None}, "engine": MANY["engine"] | {
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(segment_scheduler, "COUNT_PLACES_S", 0.1)
+    monkeypatch.setattr(work_loop, "COUNT_PLACES_S", 0.1)
     monkeypatch.setattr(stages, "RETRY_PAUSE_S", 0.01)
     monkeypatch.setattr(stages, "LONGEST_RETRY_PAUSE_S", 0.02)
 
