@@ -108,7 +108,7 @@ def description_of(status: RunStatus) -> str:
 def serve(options: argparse.Namespace) -> int:
     """Serves a run's page until it is interrupted."""
     from edit_ray.config import load_config, output_root
-    from edit_ray.page.server import HLS_JS, PageServer
+    from edit_ray.page.run_server import HLS_JS, PageServer
     from edit_ray.runs.folder import RunFolder
 
     if not 0 <= options.port <= 65535:
