@@ -79,8 +79,16 @@ def models_of(paths: Sequence[Path]) -> tuple[tuple[str, Config], ...]:
     return tuple((name, load_config(path)) for name, path in zip(names, paths, strict=True))
 
 
-def start(settings: DoorSettings, address: str | None = None) -> str:
-    """Start the replicas, and Ray if there is none; return the URL. Runs that nobody works on are continued.
+@dataclass(frozen=True)
+class Started:
+    """Where the door answers, and which runs of a lost cluster are continued."""
+
+    url: str
+    continued: tuple[str, ...]
+
+
+def start(settings: DoorSettings, address: str | None = None) -> Started:
+    """Start the replicas, and Ray if there is none. Runs that the door has accepted and nobody works on are continued.
 
     Raises ConfigError if the port cannot be had, ResourcesUnavailable.
     """
@@ -88,7 +96,7 @@ def start(settings: DoorSettings, address: str | None = None) -> str:
     _check_proxy(settings.entrance)
     where = settings.entrance
     # The proxy of each node would listen on an address that only one node has.
-    serve.start(http_options=HTTPOptions(host=where.host, port=where.port, location=ProxyLocation.HeadOnly))
+    serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=where.host, port=where.port))
     deployment = serve.deployment(
         name="Door",
         num_replicas=settings.replicas,
@@ -102,9 +110,8 @@ def start(settings: DoorSettings, address: str | None = None) -> str:
         raise ResourcesUnavailable(f"Ray Serve has not started the door: {str(failed).splitlines()[0]}") from None
     client = LongVideoClient(output=settings.output)
     client.owner = settings.owner
-    continue_runs(client)
     host = f"[{where.host}]" if ":" in where.host else where.host
-    return f"http://{host}:{where.port}/"
+    return Started(f"http://{host}:{where.port}/", tuple(continue_runs(client)))
 
 
 def stop() -> None:
