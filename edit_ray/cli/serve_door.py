@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -25,14 +26,16 @@ def serve_door(options: argparse.Namespace) -> int:
     try:
         from edit_ray.server import door
         from edit_ray.server.gate import Entrance
+        from edit_ray.server.models import models_of
     except ImportError as missing:
         said = f"it needs {missing.name}: pip install 'edit_ray[serve]'"
         raise ConfigError([f"the HTTP door is not installed; {said}"]) from None
     output = output_root(options.output, os.environ)
     owner = Owner(owner_here(os.environ).name, door.JOB)
     entrance = Entrance(options.host, options.port, token_of(options.token_file), tuple(options.allow_host))
-    settings = door.DoorSettings(output, owner, door.models_of(options.config), entrance, replicas=options.replicas)
+    settings = door.DoorSettings(output, owner, models_of(options.config), entrance, replicas=options.replicas)
     started = door.start(settings, options.address)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for run_id in started.continued:
             print(f"{run_id} is continued", flush=True)

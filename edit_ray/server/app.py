@@ -5,34 +5,52 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from edit_ray.config.mistakes import show
 from edit_ray.errors import EditRayError
+from edit_ray.runs.run_plan import EDITABLE
 from edit_ray.server import openapi
+from edit_ray.server.answers import add_handlers, answered, readable, segment_index
 from edit_ray.server.bodies import body_of, file_answer, query_of
 from edit_ray.server.event_stream import KEEP_ALIVE_S, POLL_S, Cursor, message
 from edit_ray.server.gate import COOKIE, Entrance, Gate, Limits
-from edit_ray.server.refusals import Refusal, refusal_of, refuse
+from edit_ray.server.refusals import Refusal, refuse
 from edit_ray.server.run_shelf import Runs
-from edit_ray.server.video_object import DeletedVideo, SegmentObject, SegmentPage, Video, VideoPage, as_json
+from edit_ray.server.video_changes import VideoChanges
+from edit_ray.server.video_object import DeletedVideo, SegmentObject, SegmentPage, Video, VideoPage
 from edit_ray.server.video_request import Offer
 from edit_ray.server.video_service import LISTED, MOST_LISTED, MOST_SEGMENTS, VideoService, whole_number
 
 POLL_AFTER_MS = 1000
 _VARIANTS = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
-_GET = ("GET", "HEAD")
 
-_Found = TypeVar("_Found")
+_OURS = {"type": "object", "properties": {"seed": openapi.NUMBER}}
+_CHANGE = openapi.body(
+    openapi.change_schema(
+        (),
+        (),
+        steer=openapi.change_schema((), EDITABLE, from_segment=openapi.NUMBER),
+        paused={"type": "boolean"},
+        approve=openapi.NUMBER,
+    )
+)
+_SOURCE = {"type": "object", "properties": {"id": openapi.TEXT}, "required": ["id"]}
+_EXTENSION = openapi.body(
+    openapi.change_schema(("video", "seconds"), ("prompt",), video=_SOURCE, seconds=openapi.TEXT, edit_ray=_OURS)
+)
+_REMIX = openapi.body(openapi.change_schema(("prompt",), ("prompt",), edit_ray=_OURS))
+_BRANCH = openapi.body(
+    openapi.change_schema(("at",), ("prompt", "seed"), at=openapi.NUMBER, num_segments=openapi.NUMBER)
+)
+_REROLL = openapi.body(openapi.change_schema(("from_segment",), ("prompt", "seed"), from_segment=openapi.NUMBER))
 
 
 def make_app(
@@ -48,15 +66,19 @@ def make_app(
     """
     entrance, limits = entrance or Entrance(), limits or Limits()
     service = VideoService(runs, offers)
-    app = FastAPI(title=openapi.TITLE, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = FastAPI(
+        docs_url=None,  # such a page would load from elsewhere
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
+    )
     app.add_middleware(Gate, entrance=entrance, limits=limits)
-    app.add_exception_handler(Refusal, _refused)
-    app.add_exception_handler(EditRayError, _failed)
-    app.add_exception_handler(HTTPException, _not_routed)
-    app.add_exception_handler(OSError, _unreadable)
-    app.add_exception_handler(Exception, _broken)
+    add_handlers(app)
     app.openapi = lambda: schema_of(app)  # type: ignore[method-assign]
-    _add_videos(app, service)
+    changes = VideoChanges(service)
+    _add_videos(app, service, changes)
+    _add_changes(app, changes)
     _add_media(app, service)
     _add_segments(app, service)
     _add_events(app, service, limits)
@@ -64,13 +86,13 @@ def make_app(
     return app
 
 
-def _add_videos(app: FastAPI, service: VideoService) -> None:
+def _add_videos(app: FastAPI, service: VideoService, changes: VideoChanges) -> None:
     @app.post("/v1/videos", response_model=Video, openapi_extra=openapi.body(openapi.create_schema()))
     async def create_video(request: Request) -> Response:
         """Begin a video. With an `Idempotency-Key` a repeated request is answered with the same video."""
         query_of(request)
         body = await body_of(request)
-        return await _answered(service.create, body, request.headers.get("idempotency-key"))
+        return await answered(service.create, body, request.headers.get("idempotency-key"))
 
     order = {"enum": ["asc", "desc"]}
     page = openapi.query(after={"type": "string"}, limit={"type": "integer"}, order=order)
@@ -82,13 +104,13 @@ def _add_videos(app: FastAPI, service: VideoService) -> None:
         limit = whole_number(given.get("limit", str(LISTED)), "limit", 1, MOST_LISTED)
         if (order := given.get("order", "desc")) not in ("asc", "desc"):
             raise refuse("invalid_value", f"order is {show(order)}; it must be one of asc, desc.", "order")
-        return await _answered(service.videos, given.get("after"), limit, order)
+        return await answered(service.videos, given.get("after"), limit, order)
 
     @app.get("/v1/videos/{video_id}", response_model=Video)
     async def retrieve_video(request: Request, video_id: str) -> Response:
         """A video, whatever has become of it."""
         query_of(request)
-        answer = await _answered(service.video, video_id)
+        answer = await answered(service.video, video_id)
         answer.headers["openai-poll-after-ms"] = str(POLL_AFTER_MS)
         return answer
 
@@ -96,7 +118,13 @@ def _add_videos(app: FastAPI, service: VideoService) -> None:
     async def delete_video(request: Request, video_id: str) -> Response:
         """Cancel a video if it is being made, and remove all of it."""
         query_of(request)
-        return await _answered(service.delete, video_id)
+        return await answered(service.delete, video_id)
+
+    @app.post("/v1/videos/extensions", response_model=Video, openapi_extra=_EXTENSION)
+    async def extend_video(request: Request) -> Response:
+        """A new video that begins as an ended one and goes on."""
+        query_of(request)
+        return await answered(changes.extension, await body_of(request), request.headers.get("idempotency-key"))
 
     @app.post("/v1/videos/edits", response_model=Video)
     async def edit_video() -> Response:
@@ -105,11 +133,40 @@ def _add_videos(app: FastAPI, service: VideoService) -> None:
         raise refuse("not_supported", f"{said} A remix makes them again with another prompt.")
 
 
+def _add_changes(app: FastAPI, changes: VideoChanges) -> None:
+    @app.patch("/v1/videos/{video_id}", response_model=Video, openapi_extra=_CHANGE)
+    async def change_video(request: Request, video_id: str) -> Response:
+        """Steer, pause or approve a video that is being made; `applied_from` says from which segment an edit holds."""
+        query_of(request)
+        body = await body_of(request)
+        return await answered(changes.change, video_id, body, request.headers.get("idempotency-key"))
+
+    @app.post("/v1/videos/{video_id}/remix", response_model=Video, openapi_extra=_REMIX)
+    async def remix_video(request: Request, video_id: str) -> Response:
+        """A new video of the same length from another prompt."""
+        query_of(request)
+        body = await body_of(request)
+        return await answered(changes.remix, video_id, body, request.headers.get("idempotency-key"))
+
+    @app.post("/v1/videos/{video_id}/branch", response_model=Video, openapi_extra=_BRANCH)
+    async def branch_video(request: Request, video_id: str) -> Response:
+        """A new video that shares the segments before `at`."""
+        query_of(request)
+        body = await body_of(request)
+        return await answered(changes.branch, video_id, body, request.headers.get("idempotency-key"))
+
+    @app.post("/v1/videos/{video_id}/reroll", response_model=Video, openapi_extra=_REROLL)
+    async def reroll_video(request: Request, video_id: str) -> Response:
+        """The segments from `from_segment` on again, in the same video; it must have ended, or wait."""
+        query_of(request)
+        return await answered(changes.reroll, video_id, await body_of(request))
+
+
 def _add_media(app: FastAPI, service: VideoService) -> None:
     content = openapi.query(variant={"enum": list(_VARIANTS)})
     played = _player(service)
 
-    @app.api_route("/v1/videos/{video_id}/content", methods=list(_GET), openapi_extra=content, response_class=Response)
+    @readable(app, "/v1/videos/{video_id}/content", openapi_extra=content, response_class=Response)
     async def download_content(request: Request, video_id: str) -> Response:
         """The whole video as MP4, or a picture of it: `thumbnail` (WebP) or `spritesheet` (JPEG)."""
         variant = query_of(request, "variant").get("variant", "video")
@@ -121,17 +178,17 @@ def _add_media(app: FastAPI, service: VideoService) -> None:
             Response(found, media_type=_VARIANTS[variant]) if isinstance(found, bytes) else file_answer(request, found)
         )
 
-    @app.api_route("/v1/videos/{video_id}/live.m3u8", methods=list(_GET), response_class=Response)
+    @readable(app, "/v1/videos/{video_id}/live.m3u8", response_class=Response)
     async def live_playlist(request: Request, video_id: str) -> Response:
         """The HLS playlist that plays a video while it grows."""
         return await played(request, video_id, "live.m3u8")
 
-    @app.api_route("/v1/videos/{video_id}/{name}.mp4", methods=list(_GET), response_class=Response)
+    @readable(app, "/v1/videos/{video_id}/{name}.mp4", response_class=Response)
     async def media_file(request: Request, video_id: str, name: str) -> Response:
         """`init.mp4`, which every fragment needs before it, `stream.mp4` with all so far, or `final.mp4`."""
         return await played(request, video_id, f"{name}.mp4")
 
-    @app.api_route("/v1/videos/{video_id}/live-{number}.m3u8", methods=list(_GET), response_class=Response)
+    @readable(app, "/v1/videos/{video_id}/live-{number}.m3u8", response_class=Response)
     async def media_playlist(request: Request, video_id: str, number: str) -> Response:
         """A media playlist: a re-roll or an extension begins another one."""
         return await played(request, video_id, f"live-{number}.m3u8")
@@ -147,27 +204,27 @@ def _add_segments(app: FastAPI, service: VideoService) -> None:
         given = query_of(request, "after", "limit")
         after = whole_number(given["after"], "after", 0, 10**9) if "after" in given else -1
         limit = whole_number(given.get("limit", "100"), "limit", 1, MOST_SEGMENTS)
-        return await _answered(service.segments, video_id, after, limit)
+        return await answered(service.segments, video_id, after, limit)
 
-    @app.api_route("/v1/videos/{video_id}/segments/{segment}", methods=list(_GET), response_model=SegmentObject)
+    @readable(app, "/v1/videos/{video_id}/segments/{segment}", response_model=SegmentObject)
     async def retrieve_segment(request: Request, video_id: str, segment: str) -> Response:
         """A committed segment by its number; by the name that a playlist has, its fragment."""
         if segment.endswith(".m4s"):
             return await played(request, video_id, f"segments/{segment}")
         query_of(request)
-        return await _answered(service.segment, video_id, _index(segment))
+        return await answered(service.segment, video_id, segment_index(segment))
 
-    @app.api_route("/v1/videos/{video_id}/segments/{segment}/latents", methods=list(_GET), response_class=Response)
+    @readable(app, "/v1/videos/{video_id}/segments/{segment}/latents", response_class=Response)
     async def download_latents(request: Request, video_id: str, segment: str) -> Response:
         """The latents that a segment has added, as safetensors."""
         query_of(request)
-        return file_answer(request, await run_in_threadpool(service.latents, video_id, _index(segment)))
+        return file_answer(request, await run_in_threadpool(service.latents, video_id, segment_index(segment)))
 
     @app.get("/v1/videos/{video_id}/segments/{segment}/thumbnail", response_class=Response)
     async def download_thumbnail(request: Request, video_id: str, segment: str) -> Response:
         """A segment's first frame, as WebP."""
         query_of(request)
-        picture = await run_in_threadpool(service.thumbnail, video_id, _index(segment))
+        picture = await run_in_threadpool(service.thumbnail, video_id, segment_index(segment))
         return Response(picture, media_type="image/webp")
 
 
@@ -281,44 +338,3 @@ def schema_of(app: FastAPI) -> dict[str, Any]:
         )
         app.openapi_schema = openapi.completed(made)
     return app.openapi_schema
-
-
-async def _answered(ask: Callable[..., BaseModel], *arguments: Any) -> Response:
-    return JSONResponse(as_json(await run_in_threadpool(ask, *arguments)))
-
-
-def _index(segment: str) -> int:
-    return whole_number(segment, "segment", 0, 10**9)
-
-
-def _refusal_answer(refusal: Refusal) -> Response:
-    return JSONResponse(refusal.body, refusal.status, refusal.headers)
-
-
-async def _refused(request: Request, refusal: Exception) -> Response:
-    assert isinstance(refusal, Refusal)
-    return _refusal_answer(refusal)
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    assert isinstance(error, EditRayError)
-    return _refusal_answer(refusal_of(error))
-
-
-async def _not_routed(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code == 405:
-        said = f"{request.method} is not possible here; see /openapi.json."
-        return _refusal_answer(refuse("method_not_allowed", said))
-    if error.status_code == 404:
-        return _refusal_answer(refuse("not_found", "There is no such path; /openapi.json has all of them."))
-    return _refusal_answer(refuse("invalid_request", f"The body cannot be read: {error.detail}"))
-
-
-async def _unreadable(request: Request, error: Exception) -> Response:
-    said = getattr(error, "strerror", None) or type(error).__name__
-    return _refusal_answer(refuse("unavailable", f"The folder of runs does not answer ({said}); ask again later."))
-
-
-async def _broken(request: Request, error: Exception) -> Response:
-    return _refusal_answer(refuse("internal_error", "The server has failed at this request; its log says more."))

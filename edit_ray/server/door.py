@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,13 @@ from ray.serve.context import _get_global_client
 
 from edit_ray.actors import connection
 from edit_ray.client import LongVideoClient
-from edit_ray.config import Config, config_of, load_config
-from edit_ray.engine.model_info import read_model_info
+from edit_ray.config import Config
 from edit_ray.errors import ConfigError, EditRayError, ResourcesUnavailable
 from edit_ray.runs.folder import folders_in
 from edit_ray.runs.ids import Owner
 from edit_ray.server.app import make_app
 from edit_ray.server.gate import Entrance, Limits
-from edit_ray.server.video_request import Offer
+from edit_ray.server.models import offers_of
 
 APPLICATION = "edit_ray"
 JOB = "edit-ray-serve"  # in the place of a Ray job's id, it names the runs that a door has accepted
@@ -52,31 +50,6 @@ class Door:
         client = LongVideoClient(output=self._settings.output)
         client.owner = self._settings.owner
         return make_app(client, offers_of(self._settings.models), self._settings.entrance, self._settings.limits)
-
-
-def offers_of(models: Sequence[tuple[str, Config]]) -> list[Offer]:
-    """The models with their sizes. Raises ModelError."""
-    found = [(name, base, read_model_info(base.model.path)) for name, base in models]
-    return [Offer(name, base, info.height_step, info.width_step) for name, base, info in found]
-
-
-def models_of(paths: Sequence[Path]) -> tuple[tuple[str, Config], ...]:
-    """The configurations of files, named as the files are; without any, that of the embedded model.
-
-    Raises ConfigError for a mistake in a file, and for two of one name.
-    """
-    if not paths:
-        tiny = {
-            "model": {"path": "builtin:tiny_wan"},
-            "video": {"duration": "4s"},
-            "prompt_segments": [{"segment": 0, "prompt": "a red circle"}],
-            "continuity": {"mode": "history"},
-        }
-        return (("tiny_wan", config_of(tiny)),)
-    names = [path.stem for path in paths]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError([f"--config names {twice[0]!r} twice; each file must have a name of its own."])
-    return tuple((name, load_config(path)) for name, path in zip(names, paths, strict=True))
 
 
 @dataclass(frozen=True)
@@ -115,8 +88,10 @@ def start(settings: DoorSettings, address: str | None = None) -> Started:
 
 
 def stop() -> None:
-    """End the replicas; runs go on."""
+    """End the replicas, and Ray Serve unless it serves others; runs go on."""
     serve.delete(APPLICATION)
+    if not serve.status().applications:
+        serve.shutdown()
 
 
 def continue_runs(client: LongVideoClient) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import edit_ray
@@ -25,6 +25,7 @@ def create_schema() -> dict[str, Any]:
     ours = {
         "storyboard": storyboard | {"description": "Prompts in order, in place of `prompt`."},
         "num_segments": _of(schema, "video", "num_segments"),
+        "approve": _of(schema, "video", "approve"),
         "continuity": _object({name: _of(schema, "continuity", name) for name in CONTINUITY}),
         "cache": _of(schema, "cache") | {"additionalProperties": True},
         **{name: _of(schema, "sampling", name) for name in SAMPLING},
@@ -41,6 +42,16 @@ def create_schema() -> dict[str, Any]:
             OURS: _object(ours) | {"description": "In a form, JSON text or fields such as `edit_ray[seed]`."},
         }
     )
+
+
+NUMBER, TEXT = {"type": "integer", "minimum": 0}, {"type": "string"}
+
+
+def change_schema(required: Sequence[str], entry: Sequence[str], **more: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of a request that changes a video: fields of a prompt's entry by their names, and `more`."""
+    schema = Config.model_json_schema()
+    known = {name: _of(schema, "prompt_segments", 0, name) for name in entry}
+    return _object({**known, **{name: dict(field) for name, field in more.items()}}) | {"required": list(required)}
 
 
 def body(schema: Mapping[str, Any]) -> dict[str, Any]:

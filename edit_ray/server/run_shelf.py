@@ -7,6 +7,7 @@ replica answers the same.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections import OrderedDict
@@ -23,6 +24,7 @@ from edit_ray.runs.folder import RunFolder, folders_in
 from edit_ray.runs.ids import Owner, check_run_id
 from edit_ray.runs.manifest import Manifest
 from edit_ray.runs.manifest_file import ManifestReader
+from edit_ray.runs.run_plan import Edit
 from edit_ray.server.refusals import Refusal, refuse
 from edit_ray.server.video_object import RunView
 
@@ -51,6 +53,44 @@ class Runs(Protocol):
     def cancel(self, run_id: str) -> None:
         """Stop a run."""
 
+    def reroll(self, run_id: str, start: int, *, seed: int | None = None, prompt: str | None = None) -> RunStatus:
+        """Make segments again."""
+
+    def branch(
+        self,
+        run_id: str,
+        at: int,
+        *,
+        new_id: str | None = None,
+        prompt: str | None = None,
+        seed: int | None = None,
+        num_segments: int | None = None,
+        request: str | None = None,
+    ) -> RunStatus:
+        """Start a run that shares the segments before `at`."""
+
+    def steer(
+        self,
+        run_id: str,
+        from_segment: int | None = None,
+        *,
+        prompt: str | None = None,
+        negative_prompt: str | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = None,
+        request: str | None = None,
+    ) -> Edit:
+        """Edit the storyboard of a run that is being made."""
+
+    def pause(self, run_id: str) -> RunStatus:
+        """Let no further segment begin."""
+
+    def unpause(self, run_id: str) -> RunStatus:
+        """Let further segments begin again."""
+
+    def approve(self, run_id: str, segment: int | None = None) -> RunStatus:
+        """Approve the segments up to this one."""
+
     def check_mine(self, status: RunStatus) -> None:
         """Raise NotYourRun."""
 
@@ -64,7 +104,7 @@ class _Kept:
     lock: Lock = field(default_factory=Lock)
     config: tuple[int, Config | None] = (-1, None)  # with the time of the file's last change
     status: RunStatus | None = None
-    asked_at: float = 0.0  # monotonic seconds
+    asked_at: float = -math.inf  # monotonic seconds
 
 
 class RunShelf:
@@ -76,9 +116,15 @@ class RunShelf:
         self._lock = Lock()
         self._queue: tuple[float, Mapping[str, int]] = (-1e9, {})
 
-    def view(self, run_id: str) -> RunView:
-        """The run now. Raises Refusal if there is none, NotYourRun, ManifestUnreadable."""
-        return self._view(self._known(run_id))
+    def view(self, run_id: str, fresh: bool = False) -> RunView:
+        """The run now; `fresh` asks the segment scheduler in any case.
+
+        Raises Refusal if there is none, NotYourRun, ManifestUnreadable.
+        """
+        kept = self._known(run_id)
+        if fresh:
+            kept.asked_at = -math.inf
+        return self._view(kept)
 
     def manifest(self, run_id: str) -> tuple[RunFolder, Manifest]:
         """The run's folder and manifest, without a question to the segment scheduler. Raises as `view`."""
@@ -137,7 +183,7 @@ class RunShelf:
     def _status_of(self, kept: _Kept, read: RunStatus) -> RunStatus:
         """The segment scheduler's status; that of the folder if none answers or knows the run."""
         now = time.monotonic()
-        if kept.status is None or now - kept.asked_at > STATUS_AGE_S:
+        if now - kept.asked_at > STATUS_AGE_S:
             try:
                 kept.status = self.runs.status(kept.folder.run_id)
             except EditRayError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -82,6 +82,11 @@ class RunOfVideo(_Answer):
     queue_position: int | None = None
     note: str | None = None
     warning: str | None = None
+    paused: bool = False
+    awaiting_approval: bool = False
+    approve: Literal["none", "each"] = "none"
+    approved: int = 0
+    applied_from: int | None = Field(default=None, description="Of a PATCH: the segment from which its edit holds.")
     storyboard: list[SceneStart] | None = Field(default=None, description="Of one video; a list of videos has none.")
 
 
@@ -178,7 +183,8 @@ def video_of(view: RunView, offers: Mapping[str, Offer], *, whole: bool = True) 
         completed_at=int(view.changed_at) if state == "completed" else None,
         size=f"{begun.width}x{begun.height}",
         seconds=f"{frames / begun.layout.fps:.10g}",
-        prompt=config.prompt_segments[0].prompt if config is not None else None,
+        prompt=_prompt(manifest, config),
+        remixed_from_video_id=status.branched_from or None,
         error=_failure(status),
         edit_ray=RunOfVideo(
             state=status.state,
@@ -193,9 +199,13 @@ def video_of(view: RunView, offers: Mapping[str, Offer], *, whole: bool = True) 
             step=_step(status),
             eta_s=None if status.ended else eta_s(manifest.segments, status.num_segments),
             queue_position=view.position,
-            note=rounding(config) if config is not None else None,
+            note=rounding(config) if config is not None and _is_as_asked(manifest, config) else None,
             warning=_warning(status),
-            storyboard=_scenes(config) if whole and config is not None else None,
+            paused=status.held_by == "pause",
+            awaiting_approval=status.held_by == "approval",
+            approve=config.video.approve if config is not None else "none",
+            approved=status.approved,
+            storyboard=_scenes(manifest, config) if whole and config is not None else None,
         ),
     )
 
@@ -278,7 +288,17 @@ def _warning(status: RunStatus) -> str | None:
     return status.warning
 
 
-def _scenes(config: Config) -> list[SceneStart]:
+def _is_as_asked(manifest: Manifest, config: Config) -> bool:
+    return not manifest.begun.branched_from and manifest.num_segments == config.num_segments
+
+
+def _prompt(manifest: Manifest, config: Config | None) -> str | None:
+    """The prompt that was asked for last."""
+    changed = (change.prompt for change in reversed(manifest.changes) if change.prompt is not None)
+    return next(changed, config.prompt_segments[0].prompt if config is not None else None)
+
+
+def _scenes(manifest: Manifest, config: Config) -> list[SceneStart]:
     return [
         SceneStart(
             segment=scene.start,
@@ -287,7 +307,7 @@ def _scenes(config: Config) -> list[SceneStart]:
             guidance_scale=scene.guidance_scale,
             seed=scene.seed,
         )
-        for scene in config.storyboard.scenes
+        for scene in replace(config.storyboard, changes=manifest.changes).changed
     ]
 
 

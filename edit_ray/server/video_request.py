@@ -27,7 +27,7 @@ SAMPLING = (
 )
 CONTINUITY = ("mode", "history_latents", "overlap_source", "adain", "picture_as")
 ENTRY = ("start", "segment", "prompt", "negative_prompt", "guidance_scale", "seed", "lora_weights")
-OUR_FIELDS = ("storyboard", "num_segments", "continuity", "cache", *SAMPLING)
+OUR_FIELDS = ("storyboard", "num_segments", "approve", "continuity", "cache", *SAMPLING)
 
 SMALLEST, LARGEST = 16, 4096  # pixels of a side
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
@@ -40,7 +40,7 @@ _NAMES = (
     (re.compile(r"\bsampling\.(?:height|width)\b"), "size"),
     (re.compile(r"\bsampling\.(?=[a-z])"), f"{OURS}."),
     (re.compile(r"\bvideo\.duration\b"), "seconds"),
-    (re.compile(r"\bvideo\.num_segments\b"), f"{OURS}.num_segments"),
+    (re.compile(r"\bvideo\.(num_segments|approve)\b"), rf"{OURS}.\1"),
     (re.compile(r"\bcontinuity\.init\b(?!_)"), "input_reference"),
     (re.compile(r"\b(continuity|cache)\.(?=[a-z])"), rf"{OURS}.\1."),
     (re.compile(r"^(continuity|cache)(?=$| is |:)"), rf"{OURS}.\1"),
@@ -68,7 +68,7 @@ def config_for(
         seed: of the run, where the request gives none.
         init: the file that was uploaded as `input_reference`.
     """
-    problems = list(_unknown(body, FIELDS, ""))
+    problems = list(unknown_fields(body, FIELDS, ""))
     ours = _mapping(body, OURS, OUR_FIELDS, problems)
     offer = _offer(body.get("model"), offers, problems)
     data = offer.base.model_dump(mode="json")
@@ -99,13 +99,22 @@ def rounding(config: Config) -> str | None:
     return f"{asked_s:g} s were asked for; {segments} {lasts_s:g} s."
 
 
+def seconds_of(given: Any) -> float | None:
+    """A number of seconds, as text or as a number; None if it is none that a video can last."""
+    text = str(given) if isinstance(given, str | int | float) and not isinstance(given, bool) else ""
+    if _SECONDS.fullmatch(text) is None or not 0 < float(text) <= MAX_DURATION_S:
+        return None
+    return float(text)
+
+
 def nearest(size: int, step: int) -> int:
     """The multiple of `step` that is nearest to a size in pixels, among those that a video may have."""
     least, most = math.ceil(SMALLEST / step), LARGEST // step
     return step * min(max(round(size / step), least), most)
 
 
-def _unknown(given: Mapping[str, Any], known: Iterable[str], above: str) -> Iterator[Problem]:
+def unknown_fields(given: Mapping[str, Any], known: Iterable[str], above: str) -> Iterator[Problem]:
+    """The fields that are none of the known ones, each with the one that it may mean."""
     valid = tuple(known)
     for name in given:
         if name not in valid:
@@ -126,7 +135,7 @@ def _mapping(
         said = f"is {show(value)}; it must be a mapping with the keys {', '.join(valid)}."
         problems.append(Problem(f"{above}{name} {said}", f"{above}{name}"))
         return {}
-    problems += _unknown(value, valid, f"{above}{name}.")
+    problems += unknown_fields(value, valid, f"{above}{name}.")
     return {key: value[key] for key in valid if key in value}
 
 
@@ -160,18 +169,20 @@ def _put_length(
     data: dict[str, Any], body: Mapping[str, Any], ours: Mapping[str, Any], problems: list[Problem]
 ) -> None:
     seconds, segments = body.get("seconds"), ours.get("num_segments")
+    about = {"approve": ours["approve"]} if "approve" in ours else {}
     if seconds is not None and segments is not None:
         said = f"seconds and {OURS}.num_segments are both given; the length must be one of them."
         problems.append(Problem(said, "seconds"))
     elif seconds is not None:
-        text = str(seconds) if isinstance(seconds, str | int | float) and not isinstance(seconds, bool) else ""
-        if _SECONDS.fullmatch(text) is None or not 0 < float(text) <= MAX_DURATION_S:
+        if seconds_of(seconds) is None:
             said = f"it must be a number above 0 and at most {MAX_DURATION_S:.0f}, such as 4."
             problems.append(Problem(f"seconds is {show(seconds)}; {said}", "seconds"))
         else:
-            data["video"] = {"duration": f"{text}s"}
+            data["video"] = about | {"duration": f"{seconds}s"}
     elif segments is not None:
-        data["video"] = {"num_segments": segments}
+        data["video"] = about | {"num_segments": segments}
+    else:
+        data["video"] |= about
 
 
 def _put_prompts(
@@ -189,7 +200,7 @@ def _put_prompts(
         entries = [dict(entry) if isinstance(entry, Mapping) else entry for entry in storyboard]
         for index, entry in enumerate(entries):
             if isinstance(entry, dict):
-                problems += _unknown(entry, ENTRY, f"{OURS}.storyboard.{index}.")
+                problems += unknown_fields(entry, ENTRY, f"{OURS}.storyboard.{index}.")
                 entries[index] = {key: entry[key] for key in ENTRY if key in entry}
         data["prompt_segments"] = entries
 

@@ -87,7 +87,7 @@ class VideoService:
             if init is not None:
                 uploads.forget(self.runs.output, {init.name})
             raise
-        return self.video(run_id)
+        return self.video(run_id, fresh=True)
 
     def _begin(self, run_id: str, config: Config, repeated: bool) -> None:
         path = self.runs.output / run_id
@@ -100,9 +100,10 @@ class VideoService:
                     raise
         self.shelf.view(run_id)  # whether it is mine
         if (path / "run.yaml").read_text() != dump_yaml(config):
-            raise self._other_key()
+            raise self.other_key()
 
-    def _other_key(self) -> Refusal:
+    def other_key(self) -> Refusal:
+        """Why a key is refused that was given before."""
         said = "it must be a new one for a new request."
         return refuse("key_reused", f"The Idempotency-Key was given with another request; {said}", "Idempotency-Key")
 
@@ -117,12 +118,12 @@ class VideoService:
             return None, [Problem(f"input_reference {error}", "input_reference")]
         path = uploads.store(self.runs.output, run_id, data, kind)
         if path is None:
-            raise self._other_key()
+            raise self.other_key()
         return path, []
 
-    def video(self, run_id: str) -> Video:
-        """One video."""
-        return video_of(self.shelf.view(run_id), self.offers)
+    def video(self, run_id: str, fresh: bool = False) -> Video:
+        """One video; `fresh` asks the segment scheduler in any case."""
+        return video_of(self.shelf.view(run_id, fresh), self.offers)
 
     def videos(self, after: str | None, limit: int, order: str) -> VideoPage:
         """A page of this owner's videos, the newest first unless `order` is asc."""

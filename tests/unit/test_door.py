@@ -14,6 +14,7 @@ from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.ids import Owner
 from edit_ray.server import uploads
 from edit_ray.server.gate import Limits
+from tests.documented import ROOT, blocks
 from tests.door_here import PROMPT, ClientHere, SchedulerHere, browser, offer_of, until_ended
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -355,3 +356,22 @@ def test_a_replica_takes_so_many_readers(made, scheduler, model):
     _, root, video_id = made
     http = browser(ClientHere(root, scheduler), [offer_of(model)], limits=Limits(readers=0))
     assert code_of(http.get(f"/v1/videos/{video_id}/events")) == (503, "unavailable")
+
+
+# The page about it.
+
+
+def test_the_error_on_the_page_has_the_form_of_all(made):
+    (block,) = blocks("docs/http.md", "json")
+    answer = made[0].post("/v1/videos", json={"prompt": PROMPT, "size": "1x1"})
+    error, shown = answer.json()["error"], json.loads(block.code)["error"]
+    assert error.keys() == shown.keys()
+    assert error["edit_ray"]["problems"][0].keys() == shown["edit_ray"]["problems"][0].keys()
+    assert all(error[name] == shown[name] for name in ("type", "param", "code"))
+
+
+def test_the_page_has_every_route(made):
+    page = (ROOT / "docs" / "http.md").read_text()
+    for path, operations in made[0].get("/openapi.json").json()["paths"].items():
+        for method in operations:
+            assert f"`{method.upper()} {path}`" in page or "/live-{number}.m3u8" in path, path

@@ -6,7 +6,9 @@ import openai
 import pytest
 from PIL import Image
 
+from edit_ray.runs.folder import RunFolder
 from tests.door_here import PROMPT, ClientHere, SchedulerHere, browser, offer_of
+from tests.runs_here import everything
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -86,3 +88,27 @@ def test_a_video_begins_with_a_picture(client, tmp_path):
     assert (stored.name, stored.read_bytes()) == (f"{video.id}.png", data.getvalue())
     client.videos.delete(video.id)
     assert list((tmp_path / ".uploads").iterdir()) == []
+
+
+def test_a_remix_and_an_extension_are_videos_of_their_own(client, tmp_path):
+    video = client.videos.create_and_poll(prompt=PROMPT, poll_interval_ms=50, seconds="1.5")
+    before = everything(RunFolder(tmp_path, video.id))
+
+    remix = client.videos.poll(client.videos.remix(video.id, prompt="a blue square").id, poll_interval_ms=50)
+    assert (remix.status, remix.remixed_from_video_id, remix.prompt) == ("completed", video.id, "a blue square")
+    assert (remix.seconds, remix.size) == (video.seconds, video.size)
+
+    # Its own types and checks disagree on `video`: it takes only files there, so the id goes another way.
+    longer = client.videos.extend(
+        prompt="a blue square", seconds="1", video=openai.omit, extra_body={"video": {"id": video.id}}
+    )
+    assert longer.id not in (video.id, remix.id)
+    assert longer.edit_ray["note"] is None
+    longer = client.videos.poll(longer.id, poll_interval_ms=50)
+    assert (longer.status, longer.remixed_from_video_id) == ("completed", video.id)
+    assert float(longer.seconds) == float(video.seconds) + 1
+    shared = [RunFolder(tmp_path, found.id).media(0).read_bytes() for found in (video, longer)]
+    assert shared[0] == shared[1]
+    assert everything(RunFolder(tmp_path, video.id)) == before
+    client.videos.delete(video.id)
+    assert client.videos.download_content(longer.id).read() == (tmp_path / longer.id / "final.mp4").read_bytes()
