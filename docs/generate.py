@@ -17,12 +17,15 @@ from edit_ray.cache.policies import POLICIES
 from edit_ray.cache.policies.option_types import option_schema
 from edit_ray.cli import main
 from edit_ray.cli.plan_cards import CARDS
+from edit_ray.client import LongVideoClient
 from edit_ray.config import Config
 from edit_ray.config.model import PromptSegment
 from edit_ray.config.strict_yaml import dump
 from edit_ray.engine.card_memory import Needs, Run, most_frames, needs_of, place
 from edit_ray.engine.options import LoraOptions, ModelOptions
 from edit_ray.options import Options, describe
+from edit_ray.server.app import make_app
+from edit_ray.server.models import models_of, offers_of
 from edit_ray.testing import VARIANTS
 from edit_ray.tiers.options import NODE_VARIABLES
 
@@ -47,6 +50,7 @@ ENVIRONMENT = """## Environment
 |---|---|---|
 | `EDIT_RAY_OUTPUT` | client, job | the folder of runs, without `--output` or `output.directory` |
 | `EDIT_RAY_OWNER` | client, job | the owner of submitted runs, instead of the login name |
+| `EDIT_RAY_HTTP_TOKEN` | `edit-ray serve` | the token of the [HTTP door](http.md), without `--token-file` |
 | `EDIT_RAY_MODEL_ROOTS` | every node | the only folders from which models are loaded, separated by `:` |
 | `RAY_ADDRESS`, `RAY_AUTH_MODE`, `RAY_AUTH_TOKEN` | client, job, nodes | Ray's own: which cluster, and its token |
 
@@ -91,6 +95,13 @@ ON_CARDS = (
 REUSE = ("policy=warmstart_reuse", "inner=teacache", "warm_steps=2", "reuse_window=4")
 
 
+def openapi_schema() -> str:
+    """The schema of the HTTP door."""
+    with tempfile.TemporaryDirectory() as folder:
+        app = make_app(LongVideoClient(output=folder, connect=False), offers_of(models_of(())))
+    return json.dumps(app.openapi(), indent=1, ensure_ascii=False) + "\n"
+
+
 def generated() -> dict[str, str]:
     """The text of each page."""
     return {
@@ -99,6 +110,7 @@ def generated() -> dict[str, str]:
         "docs/on-my-card.md": _filled("docs/on-my-card.md", "cards", cards()),
         "docs/policies.md": _filled("docs/policies.md", "front", best_below_half()),
         "docs/comparison.md": _filled("docs/comparison.md", "measured", measured()),
+        "docs/openapi.json": openapi_schema(),
     }
 
 

@@ -21,6 +21,7 @@ HERE, ON_RAY, SITE, OF_DOCS = (
     f"tests/{name}.py" for name in ("docs/test_documented", "ray/test_documented", "docs/test_site", "docs/test_docs")
 )
 TUTORIAL = "tests/ray/test_tutorial.py::test_the_tutorial"
+DOOR = "tests/ray/test_door_command.py::test_the_page_about_http"
 FRESH = f"{SITE}::test_pages_that_are_made_from_the_code_are_fresh"
 OF_README = f"{SITE}::test_the_code_of_the_readme_runs"
 # What is not a command: (page, language) -> the tests that run every such block of the page.
@@ -30,6 +31,8 @@ BLOCKS = {
     ("docs/caching.md", "toml"): (f"{OF_DOCS}::test_the_entry_point_is_the_one_that_is_looked_up",),
     ("docs/conditioning.md", "python"): (f"{OF_DOCS}::test_the_code_of_the_page_on_conditions_runs",),
     ("docs/causal.md", "python"): ("tests/docs/test_docs_causal.py::test_the_code_runs",),
+    ("docs/http.md", "python"): (DOOR,),
+    ("docs/http.md", "json"): ("tests/unit/test_door.py::test_the_error_on_the_page_has_the_form_of_all",),
     ("docs/long-video.md", "python"): (f"{OF_DOCS}::test_the_code_of_the_page_on_long_videos_runs",),
     ("docs/tutorial.md", "python"): (TUTORIAL,),
     ("docs/tutorial.md", "toml"): (TUTORIAL,),
@@ -47,6 +50,7 @@ BLOCKS |= {(page, "yaml"): (f"{SITE}::test_configurations_are_valid",) for page 
 COMMANDS = (
     ("docs/tutorial.md", ".*", TUTORIAL),
     ("README.md", r".*pip install .*|python3 -m venv .*", f"{HERE}::test_it_is_installed_as_the_readme_says"),
+    ("docs/http.md", "edit-ray serve .*", DOOR),
     ("README.md", "make demo", f"{ON_RAY}::test_the_demo"),
     ("CONTRIBUTING.md", "make docs", f"{SITE}::test_the_site_is_built_without_a_warning"),
     ("monitoring/README.md", "make monitor", f"{HERE}::test_a_prometheus_is_started"),
@@ -81,6 +85,7 @@ LEFT_OUT = {
     "kubectl apply -f deploy/kuberay/ray-job.yaml": "needs a cluster",
     "kubectl apply -f deploy/kuberay/pod-monitor.yaml -f deploy/kuberay/prometheus-rule.yaml": "needs a cluster",
     "pip install -c constraints.txt git+file:///path/to/clone": "the line before it, by way of git's partial clone",
+    "pip install -c constraints.txt -e '.[serve]'": "that of the README, with an extra that the tests have",
     "uv venv && uv pip install -c constraints.txt -e .": "another installer, for what the lines before do with pip",
     "ffplay stream.mp4": "needs a screen; test_playing.py plays the files with ffmpeg",
     "ffplay -live_start_index 0 live.m3u8": "needs a screen",

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from edit_ray.actors.messages import RunSpec
-from edit_ray.config import check_texts
+from edit_ray.config import check_texts, load_config
 from edit_ray.config.causal_checks import chunk_sizes
 from edit_ray.engine.model_info import read_model_info
 from edit_ray.errors import ConfigError, HardwareDiffers, ResourcesUnavailable
 from edit_ray.files import digest_of_file
 from edit_ray.runs.causal_plan import segments_seen
 from edit_ray.runs.event_log import latest_events
-from edit_ray.runs.folder import RunFolder
+from edit_ray.runs.folder import RunFolder, remove_run
 from edit_ray.runs.ids import MAX_SEGMENTS
 from edit_ray.runs.manifest import Extended, Manifest, Rerolled, SegmentRecord
 from edit_ray.runs.retention import BITS_PER_PIXEL, first_made_again, first_needed, shortage
@@ -229,6 +229,28 @@ def _digest(path: Path) -> str | None:
         return f"{digest_of_file(path):016x}"
     except OSError:
         return None
+
+
+# Removal.
+
+
+def remove_with_residuals(folder: RunFolder) -> None:
+    """Remove a run's folder, and what the stores' directory still has of it. Raises as `remove_run`."""
+    residuals: list[Path] = []
+    with contextlib.suppress(ConfigError):  # an unreadable configuration: stores remove entries that belong to no run
+        residuals = list(_residuals_of(folder))
+    remove_run(folder)
+    for path in residuals:
+        path.unlink(missing_ok=True)
+
+
+def _residuals_of(folder: RunFolder) -> Iterator[Path]:
+    """The run's entries on disk, which stay in the store's directory after the loss of a cluster."""
+    spec = RunSpec.of(folder.path.parent, load_config(folder.run_yaml, check_model=False), folder.read_manifest())
+    if found := list(Path(os.path.expandvars(spec.residuals_directory)).rglob("*.safetensors")):
+        from edit_ray.tiers.entry_file import read_key
+
+        yield from (path for path in found if (key := read_key(path)) and str(key[0]).startswith(f"{spec.key}."))
 
 
 # Disk space.

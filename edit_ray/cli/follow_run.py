@@ -106,9 +106,13 @@ def description_of(status: RunStatus) -> str:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Serves a run's page until it is interrupted."""
+    """Serves a run's page until it is interrupted; without a run, the HTTP door."""
+    if options.run_id is None:
+        from edit_ray.cli.serve_door import serve_door
+
+        return serve_door(options)
     from edit_ray.config import load_config, output_root
-    from edit_ray.page.server import HLS_JS, PageServer
+    from edit_ray.page.run_server import HLS_JS, PageServer
     from edit_ray.runs.folder import RunFolder
 
     if not 0 <= options.port <= 65535:

@@ -196,11 +196,25 @@ def _add_pages(commands: _Commands) -> None:
     report.add_argument("source", metavar="RECORD_OR_RUN", help="a cache record (JSON), a run's id or a run's folder")
     report.add_argument("--page", type=Path, help="the file to write (default: report.html in the run's folder)")
     commands.add("verify", inspect_run.verify, "check a run's files against their digests", run_id=True)
-    served = commands.add("serve", follow_run.serve, "serve a run's page and media to local browsers", run_id=True)
-    served.add_argument("--port", type=int, default=8642, help="on 127.0.0.1 (default: 8642; 0: any free port)")
-    served.add_argument("--wait", **_WAIT)
+    _add_serve(commands)
     boards = commands.add("dashboards", setup_commands.dashboards, "generate Grafana dashboards and Prometheus rules")
     boards.add_argument("--into", type=Path, default=Path(), help="the clone, or any folder (default: this folder)")
+
+
+def _add_serve(commands: _Commands) -> None:
+    served = commands.add("serve", follow_run.serve, "serve runs over HTTP: OpenAI's video API, or the page of one run")
+    served.add_argument("run_id", nargs="?", help="only this run's page and media, for browsers on this machine")
+    served.add_argument("--port", type=int, default=8642, help="(default: 8642; 0, with a run: any free port)")
+    served.add_argument("--wait", **_WAIT)
+    served.add_argument("--host", default="127.0.0.1", help="the address (default: 127.0.0.1; others need a token)")
+    served.add_argument("--token-file", type=Path, help="a file with the token (default: $EDIT_RAY_HTTP_TOKEN)")
+    served.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="another name by which clients ask"
+    )
+    served.add_argument(
+        "--config", type=Path, action="append", default=[], help="a model, as a run's YAML; may be repeated"
+    )
+    served.add_argument("--replicas", type=int, default=1, help="processes that answer (default: 1)")
 
 
 def _add_models(commands: _Commands) -> None:

@@ -8,7 +8,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,6 @@ from edit_ray.runs.ids import check_run_id
 if TYPE_CHECKING:
     from edit_ray.actors.messages import RunStatus
     from edit_ray.client import LongVideoClient
-    from edit_ray.runs.folder import RunFolder
 
 _AGE = re.compile(r"([0-9]{1,6})([smhdw])")
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -228,7 +226,8 @@ def prune(options: argparse.Namespace) -> int:
 
 def _remove_all(runs: list[RunStatus], options: argparse.Namespace) -> int:
     """Remove the runs after confirmation. A run that cannot be removed does not keep the others."""
-    from edit_ray.runs.folder import RunFolder, remove_run, size_of
+    from edit_ray.actors.folder_state import remove_with_residuals
+    from edit_ray.runs.folder import RunFolder, size_of
 
     folders = [RunFolder(Path(run.path).parent, run.run_id) for run in runs]
     for run, folder in zip(runs, folders, strict=True):
@@ -242,29 +241,12 @@ def _remove_all(runs: list[RunStatus], options: argparse.Namespace) -> int:
     failed = False
     for folder in folders:
         try:
-            residuals: list[Path] = []
-            with suppress(ConfigError):  # an unreadable configuration: stores remove entries that belong to no run
-                residuals = list(_residuals_of(folder))
-            remove_run(folder)
-            for path in residuals:
-                path.unlink(missing_ok=True)
+            remove_with_residuals(folder)
             print(f"removed {folder.path}")
         except (EditRayError, OSError) as error:
             failed = True
             print(f"edit-ray: {folder.path} stays: {error}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def _residuals_of(folder: RunFolder) -> Iterator[Path]:
-    """The run's entries on disk, which stay in the store's directory after the loss of a cluster."""
-    from edit_ray.actors.messages import RunSpec
-    from edit_ray.config import load_config
-
-    spec = RunSpec.of(folder.path.parent, load_config(folder.run_yaml, check_model=False), folder.read_manifest())
-    if files := list(Path(os.path.expandvars(spec.residuals_directory)).rglob("*.safetensors")):
-        from edit_ray.tiers.entry_file import read_key
-
-        yield from (path for path in files if (key := read_key(path)) and str(key[0]).startswith(f"{spec.key}."))
 
 
 def client_of(options: argparse.Namespace) -> LongVideoClient:

@@ -43,7 +43,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), *, check_model
     source = Source(path, overrides)
     if source.data is None:
         source.stop()
-    config, mistakes = _validate(source.data, check_model)
+    config, mistakes = validate(source.data, check_model)
     for mistake in mistakes:
         source.add(mistake.path, mistake.text)
     if config is None or source.problems:
@@ -53,14 +53,14 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), *, check_model
 
 def config_of(data: Mapping[str, Any]) -> Config:
     """The configuration of a mapping with the keys and values of a YAML file; checked like one. Raises ConfigError."""
-    config, mistakes = _validate(dict(data), check_model=True)
+    config, mistakes = validate(dict(data), check_model=True)
     if config is None or mistakes:
         raise ConfigError([printable(mistake.text) for mistake in mistakes])
     return config
 
 
-def _validate(data: Any, check_model: bool) -> tuple[Config | None, list[Mistake]]:
-    """The configuration and every mistake.
+def validate(data: Any, check_model: bool = True) -> tuple[Config | None, list[Mistake]]:
+    """The configuration of a mapping, and every mistake in it; with a wrong value, of what is left without it.
 
     Wrong values are replaced by stand-ins and everything is checked again, so that cross-field checks run as well.
     Mistakes that derive from a replaced value are dropped.

@@ -1,5 +1,6 @@
 """Checks of a configuration against its model, from the model's JSON files."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from edit_ray.engine.model_info import ModelInfo, dtype_problem, read_configs, r
 from edit_ray.errors import ConfigError, ModelError
 from edit_ray.runs.run_plan import EDITABLE, TEMPORAL_FACTOR
 
+_SURROGATES = re.compile("[\ud800-\udfff]")  # which no tokenizer takes
 MAX_WORDS_NAMED = 100
 MAX_TEXT = 2000
 REUSING = "warmstart_reuse"  # the policy that reuses residuals of other segments
@@ -74,7 +76,7 @@ def read_edit(config: Config, said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def texts_in(data: Any) -> Iterator[Text]:
-    """Every prompt in a configuration's raw data; values of wrong types are left out."""
+    """Every prompt in a configuration's raw data; what is no text is left out."""
     if not isinstance(data, dict):
         return
     entries, sampling = data.get("prompt_segments"), data.get("sampling")
@@ -83,8 +85,9 @@ def texts_in(data: Any) -> Iterator[Text]:
     ]
     for path, section in [*sections, (("sampling",), sampling)]:
         for name in ("prompt", "negative_prompt"):
-            if isinstance(section, dict) and isinstance(section.get(name), str):
-                yield (*path, name), section[name]
+            text = section.get(name) if isinstance(section, dict) else None
+            if isinstance(text, str) and not _SURROGATES.search(text):
+                yield (*path, name), text
 
 
 def model_mistakes(config: Config, texts: Iterable[Text]) -> list[Mistake]:

@@ -51,6 +51,24 @@ def latest_events(path: Path, name: str) -> Iterator[dict[str, Any]]:
             end = begin
 
 
+def events_behind(path: Path, offset: int | None) -> tuple[list[dict[str, Any]], int]:
+    """The events of whole lines behind byte `offset` of the log, of about 1 MiB at most, and the offset behind them.
+
+    None: no events, and the end of the log.
+    """
+    with suppress(OSError), files.opened(path) as log:
+        size = os.fstat(log).st_size
+        if offset is None or offset > size:
+            return [], size
+        lines = files.read_at(log, offset, min(size - offset, _CHUNK))
+        whole = lines[: lines.rfind(b"\n") + 1]
+        if not whole and len(lines) == _CHUNK:  # no event is as long
+            return [], offset + _CHUNK
+        events = [event for line in whole.split(b"\n") if (event := _event_of(line)) is not None]
+        return events, offset + len(whole)
+    return [], offset or 0
+
+
 def _event_of(line: bytes) -> dict[str, Any] | None:
     """The event of a line, if it has what every event has and its fields have the types that readers rely on."""
     try:

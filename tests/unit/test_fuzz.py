@@ -22,7 +22,7 @@ from xxhash import xxh3_64_hexdigest
 from edit_ray.actors.messages import RunStatus
 from edit_ray.config import load_config
 from edit_ray.errors import ConfigError, ManifestUnreadable
-from edit_ray.page.server import PageServer
+from edit_ray.page.run_server import PageServer
 from edit_ray.runs.manifest_lines import Fold, to_text
 from edit_ray.tiers.disk_tier import EntryFolder
 from edit_ray.tiers.entry_file import FileEntry, file_name, header_of, parse_header

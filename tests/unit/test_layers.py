@@ -20,7 +20,7 @@ import edit_ray
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "edit_ray"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-NEED_RAY = ("edit_ray.actors", "edit_ray.client", "edit_ray.cli")
+NEED_RAY = ("edit_ray.actors", "edit_ray.client", "edit_ray.cli", "edit_ray.server")
 
 MODULE_LINES, MEDIAN_LINES, FUNCTION_LINES = 400, 150, 60
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edit_ray.cli.main import main
 from edit_ray.errors import UnknownRun
-from edit_ray.page.server import HLS_JS, PageServer, byte_range, open_named
+from edit_ray.page.run_server import HLS_JS, PageServer, byte_range, open_named
 
 SECRET = b"nothing of anybody's business"
 STREAM = bytes(range(256)) * 4

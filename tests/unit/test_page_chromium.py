@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from edit_ray.page.server import HLS_JS, PageServer
+from edit_ray.page.run_server import HLS_JS, PageServer
 from edit_ray.video.hls import StreamFiles, newest_playlist
 from tests.unit import chromium
 from tests.unit.test_stream_files import make_part
@@ -98,7 +98,7 @@ def test_playback_crosses_every_join_without_a_seek_while_the_run_goes_on(run, u
 
 
 def test_without_hls_js_the_browser_plays_what_is_there(run, url, tmp_path, monkeypatch):
-    monkeypatch.setattr("edit_ray.page.server.HLS_JS", tmp_path / "nowhere")
+    monkeypatch.setattr("edit_ray.page.run_server.HLS_JS", tmp_path / "nowhere")
     for _ in LENGTHS:
         run.grow()
     run.end()

@@ -43,13 +43,16 @@ def open_named(run: Path, name: str) -> tuple[int, str] | None:
     if name in _STATIC:
         file, kind = _STATIC[name]
         path = HLS_JS if file == "hls.js" else _HERE / "static" / file
-        return _opened(path.parent, path.name, kind, links=0)
+        return open_below(path.parent, path.name, kind, links=0)
     kinds = [kind for pattern, kind in _MEDIA if pattern.fullmatch(name)]
-    return _opened(run, name, kinds[0], links=os.O_NOFOLLOW) if kinds else None
+    return open_below(run, name, kinds[0]) if kinds else None
 
 
-def _opened(folder: Path, name: str, kind: str, links: int) -> tuple[int, str] | None:
-    """Open folder by folder with the flags `links`, so that no link that is created meanwhile can lead elsewhere."""
+def open_below(folder: Path, name: str, kind: str, links: int = os.O_NOFOLLOW) -> tuple[int, str] | None:
+    """A regular file below the folder as a descriptor, and its `kind`; None if there is none.
+
+    Opened folder by folder with the flags `links`, so that no link that is created meanwhile can lead elsewhere.
+    """
     *folders, file = name.split("/")
     with suppress(OSError), ExitStack() as stack:
         at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -84,7 +87,7 @@ def byte_range(header: str | None, size: int) -> range | None:
 
 LOOPBACK = "127.0.0.1"
 _CHUNK = 1 << 20
-_HEADERS = {
+HEADERS = {
     # A run's files change, and the next run served on this port has other files under the same names.
     "Cache-Control": "no-cache",
     "X-Content-Type-Options": "nosniff",
@@ -96,6 +99,7 @@ _HEADERS = {
         "worker-src 'self' blob:; frame-ancestors 'none'"
     ),
 }
+"""What every answer to a browser says."""
 
 Status = Callable[[], Mapping[str, Any]]
 
@@ -183,6 +187,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _head(self, code: int, kind: str, length: int, headers: Mapping[str, str]) -> None:
         self.send_response(code)
         about = {"Content-Type": kind, "Content-Length": str(length)}
-        for name, value in {**_HEADERS, **about, **headers}.items():
+        for name, value in {**HEADERS, **about, **headers}.items():
             self.send_header(name, value)
         self.end_headers()

@@ -1,0 +1,1 @@
+"""The HTTP door: OpenAI's video API over the folders of runs."""

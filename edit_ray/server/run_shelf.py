@@ -1,0 +1,221 @@
+"""Runs as a replica reads them: from their folders, and while they are active from the segment scheduler.
+
+What was read is kept for the next request, so that a poll costs what is new. A replica holds nothing else: every other
+replica answers the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Lock
+from typing import Protocol
+
+from edit_ray.actors.messages import RunStatus
+from edit_ray.config import Config, load_config
+from edit_ray.errors import ConfigError, EditRayError, UnknownRun
+from edit_ray.runs.folder import RunFolder, folders_in
+from edit_ray.runs.ids import Owner, check_run_id
+from edit_ray.runs.manifest import Manifest
+from edit_ray.runs.manifest_file import ManifestReader
+from edit_ray.runs.run_plan import Edit
+from edit_ray.server.refusals import Refusal, refuse
+from edit_ray.server.video_object import RunView
+
+KEPT = 128  # runs that are kept read, each with its manifest
+STATUS_AGE_S = 0.5  # a status that young is not asked for again
+
+
+class Runs(Protocol):
+    """What the door needs of `LongVideoClient`, which is the one that it has on a cluster."""
+
+    output: Path
+    owner: Owner
+
+    def submit(self, config: Config, *, run_id: str | None = None, checked: bool = False) -> str:
+        """Start a run."""
+
+    def resume(self, run_id: str) -> RunStatus:
+        """Continue a run."""
+
+    def status(self, run_id: str) -> RunStatus:
+        """The status of a run."""
+
+    def runs(self) -> list[RunStatus]:
+        """The runs that the segment scheduler knows."""
+
+    def cancel(self, run_id: str) -> None:
+        """Stop a run."""
+
+    def reroll(self, run_id: str, start: int, *, seed: int | None = None, prompt: str | None = None) -> RunStatus:
+        """Make segments again."""
+
+    def branch(
+        self,
+        run_id: str,
+        at: int,
+        *,
+        new_id: str | None = None,
+        prompt: str | None = None,
+        seed: int | None = None,
+        num_segments: int | None = None,
+        request: str | None = None,
+    ) -> RunStatus:
+        """Start a run that shares the segments before `at`."""
+
+    def steer(
+        self,
+        run_id: str,
+        from_segment: int | None = None,
+        *,
+        prompt: str | None = None,
+        negative_prompt: str | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = None,
+        request: str | None = None,
+    ) -> Edit:
+        """Edit the storyboard of a run that is being made."""
+
+    def pause(self, run_id: str) -> RunStatus:
+        """Let no further segment begin."""
+
+    def unpause(self, run_id: str) -> RunStatus:
+        """Let further segments begin again."""
+
+    def approve(self, run_id: str, segment: int | None = None) -> RunStatus:
+        """Approve the segments up to this one."""
+
+    def check_mine(self, status: RunStatus) -> None:
+        """Raise NotYourRun."""
+
+
+@dataclass
+class _Kept:
+    """What was read of one run; `lock` is held while it is read."""
+
+    folder: RunFolder
+    reader: ManifestReader
+    lock: Lock = field(default_factory=Lock)
+    config: tuple[int, Config | None] = (-1, None)  # with the time of the file's last change
+    status: RunStatus | None = None
+    asked_at: float = -math.inf  # monotonic seconds
+
+
+class RunShelf:
+    """Reads the runs of `runs.output`. Any thread may call it."""
+
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._lock = Lock()
+        self._queue: tuple[float, Mapping[str, int]] = (-1e9, {})
+
+    def view(self, run_id: str, fresh: bool = False) -> RunView:
+        """The run now; `fresh` asks the segment scheduler in any case.
+
+        Raises Refusal if there is none, NotYourRun, ManifestUnreadable.
+        """
+        kept = self._known(run_id)
+        if fresh:
+            kept.asked_at = -math.inf
+        return self._view(kept)
+
+    def manifest(self, run_id: str) -> tuple[RunFolder, Manifest]:
+        """The run's folder and manifest, without a question to the segment scheduler. Raises as `view`."""
+        kept = self._known(run_id)
+        return kept.folder, self._manifest_of(kept)
+
+    def ids(self) -> list[str]:
+        """The ids of all runs, the newest first, whoever owns them."""
+        return [folder.run_id for folder in reversed(folders_in(self.runs.output))]
+
+    def view_if_mine(self, run_id: str) -> RunView | None:
+        """The run, unless it is another owner's, was removed meanwhile, or cannot be read."""
+        with contextlib.suppress(Refusal, EditRayError, OSError):
+            return self.view(run_id)
+        return None
+
+    def forget(self, run_id: str) -> None:
+        """The run was removed."""
+        with self._lock:
+            self._kept.pop(run_id, None)
+
+    def _known(self, run_id: str) -> _Kept:
+        try:
+            folder = RunFolder(self.runs.output, check_run_id(run_id))
+        except ConfigError:
+            raise refuse("video_not_found", "There is no video of this id.") from None
+        with self._lock:
+            kept = self._kept.setdefault(run_id, _Kept(folder, ManifestReader(folder.manifest)))
+            self._kept.move_to_end(run_id)
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return kept
+
+    def _manifest_of(self, kept: _Kept) -> Manifest:
+        try:
+            manifest = kept.folder.read_manifest(kept.reader)
+        except UnknownRun:
+            self.forget(kept.folder.run_id)
+            raise refuse("video_not_found", "There is no video of this id.") from None
+        if manifest.begun.run_id != kept.folder.run_id:
+            raise refuse("video_damaged", "The manifest of this video is that of another one.")
+        self.runs.check_mine(RunStatus.of(kept.folder.path, manifest))
+        return manifest
+
+    def _view(self, kept: _Kept) -> RunView:
+        with kept.lock:
+            manifest = self._manifest_of(kept)
+            status = RunStatus.of(kept.folder.path, manifest)
+            if manifest.end is None:
+                status = self._status_of(kept, status)
+            config = self._config_of(kept)
+            created_at, changed_at = (_time_of(path) for path in (kept.folder.run_yaml, kept.folder.manifest))
+        position = self._queued().get(os.path.realpath(status.path)) if status.state == "queued" else None
+        return RunView(manifest, status, config, created_at, changed_at, position)
+
+    def _status_of(self, kept: _Kept, read: RunStatus) -> RunStatus:
+        """The segment scheduler's status; that of the folder if none answers or knows the run."""
+        now = time.monotonic()
+        if now - kept.asked_at > STATUS_AGE_S:
+            try:
+                kept.status = self.runs.status(kept.folder.run_id)
+            except EditRayError:
+                kept.status = None
+            kept.asked_at = now
+        if kept.status is None:
+            return read
+        # The manifest is newer: what it counts is there.
+        return replace(kept.status, committed=read.committed, dropped_before=read.dropped_before)
+
+    def _config_of(self, kept: _Kept) -> Config | None:
+        try:
+            changed = kept.folder.run_yaml.stat().st_mtime_ns
+            if kept.config[0] != changed:
+                kept.config = changed, load_config(kept.folder.run_yaml, check_model=False)
+        except (EditRayError, OSError):
+            kept.config = -1, None
+        return kept.config[1]
+
+    def _queued(self) -> Mapping[str, int]:
+        """The positions in the queue of the runs that wait, by their folders' paths."""
+        now = time.monotonic()
+        if now - self._queue[0] > STATUS_AGE_S:
+            waiting: list[str] = []
+            with contextlib.suppress(EditRayError):
+                waiting = [os.path.realpath(run.path) for run in self.runs.runs() if run.state == "queued"]
+            self._queue = now, {path: position for position, path in enumerate(waiting)}
+        return self._queue[1]
+
+
+def _time_of(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

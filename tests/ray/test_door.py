@@ -1,0 +1,118 @@
+"""The HTTP door on Ray Serve: two replicas, either of which answers for what the other has begun."""
+
+import http.client
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from ray import serve
+
+from edit_ray.client import LongVideoClient
+from edit_ray.config import config_of
+from edit_ray.config.strict_yaml import parse
+from edit_ray.errors import ConfigError
+from edit_ray.runs.folder import RunFolder
+from edit_ray.runs.ids import Owner
+from edit_ray.server import door
+from edit_ray.server.gate import Entrance
+from jobs.demo import free_port
+from tests.door_here import TOKEN
+from tests.ray.conftest import CONFIG, wait_until
+from tests.runs_here import check_same
+
+BODY = {"prompt": "a red circle", "size": "32x32", "edit_ray": {"num_segments": 2, "num_inference_steps": 2, "seed": 3}}
+
+
+class Served:
+    """Asks the door; each request is a connection of its own, so that any replica may answer."""
+
+    def __init__(self, settings, url):
+        self.settings, self.url = settings, url
+
+    def ask(self, method, path, body=None, **headers):
+        connection = http.client.HTTPConnection(self.settings.entrance.host, self.settings.entrance.port, timeout=60)
+        about = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json", **headers}
+        connection.request(method, path, None if body is None else json.dumps(body), about)
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        is_json = answer.getheader("Content-Type", "").startswith("application/json")
+        return answer.status, json.loads(data) if is_json else data
+
+    def ended(self, video_id):
+        def video():
+            status, video = self.ask("GET", f"/v1/videos/{video_id}")
+            assert status == 200
+            return video if video["status"] in ("completed", "failed") else None
+
+        return wait_until(video)
+
+
+@pytest.fixture(scope="module")
+def served(ray_head, model, tmp_path_factory):
+    base = config_of(parse(CONFIG.format(model=model, steps=2, segments=2)).data)
+    entrance = Entrance("127.0.0.1", free_port(), TOKEN)
+    output = tmp_path_factory.mktemp("runs")
+    settings = door.DoorSettings(output, Owner("me", door.JOB), (("tiny", base),), entrance, replicas=2)
+    started = door.start(settings)
+    yield Served(settings, started.url)
+    door.stop()
+    serve.shutdown()
+
+
+def test_two_replicas_answer_as_one(served):
+    assert served.url == f"http://127.0.0.1:{served.settings.entrance.port}/"
+    assert len(serve.status().applications["edit_ray"].deployments["Door"].replica_states) == 1
+    assert sum(serve.status().applications["edit_ray"].deployments["Door"].replica_states.values()) == 2
+    assert served.ask("GET", "/v1/videos", Authorization="Bearer nothing")[0] == 401
+
+    key = {"Idempotency-Key": "one"}
+    with ThreadPoolExecutor(6) as threads:
+        posts = [threads.submit(served.ask, "POST", "/v1/videos", BODY, **key) for _ in range(6)]
+        answers = [post.result() for post in posts]
+    assert [status for status, _ in answers] == [200] * 6
+    (video_id,) = {video["id"] for _, video in answers}
+    assert served.ended(video_id)["status"] == "completed"
+
+    with ThreadPoolExecutor(6) as threads:
+        reads = [threads.submit(served.ask, "GET", f"/v1/videos/{video_id}") for _ in range(12)]
+        assert {json.dumps(read.result()) for read in reads} == {json.dumps((200, served.ended(video_id)))}
+    assert [video["id"] for video in served.ask("GET", "/v1/videos")[1]["data"]] == [video_id]
+    folder = RunFolder(served.settings.output, video_id)
+    content = served.ask("GET", f"/v1/videos/{video_id}/content")
+    assert content == (200, folder.final.read_bytes())
+    part = served.ask("GET", f"/v1/videos/{video_id}/content", Range="bytes=4-7")
+    assert part == (206, b"ftyp")
+    _, events = served.ask("GET", f"/v1/videos/{video_id}/events")
+    assert events.count(b"event: segment") == 2
+    assert events.endswith(b"\n\n")
+
+
+def test_the_bytes_are_those_of_the_same_run_without_a_door(served):
+    _, video = served.ask("POST", "/v1/videos", BODY)
+    assert served.ended(video["id"])["status"] == "completed"
+    made = RunFolder(served.settings.output, video["id"])
+    client = LongVideoClient(output=served.settings.output)
+    run_id = client.submit(made.run_yaml)
+    list(client.stream(run_id, frames=False))
+    check_same(made, RunFolder(served.settings.output, run_id))
+    assert client.status(video["id"]).owner == "me"
+    assert [run["id"] for run in served.ask("GET", "/v1/videos")[1]["data"]].count(run_id) == 0, "it is another owner's"
+
+
+def test_a_run_that_is_being_made_is_removed(served):
+    long = BODY | {"edit_ray": {"num_segments": 1000, "num_inference_steps": 100}}
+    _, video = served.ask("POST", "/v1/videos", long)
+    path = f"/v1/videos/{video['id']}"
+    wait_until(lambda: served.ask("GET", path)[1]["edit_ray"]["step"])
+    assert served.ask("DELETE", path) == (200, {"id": video["id"], "object": "video.deleted", "deleted": True})
+    assert served.ask("GET", path)[0] == 404
+    assert not (served.settings.output / video["id"]).exists()
+
+
+def test_serve_that_listens_elsewhere_is_said_so(served):
+    elsewhere = door.DoorSettings(
+        served.settings.output, Owner("me"), served.settings.models, Entrance(port=free_port())
+    )
+    with pytest.raises(ConfigError, match=r"Ray Serve of this cluster listens on 127\.0\.0\.1:"):
+        door.start(elsewhere)
