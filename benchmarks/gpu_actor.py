@@ -26,13 +26,14 @@ class ReadyDenoiser(DenoiserActor):
 
     def __init__(self, store: Store, engine: SegmentEngine, config: Config) -> None:
         super().__init__(store)
-        self._model.engine, self._model.loaded_for = engine, (config.model, config.engine.cfg_parallel)
+        self._model.engine = engine
+        self._model.loaded_for = (config.model, config.engine.cfg_parallel, type(engine))
 
 
 class DeviceDenoiser(ReadyDenoiser):
     """One whose residuals all stay on the device: what tiers are compared with."""
 
-    def _plan_leases(self, spec: RunSpec, engine: SegmentEngine) -> SegmentLeases | None:
+    def _plan_leases(self, spec: RunSpec, engine: SegmentEngine, start: int) -> SegmentLeases | None:
         assert spec.num_segments is not None
         cache, sampling = spec.config.cache, spec.config.sampling
         reuse = engine.plan_reuse(spec.residuals_id, spec.num_segments, cache, sampling, None)

@@ -22,6 +22,7 @@ from edit_ray.actors.gpu_work import (
     cache_stats,
     conditions_of,
     preceding_of,
+    reuse_of,
     show_memory,
     tiled_position,
     window_of,
@@ -135,7 +136,11 @@ class DenoiserActor:
         leases = self._leases_of(spec, engine)
         append_event(spec.folder.events, "segment_begun", segment=segment.index, attempt=attempt)
         reusing = segment.index - spec.planned_from  # its number in the reuse plan
-        made_again = 0 if leases is None else self._make_lost_again(spec, engine, leases, reusing, attempt)
+        made_again = 0
+        if spec.config.continuity.commits_kv:
+            leases = self._planned_behind_lost(spec, engine, leases, segment.index, attempt)
+        elif leases is not None:
+            made_again = self._make_lost_again(spec, engine, leases, reusing, attempt)
         store = None if leases is None else leases.begin(reusing, attempt, engine.history_len)
         if store is not None and segment.index + 1 < (spec.num_segments or 0):
             append_event(spec.folder.events, "prepare_asked", segment=segment.index + 1)
@@ -173,7 +178,7 @@ class DenoiserActor:
 
         def work() -> torch.Tensor:
             times.begin()
-            conditions = conditions_of(engine, spec, segment)
+            conditions = conditions_of(engine, spec, segment, store)
             latents = engine.denoise(
                 sampling,
                 prompt=segment.prompt,
@@ -225,6 +230,16 @@ class DenoiserActor:
         if lost:
             leases.follow(reusing)
         return made
+
+    def _planned_behind_lost(
+        self, spec: RunSpec, engine: SegmentEngine, leases: SegmentLeases | None, segment_index: int, attempt: int
+    ) -> SegmentLeases | None:
+        """The leases of K/V: if the store has lost some, by a plan that begins with this segment, from latents."""
+        if leases is not None and leases.lost(segment_index - spec.planned_from, attempt):
+            leases.close()
+            leases = self._plan_leases(spec, engine, segment_index)
+            self._leases[spec.key] = self._leases[spec.key][0], leases
+        return leases
 
     def decode_segment(self, spec: RunSpec, segment: SegmentPlan) -> dict[str, float]:
         """Decode one segment's new latents; the frames wait here to be encoded. Raises OutOfMemory at once."""
@@ -370,18 +385,11 @@ class DenoiserActor:
             return leases
         if leases is not None:
             leases.close()
-        leases = self._plan_leases(spec, engine) if spec.config.cache.reuse_window else None
+        reuses = spec.config.cache.reuse_window or spec.config.continuity.commits_kv
+        leases = self._plan_leases(spec, engine, spec.planned_from) if reuses else None
         self._leases[spec.key] = (wanted, leases)
         return leases
 
-    def _plan_leases(self, spec: RunSpec, engine: SegmentEngine) -> SegmentLeases | None:
-        assert spec.num_segments is not None, "the reuse plan covers all segments"
-        planned = self._model.thread.submit(
-            engine.plan_reuse,
-            spec.residuals_id,
-            spec.num_segments - spec.planned_from,
-            spec.config.cache,
-            spec.config.sampling,
-            spec.config.store.disk_bytes,
-        ).result()
+    def _plan_leases(self, spec: RunSpec, engine: SegmentEngine, start: int) -> SegmentLeases | None:
+        planned = self._model.thread.submit(reuse_of, engine, spec, start).result()
         return None if planned is None else SegmentLeases(self._store, spec.reusing, planned)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ import torch
 from edit_ray.actors.messages import RunSpec
 from edit_ray.cache.records import Record
 from edit_ray.config.scenes import picture_files
-from edit_ray.engine.causal_segment import CausalSegmentEngine, ChunkBefore
+from edit_ray.engine.causal_segment import CausalSegmentEngine, ChunkBefore, KVPlan
 from edit_ray.engine.continuity import latent_tail, load_latents, match_statistics
 from edit_ray.engine.init_file import picture_arguments, pictures_digest
 from edit_ray.engine.loading import usable_cores
@@ -26,8 +26,18 @@ from edit_ray.engine.vae_stream import Preceding
 from edit_ray.errors import HardwareDiffers, NotAdopted, RunCancelled, StaleWork
 from edit_ray.files import write_atomic
 from edit_ray.metrics.collect import MetricValues
-from edit_ray.runs.causal_plan import ChunkSizes, seen_chunks
+from edit_ray.runs.causal_plan import (
+    ChunkSizes,
+    KVUses,
+    SeenChunk,
+    kv_uses,
+    rolled_chunks,
+    seen_chunks,
+    slots_held,
+)
 from edit_ray.runs.run_plan import SegmentPlan
+from edit_ray.tiers.leases import Reuse
+from edit_ray.tiers.store_client import PlannedStore
 
 T = TypeVar("T")
 
@@ -172,14 +182,16 @@ def added_by(latents: torch.Tensor, spec: RunSpec, segment_index: int, first: to
     return added
 
 
-def conditions_of(engine: SegmentEngine, spec: RunSpec, segment: SegmentPlan) -> SegmentInput:
+def conditions_of(
+    engine: SegmentEngine, spec: RunSpec, segment: SegmentPlan, store: PlannedStore | None = None
+) -> SegmentInput:
     """What a segment takes from those before it, and from the user's pictures.
 
     Raises ConfigError if a picture cannot be read, HardwareDiffers if one has changed since the run was begun.
     """
     continuity, index = spec.config.continuity, segment.index
     if (window := window_of(engine, spec)) is not None:
-        return SegmentInput({"continuity": continuity, "before": chunks_before(spec, index, window)})
+        return SegmentInput({"continuity": continuity, **_causal_arguments(spec, index, window, store)})
     given = _read_pictures(spec, segment)
     image = given.pop("image", None)
     frame = None if image is None else np.asarray(image)[None]
@@ -215,14 +227,44 @@ def window_of(engine: SegmentEngine, spec: RunSpec) -> ChunkSizes | None:
     return ChunkSizes(options.chunk_size, options.window, options.sink)
 
 
-def chunks_before(spec: RunSpec, segment_index: int, sizes: ChunkSizes) -> list[ChunkBefore]:
-    """The committed chunks that a segment of a causal model sees."""
+def _causal_arguments(
+    spec: RunSpec, segment_index: int, sizes: ChunkSizes, store: PlannedStore | None
+) -> dict[str, Any]:
+    """What a segment of a causal model begins with: the slots of stored K/V, or the chunks that it is computed from."""
+    if not spec.config.continuity.commits_kv:
+        seen = seen_chunks(spec.storyboard, segment_index, sizes)
+    elif store is not None and store.planned_reads():
+        return {"slots": slots_held(spec.storyboard, segment_index, sizes)}
+    else:
+        seen = rolled_chunks(spec.storyboard, segment_index, sizes)
+    return {"before": chunks_before(spec, seen, sizes.chunk_size)}
+
+
+def reuse_of(engine: SegmentEngine, spec: RunSpec, start: int) -> Reuse | None:
+    """What the run's segments reuse of each other: residuals; or K/V, by a plan in which segment `start` reads none."""
+    end = spec.num_segments
+    assert end is not None, "the reuse plan covers all segments"
+    if isinstance(engine, CausalSegmentEngine):
+        window = window_of(engine, spec)
+        assert window is not None, "it is that of a causal model"
+        uses = [
+            kv_uses(spec.storyboard, index, window, start, end) if index >= start else KVUses()
+            for index in range(spec.planned_from, end)
+        ]
+        return engine.plan_kv(spec.config.sampling, KVPlan(spec.residuals_id, spec.planned_from, uses))
+    config = spec.config
+    planned = spec.residuals_id, end - spec.planned_from, config.cache, config.sampling
+    return engine.plan_reuse(*planned, config.store.disk_bytes)
+
+
+def chunks_before(spec: RunSpec, seen_by_it: Sequence[SeenChunk], chunk_size: int) -> list[ChunkBefore]:
+    """Committed chunks, read from their files."""
     files: dict[int, torch.Tensor] = {}
     chunks = []
-    for seen in seen_chunks(spec.storyboard, segment_index, sizes):
+    for seen in seen_by_it:
         if seen.segment not in files:
             files[seen.segment] = load_latents(spec.latents(seen.segment))
-        latents = files[seen.segment][:, :, seen.first_latent : seen.first_latent + sizes.chunk_size]
+        latents = files[seen.segment][:, :, seen.first_latent : seen.first_latent + chunk_size]
         texts = spec.segment(seen.prompt_of)
         chunks.append(ChunkBefore(seen.number, latents, texts.prompt, texts.negative_prompt))
     return chunks

@@ -7,7 +7,7 @@ the order of keys, so neither does the slot.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -144,6 +144,14 @@ class KVWindow:
         last_first = sorted(self.chunks, key=self._slots.index, reverse=True)  # so that nothing moves into holes
         for chunk in (*last_first, *self.stored):
             self.drop(chunk)
+
+    def restore(self, order: Sequence[int], entries: Iterable[tuple[int, Item, Tensor]]) -> None:
+        """Hold the chunks of another window: which by slot, and entries of all of them, by chunk and layer."""
+        self.clear()
+        self._slots[: len(order)] = order
+        for chunk, (branch, layer), entry in entries:
+            self._entry(chunk, layer, branch).copy_(entry)
+        self._changed()
 
     def free(self) -> None:
         """Forget every chunk, and free the memory; the window cannot be used again."""

@@ -55,11 +55,19 @@ def kv_lines(config: Config) -> list[str]:
     chunk, window = (kv_bytes(configs["transformer"], run, spatial, count) for count in (run.chunk_size, run.window))
     rotated = f", {_bytes(window // 2)} of rotated keys" if run.rotated_keys else ""
     chunks, steps, shown = config.continuity.chunks, config.sampling.num_inference_steps, run.window // run.chunk_size
+    stored = kv_bytes(configs["transformer"], run, spatial, chunks * run.chunk_size)
+    said = (
+        f"recache   a segment of {chunks} chunks takes {chunks * (steps + 1)} forwards of a chunk, and before them up "
+    )
+    said += f"to {shown}"
+    if config.continuity.commits_kv:
+        said = (
+            f"commit    a segment reads up to {_bytes(window)} of K/V, and writes up to {_bytes(min(stored, window))}"
+        )
     return [
         f"K/V       {_bytes(chunk)} a chunk of {run.chunk_size} latents, {_bytes(window)} in a window of {run.window}"
         f"{rotated}",
-        f"recache   a segment of {chunks} chunks takes {chunks * (steps + 1)} forwards of a chunk, and before them up "
-        f"to {shown}",
+        said,
     ]
 
 

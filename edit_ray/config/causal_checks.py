@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from edit_ray.config.mistakes import KeyPath, Mistake, mistake_at
+from edit_ray.config.run_memory import run_of
+from edit_ray.engine.card_memory import kv_bytes
 from edit_ray.engine.causal_options import CausalOptions, latents_of_chunks, options_of_run
-from edit_ray.engine.model_info import ModelInfo
+from edit_ray.engine.model_info import ModelInfo, read_configs
 from edit_ray.engine.options import ContinuityOptions, frames_of
 from edit_ray.errors import ConfigError
 from edit_ray.runs.causal_plan import ChunkSizes
@@ -72,6 +74,7 @@ def causal_mistakes(config: Config) -> Iterator[Mistake]:
                 yield mistake_at(("prompt_segments", index, "switch"), said, mode)
         return
     yield from _beginning(config)
+    yield from _stored_kv(config)
     yield from _guidance_texts(config)
     if config.sampling.sampler == "dpm++":
         said = "is 'dpm++'; it must be one of renoise, unipc, euler where continuity.mode is causal."
@@ -116,6 +119,27 @@ def _beginning(config: Config) -> Iterator[Mistake]:
         for name in _PICTURES:
             if getattr(entry, name) is not None:
                 yield mistake_at(("prompt_segments", index, name), f"is given; {pictures}.", mode)
+
+
+def _stored_kv(config: Config) -> Iterator[Mistake]:
+    """What K/V in the store excludes: it is planned for the whole run, and computed again from all latents if lost."""
+    if not config.continuity.commits_kv:
+        return
+    if config.video.endless:
+        said = "is null and continuity.kv 'commit'; an endless run must have kv recache."
+        yield mistake_at("video.num_segments", said, "continuity.kv", "continuity.mode")
+    if (keep := config.output.keep_segments) is not None:
+        said = (
+            f"is {keep} and continuity.kv 'commit'; it must be null, because lost K/V is computed again from the "
+            "latents of all segments, or kv recache."
+        )
+        yield mistake_at("output.keep_segments", said, "continuity.kv", "continuity.mode")
+    scale = config.sampling.guidance_scale
+    for index in range(len(config.prompt_segments)):
+        if ((own := _guidance(config, index)) > 1) != (scale > 1):
+            said = f"is {own:g} and sampling.guidance_scale {scale:g}; with continuity.kv commit both must be above 1 "
+            path: KeyPath = ("prompt_segments", index, "guidance_scale")
+            yield mistake_at(path, f"{said}or neither.", "continuity.kv", "sampling.guidance_scale")
 
 
 def _guidance_texts(config: Config) -> Iterator[Mistake]:
@@ -168,6 +192,24 @@ def causal_model_mistakes(config: Config, info: ModelInfo) -> Iterator[Mistake]:
         said = f"is {sampling.num_inference_steps}; it must be {steps} for this model, or follow from sampling.sigmas."
         yield mistake_at("sampling.num_inference_steps", said, "model.path", "sampling.sigmas")
     yield from _end_of_table(config, info, options)
+    yield from _disk(config)
+
+
+def _disk(config: Config) -> Iterator[Mistake]:
+    """A disk tier that does not hold what the next segment begins with, while this one writes."""
+    most = config.store.disk_bytes
+    if not config.continuity.commits_kv or most is None:
+        return
+    configs, _ = read_configs(config.model.path)
+    run = run_of(config)
+    latents = run.window + config.continuity.chunks * run.chunk_size
+    needed = kv_bytes(configs["transformer"], run, configs["vae"].get("scale_factor_spatial", 8), latents)
+    if most < needed:
+        said = (
+            f"is {most}; it must be at least {needed} where continuity.kv is commit, for the K/V of a window and of a "
+            "segment, or null."
+        )
+        yield mistake_at("store.disk_bytes", said, "continuity.kv", "model.path")
 
 
 def _end_of_table(config: Config, info: ModelInfo, options: CausalOptions) -> Iterator[Mistake]:

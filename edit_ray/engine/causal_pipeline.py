@@ -275,18 +275,7 @@ class EditCausalWanPipeline(EditWanPipeline):
         store: CacheStore | None,
         device_bytes: int | None,
     ) -> KVWindow:
-        config, (batch, _, frames, height, width) = self.denoiser.config, shape
-        layout = KVLayout(
-            num_layers=config.num_layers,
-            batch=batch,
-            tokens=frames * (height // config.patch_size[1]) * (width // config.patch_size[2]),
-            heads=config.num_attention_heads,
-            head_dim=config.attention_head_dim,
-            chunks=causal.chunks,
-            dtype=self.denoiser.dtype,
-            device=torch.empty(0, device=self._execution_device).device,  # with its number, as tensors say it
-            rotated_keys=causal.rope == "relative",
-        )
+        layout = self.kv_layout(causal, shape[0], *shape[-2:])
         branches = ("cond", "uncond") if guided else ("cond",)
         return KVWindow(
             layout,
@@ -295,6 +284,21 @@ class EditCausalWanPipeline(EditWanPipeline):
             branches=branches,
             store=store,
             device_bytes=device_bytes,
+        )
+
+    def kv_layout(self, causal: CausalOptions, batch: int, height: int, width: int) -> KVLayout:
+        """The sizes of a window of K/V, for videos of so many latent pixels."""
+        config = self.denoiser.config
+        return KVLayout(
+            num_layers=config.num_layers,
+            batch=batch,
+            tokens=causal.chunk_size * (height // config.patch_size[1]) * (width // config.patch_size[2]),
+            heads=config.num_attention_heads,
+            head_dim=config.attention_head_dim,
+            chunks=causal.chunks,
+            dtype=self.denoiser.dtype,
+            device=torch.empty(0, device=self._execution_device).device,  # with its number, as tensors say it
+            rotated_keys=causal.rope == "relative",
         )
 
     def _beginning(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
+from edit_ray.cache.device_slots import Item
 from edit_ray.cache.kv import KVWindow
 from edit_ray.engine.causal_attention import CausalAttention
 from edit_ray.engine.causal_loop import ChunkRequest, denoise_chunk, remember_chunk
@@ -140,6 +141,11 @@ class CausalStream:
         if len(cond) != self._shape[0]:
             raise ValueError(f"send() has {len(cond)} prompts, for a stream of {self._shape[0]} videos.")
         self._pending.append((known, (cond, self._texts[1])))
+
+    def restore(self, order: Sequence[int], entries: Iterable[tuple[int, Item, Tensor]]) -> None:
+        """Continue, behind the latest chunk, a stream of which K/V is left; arguments as of `KVWindow.restore`."""
+        self.kv.restore(order, entries)
+        self.next_chunk = max(order) + 1
 
     def close(self) -> None:
         """End the stream, and free its K/V."""

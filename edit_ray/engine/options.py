@@ -231,8 +231,9 @@ class ContinuityOptions(Options):
     latent of a still clip, which stands for four.
 
     `causal` is for causal models: a segment is `chunks` chunks of `chunk_size` latents. It begins with the K/V of the
-    chunks before it, computed again from their latents (`kv: recache`). `window`, `sink`, `context_noise` and `rope`
-    are the model's own unless given.
+    chunks before it: computed again from their latents (`kv: recache`), or as the segment before has stored it, so that
+    K/V rolls on through the run as in a stream (`commit`). `window`, `sink`, `context_noise` and `rope` are the model's
+    own unless given.
     """
 
     mode: Literal["none", "warm_start", "history", "overlap", "image", "svi", "causal"] = "none"
@@ -248,7 +249,7 @@ class ContinuityOptions(Options):
     picture_as: Literal["first_frame", "still"] = "first_frame"
     chunks: int = Field(default=7, ge=1, le=256)
     chunk_size: int = Field(default=3, ge=1, le=64)
-    kv: Literal["recache"] = "recache"
+    kv: Literal["recache", "commit"] = "recache"
     window: int | None = Field(default=None, ge=1, le=1024)
     sink: int | None = Field(default=None, ge=0, le=1024)
     context_noise: float | None = Field(default=None, ge=0, le=1000)
@@ -258,6 +259,11 @@ class ContinuityOptions(Options):
     def causal(self) -> bool:
         """Whether segments are chunks of a causal model."""
         return self.mode == "causal"
+
+    @property
+    def commits_kv(self) -> bool:
+        """Whether K/V is stored with each segment."""
+        return self.causal and self.kv == "commit"
 
     @property
     def carried_latents(self) -> int:

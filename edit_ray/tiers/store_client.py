@@ -163,6 +163,10 @@ class PlannedStore:
         """The planned reads, under the cache's keys, in the order of use."""
         return [op.key[len(self._prefix) :] for op in self.ops if not op.writes]
 
+    def planned_writes(self) -> list[Key]:
+        """As `planned_reads`, of the writes."""
+        return [op.key[len(self._prefix) :] for op in self.ops if op.writes]
+
     def finish(self) -> None:
         """The segment is made: wait for copies in flight, and pass over unused ops.
 

@@ -16,6 +16,7 @@ from edit_ray.engine.continuity import load_latents
 from edit_ray.engine.decode import StreamingDecoder, to_uint8
 from edit_ray.engine.model_files import model_digest
 from edit_ray.errors import ConfigError
+from edit_ray.runs.causal_plan import seen_chunks
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.run_plan import segment_seed
 from edit_ray.testing import save_random_wan
@@ -101,7 +102,8 @@ async def test_a_segment_rebuilds_the_kv_of_the_stream_that_makes_it_anew(whole,
         if segment:
             library.go_on(segment, RED if segment < 2 else BLUE)
         library.make()
-    before = chunks_before(spec, 3, window_of(engine, spec))
+    window = window_of(engine, spec)
+    before = chunks_before(spec, seen_chunks(spec.storyboard, 3, window), window.chunk_size)
     stream = engine.stream(config.sampling, prompt=BLUE, seed=segment_seed(SEED, 3), before=before, chunks=CHUNKS)
     while next(stream, None):
         if stream.next_chunk == library.stream.next_chunk:

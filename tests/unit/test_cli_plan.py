@@ -105,6 +105,8 @@ def test_of_a_causal_run_it_says_the_kv_and_what_is_computed_again(tmp_path, cap
     _, out, _ = said(capsys, "--set", "continuity.rope=absolute", "--card", "0.001", config=tmp_path / "run.yaml")
     assert "in a window of 12\n" in out
     assert "too small; a smaller continuity.window needs less" in out
+    _, out, _ = said(capsys, "--set", "continuity.kv=commit", config=tmp_path / "run.yaml")
+    assert out.splitlines()[1] == "commit    a segment reads up to 18.43 kB of K/V, and writes up to 18.43 kB"
 
 
 def test_every_choice_is_what_a_run_so_configured_would_do(model):

@@ -126,6 +126,18 @@ WRONG = [
     ("causal", ["prompt_segments.1.last_image=a.png"], "prompt_segments.1.last_image is given"),
     ("causal", ["continuity.init=a.png"], "a causal run begins with its prompt, and takes no picture and no clip"),
     ("causal", ["continuity.adain=0.1"], "continuity.adain is 0.1; it must be 0 where continuity.mode is causal"),
+    ("causal", ["continuity.kv=commit", "video.num_segments=null"], "an endless run must have kv recache"),
+    (
+        "causal",
+        ["continuity.kv=commit", "output.keep_segments=2"],
+        "output.keep_segments is 2 and continuity.kv 'commit'",
+    ),
+    ("causal", ["continuity.kv=commit", "store.disk_bytes=50000"], "it must be at least 50688 where continuity.kv is"),
+    (
+        "causal",
+        ["continuity.kv=commit", "prompt_segments.1.guidance_scale=2"],
+        "with continuity.kv commit both must be above 1 or neither.",
+    ),
     ("causal", ["prompt_segments.1.switch=fade"], "is 'fade'; it must be one of recache, keep, cut"),
     (
         "history",
