@@ -1,9 +1,8 @@
 // What can be done with a video: steer, pause, approve, make again, branch, extend, download, remove.
 
 import { api } from "./api.js";
-import { el, field, note, say } from "./dom.js";
+import { el, field, note, numberOf, say } from "./dom.js";
 
-const number = (input) => (input.value === "" ? undefined : Number(input.value));
 const text = (input) => (input.value.trim() === "" ? undefined : input.value);
 
 // A form whose button asks the server, and which says what came of it.
@@ -54,11 +53,11 @@ export function steering(id, changed) {
   );
   return form("steer", "Steer", [field("New prompt", prompt), more], "Change what comes", async () => {
     const edit = {
-      from_segment: number(from),
+      from_segment: numberOf(from),
       prompt: text(prompt),
       negative_prompt: text(negative),
-      guidance_scale: number(guidance),
-      seed: number(seed),
+      guidance_scale: numberOf(guidance),
+      seed: numberOf(seed),
     };
     const video = await api.steer(id, edit);
     changed(video);
@@ -71,7 +70,7 @@ export function steering(id, changed) {
 export function remaking(id, segment, again, branched) {
   const prompt = el("textarea", { rows: 2, maxLength: 10000, value: segment.prompt });
   const seed = el("input", { type: "number", min: 0, step: 1, placeholder: "another one" });
-  const change = () => ({ prompt: prompt.value === segment.prompt ? undefined : text(prompt), seed: number(seed) });
+  const change = () => ({ prompt: prompt.value === segment.prompt ? undefined : text(prompt), seed: numberOf(seed) });
   const fields = [field("Prompt from here on", prompt), field("Seed", seed)];
   const remake = form("reroll", `Make again from segment ${segment.index}`, fields, "Make again from here", async () => {
     again(await api.reroll(id, { from_segment: segment.index, ...change() }));
@@ -105,7 +104,7 @@ export function extending(id, prompt, made) {
 
 // The buttons above a video, for its state.
 export class Buttons {
-  constructor(id, changed, removed) {
+  constructor(id, changed, removing, removed) {
     this.id = id;
     this.video = null;
     this.told = el("p", { className: "bad", role: "alert" });
@@ -114,6 +113,7 @@ export class Buttons {
     this.file = el("a", { className: "button", download: "" }, "Download");
     this.remove = el("button", { type: "button", className: "remove", onclick: () => this.drop() }, "Delete");
     this.changed = changed;
+    this.removing = removing;
     this.removed = removed;
     this.element = el("div", {}, el("div", { className: "row" }, this.approve, this.pause, this.file, this.remove), this.told);
   }
@@ -156,6 +156,7 @@ export class Buttons {
       setTimeout(() => say(this.remove, "Delete"), 5000);
       return;
     }
+    this.removing();
     try {
       await api.remove(this.id);
       this.removed();

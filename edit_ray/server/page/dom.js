@@ -38,6 +38,13 @@ export function figures(pairs) {
   );
 }
 
+// The number of a field, every digit of it: a seed may be greater than the numbers of JavaScript are exact.
+export function numberOf(input) {
+  const text = input.value.trim();
+  if (text === "") return undefined;
+  return JSON.rawJSON && /^(0|[1-9][0-9]*)$/.test(text) ? JSON.rawJSON(text) : Number(text);
+}
+
 // Puts another text where it differs, so that a screen reader says only what is new.
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
@@ -49,6 +56,9 @@ export function seconds(value) {
   const minutes = Math.floor(whole / 60);
   return minutes < 60 ? `${minutes} min ${whole % 60} s` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
+
+// As precise as an estimate is.
+export const about = (value) => (value < 99.5 ? `${Math.max(1, Math.round(value))} s` : seconds(value));
 
 export const percent = (share) => `${Math.round(100 * share)}%`;
 

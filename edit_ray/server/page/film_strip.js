@@ -40,16 +40,17 @@ export class FilmStrip {
   item(segment, before) {
     const { statistics } = segment;
     const parts = [`${segment.index}`];
+    const share = reused(statistics);
     if (before && before.prompt !== segment.prompt) parts.push("new prompt");
     else if (statistics.seam_score !== undefined) parts.push(`seam ${statistics.seam_score.toFixed(2)}`);
-    const share = reused(statistics);
-    if (share !== null) parts.push(`reused ${percent(share)}`);
+    const cached = share === null ? [] : [`reused ${percent(share)}`];
     const picture = segment.thumbnail
       ? el("img", { src: `${segment.thumbnail}?t=${segment.take}`, alt: "", loading: "lazy", height: 96 })
       : el("span", { className: "blank" });
-    const name = `Segment ${parts.join(", ")}`;
+    const name = `Segment ${[...parts, ...cached].join(", ")}`;
     const button = el("button", { type: "button", tabIndex: -1, "aria-label": name, onclick: () => this.choose(segment.index) }, picture);
-    return el("li", {}, button, el("span", { className: "caption", "aria-hidden": "true" }, parts.join(" · ")));
+    const captions = [parts.join(" · "), ...cached].map((text) => el("span", { className: "caption", "aria-hidden": "true" }, text));
+    return el("li", {}, button, ...captions);
   }
 
   // One segment at a time is in the order of the Tab key; the arrow keys reach the others.

@@ -1,7 +1,7 @@
 // All videos, and a form for another one.
 
 import { api } from "./api.js";
-import { el, say, seconds } from "./dom.js";
+import { about, el, say, seconds } from "./dom.js";
 import { newVideo } from "./new_video.js";
 
 const POLL_MS = 3000;
@@ -26,7 +26,7 @@ export function standing(video, left = null) {
   const done = run.num_segments === null ? `${run.committed} segments done` : `${run.committed} of ${run.num_segments} segments done`;
   const making = run.step ? `; segment ${run.step.segment}: step ${run.step.step} of ${run.step.num_steps}` : "; starting";
   const eta = run.eta_s ?? left;
-  return `${done}${making}${eta === null ? "" : `; about ${seconds(eta)} left`}`;
+  return `${done}${making}${eta === null ? "" : `; about ${about(eta)} left`}`;
 }
 
 export const stateOf = (video) => (video.error?.code === "cancelled" ? "cancelled" : STATES[video.status]);

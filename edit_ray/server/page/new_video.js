@@ -1,12 +1,27 @@
 // The form for a new video.
 
 import { api } from "./api.js";
-import { el, field, note, say, seconds, word } from "./dom.js";
+import { el, field, note, numberOf, say, seconds, word } from "./dom.js";
 import { asFields, lengthOf } from "./scenes.js";
 import { Storyboard } from "./storyboard.js";
 
 const SEGMENT = "a piece of the video that is made and saved at once";
 const SEED = "the same seed gives the same video again";
+
+// The names of the fields in a request, and their labels here.
+const LABELS = [
+  ["edit_ray.num_inference_steps", "Steps for each segment"],
+  ["edit_ray.guidance_scale", "How closely it follows the prompt"],
+  ["edit_ray.negative_prompt", "What should not be seen"],
+  ["edit_ray.seed", "Seed"],
+  ["edit_ray.storyboard", "Prompts"],
+  ["input_reference", "The picture or clip"],
+  [/^prompt\b/, "Prompt"],
+  [/^seconds\b/, "Seconds"],
+  [/^model\b/, "Model"],
+];
+
+const inWords = (sentence) => LABELS.reduce((text, [name, label]) => text.replace(name, label), sentence);
 
 export function newVideo(made) {
   const board = new Storyboard();
@@ -20,7 +35,7 @@ export function newVideo(made) {
   const guidance = el("input", { type: "number", min: 0, step: 0.1, placeholder: "the model’s" });
   const ask = el("input", { type: "checkbox" });
   const lasts = el("small", { className: "note" });
-  const errors = el("ul", { className: "bad errors", role: "alert" });
+  const errors = el("div", { className: "bad errors", role: "alert" });
   const button = el("button", { className: "main" }, "Make the video");
 
   function fit() {
@@ -43,13 +58,13 @@ export function newVideo(made) {
     }
   }
 
-  const tell = (sentences) => errors.replaceChildren(...sentences.map((sentence) => el("li", {}, sentence)));
+  const tell = (sentences) => errors.replaceChildren(...sentences.map((sentence) => el("p", {}, inWords(sentence))));
 
   function body() {
     const { prompt, storyboard } = asFields(board.scenes);
     const ours = { storyboard, negative_prompt: negative.value || undefined, approve: ask.checked ? "each" : undefined };
     for (const [name, input] of [["seed", seed], ["num_inference_steps", steps], ["guidance_scale", guidance]]) {
-      if (input.value !== "") ours[name] = Number(input.value);
+      ours[name] = numberOf(input);
     }
     const form = new FormData();
     form.append("model", model.value);

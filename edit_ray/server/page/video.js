@@ -40,6 +40,7 @@ class Shown {
     this.buttons = new Buttons(
       id,
       (video) => this.update(video),
+      () => this.leave(),
       () => {
         location.hash = "#/";
       },
@@ -96,7 +97,9 @@ class Shown {
       if (source.readyState === EventSource.CLOSED && this.isLive()) setTimeout(() => this.follow(), 2000);
     } catch (refused) {
       say(this.told, refused.message);
-      if (refused.status === 404) source.close();
+      if (refused.status !== 404) return;
+      source.close();
+      say(this.title, "No such video");
     }
   }
 
@@ -243,10 +246,10 @@ class Shown {
     ].filter((chart) => chart !== null);
     const sum = (name) => this.segments.reduce((total, { statistics }) => total + (statistics[name] ?? 0), 0);
     const counts = figures([
-      ["computed", sum("units_computed")],
-      ["reused", sum("units_skipped")],
+      ["computed by the model", sum("units_computed")],
+      ["taken from the cache", sum("units_skipped")],
       ["read from the store", sum("entries_read")],
-      ["written to it", sum("entries_written")],
+      ["written to the store", sum("entries_written")],
     ]);
     this.cache.replaceChildren(...(charts.length ? [el("h2", {}, "Cache"), counts, el("div", { className: "charts" }, ...charts)] : []));
   }
