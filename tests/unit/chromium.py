@@ -33,15 +33,24 @@ class Page:
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket = socket
         self._ids = itertools.count(1)
+        self.errors = []  # what the browser's console shows as one, once `Runtime` and `Log` are enabled
 
     async def call(self, method: str, **parameters):
         number = next(self._ids)
         await self._socket.send_str(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:
             reply = json.loads((await self._socket.receive(timeout=30)).data)
+            self._note(reply)
             if reply.get("id") == number:
                 assert "error" not in reply, reply
                 return reply["result"]
+
+    def _note(self, message) -> None:
+        told = message.get("params", {})
+        if message.get("method") == "Runtime.exceptionThrown":
+            self.errors.append(told["exceptionDetails"].get("exception", told["exceptionDetails"])["description"])
+        if message.get("method") == "Log.entryAdded" and told["entry"]["level"] == "error":
+            self.errors.append(f"{told['entry']['text']} {told['entry'].get('url', '')}")
 
     async def value(self, expression: str):
         """What a JavaScript expression gives."""
