@@ -223,7 +223,8 @@ def test_mistakes_are_shown_where_they_were_made(model, tmp_path):
             "write('Prompt', 'a red circle'); write('Seconds', '1'); press('More'); write('Steps', '99999')"
         )
         await page.value("press('Make the video')")
-        await page.until("document.querySelector('.errors').textContent.startsWith('Steps for each segment is 99999')", 30)
+        said = "document.querySelector('.errors').textContent"
+        await page.until(f"{said}.startsWith('Steps for each segment is 99999')", 30)
         await looks_right(page)
         assert page.errors.pop().startswith("Failed to load resource: the server responded with a status of 400")
         assert list(root.iterdir()) == []
