@@ -3,10 +3,10 @@
 import asyncio
 
 from edit_ray.actors.local import LocalPool
-from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.config import Config, load_config
 from edit_ray.runs.folder import RunFolder
+from tests.chaos.storm import told
 
 SEGMENTS = 4
 ONE = {"video": {"num_segments": 1}, "prompt_segments": [{"segment": 0, "prompt": "a red circle"}]}
@@ -90,18 +90,8 @@ def check_same(one, other, *, but=()):
 
 def told_from_the_start(folder):
     """The configuration whose storyboard says by itself what the run's edits and re-rolls made of its own."""
-    manifest, config = folder.read_manifest(), load_config(folder.run_yaml, (), check_model=False)
-    values = config.model_dump(mode="json")
-    names = ("prompt", "negative_prompt", "guidance_scale", "seed")
-    scenes = RunSpec.of(folder.path.parent, config, manifest).storyboard.changed
-    segments = manifest.num_segments
-    values["prompt_segments"] = [
-        {"segment": scene.start} | {name: getattr(scene, name) for name in names}
-        for scene in scenes
-        if segments is None or scene.start < segments
-    ]
-    values["video"] = {"num_segments": segments}
-    return Config.model_validate(values)
+    manifest = folder.read_manifest()
+    return told(load_config(folder.run_yaml, (), check_model=False), manifest.num_segments, manifest.changes)
 
 
 class Pool(LocalPool):

@@ -12,25 +12,29 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import re
 import shutil
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edit_ray.actors import stages
+from edit_ray.actors.folder_state import all_damage_of
 from edit_ray.actors.local import LocalPool, LocalWorker
 from edit_ray.actors.messages import RunSpec, RunStatus
 from edit_ray.actors.pool import ActorGone
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.config import Config, load_config
-from edit_ray.errors import ConfigError, UnknownRun
+from edit_ray.errors import ConfigError, RunEnded, UnknownRun
 from edit_ray.runs.folder import RunFolder
-from edit_ray.runs.manifest import Manifest
+from edit_ray.runs.manifest import Edited, Manifest, Opened, Rerolled
+from edit_ray.runs.run_plan import Change, Edit, Take
 from edit_ray.testing import save_random_wan
 from edit_ray.tiers.disk_tier import LOCK
 from edit_ray.video.encode import join
@@ -38,10 +42,12 @@ from edit_ray.video.hls import newest_playlist
 
 WORK = ("prepare_run", "denoise_segment", "decode_segment", "encode_segment", "finalize_run")
 KILLS = ("gpu", "gpu at a step", "store", "store at work", "node", "scheduler", "cluster")
+STEERS = ("steer", "steer and die", "pause", "branch")
+OUTSIDE = ("cancel", "scheduler", "cluster", *STEERS)  # what the history sees to
 STATISTICS = ("media_bytes", "red", "green", "blue", "sharpness", "units_computed", "units_skipped", "decode_tiled")
 PATIENCE_S = 300.0
 
-Take = tuple[int, int | None, str | None]
+Reroll = tuple[int, int | None, str | None]
 """A re-roll: its first segment, its seed, its prompt."""
 
 
@@ -112,7 +118,7 @@ class Weather(LocalPool):
             return await super().denoiser(worker, method, *arguments)
         self.happened[what] += 1
         of = self.workers[worker]
-        if what in ("cancel", "scheduler", "cluster"):
+        if what in OUTSIDE:
             at_work = asyncio.ensure_future(super().denoiser(worker, method, *arguments))
             await asyncio.sleep(self.draw.choice((0.0, 0.0, 0.01, 0.05)))
             self.what = what
@@ -152,8 +158,9 @@ class History:
         self.keep = self.draw.choice((None, None, 1, 2))
         self.segments = self.draw.randint(2, 4)
         self.config = self.shape.config(model, self.segments, self.keep)
-        self.takes: list[Take] = []
+        self.takes: list[Reroll] = []
         self.told: list[str] = [f"{self.shape}, keep {self.keep}, {self.segments} segments"]
+        self.done = Counter[str]()
         self.crew, crew.draw = crew, self.draw
         self.folder = RunFolder(root, self.run_id)
 
@@ -176,6 +183,11 @@ class History:
             while await self.crew.recall():
                 await asyncio.sleep(0.01)
         return self.folder.read_manifest()
+
+    def check(self, manifest: Manifest, undisturbed: Undisturbed) -> None:
+        """AssertionError unless every file is what it would be without anything that has happened."""
+        whole = undisturbed.of(self.shape, self.segments, self.takes)
+        compare(self.folder, manifest, whole, self.keep)
 
     def _new_scheduler(self) -> Any:
         return SegmentSchedulerActor(self.crew)
@@ -217,20 +229,25 @@ class History:
         self.told.append(f"{state} at {committed}: resume")
         await self.scheduler.resume(self.run_id, str(self.root), False)
 
-    async def _end(self) -> str:
-        """Waits for the run's end, and does what needs another hand than the crew's."""
+    async def _end(self, run_id: str | None = None) -> str:
+        """Waits for the end of the run, or of another one, and does what needs another hand than the crew's."""
+        folder = RunFolder(self.root, run_id or self.run_id)
         async with asyncio.timeout(PATIENCE_S):
             while True:
                 if self.crew.struck.is_set():
                     self.crew.struck.clear()
                     await self._strike(self.crew.what)
                 try:
-                    status = (await self.scheduler.wait_segment(self.run_id, self.segments + 1, 0.05)).status
+                    status = (await self.scheduler.wait_segment(folder.run_id, 100, 0.05)).status
                 except UnknownRun:  # it had ended when its scheduler died
-                    status = RunStatus.of(self.folder.path, self.folder.read_manifest())
+                    status = RunStatus.of(folder.path, folder.read_manifest())
+                await self._seen(status)
                 if status.ended and not self.crew.struck.is_set():
                     assert status.state in ("done", "cancelled"), status.error
                     return status.state
+
+    async def _seen(self, status: RunStatus) -> None:
+        """What a client does when it sees the run in a state."""
 
     async def _strike(self, what: str) -> None:
         self.told.append(f"{what} at call {self.crew.calls}")
@@ -258,6 +275,110 @@ async def die(scheduler: SegmentSchedulerActor) -> None:
             run.file.close()
 
 
+class SteeredHistory(History):
+    """Also edits, pauses and branches. An edit that was answered is there; branches are made until they are done."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.branches: dict[str, int] = {}
+        self.accepted: list[Edit] = []
+
+    async def live(self) -> Manifest:
+        await super().live()
+        for run_id in self.branches:
+            assert await self._end(run_id) == "done"
+        async with asyncio.timeout(PATIENCE_S):
+            while await self.crew.recall():
+                await asyncio.sleep(0.01)
+        return self.folder.read_manifest()
+
+    def check(self, manifest: Manifest, undisturbed: Undisturbed) -> None:
+        assert set(self.accepted) <= set(manifest.changes), "an edit is lost"
+        config = self.config.model_dump(mode="json") | {"output": {"keep_segments": None}}
+        config["video"] = {"num_segments": self.segments}
+        whole = undisturbed.steered(Config.model_validate(config), _forgetting(manifest.changes))
+        compare(self.folder, manifest, whole, self.keep)
+        for run_id, at in self.branches.items():
+            folder = RunFolder(self.root, run_id)
+            own = folder.read_manifest()
+            assert all_damage_of(folder, own) == []
+            assert own.takes == ()
+            if own.planned_from:  # its source's plan of reuse was made anew, and so is its own
+                continue
+            config["video"] = {"num_segments": own.num_segments}
+            whole = undisturbed.steered(Config.model_validate(config), _forgetting(own.changes))
+            compare(folder, own, whole, self.keep, at)
+
+    def _forecast(self) -> None:
+        super()._forecast()
+        calls = [call for call in range(1, 3 * self.segments + 2) if self.crew.calls + call not in self.crew.coming]
+        kinds = [kind for kind in STEERS if self.draw.random() < 0.4]
+        coming = dict(zip(self.draw.sample(calls, len(kinds)), kinds, strict=True))
+        self.crew.coming |= {self.crew.calls + call: kind for call, kind in coming.items()}
+        self.told.append(f"coming {coming}")
+
+    async def _seen(self, status: RunStatus) -> None:
+        if status.held_by == "pause" and not status.at_work and not status.ended:
+            if self.draw.random() < 0.3:
+                await self._edit()
+            if self.draw.random() < 0.5:
+                await self._asked("unpause", self.scheduler.pause(status.run_id, False))
+
+    async def _strike(self, what: str) -> None:
+        if what not in STEERS:
+            await super()._strike(what)
+            if what == "cluster":
+                for run_id in self.branches:
+                    await self.scheduler.resume(run_id, str(self.root), False)
+            return
+        self.told.append(f"{what} at call {self.crew.calls}")
+        if what == "pause":
+            await self._asked(what, self.scheduler.pause(self.run_id, True))
+        elif what == "branch":
+            await self._branch()
+        elif what == "steer":
+            await asyncio.gather(*(self._edit() for _ in range(self.draw.choice((1, 1, 2)))))
+        else:
+            edit = asyncio.ensure_future(self._edit())
+            await asyncio.sleep(self.draw.choice((0.0, 0.0, 0.002, 0.01)))
+            edit.cancel()
+            await asyncio.wait({edit})
+            await super()._strike("scheduler")
+
+    async def _edit(self) -> None:
+        said: dict[str, Any] = {"prompt": self.draw.choice((None, "a blue square", "a red square"))}
+        said["seed"] = self.draw.choice((None, 3, 4)) if said["prompt"] else 3
+        later, request = self.draw.choice((None, None, 2, 3)), f"{self.draw.random()}"
+        edit = await self._asked("edit", self.scheduler.steer(self.run_id, later, said, request))
+        if edit is not None:
+            self.accepted.append(edit)
+
+    async def _branch(self) -> None:
+        if len(self.branches) < 2:
+            run_id, at = f"{self.run_id}-{len(self.branches)}", self.draw.randint(0, 4)
+            said = {"prompt": self.draw.choice((None, "a blue square")), "seed": self.draw.choice((None, 9))}
+            asked = run_id, str(self.root), self.run_id, at, said, at + self.draw.randint(1, 2), False, run_id
+            if await self._asked("branch", self.scheduler.branch(*asked)) is not None:
+                self.branches[run_id] = at
+
+    async def _asked(self, what: str, answer: Any) -> Any:
+        """The answer; None where it is refused."""
+        try:
+            answered = await answer
+        except (ConfigError, RunEnded, UnknownRun) as refused:
+            self.told.append(f"{what} is refused: {refused}")
+            self.done[f"{what} refused"] += 1
+            return None
+        self.told.append(f"{what} is done: {answered}")
+        self.done[what] += 1
+        return answered
+
+
+def _forgetting(changes: Iterable[Change]) -> tuple[Change, ...]:
+    """The changes without what tells their requests apart."""
+    return tuple(replace(change, request="") if isinstance(change, Edit) else change for change in changes)
+
+
 class Undisturbed:
     """Runs to which nothing has happened, each made once."""
 
@@ -265,7 +386,7 @@ class Undisturbed:
         self._root, self._model, self._crew = root, model, LocalPool()
         self._made: dict[object, RunFolder] = {}
 
-    def of(self, shape: Shape, segments: int, takes: list[Take]) -> RunFolder:
+    def of(self, shape: Shape, segments: int, takes: list[Reroll]) -> RunFolder:
         """The folder of the run of this shape that keeps all it makes."""
         key = (shape, segments, *takes)
         if key not in self._made:
@@ -274,39 +395,86 @@ class Undisturbed:
             self._made[key] = folder
         return self._made[key]
 
-    async def _make(self, folder: RunFolder, config: Config, takes: list[Take]) -> None:
+    async def _make(self, folder: RunFolder, config: Config, takes: list[Reroll]) -> None:
         root, scheduler = str(self._root), SegmentSchedulerActor(self._crew)
         await scheduler.submit(folder.run_id, config.model_dump(mode="json"), root, root, "")
         for take in (None, *takes):
             if take is not None:
                 await scheduler.reroll(folder.run_id, root, *take, False)
-            async with asyncio.timeout(PATIENCE_S):
-                while not (status := (await scheduler.wait_segment(folder.run_id, 10**5, 5)).status).ended:
-                    pass
-            assert status.state == "done", status.error
+            await self._done(scheduler, folder)
+
+    def steered(self, config: Config, changes: tuple[Change, ...]) -> RunFolder:
+        """The folder of the run whose storyboard says from the start of each take what its edits were to make of it."""
+        key = (config.model_dump_json(), changes)
+        if key not in self._made:
+            folder = RunFolder(self._root, f"whole-{len(self._made)}")
+            asyncio.run(self._make_steered(folder, config, list(changes)))
+            self._made[key] = folder
+        return self._made[key]
+
+    async def _make_steered(self, folder: RunFolder, config: Config, changes: list[Change]) -> None:
+        root, scheduler = str(self._root), SegmentSchedulerActor(self._crew)
+        first = next((at for at, change in enumerate(changes) if isinstance(change, Take)), len(changes))
+        said = told(config, config.num_segments, changes[:first])
+        await scheduler.submit(folder.run_id, said.model_dump(mode="json"), root, root, "")
+        await self._done(scheduler, folder)
+        for at, take in enumerate(changes):
+            if not isinstance(take, Take):
+                continue
+            edits = itertools.takewhile(lambda change: isinstance(change, Edit), changes[at + 1 :])
+            file = folder.open()
+            opened = Opened(file.manifest.incarnation + 1, file.manifest.provenance)
+            file.append(replace(opened, change=Rerolled(opened.incarnation, take)))
+            for edit in edits:
+                file.append(Edited(opened.incarnation, edit))
+            file.close()
+            await scheduler.resume(folder.run_id, root, False)
+            await self._done(scheduler, folder)
+
+    async def _done(self, scheduler: SegmentSchedulerActor, folder: RunFolder) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while not (status := (await scheduler.wait_segment(folder.run_id, 10**5, 5)).status).ended:
+                pass
+        assert status.state == "done", status.error
 
     def end(self) -> None:
         """Ends their actors."""
         asyncio.run(self._crew.end())
 
 
-def compare(folder: RunFolder, manifest: Manifest, whole: RunFolder, keep: int | None) -> None:
+def told(config: Config, segments: int | None, changes: Iterable[Change]) -> Config:
+    """The configuration, for so many segments, whose storyboard says by itself what the changes make of its own."""
+    names = ("prompt", "negative_prompt", "guidance_scale", "seed")
+    scenes = replace(config.storyboard, changes=tuple(changes)).changed
+    entries = [{"segment": scene.start} | {name: getattr(scene, name) for name in names} for scene in scenes]
+    there = [entry for entry in entries if segments is None or entry["segment"] < segments]
+    own = {"video": {"num_segments": segments}, "prompt_segments": there}
+    return Config.model_validate(config.model_dump(mode="json") | own)
+
+
+def compare(
+    folder: RunFolder, manifest: Manifest, whole: RunFolder, keep: int | None, branched_at: int | None = None
+) -> None:
     """AssertionError unless every file is what it would be without anything that has happened."""
     other, first = whole.read_manifest(), manifest.dropped_before
+    starts = {branched_at, *(take.start for take in manifest.takes)}
     assert (manifest.state, len(manifest.segments)) == ("done", len(other.segments))
     for one, same in zip(manifest.segments, other.segments, strict=True):
         shown, expected = what_shows(one), what_shows(same)
-        if one.index in {take.start for take in manifest.takes} and keep is not None:  # its predecessor may be dropped
+        if one.index in starts and keep is not None:  # its predecessor may be dropped
             expected = {name: expected[name] for name in shown}
         assert shown == expected
     assert (manifest.takes, manifest.num_segments, manifest.tiled_from) == (other.takes, other.num_segments, None)
     for record in manifest.segments[first:]:
         assert (folder.path / record.media).exists(), record.media
         assert (folder.path / record.latents).exists(), record.latents
+    made = {Path(record.latents).stem for record in (*manifest.segments, *manifest.earlier_takes)}
+    edited = len(manifest.changes) > len(manifest.takes)  # which may leave latents that nobody committed
     for kind in ("latents", "segments", "records"):
         for path in (folder.path / kind).iterdir():
             there = whole.path / kind / path.name
-            if there.exists():  # of an earlier take another number of segments may be made
+            # Of an earlier take another number of segments may be made.
+            if there.exists() and (path.stem in made or not edited):
                 assert path.read_bytes() == there.read_bytes(), f"{kind}/{path.name} differs"
     media = [record.media for record in manifest.segments[first:]]
     stream = [folder.init, *(whole.path / name for name in media)]
@@ -339,7 +507,9 @@ def what_shows(record: Any) -> dict[str, Any]:
     return {name: getattr(record, name) for name in fields} | figures
 
 
-def storm(root: Path, seeds: range, long_share: float = 0.01, patience_s: float = 1e9) -> Counter[str]:
+def storm(
+    root: Path, seeds: range, long_share: float = 0.01, patience_s: float = 1e9, steered: bool = False
+) -> Counter[str]:
     """Lives so many histories; what has happened in them. AssertionError names the seed of one that went wrong."""
     model = root / "model" / "wan"
     if not (model / "model_index.json").exists():
@@ -354,17 +524,18 @@ def storm(root: Path, seeds: range, long_share: float = 0.01, patience_s: float 
         for seed in seeds:
             if time.monotonic() - began > patience_s:
                 break
-            history = History(seed, root / "hurt", model, long_share, crew)
+            history = (SteeredHistory if steered else History)(seed, root / "hurt", model, long_share, crew)
             try:
-                manifest = asyncio.run(history.live())
-                whole = undisturbed.of(history.shape, history.segments, history.takes)
-                compare(history.folder, manifest, whole, history.keep)
+                history.check(asyncio.run(history.live()), undisturbed)
             except Exception as error:
                 raise AssertionError(f"history {seed}: {error!r}\n" + "\n".join(history.told)) from error
             told, crew = history.told, history.crew
             counts += Counter(line.split(": ")[1].split()[0] for line in told if line.startswith(("done", "cancelled")))
             counts += Counter(["history"] + ["81 frames"] * (history.shape.frames == 81))
-            shutil.rmtree(history.folder.path)
+            counts += history.done
+            for path in (root / "hurt").iterdir():
+                if path.name.startswith("storm-"):
+                    shutil.rmtree(path)
     finally:
         stages.RETRY_PAUSE_S = pause
         asyncio.run(crew.end())
@@ -378,8 +549,10 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--steered", action="store_true", help="also edits, pauses and branches")
     asked = parser.parse_args()
-    counts = storm(asked.folder, range(asked.first, asked.first + asked.count), patience_s=asked.seconds)
+    seeds = range(asked.first, asked.first + asked.count)
+    counts = storm(asked.folder, seeds, patience_s=asked.seconds, steered=asked.steered)
     print(json.dumps(dict(counts)))
 
 

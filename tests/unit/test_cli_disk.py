@@ -11,7 +11,7 @@ from edit_ray.actors.messages import RunSpec
 from edit_ray.cli.main import main
 from edit_ray.config import config_of, dump_yaml
 from edit_ray.runs.folder import RunFolder
-from edit_ray.runs.manifest import Ended
+from edit_ray.runs.manifest import Ended, Paused
 
 CONFIG = config_of({"video": {"num_segments": 2}, "prompt_segments": [{"start": "0s", "prompt": "a red circle"}]})
 
@@ -94,6 +94,10 @@ def test_list_shows_one_s_own_runs_and_those_of_nobody_unless_all_are_asked_for(
         ["resume", "other"],
         ["extend", "other", "--segments", "2"],
         ["reroll", "other", "--from", "0"],
+        ["steer", "other", "--seed", "1"],
+        ["pause", "other"],
+        ["unpause", "other"],
+        ["approve", "other"],
         ["cancel", "other"],
         ["delete", "other", "--yes"],
     ],
@@ -105,6 +109,28 @@ def test_another_owner_s_run_is_left_alone(tmp_path, capsys, command):
     assert "run 'other' belongs to 'bob', and you are 'ada'" in err
     assert "--force" in err
     assert folder.read_manifest().incarnation == 1
+
+
+@pytest.mark.parametrize("command", [["steer", "mine", "--seed", "1"], ["pause", "mine"], ["approve", "mine"]])
+def test_a_run_that_nobody_works_on_is_not_steered(tmp_path, capsys, command):
+    folder = run_on_disk(tmp_path / "runs", "mine", state=None)
+    code, _, err = told(capsys, *command)
+    assert (code, err) == (2, "edit-ray: nobody works on run 'mine'; run `edit-ray resume mine` first\n")
+    run_on_disk(tmp_path / "runs", "old", state="done")
+    code, _, err = told(capsys, command[0], "old", *command[2:])
+    assert code == 2
+    assert err.startswith("edit-ray: run 'old' has ended (done): `edit-ray reroll old --from K` makes segments again")
+    assert folder.read_manifest().changes == ()
+
+
+def test_what_a_run_waits_for_is_shown(tmp_path, capsys):
+    folder = run_on_disk(tmp_path / "runs", "mine", state=None)
+    file = folder.open()
+    file.append(Paused(1, True))
+    file.close()
+    code, out, _ = told(capsys, "status", "mine")
+    assert code == 0
+    assert "paused: no further segment begins before `edit-ray unpause mine`" in out
 
 
 def test_a_run_does_not_go_on_in_a_ray_that_would_end_with_the_command(tmp_path, capsys):

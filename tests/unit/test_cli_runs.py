@@ -62,6 +62,19 @@ def test_a_terminal_shows_a_bar_and_what_fails_in_it_ends_nothing(monkeypatch, c
         ("extend mine --segments 4", {"segments": 4}),
         ("reroll mine --from 2", {"start": 2, "seed": None, "prompt": None}),
         ("reroll mine --from 2 --seed 9 --prompt circle", {"start": 2, "seed": 9, "prompt": "circle"}),
+        (
+            "steer mine --from 3 --prompt circle --guidance-scale 7",
+            {"start": 3, "prompt": "circle", "guidance_scale": 7},
+        ),
+        ("steer mine --seed 9", {"start": None, "prompt": None, "negative_prompt": None, "seed": 9}),
+        ("pause mine --force", {"run_id": "mine", "force": True}),
+        ("unpause mine", {"run_id": "mine", "force": False}),
+        ("approve mine --segment 2", {"segment": 2}),
+        ("approve mine", {"segment": None}),
+        (
+            "branch mine --at 2 --new-id its --num-segments 8",
+            {"at": 2, "new_id": "its", "num_segments": 8, "seed": None},
+        ),
         ("watch mine", {"run_id": "mine"}),
     ],
 )

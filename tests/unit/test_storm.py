@@ -11,9 +11,16 @@ def test_whatever_happens_to_a_run_every_file_is_what_it_would_be(tmp_path):
     assert sum(counts[what] for what in ("cancel", "resume", "extend", "reroll")) >= 3, "enough has happened"
 
 
+def test_however_a_run_is_steered_every_file_is_that_of_a_run_that_was_told_so_from_the_start(tmp_path):
+    counts = storm(tmp_path, range(2), long_share=0.0, steered=True)
+    assert counts["history"] == 2
+    assert sum(counts[what] for what in ("edit", "pause", "branch")) >= 3, "enough has happened"
+
+
 @pytest.mark.slow
-def test_storm(tmp_path):
+@pytest.mark.parametrize("steered", [False, True])
+def test_storm(tmp_path, steered):
     """The long form; a run of 2,000 histories takes an hour or two: `python -m tests.chaos.storm FOLDER`."""
-    counts = storm(tmp_path, range(100, 10_000), patience_s=240.0)
+    counts = storm(tmp_path, range(100, 10_000), patience_s=240.0, steered=steered)
     print(dict(counts))
     assert counts["history"] >= 20
