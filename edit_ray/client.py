@@ -169,7 +169,7 @@ class LongVideoClient:
             "guidance_scale": guidance_scale,
             "seed": seed,
         }
-        token = secrets.token_hex(8) if request is None else request
+        token = secrets.token_hex(8) if request is None else str(request)
         edit: Edit = self._ask_active("steer", run_id, force, from_segment, said, token)
         return edit
 
@@ -218,7 +218,7 @@ class LongVideoClient:
         new_id = check_run_id(new_id) if new_id is not None else _new_id()
         self._status_on_disk(check_run_id(run_id))
         said = {"prompt": prompt, "seed": seed}
-        of, token = (str(self.output), run_id, at), secrets.token_hex(8) if request is None else request
+        of, token = (str(self.output), run_id, at), secrets.token_hex(8) if request is None else str(request)
         asked = (new_id, *of, said, num_segments, allow_different_hardware, token, self.owner.name, self.owner.job)
         status: RunStatus = self._ask("branch", *asked, starts=True)
         return status

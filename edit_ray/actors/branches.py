@@ -20,7 +20,7 @@ from edit_ray.actors.messages import RunSpec
 from edit_ray.config import read_edit
 from edit_ray.errors import ConfigError, RunDamaged
 from edit_ray.runs.folder import RunFolder
-from edit_ray.runs.ids import MAX_SEGMENTS
+from edit_ray.runs.ids import MAX_REQUEST, MAX_SEGMENTS
 from edit_ray.runs.manifest import (
     Approved,
     Committed,
@@ -74,6 +74,8 @@ def planned(asked: BranchAsked, source: RunSpec, manifest: Manifest) -> tuple[Ru
             f"num_segments is {number!r}; it must be {source.num_segments} as in the run, which ends with {last!r} "
             "(last_image of its last prompt)"
         )
+    if not 0 < len(asked.token) <= MAX_REQUEST:
+        problems.append(f"request has {len(asked.token)} characters; it must have 1 to {MAX_REQUEST}")
     try:
         said = read_edit(source.config, asked.said)
     except ConfigError as mistakes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from edit_ray.actors import steering
 from edit_ray.actors.admission import OnDamage, Submission, check_answers
 from edit_ray.actors.branches import BranchAsked
-from edit_ray.actors.folder_state import Change, extension, reroll
+from edit_ray.actors.folder_state import Change, extension, reroll, usable_disk
 from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.messages import Progress, RunStatus, StreamReply, code_version, has_ended
 from edit_ray.actors.pool import ActorPool, Pointer
@@ -22,13 +23,14 @@ from edit_ray.actors.watchdog import best_effort, disk_threads
 from edit_ray.actors.work_loop import WorkLoop
 from edit_ray.config import Config, read_edit
 from edit_ray.engine.options import EngineOptions
-from edit_ray.errors import ResourcesUnavailable, RunExists, RunLive, UnknownRun
+from edit_ray.errors import ConfigError, ResourcesUnavailable, RunExists, RunLive, UnknownRun
 from edit_ray.runs.events import (
     CancelAsked,
     Consumed,
 )
 from edit_ray.runs.folder import RunFolder
-from edit_ray.runs.ids import check_segment_index
+from edit_ray.runs.ids import MAX_REQUEST, check_segment_index
+from edit_ray.runs.manifest import Ended, Opened
 from edit_ray.runs.run_plan import Edit
 
 
@@ -94,8 +96,11 @@ class SegmentSchedulerActor(WorkLoop):
         Raises as `extend`.
         """
         change = partial(reroll, start, seed, prompt)
-        if isinstance(alive := self._alive(run_id), LiveRun) and alive.folder.path.parent == Path(root):
-            await self._end_if_held(alive, change)
+        await self._recovered
+        alive = self._alive(run_id)
+        if isinstance(alive, LiveRun) and alive.folder.path.parent == Path(root) and self._waits(run_id):
+            async with alive.steering:  # so that it still waits
+                return await self._change_held(alive, change)
         return await self._go_on(run_id, root, allow_different_hardware, change)
 
     async def steer(self, run_id: str, from_segment: int | None, said: dict[str, Any], request: str) -> Edit:
@@ -103,6 +108,8 @@ class SegmentSchedulerActor(WorkLoop):
 
         Raises UnknownRun, RunEnded, ConfigError, ModelError, ResourcesUnavailable.
         """
+        if not 0 < len(request) <= MAX_REQUEST:
+            raise ConfigError([f"request has {len(request)} characters; it must have 1 to {MAX_REQUEST}"])
         run = await self._active(run_id)
         checked = await asyncio.to_thread(read_edit, run.spec.config, said)
         await self._steer(run, steering.edit(from_segment, checked, request))
@@ -239,9 +246,7 @@ class SegmentSchedulerActor(WorkLoop):
                 if alive.folder.path.parent != Path(root):
                     raise _taken(alive.folder)
                 if change is not None:
-                    raise RunLive(
-                        f"run {run_id!r} is active; wait for it to end, or stop it with `edit-ray cancel {run_id}`"
-                    )
+                    raise _live(run_id)
                 if isinstance(alive, WaitingRun):
                     alive.different_hardware |= other_hardware
                 return await self._join(alive)
@@ -256,14 +261,31 @@ class SegmentSchedulerActor(WorkLoop):
                     raise
                 return await self._live(run)
 
-    async def _end_if_held(self, run: LiveRun, change: Change) -> None:
-        """End a run that waits for a client, with nothing in flight, if it can be changed then. Raises ConfigError."""
-        run_id = run.spec.run_id
-        if self._machine.at_work(run_id) or self._machine.held_by(run_id) not in ("pause", "approval"):
-            return
-        await asyncio.to_thread(change, run.manifest, run.spec)
-        self._apply(CancelAsked(run_id))
-        await run.wait(lambda: run.ended, run.spec.config.engine.answer_timeout_s)
+    def _waits(self, run_id: str) -> bool:
+        """Whether a run waits for a word of a client, with nothing in flight."""
+        return not self._machine.at_work(run_id) and self._machine.held_by(run_id) in ("pause", "approval")
+
+    async def _change_held(self, run: LiveRun, change: Change) -> RunStatus:
+        """Open the next incarnation of a run that waits, as it would be opened had it ended."""
+        spec, run_id = run.spec, run.spec.run_id
+        changed = await asyncio.to_thread(change, run.manifest, spec)
+        if not self._waits(run_id) or self._runs.get(run_id) is not run:
+            raise _live(run_id)
+        worker = run.worker
+        if worker is not None:
+            with best_effort(f"free what run {run_id} has left in memory and on disk"):
+                await self._stages.release(spec, worker)
+        opened = Opened(spec.incarnation + 1, run.manifest.provenance, False, changed, secrets.token_hex(4))
+        with usable_disk(spec.root):
+            await run.append(opened)
+        if not self._withdraw(run_id):
+            raise has_ended(self._status(run))
+        again = LiveRun(run.spec, run.file, worked_on=worker, may_move=run.may_move, changed=run.changed)
+        try:
+            return await self._live(again)
+        except BaseException:
+            run.unrecorded = Ended(run.spec.incarnation, "cancelled")  # nobody works on it: it can be resumed
+            raise
 
     async def _join(self, run: LiveRun | WaitingRun) -> RunStatus:
         """The status of a run that is alive. One that waits is tried now; raises what keeps it from continuing."""
@@ -287,6 +309,10 @@ class SegmentSchedulerActor(WorkLoop):
             finally:
                 if self._idle:
                     self._spawn(self._exit_when_idle(engine.idle_exit_s))
+
+
+def _live(run_id: str) -> RunLive:
+    return RunLive(f"run {run_id!r} is active; wait for it to end, or stop it with `edit-ray cancel {run_id}`")
 
 
 def _taken(folder: RunFolder) -> RunExists:

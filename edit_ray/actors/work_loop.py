@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import traceback
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from edit_ray.runs.events import (
     CancelAsked,
     CloseRun,
     Event,
+    Instruction,
     RunState,
     RunSubmitted,
     Steered,
@@ -141,8 +143,17 @@ class WorkLoop:
     # Events and instructions of the state machine.
 
     def _apply(self, event: Event) -> None:
-        """Handle an event and carry out the instructions that follow: the only caller of the state machine."""
-        for instruction in self._machine.handle(event):
+        """Handle an event and carry out the instructions that follow."""
+        self._carry_out(self._machine.handle(event))
+
+    def _withdraw(self, run_id: str) -> bool:
+        """Take a run with nothing in flight from the state machine without ending it; False where it has ended."""
+        close = self._machine.handle(CancelAsked(run_id))
+        self._carry_out(close[1:])
+        return bool(close)
+
+    def _carry_out(self, instructions: Iterable[Instruction]) -> None:
+        for instruction in instructions:
             match instruction:
                 case Work():
                     self._spawn(self._work(instruction))
@@ -162,6 +173,8 @@ class WorkLoop:
         try:
             if run.ended or (begun := self._machine.begun(run_id)) is None:
                 raise has_ended(self._status(run))
+            if self._runs.get(run_id) is not run:
+                raise ResourcesUnavailable(f"run {run_id!r} was re-rolled meanwhile; ask again")
             self._apply(Steered(run_id, True, run.manifest.approved))
             if (line := said(run, begun)) is not None:
                 known = False

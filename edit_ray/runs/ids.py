@@ -16,6 +16,7 @@ from pydantic import Field
 from edit_ray.errors import ConfigError
 
 MAX_SEGMENTS = 100_000
+MAX_REQUEST = 200  # characters that identify a request
 
 Count = Annotated[int, Field(ge=0, lt=10**9)]
 """Segments, takes, frames, pixels or incarnations: bounded, so that readers can loop over it and add it up."""

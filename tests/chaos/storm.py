@@ -486,7 +486,8 @@ def compare(
         assert [name for name in names if (folder.path / name).read_bytes() != (whole.path / name).read_bytes()] == []
         assert text == (whole.path / str(newest_playlist(whole.path))).read_text(), "the playlist"
     else:
-        assert first == max(0, len(manifest.segments) - keep) or manifest.takes, "what is dropped"
+        kept = branched_at is not None and first <= branched_at  # what its source had kept
+        assert first == max(0, len(manifest.segments) - keep) or manifest.takes or kept, "what is dropped"
         joined = folder.path.with_suffix(".mp4")
         spec = RunSpec.of(folder.path.parent, load_config(folder.run_yaml, (), check_model=False), manifest)
         join(whole.init, [whole.path / name for name in media], joined, comment=spec.settings)

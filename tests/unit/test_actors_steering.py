@@ -139,6 +139,7 @@ async def test_what_cannot_be_steered_is_told_in_a_sentence_and_nothing_is_writt
         ({"guidance_scale": float("nan")}, "guidance_scale is nan; it must be a finite number"),
         ({"seed": -1}, "seed is -1; it must be a whole number at least 0"),
         ({"seed": 2**63}, "seed is 9223372036854775808; it must be"),
+        ({"seed": 1, "request": "r" * 201}, "request has 201 characters; it must have 1 to 200"),
         ({"fps": 3}, "fps is an unknown field; an edit has prompt, negative_prompt, guidance_scale, seed"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -233,9 +234,13 @@ async def test_a_run_that_asks_waits_after_each_segment_for_a_yes_or_a_reroll(st
     assert (await scheduler.approve("one", 0)).held_by == "approval", "a repeated yes is one yes"
     with pytest.raises(ConfigError, match="--from is 2; it must be a segment that was made and is there, from 0 to 1"):
         await scheduler.reroll("one", str(tmp_path), 2, None, None, False)
+    waiting = asyncio.ensure_future(scheduler.wait_segment("one", 2, 60))
+    await asyncio.sleep(0)
     await scheduler.reroll("one", str(tmp_path), 1, 77, "a blue square", False)
+    assert b'"ended"' not in folder.manifest.read_bytes(), "whoever follows it does not see it end"
     await until(scheduler, "one", lambda status: status.committed == 2 and status.state == "paused")
     await scheduler.approve("one", None)
+    assert (await waiting).record.take == 1
     await until(scheduler, "one", lambda status: status.committed == 3 and status.state == "paused")
     assert not folder.final.exists(), "the last one is asked for, too"
     await die(scheduler)
