@@ -15,7 +15,7 @@ from edit_ray.actors import stages
 from edit_ray.actors.local import LocalPool
 from edit_ray.actors.pool import Pointer
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
-from edit_ray.errors import EditRayError, RunExists
+from edit_ray.errors import EditRayError, RunEnded, RunExists
 from edit_ray.runs.folder import RunFolder
 from edit_ray.tiers.disk_tier import LOCK
 from edit_ray.video.hls import newest_playlist
@@ -23,11 +23,11 @@ from tests.chaos.memory import remembered
 from tests.chaos.power_loss import build
 from tests.chaos.storm import die
 
-RUN, OTHER = "one", "other"
+RUN, OTHER, BRANCH = "one", "other", "one-branch"
 SEGMENTS = 3
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EBUSY, errno.ESTALE, errno.EACCES)
 SHORT = -1  # in the place of an error: a write takes only half; counts writes alone
-KINDS = ("open", "read", "write", "truncate", "fsync", "lock", "replace", "unlink", "mkdir", "rmdir", "listdir")
+KINDS = ("open", "read", "write", "truncate", "fsync", "lock", "replace", "link", "unlink", "mkdir", "rmdir", "listdir")
 
 
 class OneFailure(files.Disk):
@@ -97,7 +97,7 @@ def _of_path(kind):
 
 for _kind in ("read", "truncate", "lock"):
     setattr(OneFailure, _kind, _of_descriptor(_kind))
-for _kind in ("replace", "unlink", "mkdir", "rmdir", "listdir"):
+for _kind in ("replace", "link", "unlink", "mkdir", "rmdir", "listdir"):
     setattr(OneFailure, _kind, _of_path(_kind))
 
 
@@ -147,6 +147,20 @@ class Phase:
         await self._ask(scheduler.reroll, RUN, *self._where, SEGMENTS - 1, 77, None, False)
         await self._finish(scheduler)
 
+    async def steer(self):
+        """As `run`, with an edit from the last segment on, between a pause and its end."""
+        scheduler = await self._begin()
+        await self._ask(scheduler.submit, RUN, self.config.model_dump(mode="json"), *self._where, *self._where, "mine")
+        await self._ask(scheduler.pause, RUN, True)
+        await self._ask(scheduler.steer, RUN, SEGMENTS - 1, {"seed": 77}, "mine")
+        await self._ask(scheduler.pause, RUN, False)
+        await self._finish(scheduler)
+
+    async def branch(self):
+        scheduler = await self._begin()
+        await self._ask(scheduler.branch, BRANCH, *self._where, RUN, 2, {"seed": 77}, SEGMENTS, False, "mine")
+        await self._finish(scheduler, BRANCH)
+
     @property
     def _where(self):
         return (str(self.root),)
@@ -167,15 +181,17 @@ class Phase:
                 self.life.refused.append(f"{call.__name__}: {error}")
                 if isinstance(error, RunExists):  # it was made, only the answer was lost
                     return None
+                if isinstance(error, RunEnded):
+                    await call.__self__.resume(RUN, *self._where, False)
         raise AssertionError(f"refused twice: {self.life.refused}")
 
-    async def _finish(self, scheduler):
-        status = await self._end_of(scheduler, RUN)
+    async def _finish(self, scheduler, run_id=RUN):
+        status = await self._end_of(scheduler, run_id)
         if status.state != "done":
             assert status.error, "it does not say why"
             self.life.ended.append(status.error)
-            await scheduler.resume(RUN, *self._where, False)
-            status = await self._end_of(scheduler, RUN)
+            await scheduler.resume(run_id, *self._where, False)
+            status = await self._end_of(scheduler, run_id)
         assert status.state == "done", status.error
         assert (await self._end_of(scheduler, OTHER)).state == "done", "another run was harmed"
         await self.crew.remember({})
@@ -188,8 +204,10 @@ class Phase:
 
     def look(self):
         """Everything that the runs have made, and that nothing else is there."""
-        for run in (RUN, OTHER):
+        for run in (RUN, OTHER, BRANCH):
             folder = RunFolder(self.root, run)
+            if run == BRANCH and not folder.path.exists():
+                continue
             assert folder.read_manifest().state == "done"
             playlist = folder.path / newest_playlist(folder.path)
             whole = [folder.path / name for name in ("init.mp4", "final.mp4", "stream.mp4")]
@@ -202,7 +220,7 @@ class Phase:
         assert left == [], f"{left} was left"
 
 
-PHASES = {"run": None, "recovery": "killed", "extend": "run", "reroll": "extend"}
+PHASES = {"run": None, "recovery": "killed", "extend": "run", "reroll": "extend", "steer": None, "branch": "run"}
 """Each with the one whose files it begins with."""
 
 
