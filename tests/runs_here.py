@@ -93,11 +93,14 @@ def told_from_the_start(folder):
     manifest, config = folder.read_manifest(), load_config(folder.run_yaml, (), check_model=False)
     values = config.model_dump(mode="json")
     names = ("prompt", "negative_prompt", "guidance_scale", "seed")
-    scenes = RunSpec.of(folder.path.parent, config, manifest).storyboard.changed
+    board = RunSpec.of(folder.path.parent, config, manifest).storyboard
     segments = manifest.num_segments
+    switches = dict(board._switches) if config.continuity.causal else {}  # what is no new prompt changes no K/V
     values["prompt_segments"] = [
-        {"segment": scene.start} | {name: getattr(scene, name) for name in names}
-        for scene in scenes
+        {"segment": scene.start}
+        | {name: getattr(scene, name) for name in names}
+        | ({"switch": switches.get(scene.start, "keep")} if switches else {})
+        for scene in board.changed
         if segments is None or scene.start < segments
     ]
     values["video"] = {"num_segments": segments}
