@@ -38,7 +38,17 @@ from edit_ray.video.hls import newest_playlist
 
 WORK = ("prepare_run", "denoise_segment", "decode_segment", "encode_segment", "finalize_run")
 KILLS = ("gpu", "gpu at a step", "store", "store at work", "node", "scheduler", "cluster")
-STATISTICS = ("media_bytes", "red", "green", "blue", "sharpness", "units_computed", "units_skipped", "decode_tiled")
+STATISTICS = (
+    "chunks",
+    "media_bytes",
+    "red",
+    "green",
+    "blue",
+    "sharpness",
+    "units_computed",
+    "units_skipped",
+    "decode_tiled",
+)
 PATIENCE_S = 300.0
 
 Take = tuple[int, int | None, str | None]
@@ -53,9 +63,14 @@ class Shape:
     window: int  # of reuse, 0 for none
     cached: bool  # where nothing is reused between segments
     frames: int
+    kv: str = ""  # of a causal model: recache or commit
+    switch: str = ""  # and what its second prompt is
 
     @classmethod
-    def drawn(cls, draw: random.Random, long_share: float) -> Shape:
+    def drawn(cls, draw: random.Random, long_share: float, causal: bool = False) -> Shape:
+        if causal:
+            kv, switch = draw.choice(("recache", "commit")), draw.choice(("recache", "keep", "cut"))
+            return cls(0, 0, draw.random() < 0.3, 4 * draw.randint(1, 2) - 3, kv, switch)
         frames = 81 if draw.random() < long_share else 9
         window = draw.choice((0, 1, 1, 2, 2, 3))
         return cls(draw.choice((0, 1, 2, -1)), window, draw.random() < 0.5, frames)
@@ -66,6 +81,10 @@ class Shape:
         cache = warm | {"reuse_window": self.window} if self.window else {"policy": "always" if self.cached else "none"}
         continuity: dict[str, Any] = {"mode": {0: "none", -1: "image"}.get(self.context, "history")}
         continuity |= {"history_latents": self.context} if self.context > 0 else {}
+        prompts: list[dict[str, Any]] = [{"segment": 0, "prompt": "a red circle"}]
+        if self.kv:
+            continuity = {"mode": "causal", "chunk_size": 1, "kv": self.kv}
+            prompts += [{"segment": 1, "prompt": "a blue circle", "switch": self.switch}]
         return Config.model_validate(
             {
                 "model": {"path": str(model)},
@@ -78,7 +97,7 @@ class Shape:
                     "seed": 5,
                 },
                 "video": {"num_segments": segments},
-                "prompt_segments": [{"segment": 0, "prompt": "a red circle"}],
+                "prompt_segments": prompts,
                 "continuity": continuity,
                 "cache": cache,
                 "store": {"host_bytes": 16 * 4096, "allow_tmpfs": True},
@@ -144,12 +163,14 @@ class Weather(LocalPool):
 class History:
     """One run, from its submission until it is done, whatever happens."""
 
-    def __init__(self, seed: int, root: Path, model: Path, long_share: float, crew: Weather) -> None:
+    def __init__(
+        self, seed: int, root: Path, model: Path, long_share: float, crew: Weather, *, causal: bool = False
+    ) -> None:
         """`crew` lives on from the history before."""
         self.draw = random.Random(seed)
         self.run_id, self.root = f"storm-{seed}", root
-        self.shape = Shape.drawn(self.draw, long_share)
-        self.keep = self.draw.choice((None, None, 1, 2))
+        self.shape = Shape.drawn(self.draw, long_share, causal)
+        self.keep = self.draw.choice((None, None, 1, 2)) if self.shape.kv != "commit" else None
         self.segments = self.draw.randint(2, 4)
         self.config = self.shape.config(model, self.segments, self.keep)
         self.takes: list[Take] = []
@@ -339,12 +360,15 @@ def what_shows(record: Any) -> dict[str, Any]:
     return {name: getattr(record, name) for name in fields} | figures
 
 
-def storm(root: Path, seeds: range, long_share: float = 0.01, patience_s: float = 1e9) -> Counter[str]:
+def storm(
+    root: Path, seeds: range, long_share: float = 0.01, patience_s: float = 1e9, *, causal: bool = False
+) -> Counter[str]:
     """Lives so many histories; what has happened in them. AssertionError names the seed of one that went wrong."""
-    model = root / "model" / "wan"
+    model = root / "model" / ("causal" if causal else "wan")
+    options = {"chunk_size": 1, "window": 3, "sink": 1, "timesteps": [1000.0, 750.0]}
     if not (model / "model_index.json").exists():
-        model.parent.mkdir(parents=True)
-        save_random_wan(model, expand_timesteps=True)
+        model.parent.mkdir(parents=True, exist_ok=True)
+        save_random_wan(model, expand_timesteps=not causal, causal=options if causal else None)
     (root / "whole").mkdir(exist_ok=True)
     (root / "hurt").mkdir(exist_ok=True)
     undisturbed, counts, began = Undisturbed(root / "whole", model), Counter[str](), time.monotonic()
@@ -354,7 +378,7 @@ def storm(root: Path, seeds: range, long_share: float = 0.01, patience_s: float 
         for seed in seeds:
             if time.monotonic() - began > patience_s:
                 break
-            history = History(seed, root / "hurt", model, long_share, crew)
+            history = History(seed, root / "hurt", model, long_share, crew, causal=causal)
             try:
                 manifest = asyncio.run(history.live())
                 whole = undisturbed.of(history.shape, history.segments, history.takes)
@@ -378,8 +402,10 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--causal", action="store_true", help="runs of a causal model")
     asked = parser.parse_args()
-    counts = storm(asked.folder, range(asked.first, asked.first + asked.count), patience_s=asked.seconds)
+    seeds = range(asked.first, asked.first + asked.count)
+    counts = storm(asked.folder, seeds, patience_s=asked.seconds, causal=asked.causal)
     print(json.dumps(dict(counts)))
 
 

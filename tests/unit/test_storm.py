@@ -11,6 +11,18 @@ def test_whatever_happens_to_a_run_every_file_is_what_it_would_be(tmp_path):
     assert sum(counts[what] for what in ("cancel", "resume", "extend", "reroll")) >= 3, "enough has happened"
 
 
+def test_whatever_happens_to_a_causal_run_every_file_is_what_it_would_be(tmp_path):
+    counts = storm(tmp_path, range(3), causal=True)
+    assert counts["history"] == 3
+
+
+@pytest.mark.slow
+def test_storm_of_causal_runs(tmp_path):
+    counts = storm(tmp_path, range(100, 10_000), patience_s=120.0, causal=True)
+    print(dict(counts))
+    assert counts["history"] >= 20
+
+
 @pytest.mark.slow
 def test_storm(tmp_path):
     """The long form; a run of 2,000 histories takes an hour or two: `python -m tests.chaos.storm FOLDER`."""
