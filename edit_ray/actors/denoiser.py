@@ -378,8 +378,11 @@ class DenoiserActor:
         return SegmentFailed("out of GPU memory; all state that can be rebuilt was freed")
 
     def _leases_of(self, spec: RunSpec, engine: SegmentEngine) -> SegmentLeases | None:
-        """The run's leases. Those of an earlier incarnation are closed, and the store is told of the run again."""
-        wanted = spec.incarnation, spec.replanned
+        """The run's leases. Those of an earlier incarnation are closed, and the store is told of the run again; those
+        of K/V also when the storyboard has changed.
+        """
+        changes = spec.storyboard.changes if spec.config.continuity.commits_kv else ()
+        wanted = spec.incarnation, spec.replanned, changes
         known, leases = self._leases.get(spec.key, (None, None))
         if known == wanted:
             return leases

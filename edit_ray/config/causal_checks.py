@@ -134,12 +134,6 @@ def _stored_kv(config: Config) -> Iterator[Mistake]:
             "latents of all segments, or kv recache."
         )
         yield mistake_at("output.keep_segments", said, "continuity.kv", "continuity.mode")
-    scale = config.sampling.guidance_scale
-    for index in range(len(config.prompt_segments)):
-        if ((own := _guidance(config, index)) > 1) != (scale > 1):
-            said = f"is {own:g} and sampling.guidance_scale {scale:g}; with continuity.kv commit both must be above 1 "
-            path: KeyPath = ("prompt_segments", index, "guidance_scale")
-            yield mistake_at(path, f"{said}or neither.", "continuity.kv", "sampling.guidance_scale")
 
 
 def _guidance_texts(config: Config) -> Iterator[Mistake]:

@@ -29,6 +29,7 @@ def cross_field_mistakes(config: Config) -> Iterator[Mistake]:
     yield from mode_mistakes(config)
     yield from causal_mistakes(config)
     yield from _reuse(config)
+    yield from _branches(config)
     yield from _steps(config)
     yield from _loras(config)
     yield from _engine(config)
@@ -161,20 +162,23 @@ def _reuse(config: Config) -> Iterator[Mistake]:
             f"the {config.sampling.num_inference_steps} steps, because segments reuse those of both branches.",
             *("cache.warm_steps", "sampling.num_inference_steps"),
         )
+
+
+def _branches(config: Config) -> Iterator[Mistake]:
     for index, entry in enumerate(config.prompt_segments):
         yield from guidance_mistakes(config, entry, ("prompt_segments", index, "guidance_scale"))
 
 
 def guidance_mistakes(config: Config, entry: PromptSegment, path: KeyPath) -> Iterator[Mistake]:
-    """Segments that reuse each other's residuals have the same branches."""
-    guidance = config.sampling.guidance_scale
+    """Segments that reuse each other's residuals or K/V have the same branches."""
+    guidance, with_kv = config.sampling.guidance_scale, config.continuity.commits_kv
     scale = guidance if entry.guidance_scale is None else entry.guidance_scale
-    if config.cache.reuse_window and (scale > 1) != (guidance > 1):
+    if (config.cache.reuse_window or with_kv) and (scale > 1) != (guidance > 1):
+        key, said = ("continuity.kv", "continuity.kv commit") if with_kv else ("cache.reuse_window",) * 2
         yield mistake_at(
             path,
-            f"is {scale:g} and sampling.guidance_scale {guidance:g}; with cache.reuse_window both must be above 1 "
-            "or neither.",
-            *("cache.reuse_window", "sampling.guidance_scale"),
+            f"is {scale:g} and sampling.guidance_scale {guidance:g}; with {said} both must be above 1 or neither.",
+            *(key, "sampling.guidance_scale"),
         )
 
 

@@ -26,8 +26,8 @@ _VALUES = {
     "seam: turn of motion": ("seam_accel", "× {:.2f}"),
     "seam: step of colour": ("seam_color", "{:.1f} of 255"),
     "seam: sharpness, log2": ("seam_sharp", "{:+.2f}"),
-    "residuals read": ("entries_read", "{:.0f}"),
-    "residuals written": ("entries_written", "{:.0f}"),
+    "entries read": ("entries_read", "{:.0f}"),
+    "entries written": ("entries_written", "{:.0f}"),
     "chunks": ("chunks", "{:.0f}"),
     "K/V made again in": ("recache_s", "{:.2f} s"),
     "K/V on the device": ("kv_bytes", "{:,.0f} bytes"),
@@ -177,7 +177,9 @@ def _tiers(segments: Sequence[SegmentRecord]) -> str:
         if name.startswith("prefetch_")
     )
     read, written = (sum(s.statistics.get(f"entries_{what}", 0) for s in segments) for what in ("read", "written"))
-    residuals = word("residuals", "results of the model that a later segment can reuse")
+    of_kv = any("chunks" in segment.statistics for segment in segments)
+    said = ("entries of K/V", "keys and values of a chunk in a layer, with which a later segment begins")
+    residuals = word(*(said if of_kv else ("residuals", "results of the model that a later segment can reuse")))
     prefetch = word("Prefetch", "reading from disk before the model asks for it")
     about = f"{written:.0f} {residuals} written, {read:.0f} read. {prefetch}: {html.escape(counts)}."
     return f"<h2>Stored for reuse</h2>{note(about)}{chart(lines, 'MiB', 'MiB stored, by segment')}"

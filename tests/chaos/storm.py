@@ -44,7 +44,17 @@ WORK = ("prepare_run", "denoise_segment", "decode_segment", "encode_segment", "f
 KILLS = ("gpu", "gpu at a step", "store", "store at work", "node", "scheduler", "cluster")
 STEERS = ("steer", "steer and die", "pause", "branch")
 OUTSIDE = ("cancel", "scheduler", "cluster", *STEERS)  # what the history sees to
-STATISTICS = ("media_bytes", "red", "green", "blue", "sharpness", "units_computed", "units_skipped", "decode_tiled")
+STATISTICS = (
+    "chunks",
+    "media_bytes",
+    "red",
+    "green",
+    "blue",
+    "sharpness",
+    "units_computed",
+    "units_skipped",
+    "decode_tiled",
+)
 PATIENCE_S = 300.0
 
 Reroll = tuple[int, int | None, str | None]
@@ -59,9 +69,14 @@ class Shape:
     window: int  # of reuse, 0 for none
     cached: bool  # where nothing is reused between segments
     frames: int
+    kv: str = ""  # of a causal model: recache or commit
+    switch: str = ""  # and what its second prompt is
 
     @classmethod
-    def drawn(cls, draw: random.Random, long_share: float) -> Shape:
+    def drawn(cls, draw: random.Random, long_share: float, causal: bool = False) -> Shape:
+        if causal:
+            kv, switch = draw.choice(("recache", "commit")), draw.choice(("recache", "keep", "cut"))
+            return cls(0, 0, draw.random() < 0.3, 4 * draw.randint(1, 2) - 3, kv, switch)
         frames = 81 if draw.random() < long_share else 9
         window = draw.choice((0, 1, 1, 2, 2, 3))
         return cls(draw.choice((0, 1, 2, -1)), window, draw.random() < 0.5, frames)
@@ -72,6 +87,10 @@ class Shape:
         cache = warm | {"reuse_window": self.window} if self.window else {"policy": "always" if self.cached else "none"}
         continuity: dict[str, Any] = {"mode": {0: "none", -1: "image"}.get(self.context, "history")}
         continuity |= {"history_latents": self.context} if self.context > 0 else {}
+        prompts: list[dict[str, Any]] = [{"segment": 0, "prompt": "a red circle"}]
+        if self.kv:
+            continuity = {"mode": "causal", "chunk_size": 1, "kv": self.kv}
+            prompts += [{"segment": 1, "prompt": "a blue circle", "switch": self.switch}]
         return Config.model_validate(
             {
                 "model": {"path": str(model)},
@@ -84,7 +103,7 @@ class Shape:
                     "seed": 5,
                 },
                 "video": {"num_segments": segments},
-                "prompt_segments": [{"segment": 0, "prompt": "a red circle"}],
+                "prompt_segments": prompts,
                 "continuity": continuity,
                 "cache": cache,
                 "store": {"host_bytes": 16 * 4096, "allow_tmpfs": True},
@@ -150,12 +169,14 @@ class Weather(LocalPool):
 class History:
     """One run, from its submission until it is done, whatever happens."""
 
-    def __init__(self, seed: int, root: Path, model: Path, long_share: float, crew: Weather) -> None:
+    def __init__(
+        self, seed: int, root: Path, model: Path, long_share: float, crew: Weather, *, causal: bool = False
+    ) -> None:
         """`crew` lives on from the history before."""
         self.draw = random.Random(seed)
         self.run_id, self.root = f"storm-{seed}", root
-        self.shape = Shape.drawn(self.draw, long_share)
-        self.keep = self.draw.choice((None, None, 1, 2))
+        self.shape = Shape.drawn(self.draw, long_share, causal)
+        self.keep = self.draw.choice((None, None, 1, 2)) if self.shape.kv != "commit" else None
         self.segments = self.draw.randint(2, 4)
         self.config = self.shape.config(model, self.segments, self.keep)
         self.takes: list[Reroll] = []
@@ -278,8 +299,8 @@ async def die(scheduler: SegmentSchedulerActor) -> None:
 class SteeredHistory(History):
     """Also edits, pauses and branches. An edit that was answered is there; branches are made until they are done."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def __init__(self, *given: Any, causal: bool = False) -> None:
+        super().__init__(*given, causal=causal)
         self.branches: dict[str, int] = {}
         self.accepted: list[Edit] = []
 
@@ -445,8 +466,14 @@ class Undisturbed:
 def told(config: Config, segments: int | None, changes: Iterable[Change]) -> Config:
     """The configuration, for so many segments, whose storyboard says by itself what the changes make of its own."""
     names = ("prompt", "negative_prompt", "guidance_scale", "seed")
-    scenes = replace(config.storyboard, changes=tuple(changes)).changed
-    entries = [{"segment": scene.start} | {name: getattr(scene, name) for name in names} for scene in scenes]
+    board = replace(config.storyboard, changes=tuple(changes))
+    switches = dict(board._switches) if config.continuity.causal else {}  # what is no new prompt changes no K/V
+    entries = [
+        {"segment": scene.start}
+        | {name: getattr(scene, name) for name in names}
+        | ({"switch": switches.get(scene.start, "keep")} if switches else {})
+        for scene in board.changed
+    ]
     there = [entry for entry in entries if segments is None or entry["segment"] < segments]
     own = {"video": {"num_segments": segments}, "prompt_segments": there}
     return Config.model_validate(config.model_dump(mode="json") | own)
@@ -509,13 +536,20 @@ def what_shows(record: Any) -> dict[str, Any]:
 
 
 def storm(
-    root: Path, seeds: range, long_share: float = 0.01, patience_s: float = 1e9, steered: bool = False
+    root: Path,
+    seeds: range,
+    long_share: float = 0.01,
+    patience_s: float = 1e9,
+    *,
+    steered: bool = False,
+    causal: bool = False,
 ) -> Counter[str]:
     """Lives so many histories; what has happened in them. AssertionError names the seed of one that went wrong."""
-    model = root / "model" / "wan"
+    model = root / "model" / ("causal" if causal else "wan")
+    options = {"chunk_size": 1, "window": 3, "sink": 1, "timesteps": [1000.0, 750.0]}
     if not (model / "model_index.json").exists():
-        model.parent.mkdir(parents=True)
-        save_random_wan(model, expand_timesteps=True)
+        model.parent.mkdir(parents=True, exist_ok=True)
+        save_random_wan(model, expand_timesteps=not causal, causal=options if causal else None)
     (root / "whole").mkdir(exist_ok=True)
     (root / "hurt").mkdir(exist_ok=True)
     undisturbed, counts, began = Undisturbed(root / "whole", model), Counter[str](), time.monotonic()
@@ -525,7 +559,8 @@ def storm(
         for seed in seeds:
             if time.monotonic() - began > patience_s:
                 break
-            history = (SteeredHistory if steered else History)(seed, root / "hurt", model, long_share, crew)
+            kind = SteeredHistory if steered else History
+            history = kind(seed, root / "hurt", model, long_share, crew, causal=causal)
             try:
                 history.check(asyncio.run(history.live()), undisturbed)
             except Exception as error:
@@ -551,9 +586,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--steered", action="store_true", help="also edits, pauses and branches")
+    parser.add_argument("--causal", action="store_true", help="runs of a causal model")
     asked = parser.parse_args()
     seeds = range(asked.first, asked.first + asked.count)
-    counts = storm(asked.folder, seeds, patience_s=asked.seconds, steered=asked.steered)
+    counts = storm(asked.folder, seeds, patience_s=asked.seconds, steered=asked.steered, causal=asked.causal)
     print(json.dumps(dict(counts)))
 
 

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import imageio_ffmpeg
 import pytest
 import torch
 
 from edit_ray.cache import Cache, CachePolicy, apply_cache_on_transformer
+from edit_ray.testing import save_random_wan
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -23,6 +25,7 @@ OF_THE_LIBRARY = {
     "other_model": (None, "equal again without the cache: True"),
 }
 WITH_RAY = {"storyboard", "contact_sheet"}
+OF_A_CAUSAL_MODEL = {"type_prompts"}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,7 +79,28 @@ def test_the_adapter_of_ltx_shows_what_the_model_itself_makes(ltx):
 
 
 def test_every_example_is_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == OF_THE_LIBRARY.keys() | WITH_RAY
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == OF_THE_LIBRARY.keys() | WITH_RAY | OF_A_CAUSAL_MODEL
+
+
+def test_a_video_follows_what_is_typed(tmp_path):
+    model = save_random_wan(tmp_path / "model", causal={"window": 6, "timesteps": [1000.0]})
+    command = [sys.executable, str(EXAMPLES / "type_prompts.py"), str(model), "--size", "32", "48", "--chunks", "50"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    said = {"text": True, "cwd": tmp_path, "env": environment, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **said) as running:
+        lines = []
+        for typed in ("a blue square", "cut: a green circle", ""):
+            lines += [running.stdout.readline()]
+            running.stdin.write(typed + "\n")
+            running.stdin.flush()
+        lines += running.stdout.readlines()
+        assert running.wait() == 0
+    followed = [line.split(" follows ")[1].strip() for line in lines if " follows " in line]
+    assert followed == ["'a blue square'", "'cut: a green circle'"]
+    chunks = [line for line in lines if line.startswith("chunk") and "frames in" in line]
+    assert chunks[0].startswith("chunk 0: 9 frames in ")
+    frames, _ = imageio_ffmpeg.count_frames_and_secs(tmp_path / "type_prompts.mp4")
+    assert frames == 9 + 12 * (len(chunks) - 1)
 
 
 @pytest.mark.slow

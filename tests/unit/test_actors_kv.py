@@ -9,7 +9,18 @@ from edit_ray.engine.continuity import load_latents
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
 from tests.chaos.storm import die
-from tests.runs_here import Dying, Pool, check_same, done, end_of, lose_the_gpu_actor, made, submit
+from tests.runs_here import (
+    Dying,
+    Pool,
+    check_same,
+    done,
+    end_of,
+    lose_the_gpu_actor,
+    made,
+    submit,
+    told_from_the_start,
+)
+from tests.unit.test_actors_branches import branched
 from tests.unit.test_actors_causal import (
     BLUE,
     OPTIONS,
@@ -22,6 +33,7 @@ from tests.unit.test_actors_causal import (
     generator_of,
     latents_of,
 )
+from tests.unit.test_actors_steering import Holding, steer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ENTRY = 4096  # a page: that of a chunk in a layer is smaller
@@ -167,3 +179,22 @@ def test_what_stored_kv_excludes_is_one_sentence(model):
     ):
         with pytest.raises(ValueError, match=words):
             committing(model, **changes)
+
+
+@pytest.mark.parametrize("changes", [{}, COMMIT], ids=["recache", "commit"])
+async def test_a_run_that_is_steered_or_branched_is_one_whose_storyboard_said_so(
+    start, tmp_path, model, whole, changes
+):
+    """Of an edit while segment 1 is made, which reads of segment 2 were planned without."""
+    scheduler = start(pool := Holding(1))
+    await submit(scheduler, tmp_path, "one", config_of(model, start=4, switch="keep", **changes))
+    await pool.at_it.wait()
+    await steer(scheduler, "one", prompt="a green circle")
+    pool.go.set()
+    await done(scheduler, "one")
+    folder = RunFolder(tmp_path, "one")
+    check_same(folder, await whole(told_from_the_start(folder)), but=["run.yaml"])
+    await branched(scheduler, tmp_path, "branch", "one", 3, prompt=BLUE)
+    await done(scheduler, "branch")
+    folder = RunFolder(tmp_path, "branch")
+    assert torch.equal(latents_of(folder), latents_of(await whole(told_from_the_start(folder))))

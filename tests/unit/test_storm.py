@@ -17,6 +17,18 @@ def test_however_a_run_is_steered_every_file_is_that_of_a_run_that_was_told_so_f
     assert sum(counts[what] for what in ("edit", "pause", "branch")) >= 3, "enough has happened"
 
 
+def test_whatever_happens_to_a_causal_run_every_file_is_what_it_would_be(tmp_path):
+    counts = storm(tmp_path, range(3), causal=True)
+    assert counts["history"] == 3
+
+
+@pytest.mark.slow
+def test_storm_of_causal_runs(tmp_path):
+    counts = storm(tmp_path, range(100, 10_000), patience_s=120.0, causal=True)
+    print(dict(counts))
+    assert counts["history"] >= 20
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("steered", [False, True])
 def test_storm(tmp_path, steered):
