@@ -18,7 +18,7 @@ from edit_ray.config.mistakes import show
 from edit_ray.errors import EditRayError
 from edit_ray.runs.run_plan import EDITABLE
 from edit_ray.server import openapi
-from edit_ray.server.answers import add_handlers, answered, readable, segment_index
+from edit_ray.server.answers import add_handlers, answered, changed, readable, segment_index
 from edit_ray.server.bodies import body_of, file_answer, query_of
 from edit_ray.server.event_stream import KEEP_ALIVE_S, POLL_S, Cursor, message
 from edit_ray.server.gate import COOKIE, Entrance, Gate, Limits
@@ -65,7 +65,7 @@ def make_app(
         limits: what is accepted.
     """
     entrance, limits = entrance or Entrance(), limits or Limits()
-    service = VideoService(runs, offers)
+    service = VideoService(runs, offers, limits.queued)
     app = FastAPI(
         docs_url=None,  # such a page would load from elsewhere
         redoc_url=None,
@@ -92,7 +92,7 @@ def _add_videos(app: FastAPI, service: VideoService, changes: VideoChanges) -> N
         """Begin a video. With an `Idempotency-Key` a repeated request is answered with the same video."""
         query_of(request)
         body = await body_of(request)
-        return await answered(service.create, body, request.headers.get("idempotency-key"))
+        return await changed(service.create, body, request.headers.get("idempotency-key"))
 
     order = {"enum": ["asc", "desc"]}
     page = openapi.query(after={"type": "string"}, limit={"type": "integer"}, order=order)
@@ -118,13 +118,13 @@ def _add_videos(app: FastAPI, service: VideoService, changes: VideoChanges) -> N
     async def delete_video(request: Request, video_id: str) -> Response:
         """Cancel a video if it is being made, and remove all of it."""
         query_of(request)
-        return await answered(service.delete, video_id)
+        return await changed(service.delete, video_id)
 
     @app.post("/v1/videos/extensions", response_model=Video, openapi_extra=_EXTENSION)
     async def extend_video(request: Request) -> Response:
         """A new video that begins as an ended one and goes on."""
         query_of(request)
-        return await answered(changes.extension, await body_of(request), request.headers.get("idempotency-key"))
+        return await changed(changes.extension, await body_of(request), request.headers.get("idempotency-key"))
 
     @app.post("/v1/videos/edits", response_model=Video)
     async def edit_video() -> Response:
@@ -139,27 +139,27 @@ def _add_changes(app: FastAPI, changes: VideoChanges) -> None:
         """Steer, pause or approve a video that is being made; `applied_from` says from which segment an edit holds."""
         query_of(request)
         body = await body_of(request)
-        return await answered(changes.change, video_id, body, request.headers.get("idempotency-key"))
+        return await changed(changes.change, video_id, body, request.headers.get("idempotency-key"))
 
     @app.post("/v1/videos/{video_id}/remix", response_model=Video, openapi_extra=_REMIX)
     async def remix_video(request: Request, video_id: str) -> Response:
         """A new video of the same length from another prompt."""
         query_of(request)
         body = await body_of(request)
-        return await answered(changes.remix, video_id, body, request.headers.get("idempotency-key"))
+        return await changed(changes.remix, video_id, body, request.headers.get("idempotency-key"))
 
     @app.post("/v1/videos/{video_id}/branch", response_model=Video, openapi_extra=_BRANCH)
     async def branch_video(request: Request, video_id: str) -> Response:
         """A new video that shares the segments before `at`."""
         query_of(request)
         body = await body_of(request)
-        return await answered(changes.branch, video_id, body, request.headers.get("idempotency-key"))
+        return await changed(changes.branch, video_id, body, request.headers.get("idempotency-key"))
 
     @app.post("/v1/videos/{video_id}/reroll", response_model=Video, openapi_extra=_REROLL)
     async def reroll_video(request: Request, video_id: str) -> Response:
         """The segments from `from_segment` on again, in the same video; it must have ended, or wait."""
         query_of(request)
-        return await answered(changes.reroll, video_id, await body_of(request))
+        return await changed(changes.reroll, video_id, await body_of(request))
 
 
 def _add_media(app: FastAPI, service: VideoService) -> None:

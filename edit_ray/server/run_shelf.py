@@ -114,7 +114,7 @@ class RunShelf:
         self.runs = runs
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._lock = Lock()
-        self._queue: tuple[float, Mapping[str, int]] = (-1e9, {})
+        self._active: tuple[float, Mapping[str, RunStatus]] = (-math.inf, {})
 
     def view(self, run_id: str, fresh: bool = False) -> RunView:
         """The run now; `fresh` asks the segment scheduler in any case.
@@ -126,6 +126,10 @@ class RunShelf:
             kept.asked_at = -math.inf
         return self._view(kept)
 
+    def queued(self) -> int:
+        """How many runs wait for a GPU actor."""
+        return sum(status.state == "queued" for status in self._known_to_scheduler().values())
+
     def manifest(self, run_id: str) -> tuple[RunFolder, Manifest]:
         """The run's folder and manifest, without a question to the segment scheduler. Raises as `view`."""
         kept = self._known(run_id)
@@ -136,9 +140,12 @@ class RunShelf:
         return [folder.run_id for folder in reversed(folders_in(self.runs.output))]
 
     def view_if_mine(self, run_id: str) -> RunView | None:
-        """The run, unless it is another owner's, was removed meanwhile, or cannot be read."""
+        """The run without its step, unless it is another owner's, was removed meanwhile, or cannot be read.
+
+        One question to the segment scheduler serves for all runs of a list.
+        """
         with contextlib.suppress(Refusal, EditRayError, OSError):
-            return self.view(run_id)
+            return self._view(self._known(run_id), listed=True)
         return None
 
     def forget(self, run_id: str) -> None:
@@ -169,19 +176,20 @@ class RunShelf:
         self.runs.check_mine(RunStatus.of(kept.folder.path, manifest))
         return manifest
 
-    def _view(self, kept: _Kept) -> RunView:
+    def _view(self, kept: _Kept, listed: bool = False) -> RunView:
         with kept.lock:
             manifest = self._manifest_of(kept)
             status = RunStatus.of(kept.folder.path, manifest)
             if manifest.end is None:
-                status = self._status_of(kept, status)
+                known = self._known_to_scheduler().get(os.path.realpath(status.path)) if listed else self._asked(kept)
+                if known is not None:  # the manifest is newer: what it counts is there
+                    status = replace(known, committed=status.committed, dropped_before=status.dropped_before)
             config = self._config_of(kept)
             created_at, changed_at = (_time_of(path) for path in (kept.folder.run_yaml, kept.folder.manifest))
-        position = self._queued().get(os.path.realpath(status.path)) if status.state == "queued" else None
-        return RunView(manifest, status, config, created_at, changed_at, position)
+        return RunView(manifest, status, config, created_at, changed_at, self._position(status))
 
-    def _status_of(self, kept: _Kept, read: RunStatus) -> RunStatus:
-        """The segment scheduler's status; that of the folder if none answers or knows the run."""
+    def _asked(self, kept: _Kept) -> RunStatus | None:
+        """The segment scheduler's status; None if none answers or knows the run."""
         now = time.monotonic()
         if now - kept.asked_at > STATUS_AGE_S:
             try:
@@ -189,10 +197,7 @@ class RunShelf:
             except EditRayError:
                 kept.status = None
             kept.asked_at = now
-        if kept.status is None:
-            return read
-        # The manifest is newer: what it counts is there.
-        return replace(kept.status, committed=read.committed, dropped_before=read.dropped_before)
+        return kept.status
 
     def _config_of(self, kept: _Kept) -> Config | None:
         try:
@@ -203,15 +208,23 @@ class RunShelf:
             kept.config = -1, None
         return kept.config[1]
 
-    def _queued(self) -> Mapping[str, int]:
-        """The positions in the queue of the runs that wait, by their folders' paths."""
+    def _position(self, status: RunStatus) -> int | None:
+        """The position of a run that waits among those that wait."""
+        if status.state != "queued":
+            return None
+        path, known = os.path.realpath(status.path), self._known_to_scheduler()
+        waiting = [other for other, run in known.items() if run.state == "queued"]
+        return waiting.index(path) if path in waiting else None
+
+    def _known_to_scheduler(self) -> Mapping[str, RunStatus]:
+        """The segment scheduler's runs in the order of submission, by their folders' paths."""
         now = time.monotonic()
-        if now - self._queue[0] > STATUS_AGE_S:
-            waiting: list[str] = []
+        if now - self._active[0] > STATUS_AGE_S:
+            known: dict[str, RunStatus] = {}
             with contextlib.suppress(EditRayError):
-                waiting = [os.path.realpath(run.path) for run in self.runs.runs() if run.state == "queued"]
-            self._queue = now, {path: position for position, path in enumerate(waiting)}
-        return self._queue[1]
+                known = {os.path.realpath(run.path): run for run in self.runs.runs()}
+            self._active = now, known
+        return self._active[1]
 
 
 def _time_of(path: Path) -> float:

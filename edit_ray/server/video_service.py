@@ -69,14 +69,13 @@ def whole_number(text: str, name: str, least: int, most: int) -> int:
 class VideoService:
     """The videos of one folder of runs, for one owner."""
 
-    def __init__(self, runs: Runs, offers: Sequence[Offer]) -> None:
-        self.runs, self.shelf = runs, RunShelf(runs)
+    def __init__(self, runs: Runs, offers: Sequence[Offer], most_queued: int) -> None:
+        self.runs, self.shelf, self._most_queued = runs, RunShelf(runs), most_queued
         self.offers: Mapping[str, Offer] = {offer.name: offer for offer in offers}
 
     def create(self, body: Mapping[str, Any], key: str | None = None) -> Video:
         """Begin a run. The same `key` again returns the run that it began. Raises Refusal, EditRayError."""
-        now = datetime.now(UTC)
-        run_id = new_run_id(now, secrets.token_hex(4)) if key is None else keyed_id(self.runs.owner.name, key)
+        run_id = self.new_id(key)
         init, problems = self._uploaded(body.get("input_reference"), run_id)
         try:
             config, found = config_for(body, self.offers, seed=seed_of(run_id), init=str(init) if init else None)
@@ -88,6 +87,15 @@ class VideoService:
                 uploads.forget(self.runs.output, {init.name})
             raise
         return self.video(run_id, fresh=True)
+
+    def new_id(self, key: str | None) -> str:
+        """The id of a new run. Raises Refusal if too many wait already."""
+        if self.shelf.queued() >= self._most_queued:
+            said = f"{self._most_queued} videos wait already, which is the most; ask again when some are made."
+            raise refuse("unavailable", said)
+        if key is not None:
+            return keyed_id(self.runs.owner.name, key)
+        return new_run_id(datetime.now(UTC), secrets.token_hex(4))
 
     def _begin(self, run_id: str, config: Config, repeated: bool) -> None:
         path = self.runs.output / run_id
