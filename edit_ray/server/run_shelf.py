@@ -30,6 +30,7 @@ from edit_ray.server.video_object import RunView
 
 KEPT = 128  # runs that are kept read, each with its manifest
 STATUS_AGE_S = 0.5  # a status that young is not asked for again
+NEW_S = 5.0  # the age of a run that the segment scheduler must know
 
 
 class Runs(Protocol):
@@ -103,6 +104,8 @@ class _Kept:
     reader: ManifestReader
     lock: Lock = field(default_factory=Lock)
     config: tuple[int, Config | None] = (-1, None)  # with the time of the file's last change
+    view: RunView | None = None
+    viewed_at: float = -math.inf
     status: RunStatus | None = None
     asked_at: float = -math.inf  # monotonic seconds
 
@@ -123,8 +126,15 @@ class RunShelf:
         """
         kept = self._known(run_id)
         if fresh:
-            kept.asked_at = -math.inf
+            kept.asked_at, self._active = -math.inf, (-math.inf, {})
         return self._view(kept)
+
+    def recent(self, run_id: str) -> tuple[RunFolder, RunView]:
+        """The run's folder, and a view of it that may be a moment old: many readers that follow a run share one."""
+        kept, now = self._known(run_id), time.monotonic()
+        if kept.view is None or now - kept.viewed_at > STATUS_AGE_S:
+            kept.view, kept.viewed_at = self._view(kept), now
+        return kept.folder, kept.view
 
     def queued(self) -> int:
         """How many runs wait for a GPU actor."""
@@ -180,17 +190,21 @@ class RunShelf:
         with kept.lock:
             manifest = self._manifest_of(kept)
             status = RunStatus.of(kept.folder.path, manifest)
-            if manifest.end is None:
-                known = self._known_to_scheduler().get(os.path.realpath(status.path)) if listed else self._asked(kept)
-                if known is not None:  # the manifest is newer: what it counts is there
-                    status = replace(known, committed=status.committed, dropped_before=status.dropped_before)
-            config = self._config_of(kept)
             created_at, changed_at = (_time_of(path) for path in (kept.folder.run_yaml, kept.folder.manifest))
+            if manifest.end is None and (known := self._scheduled(kept, created_at, listed)) is not None:
+                # The manifest is newer: what it counts is there.
+                status = replace(known, committed=status.committed, dropped_before=status.dropped_before)
+            config = self._config_of(kept)
         return RunView(manifest, status, config, created_at, changed_at, self._position(status))
 
-    def _asked(self, kept: _Kept) -> RunStatus | None:
-        """The segment scheduler's status; None if none answers or knows the run."""
-        now = time.monotonic()
+    def _scheduled(self, kept: _Kept, created_at: float, listed: bool) -> RunStatus | None:
+        """The segment scheduler's status, with the step unless it is `listed`; None if it does not know the run."""
+        path, now = os.path.realpath(kept.folder.path), time.monotonic()
+        if path not in self._known_to_scheduler() and time.time() - created_at < NEW_S:
+            self._active = -math.inf, {}  # another replica has begun it since
+        known = self._known_to_scheduler().get(path)
+        if known is None or listed:
+            return known
         if now - kept.asked_at > STATUS_AGE_S:
             try:
                 kept.status = self.runs.status(kept.folder.run_id)

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -25,10 +26,12 @@ from edit_ray.server.refusals import Problem, Refusal, refuse
 from edit_ray.server.run_shelf import Runs, RunShelf
 from edit_ray.server.video_object import (
     DeletedVideo,
+    RunView,
     SegmentObject,
     SegmentPage,
     Video,
     VideoPage,
+    as_json,
     behind,
     segment_of,
     video_of,
@@ -38,6 +41,7 @@ from edit_ray.server.video_request import Offer, config_for
 CANCEL_S = 30.0  # for a run to stop before it is removed
 MOST_LISTED, LISTED = 100, 20
 MOST_SEGMENTS = 1000
+MOST_FOLLOWED = 64  # runs whose objects are kept for those that follow them
 _KEY = re.compile(r"[\x20-\x7e]{1,255}")
 
 Opened = tuple[int, str]
@@ -71,6 +75,7 @@ class VideoService:
 
     def __init__(self, runs: Runs, offers: Sequence[Offer], most_queued: int) -> None:
         self.runs, self.shelf, self._most_queued = runs, RunShelf(runs), most_queued
+        self._told: OrderedDict[str, tuple[RunView, dict[str, Any]]] = OrderedDict()  # to readers of events
         self.offers: Mapping[str, Offer] = {offer.name: offer for offer in offers}
 
     def create(self, body: Mapping[str, Any], key: str | None = None) -> Video:
@@ -219,8 +224,14 @@ class VideoService:
 
     def news(self, run_id: str, cursor: Cursor, known: Mapping[str, Any]) -> News:
         """The events of a run since `cursor`."""
-        view, folder = self.shelf.view(run_id), self.shelf.manifest(run_id)[0]
-        return news(folder, view.manifest, video_of(view, self.offers), cursor, known)
+        folder, view = self.shelf.recent(run_id)
+        told, video = self._told.get(run_id, (None, {}))
+        if told is not view:
+            video = as_json(video_of(view, self.offers))
+            self._told[run_id] = view, video
+            while len(self._told) > MOST_FOLLOWED:
+                self._told.popitem(last=False)
+        return news(folder, view.manifest, video, cursor, known)
 
 
 def _page(found: list[Video], *, has_more: bool) -> VideoPage:
