@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -19,6 +22,8 @@ from edit_ray.server.video_object import as_json
 from edit_ray.server.video_service import whole_number
 
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Awaitable[Response]])
+
+_changing = ThreadPoolExecutor(16, "change")
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -43,6 +48,12 @@ def readable(app: FastAPI, path: str, **about: Any) -> Callable[[_Endpoint], _En
 async def answered(ask: Callable[..., BaseModel], *arguments: Any) -> Response:
     """What a call returns, which is made in a thread, as JSON."""
     return JSONResponse(as_json(await run_in_threadpool(ask, *arguments)))
+
+
+async def changed(ask: Callable[..., BaseModel], *arguments: Any) -> Response:
+    """As `answered`, for what may take long: it takes no thread from those who read."""
+    loop = asyncio.get_running_loop()
+    return JSONResponse(as_json(await loop.run_in_executor(_changing, partial(ask, *arguments))))
 
 
 def segment_index(segment: str) -> int:

@@ -12,16 +12,17 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import FileResponse, Response, StreamingResponse
 
 from edit_ray.config.mistakes import show
 from edit_ray.errors import EditRayError
 from edit_ray.runs.run_plan import EDITABLE
 from edit_ray.server import openapi
-from edit_ray.server.answers import add_handlers, answered, readable, segment_index
+from edit_ray.server.answers import add_handlers, answered, changed, readable, segment_index
 from edit_ray.server.bodies import body_of, file_answer, query_of
 from edit_ray.server.event_stream import KEEP_ALIVE_S, POLL_S, Cursor, message
 from edit_ray.server.gate import COOKIE, Entrance, Gate, Limits
+from edit_ray.server.page_files import PAGE_FILES
 from edit_ray.server.refusals import Refusal, refuse
 from edit_ray.server.run_shelf import Runs
 from edit_ray.server.video_changes import VideoChanges
@@ -30,6 +31,7 @@ from edit_ray.server.video_request import Offer
 from edit_ray.server.video_service import LISTED, MOST_LISTED, MOST_SEGMENTS, VideoService, whole_number
 
 POLL_AFTER_MS = 1000
+_ANY = ("t",)  # of a file: it changes nothing, but browsers keep what has the same URL
 _VARIANTS = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
 
 _OURS = {"type": "object", "properties": {"seed": openapi.NUMBER}}
@@ -65,7 +67,7 @@ def make_app(
         limits: what is accepted.
     """
     entrance, limits = entrance or Entrance(), limits or Limits()
-    service = VideoService(runs, offers)
+    service = VideoService(runs, offers, limits.queued)
     app = FastAPI(
         docs_url=None,  # such a page would load from elsewhere
         redoc_url=None,
@@ -92,7 +94,7 @@ def _add_videos(app: FastAPI, service: VideoService, changes: VideoChanges) -> N
         """Begin a video. With an `Idempotency-Key` a repeated request is answered with the same video."""
         query_of(request)
         body = await body_of(request)
-        return await answered(service.create, body, request.headers.get("idempotency-key"))
+        return await changed(service.create, body, request.headers.get("idempotency-key"))
 
     order = {"enum": ["asc", "desc"]}
     page = openapi.query(after={"type": "string"}, limit={"type": "integer"}, order=order)
@@ -118,13 +120,13 @@ def _add_videos(app: FastAPI, service: VideoService, changes: VideoChanges) -> N
     async def delete_video(request: Request, video_id: str) -> Response:
         """Cancel a video if it is being made, and remove all of it."""
         query_of(request)
-        return await answered(service.delete, video_id)
+        return await changed(service.delete, video_id)
 
     @app.post("/v1/videos/extensions", response_model=Video, openapi_extra=_EXTENSION)
     async def extend_video(request: Request) -> Response:
         """A new video that begins as an ended one and goes on."""
         query_of(request)
-        return await answered(changes.extension, await body_of(request), request.headers.get("idempotency-key"))
+        return await changed(changes.extension, await body_of(request), request.headers.get("idempotency-key"))
 
     @app.post("/v1/videos/edits", response_model=Video)
     async def edit_video() -> Response:
@@ -139,27 +141,27 @@ def _add_changes(app: FastAPI, changes: VideoChanges) -> None:
         """Steer, pause or approve a video that is being made; `applied_from` says from which segment an edit holds."""
         query_of(request)
         body = await body_of(request)
-        return await answered(changes.change, video_id, body, request.headers.get("idempotency-key"))
+        return await changed(changes.change, video_id, body, request.headers.get("idempotency-key"))
 
     @app.post("/v1/videos/{video_id}/remix", response_model=Video, openapi_extra=_REMIX)
     async def remix_video(request: Request, video_id: str) -> Response:
         """A new video of the same length from another prompt."""
         query_of(request)
         body = await body_of(request)
-        return await answered(changes.remix, video_id, body, request.headers.get("idempotency-key"))
+        return await changed(changes.remix, video_id, body, request.headers.get("idempotency-key"))
 
     @app.post("/v1/videos/{video_id}/branch", response_model=Video, openapi_extra=_BRANCH)
     async def branch_video(request: Request, video_id: str) -> Response:
         """A new video that shares the segments before `at`."""
         query_of(request)
         body = await body_of(request)
-        return await answered(changes.branch, video_id, body, request.headers.get("idempotency-key"))
+        return await changed(changes.branch, video_id, body, request.headers.get("idempotency-key"))
 
     @app.post("/v1/videos/{video_id}/reroll", response_model=Video, openapi_extra=_REROLL)
     async def reroll_video(request: Request, video_id: str) -> Response:
         """The segments from `from_segment` on again, in the same video; it must have ended, or wait."""
         query_of(request)
-        return await answered(changes.reroll, video_id, await body_of(request))
+        return await changed(changes.reroll, video_id, await body_of(request))
 
 
 def _add_media(app: FastAPI, service: VideoService) -> None:
@@ -169,7 +171,7 @@ def _add_media(app: FastAPI, service: VideoService) -> None:
     @readable(app, "/v1/videos/{video_id}/content", openapi_extra=content, response_class=Response)
     async def download_content(request: Request, video_id: str) -> Response:
         """The whole video as MP4, or a picture of it: `thumbnail` (WebP) or `spritesheet` (JPEG)."""
-        variant = query_of(request, "variant").get("variant", "video")
+        variant = query_of(request, "variant", *_ANY).get("variant", "video")
         if variant not in _VARIANTS:
             said = f"it must be one of {', '.join(_VARIANTS)}."
             raise refuse("invalid_value", f"variant is {show(variant)}; {said}", "variant")
@@ -223,7 +225,7 @@ def _add_segments(app: FastAPI, service: VideoService) -> None:
     @app.get("/v1/videos/{video_id}/segments/{segment}/thumbnail", response_class=Response)
     async def download_thumbnail(request: Request, video_id: str, segment: str) -> Response:
         """A segment's first frame, as WebP."""
-        query_of(request)
+        query_of(request, *_ANY)
         picture = await run_in_threadpool(service.thumbnail, video_id, segment_index(segment))
         return Response(picture, media_type="image/webp")
 
@@ -232,7 +234,7 @@ def _player(service: VideoService) -> Callable[[Request, str, str], Awaitable[Re
     """What answers a player's request for a file; players may add parameters of HLS."""
 
     async def played(request: Request, video_id: str, name: str) -> Response:
-        query_of(request, "_HLS_msn", "_HLS_part", "_HLS_skip", "t")
+        query_of(request, "_HLS_msn", "_HLS_part", "_HLS_skip", *_ANY)
         return file_answer(request, await run_in_threadpool(service.media, video_id, name))
 
     return played
@@ -307,6 +309,18 @@ def _add_others(app: FastAPI, service: VideoService, entrance: Entrance) -> None
         if model not in service.offers:
             raise refuse("not_found", f"There is no such model; there are: {', '.join(service.offers)}.", "model")
         return JSONResponse(model_of(service.offers[model]))
+
+    @readable(app, "/", include_in_schema=False)
+    async def page() -> Response:
+        """The page."""
+        return FileResponse(PAGE_FILES["index.html"][0], media_type=PAGE_FILES["index.html"][1])
+
+    @readable(app, "/page/{name}", include_in_schema=False)
+    async def page_file(name: str) -> Response:
+        """A file of the page."""
+        if name not in PAGE_FILES:
+            raise refuse("not_found", "The page has no such file.")
+        return FileResponse(PAGE_FILES[name][0], media_type=PAGE_FILES[name][1])
 
     @app.get("/healthz")
     async def health() -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
@@ -90,12 +90,13 @@ def file_answer(request: Request, opened: Opened, headers: Mapping[str, str] | N
     if request.method == "HEAD":
         os.close(descriptor)
         return Response(None, status, about, kind)
-    return StreamingResponse(_pieces(descriptor, wanted), status, about, kind)
+    # A file object, which is closed even if the client has left before the first byte.
+    return StreamingResponse(_pieces(os.fdopen(descriptor, "rb"), wanted), status, about, kind)
 
 
-def _pieces(descriptor: int, wanted: range) -> Iterator[bytes]:
+def _pieces(file: BinaryIO, wanted: range) -> Iterator[bytes]:
     """The bytes, as long as the file has them: if it became shorter, the connection ends early."""
-    with os.fdopen(descriptor, "rb") as file:
+    with file:
         file.seek(wanted.start)
         left = len(wanted)
         while left and (data := file.read(min(_CHUNK, left))):

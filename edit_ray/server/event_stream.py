@@ -16,7 +16,7 @@ from typing import Any
 from edit_ray.runs.event_log import events_behind
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.manifest import Manifest
-from edit_ray.server.video_object import Video, as_json, segment_of
+from edit_ray.server.video_object import as_json, segment_of
 
 POLL_S = 1.0  # between two looks at a run
 KEEP_ALIVE_S = 15.0  # without an event, after which a comment is sent: proxies close silent connections
@@ -67,8 +67,10 @@ def message(event: str, data: Mapping[str, Any], cursor: Cursor | None = None) -
     return f"{named}event: {event}\ndata: {json.dumps(data)}\n\n".encode()
 
 
-def news(folder: RunFolder, manifest: Manifest, video: Video, cursor: Cursor, known: Mapping[str, Any]) -> News:
-    """The events since `cursor`; `known` is the status that the reader was told last.
+def news(
+    folder: RunFolder, manifest: Manifest, status: dict[str, Any], cursor: Cursor, known: Mapping[str, Any]
+) -> News:
+    """The events since `cursor`; `status` is the video object, `known` the one that the reader was told last.
 
     `segment`: a segment is committed, or replaced. `begun`: one is being denoised, in an attempt from 0. `status`: the
     video object has changed. `ended`: the run has ended; it may be continued later.
@@ -80,13 +82,12 @@ def news(folder: RunFolder, manifest: Manifest, video: Video, cursor: Cursor, kn
     logged, end = events_behind(folder.events, cursor.log)
     cursor = replace(cursor, log=end)
     sent += [message("begun", begun, cursor) for begun in _begun(logged)]
-    status = as_json(video)
-    if status != known:
+    if status is not known and status != known:
         sent.append(message("status", status))
     ended = manifest.end is not None and cursor.next_in(manifest) >= len(manifest.segments)
     if ended:
         sent.append(
-            message("ended", {"status": video.status, "state": manifest.state, "error": status["error"]}, cursor)
+            message("ended", {"status": status["status"], "state": manifest.state, "error": status["error"]}, cursor)
         )
     return News(b"".join(sent), cursor, status, ended)
 

@@ -32,7 +32,7 @@ class Limits:
     """What a replica accepts.
 
     Bytes of a body, seconds until it is there, and requests that change something or read, a second and at once.
-    `readers` are those that follow a run's events.
+    `readers` are those that follow a run's events. New videos are refused while `queued` wait in the cluster.
     """
 
     body_bytes: int = 96 << 20
@@ -42,6 +42,7 @@ class Limits:
     reads_per_s: float = 500.0
     reads_at_once: int = 1000
     readers: int = 1000
+    queued: int = 1000
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from edit_ray.server.video_object import RunView
 
 KEPT = 128  # runs that are kept read, each with its manifest
 STATUS_AGE_S = 0.5  # a status that young is not asked for again
+NEW_S = 5.0  # the age of a run that the segment scheduler must know
 
 
 class Runs(Protocol):
@@ -103,6 +104,8 @@ class _Kept:
     reader: ManifestReader
     lock: Lock = field(default_factory=Lock)
     config: tuple[int, Config | None] = (-1, None)  # with the time of the file's last change
+    view: RunView | None = None
+    viewed_at: float = -math.inf
     status: RunStatus | None = None
     asked_at: float = -math.inf  # monotonic seconds
 
@@ -114,7 +117,7 @@ class RunShelf:
         self.runs = runs
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._lock = Lock()
-        self._queue: tuple[float, Mapping[str, int]] = (-1e9, {})
+        self._active: tuple[float, Mapping[str, RunStatus]] = (-math.inf, {})
 
     def view(self, run_id: str, fresh: bool = False) -> RunView:
         """The run now; `fresh` asks the segment scheduler in any case.
@@ -123,8 +126,19 @@ class RunShelf:
         """
         kept = self._known(run_id)
         if fresh:
-            kept.asked_at = -math.inf
+            kept.asked_at, self._active = -math.inf, (-math.inf, {})
         return self._view(kept)
+
+    def recent(self, run_id: str) -> tuple[RunFolder, RunView]:
+        """The run's folder, and a view of it that may be a moment old: many readers that follow a run share one."""
+        kept, now = self._known(run_id), time.monotonic()
+        if kept.view is None or now - kept.viewed_at > STATUS_AGE_S:
+            kept.view, kept.viewed_at = self._view(kept), now
+        return kept.folder, kept.view
+
+    def queued(self) -> int:
+        """How many runs wait for a GPU actor."""
+        return sum(status.state == "queued" for status in self._known_to_scheduler().values())
 
     def manifest(self, run_id: str) -> tuple[RunFolder, Manifest]:
         """The run's folder and manifest, without a question to the segment scheduler. Raises as `view`."""
@@ -136,9 +150,12 @@ class RunShelf:
         return [folder.run_id for folder in reversed(folders_in(self.runs.output))]
 
     def view_if_mine(self, run_id: str) -> RunView | None:
-        """The run, unless it is another owner's, was removed meanwhile, or cannot be read."""
+        """The run without its step, unless it is another owner's, was removed meanwhile, or cannot be read.
+
+        One question to the segment scheduler serves for all runs of a list.
+        """
         with contextlib.suppress(Refusal, EditRayError, OSError):
-            return self.view(run_id)
+            return self._view(self._known(run_id), listed=True)
         return None
 
     def forget(self, run_id: str) -> None:
@@ -169,30 +186,32 @@ class RunShelf:
         self.runs.check_mine(RunStatus.of(kept.folder.path, manifest))
         return manifest
 
-    def _view(self, kept: _Kept) -> RunView:
+    def _view(self, kept: _Kept, listed: bool = False) -> RunView:
         with kept.lock:
             manifest = self._manifest_of(kept)
             status = RunStatus.of(kept.folder.path, manifest)
-            if manifest.end is None:
-                status = self._status_of(kept, status)
-            config = self._config_of(kept)
             created_at, changed_at = (_time_of(path) for path in (kept.folder.run_yaml, kept.folder.manifest))
-        position = self._queued().get(os.path.realpath(status.path)) if status.state == "queued" else None
-        return RunView(manifest, status, config, created_at, changed_at, position)
+            if manifest.end is None and (known := self._scheduled(kept, created_at, listed)) is not None:
+                # The manifest is newer: what it counts is there.
+                status = replace(known, committed=status.committed, dropped_before=status.dropped_before)
+            config = self._config_of(kept)
+        return RunView(manifest, status, config, created_at, changed_at, self._position(status))
 
-    def _status_of(self, kept: _Kept, read: RunStatus) -> RunStatus:
-        """The segment scheduler's status; that of the folder if none answers or knows the run."""
-        now = time.monotonic()
+    def _scheduled(self, kept: _Kept, created_at: float, listed: bool) -> RunStatus | None:
+        """The segment scheduler's status, with the step unless it is `listed`; None if it does not know the run."""
+        path, now = os.path.realpath(kept.folder.path), time.monotonic()
+        if path not in self._known_to_scheduler() and time.time() - created_at < NEW_S:
+            self._active = -math.inf, {}  # another replica has begun it since
+        known = self._known_to_scheduler().get(path)
+        if known is None or listed:
+            return known
         if now - kept.asked_at > STATUS_AGE_S:
             try:
                 kept.status = self.runs.status(kept.folder.run_id)
             except EditRayError:
                 kept.status = None
             kept.asked_at = now
-        if kept.status is None:
-            return read
-        # The manifest is newer: what it counts is there.
-        return replace(kept.status, committed=read.committed, dropped_before=read.dropped_before)
+        return kept.status
 
     def _config_of(self, kept: _Kept) -> Config | None:
         try:
@@ -203,15 +222,23 @@ class RunShelf:
             kept.config = -1, None
         return kept.config[1]
 
-    def _queued(self) -> Mapping[str, int]:
-        """The positions in the queue of the runs that wait, by their folders' paths."""
+    def _position(self, status: RunStatus) -> int | None:
+        """The position of a run that waits among those that wait."""
+        if status.state != "queued":
+            return None
+        path, known = os.path.realpath(status.path), self._known_to_scheduler()
+        waiting = [other for other, run in known.items() if run.state == "queued"]
+        return waiting.index(path) if path in waiting else None
+
+    def _known_to_scheduler(self) -> Mapping[str, RunStatus]:
+        """The segment scheduler's runs in the order of submission, by their folders' paths."""
         now = time.monotonic()
-        if now - self._queue[0] > STATUS_AGE_S:
-            waiting: list[str] = []
+        if now - self._active[0] > STATUS_AGE_S:
+            known: dict[str, RunStatus] = {}
             with contextlib.suppress(EditRayError):
-                waiting = [os.path.realpath(run.path) for run in self.runs.runs() if run.state == "queued"]
-            self._queue = now, {path: position for position, path in enumerate(waiting)}
-        return self._queue[1]
+                known = {os.path.realpath(run.path): run for run in self.runs.runs()}
+            self._active = now, known
+        return self._active[1]
 
 
 def _time_of(path: Path) -> float:

@@ -7,15 +7,12 @@ import hashlib
 import json
 import math
 import re
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from edit_ray.config import read_edit
 from edit_ray.config.mistakes import show
 from edit_ray.errors import ConfigError, RunExists
-from edit_ray.runs.ids import new_run_id
 from edit_ray.runs.run_plan import EDITABLE
 from edit_ray.server.refusals import Problem, Refusal, refuse
 from edit_ray.server.video_object import RunView, Video
@@ -136,10 +133,8 @@ class VideoChanges:
         seeded: bool = False,
     ) -> Video:
         """The new video; `about` are the client's arguments. The same `key` and body again return the same video."""
-        if key is None:
-            new_id, request = new_run_id(datetime.now(UTC), secrets.token_hex(4)), None
-        else:
-            new_id = keyed_id(self._runs.owner.name, key)
+        new_id, request = self._service.new_id(key), None
+        if key is not None:
             asked = json.dumps([run_id, body], sort_keys=True, default=str)
             request = hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()
         if seeded and about.get("seed") is None:

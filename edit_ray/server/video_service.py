@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -25,10 +26,12 @@ from edit_ray.server.refusals import Problem, Refusal, refuse
 from edit_ray.server.run_shelf import Runs, RunShelf
 from edit_ray.server.video_object import (
     DeletedVideo,
+    RunView,
     SegmentObject,
     SegmentPage,
     Video,
     VideoPage,
+    as_json,
     behind,
     segment_of,
     video_of,
@@ -38,6 +41,7 @@ from edit_ray.server.video_request import Offer, config_for
 CANCEL_S = 30.0  # for a run to stop before it is removed
 MOST_LISTED, LISTED = 100, 20
 MOST_SEGMENTS = 1000
+MOST_FOLLOWED = 64  # runs whose objects are kept for those that follow them
 _KEY = re.compile(r"[\x20-\x7e]{1,255}")
 
 Opened = tuple[int, str]
@@ -69,14 +73,14 @@ def whole_number(text: str, name: str, least: int, most: int) -> int:
 class VideoService:
     """The videos of one folder of runs, for one owner."""
 
-    def __init__(self, runs: Runs, offers: Sequence[Offer]) -> None:
-        self.runs, self.shelf = runs, RunShelf(runs)
+    def __init__(self, runs: Runs, offers: Sequence[Offer], most_queued: int) -> None:
+        self.runs, self.shelf, self._most_queued = runs, RunShelf(runs), most_queued
+        self._told: OrderedDict[str, tuple[RunView, dict[str, Any]]] = OrderedDict()  # to readers of events
         self.offers: Mapping[str, Offer] = {offer.name: offer for offer in offers}
 
     def create(self, body: Mapping[str, Any], key: str | None = None) -> Video:
         """Begin a run. The same `key` again returns the run that it began. Raises Refusal, EditRayError."""
-        now = datetime.now(UTC)
-        run_id = new_run_id(now, secrets.token_hex(4)) if key is None else keyed_id(self.runs.owner.name, key)
+        run_id = self.new_id(key)
         init, problems = self._uploaded(body.get("input_reference"), run_id)
         try:
             config, found = config_for(body, self.offers, seed=seed_of(run_id), init=str(init) if init else None)
@@ -88,6 +92,15 @@ class VideoService:
                 uploads.forget(self.runs.output, {init.name})
             raise
         return self.video(run_id, fresh=True)
+
+    def new_id(self, key: str | None) -> str:
+        """The id of a new run. Raises Refusal if too many wait already."""
+        if self.shelf.queued() >= self._most_queued:
+            said = f"{self._most_queued} videos wait already, which is the most; ask again when some are made."
+            raise refuse("unavailable", said)
+        if key is not None:
+            return keyed_id(self.runs.owner.name, key)
+        return new_run_id(datetime.now(UTC), secrets.token_hex(4))
 
     def _begin(self, run_id: str, config: Config, repeated: bool) -> None:
         path = self.runs.output / run_id
@@ -211,8 +224,14 @@ class VideoService:
 
     def news(self, run_id: str, cursor: Cursor, known: Mapping[str, Any]) -> News:
         """The events of a run since `cursor`."""
-        view, folder = self.shelf.view(run_id), self.shelf.manifest(run_id)[0]
-        return news(folder, view.manifest, video_of(view, self.offers), cursor, known)
+        folder, view = self.shelf.recent(run_id)
+        told, video = self._told.get(run_id, (None, {}))
+        if told is not view:
+            video = as_json(video_of(view, self.offers))
+            self._told[run_id] = view, video
+            while len(self._told) > MOST_FOLLOWED:
+                self._told.popitem(last=False)
+        return news(folder, view.manifest, video, cursor, known)
 
 
 def _page(found: list[Video], *, has_more: bool) -> VideoPage:

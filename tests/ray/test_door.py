@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,7 +15,7 @@ from edit_ray.errors import ConfigError
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.ids import Owner
 from edit_ray.server import door
-from edit_ray.server.gate import Entrance
+from edit_ray.server.gate import Entrance, Limits
 from jobs.demo import free_port
 from tests.door_here import TOKEN
 from tests.ray.conftest import CONFIG, wait_until
@@ -53,7 +54,8 @@ def served(ray_head, model, tmp_path_factory):
     base = config_of(parse(CONFIG.format(model=model, steps=2, segments=2)).data)
     entrance = Entrance("127.0.0.1", free_port(), TOKEN)
     output = tmp_path_factory.mktemp("runs")
-    settings = door.DoorSettings(output, Owner("me", door.JOB), (("tiny", base),), entrance, replicas=2)
+    limits = Limits(body_bytes=100_000, body_s=2.0)
+    settings = door.DoorSettings(output, Owner("me", door.JOB), (("tiny", base),), entrance, limits, replicas=2)
     started = door.start(settings)
     yield Served(settings, started.url)
     door.stop()
@@ -98,6 +100,20 @@ def test_the_bytes_are_those_of_the_same_run_without_a_door(served):
     check_same(made, RunFolder(served.settings.output, run_id))
     assert client.status(video["id"]).owner == "me"
     assert [run["id"] for run in served.ask("GET", "/v1/videos")[1]["data"]].count(run_id) == 0, "it is another owner's"
+
+
+@pytest.mark.parametrize(
+    ("length", "sent", "status"), [(2**31, 0, 413), (None, 300_000, 413), (100, 3, 408)], ids=["said", "sent", "slow"]
+)
+def test_a_body_is_bounded_behind_the_proxy(served, length, sent, status):
+    """One that is said to be too large, one that becomes so, and one that does not come."""
+    about = f"Content-Length: {length}" if length is not None else "Transfer-Encoding: chunked"
+    head = ["POST /v1/videos HTTP/1.1", f"Host: 127.0.0.1:{served.settings.entrance.port}", about]
+    head += [f"Authorization: Bearer {TOKEN}", "Content-Type: application/json", "", ""]
+    body = b" " * sent if length is not None else b"%x\r\n" % sent + b" " * sent + b"\r\n"
+    with socket.create_connection(("127.0.0.1", served.settings.entrance.port), 30) as raw:
+        raw.sendall("\r\n".join(head).encode() + body)
+        assert raw.recv(65536).startswith(f"HTTP/1.1 {status} ".encode())
 
 
 def test_a_run_that_is_being_made_is_removed(served):
