@@ -47,7 +47,10 @@ class Told:
 
 
 class Recorder(files.Disk):
-    """Carries everything out, without syncing anything, and records what happens under `root`."""
+    """Carries everything out, without syncing anything, and records what happens under `root`.
+
+    What is in a folder that was there before is not recorded.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root, self.operations = root, []
@@ -67,7 +70,7 @@ class Recorder(files.Disk):
     def open(self, path, flags):
         with self._lock:
             descriptor = super().open(path, flags)
-            if path == self.root or self.root in path.parents:
+            if path in self._nodes or path.parent in self._nodes:
                 if path not in self._nodes:
                     self._contents[self._made(path, 1)] = bytearray()
                 self._open[descriptor] = (self._nodes[path], flags)
@@ -108,12 +111,28 @@ class Recorder(files.Disk):
     def replace(self, source, target):
         with self._lock:
             super().replace(source, target)
+            if source not in self._nodes:
+                return
             moved = {path: node for path, node in self._nodes.items() if path == source or source in path.parents}
             for path, node in moved.items():
                 del self._nodes[path]
                 self._nodes[target / path.relative_to(source)] = node
             names = ((source.name, None), (target.name, moved[source]))
             self.operations.append(Names(self._nodes[target.parent], names))
+
+    def link(self, source, target):
+        """What was there before the recording is durable."""
+        with self._lock:
+            super().link(source, target)
+            node = self._nodes.get(source)
+            if node is None:
+                self._count += 1
+                node = self._nodes[source] = self._count
+                self._contents[node] = bytearray()
+                self._changed(Data(node, 0, source.read_bytes()))
+                self.operations.append(Sync(node))
+            self._nodes[target] = node
+            self.operations.append(Names(self._nodes[target.parent], ((target.name, node),)))
 
     def unlink(self, path):
         with self._lock:
@@ -128,7 +147,8 @@ class Recorder(files.Disk):
     def mkdir(self, path):
         with self._lock:
             super().mkdir(path)
-            self._made(path, -1)
+            if path.parent in self._nodes:
+                self._made(path, -1)
 
     def _gone(self, path):
         if self._nodes.pop(path, None) is not None:

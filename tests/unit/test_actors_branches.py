@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import itertools
+import random
+from collections import Counter
 
 import pytest
 
@@ -12,6 +14,8 @@ from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.errors import ConfigError, RunDamaged, RunExists, UnknownRun
 from edit_ray.runs.folder import RunFolder
+from tests.chaos.power import Recorder
+from tests.chaos.power_loss import History, build, wrecks
 from tests.chaos.storm import die
 from tests.runs_here import (
     PLAIN_AND_REUSE,
@@ -22,6 +26,7 @@ from tests.runs_here import (
     check_same,
     config_for,
     done,
+    end_of,
     everything,
     made,
     submit,
@@ -276,3 +281,28 @@ async def test_a_scheduler_that_dies_leaves_no_branch_or_a_whole_one(start, tmp_
     assert set(found) == {False, True}
     assert len(found) > 15
     assert list(tmp_path.glob(".branch*/manifest.jsonl")) == [], "litter"
+
+
+async def test_a_loss_of_power_leaves_no_branch_or_a_whole_one(start, tmp_path, model):
+    """After any operation, whatever is lost of what was not synced; once it was answered it is there."""
+    (root := tmp_path / "runs").mkdir()
+    scheduler = start()
+    source = await made(scheduler, root, "source", config_for(model, **SHORT))
+    with files.swapped(recorder := Recorder(root)):
+        await branched(scheduler, root, "branch", "source", 2, prompt="a red circle")
+        recorder.tell("answered")
+        await scheduler.cancel("branch")
+        await end_of(scheduler, "branch")
+    history, there, whole = History(None, recorder.operations), Counter(), source.read_manifest()
+    for number, promised, found in wrecks(history, 20, random.Random(7)):
+        build(tmp_path / "lost", {path: data for path, data in found.items() if "branch" in path.split("/")[0]})
+        folder = RunFolder(tmp_path / "lost", "branch")
+        there[folder.path.exists(), bool(promised)] += 1
+        if folder.path.exists():
+            manifest = folder.read_manifest()
+            assert [record.digests for record in manifest.segments] == [at.digests for at in whole.segments[:2]]
+            assert len(manifest.changes) == 1
+            file = folder.open()
+            assert [line for line in all_damage_of(folder, manifest) if "stream.mp4" not in line] == [], number
+            file.close()
+    assert set(there) == {(False, False), (True, False), (True, True)}

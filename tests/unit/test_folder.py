@@ -216,6 +216,27 @@ def test_what_is_made_and_removed_is_durable(tmp_path):
         assert {path for path in there() if path.endswith("one")} == set()
 
 
+def test_files_that_a_new_run_shares_are_durable_with_it(tmp_path):
+    recorder, power, shared = Recorder(tmp_path), Power(), tmp_path / "shared"
+    with files.swapped(recorder):
+        files.write_atomic(shared, b"some bytes")
+        names = [f"{kind}/00000-t0.end" for kind in ("latents", "segments", "records")] + ["init.mp4"]
+        RunFolder(tmp_path, "one").create("", BEGUN, shared=dict.fromkeys(names, shared)).close()
+    for operation in recorder.operations:
+        power.follow(operation)
+    found = power.lost(random.Random(), share=0.0)[1]
+    assert [found.get(f"one/{name}") for name in names] == [b"some bytes"] * 4
+    assert (tmp_path / "one" / "init.mp4").samefile(shared)
+
+
+def test_a_new_run_whose_shared_file_is_gone_is_not_there(tmp_path):
+    (tmp_path / "shared").write_bytes(b"some bytes")
+    shared = {"latents/00000-t0.end": tmp_path / "shared", "segments/00000-t0.end": tmp_path / "gone"}
+    with pytest.raises(FileNotFoundError):
+        RunFolder(tmp_path, "one").create("", BEGUN, shared=shared)
+    assert [path.name for path in tmp_path.iterdir()] == ["shared"]
+
+
 def test_reads_of_some_bytes_at_a_time_are_continued(tmp_path):
     folder = RunFolder(tmp_path, "one")
     folder.create("some: text\n", BEGUN).close()
