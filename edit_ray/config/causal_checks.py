@@ -186,24 +186,27 @@ def causal_model_mistakes(config: Config, info: ModelInfo) -> Iterator[Mistake]:
         said = f"is {sampling.num_inference_steps}; it must be {steps} for this model, or follow from sampling.sigmas."
         yield mistake_at("sampling.num_inference_steps", said, "model.path", "sampling.sigmas")
     yield from _end_of_table(config, info, options)
-    yield from _disk(config)
+    yield from _tiers(config)
 
 
-def _disk(config: Config) -> Iterator[Mistake]:
-    """A disk tier that does not hold what the next segment begins with, while this one writes."""
-    most = config.store.disk_bytes
-    if not config.continuity.commits_kv or most is None:
+def _tiers(config: Config) -> Iterator[Mistake]:
+    """Tiers that do not hold an entry of K/V, or what the next segment begins with while this one writes."""
+    if not config.continuity.commits_kv:
         return
     configs, _ = read_configs(config.model.path)
-    run = run_of(config)
-    latents = run.window + config.continuity.chunks * run.chunk_size
-    needed = kv_bytes(configs["transformer"], run, configs["vae"].get("scale_factor_spatial", 8), latents)
-    if most < needed:
-        said = (
-            f"is {most}; it must be at least {needed} where continuity.kv is commit, for the K/V of a window and of a "
-            "segment, or null."
-        )
-        yield mistake_at("store.disk_bytes", said, "continuity.kv", "model.path")
+    run, transformer = run_of(config), configs["transformer"]
+    window, chunk = run.window + config.continuity.chunks * run.chunk_size, run.chunk_size
+    spatial = configs["vae"].get("scale_factor_spatial", 8)
+    needed, whole = (kv_bytes(transformer, run, spatial, latents) for latents in (window, chunk))
+    entry = whole // (int(transformer.get("num_layers", 40)) * run.branches)
+    store = config.store
+    for name, given, least, of in (
+        ("disk_bytes", store.disk_bytes, needed, "the K/V of a window and of a segment"),
+        ("host_bytes", store.host_bytes, entry, "the K/V of a chunk in a layer"),
+    ):
+        if given is not None and given < least:
+            said = f"is {given}; it must be at least {least} where continuity.kv is commit, for {of}."
+            yield mistake_at(f"store.{name}", said, "continuity.kv", "model.path")
 
 
 def _end_of_table(config: Config, info: ModelInfo, options: CausalOptions) -> Iterator[Mistake]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +55,8 @@ class CausalSegmentEngine(SegmentEngine):
 
     pipeline_class: ClassVar[type[EditWanPipeline]] = EditCausalWanPipeline
     _model_options: CausalOptions | None = None  # of the model, which those of a run change
+    _records: Sequence[Record] = ()  # of the last segment's chunks
+    _figures: Mapping[str, float] = MappingProxyType({})
 
     def denoise(
         self,
@@ -81,7 +84,7 @@ class CausalSegmentEngine(SegmentEngine):
         assert continuity is not None, "a causal segment has a number of chunks"
         self.use_options(continuity, sampling)
         self._use(cache, sampling, lora_weights or {})
-        self._records: list[Record] = []
+        self._records = []
         stream = self.stream(
             sampling, prompt=prompt, seed=seed, before=before, on_step=on_step, chunks=continuity.chunks
         )
@@ -176,7 +179,7 @@ class CausalSegmentEngine(SegmentEngine):
         """Keep the record of the chunk that is denoised: each chunk is a call of its own."""
         cache = self.pipe.cache
         if cache is not None and not (self._records and self._records[-1] is cache.record):
-            self._records.append(cache.record)
+            self._records = [*self._records, cache.record]
 
 
 def kv_reuse_plan(plan: KVPlan, items: Sequence[Item], size: int) -> ReusePlan:

@@ -269,7 +269,14 @@ class Storyboard:
 
     def switch_before(self, index: int, *switches: Switch) -> int:
         """The latest segment, up to `index`, where a prompt begins with one of these switches; 0 if none does."""
-        return max((start for start, switch in self._switches if start <= index and switch in switches), default=0)
+        if switches not in self._starts:
+            self._starts[switches] = sorted(start for start, switch in self._switches if switch in switches)
+        starts = self._starts[switches]
+        return starts[at - 1] if (at := bisect_right(starts, index)) else 0
+
+    @cached_property
+    def _starts(self) -> dict[tuple[Switch, ...], list[int]]:
+        return {}
 
     @cached_property
     def _switches(self) -> list[tuple[int, Switch]]:

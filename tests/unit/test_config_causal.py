@@ -133,6 +133,7 @@ WRONG = [
         "output.keep_segments is 2 and continuity.kv 'commit'",
     ),
     ("causal", ["continuity.kv=commit", "store.disk_bytes=50000"], "it must be at least 50688 where continuity.kv is"),
+    ("causal", ["continuity.kv=commit", "store.host_bytes=2000"], "it must be at least 2304 where continuity.kv is"),
     (
         "causal",
         ["continuity.kv=commit", "prompt_segments.1.guidance_scale=2"],
