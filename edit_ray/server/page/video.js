@@ -82,25 +82,23 @@ class Shown {
     source.addEventListener("segment", (event) => this.commit(parsed(event.data)));
     source.addEventListener("status", (event) => this.update(parsed(event.data)));
     source.addEventListener("ended", () => source.close());
-    source.addEventListener("gone", (event) => {
-      source.close();
-      say(this.told, parsed(event.data).error.message);
-    });
     source.onerror = () => this.lost(source);
   }
 
   // A stream that cannot be had: the request for the video itself says why.
   async lost(source) {
-    if (source !== this.source) return;
+    let over = false;
     try {
       this.update(await api.video(this.id));
-      if (source.readyState === EventSource.CLOSED && this.isLive()) setTimeout(() => this.follow(), 2000);
+      over = !this.isLive();
     } catch (refused) {
       say(this.told, refused.message);
-      if (refused.status !== 404) return;
-      source.close();
-      say(this.title, "No such video");
+      over = refused.status === 404;
+      if (over) say(this.title, "No such video");
     }
+    if (source !== this.source) return;
+    if (over) source.close();
+    else if (source.readyState === EventSource.CLOSED) setTimeout(() => source === this.source && this.follow(), 2000);
   }
 
   leave() {
@@ -111,6 +109,11 @@ class Shown {
 
   isLive() {
     return this.video?.status === "queued" || this.video?.status === "in_progress";
+  }
+
+  // A branch has segments from its beginning, and a playlist once it is prepared.
+  isPlayable() {
+    return this.video !== null && !["queued", "waiting", "preparing"].includes(this.video.edit_ray.state);
   }
 
   commit(segment) {
@@ -145,7 +148,7 @@ class Shown {
     this.strip.await(this.isLive() && coming ? `${step.segment} · step ${step.step} of ${step.num_steps}` : null);
     if (segments.length) {
       const newest = segments.reduce((one, other) => (other.take > one.take ? other : one));
-      this.player.load(newest.take, newest.take ? this.start(newest.index) : 0);
+      if (this.isPlayable()) this.player.load(newest.take, newest.take ? this.start(newest.index) : 0);
       if (this.chosen === null || this.chosen >= segments.length) this.choose(Math.min(this.chosen ?? 0, segments.length - 1), false);
     }
     this.drawCache();
