@@ -24,7 +24,7 @@ export function standing(video, left = null) {
   const place = run.queue_position;
   if (video.status === "queued") return place ? `${place} before it` : "It is next.";
   const done = run.num_segments === null ? `${run.committed} segments done` : `${run.committed} of ${run.num_segments} segments done`;
-  const making = run.step ? `; segment ${run.step.segment}: step ${run.step.step} of ${run.step.num_steps}` : "; starting";
+  const making = run.step ? `; segment ${run.step.segment}: step ${run.step.step} of ${run.step.num_steps}` : run.committed ? "" : "; starting";
   const eta = run.eta_s ?? left;
   return `${done}${making}${eta === null ? "" : `; about ${about(eta)} left`}`;
 }

@@ -125,15 +125,16 @@ class Shown {
     this.video = video;
     const run = video.edit_ray;
     if (run.committed < this.segments.length) this.segments = this.segments.slice(0, run.committed);
-    say(this.title, video.prompt ?? video.id);
-    document.title = `${video.prompt ?? video.id} – EDiT on Ray`;
+    const first = run.storyboard?.[0]?.prompt ?? video.prompt ?? video.id; // `video.prompt` is the latest one
+    say(this.title, first);
+    document.title = `${first} – EDiT on Ray`;
     say(this.badge, stateOf(video));
     say(this.told, standing(video, this.pace.left(video)));
     say(this.note, run.note ?? "");
     this.progress.hidden = !this.isLive();
     this.progress.value = video.progress;
     this.before.hidden = run.committed > 0 || !this.isLive();
-    say(this.first, video.prompt ?? "");
+    say(this.first, first);
     this.buttons.show(video);
     this.draw();
     this.form();
