@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from edit_ray.config.mistakes import show
 from edit_ray.page.run_server import byte_range
@@ -90,15 +91,27 @@ def file_answer(request: Request, opened: Opened, headers: Mapping[str, str] | N
     if request.method == "HEAD":
         os.close(descriptor)
         return Response(None, status, about, kind)
-    # A file object, which is closed even if the client has left before the first byte.
-    return StreamingResponse(_pieces(os.fdopen(descriptor, "rb"), wanted), status, about, kind)
+    return _FileAnswer(os.fdopen(descriptor, "rb"), wanted, status, about, kind)
+
+
+class _FileAnswer(StreamingResponse):
+    """Bytes of a file, which is closed even if the client has left before the first of them."""
+
+    def __init__(self, file: BinaryIO, wanted: range, status: int, about: Mapping[str, str], kind: str) -> None:
+        self._file = file
+        super().__init__(_pieces(file, wanted), status, about, kind)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._file.close()
 
 
 def _pieces(file: BinaryIO, wanted: range) -> Iterator[bytes]:
     """The bytes, as long as the file has them: if it became shorter, the connection ends early."""
-    with file:
-        file.seek(wanted.start)
-        left = len(wanted)
-        while left and (data := file.read(min(_CHUNK, left))):
-            yield data
-            left -= len(data)
+    file.seek(wanted.start)
+    left = len(wanted)
+    while left and (data := file.read(min(_CHUNK, left))):
+        yield data
+        left -= len(data)

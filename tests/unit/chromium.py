@@ -17,7 +17,14 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from edit_ray.page.run_server import HLS_JS
+
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+AXE = HLS_JS.parents[2] / "axe-core" / "axe.min.js"
+"""axe-core, where `make page` installs it."""
+
+_FINDINGS = "axe.run().then((r) => r.violations.map((v) => [v.id, v.impact, v.nodes.map((n) => n.html).slice(0, 3)]))"
 
 
 def require(name: str, there: bool, says: str) -> None:
@@ -67,6 +74,26 @@ class Page:
         except TimeoutError:
             text = await self.value("document.body.innerText")
             raise AssertionError(f"{expression} did not come true within {timeout_s} s on: {text}") from None
+
+    async def open(self, url: str, script: str = "") -> None:
+        """Loads a page, with a script before its own, and notes what its console shows as errors."""
+        for domain in ("Page", "Runtime", "Log"):
+            await self.call(f"{domain}.enable")
+        await self.call("Page.addScriptToEvaluateOnNewDocument", source=script)
+        await self.call("Page.navigate", url=url)
+        await self.until("document.readyState === 'complete' && location.href !== 'about:blank'", 30)
+
+    async def check_look(self) -> None:
+        """No finding of axe-core and nothing wider than the window, on a phone and a desktop, light and dark."""
+        await self.value(f"{AXE.read_text()};0")
+        for width, height in ((390, 844), (1280, 900)):
+            screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+            await self.call("Emulation.setDeviceMetricsOverride", **screen)
+            for theme in ("light", "dark"):
+                features = [{"name": "prefers-color-scheme", "value": theme}]
+                await self.call("Emulation.setEmulatedMedia", features=features)
+                assert await self.value(_FINDINGS) == [], (width, theme)
+            assert await self.value("document.documentElement.scrollWidth") <= width
 
     async def screenshot(self, path: Path) -> None:
         reply = await self.call("Page.captureScreenshot", format="png")

@@ -1,15 +1,20 @@
 """The door's page without a browser: its files, what they name, and the storyboard's arithmetic."""
 
+import asyncio
+import contextlib
 import json
+import os
 import random
 import re
 import shutil
 import subprocess
 
 import pytest
+from starlette.requests import ClientDisconnect, Request
 
 from edit_ray.config import Config
 from edit_ray.server.app import make_app
+from edit_ray.server.bodies import file_answer
 from edit_ray.server.page_files import PAGE_FILES
 from tests.door_here import ClientHere, browser, offer_of
 from tests.unit import chromium
@@ -92,6 +97,25 @@ def test_the_door_serves_its_page(app, model, tmp_path, name):
 def test_the_door_serves_no_other_file(model, tmp_path, path):
     http = browser(ClientHere(tmp_path, Unasked()), [offer_of(model)])
     assert http.get(path).status_code == 404
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.4"])
+def test_a_file_is_closed_when_its_viewer_leaves_before_the_first_byte(tmp_path, version):
+    (tmp_path / "long.mp4").write_bytes(bytes(1 << 22))
+    descriptor = os.open(tmp_path / "long.mp4", os.O_RDONLY)
+    scope = {"type": "http", "method": "GET", "headers": [], "asgi": {"spec_version": version}}
+    answer = file_answer(Request(scope), (descriptor, "video/mp4"))
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        raise OSError("the viewer has left")
+
+    with contextlib.suppress(OSError, ClientDisconnect, ExceptionGroup):
+        asyncio.run(answer(scope, receive, send))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 # The storyboard, in node.

@@ -18,10 +18,8 @@ from tests.unit import chromium
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-AXE = HLS_JS.parents[2] / "axe-core" / "axe.min.js"
 AT = "document.querySelector('video').currentTime"
 TOKEN = "a token of this test"
-SIZES = [(390, 844, "light"), (390, 844, "dark"), (1280, 900, "light"), (1280, 900, "dark")]
 
 # What a person does, in the page: words on buttons and labels are the only names used.
 HANDS = """
@@ -65,30 +63,9 @@ def serving(model, root, token=None, **changes):
 @pytest.fixture(autouse=True)
 def _programs():
     chromium.require("chromium", chromium.PROGRAM is not None, "chromium is not installed")
-    chromium.require("hls.js", HLS_JS.is_file() and AXE.is_file(), "hls.js and axe-core are not installed: make page")
-
-
-async def opened(page, url):
-    for domain in ("Page", "Runtime", "Log"):
-        await page.call(f"{domain}.enable")
-    await page.call("Page.addScriptToEvaluateOnNewDocument", source=HANDS)
-    await page.call("Page.navigate", url=url)
-    await page.until("document.readyState === 'complete' && location.href !== 'about:blank'", 30)
-
-
-async def looks_right(page):
-    """No finding of axe-core, nothing wider than the window, in both themes, on a phone and on a desktop."""
-    await page.value(f"{AXE.read_text()};0")
-    for width, height, theme in SIZES:
-        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-        await page.call("Emulation.setDeviceMetricsOverride", **screen)
-        features = [{"name": "prefers-color-scheme", "value": theme}]
-        await page.call("Emulation.setEmulatedMedia", features=features)
-        found = await page.value(
-            "axe.run().then((r) => r.violations.map((v) => [v.id, v.impact, v.nodes.map((n) => n.html).slice(0, 3)]))"
-        )
-        assert found == [], (width, theme)
-        assert await page.value("document.documentElement.scrollWidth") <= width
+    chromium.require(
+        "hls.js", HLS_JS.is_file() and chromium.AXE.is_file(), "hls.js and axe-core are not installed: make page"
+    )
 
 
 async def make(page, prompt, length, **more):
@@ -116,7 +93,7 @@ def watched(model, root, tmp_path, script, **changes):
     async def watch():
         with serving(model, root, **changes) as url:
             async with chromium.page(tmp_path / "browser", 1280, 900) as page:
-                await opened(page, url)
+                await page.open(url, HANDS)
                 await script(page, url)
                 assert page.errors == []
 
@@ -128,7 +105,7 @@ def test_a_video_is_made_watched_steered_made_again_branched_and_extended(model,
     root.mkdir()
 
     async def script(page, url):
-        await looks_right(page)
+        await page.check_look()
         first = await make(page, "a red circle", "6", steps=40)
         await page.until("document.querySelector('.before')?.checkVisibility()", 30)
         assert await page.value("document.querySelector('.before .prompt').textContent") == "a red circle"
@@ -150,7 +127,7 @@ def test_a_video_is_made_watched_steered_made_again_branched_and_extended(model,
         await page.until(f"{AT} > 1.2", 120)
         await page.until("badge() === 'done'", 300)
         await page.until("[...document.querySelectorAll('.strip img')].every((e) => e.naturalWidth > 0)", 30)
-        await looks_right(page)
+        await page.check_look()
         count = await page.value("segments()")
         prompts = (root / first / "manifest.jsonl").read_text()
         assert "a blue square" in prompts
@@ -179,7 +156,7 @@ def test_a_video_is_made_watched_steered_made_again_branched_and_extended(model,
         await page.value("location.hash = '#/'")
         await page.until("document.querySelectorAll('.videos li').length === 3", 30)
         await page.until("[...document.querySelectorAll('.videos img')].every((e) => e.naturalWidth > 0)", 30)
-        await looks_right(page)
+        await page.check_look()
         await page.value(f"location.hash = '#/videos/{third}'")
         await page.until("badge() === 'done'", 30)
         await page.until(f"{AT} > 0", 30)
@@ -187,6 +164,54 @@ def test_a_video_is_made_watched_steered_made_again_branched_and_extended(model,
         await page.value("press('Really delete it?')")
         await page.until("location.hash === '#/' && document.querySelectorAll('.videos li').length === 2", 60)
         assert not (root / third).exists()
+
+    watched(model, root, tmp_path, script)
+
+
+def test_a_storyboard_is_edited_by_keys_and_by_hand_and_a_theme_stays(model, tmp_path):
+    root = tmp_path / "runs"
+    root.mkdir()
+    border = "document.querySelector('.board .border')"
+
+    async def drag(page, by):
+        at = await page.value(f"(({{x, y}}) => [x + 12, y + 12])({border}.getBoundingClientRect())")
+        mouse = {"button": "left", "clickCount": 1, "y": at[1]}
+        await page.call("Input.dispatchMouseEvent", type="mousePressed", x=at[0], **mouse)
+        await page.call("Input.dispatchMouseEvent", type="mouseMoved", x=at[0] + by, **mouse)
+        await page.call("Input.dispatchMouseEvent", type="mouseReleased", x=at[0] + by, **mouse)
+
+    async def script(page, url):
+        await page.until("!!document.querySelector('option')", 30)
+        await page.value("write('Prompt', 'a red circle'); write('Seconds', '5'); press('Add a prompt')")
+        await page.value("write('Prompt 2', 'a blue square')")
+        now = f"Number({border}.getAttribute('aria-valuenow'))"
+        middle = await page.value(now)
+        await page.value(f"{border}.focus()")
+        for key, by in (("ArrowRight", 1), ("ArrowLeft", 0), ("ArrowLeft", -1)):
+            await page.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key)
+            assert await page.value(now) == middle + by
+        await drag(page, 5000)
+        assert await page.value(now) == await page.value(f"Number({border}.getAttribute('aria-valuemax'))")
+        await drag(page, -5000)
+        assert await page.value(now) == 1
+        await page.check_look()
+
+        ground = "getComputedStyle(document.body).backgroundColor"
+        await page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "light"}])
+        light = await page.value(ground)
+        await page.value("document.querySelector('[name=theme][value=dark]').click()")
+        assert await page.value(ground) != light
+        await page.call("Page.reload")
+        await page.until("!!document.querySelector('option')", 30)
+        assert await page.value(ground) != light, "the choice outlives the page"
+
+        await page.value("write('Prompt', 'a red circle'); write('Seconds', '2'); press('Add a prompt')")
+        await page.value("write('Prompt 2', 'a blue square'); press('Make the video')")
+        video_id = await id_of(page, "")
+        await page.until("badge() === 'done'", 120)
+        lines = [json.loads(line) for line in (root / video_id / "manifest.jsonl").read_text().splitlines()]
+        prompts = [line["segment"]["prompt"] for line in lines if line["kind"] == "committed"]
+        assert list(dict.fromkeys(prompts)) == ["a red circle", "a blue square"]
 
     watched(model, root, tmp_path, script)
 
@@ -199,7 +224,7 @@ def test_a_segment_waits_for_a_yes(model, tmp_path):
         await make(page, "a red circle", "2", ask=True)
         await page.until("said().includes('waits for your yes')", 120)
         assert await page.value("segments()") == 1
-        await looks_right(page)
+        await page.check_look()
         rounds = 0
         while await page.value("badge()") != "done":
             assert (rounds := rounds + 1) < 10
@@ -223,9 +248,10 @@ def test_mistakes_are_shown_where_they_were_made(model, tmp_path):
             "write('Prompt', 'a red circle'); write('Seconds', '1'); press('More'); write('Steps', '99999')"
         )
         await page.value("press('Make the video')")
-        said = "document.querySelector('.errors').textContent"
-        await page.until(f"{said}.startsWith('Steps for each segment is 99999')", 30)
-        await looks_right(page)
+        await page.until(
+            "document.querySelector('.errors').textContent.startsWith('Steps for each segment is 99999')", 30
+        )
+        await page.check_look()
         assert page.errors.pop().startswith("Failed to load resource: the server responded with a status of 400")
         assert list(root.iterdir()) == []
         await page.call("Page.navigate", url=f"{url}#/videos/nobody")
@@ -241,7 +267,7 @@ def test_the_token_is_asked_for_once_and_is_kept_as_a_cookie(model, tmp_path):
 
     async def script(page, url):
         await page.until("document.getElementById('entrance').open", 30)
-        await looks_right(page)
+        await page.check_look()
         await page.value("write('Token', 'wrong'); press('Enter')")
         await page.until("document.getElementById('entrance-error').textContent !== ''", 30)
         await page.value(f"write('Token', {json.dumps(TOKEN)}); press('Enter')")

@@ -3,11 +3,16 @@
 import asyncio
 import threading
 
+import numpy as np
 import pytest
 
+from edit_ray.page.drawing import data_url
+from edit_ray.page.run_page import render_run
 from edit_ray.page.run_server import HLS_JS, PageServer
 from edit_ray.video.hls import StreamFiles, newest_playlist
 from tests.unit import chromium
+from tests.unit.test_cache_report import RECORD
+from tests.unit.test_run_report import segment
 from tests.unit.test_stream_files import make_part
 
 pytestmark = pytest.mark.slow
@@ -95,6 +100,32 @@ def test_playback_crosses_every_join_without_a_seek_while_the_run_goes_on(run, u
             assert await page.value(f"{VIDEO}.getVideoPlaybackQuality().totalVideoFrames") >= 105
 
     asyncio.run(watch())
+
+
+def test_a_report_is_in_order_on_a_phone_and_a_desktop_light_and_dark(tmp_path):
+    chromium.require("chromium", chromium.PROGRAM is not None, "chromium is not installed")
+    chromium.require("axe-core", chromium.AXE.is_file(), "axe-core is not installed: make page")
+    segments = [segment(index, prompt, red=90.0 + index) for index, prompt in enumerate("aabbb")]
+    pictures = [(index, [data_url(np.zeros((32, 48, 3), np.uint8))] * 2) for index in range(5)]
+    records = {f"segment {index}": RECORD for index in range(5)}
+    file = tmp_path / "report.html"
+    file.write_text(render_run("one", "done", "{}", segments, records=records, pictures=pictures))
+
+    async def look():
+        async with chromium.page(tmp_path / "browser") as page:
+            await page.open(file.as_uri())
+            await page.check_look()
+            await page.value("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+            await page.check_look()
+            ground = "getComputedStyle(document.body).backgroundColor"
+            found = []
+            for theme in ("light", "dark"):
+                await page.value(f"document.querySelector('[value={theme}]').click()")
+                found.append(await page.value(ground))
+            assert found == ["rgb(244, 246, 248)", "rgb(17, 21, 27)"]
+            assert page.errors == []
+
+    asyncio.run(look())
 
 
 def test_without_hls_js_the_browser_plays_what_is_there(run, url, tmp_path, monkeypatch):

@@ -24,8 +24,8 @@ export function parsed(text) {
   }
 }
 
-export async function request(path, { method = "GET", json, form } = {}) {
-  const options = { method, body: form };
+export async function request(path, { method = "GET", json, form, headers } = {}) {
+  const options = { method, body: form, headers };
   if (json !== undefined) {
     options.body = JSON.stringify(json);
     options.headers = { "Content-Type": "application/json" };
@@ -36,7 +36,7 @@ export async function request(path, { method = "GET", json, form } = {}) {
   } catch {
     throw new Refused(0, [{ message: "The server does not answer.", param: null }]);
   }
-  if (answer.status === 401 && path !== "/session" && (await askForToken())) return request(path, { method, json, form });
+  if (answer.status === 401 && path !== "/session" && (await askForToken())) return request(path, { method, json, form, headers });
   const body = answer.status === 204 ? null : parsed(await answer.text());
   if (answer.ok) return body;
   const error = body?.error ?? {};
@@ -51,7 +51,7 @@ export const api = {
   models: () => request("/v1/models"),
   videos: (after) => request(`/v1/videos?limit=20${after ? `&after=${encodeURIComponent(after)}` : ""}`),
   video: (id) => request(at(id)),
-  create: (form) => request("/v1/videos", { method: "POST", form }),
+  create: (form, key) => request("/v1/videos", { method: "POST", form, headers: { "Idempotency-Key": key } }),
   remove: (id) => request(at(id), { method: "DELETE" }),
   steer: (id, edit) => request(at(id), { method: "PATCH", json: { steer: edit } }),
   pause: (id, paused) => request(at(id), { method: "PATCH", json: { paused } }),

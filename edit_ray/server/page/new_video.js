@@ -21,6 +21,8 @@ const LABELS = [
   [/^model\b/, "Model"],
 ];
 
+const newKey = () => `page-${Date.now()}-${Math.random()}`;
+
 const inWords = (sentence) => LABELS.reduce((text, [name, label]) => text.replace(name, label), sentence);
 
 export function newVideo(made) {
@@ -58,6 +60,17 @@ export function newVideo(made) {
     }
   }
 
+  // A request whose answer was lost may be sent again: the same fields have the same key, and begin no second video.
+  let key = null;
+  let sent = null;
+
+  function keyOf(form) {
+    const fields = [...form.values()].map((value) => value.name ?? value).join("\n");
+    if (fields !== sent) key = newKey();
+    sent = fields;
+    return key;
+  }
+
   const tell = (sentences) => errors.replaceChildren(...sentences.map((sentence) => el("p", {}, inWords(sentence))));
 
   function body() {
@@ -81,7 +94,8 @@ export function newVideo(made) {
     if (board.missing() >= 0) return;
     button.disabled = true;
     try {
-      made(await api.create(body()));
+      const form = body();
+      made(await api.create(form, keyOf(form)));
     } catch (refused) {
       tell(refused.problems.map((problem) => problem.message));
     }

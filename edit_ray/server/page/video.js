@@ -82,25 +82,23 @@ class Shown {
     source.addEventListener("segment", (event) => this.commit(parsed(event.data)));
     source.addEventListener("status", (event) => this.update(parsed(event.data)));
     source.addEventListener("ended", () => source.close());
-    source.addEventListener("gone", (event) => {
-      source.close();
-      say(this.told, parsed(event.data).error.message);
-    });
     source.onerror = () => this.lost(source);
   }
 
   // A stream that cannot be had: the request for the video itself says why.
   async lost(source) {
-    if (source !== this.source) return;
+    let over = false;
     try {
       this.update(await api.video(this.id));
-      if (source.readyState === EventSource.CLOSED && this.isLive()) setTimeout(() => this.follow(), 2000);
+      over = !this.isLive();
     } catch (refused) {
       say(this.told, refused.message);
-      if (refused.status !== 404) return;
-      source.close();
-      say(this.title, "No such video");
+      over = refused.status === 404;
+      if (over) say(this.title, "No such video");
     }
+    if (source !== this.source) return;
+    if (over) source.close();
+    else if (source.readyState === EventSource.CLOSED) setTimeout(() => source === this.source && this.follow(), 2000);
   }
 
   leave() {
@@ -113,6 +111,11 @@ class Shown {
     return this.video?.status === "queued" || this.video?.status === "in_progress";
   }
 
+  // A branch has segments from its beginning, and a playlist once it is prepared.
+  isPlayable() {
+    return this.video !== null && !["queued", "waiting", "preparing"].includes(this.video.edit_ray.state);
+  }
+
   commit(segment) {
     this.segments = [...this.segments.slice(0, segment.index), segment];
     this.draw();
@@ -122,15 +125,16 @@ class Shown {
     this.video = video;
     const run = video.edit_ray;
     if (run.committed < this.segments.length) this.segments = this.segments.slice(0, run.committed);
-    say(this.title, video.prompt ?? video.id);
-    document.title = `${video.prompt ?? video.id} – EDiT on Ray`;
+    const first = run.storyboard?.[0]?.prompt ?? video.prompt ?? video.id; // `video.prompt` is the latest one
+    say(this.title, first);
+    document.title = `${first} – EDiT on Ray`;
     say(this.badge, stateOf(video));
     say(this.told, standing(video, this.pace.left(video)));
     say(this.note, run.note ?? "");
     this.progress.hidden = !this.isLive();
     this.progress.value = video.progress;
     this.before.hidden = run.committed > 0 || !this.isLive();
-    say(this.first, video.prompt ?? "");
+    say(this.first, first);
     this.buttons.show(video);
     this.draw();
     this.form();
@@ -145,7 +149,7 @@ class Shown {
     this.strip.await(this.isLive() && coming ? `${step.segment} · step ${step.step} of ${step.num_steps}` : null);
     if (segments.length) {
       const newest = segments.reduce((one, other) => (other.take > one.take ? other : one));
-      this.player.load(newest.take, newest.take ? this.start(newest.index) : 0);
+      if (this.isPlayable()) this.player.load(newest.take, newest.take ? this.start(newest.index) : 0);
       if (this.chosen === null || this.chosen >= segments.length) this.choose(Math.min(this.chosen ?? 0, segments.length - 1), false);
     }
     this.drawCache();
