@@ -11,7 +11,6 @@ import math
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
@@ -26,10 +25,10 @@ from edit_ray.runs.manifest import Manifest
 from edit_ray.runs.manifest_file import ManifestReader
 from edit_ray.runs.run_plan import Edit
 from edit_ray.server.refusals import Refusal, refuse
+from edit_ray.server.scheduler_answers import STATUS_AGE_S, SchedulerAnswers
 from edit_ray.server.video_object import RunView
 
 KEPT = 128  # runs that are kept read, each with its manifest
-STATUS_AGE_S = 0.5  # a status that young is not asked for again
 NEW_S = 5.0  # the age of a run that the segment scheduler must know
 
 
@@ -105,9 +104,7 @@ class _Kept:
     lock: Lock = field(default_factory=Lock)
     config: tuple[int, Config | None] = (-1, None)  # with the time of the file's last change
     view: RunView | None = None
-    viewed_at: float = -math.inf
-    status: RunStatus | None = None
-    asked_at: float = -math.inf  # monotonic seconds
+    viewed_at: float = -math.inf  # monotonic seconds
 
 
 class RunShelf:
@@ -117,17 +114,14 @@ class RunShelf:
         self.runs = runs
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._lock = Lock()
-        self._active: tuple[float, Mapping[str, RunStatus]] = (-math.inf, {})
+        self._scheduler = SchedulerAnswers(runs)
 
     def view(self, run_id: str, fresh: bool = False) -> RunView:
         """The run now; `fresh` asks the segment scheduler in any case.
 
         Raises Refusal if there is none, NotYourRun, ManifestUnreadable.
         """
-        kept = self._known(run_id)
-        if fresh:
-            kept.asked_at, self._active = -math.inf, (-math.inf, {})
-        return self._view(kept)
+        return self._view(self._known(run_id), fresh=fresh)
 
     def recent(self, run_id: str) -> tuple[RunFolder, RunView]:
         """The run's folder, and a view of it that may be a moment old: many readers that follow a run share one."""
@@ -138,7 +132,7 @@ class RunShelf:
 
     def queued(self) -> int:
         """How many runs wait for a GPU actor."""
-        return sum(status.state == "queued" for status in self._known_to_scheduler().values())
+        return sum(status.state == "queued" for status in self._scheduler.known().values())
 
     def manifest(self, run_id: str) -> tuple[RunFolder, Manifest]:
         """The run's folder and manifest, without a question to the segment scheduler. Raises as `view`."""
@@ -186,32 +180,25 @@ class RunShelf:
         self.runs.check_mine(RunStatus.of(kept.folder.path, manifest))
         return manifest
 
-    def _view(self, kept: _Kept, listed: bool = False) -> RunView:
+    def _view(self, kept: _Kept, *, listed: bool = False, fresh: bool = False) -> RunView:
         with kept.lock:
-            manifest = self._manifest_of(kept)
-            status = RunStatus.of(kept.folder.path, manifest)
-            created_at, changed_at = (_time_of(path) for path in (kept.folder.run_yaml, kept.folder.manifest))
-            if manifest.end is None and (known := self._scheduled(kept, created_at, listed)) is not None:
-                # The manifest is newer: what it counts is there.
-                status = replace(known, committed=status.committed, dropped_before=status.dropped_before)
-            config = self._config_of(kept)
+            manifest, config = self._manifest_of(kept), self._config_of(kept)
+        status = RunStatus.of(kept.folder.path, manifest)
+        created_at, changed_at = (_time_of(path) for path in (kept.folder.run_yaml, kept.folder.manifest))
+        if manifest.end is None and (known := self._scheduled(kept, created_at, listed, fresh)) is not None:
+            # The manifest is newer: what it counts is there.
+            status = replace(known, committed=status.committed, dropped_before=status.dropped_before)
         return RunView(manifest, status, config, created_at, changed_at, self._position(status))
 
-    def _scheduled(self, kept: _Kept, created_at: float, listed: bool) -> RunStatus | None:
+    def _scheduled(self, kept: _Kept, created_at: float, listed: bool, fresh: bool) -> RunStatus | None:
         """The segment scheduler's status, with the step unless it is `listed`; None if it does not know the run."""
-        path, now = os.path.realpath(kept.folder.path), time.monotonic()
-        if path not in self._known_to_scheduler() and time.time() - created_at < NEW_S:
-            self._active = -math.inf, {}  # another replica has begun it since
-        known = self._known_to_scheduler().get(path)
+        path = os.path.realpath(kept.folder.path)
+        known = self._scheduler.known(fresh=fresh).get(path)
+        if known is None and not fresh and time.time() - created_at < NEW_S:  # another replica has begun it since
+            known = self._scheduler.known(fresh=True).get(path)
         if known is None or listed:
             return known
-        if now - kept.asked_at > STATUS_AGE_S:
-            try:
-                kept.status = self.runs.status(kept.folder.run_id)
-            except EditRayError:
-                kept.status = None
-            kept.asked_at = now
-        return kept.status
+        return self._scheduler.status(kept.folder.run_id, fresh=fresh) or known
 
     def _config_of(self, kept: _Kept) -> Config | None:
         try:
@@ -226,19 +213,9 @@ class RunShelf:
         """The position of a run that waits among those that wait."""
         if status.state != "queued":
             return None
-        path, known = os.path.realpath(status.path), self._known_to_scheduler()
+        path, known = os.path.realpath(status.path), self._scheduler.known()
         waiting = [other for other, run in known.items() if run.state == "queued"]
         return waiting.index(path) if path in waiting else None
-
-    def _known_to_scheduler(self) -> Mapping[str, RunStatus]:
-        """The segment scheduler's runs in the order of submission, by their folders' paths."""
-        now = time.monotonic()
-        if now - self._active[0] > STATUS_AGE_S:
-            known: dict[str, RunStatus] = {}
-            with contextlib.suppress(EditRayError):
-                known = {os.path.realpath(run.path): run for run in self.runs.runs()}
-            self._active = now, known
-        return self._active[1]
 
 
 def _time_of(path: Path) -> float:

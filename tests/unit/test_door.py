@@ -295,6 +295,50 @@ def test_what_made_no_run_is_swept_after_an_hour(tmp_path):
     assert not old.exists()
 
 
+# When the segment scheduler is silent.
+
+
+class Silent(ClientHere):
+    """A client whose questions get no answer while `answers` is not set."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.answers = threading.Event()
+        self.answers.set()
+
+    def _ask(self, *arguments, **options):
+        assert self.answers.wait(60)
+        return super()._ask(*arguments, **options)
+
+
+def test_readers_get_the_last_answer_of_a_segment_scheduler_that_is_silent(scheduler, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("edit_ray.server.scheduler_answers.PATIENCE_S", 0.2)
+    client = Silent(tmp_path, scheduler)
+    http = browser(client, [offer_of(model)])
+    body = {"prompt": PROMPT, "edit_ray": {"num_segments": 3, "approve": "each"}}
+    video_id = http.post("/v1/videos", json=body).json()["id"]
+    deadline = time.monotonic() + 60
+    while not http.get(f"/v1/videos/{video_id}").json()["edit_ray"]["awaiting_approval"]:
+        assert time.monotonic() < deadline
+    client.answers.clear()
+    time.sleep(0.6)  # the last answer is too old
+    began = time.monotonic()
+    for _ in range(5):
+        video = http.get(f"/v1/videos/{video_id}").json()
+        assert (video["status"], video["edit_ray"]["awaiting_approval"]) == ("in_progress", True)
+        assert [found["id"] for found in http.get("/v1/videos").json()["data"]] == [video_id]
+    assert time.monotonic() - began < 5
+    client.answers.set()
+    assert http.delete(f"/v1/videos/{video_id}").status_code == 200
+
+
+def test_new_videos_are_refused_while_many_wait(scheduler, model, tmp_path):
+    http = browser(ClientHere(tmp_path, scheduler), [offer_of(model)], limits=Limits(queued=0))
+    answer = http.post("/v1/videos", json={"prompt": PROMPT})
+    assert code_of(answer) == (503, "unavailable")
+    assert "0 videos wait already" in answer.json()["error"]["message"]
+
+
 # Whose it is.
 
 
