@@ -28,7 +28,13 @@ def cached_run(config: Config, configs: Mapping[str, Mapping[str, Any]]) -> Run:
     stacks = [of.get("num_layers", 40) for name, of in configs.items() if name.startswith("transformer")]
     units = sum(len(split_blocks(blocks, cache.granularity)) for blocks in stacks)
     stored = policy.most_stored(config.sampling.num_inference_steps)
-    return replace(run, entries=stored * units * run.branches, probes=policy.needs_first_block_probe)
+    keeping = units * (1 if policy.uncond_follows else run.branches)
+    return replace(
+        run,
+        entries=stored * units * run.branches,
+        hidden=policy.kept_hidden * keeping,
+        latents=policy.kept_latents * keeping,
+    )
 
 
 def card_lines(config: Config, cards: Sequence[float] = CARDS) -> list[str]:

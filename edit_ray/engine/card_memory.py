@@ -111,7 +111,8 @@ class Run:
     num_frames: int
     branches: int
     entries: int = 0
-    probes: bool = False  # whether each unit's first block runs always, and what it adds is kept
+    hidden: int = 0  # tensors of a residual's size that policies keep besides
+    latents: int = 0  # and of the size of the transformer's input
     tier_bytes: int = 0  # of the device tier, for residuals of other segments
     torch_dtype: str = "bfloat16"
     storage: str = "torch_dtype"
@@ -147,7 +148,8 @@ def needs_of(configs: Mapping[str, PartConfig], run: Run, *, per_token: bool) ->
     tokens = latents[0] // frames * (latents[1] // rows) * (latents[2] // columns)
     width = width_of(first)
     one = tokens * width * item
-    kept = (run.entries + 1 if run.entries else 0) + (run.branches if run.probes else 0)
+    kept = (run.entries + 1 if run.entries else 0) + run.hidden
+    shown = FLOAT * int(first.get("in_channels", 16)) * math.prod(latents)
     transformers = {name: transformer_bytes(config, run, name) for name, config in experts.items()}
     weights = vae_parameters(vae) * item + clip_parameters(configs.get("image_encoder")) * item
     blocks = sum(int(config.get("num_layers", 40)) for config in experts.values())
@@ -155,7 +157,7 @@ def needs_of(configs: Mapping[str, PartConfig], run: Run, *, per_token: bool) ->
     loop = 10 * FLOAT * vae.get("z_dim", 16) * math.prod(latents)
     pixels, residual = run.height * run.width, bool(vae.get("is_residual", False))
     channels = vae.get("decoder_base_dim") or vae.get("base_dim", 96)
-    shown = 3 * item * run.num_frames * pixels
+    video = 3 * item * run.num_frames * pixels
     at_work = CONVOLUTIONS * DECODER_CHANNELS[residual] * channels * item
     return Needs(
         transformers=transformers,
@@ -164,8 +166,8 @@ def needs_of(configs: Mapping[str, PartConfig], run: Run, *, per_token: bool) ->
         + loop
         + (texts if run.fast or run.window else 0)
         + (0 if run.storage == "torch_dtype" and not run.file_bytes else largest_layer(first) * item),
-        residuals=kept * one + run.tier_bytes,
-        decoder=int(at_work * pixels) + shown,
+        residuals=kept * one + run.latents * shown + run.tier_bytes,
+        decoder=int(at_work * pixels) + video,
         decoder_state=int(STATE_CHANNELS[residual] * channels * item * pixels),
         tiled=int(at_work * min(pixels, TILE * TILE)),
         kv=kv + kv // 4 * (2 if run.rotated_keys else 0),

@@ -135,10 +135,10 @@ class Setting:
         return replace(self, skips=halves, units=units)
 
 
-def lemica_setting(loop: Loop, reuse_error: Sequence[Sequence[float]], skips: int) -> Setting:
+def lemica_setting(loop: Loop, reuse_error: Sequence[Sequence[float]], skips: int, forecast: str = "reuse") -> Setting:
     """LeMiCa's path: its steps are skipped by all branches, as far as each expert has begun."""
     computed = set(minimax_path(reuse_error, skips))
-    return Setting(loop, {place: "reuse" for place in Setting(loop).places if place[2] not in computed})
+    return Setting(loop, {place: forecast for place in Setting(loop).places if place[2] not in computed})
 
 
 def changes(setting: Setting) -> Iterator[tuple[str, Setting]]:

@@ -28,6 +28,7 @@ SEARCH = "search"  # beside the policies: a mask of one's own, for the policy `s
 TRIALS = 7  # halvings of the range of log(threshold) for each policy
 CONFIDENCE = 1.64  # standard errors between a mean and what it may be on other videos, where it is given up: 95 %
 FEWEST_PROMPTS = 4  # for the search: half of them are searched on
+STARTS = ("reuse", "linear")  # what stands in for the skips on LeMiCa's path
 START_REUSE = 2  # steps in a row that are measured alone, for the start of the search
 _SOONEST = 4  # videos before a setting is given up
 
@@ -136,16 +137,19 @@ def tune_by_search(
     def tried(setting: Setting, only: Sequence[int]) -> Trial:
         return _try(lambda policy, given: videos(policy, given, only), "schedule", setting.options(), psnr, seeds)
 
-    errors = _reuse_errors(loop, near)
+    errors = _reuse_errors(loop, near, budget)
     said(f"{near.spent} videos for the errors of single reuses")
-    holds, fails = 0, len(loop.later_steps()) + 1
-    while fails - holds > 1:
-        middle = (holds + fails) // 2
-        near.spent += len(searched)
-        found = tried(lemica_setting(loop, errors, middle), searched).verdict == "holds"
-        holds, fails = (middle, fails) if found else (holds, middle)
-    start = lemica_setting(loop, errors, holds)
-    if holds:
+    start = Setting(loop)
+    for forecast in STARTS:
+        holds, fails = 0, len(loop.later_steps()) + 1
+        while fails - holds > 1:
+            middle = (holds + fails) // 2
+            path = lemica_setting(loop, errors, middle, forecast)
+            near.spent += len(searched)
+            found = tried(path, searched).verdict == "holds"
+            holds, fails = (middle, fails) if found else (holds, middle)
+            start = path if found and path.blocks < start.blocks else start
+    if start.skips:
         near.shift_to(start)
 
     def least(psnrs: Sequence[float]) -> float:
@@ -186,10 +190,15 @@ class _Near:
         return found
 
 
-def _reuse_errors(loop: Loop, near: _Near) -> list[list[float]]:
-    """For LeMiCa's path: by step the errors when its residual alone is reused in the next one, two, … steps."""
+def _reuse_errors(loop: Loop, near: _Near, budget: int) -> list[list[float]]:
+    """For LeMiCa's path: by step the errors when its residual alone is reused in the next one, two, … steps.
+
+    Of as many videos as a third of the budget has for each, from one to four.
+    """
     errors: list[list[float]] = [[] for _ in loop.experts]
-    for step, count in loop.reuses(START_REUSE):
-        likeness_of = near(loop.reusing(step, count), [-math.inf] * _SOONEST)
-        errors[step].append(statistics.fmean(10 ** (-each / 20) for each in likeness_of))
+    reuses = loop.reuses(START_REUSE)
+    each = min(max(1, budget // (3 * len(reuses) or 1)), _SOONEST)
+    for step, count in reuses:
+        likeness_of = near(loop.reusing(step, count), [-math.inf] * each)
+        errors[step].append(statistics.fmean(10 ** (-found / 20) for found in likeness_of))
     return errors

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from edit_ray.cache.device_slots import AHEAD
 from edit_ray.cache.kv_rings import KVLayout, KVRings
-from edit_ray.cli.plan_cards import card_lines
+from edit_ray.cli.plan_cards import cached_run, card_lines
 from edit_ray.config import config_of
 from edit_ray.engine import decode, loading
 from edit_ray.engine.card_memory import (
@@ -201,11 +201,11 @@ def model(tmp_path):
     return save_random_wan(tmp_path / "wan", num_layers=4, two_experts=True)
 
 
-def config(model, **of_model):
+def config(model, cache=None, **of_model):
     sampling = {"height": 480, "width": 832, "num_frames": 81}
     given = {"path": str(model), "torch_dtype": "bfloat16", **of_model}
     run = {"video": {"num_segments": 1}, "prompt_segments": [{"segment": 0, "prompt": "a red circle"}]}
-    return config_of({"model": given, "sampling": sampling, "cache": {"policy": "fbcache"}, **run})
+    return config_of({"model": given, "sampling": sampling, "cache": cache or {"policy": "fbcache"}, **run})
 
 
 def test_the_table_says_what_to_set(model):
@@ -238,3 +238,21 @@ def test_a_causal_window_takes_what_its_rings_take():
     both = needs_of(configs, replace(run, branches=2, rotated_keys=False), per_token=False)
     assert both.kv == 2 * needs.kv * 2 // 3
     assert both.beside(tiled=False) - both.kv < needs.beside(tiled=False)
+
+
+def test_what_easycache_keeps_is_counted_on_a_card(model):
+    """Of each unit of cond one output, and latents of two steps; uncond follows."""
+    large = configs_of(VARIANTS["t2v-14B"])
+
+    def run(**cache):
+        return cached_run(config(model, cache), large)
+
+    easy, tea = run(policy="easycache"), run(policy="teacache", wan_variant="t2v-14B")
+    assert (easy.entries, easy.hidden, easy.latents) == (2, 1, 2)
+    assert (tea.entries, tea.hidden, tea.latents) == (2, 0, 0)
+    found, other = (needs_of(large, each, per_token=False).residuals for each in (easy, tea))
+    assert found - other == 2 * (21 * 30 * 52) * 5120 + 2 * 4 * 16 * 21 * 60 * 104
+    each = run(policy="easycache", granularity="per_block")
+    assert (each.entries, each.hidden, each.latents) == (80, 40, 80)
+    probed = run(policy="dicache", granularity=10)
+    assert (probed.entries, probed.hidden, probed.latents) == (16, 24, 0)

@@ -1,5 +1,7 @@
 """Policies that look at tensors in the loop, against their published rules on random tensors."""
 
+from collections import Counter
+
 import pytest
 import torch
 from diffusers.hooks.sea_cache import (
@@ -16,6 +18,8 @@ from hypothesis import strategies as st
 from edit_ray.cache.policies import DiCache, FirstBlockCache, SeaCache
 from edit_ray.cache.policies.dicache import alignment
 from edit_ray.cache.policies.seacache import wiener_filter
+from edit_ray.testing import save_random_wan
+from tests.calls import cached, latents, load
 from tests.unit.policy_unit import RecordedSignals, Unit
 
 SEEDS = st.integers(0, 2**32)
@@ -261,3 +265,51 @@ def test_a_forced_step_begins_the_count_of_dicache_anew():
         assert step == 0 or (ctx.accumulated == ctx.signal) is (step in (1, 4))
     unit.policy.warm(ctx)
     assert unit.state.user["accumulated"] == 0
+
+
+# What states hold
+
+
+KEEPING = {
+    "fbcache": {"rel_l1_thresh": 0.05},
+    "dicache": {"rel_l1_thresh": 0.05},
+    "seacache": {"threshold": 0.05},
+    "easycache": {"thresh": 1e9, "ret_steps": 2},
+    "taylorseer": {"cache_interval": 2},
+    "dmd": {"cache_interval": 2},
+    "spectrum": {},
+    "warmstart_reuse": {"inner": "dicache", "rel_l1_thresh": 0.05, "warm_steps": 1},
+}
+
+
+@pytest.mark.parametrize("granularity", ["stack", 2])
+@pytest.mark.parametrize("policy", KEEPING)
+def test_a_policy_keeps_as_many_tensors_as_it_says(tmp_path, policy, granularity):
+    """Read out of the states of its units after every step."""
+    pipe, most = load(save_random_wan(tmp_path / "wan", num_layers=4), device="cpu"), Counter()
+
+    def count(pipe, step, timestep, tensors):
+        for (_, branch, unit), state in pipe.cache._states.items():
+            kept = {tensor.untyped_storage()._cdata: tensor for tensor in held(state.user)}
+            for dim, kind in ((3, "hidden"), (5, "latents")):
+                number = sum(tensor.dim() == dim for tensor in kept.values())
+                most[branch, unit, kind] = max(most[branch, unit, kind], number)
+        return {}
+
+    with cached(pipe, policy, 12, granularity=granularity, **KEEPING[policy]) as cache:
+        latents(pipe, num_inference_steps=12, callback_on_step_end=count)
+        branches = ["cond"] if cache.policy.uncond_follows else ["cond", "uncond"]
+        for unit in range(1 if granularity == "stack" else 2):
+            for branch in branches:
+                assert most[branch, unit, "hidden"] == cache.policy.kept_hidden
+                assert most[branch, unit, "latents"] == cache.policy.kept_latents
+    assert not any(number for (branch, _, _), number in most.items() if branch not in branches)
+
+
+def held(value):
+    """All tensors in a state, however deep."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from held(each)

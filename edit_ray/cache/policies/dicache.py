@@ -41,6 +41,7 @@ class DiCache(CachePolicy):
 
     granularities = ("stack", "groups")
     needs_first_block_probe = True
+    kept_hidden = 3
     history_len = 2
 
     rel_l1_thresh: Number = Field(

@@ -34,6 +34,7 @@ class EasyCache(CachePolicy):
     """
 
     uncond_follows = True
+    kept_hidden, kept_latents = 1, 2
 
     thresh: Number = Field(
         default=0.05, description="Skip while less than this has accumulated; 0 or below never skips."

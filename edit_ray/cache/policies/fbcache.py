@@ -22,6 +22,7 @@ class FirstBlockCache(CachePolicy):
 
     granularities = ("stack", "groups")
     needs_first_block_probe = True
+    kept_hidden = 1
 
     rel_l1_thresh: Number = Field(
         default=0.1, description="Skip up to this distance, mean|r - r'| / mean|r'|; 0 or below never skips."

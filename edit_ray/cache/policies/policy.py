@@ -132,6 +132,10 @@ class CachePolicy(ABC):
     """Whether a unit of "uncond" does what that of "cond" has just done: the two cannot run at the same time."""
     history_len: int = 1
     """The number of computed residuals that `reconstruct` reads."""
+    kept_hidden: int = 0
+    """How many tensors [B, N, D] a unit's state holds at most, besides the stored residuals."""
+    kept_latents: int = 0
+    """And how many of the latents' size."""
 
     def check(self, num_steps: int) -> None:
         """Raise ValueError if the policy cannot serve a loop of `num_steps` steps."""

@@ -57,6 +57,8 @@ class SeaCache(CachePolicy):
     All units of a forward share one signal. The options' names are diffusers'.
     """
 
+    kept_latents = 1
+
     threshold: Number = Field(
         default=0.25, description="Skip while less than this has accumulated; 0 or below never skips."
     )

@@ -55,6 +55,7 @@ class WarmstartReuse(CachePolicy):
         self.timestep_only = inner.timestep_only
         self.uncond_follows = inner.uncond_follows
         self.history_len = inner.history_len
+        self.kept_hidden, self.kept_latents = inner.kept_hidden, inner.kept_latents
 
     def check(self, num_steps: int) -> None:
         self.inner.check(num_steps)
