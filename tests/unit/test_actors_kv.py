@@ -198,3 +198,19 @@ async def test_a_run_that_is_steered_or_branched_is_one_whose_storyboard_said_so
     await done(scheduler, "branch")
     folder = RunFolder(tmp_path, "branch")
     assert torch.equal(latents_of(folder), latents_of(await whole(told_from_the_start(folder))))
+
+
+@pytest.mark.parametrize("changes", [{}, COMMIT], ids=["recache", "commit"])
+async def test_damaged_latents_are_made_again(start, tmp_path, model, whole, changes):
+    """Of a stopped run, in the middle of what is committed; then it goes on."""
+    config, first = config_of(model, switch="keep", **changes), start()
+    folder = RunFolder(tmp_path, "one")
+    await submit(first, tmp_path, "one", config)
+    await first.wait_segment("one", 2, 60)
+    await first.cancel("one")
+    await end_of(first, "one")
+    folder.latents(1, 0).write_bytes(b"damaged")
+    second = start()
+    await second.resume("one", str(tmp_path), False, True)
+    await done(second, "one")
+    assert torch.equal(latents_of(folder), latents_of(await whole(config)))
