@@ -26,6 +26,7 @@ class Shown {
     this.segments = [];
     this.chosen = null;
     this.source = null;
+    this.drawing = null; // a timer
     this.live = null; // what is on the page for a video that is being made, or has ended
     this.player = new Player(api.playlist(id), api.soFar(id));
     this.strip = new FilmStrip((index) => this.choose(index, true));
@@ -104,6 +105,7 @@ class Shown {
   leave() {
     this.source?.close();
     this.source = null;
+    clearTimeout(this.drawing);
     this.player.end();
   }
 
@@ -116,9 +118,10 @@ class Shown {
     return this.video !== null && !["queued", "waiting", "preparing"].includes(this.video.edit_ray.state);
   }
 
+  // The first look at a long video brings many segments at once: they are drawn together.
   commit(segment) {
-    this.segments = [...this.segments.slice(0, segment.index), segment];
-    this.draw();
+    this.segments.splice(segment.index, Infinity, segment);
+    this.drawing ??= setTimeout(() => this.draw(), 50);
   }
 
   update(video) {
@@ -141,6 +144,8 @@ class Shown {
   }
 
   draw() {
+    clearTimeout(this.drawing);
+    this.drawing = null;
     const { segments } = this;
     this.film.hidden = segments.length === 0;
     this.strip.show(segments);
