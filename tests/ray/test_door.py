@@ -1,12 +1,17 @@
 """The HTTP door on Ray Serve: two replicas, either of which answers for what the other has begun."""
 
+import contextlib
 import http.client
 import json
+import os
+import signal
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from ray import serve
+from ray._private.state import actors
 
 from edit_ray.client import LongVideoClient
 from edit_ray.config import config_of
@@ -124,6 +129,42 @@ def test_a_run_that_is_being_made_is_removed(served):
     assert served.ask("DELETE", path) == (200, {"id": video["id"], "object": "video.deleted", "deleted": True})
     assert served.ask("GET", path)[0] == 404
     assert not (served.settings.output / video["id"]).exists()
+
+
+def replicas():
+    """The processes of the replicas that are there."""
+    there = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
+    return {actor["Pid"] for actor in there if "Door" in actor["ActorClassName"] or "Door" in (actor["Name"] or "")}
+
+
+@pytest.mark.slow
+def test_killed_replicas_lose_no_request_and_make_none_twice(served):
+    """Clients ask again with the same key, as OpenAI's do after a connection that broke."""
+
+    def ask_until_answered(number):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                status, video = served.ask("POST", "/v1/videos", BODY, **{"Idempotency-Key": f"kill-{number}"})
+                if status == 200:
+                    return video["id"]
+            time.sleep(0.1)
+        raise AssertionError(f"request {number} was not answered")
+
+    before = {video["id"] for video in served.ask("GET", "/v1/videos?limit=100")[1]["data"]}
+    for kill in range(3):
+        victims = wait_until(lambda: len(found := replicas()) == 2 and found)
+        with ThreadPoolExecutor(4) as threads:
+            asked = [threads.submit(ask_until_answered, f"{kill}-{number}") for number in range(4)]
+            os.kill(min(victims), signal.SIGKILL)
+            ids = {each.result() for each in asked}
+        assert len(ids) == 4
+        assert {served.ended(video_id)["status"] for video_id in ids} == {"completed"}
+        assert {ask_until_answered(f"{kill}-{number}") for number in range(4)} == ids
+        before |= ids
+    assert {video["id"] for video in served.ask("GET", "/v1/videos?limit=100")[1]["data"]} == before
+    finals = {RunFolder(served.settings.output, video_id).final.read_bytes()[-1000:] for video_id in ids}
+    assert len(finals) == 1
 
 
 def test_serve_that_listens_elsewhere_is_said_so(served):
