@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from edit_ray.actors import segment_scheduler
+from edit_ray.actors import work_loop
 from edit_ray.actors.messages import RunSpec
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.cache.policies import POLICIES, Always
@@ -102,7 +102,7 @@ async def test_a_run_makes_exactly_the_promised_frames(tmp_path, model):
 
 
 async def test_what_cannot_be_written_or_freed_keeps_no_run_from_its_end(tmp_path, model, monkeypatch):
-    append, failed = segment_scheduler.append_event, []
+    append, failed = work_loop.append_event, []
 
     def fails_once(path, event, **fields):
         if not failed:
@@ -116,7 +116,7 @@ async def test_what_cannot_be_written_or_freed_keeps_no_run_from_its_end(tmp_pat
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return await super().store(worker, method, *arguments)
 
-    monkeypatch.setattr(segment_scheduler, "append_event", fails_once)
+    monkeypatch.setattr(work_loop, "append_event", fails_once)
     status, records, _ = await generate(tmp_path, config_for(model, **ONE), pool=Unlucky())
     assert (status.state, len(records)) == ("done", 1)
     assert failed == ["gpu_actor"]
