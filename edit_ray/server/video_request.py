@@ -25,8 +25,11 @@ SAMPLING = (
     *("num_frames", "fps", "num_inference_steps", "sigmas", "sampler", "guidance_scale", "guidance_scale_2"),
     *("boundary_ratio", "flow_shift", "seed", "negative_prompt"),
 )
-CONTINUITY = ("mode", "history_latents", "overlap_source", "adain", "picture_as")
-ENTRY = ("start", "segment", "prompt", "negative_prompt", "guidance_scale", "seed", "lora_weights")
+CONTINUITY = (
+    *("mode", "history_latents", "overlap_source", "adain", "picture_as"),
+    *("chunks", "chunk_size", "kv", "window", "sink", "context_noise", "rope"),
+)
+ENTRY = ("start", "segment", "prompt", "negative_prompt", "guidance_scale", "seed", "lora_weights", "switch")
 OUR_FIELDS = ("storyboard", "num_segments", "approve", "continuity", "cache", *SAMPLING)
 
 SMALLEST, LARGEST = 16, 4096  # pixels of a side

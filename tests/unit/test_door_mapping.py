@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from edit_ray import errors
 from edit_ray.actors.messages import Progress, RunStatus
-from edit_ray.config import Config
+from edit_ray.config import Config, PromptSegment
+from edit_ray.engine.options import ContinuityOptions, SamplingOptions
 from edit_ray.runs.events import RunState
 from edit_ray.runs.manifest import Begun, Ended, Manifest, Opened, Rerolled, SegmentRecord
 from edit_ray.runs.run_plan import FrameLayout, Take
@@ -27,7 +28,18 @@ from edit_ray.server.video_object import (
     segment_of,
     video_of,
 )
-from edit_ray.server.video_request import FIELDS, LARGEST, OUR_FIELDS, Offer, config_for, nearest, rounding
+from edit_ray.server.video_request import (
+    CONTINUITY,
+    ENTRY,
+    FIELDS,
+    LARGEST,
+    OUR_FIELDS,
+    SAMPLING,
+    Offer,
+    config_for,
+    nearest,
+    rounding,
+)
 from edit_ray.server.video_service import keyed_id, seed_of, whole_number
 
 PROMPT = "a red circle"
@@ -270,6 +282,14 @@ def test_everything_of_ours_reaches_the_configuration():
 )
 def test_mistakes_in_a_request(body, found):
     assert problems(body) == found
+
+
+def test_every_option_is_the_users_or_the_operators():
+    """A new one is put on one side on purpose: no request may name a file of the server."""
+    assert set(ContinuityOptions.model_fields) - set(CONTINUITY) == {"init"}
+    assert set(SamplingOptions.model_fields) - set(SAMPLING) == {"height", "width"}
+    pictures = {"image", "last_image", "reference_images"}
+    assert set(PromptSegment.model_fields) - set(ENTRY) == pictures
 
 
 @pytest.mark.parametrize("name", ["store", "engine", "output", "metrics", "model", "height", "width", "directory"])

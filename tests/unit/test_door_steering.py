@@ -6,6 +6,7 @@ import time
 import pytest
 
 from edit_ray.runs.folder import RunFolder
+from edit_ray.testing import save_random_wan
 from tests.door_here import PROMPT, ClientHere, SchedulerHere, browser, offer_of, until_ended
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,6 +76,20 @@ def test_a_paused_video_is_steered_and_goes_on_to_what_a_storyboard_would_have_m
     other = http.post("/v1/videos", json=body).json()["id"]
     assert until_ended(http, other)["status"] == "completed"
     assert bytes_of(tmp_path, video_id) == bytes_of(tmp_path, other)
+
+
+def test_a_causal_model_is_a_model_as_others_are(scheduler, tmp_path_factory, tmp_path):
+    options = {"chunk_size": 1, "window": 4, "sink": 1, "timesteps": [1000.0, 750.0]}
+    causal = save_random_wan(tmp_path_factory.mktemp("causal") / "wan", causal=options)
+    continuity = {"mode": "causal", "chunks": 2, "chunk_size": 1}
+    sampling = {"num_frames": 5, "num_inference_steps": 2, "guidance_scale": 1.0}
+    offer = offer_of(causal, continuity=continuity, sampling=sampling)
+    http = browser(ClientHere(tmp_path, scheduler), [offer])
+    storyboard = [{"segment": 0, "prompt": PROMPT}, {"segment": 1, "prompt": BLUE, "switch": "keep"}]
+    body = {"edit_ray": {"num_segments": 2, "storyboard": storyboard, "continuity": {"kv": "commit"}}}
+    answer = http.post("/v1/videos", json=body)
+    assert answer.status_code == 200, answer.text
+    assert until_ended(http, answer.json()["id"])["status"] == "completed"
 
 
 def test_the_same_key_steers_once(http, tmp_path):
