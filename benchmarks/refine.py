@@ -1,6 +1,6 @@
 """Whether a second pass pays that interpolates: anchors of both sides, from the same noise, without the blocks.
 
-    python benchmarks/refine.py --output benchmarks/results/refine                      8 prompts: an hour on a CPU
+    python benchmarks/refine.py --output benchmarks/results/refine                      8 prompts: long on a CPU
     python benchmarks/refine.py --size 64 --frames 9 --steps 12 --text-tokens 64        a small form: a minute
 
 The first pass has a mask; the residuals of the steps that it computes are the anchors. The second one takes them where
