@@ -150,7 +150,9 @@ def test_the_configuration_of_long_videos_names_every_option(tmp_path):
     config = load_config(path)
     assert config.continuity == ContinuityOptions(mode="overlap")
     assert config.num_frames_total == 33 + 2 * 24
-    assert list(ContinuityOptions.model_fields) == re.findall(r"^  (\w+):", options, re.MULTILINE)
+    of_causal_runs = next(block.code for block in blocks("docs/causal.md", "yaml"))
+    named = [re.findall(r"^  (\w+):", text, re.MULTILINE) for text in (options, of_causal_runs)]
+    assert list(ContinuityOptions.model_fields) == list(dict.fromkeys(named[0] + named[1]))
     assert [suffix for suffix in PICTURES + CLIPS if f"`{suffix}`" not in (ROOT / LONG_VIDEO).read_text()] == []
     path.write_text(storyboard + "video: {num_segments: 3}\n")
     last = load_config(path).storyboard.segment(2)
