@@ -1,4 +1,4 @@
-"""Random histories on Ray: those of `storm.py`, lived by real actors that are killed soon after a random event.
+"""Random histories on Ray: those of `storm.py`, steered too, lived by real actors that are killed after random events.
 
 HISTORIES=100 SEED=7 pytest -m chaos -s tests/chaos/test_storm_on_ray.py
 """
@@ -17,11 +17,12 @@ from edit_ray.runs.event_log import read_events
 from edit_ray.testing import save_random_wan
 from tests.chaos.harness import VICTIMS
 from tests.chaos.processes import actors_of, kill
-from tests.chaos.storm import History, Undisturbed, Weather, compare
+from tests.chaos.storm import SteeredHistory, Undisturbed, Weather
 
 HISTORIES = int(os.environ.get("HISTORIES", "3"))
 SEED = int(os.environ.get("SEED", "0"))
 PATIENCE_S = 240.0
+STEERS = ("steer", "pause", "branch")
 
 
 class SchedulerOverRay:
@@ -42,8 +43,18 @@ class SchedulerOverRay:
     async def reroll(self, run_id, _, start, seed, prompt, *__):
         await asyncio.to_thread(lambda: self._client.reroll(run_id, start, seed=seed, prompt=prompt))
 
+    async def steer(self, run_id, from_segment, said, request):
+        return await asyncio.to_thread(lambda: self._client.steer(run_id, from_segment, request=request, **said))
 
-class HistoryOnRay(History):
+    async def pause(self, run_id, paused):
+        return await asyncio.to_thread(self._client.pause if paused else self._client.unpause, run_id)
+
+    async def branch(self, run_id, _, source, at, said, segments, __, request):
+        asked = {"new_id": run_id, "num_segments": segments, "request": request, **said}
+        return await asyncio.to_thread(lambda: self._client.branch(source, at, **asked))
+
+
+class HistoryOnRay(SteeredHistory):
     """`happened` counts what has come to whom."""
 
     def __init__(self, seed, root, model, client, mark, happened):
@@ -56,17 +67,20 @@ class HistoryOnRay(History):
     def _forecast(self):
         kinds = [self.draw.choice(list(VICTIMS))] if self.draw.random() < 0.6 else []
         kinds += ["cancel"] if self.draw.random() < 0.7 else []
+        kinds += [kind for kind in STEERS if self.draw.random() < 0.4]
         self._coming = sorted((self.draw.randrange(2 * self.segments), kind) for kind in kinds)
         self._before = self._events()
         self.told.append(f"coming {self._coming}")
 
-    async def _end(self):
+    async def _end(self, run_id=None):
         began = time.monotonic()
         while True:
-            while self._coming and self._events() - self._before >= self._coming[0][0]:
+            while run_id is None and self._coming and self._events() - self._before >= self._coming[0][0]:
                 await asyncio.sleep(self.draw.uniform(0, 0.05))
                 await self._come(self._coming.pop(0)[1])
-            status = await asyncio.to_thread(self._client.status, self.run_id)
+            status = await asyncio.to_thread(self._client.status, run_id or self.run_id)
+            if run_id is None:
+                await self._seen(status)
             if status.ended:
                 assert status.state in ("done", "cancelled"), status.error
                 return status.state
@@ -80,6 +94,8 @@ class HistoryOnRay(History):
         self.told.append(f"{kind} at {len(self.folder.read_manifest().segments)}")
         if kind == "cancel":
             await asyncio.to_thread(self._client.cancel, self.run_id)
+        elif kind in STEERS:
+            await self._strike(kind)
         else:
             pids = actors_of(self._mark, VICTIMS[kind])
             if not pids:
@@ -110,13 +126,11 @@ def test_whatever_happens_on_ray_every_file_is_what_it_would_be(ray_of_our_own, 
         for seed in range(SEED, SEED + HISTORIES):
             history = HistoryOnRay(seed, client.output, model, client, ray_of_our_own.mark, happened)
             try:
-                manifest = asyncio.run(history.live())
-                same = undisturbed.of(history.shape, history.segments, history.takes)
-                compare(history.folder, manifest, same, history.keep)
+                history.check(asyncio.run(history.live()), undisturbed)
             except BaseException as error:
                 error.add_note(f"history {seed}\n" + "\n".join(history.told))
                 raise
-            happened["history"] += 1
+            happened.update(history.done, history=1)
     finally:
         undisturbed.end()
         print(dict(happened))
