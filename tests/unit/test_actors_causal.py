@@ -151,7 +151,7 @@ async def test_the_frames_of_all_segments_are_one_stream(whole, model):
 STAGES = [(f"{stage}_segment", segment) for stage in ("denoise", "decode", "encode") for segment in range(SEGMENTS)]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("strike", [*STAGES, ("prepare_run", None), ("finalize_run", None)])
 async def test_a_run_that_loses_its_gpu_actor_makes_the_same_bytes(start, tmp_path, model, whole, strike):
     config, pool = config_of(model, switch="keep"), Pool({strike: lose_the_gpu_actor})
@@ -160,7 +160,7 @@ async def test_a_run_that_loses_its_gpu_actor_makes_the_same_bytes(start, tmp_pa
     check_same(await whole(config), folder)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("calls", range(1, 3 * SEGMENTS + 2))
 @pytest.mark.parametrize("switch", ["recache", "keep", "cut"])
 async def test_the_next_segment_scheduler_goes_on_to_the_same_bytes(start, tmp_path, model, whole, switch, calls):
@@ -271,7 +271,8 @@ async def test_old_files_are_removed_and_those_that_a_rebuild_needs_are_kept(sta
 
 
 def kept_latents(folder):
-    return sorted(int(path.name[:5]) for path in (folder.path / "latents").iterdir())
+    """The segments that have latents; a killed scheduler's GPU actor may still be at a draft."""
+    return sorted(int(path.name[:5]) for path in (folder.path / "latents").glob("[0-9]*"))
 
 
 async def test_residual_caches_decide_in_each_chunk_and_all_of_them_are_counted(start, tmp_path, model):

@@ -96,7 +96,7 @@ async def lose_entries(pool, worker, spec, segment, *_):
 LOSSES = {"actor": lose_the_gpu_actor, "store": lose_the_store, "entries": lose_entries}
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("strike", [*STAGES, ("finalize_run", None)])
 @pytest.mark.parametrize("loss", LOSSES)
 async def test_a_run_that_loses_its_actors_or_its_kv_makes_the_same_bytes(start, tmp_path, model, whole, loss, strike):
@@ -111,7 +111,7 @@ async def test_a_run_that_loses_its_actors_or_its_kv_makes_the_same_bytes(start,
         assert (statistics["entries_read"] == 0, statistics["recache_s"] > 0) == (computed, computed)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("calls", range(1, 3 * SEGMENTS + 2))
 @pytest.mark.parametrize("switch", ["recache", "keep", "cut"])
 async def test_the_next_segment_scheduler_goes_on_to_the_same_bytes(start, tmp_path, model, whole, switch, calls):
