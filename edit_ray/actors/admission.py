@@ -32,7 +32,7 @@ from edit_ray.config import Config, check_config, dump_yaml, load_config
 from edit_ray.errors import ConfigError, NoPlace, ResourcesUnavailable, RunDamaged, RunExists, RunLocked, UnknownRun
 from edit_ray.files import digest_of
 from edit_ray.runs.folder import RunFolder
-from edit_ray.runs.manifest import Opened
+from edit_ray.runs.manifest import Manifest, Opened
 from edit_ray.runs.manifest_file import ManifestFile, ManifestReader
 
 LOCK_PATIENCE_S = 10.0  # a killed process keeps its locks until the kernel has cleaned up after it
@@ -111,8 +111,21 @@ class Admission:
         root, folder = asked.root, RunFolder(asked.root, asked.run_id)
         if await asyncio.to_thread(folder.path.exists):
             raise RunExists(f"run id {asked.run_id!r} is taken by {folder.path}; choose another run id")
-        of = RunFolder(root, asked.source)
-        manifest = await asyncio.to_thread(of.read_manifest)
+        source = RunFolder(root, asked.source)
+        while True:
+            manifest = await asyncio.to_thread(source.read_manifest)
+            try:
+                return await self._branch_of(source, manifest, asked, allow_different_hardware)
+            except (RunDamaged, ResourcesUnavailable):
+                # A source that is being made may drop files meanwhile (output.keep_segments): then it has said so.
+                if (await asyncio.to_thread(source.read_manifest)).dropped_before <= manifest.dropped_before:
+                    raise
+
+    async def _branch_of(
+        self, of: RunFolder, manifest: Manifest, asked: BranchAsked, allow_different_hardware: bool
+    ) -> LiveRun:
+        """`branch`, of a source whose manifest was read."""
+        root, folder = asked.root, RunFolder(asked.root, asked.run_id)
         config = await asyncio.to_thread(load_config, of.run_yaml, (), check_model=False)
         source = RunSpec.of(root, config, manifest)
         spec, edit = await asyncio.to_thread(planned, asked, source, manifest)

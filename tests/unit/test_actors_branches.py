@@ -1,5 +1,6 @@
 """A branch has the bytes of a run whose storyboard said the same from the start, and its source stays as it was."""
 
+import asyncio
 import contextlib
 import errno
 import itertools
@@ -194,6 +195,40 @@ async def test_a_branch_keeps_what_its_source_has_kept(start, tmp_path, model, w
     manifest = folder.read_manifest()
     assert (manifest.dropped_before, len(manifest.segments)) == (5, 7)
     assert all_damage_of(folder, manifest) == []
+
+
+class DropsMeanwhile(LocalPool):
+    """The source's last segment begins when a branch asks for the hardware, whose answer waits until the run's end."""
+
+    def __init__(self):
+        super().__init__()
+        self.began, self.go, self.ended = asyncio.Event(), asyncio.Event(), None
+
+    async def denoiser(self, worker, method, *arguments):
+        if method == "denoise_segment" and arguments[1].index == 3:
+            self.began.set()
+            await self.go.wait()
+        if method == "provenance" and self.began.is_set() and not self.go.is_set():
+            self.go.set()
+            await self.ended()
+        return await super().denoiser(worker, method, *arguments)
+
+
+async def test_files_that_a_live_source_drops_meanwhile_are_not_damaged(start, tmp_path, model):
+    pool = DropsMeanwhile()
+    scheduler = start(pool)
+    config = config_for(model, output={"keep_segments": 1}, video={"num_segments": 4})
+    pool.ended = lambda: end_of(scheduler, "source")
+    await submit(scheduler, tmp_path, "source", config)
+    await pool.began.wait()
+    async with asyncio.timeout(60):
+        while (dropped := RunFolder(tmp_path, "source").read_manifest().dropped_before) < 2:
+            await asyncio.sleep(0.01)
+    await branched(scheduler, tmp_path, "branch", "source", 3, segments=4)
+    await done(scheduler, "branch")
+    folder = RunFolder(tmp_path, "branch")
+    assert (dropped, folder.read_manifest().dropped_before) == (2, 3)
+    assert all_damage_of(folder, folder.read_manifest()) == []
 
 
 async def test_the_same_request_makes_one_branch(start, tmp_path, model):
