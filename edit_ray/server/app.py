@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from edit_ray.config.mistakes import show
 from edit_ray.errors import EditRayError
@@ -311,16 +312,14 @@ def _add_others(app: FastAPI, service: VideoService, entrance: Entrance) -> None
         return JSONResponse(model_of(service.offers[model]))
 
     @readable(app, "/", include_in_schema=False)
-    async def page() -> Response:
+    async def page(request: Request) -> Response:
         """The page."""
-        return FileResponse(PAGE_FILES["index.html"][0], media_type=PAGE_FILES["index.html"][1])
+        return _page_file(request, "index.html")
 
     @readable(app, "/page/{name}", include_in_schema=False)
-    async def page_file(name: str) -> Response:
+    async def page_file(request: Request, name: str) -> Response:
         """A file of the page."""
-        if name not in PAGE_FILES:
-            raise refuse("not_found", "The page has no such file.")
-        return FileResponse(PAGE_FILES[name][0], media_type=PAGE_FILES[name][1])
+        return _page_file(request, name)
 
     @app.get("/healthz")
     async def health() -> Response:
@@ -342,6 +341,13 @@ def _add_others(app: FastAPI, service: VideoService, entrance: Entrance) -> None
         secure = request.url.scheme == "https"
         answer.set_cookie(COOKIE, entrance.cookie, httponly=True, samesite="strict", secure=secure, path="/")
         return answer
+
+
+def _page_file(request: Request, name: str) -> Response:
+    if name not in PAGE_FILES:
+        raise refuse("not_found", "The page has no such file.")
+    path, kind = PAGE_FILES[name]
+    return file_answer(request, (os.open(path, os.O_RDONLY), kind))
 
 
 def schema_of(app: FastAPI) -> dict[str, Any]:

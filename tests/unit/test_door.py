@@ -168,6 +168,13 @@ def test_the_events_of_a_run_that_grows(http, tmp_path):
     assert {"queued", "in_progress"} & set(states[:-1])
 
 
+def test_a_range_that_is_none_is_passed_over_of_every_file(made):
+    http, _, video_id = made
+    for path in ("/", "/page/page.css", f"/v1/videos/{video_id}/content"):
+        assert http.get(path, headers={"Range": ""}).content == http.get(path).content
+        assert http.get(path, headers={"Range": "bytes=0-3"}).content == http.get(path).content[:4]
+
+
 # Making.
 
 
