@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 PAGE := edit_ray/page/node_modules/.package-lock.json
 
-page: $(PAGE) ## install hls.js, with which the pages play a video that still grows, and axe-core, with which they are tested
+page: $(PAGE) ## install hls.js, with which the pages play a growing video, and what tests of pages and the HTTP door need
 
 $(PAGE): edit_ray/page/package-lock.json
 	npm ci --prefix edit_ray/page --ignore-scripts --no-audit --no-fund

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
 
+import uvicorn
 from starlette.testclient import TestClient
 
 from edit_ray.actors.local import LocalPool
@@ -13,6 +15,7 @@ from edit_ray.client import LongVideoClient
 from edit_ray.config import Config
 from edit_ray.engine.model_info import read_model_info
 from edit_ray.server.app import make_app
+from edit_ray.server.gate import Entrance
 from edit_ray.server.video_request import Offer
 
 PROMPT = "a red circle"
@@ -98,3 +101,22 @@ def until_ended(http, video_id, timeout_s=60):
             return video
         time.sleep(0.05)
     raise AssertionError(f"{video_id} has not ended within {timeout_s} s: {video}")
+
+
+@contextlib.contextmanager
+def serving(model, root, token=None, **changes):
+    """The door's address, served by uvicorn over a segment scheduler in this process."""
+    scheduler = SchedulerHere()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        entrance = Entrance(port=port, token=token)
+        app = make_app(ClientHere(root, scheduler), [offer_of(model, **changes)], entrance)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            server.should_exit = True
+            thread.join()
+            scheduler.end()

@@ -1,19 +1,13 @@
 """The door's page in a browser: a video is made, watched while it grows, steered, approved, made again and branched."""
 
 import asyncio
-import contextlib
 import json
-import socket
-import threading
 import time
 
 import pytest
-import uvicorn
 
 from edit_ray.page.run_server import HLS_JS
-from edit_ray.server.app import make_app
-from edit_ray.server.gate import Entrance
-from tests.door_here import ClientHere, SchedulerHere, offer_of
+from tests.door_here import serving
 from tests.unit import chromium
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -39,25 +33,6 @@ window.said = () => document.querySelector('article [role=status]')?.textContent
 window.badge = () => document.querySelector('.badge')?.textContent ?? '';
 window.segments = () => document.querySelectorAll('.strip li:not(.coming)').length;
 """
-
-
-@contextlib.contextmanager
-def serving(model, root, token=None, **changes):
-    """The door's address, served by uvicorn over a segment scheduler in this process."""
-    scheduler = SchedulerHere()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        entrance = Entrance(port=port, token=token)
-        app = make_app(ClientHere(root, scheduler), [offer_of(model, **changes)], entrance)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{port}/"
-        finally:
-            server.should_exit = True
-            thread.join()
-            scheduler.end()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,34 @@
+"""OpenAI's client for Node, as it is, against the HTTP door."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from edit_ray.page.run_server import HLS_JS
+from tests.door_here import PROMPT, serving
+from tests.unit import chromium
+
+MODULES = HLS_JS.parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_create_poll_content(model, tmp_path):
+    chromium.require("node", shutil.which("node") is not None, "node is not installed")
+    chromium.require("openai", (MODULES / "openai").is_dir(), "OpenAI's client for Node is not installed: make page")
+    script = Path(__file__).with_name("door_node.mjs")
+    with serving(model, tmp_path) as address:
+        command = ["node", str(script), str(MODULES), f"{address}v1", PROMPT]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    got = json.loads(ran.stdout)
+    video = got["video"]
+    assert got["begun"] in ("queued", "in_progress")
+    assert (video["status"], video["progress"], video["size"], video["seconds"]) == ("completed", 100, "48x32", "1.125")
+    final = (tmp_path / video["id"] / "final.mp4").read_bytes()
+    assert got["content"] == hashlib.sha256(final).hexdigest()
+    assert got["refused"] == [404, "video_not_found"]
