@@ -6,6 +6,7 @@ guard without which nothing fails is a survivor: it is needless, or no experimen
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ SYNC = re.compile(r"^( +)(?:files\.)?(?:disk\.f)?sync\((?!keys).*\)$", re.MULTIL
 POWER = "tests/unit/test_power_loss.py"
 PROOFS_OF_SYNCS = {
     "tiers/disk_tier.py": "tests/unit/test_tier_service.py -k synced",
-    "runs/folder.py": "tests/unit/test_folder.py -k durable",
+    "runs/folder.py": "tests/unit/test_folder.py tests/unit/test_actors_branches.py -k 'durable or loss_of_power'",
     "video/hls.py": "tests/unit/test_stream_files.py -k loss_of_power",
     "files.py": f"tests/unit/test_folder.py {POWER}",
     "runs/manifest_file.py": f"tests/unit/test_folder.py tests/unit/test_manifest.py {POWER}",
@@ -309,7 +310,7 @@ def survives(guard: Guard) -> bool:
         whole = path.read_text()
         path.write_text(whole[: guard.place.start] + guard.instead + whole[guard.place.stop :])
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *guard.tests.split()],
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shlex.split(guard.tests)],
             cwd=copy,
             env={**os.environ, "PYTHONPATH": f"{copy}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"},
             capture_output=True,
