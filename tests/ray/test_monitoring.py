@@ -18,6 +18,7 @@ from edit_ray.actors import launch
 from edit_ray.errors import StaleLease
 from edit_ray.metrics.catalog import CATALOG, LABELS
 from edit_ray.runs.folder import RunFolder
+from edit_ray.testing import save_random_wan
 from monitoring.alerts import ALERTS, Durations
 from monitoring.boards import DASHBOARDS
 from tests.prometheus import Prometheus, page_of, samples_of
@@ -134,6 +135,19 @@ def still(prometheus, began):
     return {name for name, has_moved in zip(CATALOG, moved, strict=True) if not has_moved}
 
 
+def causal(folder):
+    """A run of a causal model, whose later segments compute K/V of earlier ones again."""
+    options = {"chunk_size": 1, "window": 3, "sink": 1, "timesteps": [1000.0, 750.0]}
+    return {
+        "model": {"path": str(save_random_wan(folder / "causal", causal=options))},
+        "sampling": {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 1.0},
+        "continuity": {"mode": "causal", "chunk_size": 1, "chunks": 2},
+        "video": {"num_segments": 3},
+        "prompt_segments": [{"segment": 0, "prompt": "a red circle"}],
+        "engine": {"cpu_threads": 1, "max_ahead": 1},
+    }
+
+
 @pytest.fixture
 def prometheus(ray_head, tmp_path):
     (tmp_path / "runs").mkdir()
@@ -168,6 +182,9 @@ def test_every_panel_has_something_to_show_and_it_is_true(prometheus, config, tm
     manifest = RunFolder(tmp_path / "runs", run_id).read_manifest()
     page = page_of(tmp_path / "runs")
     check_counters(page, manifest)
+    client.submit(causal(tmp_path), run_id=f"{run_id}-causal")
+    for _ in client.stream(f"{run_id}-causal", frames=False):  # it waits for its client, and its K/V for a scrape
+        wait_until(lambda: prometheus.series("edit_ray_kv_bytes > 0", began, time.time()))
     assert wait_until(lambda: prometheus.up("ray") >= 1)
     with contextlib.suppress(AssertionError):  # what the last scrapes tell; if it does not come, it is named below
         wait_until(lambda: still(prometheus, began) == NEEDS_GPU, 20)
