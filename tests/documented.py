@@ -26,7 +26,7 @@ FRESH = f"{SITE}::test_pages_that_are_made_from_the_code_are_fresh"
 OF_README = f"{SITE}::test_the_code_of_the_readme_runs"
 # What is not a command: (page, language) -> the tests that run every such block of the page.
 BLOCKS = {
-    ("README.md", "python"): (OF_README, "tests/ray/test_examples.py::test_the_client_of_the_readme_runs"),
+    ("README.md", "python"): (OF_README, "tests/ray/test_examples.py::test_the_client_of_the_readme_runs", DOOR),
     ("docs/caching.md", "python"): (f"{OF_DOCS}::test_the_quick_start_runs", f"{OF_DOCS}::test_a_section_runs"),
     ("docs/caching.md", "toml"): (f"{OF_DOCS}::test_the_entry_point_is_the_one_that_is_looked_up",),
     ("docs/conditioning.md", "python"): (f"{OF_DOCS}::test_the_code_of_the_page_on_conditions_runs",),

@@ -37,6 +37,8 @@ def test_the_page_about_http(ray_head, model, tmp_path, capsys):
     plain, guarded = [command for _, command in run_by(DOOR)]
     with served(plain, ray_head, tmp_path) as url:
         (block,) = blocks(PAGE, "python")
+        (of_readme,) = (found.code for found in blocks("README.md", "python") if "OpenAI" in found.code)
+        assert block.code.startswith(of_readme), "the page begins with what the README has"
         names = {"http://127.0.0.1:8642/": url, '"video.mp4"': repr(str(tmp_path / "video.mp4")), '"4"': '"1"'}
         left = run_code(PAGE, [block.code], names)
     assert (tmp_path / "video.mp4").read_bytes()[4:8] == b"ftyp"
