@@ -86,9 +86,9 @@ def tune(options: argparse.Namespace) -> int:
         trials.append(trial)
         numbers = {name: value for name, value in trial.options.items() if isinstance(value, float | int)}
         setting = " ".join(f"{name}={value:g}" for name, value in numbers.items())
+        surely = f" (at least {trial.low:.2f})" if math.isfinite(trial.low) else ""  # it was not given up before
         _say(
-            f"{trial.policy} {setting}: {trial.blocks:.3f} of the blocks, {trial.psnr:.2f} dB "
-            f"(at least {trial.low:.2f}): {trial.verdict}"
+            f"{trial.policy} {setting}: {trial.blocks:.3f} of the blocks, {trial.psnr:.2f} dB{surely}: {trial.verdict}"
         )
     found = best(trials)
     _say(f"{videos.made} videos were made")

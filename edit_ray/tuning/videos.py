@@ -84,7 +84,9 @@ class Videos:
         reference, steps = self._references[index, output_type], self.call["num_inference_steps"]
         try:
             cache = self.pipe.enable_cache(policy, steps, sigmas=self.call.get("sigmas"), **options)
+            cache.policy.check(cache.num_steps)  # a calibration may be of another number of steps
         except (ValueError, TypeError) as error:
+            self.pipe.disable_cache()
             raise PolicyUnfit(str(error)) from error
         try:
             made = self._make(index, output_type)

@@ -105,7 +105,10 @@ def test_a_dear_command_runs(page, command, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     for option in ("--file", "--output"):
         if option in words:
-            assert json.loads((tmp_path / words[words.index(option) + 1]).read_text())
+            written = tmp_path / words[words.index(option) + 1]
+            texts = written.read_text().splitlines() if written.suffix == ".jsonl" else [written.read_text()]
+            assert all(json.loads(text) for text in texts)
+            assert texts
 
 
 @pytest.mark.slow

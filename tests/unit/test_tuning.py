@@ -306,6 +306,13 @@ def test_a_policy_that_cannot_work_here_is_left_out_and_nothing_may_hold():
     assert best(list(tune(good, 99))) is None
 
 
+def test_a_calibration_of_another_number_of_steps_is_a_policy_that_cannot_work_here(pipe):
+    videos = Videos(pipe, PROMPTS[:1], 5, CALL)
+    with pytest.raises(PolicyUnfit, match="has 1 entries, and the loop has"):
+        list(videos("ranked", {"skip_rank": [None]}))
+    assert pipe.cache is None
+
+
 def test_videos_are_measured_against_their_own_uncached_ones(pipe):
     videos = Videos(pipe, PROMPTS[:2], 5, CALL, seeds=2)
     assert [(found.psnr, share) for found, share in videos("always", {})] == [(100.0, 1.0)] * 4
