@@ -326,8 +326,9 @@ class SteeredHistory(History):
             assert own.takes == ()
             if own.planned_from:  # its source's plan of reuse was made anew, and so is its own
                 continue
-            config["video"] = {"num_segments": own.num_segments}
-            whole = undisturbed.steered(Config.model_validate(config), _forgetting(own.changes))
+            there = [entry for entry in config["prompt_segments"] if entry["segment"] < own.num_segments]
+            shorter = config | {"video": {"num_segments": own.num_segments}, "prompt_segments": there}
+            whole = undisturbed.steered(Config.model_validate(shorter), _forgetting(own.changes))
             compare(folder, own, whole, self.keep, at)
 
     def _forecast(self) -> None:
