@@ -536,6 +536,12 @@ def what_shows(record: Any) -> dict[str, Any]:
     return {name: getattr(record, name) for name in fields} | figures
 
 
+def save_model(folder: Path, causal: bool = False) -> Path:
+    """Writes the smallest model that histories run, and returns its folder."""
+    options = {"chunk_size": 1, "window": 3, "sink": 1, "timesteps": [1000.0, 750.0]}
+    return save_random_wan(folder, expand_timesteps=not causal, causal=options if causal else None)
+
+
 def storm(
     root: Path,
     seeds: range,
@@ -547,10 +553,9 @@ def storm(
 ) -> Counter[str]:
     """Lives so many histories; what has happened in them. AssertionError names the seed of one that went wrong."""
     model = root / "model" / ("causal" if causal else "wan")
-    options = {"chunk_size": 1, "window": 3, "sink": 1, "timesteps": [1000.0, 750.0]}
     if not (model / "model_index.json").exists():
         model.parent.mkdir(parents=True, exist_ok=True)
-        save_random_wan(model, expand_timesteps=not causal, causal=options if causal else None)
+        save_model(model, causal)
     (root / "whole").mkdir(exist_ok=True)
     (root / "hurt").mkdir(exist_ok=True)
     undisturbed, counts, began = Undisturbed(root / "whole", model), Counter[str](), time.monotonic()

@@ -1,6 +1,8 @@
 """Random histories on Ray: those of `storm.py`, steered too, lived by real actors that are killed after random events.
 
-HISTORIES=100 SEED=7 pytest -m chaos -s tests/chaos/test_storm_on_ray.py
+HISTORIES=100 SEED=7 CAUSAL=1 pytest -m chaos -s tests/chaos/test_storm_on_ray.py
+
+`CAUSAL=1` makes them histories of a causal model, with both kinds of stored K/V and a change of prompt.
 """
 
 import asyncio
@@ -14,13 +16,13 @@ import ray
 
 from edit_ray import LongVideoClient
 from edit_ray.runs.event_log import read_events
-from edit_ray.testing import save_random_wan
 from tests.chaos.harness import VICTIMS
 from tests.chaos.processes import actors_of, kill
-from tests.chaos.storm import SteeredHistory, Undisturbed, Weather
+from tests.chaos.storm import SteeredHistory, Undisturbed, Weather, save_model
 
 HISTORIES = int(os.environ.get("HISTORIES", "3"))
 SEED = int(os.environ.get("SEED", "0"))
+CAUSAL = os.environ.get("CAUSAL", "0") == "1"
 PATIENCE_S = 240.0
 STEERS = ("steer", "pause", "branch")
 
@@ -58,7 +60,7 @@ class HistoryOnRay(SteeredHistory):
     """`happened` counts what has come to whom."""
 
     def __init__(self, seed, root, model, client, mark, happened):
-        super().__init__(seed, root, model, 0.0, Weather(random.Random()))
+        super().__init__(seed, root, model, 0.0, Weather(random.Random()), causal=CAUSAL)
         self._client, self._mark, self._happened = client, mark, happened
 
     def _new_scheduler(self):
@@ -119,7 +121,7 @@ def client(ray_of_our_own, tmp_path, monkeypatch):
 def test_whatever_happens_on_ray_every_file_is_what_it_would_be(ray_of_our_own, client, tmp_path):
     happened, whole = Counter(), tmp_path / "whole"
     whole.mkdir()
-    model = save_random_wan(tmp_path / "wan", expand_timesteps=True)
+    model = save_model(tmp_path / "wan", CAUSAL)
     undisturbed = Undisturbed(whole, model)
     print(f"\nseeds {SEED} to {SEED + HISTORIES - 1}")
     try:
