@@ -1,5 +1,9 @@
-"""EDiT on Ray: an editable engine for video diffusion transformers; importing it loads neither torch nor ray."""
+"""EDiT on Ray: an editable engine for video diffusion transformers; importing it loads neither torch nor ray.
 
+It sets how torch allocates GPU memory, unless the environment already says so.
+"""
+
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -7,6 +11,12 @@ if TYPE_CHECKING:
     from edit_ray.client import LongVideoClient
     from edit_ray.engine.causal_pipeline import EditCausalWanPipeline
     from edit_ray.engine.pipeline import EditWanPipeline
+
+# torch reads the first of these that is set when it first allocates on a GPU. Without expandable segments, free memory
+# between two tensors cannot be joined: a run whose blocks are offloaded had a tenth of a small card in such fragments.
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+if not any(name in os.environ for name in _ALLOCATOR):
+    os.environ[_ALLOCATOR[-1]] = "expandable_segments:True"
 
 __version__ = "0.1.0"
 __all__ = ["EditCausalWanPipeline", "EditWanPipeline", "LongVideoClient", "__version__"]

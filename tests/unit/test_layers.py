@@ -176,3 +176,29 @@ def test_the_public_names_are_classes_that_say_what_they_are() -> None:
     assert edit_ray.__version__ == importlib.metadata.version("edit_ray")
     with pytest.raises(AttributeError, match="EditWanPipelin"):
         edit_ray.EditWanPipelin  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+        ({"PYTORCH_HIP_ALLOC_CONF": "max_split_size_mb:64"}, None),
+    ],
+)
+def test_torch_joins_free_memory_unless_the_user_says_how_it_allocates(given, found, monkeypatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    says = in_fresh_python("import os, edit_ray; print(os.environ.get('PYTORCH_ALLOC_CONF'))")
+    assert says.strip() == str(found)
+
+
+@pytest.mark.parametrize("module", ["edit_ray.actors.denoiser", "edit_ray.cli.main", "edit_ray.engine.segment"])
+def test_torch_is_told_how_to_allocate_also_where_it_was_imported_first(module, monkeypatch) -> None:
+    """torch reads the variable at its first allocation on a GPU, not when it is imported."""
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    said = in_fresh_python(f"import torch, {module}; print(torch._C._accelerator_getAllocatorSettings())")
+    assert said.strip().endswith("expandable_segments:True")
