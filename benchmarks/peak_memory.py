@@ -8,7 +8,7 @@ prompts, denoises, decodes, in both modes, and decodes while it denoises. `--qui
     python benchmarks/peak_memory.py --cards 12 16 24 48 80 --output benchmarks/results/cards
 
 What `edit-ray plan` says of larger models on cards of so many GB, and what a process takes that is held to as much: two
-steps, decoding, and two steps beside the decoder's state.
+steps, decoding, and two steps beside the decoder's state. Fragments are what torch cannot give back afterwards.
 
 With two other checks of larger models in one call of less than eight minutes, on one H200:
 
@@ -17,6 +17,7 @@ With two other checks of larger models in one call of less than eight minutes, o
     python benchmarks/peak_memory.py --cards 12 16 24 48 80 --seconds 170 --output $OUT/cards
 """
 
+import gc
 import sys
 import tempfile
 import time
@@ -32,7 +33,7 @@ sys.path.insert(0, str(ROOT))  # run as a file, from anywhere
 
 from benchmarks.gpu_results import LeftOut, Results, arguments  # noqa: E402
 from benchmarks.real_size import Task, make_pipe, memory_peak, task_for  # noqa: E402
-from edit_ray.engine.card_memory import Placement, Run, needs_of, place  # noqa: E402
+from edit_ray.engine.card_memory import FREE, Placement, Run, needs_of, place  # noqa: E402
 from edit_ray.engine.options import Mode, ModelOptions, SamplingOptions  # noqa: E402
 from edit_ray.engine.segment import SegmentEngine  # noqa: E402
 from edit_ray.testing import VARIANTS, Variant, make_model  # noqa: E402
@@ -111,8 +112,9 @@ CARD_RUNS = {"t2v-14B": (480, 832, 81), "ti2v-5B": (704, 1280, 121)}
 MOST_WRONG = 0.08
 
 
-def measure_cards(results: Results, cards: list[float], quick: bool, device: str) -> None:
+def measure_cards(results: Results, args: Any) -> None:
     """Each model on each card, the largest first."""
+    cards, quick, device = args.cards, args.quick, args.device
     for name, (height, width, num_frames) in CARD_RUNS.items():
         variant = VARIANTS[name]
         task = Task(f"Wan {name}, random weights", variant, height=height, width=width, num_frames=num_frames)
@@ -126,17 +128,21 @@ def measure_cards(results: Results, cards: list[float], quick: bool, device: str
         for card in sorted(cards, reverse=True):
             row = f"{name}, {card:g} GB"
             if results.time_for(row):
-                with results.row(row) as figures:
-                    on_card(figures, pipe, task, place(needs, int(card * 1e9)), card, device)
+                placed = place(needs, int(card * 1e9), args.free)
+                with results.row(row) as figures:  # of its own: what runs out of memory keeps it
+                    if placed is None:
+                        raise LeftOut("it does not fit, says the plan")
+                    figures.update(planned_GB=placed.peak / 1e9, device_bytes=placed.device_bytes, tiled=placed.tiled)
+                if placed is not None:
+                    with results.row(row) as figures:
+                        on_card(figures, pipe, task, placed, card, device)
             ratio = results.of(row).get("ratio")
             results.bar(f"{row}: |measured / planned - 1|", None if ratio is None else abs(ratio - 1), most=MOST_WRONG)
         del pipe
 
 
-def on_card(figures: dict[str, Any], pipe: Any, task: Task, placed: Placement | None, card: float, device: str) -> None:
+def on_card(figures: dict[str, Any], pipe: Any, task: Task, placed: Placement, card: float, device: str) -> None:
     """One card's row: the peaks of each phase, and the largest beside the planned one."""
-    if placed is None:
-        raise LeftOut("it does not fit, says the plan")
     sampling = SamplingOptions(**task.size, num_inference_steps=2, guidance_scale=5.0)  # type: ignore[arg-type]
     pipe.disable_block_offload()
     if placed.device_bytes is not None:
@@ -144,6 +150,7 @@ def on_card(figures: dict[str, Any], pipe: Any, task: Task, placed: Placement | 
     engine, peaks = SegmentEngine(pipe), []
     engine.encode_prompts(PROMPTS[:1])
     if device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         of_card = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(card * 1e9 / of_card, 1.0))
@@ -159,23 +166,25 @@ def on_card(figures: dict[str, Any], pipe: Any, task: Task, placed: Placement | 
     finally:
         if device == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0)
-    figures.update(planned_GB=placed.peak / 1e9, device_bytes=placed.device_bytes, tiled=placed.tiled)
     measured = [peak for peak in peaks if peak is not None]
     if measured:
         denoise, decode, beside = (peak / 1e9 for peak in measured)
         figures.update(denoise_GB=denoise, decode_GB=decode, beside_decoder_GB=beside)
         figures.update(peak_GB=max(measured) / 1e9, ratio=max(measured) / placed.peak)
+        torch.cuda.empty_cache()
+        figures["fragments_GB"] = (torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / 1e9
 
 
 def main() -> None:
     """Measure, print, write."""
     directory = {"type": Path, "help": "where the model is made (default: the temporary folder)"}
     cards = {"type": float, "nargs": "*", "default": [], "help": "their memory in GB; these alone"}
-    args = arguments(__doc__ or "", seconds=120, directory=directory, cards=cards)
+    free = {"type": float, "default": FREE, "help": "of a card, what the plan leaves free"}
+    args = arguments(__doc__ or "", seconds=120, directory=directory, cards=cards, free=free)
     task = task_for(args.quick, num_inference_steps=4)
     results = Results(args, task.told() | {"quick": args.quick, "prompts": len(PROMPTS)}, figure="peak_GB")
     if args.cards:
-        measure_cards(results, args.cards, args.quick, args.device)
+        measure_cards(results, args)
         results.finish()
         return
     phases = Phases(results)

@@ -17,7 +17,7 @@ FLOAT = 4
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LEAST_SLOTS = 3  # blocks on the device while blocks are offloaded
 ALIGNMENT = 10_000  # bytes of a block
-FREE = 0.06  # of a card, for what the allocator cannot join
+FREE = 0.08  # of a card, for what the allocator cannot join
 CUDA_LIBRARIES = 100_000_000  # workspaces of cuBLAS and cuDNN, and small tensors
 TILE = 256  # pixels of a side, where frames are decoded in tiles
 TEXT_TOKENS = 512
@@ -89,9 +89,9 @@ class Placement:
     peak: int
 
 
-def place(needs: Needs, card: int) -> Placement | None:
+def place(needs: Needs, card: int, free: float = FREE) -> Placement | None:
     """How a run fits on a card of so many bytes: whole, else with blocks in host memory, else also decoded in tiles."""
-    usable = int(card * (1 - FREE))
+    usable = int(card * (1 - free))
     if needs.whole + needs.beside(tiled=False) <= usable:
         return Placement(None, False, needs.whole + needs.beside(tiled=False))
     for tiled in (False, True):
