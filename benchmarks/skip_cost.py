@@ -4,9 +4,10 @@
     python benchmarks/skip_cost.py --quick                                    a toy on a CPU
     python benchmarks/skip_cost.py --layouts i2v-14B i2v-A14B vace-14B        of image to video and VACE, ours alone
 
-In the denoising loop of each pipeline, with the same steps skipped by all but our forecasts: a forward's time is that
-between two events on the device, from before its `cache_context` until after it (on a CPU, by the clock). The loop is
-ahead of the device where it can be. Medians, of both branches.
+In the denoising loop of each pipeline, with the same steps skipped by all but our forecasts, and but easycache and
+lemica, which compute the last step too: a forward's time is that between two events on the device, from before its
+`cache_context` until after it (on a CPU, by the clock). The loop is ahead of the device where it can be. Medians, of
+both branches.
 """
 
 import sys
@@ -47,6 +48,16 @@ FORECASTS: dict[str, dict[str, Any]] = {
     "foca": {"cache_interval": 2, "disable_cache_before_step": COMPUTED, "history_size": 5},
     "dmd": {"cache_interval": 2, "disable_cache_before_step": COMPUTED, "history_size": 5},
 }
+
+
+def skipping_the_rest(steps: int) -> dict[str, dict[str, Any]]:
+    """By policy: options with which a loop skips all steps between its first ones and its last one."""
+    skips = steps - COMPUTED - 1
+    errors = [[0.0] * skips if step == COMPUTED - 1 else [] for step in range(steps)]
+    return {
+        "easycache": {"thresh": 1e9, "ret_steps": COMPUTED},
+        "lemica": {"reuse_error": errors, "skips": skips},
+    }
 
 
 class Moments:
@@ -138,12 +149,14 @@ def measure_all(results: Results, task: Task, device: str, modes: Sequence[str])
             measure(results, f"ours, {mode}", loop_of(pipe), on, Moments(pipe.transformer, device), True, mask)
 
     ours("exact")
-    for policy, options in FORECASTS.items():
+    steps = task.num_inference_steps
+    rest = [compute or step == steps - 1 for step, compute in enumerate(mask)]
+    for policy, options in {**FORECASTS, **skipping_the_rest(steps)}.items():
 
         def forecast(policy: str = policy, options: Any = options) -> AbstractContextManager[dict[str, Any]]:
-            return our_cache(pipe, policy, task.num_inference_steps, **options)
+            return our_cache(pipe, policy, steps, **options)
 
-        planned = mask_of(pipe, policy, task.num_inference_steps, options)
+        planned = mask_of(pipe, policy, steps, options) if policy in FORECASTS else rest
         measure(results, policy, loop_of(pipe), forecast, Moments(pipe.transformer, device), True, planned)
     for name, enable in PEERS.items():
 

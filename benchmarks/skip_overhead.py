@@ -10,13 +10,17 @@ import argparse
 import copy
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
+
 import torch
 from torch import Tensor, nn
 
+from benchmarks.provenance import provenance
 from edit_ray import EditWanPipeline
 from edit_ray.cache import apply_cache_on_transformer
 
@@ -66,6 +70,7 @@ def main() -> None:
     with torch.no_grad():
         pairs = measure(args.pairs)
     figures = {
+        **provenance("cpu"),
         "pairs": len(pairs),
         "threads": args.threads,
         "skipped_ms": 1000 * statistics.median(skipped for skipped, _ in pairs),
