@@ -42,7 +42,7 @@ def provenance(device: str) -> dict[str, Any]:
 
 def _without_output(arguments: Sequence[str]) -> list[str]:
     """A command line less where it writes, which changes nothing that is measured."""
-    named = {index for index, argument in enumerate(arguments) if argument in ("--output", "--directory")}
+    named = {index for index, argument in enumerate(arguments) if argument in ("--output", "--directory", "--json")}
     dropped = named | {index + 1 for index in named}
     return [argument for index, argument in enumerate(arguments) if index not in dropped]
 
