@@ -115,7 +115,8 @@ MOST_WRONG = 0.08
 def measure_cards(results: Results, args: Any) -> None:
     """Each model on each card, the largest first."""
     cards, quick, device = args.cards, args.quick, args.device
-    for name, (height, width, num_frames) in CARD_RUNS.items():
+    for name in args.models:
+        height, width, num_frames = CARD_RUNS[name]
         variant = VARIANTS[name]
         task = Task(f"Wan {name}, random weights", variant, height=height, width=width, num_frames=num_frames)
         if quick:
@@ -180,7 +181,8 @@ def main() -> None:
     directory = {"type": Path, "help": "where the model is made (default: the temporary folder)"}
     cards = {"type": float, "nargs": "*", "default": [], "help": "their memory in GB; these alone"}
     free = {"type": float, "default": FREE, "help": "of a card, what the plan leaves free"}
-    args = arguments(__doc__ or "", seconds=120, directory=directory, cards=cards, free=free)
+    models = {"nargs": "*", "choices": list(CARD_RUNS), "default": list(CARD_RUNS), "help": "on the cards"}
+    args = arguments(__doc__ or "", seconds=120, directory=directory, cards=cards, free=free, models=models)
     task = task_for(args.quick, num_inference_steps=4)
     results = Results(args, task.told() | {"quick": args.quick, "prompts": len(PROMPTS)}, figure="peak_GB")
     if args.cards:
