@@ -76,6 +76,11 @@ class ScheduledRun:
             "clients" if most is not None and not self._all_committed and self.begun >= self.consumed + most else None
         )
 
+    @property
+    def rests(self) -> bool:
+        """Whether it has no work for a GPU actor until it is unpaused."""
+        return self.state == "queued" and self.paused and not self._all_committed
+
     def begin(self) -> list[Work]:
         """All work that can begin now, in the order of what viewers wait for."""
         begun, run_id, incarnation = [], self.plan.run_id, self.plan.incarnation
@@ -273,7 +278,7 @@ class SegmentScheduler:
         """Gives GPU actors to runs that wait for one, then begins all work that can begin."""
         instructions: list[Instruction] = []
         for run in self._runs.values():
-            if run.state == "queued" and not run.in_flight and not run.paused:
+            if run.state == "queued" and not run.in_flight and not run.rests:
                 if run.worker in self._lacking | self._taken(but=run):
                     run.worker = None
                 free = [worker for worker in range(self._workers) if worker not in self._taken() | self._lacking]
@@ -288,6 +293,6 @@ class SegmentScheduler:
         return any(other not in self._lacking for other in range(self._workers) if other != worker)
 
     def _taken(self, but: ScheduledRun | None = None) -> set[int]:
-        """The GPU actors of all runs but one. A run that is paused while it is queued lets others have its own."""
-        kept = (run for run in self._runs.values() if run is not but and not (run.paused and run.state == "queued"))
+        """The GPU actors of all runs but one. A run that rests lets others have its own."""
+        kept = (run for run in self._runs.values() if run is not but and not run.rests)
         return {run.worker for run in kept if run.worker is not None}

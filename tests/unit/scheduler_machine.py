@@ -58,10 +58,13 @@ class Durable:
     def edits_of(self, segment: int) -> int:
         return sum(start <= segment for start in self.edits)
 
+    def rests(self, segment: int) -> bool:
+        """Whether the run is paused before a segment; behind the last one a pause holds nothing."""
+        return self.paused and (self.plan.num_segments is None or segment < self.plan.num_segments)
+
     def holds(self, segment: int) -> bool:
         """Whether a segment must not begin, or, behind the last one, the run not finish."""
-        paused = self.paused and (self.plan.num_segments is None or segment < self.plan.num_segments)
-        return paused or (self.plan.approve and self.approved < segment)
+        return self.rests(segment) or (self.plan.approve and self.approved < segment)
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -345,7 +348,7 @@ class AnyOrder(RuleBasedStateMachine):
             plan = replace(plan, num_segments=plan.num_segments + 2)
         if how == "reroll":
             self.reroll(run, at % (run.committed + 1))
-        if how == "resume" and run.committed == plan.num_segments:
+        if how == "resume" and run.ended.state == "done":
             return
         self.count(how)
         self.submit(plan)
@@ -374,7 +377,7 @@ class AnyOrder(RuleBasedStateMachine):
             if state == "queued":
                 busy = {other.worker for other in self.runs.values() if other.worker is not None}
                 free = set(range(self.workers)) - busy - self.lacking
-                assert self.of(run_id) or not free or run.paused, "a run waits, and a GPU actor is free"
+                assert self.of(run_id) or not free or run.rests(run.committed), "a run waits, and a GPU actor is free"
                 continue
             if state == "paused":
                 assert run.begun == run.committed, "what has begun is not finished"

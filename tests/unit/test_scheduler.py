@@ -145,6 +145,14 @@ def test_a_paused_run_that_is_queued_takes_no_gpu_actor():
     assert [what.run_id for what in ended if isinstance(what, CloseRun)] == ["b", "a"]
 
 
+def test_a_paused_run_whose_segments_are_all_committed_is_finished_by_the_next_scheduler():
+    scheduler = SegmentScheduler()
+    (prepare,) = scheduler.handle(RunSubmitted(plan("a", 2), committed=2, worker=0, paused=True))
+    ended = run_to_end(scheduler, [prepare])
+    assert [what.stage for what in ended if isinstance(what, Work)] == ["prepare", "finalize"]
+    assert ended[-1] == CloseRun("a", "done", None, 0)
+
+
 def test_a_run_that_asks_waits_for_a_yes_to_each_segment_and_to_the_last():
     scheduler = SegmentScheduler()
     seen = run_to_end(scheduler, scheduler.handle(RunSubmitted(plan("a", 2, approve=True))))

@@ -216,9 +216,18 @@ class FinishesWithoutAYes(SegmentScheduler):
             return segments == self.plan.num_segments or super()._approved(segments)
 
 
+class RestsBehindTheLast(SegmentScheduler):
+    """A run that was paused after its last segment had begun waits with the next segment scheduler."""
+
+    class Run(ScheduledRun):
+        @property
+        def rests(self):
+            return self.state == "queued" and self.paused
+
+
 @pytest.mark.parametrize(
     "broken",
-    [EditsWhatHasBegun, BeginsWhileHeld, ForgetsAPause, NeedsNoYes, FinishesWithoutAYes],
+    [EditsWhatHasBegun, BeginsWhileHeld, ForgetsAPause, NeedsNoYes, FinishesWithoutAYes, RestsBehindTheLast],
 )
 def test_a_scheduler_that_is_steered_wrongly_is_found(broken, monkeypatch):
     monkeypatch.setattr(scheduler, "ScheduledRun", getattr(broken, "Run", ScheduledRun))
