@@ -35,7 +35,7 @@ from edit_ray.engine.loading import choose_device, provenance_of, usable_cores
 from edit_ray.engine.lora_files import weights_digest
 from edit_ray.engine.model_info import lookback_latents
 from edit_ray.engine.segment import SegmentEngine
-from edit_ray.errors import EditRayError, OutOfMemory, SegmentFailed
+from edit_ray.errors import EditRayError, OutOfMemory, SegmentFailed, StoreDied
 from edit_ray.files import digest_of_file, read_bytes, replacing
 from edit_ray.metrics.collect import MetricValues, Snapshot
 from edit_ray.runs.event_log import append_event
@@ -229,6 +229,8 @@ class DenoiserActor:
             leases.complete(index, again)
         if lost:
             leases.follow(reusing)
+            if leases.lost(reusing, again):
+                raise StoreDied(f"The store died after it got entries of segment {lost[-1]} again.")
         return made
 
     def _planned_behind_lost(

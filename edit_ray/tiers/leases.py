@@ -80,14 +80,17 @@ class SegmentLeases:
         """The segments that must be made again, as the store has lost entries of theirs that this one reads."""
         if attempt == 0 and segment in self._asked:
             return []  # the first attempt finds out if something is lost
-        reads = [op.key for op in self.reuse.ops(segment) if not op.writes]
+        reads = self._reads(segment)
         missing = (
             self._followed_call(segment, lambda: self._store.call("missing", self._run.name, reads)()) if reads else []
         )
         return sorted({int(key[1]) for key in missing})
 
     def begin(self, segment: int, attempt: int, history_len: int, then_next: bool = True) -> PlannedStore:
-        """The store for a segment. The next segment's lease is asked for, unless another segment comes next."""
+        """The store for a segment. The next segment's lease is asked for, unless another segment comes next.
+
+        Raises StoreDied if the store has died with entries that the segment reads.
+        """
         last, opened, self._next = self._current, self._next, None
         if last is not None:  # before the store gives the places of a failed segment to others
             last.store.settle()
@@ -100,7 +103,7 @@ class SegmentLeases:
         if lease is None and attempt == 0:
             lease = self._lease_asked_for(segment)
         if lease is None:
-            lease = self._followed_call(segment, lambda: self._prepare(segment, attempt)())
+            lease = self._lease_now(segment, attempt)
         self._given_by = lease.store
         self._asked.clear()
         if then_next and segment + 1 < len(self.reuse.plan.segments):
@@ -230,6 +233,18 @@ class SegmentLeases:
             return None
         return lease if lease is not None and owner_lives(lease.arena) else None
 
+    def _lease_now(self, segment: int, attempt: int) -> Lease:
+        """The answer of a store. One that follows only from now on may lack what another one had. Raises StoreDied."""
+        lease: Lease
+        if self._followed:
+            with suppress(StaleLease):
+                lease = self._prepare(segment, attempt)()
+                return lease
+            if self.lost(segment, max(attempt, 1)):
+                raise StoreDied(f"The store died with entries that segment {segment} reads.")
+        lease = self._followed_call(segment, lambda: self._prepare(segment, attempt)())
+        return lease
+
     def _followed_call(self, segment: int, ask: Callable[[], T]) -> T:
         """Call a store that follows the run for this object: not an earlier holder's reads, nor none."""
         if self._followed:
@@ -237,6 +252,10 @@ class SegmentLeases:
                 return ask()
         self.follow(segment)
         return ask()
+
+    def _reads(self, segment: int) -> list[Key]:
+        """The entries that a segment reads."""
+        return [op.key for op in self.reuse.ops(segment) if not op.writes]
 
     def _prepare(self, segment: int, attempt: int) -> Reply:
         ops = self.reuse.ops(segment)

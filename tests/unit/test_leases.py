@@ -15,7 +15,7 @@ from edit_ray import files
 from edit_ray.actors.cache_store import CacheStoreActor
 from edit_ray.actors.messages import RunSpec, run_key
 from edit_ray.config import Config
-from edit_ray.errors import EntryLost, StaleLease
+from edit_ray.errors import EntryLost, StaleLease, StoreDied
 from edit_ray.tiers import leases as leases_module
 from edit_ray.tiers.disk_tier import DiskTier
 from edit_ray.tiers.leases import Reuse, SegmentLeases, reuse_statistics
@@ -174,6 +174,18 @@ def test_a_lease_of_a_store_that_has_died_is_not_used(leases_for, way):
     make_segment(leases, 0)
     store.kill()
     assert make_segment(leases, 1)[0] == 8, "the lease was asked for before the store died"
+
+
+def test_a_store_that_dies_with_its_entries_once_it_was_asked_what_is_lost_has_died(leases_for, tmp_path):
+    store, leases = leases_for()
+    make_segment(leases, 0)
+    assert leases.lost(1, attempt=1) == []
+    store.kill()
+    for file in files_of(tmp_path):
+        file.unlink()
+    with pytest.raises(StoreDied, match="with entries that segment 1 reads"):
+        leases.begin(1, 0, history_len=1)
+    assert leases.lost(1, attempt=1) == [0]
 
 
 class Stalled(files.Disk):
