@@ -46,7 +46,10 @@ def value_of(values, name, part="", **labels):
 
 
 def page_of(root):
-    """What the exporter serves that is named in a folder of runs."""
+    """What the exporter serves that is named in a folder of runs; after a recovery it is named a little later."""
+    deadline = time.monotonic() + 10
+    while not (root / TARGETS).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
     (target,) = json.loads((root / TARGETS).read_text())[0]["targets"]
     with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
         return answer.read()

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -26,6 +27,7 @@ from typing import Any
 
 from edit_ray.actors import stages
 from edit_ray.actors.folder_state import all_damage_of
+from edit_ray.actors.live_run import LiveRun
 from edit_ray.actors.local import LocalPool, LocalWorker
 from edit_ray.actors.messages import RunSpec, RunStatus
 from edit_ray.actors.pool import ActorGone
@@ -292,8 +294,17 @@ async def die(scheduler: SegmentSchedulerActor) -> None:
             task.cancel()
         await asyncio.wait(tasks)
     for run in scheduler._runs.values():
-        if not run.ended:
+        if not run.ended or _is_open(run):
             run.file.close()
+
+
+def _is_open(run: LiveRun) -> bool:
+    """Whether an ended run was about to close its manifest."""
+    run._disk.shutdown()
+    try:
+        return os.path.samestat(os.fstat(run.file._descriptor), os.stat(run.folder.manifest))
+    except OSError:
+        return False
 
 
 class SteeredHistory(History):
