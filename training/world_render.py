@@ -1,7 +1,7 @@
 """The small world in pixels: solids are signed distances, found by sphere tracing, in blocks of `BLOCK` frames."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, reduce
 from typing import Any
 
@@ -15,6 +15,7 @@ from training.world import FORMS, GROUNDS, LENS, MATERIALS, SOLIDS, Worlds, came
 BLOCK = 32  # frames rendered at once: one compiled kernel, whatever the length of the clips
 OVERSAMPLED = 2  # rays a pixel, each way
 MARCH_STEPS, SHADOW_STEPS = 18, 10
+STRIDE = 2  # of these steps are one kernel
 FAR = 40.0
 
 _GROUND_COLOURS = (
@@ -35,7 +36,6 @@ _SKY_COLOURS = (
 )
 _LIGHTS = ((-0.45, 0.85, 0.35), (-0.80, 0.38, -0.40), (0.50, 0.60, -0.62), (-0.2, 0.95, 0.2), (-0.2, 0.95, 0.2))
 _DISC, _DISC_COLOUR = (1.0, 1.0, 1.0, 0.0, 0.0), (1.0, 0.97, 0.85)  # under which skies sun or moon are seen
-_UP = (0.0, 1.0, 0.0)
 _FADE = (0.012, 0.016, 0.016, 0.03, 0.16)
 
 
@@ -59,7 +59,9 @@ def render_worlds(worlds: Worlds, num_frames: int, height: int = 128, width: int
         return values[:, None].expand(-1, num_frames, *values.shape[1:]).flatten(0, 1)
 
     of_frames = [part.flatten(0, 1) for part in (time, eye, axes, centre, rolled)]
-    of_clips = [worlds.size, worlds.yaw, worlds.form, worlds.material, colours, there, worlds.ground, worlds.sky]
+    sky = [_table(table, device)[worlds.sky] for table in (_LIGHTS, _SKY_COLOURS, _DISC, _FADE)]
+    paints = _table(_GROUND_COLOURS, device)[worlds.ground]
+    of_clips = [worlds.size, worlds.yaw, worlds.form, worlds.material, colours, there, worlds.ground, paints, *sky]
     arguments = [*of_frames, *(each_frame(part) for part in of_clips)]
     frames = len(of_frames[0])
     missing = -frames % BLOCK if device.type == "cuda" else 0  # blocks of one size are compiled once
@@ -71,7 +73,7 @@ def render_worlds(worlds: Worlds, num_frames: int, height: int = 128, width: int
 
 
 @cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # The whole of `_shade` is slow to compile: the distances are called some forty times a block.
     return torch.compile(function, dynamic=False)
 
@@ -91,113 +93,134 @@ def _shade(
     colour: Tensor,
     there: Tensor,
     ground: Tensor,
-    sky: Tensor,
+    paints: Tensor,
+    *sky: Tensor,
 ) -> Tensor:
     """Frames [F, 3, height, width] in [0, 1]; each argument has F first, what a scene's three solids have then 3."""
-    rows, columns = OVERSAMPLED * height, OVERSAMPLED * width
-    across = (torch.arange(columns, device=eye.device) + 0.5 - columns / 2) / rows
-    down = (torch.arange(rows, device=eye.device) + 0.5 - rows / 2) / rows
-    lens = torch.stack(
-        [
-            across.expand(rows, -1),
-            -down[:, None].expand(-1, columns),
-            torch.full((rows, columns), LENS, device=eye.device),
-        ],
-        -1,
-    )
-    ray = F.normalize(torch.einsum("hwi,fij->fhwj", lens, axes), dim=-1)
-    solids = _Solids(centre, rolled, size, yaw, form, there)
-    light = F.normalize(_table(_LIGHTS, eye.device), dim=-1)[sky][:, None, None]
-    palette = _table(_SKY_COLOURS, eye.device)[sky][:, :, None, None]
-    horizon, zenith, bright, ambient = palette.unbind(1)
-    start = eye[:, None, None]
+
+    def run(function: Callable[..., Any], *arguments: Any) -> Any:
+        return (_compiled(function) if eye.is_cuda else function)(*arguments)
+
+    forms = (form == index for index in range(len(FORMS)))
+    solids = (centre, size, there, rolled.cos(), rolled.sin(), yaw.cos(), yaw.sin(), *forms)
+    start, light = eye[:, None, None], F.normalize(sky[0], dim=-1)[:, None, None]
+    ray = run(_rays, axes, OVERSAMPLED * height, OVERSAMPLED * width)
+    along = torch.full_like(ray[..., 0], 1.5)
+    for _ in range(MARCH_STEPS // STRIDE):
+        along = run(_marched, start, along, ray, *solids)
+    surface = run(_surface, start, along, ray, ground, time, paints, material, colour, *solids)
+    lifted = surface[0] + 0.02 * surface[1]
+    along, lit = torch.full_like(along, 0.05), torch.ones_like(along)
+    for _ in range(SHADOW_STEPS // STRIDE):
+        along, lit = run(_shadowed, lifted, along, lit, light, *solids)
+    tables = (*sky, _table(_DISC_COLOUR, eye.device))
+    picture: Tensor = run(_coloured, ray, lit, ground, light, tables, *surface)
+    return picture
+
+
+def _rays(axes: Tensor, rows: int, columns: int) -> Tensor:
+    """Directions [F, rows, columns, 3] of length 1."""
+    across = (torch.arange(columns, device=axes.device) + 0.5 - columns / 2) / rows
+    down = (torch.arange(rows, device=axes.device) + 0.5 - rows / 2) / rows
+    right, up, ahead = axes[:, None, None].unbind(-2)
+    return F.normalize(across[:, None] * right - down[:, None, None] * up + LENS * ahead, dim=-1)
+
+
+def _marched(start: Tensor, along: Tensor, ray: Tensor, *solids: Tensor) -> Tensor:
+    """How far along each ray a few steps lead towards the first solid."""
+    for _ in range(STRIDE):
+        along = along + _distance_ahead(start, along, ray, *solids).clamp(max=1.5)
+    return along
+
+
+def _shadowed(point: Tensor, along: Tensor, lit: Tensor, light: Tensor, *solids: Tensor) -> tuple[Tensor, Tensor]:
+    """How far a few steps lead towards the light, and how much of it, from 0 to 1, reaches the points."""
+    for _ in range(STRIDE):
+        distance = _distance_ahead(point, along, light, *solids)
+        lit = torch.minimum(lit, 6 * distance / along)
+        along = along + distance.clamp(0.05, 0.6)
+    return along, lit
+
+
+def _surface(
+    start: Tensor,
+    along: Tensor,
+    ray: Tensor,
+    ground: Tensor,
+    time: Tensor,
+    paints: Tensor,
+    material: Tensor,
+    colour: Tensor,
+    *solids: Tensor,
+) -> tuple[Tensor, ...]:
+    """What rays meet first, ground or solids: point, normal, own colour, what contact leaves of the ambient light,
+    depth, whether it is a solid, and whether that is shiny."""
+
+    def total(parts: Iterable[Tensor]) -> Tensor:
+        return reduce(torch.add, parts)
+
+    to_ground = torch.where(ray[..., 1] < -1e-4, -start[..., 1] / ray[..., 1].clamp(max=-1e-4), FAR)
+    found = _distance_ahead(start, along, ray, *solids) < 0.02
+    on_solid = found & (along < to_ground)
+    depth = torch.where(on_solid, along, to_ground)[..., None]
+    point = start + depth * ray
+    distances = _distance_of_each(point, *solids)
+    which = distances.argmin(-1)
+    axis = torch.arange(3, device=point.device)
+    steps = [(axis == index) * 0.01 for index in range(3)]
+    slope = torch.stack([_distance_of_each(point + step, *solids).amin(-1) - distances.amin(-1) for step in steps], -1)
+    base, ripple = _ground_colour(point, ground, time, paints)
+    wet = (ground == GROUNDS.index("water"))[:, None, None, None]
+    flat = torch.where(wet, ripple, (axis == 1).to(ray.dtype))
+    normal = torch.where(on_solid[..., None], F.normalize(slope, dim=-1), flat)
+    centre, size, _, cos, sin, cos_yaw, sin_yaw, *_ = solids
+    places = (_local(point, centre, size, cos, sin, cos_yaw, sin_yaw, solid) for solid in range(SOLIDS))
+    chosen = [(which == solid).to(ray.dtype)[..., None] for solid in range(SOLIDS)]
+    local = total(one * torch.stack(place, -1) for one, place in zip(chosen, places, strict=True))
+    paint = total(one * colour[:, None, None, solid] for solid, one in enumerate(chosen))
+    kind = total(one[..., 0] * material[:, None, None, solid].to(ray.dtype) for solid, one in enumerate(chosen))
+    base = torch.where(on_solid[..., None], _painted(paint, kind, local), base)
+    near = _distance_of_each(point + 0.12 * normal, *solids).amin(-1).clamp(min=0)
+    contact = 1 - 0.45 * torch.exp(-4 * near) * (~on_solid)
+    return point, normal, base, contact, depth, on_solid, on_solid & (kind == MATERIALS.index("shiny"))
+
+
+def _coloured(
+    ray: Tensor,
+    lit: Tensor,
+    ground: Tensor,
+    light: Tensor,
+    sky: tuple[Tensor, ...],
+    point: Tensor,
+    normal: Tensor,
+    base: Tensor,
+    contact: Tensor,
+    depth: Tensor,
+    on_solid: Tensor,
+    shiny: Tensor,
+) -> Tensor:
+    """Frames [F, 3, height, width] in the light that reaches them."""
+    _, palette, disc, haze, disc_colour = sky
+    horizon, zenith, bright, ambient = palette[:, :, None, None].unbind(1)
 
     def sky_colour(direction: Tensor) -> Tensor:
         share = direction[..., 1:2].clamp(min=0).sqrt()
         near = (direction * light).sum(-1, keepdim=True)
-        disc = torch.sigmoid((near - 0.992) * 900) * _table(_DISC, eye.device)[sky][:, None, None, None]
-        return torch.lerp(torch.lerp(horizon, zenith, share), _table(_DISC_COLOUR, eye.device), disc)
+        seen = torch.sigmoid((near - 0.992) * 900) * disc[:, None, None, None]
+        plain = torch.lerp(horizon, zenith, share)
+        return torch.lerp(plain, disc_colour, seen)
 
-    # The nearest of ground and solids.
-    to_ground = torch.where(ray[..., 1] < -1e-4, -start[..., 1] / ray[..., 1].clamp(max=-1e-4), FAR)
-    along, found = solids.march(start, ray)
-    on_solid = found & (along < to_ground)
-    depth = torch.where(on_solid, along, to_ground)[..., None]
-    point = start + depth * ray
-    normal_of_solid, which, local = solids.surface(point)
-    normal = torch.where(on_solid[..., None], normal_of_solid, _table(_UP, eye.device))
-
-    base, ripple = _ground_colour(point, ground, time)
-    normal = torch.where((ground == GROUNDS.index("water"))[:, None, None, None] & ~on_solid[..., None], ripple, normal)
-    chosen = (which[..., None] == torch.arange(SOLIDS, device=which.device)).to(ray.dtype)  # one_hot would wait
-    paint = torch.einsum("fhws,fsc->fhwc", chosen, colour)
-    kind = (chosen * material[:, None, None].to(ray.dtype)).sum(-1)
-    base = torch.where(on_solid[..., None], _painted(paint, kind, local), base)
-
-    lit = (normal * light).sum(-1).clamp(min=0) * solids.shadow(point + 0.02 * normal, light)
-    contact = 1 - 0.45 * torch.exp(-4 * solids.of_each(point + 0.12 * normal).amin(-1).clamp(min=0)) * (~on_solid)
+    lit = (normal * light).sum(-1).clamp(min=0) * lit.clamp(0, 1)
     colour_seen = base * (ambient * contact[..., None] + bright * 0.75 * lit[..., None])
     mirrored = ray - 2 * (ray * normal).sum(-1, keepdim=True) * normal
     glint = (mirrored * light).sum(-1).clamp(min=0) ** 24
-    shiny = on_solid & (kind == MATERIALS.index("shiny"))
     wet = ~on_solid & (ground == GROUNDS.index("water"))[:, None, None]
     strength = 0.18 * shiny.to(ray.dtype) + 0.35 * wet.to(ray.dtype)
     colour_seen = torch.lerp(colour_seen, sky_colour(mirrored), strength[..., None])
     colour_seen = colour_seen + bright * (0.8 * shiny * glint * (lit > 0))[..., None]
-    fade = 1 - torch.exp(-_table(_FADE, eye.device)[sky][:, None, None, None] * (depth - 3).clamp(min=0))
+    fade = 1 - torch.exp(-haze[:, None, None, None] * (depth - 3).clamp(min=0))
     seen = torch.where((depth < FAR), torch.lerp(colour_seen, horizon.expand_as(colour_seen), fade), sky_colour(ray))
     return F.avg_pool2d(seen.clamp(0, 1).permute(0, 3, 1, 2), OVERSAMPLED)
-
-
-class _Solids:
-    """The three solids of each of F frames as one signed distance."""
-
-    def __init__(self, centre: Tensor, rolled: Tensor, size: Tensor, yaw: Tensor, form: Tensor, there: Tensor) -> None:
-        self.centre, self.size, self.there = centre, size, there
-        self.form = [form == index for index in range(len(FORMS))]
-        self.rolled, self.yaw = (rolled.cos(), rolled.sin()), (yaw.cos(), yaw.sin())
-
-    def _measured(self, function: Callable[..., Tensor], *point: Tensor) -> Tensor:
-        measure = _compiled(function) if point[0].is_cuda else function
-        return measure(*point, self.centre, self.size, self.there, *self.rolled, *self.yaw, *self.form)
-
-    def of_each(self, point: Tensor) -> Tensor:
-        """Distances [F, H, W, 3]."""
-        return self._measured(_distance_of_each, point)
-
-    def ahead(self, start: Tensor, along: Tensor, ray: Tensor) -> Tensor:
-        """Distance [F, H, W] to the nearest solid from so far along the rays."""
-        return self._measured(_distance_ahead, start, along, ray)
-
-    def march(self, start: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
-        """How far along each ray the first solid lies, and whether there is one."""
-        along = torch.full_like(ray[..., 0], 1.5)
-        for _ in range(MARCH_STEPS):
-            along = along + self.ahead(start, along, ray).clamp(max=1.5)
-        return along, self.ahead(start, along, ray) < 0.02
-
-    def shadow(self, point: Tensor, light: Tensor) -> Tensor:
-        """How much of the light reaches a point, from 0 to 1."""
-        along, open_ = torch.full_like(point[..., 0], 0.05), torch.ones_like(point[..., 0])
-        for _ in range(SHADOW_STEPS):
-            distance = self.ahead(point, along, light)
-            open_ = torch.minimum(open_, 6 * distance / along)
-            along = along + distance.clamp(0.05, 0.6)
-        return open_.clamp(0, 1)
-
-    def surface(self, point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normals, the nearest solid, and where on it the points lie in its own frame."""
-        distances = self.of_each(point)
-        which = distances.argmin(-1)
-        steps = torch.eye(3, device=point.device) * 0.01
-        slope = torch.stack([self.of_each(point + step).amin(-1) - distances.amin(-1) for step in steps], -1)
-        places = (_local(point, self.centre, self.size, *self.rolled, *self.yaw, solid) for solid in range(SOLIDS))
-        local = torch.stack([torch.stack(place, -1) for place in places], -2)
-        return (
-            F.normalize(slope, dim=-1),
-            which,
-            local.gather(-2, which[..., None, None].expand(*which.shape, 1, 3))[..., 0, :],
-        )
 
 
 def _local(
@@ -239,18 +262,22 @@ def _distance_ahead(start: Tensor, along: Tensor, ray: Tensor, *solids: Tensor) 
     return reduce(torch.minimum, _distances(start + along[..., None] * ray, *solids))
 
 
+def _hypot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * x + y * y).sqrt()  # lengths of scenes do not overflow: torch's takes care of that, and is slow
+
+
 def _of_forms(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
     """Signed distances of local points from each of `FORMS`, of radius 1; no axis is stacked, so that all fuses."""
-    flat = torch.hypot(x, z)
-    ball = torch.hypot(flat, y) - 1
+    flat = _hypot(x, z)
+    ball = _hypot(flat, y) - 1
     beyond = [part.abs() - 0.68 for part in (x, y, z)]
-    outside = reduce(torch.hypot, [part.clamp(min=0) for part in beyond])
+    outside = reduce(_hypot, [part.clamp(min=0) for part in beyond])
     cube = outside + reduce(torch.maximum, beyond).clamp(max=0) - 0.07
     side, lid = flat - 0.68, y.abs() - 0.75
-    cylinder = torch.maximum(side, lid).clamp(max=0) + torch.hypot(side.clamp(min=0), lid.clamp(min=0)) - 0.05
+    cylinder = torch.maximum(side, lid).clamp(max=0) + _hypot(side.clamp(min=0), lid.clamp(min=0)) - 0.05
     slant = flat * 0.894 + (y - 0.95) * 0.447  # a tip at 0.95, an opening of one to two
     cone = torch.maximum(slant, -0.8 - y)
-    ring = torch.hypot(torch.hypot(x, y) - 0.70, z) - 0.30
+    ring = _hypot(_hypot(x, y) - 0.70, z) - 0.30
     return ball, cube, cylinder, cone, ring
 
 
@@ -270,7 +297,7 @@ def _painted(paint: Tensor, kind: Tensor, local: Tensor) -> Tensor:
     return torch.lerp(second, paint, share[..., None])
 
 
-def _ground_colour(point: Tensor, ground: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+def _ground_colour(point: Tensor, ground: Tensor, time: Tensor, paints: Tensor) -> tuple[Tensor, Tensor]:
     """The ground's own colour, and the normals of its ripple."""
     x, z = point[..., 0], point[..., 2]
     far = torch.exp(-0.09 * (x.square() + z.square()).sqrt())  # patterns fade before they are finer than pixels
@@ -286,7 +313,7 @@ def _ground_colour(point: Tensor, ground: Tensor, time: Tensor) -> tuple[Tensor,
     pattern = torch.zeros_like(x)
     for index, one in enumerate((blades, dunes, drifts, flags, planks, swell)):
         pattern = torch.where((ground == index)[:, None, None], one, pattern)
-    pairs = _table(_GROUND_COLOURS, point.device)[ground][:, :, None, None]
+    pairs = paints[:, :, None, None]
     colour = torch.lerp(pairs[:, 0], pairs[:, 1], (0.5 + 0.5 * pattern * far)[..., None])
     ripple = torch.stack(
         [0.10 * far * torch.cos(2.3 * x + wave), torch.ones_like(x), 0.10 * far * torch.cos(1.7 * z + 0.7 * wave)], -1
