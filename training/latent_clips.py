@@ -1,6 +1,6 @@
 """What transformers learn from: clips that are encoded once, their captions, noise levels, and worn histories."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,37 @@ class LatentClips:
         changes = torch.rand(number, device=device) < changing
         index = torch.randint(self.plain, (number,), device=device)
         return torch.where(changes, torch.randint(self.plain, len(self.ids), (number,), device=device), index), changes
+
+    def renew(self, fresh: "LatentClips", turn: int) -> None:
+        """Overwrite some clips by fresh ones of the same source, changing ones by changing ones, the next each turn."""
+        parts = ((0, self.plain, fresh.plain), (self.plain, len(self.ids), len(fresh.ids) - fresh.plain))
+        slots = torch.cat(
+            [first + (turn * number + torch.arange(number)) % (end - first) for first, end, number in parts]
+        ).to(self.ids.device)
+        for field in fields(self):
+            getattr(self, field.name).index_copy_(0, slots, getattr(fresh, field.name))
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """Replaces clips while a transformer learns from them, so that it sees none too often; sources take turns."""
+
+    clips: tuple[LatentClips, ...]
+    sources: tuple[Source, ...]
+    vae: AutoencoderKLWan
+    recipe: Recipe
+    seed: int
+    device: str
+
+    def __call__(self, step: int) -> None:
+        """Renew a batch of clips, now and then."""
+        if not self.recipe.renew_every or step % self.recipe.renew_every:
+            return
+        turn = step // self.recipe.renew_every
+        which, round_ = turn % len(self.clips), turn // len(self.clips)
+        number, seed = self.recipe.encode_batch, self.seed + 1_000_003 * (turn + 1)
+        fresh = encode_clips(self.vae, self.sources[which], number, self.recipe, seed, self.device)
+        self.clips[which].renew(fresh, round_)
 
 
 def encode_clips(
@@ -103,11 +134,15 @@ def worn(x0: Tensor, recipe: Recipe) -> Tensor:
 
 @dataclass(frozen=True)
 class CaptionEncoder:
-    """Token ids [B, 48] to what WanPipeline hands to the transformer: [B, 512, D], zeros after each caption's end."""
+    """Token ids [B, 48] to what WanPipeline hands to the transformer: [B, 512, D], zeros after each caption's end.
+
+    `length` may be less than 512: how many of these tokens there are.
+    """
 
     text_encoder: UMT5EncoderModel
     tokenizer: PreTrainedTokenizerFast
     recipe: Recipe
+    length: int = MAX_TEXT_TOKENS
 
     def __call__(self, ids: Tensor, empty: float) -> Tensor:
         """Encode captions, of which a share `empty` is left out and some words are not known."""
@@ -130,4 +165,4 @@ class CaptionEncoder:
     def _encode(self, ids: Tensor) -> Tensor:
         mask = ids != self.tokenizer.pad_token_id
         hidden = self.text_encoder(ids, mask.long()).last_hidden_state * mask[..., None]
-        return F.pad(hidden, (0, 0, 0, MAX_TEXT_TOKENS - ids.shape[1]))
+        return F.pad(hidden, (0, 0, 0, self.length - ids.shape[1]))

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from training.muon import MuonAndAdamW
 from training.recipe import FIRST_TRAINING_SEED, Recipe
 
 
@@ -82,18 +83,24 @@ class Loop:
 
     State lies in `state / f"{name}.pt"`: weights, averaged weights, moments, step and seconds; a new loop of the same
     name goes on from there.
+    Muon moves `matrices`, some of the modules' parameters, and AdamW the others.
     `run(loss)` calls `loss(step, progress)`, progress rising from 0 to 1, for a scalar.
     """
 
-    def __init__(self, name: str, modules: dict[str, nn.Module], call: Call, learning_rate: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        modules: dict[str, nn.Module],
+        call: Call,
+        learning_rate: float,
+        matrices: list[Tensor] | None = None,
+    ) -> None:
         self.name, self.modules, self.recipe, self.ranks = name, modules, call.recipe, call.ranks
         self.budget_s, self.slice_s, self.path = call.minutes * 60, call.slice_minutes * 60, call.state / f"{name}.pt"
         self.learning_rate = learning_rate
         self.parameters: list[Tensor] = [parameter for module in modules.values() for parameter in module.parameters()]
         self.device = self.parameters[0].device
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=self.device.type == "cuda"
-        )
+        self.optimizer = self._optimizer(matrices or [])
         self.averaged = [parameter.detach().clone() for parameter in self.parameters]
         self.step, self.seconds = 0, 0.0
         self.begun = 0  # the step from which the moments are
@@ -103,6 +110,16 @@ class Loop:
             for parameter, average in zip(self.parameters, self.averaged, strict=True):
                 dist.broadcast(parameter.data, 0)
                 average.copy_(parameter.data)
+
+    def _optimizer(self, matrices: list[Tensor]) -> torch.optim.Optimizer | MuonAndAdamW:
+        fused = self.device.type == "cuda"
+        if matrices:
+            chosen = {id(matrix) for matrix in matrices}
+            others = [parameter for parameter in self.parameters if id(parameter) not in chosen]
+            return MuonAndAdamW(matrices, others, self.learning_rate, fused)
+        return torch.optim.AdamW(
+            self.parameters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=fused
+        )
 
     @property
     def seed(self) -> int:

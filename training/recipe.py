@@ -69,6 +69,9 @@ class Recipe:
         (0, 9, False),
     )
     learning_rate: float = 1e-3
+    quick: bool = False  # `quick_forward.py`
+    muon: bool = False  # for the matrices of the blocks
+    renew_every: int = 0  # steps from one renewal of `encode_batch` clips to the next; 0 renews none
     empty_captions: float = 0.1
     unknown_captions: float = 0.03  # of words that the tokenizer does not know, as many a negative prompt is
     unknown_words: float = 0.02

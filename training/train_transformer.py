@@ -6,11 +6,19 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor
-from transformers import UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from training.latent_clips import CaptionEncoder, LatentClips, encode_clips, noise_levels, worn
+from training.latent_clips import CaptionEncoder, LatentClips, Renewal, encode_clips, noise_levels, worn
 from training.loop import Call, Loop, mixed_precision
-from training.models import build_text_encoder, build_tokenizer, build_transformer, compile_blocks, save_pipeline
+from training.models import (
+    CAPTION_TOKENS,
+    build_text_encoder,
+    build_tokenizer,
+    build_transformer,
+    compile_blocks,
+    save_pipeline,
+)
+from training.quick_forward import QuickTransformer
 from training.recipe import FIRST_TRAINING_SEED, Recipe
 from training.sources import sources_of
 
@@ -24,7 +32,7 @@ class FlowLoss:
     """
 
     clips: tuple[LatentClips, ...]
-    transformer: WanTransformer3DModel
+    transformer: WanTransformer3DModel | QuickTransformer
     captions: CaptionEncoder
     recipe: Recipe
 
@@ -60,7 +68,7 @@ class FlowLoss:
         ids = torch.where(changes[:, None], clips.changed_ids[index], clips.ids[index])
         history = slots < length[:, None]
         sigma = noise_levels(number, recipe, device)
-        tokens = x0.shape[-2] * x0.shape[-1] // 4
+        tokens = 1 if isinstance(self.transformer, QuickTransformer) else x0.shape[-2] * x0.shape[-1] // 4
         timestep = torch.where(history, 0.0, (1000 * sigma).floor()[:, None]).repeat_interleave(tokens, dim=1)
         prediction, target = self._predict(x0, sigma, timestep, ids, history)
         error = (prediction - target).square().mean(dim=(1, 3, 4))
@@ -83,6 +91,29 @@ class FlowLoss:
         return prediction.float(), noise - x0
 
 
+def matrices_of(transformer: WanTransformer3DModel) -> list[Tensor]:
+    """The matrices of its blocks."""
+    return [parameter for parameter in transformer.blocks.parameters() if parameter.ndim == 2]
+
+
+def flow_loss(
+    clips: tuple[LatentClips, ...],
+    transformer: WanTransformer3DModel,
+    text_encoder: UMT5EncoderModel,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+) -> FlowLoss:
+    """The loss as the recipe wants it computed, compiled on a GPU."""
+    compiled = transformer.device.type == "cuda"
+    if not recipe.quick:
+        compile_blocks(transformer)
+        return FlowLoss(clips, transformer, CaptionEncoder(text_encoder, tokenizer, recipe), recipe)
+    if compiled:
+        text_encoder.compile(dynamic=False)
+    captions = CaptionEncoder(text_encoder, tokenizer, recipe, CAPTION_TOKENS)
+    return FlowLoss(clips, QuickTransformer(transformer, compiled), captions, recipe)
+
+
 def train_transformer(call: Call, start: Path | None = None) -> Loop:
     """Train on `output / "vae"`, and write the whole model into `output` in fp16.
 
@@ -100,15 +131,21 @@ def train_transformer(call: Call, start: Path | None = None) -> Loop:
     transformer.to(device).train()
     text_encoder.to(device).train()
     modules = {"transformer": transformer, "text_encoder": text_encoder}
-    loop = Loop("transformer", modules, call, recipe.learning_rate)
+    loop = Loop("transformer", modules, call, recipe.learning_rate, matrices_of(transformer) if recipe.muon else None)
     torch.manual_seed(loop.seed)
     sources = zip(sources_of(recipe), recipe.clips, strict=True)
     clips = tuple(encode_clips(vae, source, number, recipe, loop.seed, device) for source, number in sources)
     if ranks.rank == 0:
         for one in clips:
             print(f"encoded {len(one.ids)} clips a process, spread {one.latents.float().std().item():.3f}")
-    compile_blocks(transformer)
-    loop.run(FlowLoss(clips, transformer, CaptionEncoder(text_encoder, tokenizer, recipe), recipe))
+    loss = flow_loss(clips, transformer, text_encoder, tokenizer, recipe)
+    renewal = Renewal(clips, sources_of(recipe), vae, recipe, loop.seed, device)
+
+    def renewed_loss(step: int, progress: float) -> Tensor:
+        renewal(step)
+        return loss(step, progress)
+
+    loop.run(renewed_loss)
     if ranks.rank == 0:
         save_pipeline(output, vae, transformer, text_encoder, recipe)
     ranks.wait()

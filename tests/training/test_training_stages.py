@@ -40,6 +40,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_transformer_trains_quickly_on_renewed_clips(model: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, quick=True, muon=True, renew_every=1)
+    shutil.copytree(model / "model" / "vae", tmp_path / "vae")
+    loop = train_transformer(Call(tmp_path, tmp_path / "state", recipe, 1e-2))
+    assert loop.step >= 1
+    assert all(torch.isfinite(average).all() for average in loop.averaged)
+
+
 def test_loop_resumes_where_it_was_saved(tmp_path: Path) -> None:
     def new_loop(minutes: float) -> tuple[torch.nn.Linear, Loop]:
         torch.manual_seed(0)
