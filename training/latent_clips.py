@@ -159,7 +159,7 @@ class CaptionEncoder:
 
     def _empty(self, ids: Tensor) -> Tensor:
         empty = torch.full_like(ids, self.tokenizer.pad_token_id)
-        empty[:, 0] = self.tokenizer.eos_token_id
+        empty[:, :1].fill_(self.tokenizer.eos_token_id)  # assigning would copy it from the host
         return empty
 
     def _encode(self, ids: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.muon import MuonAndAdamW
+from training.muon import Muon, MuonAndAdamW
 from training.recipe import FIRST_TRAINING_SEED, Recipe
+from training.step_graph import StepGraphs
 
 
 def mixed_precision(device: str) -> torch.autocast:
@@ -39,14 +40,11 @@ class Ranks:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         return cls(rank, world_size)
 
-    def average(self, gradients: list[Tensor]) -> None:
-        """Average the gradients over the processes, in one message."""
+    def average(self, gradient: Tensor) -> None:
+        """Average a gradient over the processes."""
         if self.world_size > 1:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            flat /= self.world_size
-            parts = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+            dist.all_reduce(gradient)
+            gradient /= self.world_size
 
     def agree(self, value: float, device: torch.device) -> float:
         """The first process's value, so that all take the same decisions."""
@@ -66,7 +64,8 @@ class Ranks:
 class Call:
     """What a call of any stage is told: it trains for `minutes` in all, at most `slice_minutes` of them now.
 
-    The model lies in the folder `output`, what a later call goes on from in `state`.
+    With an `end`, in seconds since the epoch, the minutes are fewer where training would last longer. The model lies in
+    the folder `output`, what a later call goes on from in `state`.
     """
 
     output: Path
@@ -76,6 +75,7 @@ class Call:
     slice_minutes: float = math.inf
     device: str = "cpu"
     ranks: Ranks = Ranks()
+    end: float = math.inf
 
 
 class Loop:
@@ -84,7 +84,6 @@ class Loop:
     State lies in `state / f"{name}.pt"`: weights, averaged weights, moments, step and seconds; a new loop of the same
     name goes on from there.
     Muon moves `matrices`, some of the modules' parameters, and AdamW the others.
-    `run(loss)` calls `loss(step, progress)`, progress rising from 0 to 1, for a scalar.
     """
 
     def __init__(
@@ -95,11 +94,21 @@ class Loop:
         learning_rate: float,
         matrices: list[Tensor] | None = None,
     ) -> None:
-        self.name, self.modules, self.recipe, self.ranks = name, modules, call.recipe, call.ranks
+        self.name, self.modules, self.recipe, self.ranks, self.end = name, modules, call.recipe, call.ranks, call.end
         self.budget_s, self.slice_s, self.path = call.minutes * 60, call.slice_minutes * 60, call.state / f"{name}.pt"
         self.learning_rate = learning_rate
         self.parameters: list[Tensor] = [parameter for module in modules.values() for parameter in module.parameters()]
         self.device = self.parameters[0].device
+        self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
+        sizes = [parameter.numel() for parameter in self.trained]
+        # All gradients in one piece: one message between processes, one norm, and addresses that stay.
+        self.gradient = torch.zeros(sum(sizes), device=self.device)
+        parts = zip(self.gradient.split(sizes), self.trained, strict=True)
+        self.gradients = [part.view_as(parameter) for part, parameter in parts]
+        for parameter, gradient in zip(self.trained, self.gradients, strict=True):
+            parameter.grad = gradient
+        # What changes from step to step, where a captured graph reads it.
+        self.value, self.rate, self.share = torch.zeros(3, device=self.device).unbind()
         self.optimizer = self._optimizer(matrices or [])
         self.averaged = [parameter.detach().clone() for parameter in self.parameters]
         self.step, self.seconds = 0, 0.0
@@ -112,35 +121,50 @@ class Loop:
                 average.copy_(parameter.data)
 
     def _optimizer(self, matrices: list[Tensor]) -> torch.optim.Optimizer | MuonAndAdamW:
-        fused = self.device.type == "cuda"
-        if matrices:
-            chosen = {id(matrix) for matrix in matrices}
-            others = [parameter for parameter in self.parameters if id(parameter) not in chosen]
-            return MuonAndAdamW(matrices, others, self.learning_rate, fused)
-        return torch.optim.AdamW(
-            self.parameters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=fused
+        on_gpu = self.device.type == "cuda"
+        chosen = {id(matrix) for matrix in matrices}
+        others = [parameter for parameter in self.parameters if id(parameter) not in chosen]
+        adamw = torch.optim.AdamW(
+            others, lr=self.rate, betas=(0.9, 0.99), weight_decay=0.0, fused=on_gpu, capturable=on_gpu
         )
+        return MuonAndAdamW(Muon(matrices, self.rate), adamw) if matrices else adamw
 
     @property
     def seed(self) -> int:
         """Of what is drawn from here on: another one in each process and after each resumption."""
         return FIRST_TRAINING_SEED + self.step * self.ranks.world_size + self.ranks.rank
 
-    def run(self, loss: Callable[[int, float], Tensor]) -> None:
-        """Train until the budget or the slice is spent, then save and leave the averaged weights in the modules."""
+    def run(
+        self,
+        loss: Callable[[int, float], Tensor],
+        kind: Callable[[int], Hashable] | None = None,
+        before: Callable[[int], None] | None = None,
+    ) -> None:
+        """Train until the budget or the slice is spent, then save and leave the averaged weights in the modules.
+
+        Args:
+            loss: Of a step and of progress, which rises from 0 to 1, a scalar.
+            kind: Of a step what tells its work from other steps' work, as `StepGraphs` has it: then that work may
+                become a graph, and what `loss` is told means nothing.
+            before: What to do before each step.
+        """
         started, since_save, spent_before = time.monotonic(), time.monotonic(), self.seconds
+        self.budget_s = self.ranks.agree(min(self.budget_s, spent_before + self.end - time.time()), self.device)
+        graphs = StepGraphs(self.device, self.recipe.graphs and kind is not None)
         total, count, since_log = torch.zeros((), device=self.device), 0, time.monotonic()
         while True:
             if self.step % self.recipe.agree_every_steps == 0:
                 self._synchronise()
                 elapsed = spent_before + time.monotonic() - started
                 self.seconds = self.ranks.agree(elapsed, self.device)
-            progress = self.seconds / self.budget_s
+            progress = self.seconds / self.budget_s if self.budget_s > 0 else 1.0
             if progress >= 1 or self.seconds - spent_before >= self.slice_s:
                 break
-            value = loss(self.step, progress)
-            self._update(value, progress)
-            total, count = total + value.detach(), count + 1
+            if before:
+                before(self.step)
+            graphs(kind and kind(self.step), lambda: self._differentiate(loss, progress))  # noqa: B023
+            total, count = total + self.value, count + 1
+            self._update(progress, graphs)
             if self.step % self.recipe.log_every_steps == 0 and self.ranks.rank == 0:
                 rate = count / (time.monotonic() - since_log)
                 print(
@@ -154,28 +178,35 @@ class Loop:
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.averaged)
 
-    def _update(self, loss: Tensor, progress: float) -> None:
-        self.optimizer.zero_grad(set_to_none=False)
-        loss.backward()
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        self.ranks.average(gradients)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+    def _differentiate(self, loss: Callable[[int, float], Tensor], progress: float) -> None:
+        value = loss(self.step, progress)
+        gradients = torch.autograd.grad(value, self.trained, materialize_grads=True)
+        torch._foreach_copy_(self.gradients, gradients)
+        self.value.copy_(value.detach())
+
+    def _update(self, progress: float, graphs: StepGraphs) -> None:
+        self.ranks.average(self.gradient)
         cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         warm = min(1.0, (self.step - self.begun + 1) / self.recipe.warmup_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * cosine * warm
-        self.optimizer.step()
+        self.rate.fill_(self.learning_rate * cosine * warm)
         self.step += 1
-        decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(self.averaged, self.parameters, 1 - decay)
+        self.share.fill_(1 - min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step)))
+        graphs("update", self._move)
+
+    @torch.no_grad()
+    def _move(self) -> None:
+        self.gradient.mul_((1 / (self.gradient.norm() + 1e-6)).clamp(max=1))
+        self.optimizer.step()
+        apart = torch._foreach_sub(self.parameters, self.averaged)
+        torch._foreach_mul_(apart, self.share)
+        torch._foreach_add_(self.averaged, apart)
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def save(self) -> None:
-        """Write the state; a crash while writing leaves the one before."""
+        """Write the state, and beside it the compact one; a crash while writing leaves those before."""
         if self.ranks.rank:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,18 +217,23 @@ class Loop:
             "step": self.step,
             "seconds": self.seconds,
         }
-        self._write(content)
+        self._write(content, self.path)
+        self._write_compact(self.path.with_suffix(".compact.pt"))
 
     def compact(self) -> None:
         """Replace the state by the averaged weights in fp16 alone, an eighth of its size, for a later machine."""
         if self.ranks.rank == 0:
-            averaged = [average.half() for average in self.averaged]
-            self._write({"averaged": averaged, "step": self.step, "seconds": self.seconds})
+            self._write_compact(self.path)
+            self.path.with_suffix(".compact.pt").unlink(missing_ok=True)
 
-    def _write(self, content: dict[str, object]) -> None:
-        unfinished = self.path.with_suffix(".part")
+    def _write_compact(self, path: Path) -> None:
+        averaged = [average.half() for average in self.averaged]
+        self._write({"averaged": averaged, "step": self.step, "seconds": self.seconds}, path)
+
+    def _write(self, content: dict[str, object], path: Path) -> None:
+        unfinished = path.with_suffix(".part")
         torch.save(content, unfinished)
-        unfinished.replace(self.path)
+        unfinished.replace(path)
 
     def _resume(self) -> None:
         content = torch.load(self.path, map_location=self.device, weights_only=True)
@@ -207,6 +243,8 @@ class Loop:
             for name, module in self.modules.items():
                 module.load_state_dict(content["modules"][name])
             self.optimizer.load_state_dict(content["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate
         else:  # a compact state: the averaged weights are a good start, and the moments begin anew
             with torch.no_grad():
                 torch._foreach_copy_(self.parameters, self.averaged)

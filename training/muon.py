@@ -22,15 +22,18 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
     for _ in range(steps):
         square = x @ x.mT
-        x = _A * x + (_B * square + _C * square @ square) @ x
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=_B, alpha=_C), x, beta=_A)
     result: Tensor = (x if wide else x.mT).type_as(matrices)
     return result
 
 
 class Muon(torch.optim.Optimizer):
-    """Of matrices alone. The step's root mean square is 0.2 of the learning rate, as AdamW's is about."""
+    """Of matrices alone. The step's root mean square is 0.2 of the learning rate, as AdamW's is about.
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
+    The learning rate is a tensor on the matrices' device: a captured CUDA graph reads what it holds.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: Tensor, momentum: float = 0.95) -> None:
         super().__init__(list(parameters), {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -43,8 +46,8 @@ class Muon(torch.optim.Optimizer):
                     shapes.setdefault(parameter.shape, []).append(parameter)
             for shape, matrices in shapes.items():
                 steps = orthogonalised(self._direction(matrices, group["momentum"]))
-                scale = group["lr"] * 0.2 * max(shape) ** 0.5
-                torch._foreach_add_(matrices, list(steps.unbind()), alpha=-scale)
+                steps *= group["lr"] * 0.2 * max(shape) ** 0.5
+                torch._foreach_sub_(matrices, list(steps.unbind()))
 
     def _direction(self, matrices: list[Tensor], momentum: float) -> Tensor:
         """Nesterov's, [N, rows, columns]."""
@@ -60,9 +63,8 @@ class Muon(torch.optim.Optimizer):
 class MuonAndAdamW:
     """Both, in the shape of one optimizer: each parameter belongs to one of them."""
 
-    def __init__(self, matrices: list[Tensor], others: list[Tensor], learning_rate: float, fused: bool) -> None:
-        self.muon = Muon(matrices, learning_rate)
-        self.adamw = torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
+        self.muon, self.adamw = muon, adamw
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -73,11 +75,6 @@ class MuonAndAdamW:
         """Move every parameter."""
         self.muon.step()
         self.adamw.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
-        self.muon.zero_grad(set_to_none)
-        self.adamw.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """Both states by name."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.models import CAPTION_TOKENS, MAX_TEXT_TOKENS
 
@@ -207,6 +208,9 @@ def _text_attention(
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, weights: AttentionWeights, bias: Tensor | None) -> Tensor:
     query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-    mask = None if bias is None else bias.expand(*query.shape[:3], -1)
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    if bias is None:
+        attended = F.scaled_dot_product_attention(query, key, value)
+    else:
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # cuDNN's is slower on so few keys
+            attended = F.scaled_dot_product_attention(query, key, value, bias.expand(*query.shape[:3], -1))
     return F.linear(attended.transpose(1, 2).flatten(2), *weights.out)

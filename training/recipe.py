@@ -69,9 +69,9 @@ class Recipe:
         (0, 9, False),
     )
     learning_rate: float = 1e-3
-    quick: bool = False  # `quick_forward.py`
-    muon: bool = False  # for the matrices of the blocks
-    renew_every: int = 0  # steps from one renewal of `encode_batch` clips to the next; 0 renews none
+    muon: bool = True  # for the matrices of the blocks
+    renew_every: int = 60  # steps from one renewal of `encode_batch` clips to the next; 0 renews none
+    graphs: bool = True  # on a GPU, steps become CUDA graphs
     empty_captions: float = 0.1
     unknown_captions: float = 0.03  # of words that the tokenizer does not know, as many a negative prompt is
     unknown_words: float = 0.02
@@ -136,7 +136,8 @@ SMOKE = Recipe(
     judge_width=4,
     judge_pool=2,
     judge_renewed=1,
-    clips=(4, 1, 1),
+    clips=(4, 4, 4),
+    renew_every=3,
     clip_latents=5,
     window=3,
     turns=((1, 3, False), (2, 5, False), (0, 3, True)),

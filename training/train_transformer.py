@@ -1,6 +1,7 @@
 """Stage 2: the text encoder and the transformer, together, by flow matching on latents that are encoded once."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,7 +16,6 @@ from training.models import (
     build_text_encoder,
     build_tokenizer,
     build_transformer,
-    compile_blocks,
     save_pipeline,
 )
 from training.quick_forward import QuickTransformer
@@ -29,18 +29,25 @@ class FlowLoss:
 
     Most batches start from nothing: the window is a clip's begin, with one timestep a clip. In the others the window
     comes from the middle of a clip and its first latents, the history, are clean, carry timestep 0 and no loss.
+
+    Steps of one turn do the same to other numbers, and can be one CUDA graph: nothing here waits for the GPU or copies
+    from the host, once what is made once is there.
     """
 
     clips: tuple[LatentClips, ...]
-    transformer: WanTransformer3DModel | QuickTransformer
+    transformer: QuickTransformer
     captions: CaptionEncoder
     recipe: Recipe
 
     def __call__(self, step: int, progress: float) -> Tensor:
-        source, window, history = self.recipe.turns[step % len(self.recipe.turns)]
+        source, window, history = self.turn(step)
         number = self.recipe.batch * self.recipe.window // (2 * window) * 2
         clips = self.clips[source]
         return self.from_history(clips, number, window) if history else self.from_text(clips, number, window)
+
+    def turn(self, step: int) -> tuple[int, int, bool]:
+        """The recipe's turn that a step is."""
+        return self.recipe.turns[step % len(self.recipe.turns)]
 
     def from_text(self, clips: LatentClips, number: int, window: int) -> Tensor:
         """Loss of a batch of clips from their beginning."""
@@ -49,14 +56,13 @@ class FlowLoss:
         sigma = noise_levels(number, self.recipe, x0.device)
         prediction, target = self._predict(x0, sigma, (1000 * sigma).floor(), clips.ids[index], None)
         error = (prediction - target).square().mean(dim=(0, 1, 3, 4))
-        weight = torch.ones_like(error)
-        weight[0] = self.recipe.first_frame_weight
-        return (error * weight).sum() / weight.sum()
+        more = self.recipe.first_frame_weight - 1
+        return (error.sum() + more * error[0]) / (len(error) + more)
 
     def from_history(self, clips: LatentClips, number: int, window: int) -> Tensor:
         """Loss of a batch of continuations, a third of them into a changed scene."""
         recipe, device = self.recipe, clips.ids.device
-        lengths = torch.tensor(recipe.history_lengths, device=device)
+        lengths = _on_device(recipe.history_lengths, device)
         length = lengths[torch.randint(len(lengths), (number,), device=device)]
         index, changes = clips.draw(number, 1 / 3)
         last = recipe.clip_latents - window
@@ -68,8 +74,7 @@ class FlowLoss:
         ids = torch.where(changes[:, None], clips.changed_ids[index], clips.ids[index])
         history = slots < length[:, None]
         sigma = noise_levels(number, recipe, device)
-        tokens = 1 if isinstance(self.transformer, QuickTransformer) else x0.shape[-2] * x0.shape[-1] // 4
-        timestep = torch.where(history, 0.0, (1000 * sigma).floor()[:, None]).repeat_interleave(tokens, dim=1)
+        timestep = torch.where(history, 0.0, (1000 * sigma).floor()[:, None])
         prediction, target = self._predict(x0, sigma, timestep, ids, history)
         error = (prediction - target).square().mean(dim=(1, 3, 4))
         return (error * ~history).sum() / (~history).sum()
@@ -96,6 +101,11 @@ def matrices_of(transformer: WanTransformer3DModel) -> list[Tensor]:
     return [parameter for parameter in transformer.blocks.parameters() if parameter.ndim == 2]
 
 
+@cache
+def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
+
+
 def flow_loss(
     clips: tuple[LatentClips, ...],
     transformer: WanTransformer3DModel,
@@ -103,11 +113,8 @@ def flow_loss(
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
 ) -> FlowLoss:
-    """The loss as the recipe wants it computed, compiled on a GPU."""
+    """The loss, compiled on a GPU."""
     compiled = transformer.device.type == "cuda"
-    if not recipe.quick:
-        compile_blocks(transformer)
-        return FlowLoss(clips, transformer, CaptionEncoder(text_encoder, tokenizer, recipe), recipe)
     if compiled:
         text_encoder.compile(dynamic=False)
     captions = CaptionEncoder(text_encoder, tokenizer, recipe, CAPTION_TOKENS)
@@ -140,12 +147,7 @@ def train_transformer(call: Call, start: Path | None = None) -> Loop:
             print(f"encoded {len(one.ids)} clips a process, spread {one.latents.float().std().item():.3f}")
     loss = flow_loss(clips, transformer, text_encoder, tokenizer, recipe)
     renewal = Renewal(clips, sources_of(recipe), vae, recipe, loop.seed, device)
-
-    def renewed_loss(step: int, progress: float) -> Tensor:
-        renewal(step)
-        return loss(step, progress)
-
-    loop.run(renewed_loss)
+    loop.run(loss, loss.turn, renewal)
     if ranks.rank == 0:
         save_pipeline(output, vae, transformer, text_encoder, recipe)
     ranks.wait()

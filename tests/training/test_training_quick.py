@@ -79,7 +79,7 @@ def test_singular_values_become_equal_and_vectors_stay(shape: tuple[int, int, in
 def test_muon_steps_are_as_long_as_adamws() -> None:
     matrix = torch.nn.Parameter(torch.zeros(64, 32))
     matrix.grad = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    Muon([matrix], lr=0.1).step()
+    Muon([matrix], lr=torch.tensor(0.1)).step()
     assert 0.1 * 0.2 * 0.5 < matrix.detach().square().mean().sqrt() < 0.1 * 0.2 * 1.5
 
 

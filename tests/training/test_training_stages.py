@@ -1,6 +1,7 @@
 """Each stage of the training runs a few steps on a CPU, saves its state and goes on from it."""
 
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,12 @@ from edit_ray import EditWanPipeline
 from tests.calls import load
 from training.criteria import Size
 from training.evaluate_world import BARS, judge_drift, judge_joins, judge_storyboard, sampled
-from training.latent_clips import CaptionEncoder, LatentClips, shifted
+from training.latent_clips import LatentClips, shifted
 from training.loop import Call, Loop
 from training.models import CAPTION_TOKENS, build_text_encoder, build_tokenizer, build_transformer
 from training.recipe import FULL, SMOKE
 from training.sampling import sample_latents
-from training.train_transformer import FlowLoss, train_transformer
+from training.train_transformer import flow_loss, train_transformer
 from training.train_vae import train_vae
 from training.world_judge import load_judge, train_judge
 
@@ -40,11 +41,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_transformer_trains_quickly_on_renewed_clips(model: Path, tmp_path: Path) -> None:
-    recipe = replace(RECIPE, quick=True, muon=True, renew_every=1)
+def test_the_transformer_trains_on_renewed_clips_until_a_time_of_day(model: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, renew_every=1)
     shutil.copytree(model / "model" / "vae", tmp_path / "vae")
-    loop = train_transformer(Call(tmp_path, tmp_path / "state", recipe, 1e-2))
+    loop = train_transformer(Call(tmp_path, tmp_path / "state", recipe, 60, end=time.time() + 15))
     assert loop.step >= 1
+    assert loop.seconds >= loop.budget_s
     assert all(torch.isfinite(average).all() for average in loop.averaged)
 
 
@@ -84,25 +86,35 @@ def test_stages_train_and_go_on(model: Path) -> None:
 
 
 def test_a_compact_state_begins_with_the_averaged_weights(tmp_path: Path) -> None:
-    call, learning_rate = Call(tmp_path, tmp_path, RECIPE, 1e-3), 1e-2
+    call, learning_rate = Call(tmp_path, tmp_path, RECIPE, minutes=10), 1e-2
+
+    def interrupted_after(loop: Loop, layer: torch.nn.Linear, steps: int) -> list[float]:
+        """The learning rate at the beginning of each step."""
+        rates: list[float] = []
+
+        def loss(step: int, progress: float) -> torch.Tensor:
+            rates.append(loop.rate.item())  # of the step before
+            if len(rates) > steps:
+                raise Interrupted
+            return layer(torch.ones(1, 2)).square().sum()
+
+        with pytest.raises(Interrupted):
+            loop.run(loss)
+        return rates
+
     layer = torch.nn.Linear(2, 1)
     loop = Loop("layer", {"layer": layer}, call, learning_rate)
-    loop.run(lambda step, progress: layer(torch.ones(1, 2)).square().sum())
-    whole = (tmp_path / "layer.pt").stat().st_size
+    interrupted_after(loop, layer, RECIPE.warmup_steps)
+    assert loop.rate > 0.9 * learning_rate
+    whole, beside = ((tmp_path / name).stat().st_size for name in ("layer.pt", "layer.compact.pt"))
     loop.compact()
-    assert (tmp_path / "layer.pt").stat().st_size < whole
+    assert max(beside, (tmp_path / "layer.pt").stat().st_size) < whole
     again = torch.nn.Linear(2, 1)
-    resumed = Loop("layer", {"layer": again}, replace(call, minutes=2e-3), learning_rate)
+    resumed = Loop("layer", {"layer": again}, call, learning_rate)
     assert resumed.step == loop.step
     torch.testing.assert_close(again.weight, loop.averaged[0], rtol=1e-3, atol=1e-6)
-    rates = []
-
-    def loss(step: int, progress: float) -> torch.Tensor:
-        rates.append(resumed.optimizer.param_groups[0]["lr"])  # of the step before
-        return again(torch.ones(1, 2)).square().sum()
-
-    resumed.run(loss)
-    assert rates[1] < 0.02 * learning_rate, "new moments are warmed up"
+    rates = interrupted_after(resumed, again, steps=2)
+    assert 0 < rates[1] < 0.02 * learning_rate, "new moments are warmed up"
 
 
 def test_a_decoder_alone_keeps_the_latents(model: Path) -> None:
@@ -123,8 +135,7 @@ def test_every_turn_of_the_recipe_trains() -> None:
     sizes = ((2, 2), (2, 2), (2, 4))
     latents = (torch.randn(4, recipe.clip_latents, recipe.vae_z_dim, *size) for size in sizes)
     clips = tuple(LatentClips(of_size, ids, ids, change) for of_size in latents)
-    captions = CaptionEncoder(build_text_encoder(recipe, tokenizer), tokenizer, recipe)
-    loss = FlowLoss(clips, build_transformer(recipe), captions, recipe)
+    loss = flow_loss(clips, build_transformer(recipe), build_text_encoder(recipe, tokenizer), tokenizer, recipe)
     for step, turn in enumerate(recipe.turns):
         assert torch.isfinite(loss(step, 0.5)), turn
 
