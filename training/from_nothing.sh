@@ -1,7 +1,7 @@
 #!/bin/bash
 # The small world's transformer from nothing, in a given time: its judge, the transformer, and the evaluation of both.
 #
-#   setsid training/session.sh STATE KEEP >session.log 2>&1 &
+#   setsid training/from_nothing.sh STATE KEEP >training.log 2>&1 &
 #
 # STATE gets the model and all else. KEEP gets what is worth carrying away, in parts of 15 MiB at most, whole sets only:
 # the transformer's weights every KEEP_EVERY_S seconds, at the end the model and the logs too. To go on from them:
