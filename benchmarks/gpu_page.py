@@ -23,10 +23,17 @@ ABOUT = {
     "a skipped step costs in computed ones of its baseline; `blocks` how many ran; `deviation` the latents' distance "
     "from those of the mode exact, relative to their norm. FastVideo, LightX2V and SGLang were not run.",
     "skip_cost": "A skipped forward beside a full one, in each pipeline's own loop.",
+    "skip_policies": "The same of more policies; `spectrum`, `foca` and `dmd` sum five or six stored residuals.",
+    "skip_layouts": "The same of image to video and VACE.",
     "long_video": "Segments that reuse each other's residuals: everything in VRAM, and bounded tiers over disk.",
     "memory_bound": "Forecasting every block's residual with less memory than that takes.",
     "overhead": "The three actors beside the same segments in a plain loop.",
     "peak_memory": "What each phase of a segment needs, the full-size text encoder included.",
+    "cards": "What `edit-ray plan` says of a card, and what a process takes that is held to as much memory.",
+    "block_offload": "Both experts' blocks in host memory, under the memory of a card of 24 GB.",
+    "causal": "A causal model's steady state, window 12 of which 3 are the sink, beside the plain loop.",
+    "causal_windows": "A window parked in host memory and taken back; and half of a window in host memory, with the "
+    "device's memory capped so that the whole of it runs out (`whole_runs_out`).",
     "scale": "Several GPUs.",
 }
 _INTRO = """# On a GPU

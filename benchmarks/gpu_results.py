@@ -218,7 +218,7 @@ def _draw(content: Mapping[str, Any], path: Path) -> None:
     axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3)
     axes.invert_yaxis()
     axes.set(xlabel=figure_name, xlim=(0, 1.12 * max(values)))
-    axes.set_title(heading(content), fontsize=9)
+    figure.suptitle(heading(content), fontsize=9)  # over the names too: beside them a long one would be cut off
     figure.savefig(path, dpi=110)
 
 

@@ -138,7 +138,7 @@ def measure_cards(results: Results, args: Any) -> None:
                     with results.row(row) as figures:
                         on_card(figures, pipe, task, placed, card, device)
             ratio = results.of(row).get("ratio")
-            results.bar(f"{row}: |measured / planned - 1|", None if ratio is None else abs(ratio - 1), most=MOST_WRONG)
+            results.bar(f"{row}: measured off the plan by", None if ratio is None else abs(ratio - 1), most=MOST_WRONG)
         del pipe
 
 
