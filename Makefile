@@ -119,6 +119,8 @@ RESULTS ?= benchmarks/results
 bench-gpu: $(INSTALLED) ## run the benchmarks of a GPU, results into RESULTS=folder; scale.py wants two
 	for name in wan_table skip_cost long_video memory_bound overhead peak_memory block_offload causal causal_windows scale; do \
 	  $(BIN)/python benchmarks/$$name.py --output $(RESULTS)/$$name || echo "$$name.py has failed"; done
+	$(BIN)/python benchmarks/skip_cost.py --layouts i2v-14B i2v-A14B vace-14B --output $(RESULTS)/skip_layouts || echo "skip_cost.py has failed"
+	$(BIN)/python benchmarks/peak_memory.py --cards 12 16 24 48 80 --seconds 600 --output $(RESULTS)/cards || echo "peak_memory.py has failed"
 	for mode in exact fast; do \
 	  $(BIN)/python benchmarks/loop_trace.py --mode $$mode --output $(RESULTS)/loop_trace || echo "loop_trace.py has failed"; done
 	$(BIN)/python benchmarks/gpu_page.py

@@ -23,7 +23,7 @@ ABOUT = {
     "a skipped step costs in computed ones of its baseline; `blocks` how many ran; `deviation` the latents' distance "
     "from those of the mode exact, relative to their norm. FastVideo, LightX2V and SGLang were not run.",
     "skip_cost": "A skipped forward beside a full one, in each pipeline's own loop.",
-    "skip_policies": "The same of more policies; `spectrum`, `foca` and `dmd` sum five or six stored residuals.",
+    "skip_policies": "The same of later policies; `spectrum`, `foca` and `dmd` sum five or six stored residuals.",
     "skip_layouts": "The same of image to video and VACE.",
     "long_video": "Segments that reuse each other's residuals: everything in VRAM, and bounded tiers over disk.",
     "memory_bound": "Forecasting every block's residual with less memory than that takes.",
@@ -60,7 +60,8 @@ def _section(name: str, about: str, content: Mapping[str, Any] | None) -> str:
     lines = [f"## {name}", "", about, ""]
     if content is None:
         return "\n".join([*lines, f"Not measured yet: `python benchmarks/{name}.py`.", ""])
-    lines += [f"{heading(content)}, commit {content['commit'][:12]}: `{content['command']}`.", ""]
+    commit, *changes = content["commit"].split(maxsplit=1)
+    lines += [f"{heading(content)}, commit {' '.join([commit[:12], *changes])}: `{content['command']}`.", ""]
     lines += [f"- {note}" for note in content["notes"]]
     lines += [""] if content["notes"] else []
     lines += _bars(content["bars"]) + _rows(content["rows"])
