@@ -1,6 +1,7 @@
 """The segment scheduler in random orders of everything that can happen; and broken ones that this must find."""
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -227,9 +228,24 @@ class RestsBehindTheLast(SegmentScheduler):
 
 @pytest.mark.parametrize(
     "broken",
-    [EditsWhatHasBegun, BeginsWhileHeld, ForgetsAPause, NeedsNoYes, FinishesWithoutAYes, RestsBehindTheLast],
+    [EditsWhatHasBegun, BeginsWhileHeld, ForgetsAPause, NeedsNoYes, FinishesWithoutAYes],
 )
 def test_a_scheduler_that_is_steered_wrongly_is_found(broken, monkeypatch):
     monkeypatch.setattr(scheduler, "ScheduledRun", getattr(broken, "Run", ScheduledRun))
     with pytest.raises(AssertionError):
         run(broken, AnySteering, max_examples=400, phases=[Phase.generate], report_multiple_bugs=False)
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_a_run_that_rests_behind_its_last_segment_is_found(found, monkeypatch):
+    broken = RestsBehindTheLast if found else SegmentScheduler
+    monkeypatch.setattr(scheduler, "ScheduledRun", getattr(broken, "Run", ScheduledRun))
+    orders = type("Machine", (AnySteering,), {"Scheduler": broken, "fired": Counter()})()
+    orders.start(workers=1)
+    orders.begin_a_run(segments=1, retries=1, max_ahead=None, frames_first=False)
+    orders.succeed(index=0, more=0)
+    orders.pause(index=0, paused=True, happens="nothing")
+    orders.succeed(index=0, more=15)
+    orders.scheduler_dies(commits=True, forget_workers=False)
+    with pytest.raises(AssertionError, match="a run waits") if found else nullcontext():
+        orders.what_can_go_on_goes_on()
