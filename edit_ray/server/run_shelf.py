@@ -124,9 +124,12 @@ class RunShelf:
         return self._view(self._known(run_id), fresh=fresh)
 
     def recent(self, run_id: str) -> tuple[RunFolder, RunView]:
-        """The run's folder, and a view of it that may be a moment old: many readers that follow a run share one."""
+        """The run's folder, and a view of it that may be a moment old: many readers that follow a run share one.
+
+        That a run has ended is looked at anew: it may have been continued since, and nobody asks again about an end.
+        """
         kept, now = self._known(run_id), time.monotonic()
-        if kept.view is None or now - kept.viewed_at > STATUS_AGE_S:
+        if kept.view is None or kept.view.manifest.end is not None or now - kept.viewed_at > STATUS_AGE_S:
             kept.view, kept.viewed_at = self._view(kept), now
         return kept.folder, kept.view
 
