@@ -234,7 +234,7 @@ class SegmentLeases:
         return lease if lease is not None and owner_lives(lease.arena) else None
 
     def _lease_now(self, segment: int, attempt: int) -> Lease:
-        """The answer of a store. One that follows only from now on may lack what another one had. Raises StoreDied."""
+        """Ask for the segment's lease. A new store may lack entries of the one that has died: then raise StoreDied."""
         lease: Lease
         if self._followed:
             with suppress(StaleLease):
