@@ -6,7 +6,7 @@ from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.config import Config, load_config
 from edit_ray.runs.folder import RunFolder
-from tests.chaos.storm import told
+from tests.chaos.undisturbed import told
 
 SEGMENTS = 4
 ONE = {"video": {"num_segments": 1}, "prompt_segments": [{"segment": 0, "prompt": "a red circle"}]}

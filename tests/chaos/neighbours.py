@@ -15,7 +15,7 @@ from pathlib import Path
 from edit_ray.actors.local import LocalPool
 from edit_ray.actors.segment_scheduler import SegmentSchedulerActor
 from edit_ray.config import Config
-from tests.chaos.storm import Shape
+from tests.chaos.undisturbed import Shape
 
 
 def config_of(model: Path, seed: int, store: Path) -> Config:

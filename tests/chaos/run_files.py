@@ -8,7 +8,7 @@ from PIL import Image
 
 from edit_ray.runs.folder import RunFolder
 from edit_ray.testing import save_random_wan
-from tests.chaos.storm import compare
+from tests.chaos.undisturbed import compare
 
 WINDOW = 2
 GPU_ACTORS = min(2, os.cpu_count() or 1)  # Ray gives each a CPU

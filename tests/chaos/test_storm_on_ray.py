@@ -18,7 +18,8 @@ from edit_ray import LongVideoClient
 from edit_ray.runs.event_log import read_events
 from tests.chaos.harness import VICTIMS
 from tests.chaos.processes import actors_of, kill
-from tests.chaos.storm import SteeredHistory, Undisturbed, Weather, save_model
+from tests.chaos.storm import SteeredHistory, Weather
+from tests.chaos.undisturbed import Undisturbed, save_model
 
 HISTORIES = int(os.environ.get("HISTORIES", "3"))
 SEED = int(os.environ.get("SEED", "0"))

@@ -2,7 +2,9 @@
 
 import pytest
 
+from edit_ray.runs.run_plan import Edit, Take
 from tests.chaos.storm import storm
+from tests.chaos.undisturbed import Shape, Undisturbed, save_model, tells, told
 
 
 def test_whatever_happens_to_a_run_every_file_is_what_it_would_be(tmp_path):
@@ -20,6 +22,21 @@ def test_however_a_run_is_steered_every_file_is_that_of_a_run_that_was_told_so_f
 def test_whatever_happens_to_a_causal_run_every_file_is_what_it_would_be(tmp_path):
     counts = storm(tmp_path, range(3), causal=True)
     assert counts["history"] == 3
+
+
+def test_what_no_storyboard_can_say_of_a_causal_run_is_said_in_edits(tmp_path):
+    config = Shape(0, 0, False, 5, "commit", "cut").config(save_model(tmp_path / "model", causal=True), 4)
+    changes = (Edit(2, seed=3), Take(1, 0, 77), Edit(2, prompt="a red square"))
+    assert not tells(config, changes[:1], changes[1:])
+    undisturbed = Undisturbed(tmp_path, tmp_path / "model")
+    try:
+        steered = undisturbed.steered(config, changes)
+        in_the_end = undisturbed.steered(told(config, 4, changes), ())
+        for index in range(4):
+            latents = steered.latents(index, 1), in_the_end.latents(index)
+            assert latents[0].read_bytes() == latents[1].read_bytes(), index
+    finally:
+        undisturbed.end()
 
 
 @pytest.mark.slow
