@@ -40,24 +40,13 @@ mkdir -p "$state/model"
 
 train judge --minutes "$judge" >"$state/judge.log" 2>&1 &
 judge_pid=$!
-# Whether graphs work on this GPU; it also compiles what the transformer will need.
-CUDA_VISIBLE_DEVICES=$((gpus - 1)) timeout 240 \
-  "$python" -m pytest -q -m gpu tests/gpu/test_training_graphs_gpu.py >"$state/graphs.log" 2>&1 &
-check_pid=$!
 # The judge's first steps: the renderer is compiled, and what renders next finds that in the cache.
 while kill -0 "$judge_pid" 2>/dev/null && ! grep -q "judge step" "$state/judge.log"; do sleep 1; done
-wait "$check_pid"
-graphs=""
-[ $? -eq 1 ] && graphs="--no-graphs" # a test failed; one that took too long says nothing
-log "the judge learns; ${graphs:-graphs}: $(tail -n 1 "$state/graphs.log")"
+log "the judge learns"
 
 (while sleep "$keep_every_s"; do keep transformer.pt "$state/transformer.compact.pt"; done) &
 keep_pid=$!
-transformer() {
-  train text_and_transformer --end "$((end - evaluation_s))" "$@" >>"$state/transformer.log" 2>&1
-}
-# shellcheck disable=SC2086
-transformer $graphs || { log "the transformer failed; again, without graphs" && transformer --no-graphs; }
+train text_and_transformer --end "$((end - evaluation_s))" >"$state/transformer.log" 2>&1
 log "the transformer ended with $?: $(grep step "$state/transformer.log" | tail -n 1)"
 wait "$judge_pid"
 log "the judge ended with $?: $(grep step "$state/judge.log" | tail -n 1)"

@@ -30,8 +30,7 @@ class FlowLoss:
     Most batches start from nothing: the window is a clip's begin, with one timestep a clip. In the others the window
     comes from the middle of a clip and its first latents, the history, are clean, carry timestep 0 and no loss.
 
-    Steps of one turn do the same to other numbers, and can be one CUDA graph: nothing here waits for the GPU or copies
-    from the host, once what is made once is there.
+    Nothing here waits for the GPU or copies from the host, once what is made once is there: the host launches ahead.
     """
 
     clips: tuple[LatentClips, ...]
@@ -40,14 +39,10 @@ class FlowLoss:
     recipe: Recipe
 
     def __call__(self, step: int, progress: float) -> Tensor:
-        source, window, history = self.turn(step)
+        source, window, history = self.recipe.turns[step % len(self.recipe.turns)]
         number = self.recipe.batch * self.recipe.window // (2 * window) * 2
         clips = self.clips[source]
         return self.from_history(clips, number, window) if history else self.from_text(clips, number, window)
-
-    def turn(self, step: int) -> tuple[int, int, bool]:
-        """The recipe's turn that a step is."""
-        return self.recipe.turns[step % len(self.recipe.turns)]
 
     def from_text(self, clips: LatentClips, number: int, window: int) -> Tensor:
         """Loss of a batch of clips from their beginning."""
@@ -147,7 +142,7 @@ def train_transformer(call: Call, start: Path | None = None) -> Loop:
             print(f"encoded {len(one.ids)} clips a process, spread {one.latents.float().std().item():.3f}")
     loss = flow_loss(clips, transformer, text_encoder, tokenizer, recipe)
     renewal = Renewal(clips, sources_of(recipe), vae, recipe, loop.seed, device)
-    loop.run(loss, loss.turn, renewal)
+    loop.run(loss, renewal)
     if ranks.rank == 0:
         save_pipeline(output, vae, transformer, text_encoder, recipe)
     ranks.wait()
