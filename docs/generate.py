@@ -52,6 +52,7 @@ ENVIRONMENT = """## Environment
 | `EDIT_RAY_OWNER` | client, job | the owner of submitted runs, instead of the login name |
 | `EDIT_RAY_HTTP_TOKEN` | `edit-ray serve` | the token of the [HTTP door](http.md), without `--token-file` |
 | `EDIT_RAY_MODEL_ROOTS` | every node | the only folders from which models are loaded, separated by `:` |
+| `EDIT_RAY_PICTURE_ROOTS` | every node | the only folders from which pictures and clips are read, separated by `:` |
 | `RAY_ADDRESS`, `RAY_AUTH_MODE`, `RAY_AUTH_TOKEN` | client, job, nodes | Ray's own: which cluster, and its token |
 
 `store.directory` may use these variables of its node, as in `$NVME/edit_ray`: {variables}. Others are refused,

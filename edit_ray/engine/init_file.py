@@ -14,13 +14,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from edit_ray.engine.model_files import known_digest
+from edit_ray.engine.model_files import known_digest, roots_in
 from edit_ray.engine.options import is_clip
 from edit_ray.errors import ConfigError
 from edit_ray.files import digest_of
 from edit_ray.runs.run_plan import Pictures
 from edit_ray.video.encode import EncodeError, Patience, watched
 
+ROOTS_VARIABLE = "EDIT_RAY_PICTURE_ROOTS"
+"""Folders as in PATH. If a cluster's operator sets it, pictures and clips are read only from there."""
 MAX_PIXELS = 2**26  # of a picture, or of a frame of a clip
 MAX_CLIP_FRAMES = 100_000
 _PATIENCE = Patience()
@@ -40,8 +42,7 @@ def read_init(path: str, *, frames: int, height: int, width: int) -> Frames:
     """
     if not is_clip(path):
         return read_picture(path, height=height, width=width)
-    if not os.path.isfile(path):
-        raise _unusable(_INIT, path, "is not a file here")
+    _check_file(_INIT, path)
     return _read_clip(path, frames, height, width)
 
 
@@ -50,8 +51,7 @@ def read_picture(path: str, *, height: int, width: int, key: str = _INIT) -> Fra
 
     Scaled, cut and laid on black as by `read_init`. Raises `ConfigError`, which names the `key` that has the path.
     """
-    if not os.path.isfile(path):
-        raise _unusable(key, path, "is not a file here")
+    _check_file(key, path)
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP")) as picture:
             size, count = picture.size, getattr(picture, "n_frames", 1)
@@ -83,11 +83,22 @@ def pictures_digest(paths: Sequence[str]) -> str:
     """xxh3_64 of all these files, as 16 hexadecimal digits. Raises `ConfigError` for one that cannot be read."""
     digests = []
     for path in paths:
+        _check_file(_PICTURE, path)
         try:
             digests.append(f"{known_digest(Path(path)):016x}")
         except OSError as error:
             raise _unusable(_PICTURE, path, f"cannot be read ({error.strerror})") from None
     return f"{digest_of(' '.join(digests).encode()):016x}"
+
+
+def _check_file(key: str, path: str) -> None:
+    """Raises `ConfigError`: there is none, or it is outside `$EDIT_RAY_PICTURE_ROOTS`."""
+    if not os.path.isfile(path):
+        raise _unusable(key, path, "is not a file here")
+    roots, file = roots_in(ROOTS_VARIABLE), Path(path).resolve()
+    if roots and not any(file.is_relative_to(root.resolve()) for root in roots):
+        said = os.pathsep.join(map(str, roots))
+        raise _unusable(key, path, f"is not allowed here; pictures and clips are files in {said}")
 
 
 def _unusable(key: str, path: str, why: str) -> ConfigError:

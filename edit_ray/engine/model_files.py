@@ -67,8 +67,13 @@ def local_folder(path: str) -> Path | None:
         return None
 
 
+def roots_in(variable: str) -> list[Path]:
+    """The folders that an environment variable names, as PATH does."""
+    return [Path(root) for root in os.environ.get(variable, "").split(os.pathsep) if root]
+
+
 def _check_allowed(folder: Path | None, path: str) -> None:
-    roots = [Path(root) for root in os.environ.get(ROOTS_VARIABLE, "").split(os.pathsep) if root]
+    roots = roots_in(ROOTS_VARIABLE)
     inside = folder is not None and any(folder.is_relative_to(root.resolve()) for root in (_ASSETS, *roots))
     if roots and not inside:
         said = os.pathsep.join(map(str, roots))

@@ -119,6 +119,13 @@ def test_the_code_of_the_model_card_runs(monkeypatch):
     assert names["video"].shape == (33, 128, 128, 3)
 
 
+def test_an_install_says_first_that_it_takes_minutes(tmp_path):
+    done = subprocess.run(
+        ["make", "--dry-run", "venv", f"VENV={tmp_path}/none"], cwd=ROOT, text=True, capture_output=True, check=True
+    )
+    assert done.stdout.startswith(f'echo "Making {tmp_path}/none: this takes some minutes the first time."')
+
+
 @pytest.mark.slow
 def test_it_is_installed_as_the_readme_says(tmp_path):
     """From a clone that git has made; what edit_ray needs is left out, as it takes minutes to download."""

@@ -90,6 +90,7 @@ def test_the_demo(tmp_path):
         timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("starting a private Ray: some ten seconds\n"), "what takes long says so first"
     (path,) = re.findall(r"^output: (\S+final\.mp4)$", done.stdout, re.MULTILINE)
     assert Path(path).is_file()
     assert re.search(r"^cache: .* skipped \d+% of the steps$", done.stdout, re.MULTILINE)

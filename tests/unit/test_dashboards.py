@@ -80,6 +80,18 @@ def test_a_dashboard_asks_for_its_datasource_job_and_instance(board):
         taken |= cells
 
 
+def test_a_panel_with_a_limit_turns_red_there():
+    shown = {}
+    for board in DASHBOARDS:
+        for panel in json.loads(board.to_json())["panels"]:
+            if limits := panel.get("fieldConfig", {}).get("defaults", {}).get("thresholds"):
+                shown[panel["title"]] = [(step["value"], step["color"]) for step in limits["steps"]]
+    assert shown["Fill"] == [(None, "green"), (0.9, "red")]
+    assert shown["Actors up"] == [(None, "red"), (1, "green")]
+    limited = {panel.title for board in DASHBOARDS for panel in board.panels if panel.above or panel.below}
+    assert shown.keys() == limited
+
+
 def braces(expr, at):
     """The text in the braces that follow a position, and what comes behind them."""
     matched = re.match(r"\{([^}]*)\}", expr[at:])

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from edit_ray.engine import init_file
-from edit_ray.engine.init_file import read_init
+from edit_ray.engine.init_file import pictures_digest, read_init
 from edit_ray.errors import ConfigError
 from edit_ray.video.encode import OutputOptions, encode
 
@@ -80,6 +80,21 @@ def test_a_file_that_is_not_there(tmp_path):
     (tmp_path / "b.png").mkdir()
     for path in (tmp_path / "a.png", tmp_path / "a.mp4", tmp_path / "b.png", "a\0.png"):
         assert "is not a file here" in problem_of(path)
+
+
+def test_only_files_in_the_operator_s_folders_are_read(tmp_path, monkeypatch):
+    (tmp_path / "allowed").mkdir()
+    inside = picture(tmp_path / "allowed/a.png"), clip(tmp_path / "allowed/a.mp4")
+    outside = picture(tmp_path / "b.png"), clip(tmp_path / "b.mp4")
+    (tmp_path / "allowed/link.png").symlink_to(outside[0])
+    (tmp_path / "link.png").symlink_to(inside[0])
+    monkeypatch.setenv("EDIT_RAY_PICTURE_ROOTS", f"{tmp_path}/none:{tmp_path}/allowed")
+    for path in (*inside, str(tmp_path / "link.png")):
+        assert len(read_init(path, frames=1, height=8, width=8)) == 1
+    for path in (*outside, tmp_path / "allowed/link.png", tmp_path / "allowed/../b.png"):
+        assert f"is not allowed here; pictures and clips are files in {tmp_path}/none:" in problem_of(path)
+    with pytest.raises(ConfigError, match="is not allowed here"):
+        pictures_digest([inside[0], outside[0]])
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n and no more", b"#EXTM3U\nother.mp4\n"])
