@@ -66,7 +66,7 @@ def _show_log(lines: Iterable[str]) -> str:
 @contextlib.contextmanager
 def private_ray(temp: Path) -> Iterator[dict[str, str]]:
     """A private Ray head on loopback with its own token; yields the environment to reach it."""
-    gcs, dashboard = free_port(), free_port()
+    gcs, dashboard, agent = free_ports(3)
     environment = os.environ | {
         "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",  # jobs run `python` from the PATH of `ray start`
         "RAY_AUTH_MODE": "token",
@@ -82,7 +82,7 @@ def private_ray(temp: Path) -> Iterator[dict[str, str]]:
                 *("--node-ip-address=127.0.0.1", f"--port={gcs}"),
                 *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
                 # Another Ray on this machine may hold the default port, without which no job can be submitted.
-                f"--dashboard-agent-listen-port={free_port()}",
+                f"--dashboard-agent-listen-port={agent}",
             ],
             cwd=REPOSITORY,
             env={name: value for name, value in environment.items() if name != "RAY_ADDRESS"},
@@ -116,11 +116,18 @@ def _end(head: subprocess.Popen[bytes]) -> None:
     head.wait()
 
 
+def free_ports(number: int) -> list[int]:
+    """So many ports on loopback that nobody has, no two alike."""
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(number)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port on loopback that nobody has."""
+    return free_ports(1)[0]
 
 
 if __name__ == "__main__":

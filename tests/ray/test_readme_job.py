@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.demo import free_port
+from jobs.demo import free_port, free_ports
 from tests.documented import commands
 from tests.ray.conftest import REPOSITORY, typed, wait_until
 
@@ -39,7 +39,8 @@ def start(home, tmp_path):
 
     def begin(environment):
         port = home["RAY_ADDRESS"].rpartition(":")[2]
-        places = {"port": port, "dashboard-port": free_port(), "dashboard-agent-listen-port": free_port()}
+        dashboard, agent = free_ports(2)
+        places = {"port": port, "dashboard-port": dashboard, "dashboard-agent-listen-port": agent}
         command = [*START.split(), "--block", f"--temp-dir=/tmp/er-{port}", *(f"--{k}={v}" for k, v in places.items())]
         without_address = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
         with (tmp_path / "head.log").open("w") as log:
