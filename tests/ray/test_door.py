@@ -1,6 +1,7 @@
 """The HTTP door on Ray Serve: two replicas, either of which answers for what the other has begun."""
 
 import contextlib
+import hashlib
 import http.client
 import json
 import os
@@ -9,6 +10,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import openai
 import pytest
 from ray import serve
 from ray._private.state import actors
@@ -25,6 +27,7 @@ from jobs.demo import free_port
 from tests.door_here import TOKEN
 from tests.ray.conftest import CONFIG, wait_until
 from tests.runs_here import check_same
+from tests.unit.test_door_node import asked_by_node
 
 BODY = {"prompt": "a red circle", "size": "32x32", "edit_ray": {"num_segments": 2, "num_inference_steps": 2, "seed": 3}}
 
@@ -105,6 +108,41 @@ def test_the_bytes_are_those_of_the_same_run_without_a_door(served):
     check_same(made, RunFolder(served.settings.output, run_id))
     assert client.status(video["id"]).owner == "me"
     assert [run["id"] for run in served.ask("GET", "/v1/videos")[1]["data"]].count(run_id) == 0, "it is another owner's"
+
+
+@pytest.mark.filterwarnings("ignore:The Sora API is scheduled:DeprecationWarning")
+def test_openais_client_is_answered_by_either_replica(served):
+    """What it lists and gets are connections of their own: each may reach another replica."""
+
+    def client():
+        return openai.OpenAI(api_key=TOKEN, base_url=f"{served.url}v1", max_retries=0)
+
+    with client() as one, client() as other:
+        ours = {"num_inference_steps": 2, "num_segments": 1}
+        video = one.videos.create(prompt="a red circle", size="32x32", extra_body={"edit_ray": ours})
+        assert other.videos.poll(video.id, poll_interval_ms=50).status == "completed"
+        extended = other.videos.extend(
+            video=openai.omit, prompt="a blue square", seconds="1", extra_body={"video": {"id": video.id}}
+        )
+        remixed = one.videos.remix(video.id, prompt="a blue square")
+        made = [one.videos.poll(extended.id, poll_interval_ms=50), other.videos.poll(remixed.id, poll_interval_ms=50)]
+        assert [video.status for video in made] == ["completed"] * 2
+        assert [found.id for found in other.videos.list(limit=3)][:3] == [remixed.id, extended.id, video.id]
+        for number, each in enumerate((video.id, extended.id, remixed.id)):
+            content = (one, other)[number % 2].videos.download_content(each).read()
+            assert content == RunFolder(served.settings.output, each).final.read_bytes()
+        assert one.videos.delete(remixed.id).deleted
+        with pytest.raises(openai.NotFoundError):
+            other.videos.retrieve(remixed.id)
+
+
+@pytest.mark.slow
+def test_openais_client_for_node_is_answered_by_either_replica(served):
+    got = asked_by_node(f"{served.url}v1", "a red circle", TOKEN)
+    assert got["video"]["status"] == "completed"
+    final = RunFolder(served.settings.output, got["video"]["id"]).final.read_bytes()
+    assert got["content"] == hashlib.sha256(final).hexdigest()
+    assert got["refused"] == [404, "video_not_found"]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 import { createHash } from "node:crypto";
 import { createRequire } from "node:module";
 
-const [folder, baseURL, prompt] = process.argv.slice(2);
+const [folder, baseURL, prompt, apiKey = "none"] = process.argv.slice(2);
 const { OpenAI } = createRequire(`${folder}/`)("openai");
-const client = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0 });
+const client = new OpenAI({ baseURL, apiKey, maxRetries: 0 });
 
 const begun = await client.videos.create({ prompt, seconds: "1", size: "48x32" });
 let video = begun;

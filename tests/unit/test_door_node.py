@@ -15,17 +15,21 @@ from tests.unit import chromium
 MODULES = HLS_JS.parents[2]
 
 
+def asked_by_node(*arguments):
+    """What the client got, told where the door is, a prompt, and a key if it needs one."""
+    chromium.require("node", shutil.which("node") is not None, "node is not installed")
+    chromium.require("openai", (MODULES / "openai").is_dir(), "OpenAI's client for Node is not installed: make page")
+    command = ["node", str(Path(__file__).with_name("door_node.mjs")), str(MODULES), *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_create_poll_content(model, tmp_path):
-    chromium.require("node", shutil.which("node") is not None, "node is not installed")
-    chromium.require("openai", (MODULES / "openai").is_dir(), "OpenAI's client for Node is not installed: make page")
-    script = Path(__file__).with_name("door_node.mjs")
     with serving(model, tmp_path) as address:
-        command = ["node", str(script), str(MODULES), f"{address}v1", PROMPT]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert ran.returncode == 0, ran.stderr
-    got = json.loads(ran.stdout)
+        got = asked_by_node(f"{address}v1", PROMPT)
     video = got["video"]
     assert got["begun"] in ("queued", "in_progress")
     assert (video["status"], video["progress"], video["size"], video["seconds"]) == ("completed", 100, "48x32", "1.125")
