@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
-from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.config import ControllerOptions, HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
 
 from edit_ray.actors import connection
@@ -20,10 +20,11 @@ from edit_ray.runs.ids import Owner
 from edit_ray.server.app import make_app
 from edit_ray.server.gate import Entrance, Limits
 from edit_ray.server.models import offers_of
+from edit_ray.server.proxy_answers import CALLBACK
 
 APPLICATION = "edit_ray"
 JOB = "edit-ray-serve"  # in the place of a Ray job's id, it names the runs that a door has accepted
-CPUS = 0.1  # that a replica reserves: it mostly waits
+CPUS = 0  # that a replica reserves: it mostly waits, and where GPU actors take all, one that died would have no place
 ONGOING = 2000  # requests at once in a replica, most of which are readers of events
 _log = logging.getLogger(__name__)
 
@@ -69,7 +70,14 @@ def start(settings: DoorSettings, address: str | None = None) -> Started:
     _check_proxy(settings.entrance)
     where = settings.entrance
     # The proxy of each node would listen on an address that only one node has.
-    serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=where.host, port=where.port))
+    serve.start(
+        ProxyLocation.HeadOnly,
+        HTTPOptions(host=where.host, port=where.port),
+        # Serve's proxies have it from their controller.
+        controller_options=ControllerOptions(
+            runtime_env={"env_vars": {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": CALLBACK}}
+        ),
+    )
     deployment = serve.deployment(
         name="Door",
         num_replicas=settings.replicas,
