@@ -2,9 +2,10 @@
 
 KILLS=50 SEED=7 pytest -m chaos -s tests/chaos/test_door_kills.py
 
-Clients repeat what was not answered, with the same `Idempotency-Key`. The door has two replicas; killed are one of them,
-Serve's proxy, the segment scheduler, a GPU actor, and the Ray head with all that is on its machine: a new door on a new
-cluster goes on. A GET of a video that was accepted is 200, or 503 with `Retry-After`; only a dead proxy breaks connections.
+Clients repeat what was not answered, with the same `Idempotency-Key`. The door has two replicas; killed are one of
+them, Serve's proxy, the segment scheduler, a GPU actor, and the Ray head with all that is on its machine: a new door on
+a new cluster goes on. A GET of a video that was accepted is 200, or 503 with `Retry-After`; only a dead proxy breaks
+connections.
 """
 
 import os
