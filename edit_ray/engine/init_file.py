@@ -83,7 +83,7 @@ def pictures_digest(paths: Sequence[str]) -> str:
     """xxh3_64 of all these files, as 16 hexadecimal digits. Raises `ConfigError` for one that cannot be read."""
     digests = []
     for path in paths:
-        _check_file(_PICTURE, path)
+        _check_allowed(_PICTURE, path)
         try:
             digests.append(f"{known_digest(Path(path)):016x}")
         except OSError as error:
@@ -95,6 +95,10 @@ def _check_file(key: str, path: str) -> None:
     """Raises `ConfigError`: there is none, or it is outside `$EDIT_RAY_PICTURE_ROOTS`."""
     if not os.path.isfile(path):
         raise _unusable(key, path, "is not a file here")
+    _check_allowed(key, path)
+
+
+def _check_allowed(key: str, path: str) -> None:
     roots, file = roots_in(ROOTS_VARIABLE), Path(path).resolve()
     if roots and not any(file.is_relative_to(root.resolve()) for root in roots):
         said = os.pathsep.join(map(str, roots))

@@ -12,7 +12,7 @@ from edit_ray.client import LongVideoClient
 from edit_ray.config import load_config
 from edit_ray.errors import ConfigError, RunEnded
 from edit_ray.runs.folder import RunFolder
-from tests.chaos.storm import told
+from tests.chaos.undisturbed import told
 from tests.ray.conftest import manifest_of, wait_until
 from tests.runs_here import everything
 
