@@ -22,7 +22,7 @@ from edit_ray.actors.stages import Stages, explain
 from edit_ray.actors.steering import Said
 from edit_ray.actors.watchdog import best_effort
 from edit_ray.engine.options import EngineOptions
-from edit_ray.errors import EditRayError, ResourcesUnavailable
+from edit_ray.errors import EditRayError, ResourcesUnavailable, RunEnded
 from edit_ray.runs.event_log import append_event
 from edit_ray.runs.events import (
     CancelAsked,
@@ -171,11 +171,14 @@ class WorkLoop:
         await run.steering.acquire()
         known = True  # what the manifest says
         try:
-            if run.ended or (begun := self._machine.begun(run_id)) is None:
+            if run.ended or self._machine.begun(run_id) is None:
                 raise has_ended(self._status(run))
             if self._runs.get(run_id) is not run:
                 raise ResourcesUnavailable(f"run {run_id!r} was re-rolled meanwhile; ask again")
             self._apply(Steered(run_id, True, run.manifest.approved))
+            await run.on_disk(lambda: None)  # a line that is being synced counts for those who have read it already
+            if run.ended or (begun := self._machine.begun(run_id)) is None:
+                raise has_ended(self._status(run))
             if (line := said(run, begun)) is not None:
                 known = False
                 with usable_disk(run.spec.root):
@@ -184,7 +187,7 @@ class WorkLoop:
         except FolderSilent as silent:
             raise ResourcesUnavailable(f"{silent}; what was asked may be done once it answers") from None
         except Exception as error:
-            if run.ended and not known:
+            if run.ended and not isinstance(error, RunEnded):
                 raise has_ended(self._status(run)) from error
             raise
         finally:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import time
 
 import pytest
 
@@ -252,6 +254,24 @@ async def test_a_run_that_asks_waits_after_each_segment_for_a_yes_or_a_reroll(st
     manifest = folder.read_manifest()
     assert [record.take for record in manifest.segments] == [0, 1, 1]
     assert (manifest.approved, [take.start for take in manifest.takes]) == (3, [1])
+
+
+async def test_what_a_client_has_seen_committed_can_be_approved_while_it_is_being_synced(start, tmp_path, model):
+    class Slow(files.Disk):
+        def fsync(self, descriptor):
+            super().fsync(descriptor)
+            if os.readlink(f"/proc/self/fd/{descriptor}").endswith("manifest.jsonl"):
+                time.sleep(0.3)
+
+    scheduler, folder = start(), RunFolder(tmp_path, "one")
+    with files.swapped(Slow()):
+        await submit(scheduler, tmp_path, "one", config_for(model, **ASKING))
+        for segment in range(3):
+            async with asyncio.timeout(60):
+                while len(folder.read_manifest().segments) <= segment:
+                    await asyncio.sleep(0.01)
+            assert (await scheduler.approve("one", segment)).approved == segment + 1
+        await done(scheduler, "one")
 
 
 async def test_a_run_that_is_being_made_is_not_rerolled(start, tmp_path, model):
