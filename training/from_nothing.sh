@@ -46,7 +46,10 @@ log "the judge learns"
 
 (while sleep "$keep_every_s"; do keep transformer.pt "$state/transformer.compact.pt"; done) &
 keep_pid=$!
-train text_and_transformer --end "$((end - evaluation_s))" >"$state/transformer.log" 2>&1
+transformer() {
+  train text_and_transformer --end "$((end - evaluation_s))" "$@" >>"$state/transformer.log" 2>&1
+}
+transformer || { log "the transformer failed; again, without graphs" && transformer --no-graphs; }
 log "the transformer ended with $?: $(grep step "$state/transformer.log" | tail -n 1)"
 wait "$judge_pid"
 log "the judge ended with $?: $(grep step "$state/judge.log" | tail -n 1)"

@@ -144,12 +144,19 @@ class CaptionEncoder:
     recipe: Recipe
     length: int = MAX_TEXT_TOKENS
 
-    def __call__(self, ids: Tensor, empty: float) -> Tensor:
-        """Encode captions, of which a share `empty` is left out and some words are not known."""
+    def __call__(self, ids: Tensor, empty: float, foreign: Tensor | None = None) -> Tensor:
+        """Encode captions, of which a share `empty` is left out and some words are not known.
+
+        The recipe's share of them is replaced by `foreign` ones, where there are any.
+        """
         pad, eos, unk = (getattr(self.tokenizer, f"{name}_token_id") for name in ("pad", "eos", "unk"))
         kind = torch.rand(len(ids), 1, device=ids.device)
         ids = torch.where(kind < empty, self._empty(ids), ids)
-        unknown = torch.rand(ids.shape, device=ids.device) < self.recipe.unknown_words
+        left_out = torch.full_like(kind, self.recipe.unknown_words)
+        if foreign is not None:
+            is_foreign = (kind >= empty) & (kind < empty + self.recipe.foreign_captions)
+            ids, left_out = torch.where(is_foreign, foreign, ids), torch.where(is_foreign, 0.5, left_out)
+        unknown = torch.rand(ids.shape, device=ids.device) < left_out
         unknown |= kind > 1 - self.recipe.unknown_captions
         return self._encode(torch.where(unknown & (ids != pad) & (ids != eos), unk, ids))
 

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from training.muon import Muon, MuonAndAdamW
 from training.recipe import FIRST_TRAINING_SEED, Recipe
+from training.step_graph import StepGraphs
 
 
 def mixed_precision(device: str) -> torch.autocast:
@@ -100,13 +101,13 @@ class Loop:
         self.device = self.parameters[0].device
         self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         sizes = [parameter.numel() for parameter in self.trained]
-        # All gradients in one piece: one message between processes, and one norm.
+        # All gradients in one piece: one message between processes, one norm, and addresses that stay.
         self.gradient = torch.zeros(sum(sizes), device=self.device)
         parts = zip(self.gradient.split(sizes), self.trained, strict=True)
         self.gradients = [part.view_as(parameter) for part, parameter in parts]
         for parameter, gradient in zip(self.trained, self.gradients, strict=True):
             parameter.grad = gradient
-        # What changes from step to step, where the device reads it: no step waits for the one before.
+        # What changes from step to step, where a captured graph reads it.
         self.value, self.rate, self.share = torch.zeros(3, device=self.device).unbind()
         self.optimizer = self._optimizer(matrices or [])
         self.averaged = [parameter.detach().clone() for parameter in self.parameters]
@@ -136,16 +137,20 @@ class Loop:
     def run(
         self,
         loss: Callable[[int, float], Tensor],
+        kind: Callable[[int], Hashable] | None = None,
         before: Callable[[int], None] | None = None,
     ) -> None:
         """Train until the budget or the slice is spent, then save and leave the averaged weights in the modules.
 
         Args:
             loss: Of a step and of progress, which rises from 0 to 1, a scalar.
+            kind: Of a step what tells its work from other steps' work, as `StepGraphs` has it: then that work may
+                become a graph, and what `loss` is told means nothing.
             before: What to do before each step.
         """
         started, since_save, spent_before = time.monotonic(), time.monotonic(), self.seconds
         self.budget_s = self.ranks.agree(min(self.budget_s, spent_before + self.end - time.time()), self.device)
+        graphs = StepGraphs(self.device, self.recipe.graphs and kind is not None)
         total, count, since_log = torch.zeros((), device=self.device), 0, time.monotonic()
         while True:
             if self.step % self.recipe.agree_every_steps == 0:
@@ -157,9 +162,9 @@ class Loop:
                 break
             if before:
                 before(self.step)
-            self._differentiate(loss, progress)
+            graphs(kind and kind(self.step), lambda: self._differentiate(loss, progress))  # noqa: B023
             total, count = total + self.value, count + 1
-            self._update(progress)
+            self._update(progress, graphs)
             if self.step % self.recipe.log_every_steps == 0 and self.ranks.rank == 0:
                 rate = count / (time.monotonic() - since_log)
                 print(
@@ -179,14 +184,14 @@ class Loop:
         torch._foreach_copy_(self.gradients, gradients)
         self.value.copy_(value.detach())
 
-    def _update(self, progress: float) -> None:
+    def _update(self, progress: float, graphs: StepGraphs) -> None:
         self.ranks.average(self.gradient)
         cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         warm = min(1.0, (self.step - self.begun + 1) / self.recipe.warmup_steps)
         self.rate.fill_(self.learning_rate * cosine * warm)
         self.step += 1
         self.share.fill_(1 - min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step)))
-        self._move()
+        graphs("update", self._move)
 
     @torch.no_grad()
     def _move(self) -> None:

@@ -71,8 +71,10 @@ class Recipe:
     learning_rate: float = 1e-3
     muon: bool = True  # for the matrices of the blocks
     renew_every: int = 60  # steps from one renewal of `encode_batch` clips to the next; 0 renews none
+    graphs: bool = True  # on a GPU, steps become CUDA graphs
     empty_captions: float = 0.1
     unknown_captions: float = 0.03  # of words that the tokenizer does not know, as many a negative prompt is
+    foreign_captions: float = 0.04  # of the other kind of scenes, half of their words unknown: they say nothing here
     unknown_words: float = 0.02
     flow_shift: float = 3.0
     # Half of a batch draws its noise level around the middle; the other half evenly under this larger shift: which

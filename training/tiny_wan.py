@@ -46,11 +46,12 @@ def main() -> None:
         "--weights", type=Path, help="a finished model whose text and transformer weights to begin with"
     )
     parser.add_argument("--learning-rate", type=float, help="of the transformer, instead of the recipe's")
+    parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="take no CUDA graphs")
     parser.add_argument("--smoke", action="store_true", help="tiny models and batches, to see that everything runs")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     ranks = Ranks.start(args.device)
-    recipe = SMOKE if args.smoke else FULL
+    recipe = replace(SMOKE if args.smoke else FULL, graphs=args.graphs)
     if args.learning_rate:
         recipe = replace(recipe, learning_rate=args.learning_rate)
     for stage in STAGES if args.stage == "all" else [args.stage]:

@@ -30,7 +30,8 @@ class FlowLoss:
     Most batches start from nothing: the window is a clip's begin, with one timestep a clip. In the others the window
     comes from the middle of a clip and its first latents, the history, are clean, carry timestep 0 and no loss.
 
-    Nothing here waits for the GPU or copies from the host, once what is made once is there: the host launches ahead.
+    Steps of one turn do the same to other numbers, and can be one CUDA graph: nothing here waits for the GPU or copies
+    from the host, once what is made once is there.
     """
 
     clips: tuple[LatentClips, ...]
@@ -39,22 +40,31 @@ class FlowLoss:
     recipe: Recipe
 
     def __call__(self, step: int, progress: float) -> Tensor:
-        source, window, history = self.recipe.turns[step % len(self.recipe.turns)]
+        source, window, history = self.turn(step)
         number = self.recipe.batch * self.recipe.window // (2 * window) * 2
-        clips = self.clips[source]
-        return self.from_history(clips, number, window) if history else self.from_text(clips, number, window)
+        loss = self.from_history if history else self.from_text
+        return loss(self.clips[source], number, window, self.foreign(source, number))
 
-    def from_text(self, clips: LatentClips, number: int, window: int) -> Tensor:
+    def turn(self, step: int) -> tuple[int, int, bool]:
+        """The recipe's turn that a step is."""
+        return self.recipe.turns[step % len(self.recipe.turns)]
+
+    def foreign(self, source: int, number: int) -> Tensor:
+        """Captions [number, 48] of the world's clips for flat ones, and the other way round."""
+        ids = self.clips[0 if source else 1].ids
+        return ids[torch.randint(len(ids), (number,), device=ids.device)]
+
+    def from_text(self, clips: LatentClips, number: int, window: int, foreign: Tensor) -> Tensor:
         """Loss of a batch of clips from their beginning."""
         index = torch.randint(clips.plain, (number,), device=clips.ids.device)
         x0 = clips.latents[index, :window].transpose(1, 2).float()
         sigma = noise_levels(number, self.recipe, x0.device)
-        prediction, target = self._predict(x0, sigma, (1000 * sigma).floor(), clips.ids[index], None)
+        prediction, target = self._predict(x0, sigma, (1000 * sigma).floor(), (clips.ids[index], foreign), None)
         error = (prediction - target).square().mean(dim=(0, 1, 3, 4))
         more = self.recipe.first_frame_weight - 1
         return (error.sum() + more * error[0]) / (len(error) + more)
 
-    def from_history(self, clips: LatentClips, number: int, window: int) -> Tensor:
+    def from_history(self, clips: LatentClips, number: int, window: int, foreign: Tensor) -> Tensor:
         """Loss of a batch of continuations, a third of them into a changed scene."""
         recipe, device = self.recipe, clips.ids.device
         lengths = _on_device(recipe.history_lengths, device)
@@ -70,12 +80,12 @@ class FlowLoss:
         history = slots < length[:, None]
         sigma = noise_levels(number, recipe, device)
         timestep = torch.where(history, 0.0, (1000 * sigma).floor()[:, None])
-        prediction, target = self._predict(x0, sigma, timestep, ids, history)
+        prediction, target = self._predict(x0, sigma, timestep, (ids, foreign), history)
         error = (prediction - target).square().mean(dim=(1, 3, 4))
         return (error * ~history).sum() / (~history).sum()
 
     def _predict(
-        self, x0: Tensor, sigma: Tensor, timestep: Tensor, ids: Tensor, history: Tensor | None
+        self, x0: Tensor, sigma: Tensor, timestep: Tensor, captions: tuple[Tensor, Tensor], history: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Prediction and target, both [B, C, T, h, w] fp32; slots in `history` [B, T] are shown, not noised."""
         noise = torch.randn_like(x0)
@@ -84,7 +94,8 @@ class FlowLoss:
         if history is not None:
             noised = torch.where(history[:, None, :, None, None], worn(x0, self.recipe), noised)
         with mixed_precision(x0.device.type):
-            text = self.captions(ids, self.recipe.empty_captions)
+            ids, foreign = captions
+            text = self.captions(ids, self.recipe.empty_captions, foreign)
             prediction = self.transformer(
                 hidden_states=noised, timestep=timestep, encoder_hidden_states=text, return_dict=False
             )[0]
@@ -142,7 +153,7 @@ def train_transformer(call: Call, start: Path | None = None) -> Loop:
             print(f"encoded {len(one.ids)} clips a process, spread {one.latents.float().std().item():.3f}")
     loss = flow_loss(clips, transformer, text_encoder, tokenizer, recipe)
     renewal = Renewal(clips, sources_of(recipe), vae, recipe, loop.seed, device)
-    loop.run(loss, renewal)
+    loop.run(loss, loss.turn, renewal)
     if ranks.rank == 0:
         save_pipeline(output, vae, transformer, text_encoder, recipe)
     ranks.wait()

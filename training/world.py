@@ -54,7 +54,7 @@ class Worlds:
 
 
 def draw_worlds(number: int, generator: torch.Generator, solids: int | None = None) -> Worlds:
-    """Draws scenes from a CPU generator, with exactly `solids` solids, or one to three (one in half of the scenes).
+    """Draws scenes from a CPU generator, with exactly `solids` solids, or one to three (two in half of the scenes).
 
     Solids of one scene have different colours and stand side by side.
     """
@@ -65,7 +65,7 @@ def draw_worlds(number: int, generator: torch.Generator, solids: int | None = No
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=generator)
 
-    drawn = torch.tensor([1, 1, 1, 2, 2, 3])[integers(6, number)]
+    drawn = torch.tensor([1, 1, 2, 2, 2, 3])[integers(6, number)]
     count = drawn if solids is None else torch.full((number,), solids)
     colour = torch.stack([torch.randperm(len(COLOURS), generator=generator)[:SOLIDS] for _ in range(number)])
     order = torch.stack([torch.randperm(SOLIDS, generator=generator) for _ in range(number)])

@@ -14,7 +14,7 @@ from edit_ray import EditWanPipeline
 from tests.calls import load
 from training.criteria import Size
 from training.evaluate_world import BARS, judge_drift, judge_joins, judge_storyboard, sampled
-from training.latent_clips import LatentClips, shifted
+from training.latent_clips import CaptionEncoder, LatentClips, shifted
 from training.loop import Call, Loop
 from training.models import CAPTION_TOKENS, build_text_encoder, build_tokenizer, build_transformer
 from training.recipe import FULL, SMOKE
@@ -48,6 +48,32 @@ def test_the_transformer_trains_on_renewed_clips_until_a_time_of_day(model: Path
     assert loop.step >= 1
     assert loop.seconds >= loop.budget_s
     assert all(torch.isfinite(average).all() for average in loop.averaged)
+
+
+def test_captions_of_other_scenes_stand_for_some_with_half_of_their_words(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    encoder = build_text_encoder(RECIPE, tokenizer).requires_grad_(False)
+    recipe = replace(RECIPE, unknown_captions=0.0, unknown_words=0.0, foreign_captions=0.25)
+    texts = ["a red circle bouncing on a black background", "a shiny blue cube rolling on grass at noon"]
+    own, foreign = tokenizer(texts, padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt").input_ids
+    seen: list[torch.Tensor] = []
+
+    def look(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        seen.append(arguments[0])
+
+    encoder.register_forward_pre_hook(look)
+    torch.manual_seed(0)
+    CaptionEncoder(encoder, tokenizer, recipe)(own.repeat(400, 1), 0.5, foreign.repeat(400, 1))
+    (ids,) = seen
+    words = (foreign != tokenizer.pad_token_id) & (foreign != tokenizer.eos_token_id)
+    empty, as_own = ids[:, 0] == tokenizer.eos_token_id, (ids == own).all(1)
+    others = ids[~empty & ~as_own]
+    assert 60 < len(others) < 140
+    assert 160 < empty.sum() < 240
+    assert torch.equal(others[:, ~words], foreign[~words].repeat(len(others), 1))
+    unknown = others[:, words] == tokenizer.unk_token_id
+    assert 0.4 < unknown.float().mean() < 0.6
+    assert torch.equal(others[:, words][~unknown], foreign[words].repeat(len(others), 1)[~unknown])
 
 
 def test_loop_resumes_where_it_was_saved(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A step of the transformer's training never waits for the device."""
+"""A step of the transformer's training can be a CUDA graph: `tests/gpu` shows that it then computes the same."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.random_latents import loop_and_loss
 from training.recipe import FULL
+from training.step_graph import EAGER_TIMES, StepGraphs
 
 NARROW = replace(FULL, layers=1, heads=1, ffn_dim=32, batch=8)
 SIZES = ((2, 2), (2, 2), (2, 4))
@@ -48,3 +49,17 @@ def test_a_step_takes_nothing_from_the_host(tmp_path: Path, monkeypatch: pytest.
         torch.ones(2)[0] = 5.0
         torch.tensor([1, 2])
     assert len(host.found) == 2
+
+
+def test_steps_of_one_kind_are_those_of_one_turn(tmp_path: Path) -> None:
+    _, loss = loop_and_loss(tmp_path, NARROW, SIZES, "cpu")
+    kinds = [loss.turn(step) for step in range(2 * len(NARROW.turns))]
+    assert kinds[: len(NARROW.turns)] == kinds[len(NARROW.turns) :] == list(NARROW.turns)
+
+
+def test_work_on_a_cpu_is_done_as_it_is() -> None:
+    graphs, done = StepGraphs(torch.device("cpu")), []
+    for number in range(EAGER_TIMES + 2):
+        graphs("kind", lambda: done.append(number))  # noqa: B023
+    assert done == [0, 1, 2, 3]
+    assert not graphs.graphs
