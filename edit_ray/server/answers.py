@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,8 +21,10 @@ from edit_ray.server.video_object import as_json
 from edit_ray.server.video_service import whole_number
 
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Awaitable[Response]])
+_T = TypeVar("_T")
 
-_changing = ThreadPoolExecutor(16, "change")
+# Not Starlette's threads: on an event loop that anyio has not started, a call of theirs visits every task there is.
+_reading, _changing = ThreadPoolExecutor(32, "read"), ThreadPoolExecutor(16, "change")
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -45,9 +46,14 @@ def readable(app: FastAPI, path: str, **about: Any) -> Callable[[_Endpoint], _En
     return add
 
 
+async def read(ask: Callable[..., _T], *arguments: Any) -> _T:
+    """What a call returns that reads, in a thread."""
+    return await asyncio.get_running_loop().run_in_executor(_reading, partial(ask, *arguments))
+
+
 async def answered(ask: Callable[..., BaseModel], *arguments: Any) -> Response:
-    """What a call returns, which is made in a thread, as JSON."""
-    return JSONResponse(as_json(await run_in_threadpool(ask, *arguments)))
+    """As `read`, as JSON."""
+    return JSONResponse(as_json(await read(ask, *arguments)))
 
 
 async def changed(ask: Callable[..., BaseModel], *arguments: Any) -> Response:

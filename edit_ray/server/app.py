@@ -11,7 +11,6 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -19,7 +18,7 @@ from edit_ray.config.mistakes import show
 from edit_ray.errors import EditRayError
 from edit_ray.runs.run_plan import EDITABLE
 from edit_ray.server import openapi
-from edit_ray.server.answers import add_handlers, answered, changed, readable, segment_index
+from edit_ray.server.answers import add_handlers, answered, changed, read, readable, segment_index
 from edit_ray.server.bodies import body_of, file_answer, query_of
 from edit_ray.server.event_stream import KEEP_ALIVE_S, POLL_S, Cursor, message
 from edit_ray.server.gate import COOKIE, Entrance, Gate, Limits
@@ -176,7 +175,7 @@ def _add_media(app: FastAPI, service: VideoService) -> None:
         if variant not in _VARIANTS:
             said = f"it must be one of {', '.join(_VARIANTS)}."
             raise refuse("invalid_value", f"variant is {show(variant)}; {said}", "variant")
-        found = await run_in_threadpool(service.content, video_id, variant)
+        found = await read(service.content, video_id, variant)
         return (
             Response(found, media_type=_VARIANTS[variant]) if isinstance(found, bytes) else file_answer(request, found)
         )
@@ -221,13 +220,13 @@ def _add_segments(app: FastAPI, service: VideoService) -> None:
     async def download_latents(request: Request, video_id: str, segment: str) -> Response:
         """The latents that a segment has added, as safetensors."""
         query_of(request)
-        return file_answer(request, await run_in_threadpool(service.latents, video_id, segment_index(segment)))
+        return file_answer(request, await read(service.latents, video_id, segment_index(segment)))
 
     @app.get("/v1/videos/{video_id}/segments/{segment}/thumbnail", response_class=Response)
     async def download_thumbnail(request: Request, video_id: str, segment: str) -> Response:
         """A segment's first frame, as WebP."""
         query_of(request, *_ANY)
-        picture = await run_in_threadpool(service.thumbnail, video_id, segment_index(segment))
+        picture = await read(service.thumbnail, video_id, segment_index(segment))
         return Response(picture, media_type="image/webp")
 
 
@@ -236,7 +235,7 @@ def _player(service: VideoService) -> Callable[[Request, str, str], Awaitable[Re
 
     async def played(request: Request, video_id: str, name: str) -> Response:
         query_of(request, "_HLS_msn", "_HLS_part", "_HLS_skip", *_ANY)
-        return file_answer(request, await run_in_threadpool(service.media, video_id, name))
+        return file_answer(request, await read(service.media, video_id, name))
 
     return played
 
@@ -252,7 +251,7 @@ def _add_events(app: FastAPI, service: VideoService, limits: Limits) -> None:
             silent_since = time.monotonic()
             while True:
                 try:
-                    news = await run_in_threadpool(service.news, video_id, cursor, known)
+                    news = await read(service.news, video_id, cursor, known)
                 except (Refusal, EditRayError, OSError) as error:
                     refusal = error if isinstance(error, Refusal) else refuse("unavailable", str(error))
                     yield message("gone", refusal.body)
@@ -275,7 +274,7 @@ def _add_events(app: FastAPI, service: VideoService, limits: Limits) -> None:
         """What happens to a video, as Server-Sent Events, behind `Last-Event-ID` if it is given."""
         query_of(request)
         cursor = Cursor.of(request.headers.get("last-event-id"))
-        if await run_in_threadpool(service.over, video_id, cursor):
+        if await read(service.over, video_id, cursor):
             return Response(status_code=204)  # with which browsers stop to ask again
         if readers >= limits.readers:
             raise refuse("unavailable", f"This replica has {readers} readers of events; it takes no more.")

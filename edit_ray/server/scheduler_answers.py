@@ -17,6 +17,7 @@ from edit_ray.actors.messages import RunStatus
 from edit_ray.errors import UnknownRun
 
 STATUS_AGE_S = 0.5  # an answer that young is not asked for again
+STALE_S = 1.0  # one that young stands while another is on its way: many readers do not wait for each other's question
 PATIENCE_S = 2.0  # for an answer, after which the last one stands
 KEPT = 256  # answers
 
@@ -81,16 +82,23 @@ class SchedulerAnswers:
             if not fresh and now - kept.at <= STATUS_AGE_S:
                 return kept.value
             if kept.open is None or fresh:
-                kept.open, kept.since = self._threads.submit(ask), now
+                kept.open, kept.since = self._threads.submit(self._asked, kept, ask, now), now
+            if not fresh and now - kept.at <= STALE_S:
+                return kept.value
             question, left = kept.open, kept.since + PATIENCE_S - now
         try:
-            value = question.result(max(0.0, left))
+            return question.result(max(0.0, left))
         except TimeoutError:
             return kept.value
+
+    def _asked(self, kept: _LastAnswer, ask: Callable[[], Any], since: float) -> Any:
+        """Keep the answer, unless one to a later question is there."""
+        try:
+            value = ask()
         except Exception as error:  # whatever keeps it from answering, the runs' folders still answer
             _log.warning("the segment scheduler was not asked: %s", error)
             value = kept.value
         with self._lock:
-            if kept.open is question:
+            if since >= kept.since:
                 kept.value, kept.at, kept.open = value, time.monotonic(), None
         return value

@@ -2,8 +2,11 @@
 
 import base64
 import io
+import itertools
 import json
+import math
 import os
+import queue
 import threading
 import time
 
@@ -14,6 +17,7 @@ from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.ids import Owner
 from edit_ray.server import uploads
 from edit_ray.server.gate import Limits
+from edit_ray.server.scheduler_answers import SchedulerAnswers
 from tests.documented import ROOT, blocks
 from tests.door_here import PROMPT, ClientHere, SchedulerHere, browser, offer_of, until_ended
 
@@ -337,6 +341,32 @@ def test_readers_get_the_last_answer_of_a_segment_scheduler_that_is_silent(sched
     assert time.monotonic() - began < 5
     client.answers.set()
     assert http.delete(f"/v1/videos/{video_id}").status_code == 200
+
+
+def test_readers_do_not_wait_for_a_question_while_the_last_answer_is_young(tmp_path, monkeypatch):
+    monkeypatch.setattr("edit_ray.server.scheduler_answers.STATUS_AGE_S", 0.0)
+    monkeypatch.setattr("edit_ray.server.scheduler_answers.STALE_S", math.inf)
+    monkeypatch.setattr("edit_ray.server.scheduler_answers.PATIENCE_S", 60.0)
+    go, asked, said = threading.Semaphore(1), queue.Queue(), itertools.count()
+
+    class Asked:
+        def status(self, run_id):
+            asked.put(run_id)
+            assert go.acquire(timeout=60)
+            return next(said)
+
+    answers = SchedulerAnswers(Asked())
+    assert answers.status("one", fresh=True) == 0
+    assert [answers.status("one") for _ in range(100)] == [0] * 100
+    assert [asked.get(timeout=60) for _ in range(2)] == ["one", "one"], "one question for all of them"
+    assert asked.empty()
+    go.release()
+    deadline = time.monotonic() + 60
+    while answers.status("one") != 1:
+        assert time.monotonic() < deadline
+    go.release()
+    go.release()
+    assert answers.status("one", fresh=True) >= 2, "whoever wants it fresh waits"
 
 
 def test_new_videos_are_refused_while_many_wait(scheduler, model, tmp_path):
