@@ -22,7 +22,7 @@ from edit_ray.actors.stages import Stages, explain
 from edit_ray.actors.steering import Said
 from edit_ray.actors.watchdog import best_effort
 from edit_ray.engine.options import EngineOptions
-from edit_ray.errors import EditRayError, ResourcesUnavailable, RunEnded
+from edit_ray.errors import ConfigError, EditRayError, ResourcesUnavailable
 from edit_ray.runs.event_log import append_event
 from edit_ray.runs.events import (
     CancelAsked,
@@ -38,6 +38,7 @@ from edit_ray.runs.events import (
     WorkersCounted,
     WorkFailed,
 )
+from edit_ray.runs.manifest import Steering
 from edit_ray.runs.scheduler import SegmentScheduler
 
 ENDED_RUNS_KEPT = 100
@@ -171,15 +172,12 @@ class WorkLoop:
         await run.steering.acquire()
         known = True  # what the manifest says
         try:
-            if run.ended or self._machine.begun(run_id) is None:
+            if run.ended or (begun := self._machine.begun(run_id)) is None:
                 raise has_ended(self._status(run))
             if self._runs.get(run_id) is not run:
                 raise ResourcesUnavailable(f"run {run_id!r} was re-rolled meanwhile; ask again")
             self._apply(Steered(run_id, True, run.manifest.approved))
-            await run.on_disk(lambda: None)  # a line that is being synced counts for those who have read it already
-            if run.ended or (begun := self._machine.begun(run_id)) is None:
-                raise has_ended(self._status(run))
-            if (line := said(run, begun)) is not None:
+            if (line := await self._line(run, said, begun)) is not None:
                 known = False
                 with usable_disk(run.spec.root):
                     await run.append(line)
@@ -187,7 +185,7 @@ class WorkLoop:
         except FolderSilent as silent:
             raise ResourcesUnavailable(f"{silent}; what was asked may be done once it answers") from None
         except Exception as error:
-            if run.ended and not isinstance(error, RunEnded):
+            if run.ended and not known:
                 raise has_ended(self._status(run)) from error
             raise
         finally:
@@ -195,6 +193,19 @@ class WorkLoop:
                 self._let_go(run)
             else:
                 self._spawn(self._let_go_when_known(run))
+
+    async def _line(self, run: LiveRun, said: Said, begun: int) -> Steering | None:
+        """The line that `said` makes. It is refused only once the line that is being synced is known here: clients may
+        have read that already.
+        """
+        try:
+            return said(run, begun)
+        except ConfigError:
+            with contextlib.suppress(FolderSilent, RuntimeError):  # the latter where the run ends meanwhile
+                await run.on_disk(lambda: None)
+        if run.ended or (now := self._machine.begun(run.spec.run_id)) is None:
+            raise has_ended(self._status(run))
+        return said(run, now)
 
     async def _let_go_when_known(self, run: LiveRun) -> None:
         """The line may be written yet, while the folder does not answer: only then is it known what holds."""
