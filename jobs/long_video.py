@@ -28,6 +28,7 @@ sys.path.insert(0, str(REPOSITORY))  # the code beside the job, even if the pack
 from edit_ray.cli.follow_run import live_bar  # noqa: E402
 from edit_ray.cli.main import escaping  # noqa: E402
 from edit_ray.config import Config, dump_yaml, load_config, output_root  # noqa: E402
+from edit_ray.config.model_checks import training_warning  # noqa: E402
 from edit_ray.errors import ConfigError, EditRayError, RunCancelled  # noqa: E402
 from edit_ray.runs.ids import check_run_id  # noqa: E402
 
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_run_id(options.run_id)
         elif options.resume:
             raise ConfigError(["--resume needs --run-id, the run to continue"])
+        if (beyond := training_warning(config)) is not None:
+            print(f"warning: this run is {beyond}")
         root = output_root(options.output or config.output.directory, os.environ)
         return _run(config, root, options)
     except EditRayError as error:

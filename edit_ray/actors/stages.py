@@ -17,6 +17,7 @@ from edit_ray.actors.messages import RunSpec, rounded
 from edit_ray.actors.pool import ActorGone, ActorPool, NoAnswer, NotStarted
 from edit_ray.actors.watchdog import Watchdog, answered, best_effort
 from edit_ray.config.causal_checks import guidance_warning
+from edit_ray.config.model_checks import training_warning
 from edit_ray.errors import (
     EditRayError,
     EntryLost,
@@ -114,6 +115,7 @@ class Stages:
         sizes = ("chunk_size", "window", "sink")
         run.window = ChunkSizes(*(int(prepared[name]) for name in sizes)) if "window" in prepared else None
         run.warnings["guidance"] = guidance_warning(run.spec.config)
+        run.warnings["training"] = await run.on_disk(training_warning, run.spec.config)
         await self._remake_damaged(run, work)
         first = run.manifest.dropped_before
         parts = [Part(at.media, at.first_frame, at.num_frames) for at in run.manifest.segments[first:]]

@@ -16,13 +16,14 @@ from edit_ray.config.picture_checks import file_mistakes, model_takes
 from edit_ray.config.run_memory import run_of
 from edit_ray.engine.calibration import check_target, policy_of
 from edit_ray.engine.card_memory import LEAST_SLOTS, needs_of
+from edit_ray.engine.known_words import unknown_words
 from edit_ray.engine.lora_files import lora_mistakes
 from edit_ray.engine.model_info import ModelInfo, dtype_problem, read_configs, read_model_info
+from edit_ray.engine.trained_range import beyond_training
 from edit_ray.errors import ConfigError, ModelError
 from edit_ray.runs.run_plan import EDITABLE, TEMPORAL_FACTOR
 
 _SURROGATES = re.compile("[\ud800-\udfff]")  # which no tokenizer takes
-MAX_WORDS_NAMED = 100
 MAX_TEXT = 2000
 REUSING = "warmstart_reuse"  # the policy that reuses residuals of other segments
 
@@ -73,6 +74,17 @@ def read_edit(config: Config, said: Mapping[str, Any]) -> dict[str, Any]:
     if problems:
         raise ConfigError([printable(problem) for problem in problems])
     return known
+
+
+def training_warning(config: Config) -> str | None:
+    """One sentence if a run lies beyond what the model's card says that it was trained for.
+
+    A causal model in the folder of another has that one's card, which knows nothing of its steps.
+    """
+    names = {"height", "width"}
+    if not config.continuity.causal:
+        names |= {"num_frames", "num_inference_steps", "guidance_scale"}
+    return beyond_training(config.model.path, config.sampling.model_dump(include=names))
 
 
 def texts_in(data: Any) -> Iterator[Text]:
@@ -156,19 +168,11 @@ def _device_bytes(config: Config) -> Iterator[Mistake]:
 
 
 def _words(texts: Iterable[Text], info: ModelInfo) -> Iterator[Mistake]:
-    if info.vocabulary is None:
+    if info.tokenizer is None:
         return
-    known = sorted(info.vocabulary, key=lambda word: (not word[:1].isalpha(), word))  # punctuation last
-    named = _listed([word if word[:1].isalpha() else repr(word) for word in known], MAX_WORDS_NAMED)
     for path, text in texts:
-        unknown = list(dict.fromkeys(word for word in info.words(text) if word not in info.vocabulary))
-        if unknown:
-            words = _listed(list(map(repr, unknown)), 20)
-            yield mistake_at(path, f"has words that this model does not know: {words}; it knows: {named}.")
-
-
-def _listed(words: list[str], most: int) -> str:
-    return ", ".join(words[:most]) + (", …" if len(words) > most else "")
+        if (says := unknown_words(info.tokenizer, text)) is not None:
+            yield mistake_at(path, says)
 
 
 def _cache(config: Config, num_inference_steps: int) -> Iterator[Mistake]:

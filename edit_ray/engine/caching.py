@@ -41,15 +41,19 @@ class CacheControl:
 
     @property
     def calibration(self) -> Path | None:
-        """The calibration file in the model's folder; None without one.
+        """The calibration file in the model's folder; None without one."""
+        return self.file_of_model(FILE_NAME)
+
+    def file_of_model(self, name: str) -> Path | None:
+        """The file of this name in the model's folder; None without one.
 
         The folder is that of the transformer, loaded alone or with its pipeline, else the pipeline's.
         """
         loaded_from = [expert.config.get("_name_or_path") for expert in experts_of(self).values()]
-        folders = [folder for name in loaded_from if name for folder in (Path(name), Path(name).parent)]
+        folders = [folder for place in loaded_from if place for folder in (Path(place), Path(place).parent)]
         of_pipe = getattr(self, "config", {}).get("_name_or_path")
         folders += [Path(of_pipe)] if of_pipe else []
-        return next((folder / FILE_NAME for folder in folders if (folder / FILE_NAME).is_file()), None)
+        return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
     def enable_cache(
         self,

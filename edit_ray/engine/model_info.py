@@ -13,6 +13,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from edit_ray.engine.causal_options import CausalOptions, causal_in
+from edit_ray.engine.known_words import vocabulary_of
 from edit_ray.engine.model_files import INDEX_FILE, HubUnreachable, hub_file, local_folder, locate_model, part_in
 from edit_ray.errors import ModelError
 
@@ -62,18 +63,7 @@ class ModelInfo:
     @cached_property
     def vocabulary(self) -> frozenset[str] | None:
         """The words that the tokenizer knows; None if any text will do."""
-        if self.tokenizer is None:
-            return None
-        special = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
-        return frozenset(self.tokenizer.get_vocab()) - special
-
-    def words(self, text: str) -> list[str]:
-        """The text in the words that the tokenizer looks up."""
-        if self.tokenizer is None:
-            return text.split()
-        normalizer, splitter = self.tokenizer.normalizer, self.tokenizer.pre_tokenizer
-        text = text if normalizer is None else normalizer.normalize_str(text)
-        return text.split() if splitter is None else [word for word, _ in splitter.pre_tokenize_str(text)]
+        return None if self.tokenizer is None else vocabulary_of(self.tokenizer)
 
 
 def dtype_problem(torch_dtype: str, device: str) -> str | None:

@@ -19,6 +19,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import get_module_execution_device
 from PIL.Image import Image
+from tokenizers.models import WordLevel
 from torch import Generator, Tensor
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -39,6 +40,7 @@ from edit_ray.engine.conditioning import (
 from edit_ray.engine.continuity import ContextLatents, check_context
 from edit_ray.engine.decode import denormalise
 from edit_ray.engine.fast_transformer import check_mode
+from edit_ray.engine.known_words import unknown_words
 from edit_ray.engine.loop import Request, StepCallback, denoise
 from edit_ray.engine.lora import LoraControl
 from edit_ray.engine.model_files import BUILTIN_PREFIX, locate_model
@@ -46,6 +48,7 @@ from edit_ray.engine.model_info import Kind
 from edit_ray.engine.offload import OffloadControl
 from edit_ray.engine.options import Mode
 from edit_ray.engine.precompute import Precompute
+from edit_ray.engine.trained_range import CARD, read_trained_for
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -248,10 +251,10 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, LoraControl, Wan
         cond, uncond = self._embed(prompt, negative_prompt, videos, *embeds, max_sequence_length)
         batch = len(cond) * (1 if prompt is not None else videos)  # diffusers does not repeat given embeddings
         conditions = prepare(self, self.kind, given, Window(batch, *size, schedule), generator)
-        context = self._context(conditions, history, overlap)
+        self._warn_beyond(conditions, schedule.num_inference_steps, guidance_scale)
         request = Request(
-            conditions, cond, uncond, schedule, guidance_scale, self._guidance_scale_2, generator, context,
-            callback_on_step_end, tuple(names), reset_cache, prefetch_reuse,
+            conditions, cond, uncond, schedule, guidance_scale, self._guidance_scale_2, generator,
+            self._context(conditions, history, overlap), callback_on_step_end, tuple(names), reset_cache, prefetch_reuse
         )  # fmt: skip
         frames = self._decode(denoise(self, request), output_type, conditions.references)
         self.maybe_free_model_hooks()
@@ -293,6 +296,19 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, LoraControl, Wan
             )
         return fitted
 
+    def _warn_beyond(self, conditions: Conditioning, num_inference_steps: int, guidance_scale: float) -> None:
+        """Say what of a call is not in the model's card; a video has as many frames as its latents."""
+        latents, rows, columns = conditions.latents.shape[2:]
+        call = {
+            "height": rows * self.vae_scale_factor_spatial,
+            "width": columns * self.vae_scale_factor_spatial,
+            "num_frames": (latents - conditions.references - 1) * self.vae_scale_factor_temporal + 1,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+        }
+        if (beyond := read_trained_for(self.file_of_model(CARD)).beyond(call)) is not None:
+            logger.warning("This call is %s.", beyond)
+
     @property
     def components(self) -> dict[str, Any]:
         """The parts by name, for another pipeline's constructor; what only image-to-video has, where it is there."""
@@ -316,10 +332,14 @@ class EditWanPipeline(CacheControl, CfgControl, OffloadControl, LoraControl, Wan
         return cond.to(dtype), None if uncond is None else uncond.to(dtype)
 
     def _get_t5_prompt_embeds(self, prompt: str | list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """As diffusers', which cuts long prompts silently, with a warning."""
+        """As diffusers', which cuts long prompts and forgets unknown words silently, with warnings."""
+        words: Any = getattr(self.tokenizer, "backend_tokenizer", None)
+        looked_up = isinstance(getattr(words, "model", None), WordLevel)
         limit = kwargs.get("max_sequence_length", 226)
         for text in [prompt] if isinstance(prompt, str) else prompt:
             count = len(self.tokenizer(prompt_clean(text), truncation=False).input_ids)
+            if looked_up and (says := unknown_words(words, prompt_clean(text))) is not None:
+                logger.warning("The text %.40r %s", text, says)
             if count > limit:
                 logger.warning("A prompt has %d tokens; the model is given the first %d: %.40r…", count, limit, text)
         return super()._get_t5_prompt_embeds(prompt, *args, **kwargs)  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from edit_ray.config import Config, check_config, load_config
+from edit_ray.engine.known_words import words_of
 from edit_ray.engine.model_info import dtype_problem, read_model_info
 from edit_ray.errors import ConfigError
 from edit_ray.testing import WORDS
@@ -56,7 +57,7 @@ def test_a_model_s_files_say_what_it_is(model: Path) -> None:
     assert info.z_dim == 4
     assert (info.expand_timesteps, info.boundary_ratio) == (True, None)
     assert info.vocabulary == set(WORDS)
-    assert info.words("A Red, circle") == ["a", "red", ",", "circle"]
+    assert words_of(info.tokenizer, "A Red, circle") == ["a", "red", ",", "circle"]
 
 
 def test_a_second_expert_alone_is_enough(model: Path) -> None:
