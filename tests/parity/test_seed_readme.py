@@ -1,5 +1,6 @@
 """The snippets of the README that this project grew from run as they are printed, but for what `REPLACED` lists."""
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ import edit_ray.cache
 from edit_ray import EditWanPipeline
 from edit_ray.cache import CachePolicy, DiskOffloadStore, GPUStore, TieredStore, register_policy
 from tests.calls import quiet
+from tests.parity.conftest import BUILTIN_FOLDER
 from tests.unit.entry_folder import files_in
 
 REPLACED = {
@@ -109,7 +111,8 @@ pipe.enable_cache(
 """
 
 CONTEXT = ("step", "num_steps", "branch", "unit_index", "num_units", "hidden", "e0", "e", "encoder_hidden", "state")
-STEPS, LAYERS = 10, 8
+STEPS = 10
+LAYERS = json.loads((BUILTIN_FOLDER / "transformer" / "config.json").read_text())["num_layers"]
 
 
 def run(snippet, **names):

@@ -225,7 +225,7 @@ def test_a_run_without_reuse_says_so_and_what_fits(tmp_path, capsys, model):
         (["--forward-ms", "0"], "--forward-ms is 0; it must be"),
         (["--card", "12", "0"], "--card is 12 0; it must be gigabytes above 0"),
         (["--forward-ms", "nan"], "--forward-ms is nan; it must be"),
-        (["--set", "cache.granularity=9"], "cache.granularity is 9; it must be 'stack', 'per_block' or a group size"),
+        (["--set", "cache.granularity=99"], "cache.granularity is 99; it must be 'stack', 'per_block' or a group size"),
         (["--set", "store.host_bytes=400kB"], "store.host_bytes is 400000; one residual of this run has 442368 bytes"),
         (["--set", "cache.reuse_windows=1"], "cache.reuse_windows"),
         (["--set", "model.path=/nowhere"], "'/nowhere'"),
