@@ -104,13 +104,13 @@ def until_ended(http, video_id, timeout_s=60):
 
 
 @contextlib.contextmanager
-def serving(model, root, token=None, **changes):
+def serving(model, root, token=None, limits=None, **changes):
     """The door's address, served by uvicorn over a segment scheduler in this process."""
     scheduler = SchedulerHere()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         entrance = Entrance(port=port, token=token)
-        app = make_app(ClientHere(root, scheduler), [offer_of(model, **changes)], entrance)
+        app = make_app(ClientHere(root, scheduler), [offer_of(model, **changes)], entrance, limits)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()

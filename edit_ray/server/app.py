@@ -20,6 +20,7 @@ from edit_ray.runs.run_plan import EDITABLE
 from edit_ray.server import openapi
 from edit_ray.server.answers import add_handlers, answered, changed, read, readable, segment_index
 from edit_ray.server.bodies import body_of, file_answer, query_of
+from edit_ray.server.event_response import EventResponse, ReaderPlaces
 from edit_ray.server.event_stream import KEEP_ALIVE_S, POLL_S, Cursor, message
 from edit_ray.server.gate import COOKIE, Entrance, Gate, Limits
 from edit_ray.server.page_files import PAGE_FILES
@@ -241,33 +242,28 @@ def _player(service: VideoService) -> Callable[[Request, str, str], Awaitable[Re
 
 
 def _add_events(app: FastAPI, service: VideoService, limits: Limits) -> None:
-    readers = 0
+    places = ReaderPlaces(limits.readers)
 
     async def follow(video_id: str, cursor: Cursor) -> AsyncIterator[bytes]:
-        nonlocal readers
-        readers += 1
-        try:
-            known: dict[str, Any] = {}
-            silent_since = time.monotonic()
-            while True:
-                try:
-                    news = await read(service.news, video_id, cursor, known)
-                except (Refusal, EditRayError, OSError) as error:
-                    refusal = error if isinstance(error, Refusal) else refuse("unavailable", str(error))
-                    yield message("gone", refusal.body)
-                    return
-                cursor, known = news.cursor, news.status
-                if news.sent:
-                    yield news.sent
-                    silent_since = time.monotonic()
-                elif time.monotonic() - silent_since > KEEP_ALIVE_S:
-                    yield b": still here\n\n"
-                    silent_since = time.monotonic()
-                if news.ended:
-                    return
-                await asyncio.sleep(POLL_S)
-        finally:
-            readers -= 1
+        known: dict[str, Any] = {}
+        silent_since = time.monotonic()
+        while True:
+            try:
+                news = await read(service.news, video_id, cursor, known)
+            except (Refusal, EditRayError, OSError) as error:
+                refusal = error if isinstance(error, Refusal) else refuse("unavailable", str(error))
+                yield message("gone", refusal.body)
+                return
+            cursor, known = news.cursor, news.status
+            if news.sent:
+                yield news.sent
+                silent_since = time.monotonic()
+            elif time.monotonic() - silent_since > KEEP_ALIVE_S:
+                yield b": still here\n\n"
+                silent_since = time.monotonic()
+            if news.ended:
+                return
+            await asyncio.sleep(POLL_S)
 
     @app.get("/v1/videos/{video_id}/events", response_class=StreamingResponse)
     async def follow_video(request: Request, video_id: str) -> Response:
@@ -276,10 +272,7 @@ def _add_events(app: FastAPI, service: VideoService, limits: Limits) -> None:
         cursor = Cursor.of(request.headers.get("last-event-id"))
         if await read(service.over, video_id, cursor):
             return Response(status_code=204)  # with which browsers stop to ask again
-        if readers >= limits.readers:
-            raise refuse("unavailable", f"This replica has {readers} readers of events; it takes no more.")
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(follow(video_id, cursor), media_type="text/event-stream", headers=headers)
+        return EventResponse(follow(video_id, cursor), places)
 
 
 def _add_others(app: FastAPI, service: VideoService, entrance: Entrance) -> None:
