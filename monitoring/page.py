@@ -25,6 +25,23 @@ configuration sets the address. Once a second it collects snapshots from the oth
 """
 
 
+_DOOR = """## Requests at the HTTP door
+
+The replicas of the [HTTP door](http.md) count their requests among Ray's own metrics, where Ray Serve's are too: every
+node exports those of its replicas, whether there is a segment scheduler or not. `monitoring/` and `deploy/` scrape them
+as the job `ray`.
+
+`ray_edit_ray_http_requests_total`, a counter, has the labels `method`, `route` and `outcome`. A request is counted
+once, when its answer begins.
+
+- `route` is the template of a route, such as `/v1/videos/{video_id}`; `other` for a path that is none. `method` is
+  `other` for one that no route has.
+- `outcome` is `answered`, the `error.code` of the answer (a closed list), or `left`: the client has, before it was
+  answered.
+- Ray Serve adds `application`, `deployment` and `replica`. A request that no replica has answered is counted by Serve
+  alone (`serve_num_http_error_requests`).
+"""
+
 _OPEN = {"version": "one: the version of the exporting process", "run_id": "the ids of live runs"}
 
 
@@ -40,6 +57,7 @@ def metrics_page() -> str:
     return (
         f"{_HEAD}\n## All metrics\n\n| metric | type | labels | meaning |\n|---|---|---|---|\n{rows}\n\n"
         f"## Labels\n\n| label | values |\n|---|---|\n{labels}\n\n"
+        f"{_DOOR}\n"
         f"## Recorded by Prometheus\n\n{recorded}\n\n"
         f"## Alerts\n\n| alert | severity | meaning |\n|---|---|---|\n{alerts}\n"
     )

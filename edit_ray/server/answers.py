@@ -12,11 +12,13 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from edit_ray.errors import EditRayError
+from edit_ray.server.gate import REFUSED
 from edit_ray.server.refusals import Refusal, refusal_of, refuse
+from edit_ray.server.request_counts import LEFT
 from edit_ray.server.video_object import as_json
 from edit_ray.server.video_service import whole_number
 
@@ -33,6 +35,7 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(EditRayError, _failed)
     app.add_exception_handler(HTTPException, _not_routed)
     app.add_exception_handler(OSError, _unreadable)
+    app.add_exception_handler(ClientDisconnect, _nobody_waits)
     app.add_exception_handler(Exception, _broken)
 
 
@@ -67,34 +70,43 @@ def segment_index(segment: str) -> int:
     return whole_number(segment, "segment", 0, 10**9)
 
 
-def _refusal_answer(refusal: Refusal) -> Response:
+def _refusal_answer(request: Request, refusal: Refusal) -> Response:
+    request.scope[REFUSED] = refusal.code
     return JSONResponse(refusal.body, refusal.status, refusal.headers)
 
 
 async def _refused(request: Request, refusal: Exception) -> Response:
     assert isinstance(refusal, Refusal)
-    return _refusal_answer(refusal)
+    return _refusal_answer(request, refusal)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, EditRayError)
-    return _refusal_answer(refusal_of(error))
+    return _refusal_answer(request, refusal_of(error))
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         said = f"{request.method} is not possible here; see /openapi.json."
-        return _refusal_answer(refuse("method_not_allowed", said))
+        return _refusal_answer(request, refuse("method_not_allowed", said))
     if error.status_code == 404:
-        return _refusal_answer(refuse("not_found", "There is no such path; /openapi.json has all of them."))
-    return _refusal_answer(refuse("invalid_request", f"The body cannot be read: {error.detail}"))
+        return _refusal_answer(request, refuse("not_found", "There is no such path; /openapi.json has all of them."))
+    return _refusal_answer(request, refuse("invalid_request", f"The body cannot be read: {error.detail}"))
 
 
 async def _unreadable(request: Request, error: Exception) -> Response:
     said = getattr(error, "strerror", None) or type(error).__name__
-    return _refusal_answer(refuse("unavailable", f"The folder of runs does not answer ({said}); ask again later."))
+    refusal = refuse("unavailable", f"The folder of runs does not answer ({said}); ask again later.")
+    return _refusal_answer(request, refusal)
 
 
 async def _broken(request: Request, error: Exception) -> Response:
-    return _refusal_answer(refuse("internal_error", "The server has failed at this request; its log says more."))
+    refusal = refuse("internal_error", "The server has failed at this request; its log says more.")
+    return _refusal_answer(request, refusal)
+
+
+async def _nobody_waits(request: Request, error: Exception) -> Response:
+    """The client has left before its body was whole, which is no failure of this server."""
+    request.scope[REFUSED] = LEFT
+    return Response(status_code=400)

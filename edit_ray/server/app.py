@@ -25,6 +25,7 @@ from edit_ray.server.event_stream import KEEP_ALIVE_S, POLL_S, Cursor, message
 from edit_ray.server.gate import COOKIE, Entrance, Gate, Limits
 from edit_ray.server.page_files import PAGE_FILES
 from edit_ray.server.refusals import Refusal, refuse
+from edit_ray.server.request_counts import Count, Counted
 from edit_ray.server.run_shelf import Runs
 from edit_ray.server.video_changes import VideoChanges
 from edit_ray.server.video_object import DeletedVideo, SegmentObject, SegmentPage, Video, VideoPage
@@ -57,7 +58,11 @@ _REROLL = openapi.body(openapi.change_schema(("from_segment",), ("prompt", "seed
 
 
 def make_app(
-    runs: Runs, offers: Sequence[Offer], entrance: Entrance | None = None, limits: Limits | None = None
+    runs: Runs,
+    offers: Sequence[Offer],
+    entrance: Entrance | None = None,
+    limits: Limits | None = None,
+    count: Count | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -66,6 +71,7 @@ def make_app(
         offers: the models, of which the first is the default.
         entrance: who may come in; by default this machine, without a token, at any port.
         limits: what is accepted.
+        count: is told of each request.
     """
     entrance, limits = entrance or Entrance(), limits or Limits()
     service = VideoService(runs, offers, limits.queued)
@@ -77,6 +83,8 @@ def make_app(
         generate_unique_id_function=lambda route: route.name,
     )
     app.add_middleware(Gate, entrance=entrance, limits=limits)
+    if count is not None:
+        app.add_middleware(Counted, count=count)
     add_handlers(app)
     app.openapi = lambda: schema_of(app)  # type: ignore[method-assign]
     changes = VideoChanges(service)

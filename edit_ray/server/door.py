@@ -10,6 +10,7 @@ from typing import Any
 from ray import serve
 from ray.serve.config import ControllerOptions, HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
+from ray.serve.metrics import Counter
 
 from edit_ray.actors import connection
 from edit_ray.client import LongVideoClient
@@ -21,8 +22,10 @@ from edit_ray.server.app import make_app
 from edit_ray.server.gate import Entrance, Limits
 from edit_ray.server.models import offers_of
 from edit_ray.server.proxy_answers import CALLBACK
+from edit_ray.server.request_counts import LABELS, Count
 
 APPLICATION = "edit_ray"
+COUNTER = "edit_ray_http_requests_total"  # before which Ray puts ray_
 JOB = "edit-ray-serve"  # in the place of a Ray job's id, it names the runs that a door has accepted
 CPUS = 0  # that a replica reserves: it mostly waits, and where GPU actors take all, one that died would have no place
 ONGOING = 2000  # requests at once in a replica, most of which are readers of events
@@ -50,7 +53,19 @@ class Door:
     def __serve_build_asgi_app__(self) -> Any:
         client = LongVideoClient(output=self._settings.output)
         client.owner = self._settings.owner
-        return make_app(client, offers_of(self._settings.models), self._settings.entrance, self._settings.limits)
+        of = self._settings
+        return make_app(client, offers_of(of.models), of.entrance, of.limits, _counter())
+
+
+def _counter() -> Count:
+    """Counts a replica's requests where Ray's own metrics are, which has those of every replica, whoever lives."""
+    said = "Requests at the HTTP door, by route and by what came of them."
+    counter = Counter(COUNTER, said, LABELS)  # type: ignore[arg-type]  # Ray's annotation says one label
+
+    def count(labels: dict[str, str]) -> None:
+        counter.inc(tags=labels)
+
+    return count
 
 
 @dataclass(frozen=True)

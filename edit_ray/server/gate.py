@@ -22,6 +22,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 COOKIE = "edit_ray_session"
+REFUSED = "edit_ray.refused"  # in a request's scope: the code of the refusal that is its answer
 OPEN = ("/healthz", "/", "/session")  # without a token; the page and its files tell nothing
 OPEN_BELOW = "/page/"
 MIN_TOKEN = 16  # characters
@@ -146,6 +147,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         if (refusal := self._refusal(scope)) is not None:
+            scope[REFUSED] = refusal.code
             await answer(refusal, send)
             return
         await self._app(scope, _Body(receive, self._limits, self._clock), _with_headers(send))

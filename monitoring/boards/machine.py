@@ -1,4 +1,4 @@
-"""The board of actors, GPU memory and Ray's node metrics."""
+"""The board of actors, GPU memory, Ray's node metrics and the requests at the HTTP door."""
 
 from edit_ray.metrics.collect import STALE_S
 from monitoring.boards.panel import Dashboard, Row, gauge, growth, panel
@@ -67,5 +67,29 @@ _RAY = Row(
         panel(*_of_ray("Node shared memory", "The arena and Ray's object store.", "bytes", "node_mem_shared_bytes")),
     ),
 )
+_REQUESTS = "sum by ({by}) (rate(ray_edit_ray_http_requests_total{refused}[$__rate_interval])) * 60"
+_DOOR = Row(
+    "HTTP door",
+    (
+        panel(
+            "Requests per minute",
+            "Requests that the door's replicas have answered, by route.",
+            "short",
+            (_REQUESTS.format(by="method, route", refused=""), "{{method}} {{route}}"),
+            needs_door=True,
+            width=12,
+        ),
+        panel(
+            "Refusals per minute",
+            "Requests that were not carried out, by the code of the error, and clients that left before an answer.",
+            "short",
+            (_REQUESTS.format(by="route, outcome", refused='{outcome!="answered"}'), "{{outcome}}: {{route}}"),
+            needs_door=True,
+            width=12,
+        ),
+    ),
+)
 
-DASHBOARD = Dashboard("machine", "Ray and GPU", "Actors, GPU memory and Ray's nodes.", (_ACTORS, _GPU, _RAY))
+DASHBOARD = Dashboard(
+    "machine", "Ray and GPU", "Actors, GPU memory, Ray's nodes and the HTTP door.", (_ACTORS, _GPU, _RAY, _DOOR)
+)

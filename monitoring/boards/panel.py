@@ -34,6 +34,7 @@ class Panel:
     kind: Literal["timeseries", "stat"] = "timeseries"
     stacked: bool = False
     needs_gpu: bool = False
+    needs_door: bool = False  # replicas of the HTTP door, which count requests among Ray's own metrics
     width: int = 8
     above: float | None = None  # a threshold: values from it on are red
     below: float | None = None  # a threshold: values under it are red

@@ -8,10 +8,14 @@ import os
 import signal
 import socket
 import time
+import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+import ray
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray._private.state import actors
 
@@ -23,6 +27,7 @@ from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.ids import Owner
 from edit_ray.server import door
 from edit_ray.server.gate import Entrance, Limits
+from edit_ray.server.request_counts import LABELS
 from jobs.demo import free_port
 from tests.door_here import TOKEN
 from tests.ray.conftest import CONFIG, wait_until
@@ -96,6 +101,30 @@ def test_two_replicas_answer_as_one(served):
     _, events = served.ask("GET", f"/v1/videos/{video_id}/events")
     assert events.count(b"event: segment") == 2
     assert events.endswith(b"\n\n")
+
+
+def counted():
+    """The requests that all replicas have counted, by method, route and outcome, as Ray's nodes export them."""
+    found = Counter()
+    for node in ray.nodes():
+        where = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        with urllib.request.urlopen(where, timeout=10) as answer:
+            page = answer.read().decode()
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples:
+                if sample.name == f"ray_{door.COUNTER}":
+                    found[tuple(sample.labels[label] for label in LABELS)] += sample.value
+    return found
+
+
+def test_rays_metrics_have_the_requests_of_all_replicas_by_route_and_outcome(served):
+    served.ask("GET", "/v1/videos/nobody-has-it")  # of which there is a series from now on
+    unknown, refused = ("GET", "/v1/videos/{video_id}", "video_not_found"), ("GET", "other", "invalid_api_key")
+    before = wait_until(lambda: (found := counted())[unknown] and found)
+    for number in range(8):
+        assert served.ask("GET", f"/v1/videos/nobody-has-{number}")[0] == 404
+        assert served.ask("GET", f"/nowhere/{number}", Authorization="Bearer nothing")[0] == 401
+    wait_until(lambda: (now := counted())[unknown] == before[unknown] + 8 and now[refused] == before[refused] + 8)
 
 
 def test_the_bytes_are_those_of_the_same_run_without_a_door(served):

@@ -114,7 +114,7 @@ def empty_panels(prometheus, began):
     found = []
     for board in DASHBOARDS:
         for panel in board.panels:
-            for target in () if panel.needs_gpu else panel.targets:
+            for target in () if panel.needs_gpu or panel.needs_door else panel.targets:
                 expr = target.expr.replace("$__rate_interval", "10s").replace("$__range", "60s")
                 expr = re.sub(r"\$(job|instance|run)\b", ".*", expr)
                 series = prometheus.series(expr, began, time.time())

@@ -100,7 +100,7 @@ def braces(expr, at):
 
 @pytest.mark.parametrize(("expr", "legend"), TARGETS, ids=[expr[:60] for expr, _ in TARGETS])
 def test_a_query_names_what_there_is(expr, legend):
-    names = re.finditer(r"edit_ray_\w+", expr)
+    names = re.finditer(r"\bedit_ray_\w+", expr)
     for found in names:
         base = re.sub(r"_(bucket|sum|count)$", "", found[0])
         metric = CATALOG[found[0] if found[0] in CATALOG else base]
@@ -118,7 +118,7 @@ def test_a_query_names_what_there_is(expr, legend):
 
 
 def test_every_metric_is_drawn_and_none_is_asked_for_that_is_not():
-    drawn = {name for expr, _ in TARGETS for name in re.findall(r"edit_ray_\w+", expr)}
+    drawn = {name for expr, _ in TARGETS for name in re.findall(r"\bedit_ray_\w+", expr)}
     drawn = {name if name in CATALOG else re.sub(r"_(bucket|sum|count)$", "", name) for name in drawn}
     assert drawn == set(CATALOG)
     with pytest.raises(KeyError):
