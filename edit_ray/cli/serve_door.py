@@ -6,15 +6,13 @@ import argparse
 import os
 import signal
 import threading
-from pathlib import Path
 
 from edit_ray.config import output_root
 from edit_ray.errors import ConfigError
 from edit_ray.runs.ids import Owner, owner_here
+from edit_ray.server.token_file import token_of
 
-TOKEN_VARIABLE = "EDIT_RAY_HTTP_TOKEN"
 MOST_REPLICAS = 64
-_MAX_TOKEN_BYTES = 4096
 
 
 def serve_door(options: argparse.Namespace) -> int:
@@ -46,15 +44,3 @@ def serve_door(options: argparse.Namespace) -> int:
     finally:
         door.stop()
     return 0
-
-
-def token_of(file: Path | None) -> str | None:
-    """The token in a file, else in `$EDIT_RAY_HTTP_TOKEN`; None if there is none. Raises ConfigError."""
-    if file is None:
-        return os.environ.get(TOKEN_VARIABLE) or None
-    try:
-        with file.open("rb") as opened:
-            return opened.read(_MAX_TOKEN_BYTES).decode().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8"
-        raise ConfigError([f"--token-file is {str(file)!r}, which cannot be read ({reason})"]) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from edit_ray.server.models import offers_of
 from edit_ray.server.proxy_answers import CALLBACK
 from edit_ray.server.request_counts import LABELS, Count
 
-APPLICATION = "edit_ray"
+APPLICATION, DEPLOYMENT = "edit_ray", "Door"
 COUNTER = "edit_ray_http_requests_total"  # before which Ray puts ray_
 JOB = "edit-ray-serve"  # in the place of a Ray job's id, it names the runs that a door has accepted
 CPUS = 0  # that a replica reserves: it mostly waits, and where GPU actors take all, one that died would have no place
@@ -34,7 +35,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DoorSettings:
-    """What every replica is made from. `models` are configurations by the names under which they are offered."""
+    """What every replica is made from. `models` are configurations by the names under which they are offered.
+
+    `continues`: each replica continues the runs of a lost cluster when it starts, where nobody called `start`.
+    """
 
     output: Path
     owner: Owner
@@ -42,6 +46,7 @@ class DoorSettings:
     entrance: Entrance = field(default_factory=Entrance)
     limits: Limits = field(default_factory=Limits)
     replicas: int = 1
+    continues: bool = False
 
 
 class Door:
@@ -54,6 +59,8 @@ class Door:
         client = LongVideoClient(output=self._settings.output)
         client.owner = self._settings.owner
         of = self._settings
+        if of.continues:  # another replica may be at it too: a run has one lock
+            threading.Thread(target=continue_runs, args=(client,), name="continue", daemon=True).start()
         return make_app(client, offers_of(of.models), of.entrance, of.limits, _counter())
 
 
@@ -76,6 +83,18 @@ class Started:
     continued: tuple[str, ...]
 
 
+def application(settings: DoorSettings) -> Any:
+    """The application of Ray Serve, which is not begun yet."""
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        num_replicas=settings.replicas,
+        max_ongoing_requests=ONGOING,
+        ray_actor_options={"num_cpus": CPUS},
+        graceful_shutdown_timeout_s=2,
+    )(serve.ingress()(Door))
+    return deployment.bind(settings)
+
+
 def start(settings: DoorSettings, address: str | None = None) -> Started:
     """Start the replicas, and Ray if there is none. Runs that the door has accepted and nobody works on are continued.
 
@@ -93,15 +112,8 @@ def start(settings: DoorSettings, address: str | None = None) -> Started:
             runtime_env={"env_vars": {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": CALLBACK}}
         ),
     )
-    deployment = serve.deployment(
-        name="Door",
-        num_replicas=settings.replicas,
-        max_ongoing_requests=ONGOING,
-        ray_actor_options={"num_cpus": CPUS},
-        graceful_shutdown_timeout_s=2,
-    )(serve.ingress()(Door))
     try:
-        serve.run(deployment.bind(settings), name=APPLICATION, route_prefix="/")
+        serve.run(application(settings), name=APPLICATION, route_prefix="/")
     except RuntimeError as failed:
         raise ResourcesUnavailable(f"Ray Serve has not started the door: {str(failed).splitlines()[0]}") from None
     client = LongVideoClient(output=settings.output)

@@ -17,11 +17,13 @@ def offers_of(models: Sequence[tuple[str, Config]]) -> list[Offer]:
     return [Offer(name, base, info.height_step, info.width_step) for name, base, info in found]
 
 
-def models_of(paths: Sequence[Path]) -> tuple[tuple[str, Config], ...]:
-    """The configurations of files, named as the files are; without any, that of the embedded model.
+def models_of(paths: Sequence[Path], overrides: Sequence[str] = ()) -> tuple[tuple[str, Config], ...]:
+    """The configurations of files with `overrides`, named as the files are; without any, that of the embedded model.
 
     Raises ConfigError for a mistake in a file, and for two of one name.
     """
+    if overrides and not paths:
+        raise ConfigError([f"overrides has {overrides[0]!r}, and there is no configuration for it; name one."])
     if not paths:
         tiny = {
             "model": {"path": "builtin:tiny_wan"},
@@ -33,4 +35,4 @@ def models_of(paths: Sequence[Path]) -> tuple[tuple[str, Config], ...]:
     names = [path.stem for path in paths]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError([f"--config names {twice[0]!r} twice; each file must have a name of its own."])
-    return tuple((name, load_config(path)) for name, path in zip(names, paths, strict=True))
+    return tuple((name, load_config(path, overrides)) for name, path in zip(names, paths, strict=True))

@@ -4,15 +4,26 @@ import json
 import re
 import runpy
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
+from ray._common.utils import import_attr
+from ray.serve import Application
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve.schema import ServeDeploySchema
 
 from edit_ray.actors.launch import SCHEDULER_RESOURCE
 from edit_ray.config import load_config
+from edit_ray.errors import ConfigError
+from edit_ray.server import door, models
+from edit_ray.server.application import DoorArguments, settings_of
+from edit_ray.server.proxy_answers import CALLBACK
 from edit_ray.tiers.options import parse_bytes
 from edit_ray.tiers.service import TABLES_BYTES
+from tests.door_here import TOKEN
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -25,6 +36,8 @@ def documents(name):
 
 (JOB,) = documents("kuberay/ray-job.yaml")
 (CLUSTER,) = documents("kuberay/ray-cluster.yaml")
+(SERVICE,) = documents("kuberay/ray-service.yaml")
+SERVE = yaml.safe_load(SERVICE["spec"]["serveConfigV2"])
 SPEC = CLUSTER["spec"]
 (WORKERS,) = SPEC["workerGroupSpecs"]
 
@@ -51,7 +64,7 @@ def volumes(pod):
 
 def test_all_files_parse_and_are_named_in_the_readme():
     files = sorted(path for path in DEPLOY.rglob("*.yaml"))
-    assert len(files) == 6
+    assert len(files) == 7
     for path in files:
         assert all(list(yaml.safe_load_all(path.read_text())))
         assert f"({path.relative_to(DEPLOY)})" in (DEPLOY / "README.md").read_text()
@@ -62,6 +75,64 @@ def test_job_and_cluster_are_the_same_cluster():
     ray = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
     assert SPEC["rayVersion"] == ray
     assert SPEC["authOptions"] == {"mode": "token"}
+
+
+def test_the_door_s_cluster_is_the_same_beside_what_the_door_needs():
+    spec = json.loads(json.dumps(SERVICE["spec"]["rayClusterConfig"]))  # nothing in it is the same object twice
+    (workers,) = spec["workerGroupSpecs"]
+    for group in (spec["headGroupSpec"], workers):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        container["env"].remove({"name": "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "value": CALLBACK})
+        secret = {"name": "door-token", "secret": {"secretName": "edit-ray-door-token"}}
+        pod["volumes"].remove(secret)
+        at = Path(SERVE["applications"][0]["args"]["token_file"]).parent.as_posix()
+        container["volumeMounts"].remove({"name": "door-token", "mountPath": at, "readOnly": True})
+    spec["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"].remove(
+        {"name": "serve", "containerPort": SERVE["http_options"]["port"]}
+    )
+    assert spec == SPEC
+    readme = (DEPLOY / "README.md").read_text()
+    assert "kubectl create secret generic edit-ray-door-token --from-literal=token=" in readme
+    assert f"{SERVICE['metadata']['name']}-serve-svc:{SERVE['http_options']['port']}" in readme
+
+
+def test_serve_builds_the_door_that_its_configuration_asks_for(config, monkeypatch, tmp_path):
+    """As Serve does it, with the files of this machine in place of the image's."""
+    schema = ServeDeploySchema.model_validate(SERVE)
+    (application,) = schema.applications
+    assert [deployment.name for deployment in application.deployments] == [door.DEPLOYMENT]
+    assert application.name == door.APPLICATION
+    arguments = DoorArguments.model_validate(application.args)
+    assert (arguments.host, arguments.port) == (schema.http_options.host, schema.http_options.port)
+    assert arguments.output == "/runs"
+    chosen = {name: value for name, _, value in (text.partition("=") for text in arguments.overrides)}
+    assert chosen["model.path"] == config.model.path
+    assert chosen["store.directory"] == config.store.directory
+    assert [chosen[f"metrics.{name}"] for name in ("address", "port", "token_file")] == [
+        config.metrics.address,
+        str(config.metrics.port),
+        config.metrics.token_file,
+    ]
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    monkeypatch.setattr(models, "load_config", partial(load_config, check_model=False))
+    here = {"output": str(tmp_path / "runs"), "token_file": str(tmp_path / "token")}
+    here["configs"] = [str(ROOT / Path(path).relative_to("/opt/edit_ray")) for path in arguments.configs]
+    built = call_user_app_builder_with_args_if_necessary(
+        import_attr(application.import_path), arguments.model_dump() | here
+    )
+    assert isinstance(built, Application)
+    settings = settings_of(arguments.model_copy(update=here))
+    assert settings.entrance.token == TOKEN
+    assert settings.continues
+    ((name, base),) = settings.models
+    assert (name, base.model.path) == ("wan21_t2v_1_3b", config.model.path)
+    with pytest.raises(ConfigError, match=r"must be 127\.0\.0\.1 without a token"):
+        settings_of(arguments.model_copy(update=here | {"token_file": None}))
+    with pytest.raises(ConfigError, match="there is no configuration for it"):
+        settings_of(arguments.model_copy(update=here | {"configs": []}))
+    with pytest.raises(ValidationError, match="replicas"):
+        DoorArguments.model_validate({"replicas": 2})
 
 
 def test_shared_memory_does_for_the_configuration(config):

@@ -6,12 +6,12 @@ import sys
 import pytest
 
 from edit_ray.cli.main import main
-from edit_ray.cli.serve_door import TOKEN_VARIABLE, token_of
 from edit_ray.errors import ConfigError
 from edit_ray.runs.folder import RunFolder
 from edit_ray.runs.ids import Owner
 from edit_ray.server import door
 from edit_ray.server.models import models_of, offers_of
+from edit_ray.server.token_file import TOKEN_VARIABLE, token_of
 from tests.documented import ROOT
 from tests.door_here import TOKEN, ClientHere, SchedulerHere, offer_of
 from tests.runs_here import check_same
