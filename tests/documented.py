@@ -83,6 +83,8 @@ LEFT_OUT = {
     'kubectl create secret generic edit-ray-metrics-token --from-literal=token="$(openssl rand -hex 32)"': "a cluster",
     "kubectl apply -f deploy/kuberay/volumes.yaml": "needs a cluster; test_deploy.py checks the files",
     "kubectl apply -f deploy/kuberay/ray-job.yaml": "needs a cluster",
+    'kubectl create secret generic edit-ray-door-token --from-literal=token="$(openssl rand -hex 32)"': "a cluster",
+    "kubectl apply -f deploy/kuberay/ray-service.yaml": "needs a cluster; test_deploy.py checks the file",
     "kubectl apply -f deploy/kuberay/pod-monitor.yaml -f deploy/kuberay/prometheus-rule.yaml": "needs a cluster",
     "pip install -c constraints.txt git+file:///path/to/clone": "the line before it, by way of git's partial clone",
     "pip install -c constraints.txt -e '.[serve]'": "that of the README, with an extra that the tests have",
