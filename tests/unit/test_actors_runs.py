@@ -280,7 +280,8 @@ async def test_two_gpu_actors_make_two_runs_at_once(start, tmp_path, model, whol
     config = config_for(model, engine={"cpu_threads": 1, "gpu_actors": 2})
     await submit(scheduler, tmp_path, "one", config)
     await submit(scheduler, tmp_path, "two", config)
-    assert [status.state for status in await scheduler.runs()] == ["preparing", "preparing"]
+    states = [status.state for status in await scheduler.runs()]
+    assert set(states) <= {"preparing", "running"}, "neither waits for the other's GPU actor"
     for run_id in ("one", "two"):
         await done(scheduler, run_id)
         check_same(RunFolder(tmp_path, run_id), await whole(config_for(model)), but=["run.yaml"])
