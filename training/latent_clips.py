@@ -152,11 +152,12 @@ class CaptionEncoder:
         pad, eos, unk = (getattr(self.tokenizer, f"{name}_token_id") for name in ("pad", "eos", "unk"))
         kind = torch.rand(len(ids), 1, device=ids.device)
         ids = torch.where(kind < empty, self._empty(ids), ids)
-        left_out = torch.full_like(kind, self.recipe.unknown_words)
+        unknown_share = torch.full_like(kind, self.recipe.unknown_words)
         if foreign is not None:
             is_foreign = (kind >= empty) & (kind < empty + self.recipe.foreign_captions)
-            ids, left_out = torch.where(is_foreign, foreign, ids), torch.where(is_foreign, 0.5, left_out)
-        unknown = torch.rand(ids.shape, device=ids.device) < left_out
+            ids = torch.where(is_foreign, foreign, ids)
+            unknown_share = torch.where(is_foreign, 0.5, unknown_share)
+        unknown = torch.rand(ids.shape, device=ids.device) < unknown_share
         unknown |= kind > 1 - self.recipe.unknown_captions
         return self._encode(torch.where(unknown & (ids != pad) & (ids != eos), unk, ids))
 

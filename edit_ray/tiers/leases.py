@@ -198,9 +198,9 @@ class SegmentLeases:
     def _handed(self, segment: int) -> list[Key]:
         """The writes of a segment that stay on the device, as the next one reads them.
 
-        The last in the order of use: the store loads in that order, without knowing what stays here, so that it loads
-        the fewest of them in vain. Some places stay free for the first, so that they are loaded before they are read:
-        where the host tier has no room for all, it may have evicted just those, as they were saved first.
+        They are the last in the order of use. The store loads in that order and does not know what stays here: so it
+        loads the fewest of them in vain. Some places stay free for the first reads, which are loaded ahead: a host tier
+        without room for all may have evicted them, because they were saved first.
         """
         if segment < 0 or segment + 1 >= len(self.reuse.plan.segments):
             return []
